@@ -1,0 +1,3 @@
+"""Train sign language translators: pose sequences in, text out, on DeepSpeed."""
+
+__version__ = "0.1.0"

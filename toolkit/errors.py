@@ -1,0 +1,55 @@
+"""What can go wrong in a way that the user can mend, and the exit code that each case leaves behind.
+
+Every command in ``launch/`` ends with one of these codes; docs and tests refer to them by these names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_TOO_MANY_REJECTS = 3
+EXIT_INTERRUPTED = 75
+
+
+class UserError(Exception):
+    """The user's input is wrong.
+
+    The message is one line that says what is wrong, where, and how to mend it.
+    """
+
+    exit_code = EXIT_USER_ERROR
+
+
+class TooManyRejects(UserError):
+    """More of the data was rejected than the user allowed; nothing was half-written."""
+
+    exit_code = EXIT_TOO_MANY_REJECTS
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved everything, and goes on when started again."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def exit_code_of(command: Callable[[], None], *, debug: bool, speaks: bool = True) -> int:
+    """Run ``command`` and turn its outcome into a documented exit code.
+
+    Args:
+        command: does the work of one launch script.
+        debug: raise the user's errors with their traceback instead of printing one line.
+        speaks: whether this process prints the error; false on all but one rank of a node.
+    """
+    try:
+        command()
+    except (UserError, Interrupted) as error:
+        if debug:
+            raise
+        if speaks:
+            label = "error" if isinstance(error, UserError) else "interrupted"
+            print(f"{label}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return EXIT_DONE
