@@ -1,0 +1,125 @@
+"""Which clips meet in which batch: one global order that every world size cuts in its own way.
+
+The order of an epoch follows from the lengths, the seed and the epoch alone. The set of clips behind an optimizer step is
+therefore the same on 1 or 64 ranks, and a run that stopped at step ``k`` goes on at step ``k``, also on other hardware.
+
+A filler is a clip that fills a seat and must not count. It is written as ``~i``: the content of clip ``i``, weight zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+# Clips are sorted by length within pools of this many global batches: at 100 about 2 % of the frames of a batch of 32 are
+# padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at least two, because
+# one pool over the whole corpus would put nearly the same clips together in every epoch.
+POOL_BATCHES = 100
+MIN_POOLS = 2
+
+# Lengths are blurred by up to this share before sorting, so that neighbours change from epoch to epoch.
+LENGTH_JITTER = 0.02
+
+
+def steps_per_epoch(num_clips: int, global_batch_size: int) -> int:
+    """Number of optimizer steps in an epoch; the last one may hold fewer clips."""
+    return -(-num_clips // global_batch_size)
+
+
+def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, epoch: int) -> list[Indices]:
+    """Put every clip into exactly one global batch of clips of similar length.
+
+    Args:
+        frames: length of each clip, [clips].
+        global_batch_size: clips behind one optimizer step, over all ranks.
+        seed: the run's seed.
+        epoch: the order differs from epoch to epoch.
+
+    Returns:
+        One array of clip indices a step, longest clip first. Full batches come in random order; a partial batch comes last.
+
+    Raises:
+        ValueError: there are no clips, or the batch size is not positive.
+    """
+    num_clips = len(frames)
+    if num_clips == 0 or global_batch_size < 1:
+        raise ValueError(f"cannot order {num_clips} clips into batches of {global_batch_size}")
+    rng = np.random.default_rng((seed, epoch))
+    num_full, num_left = divmod(num_clips, global_batch_size)
+
+    shuffled = rng.permutation(num_clips)
+    pool_clips = global_batch_size * min(POOL_BATCHES, max(1, num_full // MIN_POOLS))
+    pool = np.arange(num_clips) // pool_clips
+    blurred = np.asarray(frames)[shuffled] * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, num_clips)
+    # One sort does all pools: the pool number outweighs any length.
+    order = shuffled[np.argsort(pool * (2.0 * float(blurred.max()) + 1.0) - blurred)]
+
+    if num_left:
+        # Without this the partial batch would always hold the shortest clips of the last pool.
+        start = global_batch_size * int(rng.integers(int(pool[-1]) * pool_clips // global_batch_size, num_full + 1))
+        partial = order[start : start + num_left]
+        order = np.concatenate([order[:start], order[start + num_left :], partial])
+    batches = [order[start : start + global_batch_size] for start in range(0, num_clips, global_batch_size)]
+    arrangement = rng.permutation(num_full)
+    return [batches[i] for i in arrangement] + batches[num_full:]
+
+
+def micro_batches(
+    global_batch: Sequence[int] | Indices, rank: int, world_size: int, accumulation_steps: int, micro_batch_size: int
+) -> list[Indices]:
+    """Cut one rank's share out of a global batch.
+
+    The batch is sorted by length, so consecutive clips go to the ranks of one accumulation step: little padding within a
+    micro-batch, and ranks that work on similar lengths at the same time wait little for each other. A partial batch is
+    spread evenly; where clips run short a rank gets one filler.
+
+    Returns:
+        ``accumulation_steps`` arrays of clip indices, each of 1 to ``micro_batch_size`` clips; fillers are negative (``~i``).
+
+    Raises:
+        ValueError: the batch is empty or does not fit into the seats.
+    """
+    clips = np.asarray(global_batch, dtype=np.int64)
+    seats = world_size * accumulation_steps
+    if not 0 < len(clips) <= seats * micro_batch_size:
+        raise ValueError(
+            f"{len(clips)} clips do not fit {world_size} ranks x {accumulation_steps} accumulation steps "
+            f"x {micro_batch_size} clips"
+        )
+    smaller, larger_shares = divmod(len(clips), seats)
+    shares = []
+    for step in range(accumulation_steps):
+        seat = step * world_size + rank
+        start = seat * smaller + min(seat, larger_shares)
+        share = clips[start : start + smaller + (seat < larger_shares)]
+        shares.append(share if len(share) else ~clips[-1:])
+    return shares
+
+
+def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Indices]:
+    """Cut all clips, longest first, into batches of at most ``batch_frames`` padded frames (at least one clip each).
+
+    The longest clips come first so that a batch that does not fit into memory fails at once, not after an hour.
+    The cut does not depend on the number of ranks, so neither do the outputs.
+    """
+    lengths = np.asarray(frames)
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        clips = max(1, batch_frames // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + clips])
+        start += clips
+    return batches
+
+
+def share_of_rank(batches: Sequence[Indices], rank: int, world_size: int) -> list[Indices]:
+    """Deal whole batches to ranks in turn; every rank gets the same number, if need be by a batch of one filler."""
+    shares = list(batches[rank::world_size])
+    if len(shares) < steps_per_epoch(len(batches), world_size):
+        shares.append(~batches[-1][-1:])
+    return shares
