@@ -1,0 +1,135 @@
+"""Clips of different lengths become one padded batch of tensors.
+
+Missing is not zero: a landmark that was not seen is zero in ``poses`` *and* false in ``visible``, and padding is false in
+``frame_mask``. A filler clip carries no labels, so it can never count in a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from toolkit.corpus.packed import Clip
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Batch:
+    """What one forward pass of one rank gets.
+
+    Attributes:
+        uids, texts: of each clip, fillers included.
+        clips: int64 [clips], each clip's index in its split.
+        poses: float32 [clips, frames, points, channels], in shoulder widths; 0 where missing or padded.
+        visible: bool [clips, frames, points], false where missing or padded.
+        frame_mask: bool [clips, frames], false where padded.
+        labels: int64 [clips, tokens], end of sentence included; -100 where padded, and all through a filler.
+        is_filler: bool [clips]; what a filler gives is to be thrown away.
+        num_frames: real frames (neither padding nor fillers).
+        num_target_tokens: labels that count.
+        num_truncated: texts that were cut to fit ``max_target_tokens``.
+    """
+
+    uids: list[str]
+    texts: list[str]
+    clips: Tensor
+    poses: Tensor
+    visible: Tensor
+    frame_mask: Tensor
+    labels: Tensor
+    is_filler: Tensor
+    num_frames: int
+    num_target_tokens: int
+    num_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that count."""
+        return len(self) - int(self.is_filler.sum())
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the batch's frames that are padding or belong to fillers, 0..1."""
+        return 1.0 - self.num_frames / self.frame_mask.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the data loader calls this by name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Any) -> Batch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: move(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, max_target_tokens: int) -> Batch:
+    """Pad clips to the longest among them and turn their texts into labels.
+
+    Args:
+        clips: features are [frames, points, channels] with NaN where a landmark is missing.
+        indices: each clip's index in its split; ``~i`` marks a filler.
+        tokenizer: a HuggingFace tokenizer.
+        max_target_tokens: longer targets are cut at their end, the end-of-sentence token stays.
+    """
+    longest = max(len(clip.features) for clip in clips)
+    # Padding starts as NaN so that one look finds both what is padded and what is missing.
+    packed = torch.full((len(clips), longest, *clips[0].features.shape[1:]), torch.nan, dtype=torch.float16)
+    frame_mask = torch.zeros(len(clips), longest, dtype=torch.bool)
+    rows = packed.numpy()
+    for row, clip in enumerate(clips):
+        rows[row, : len(clip.features)] = clip.features
+        frame_mask[row, : len(clip.features)] = True
+    poses = packed.float()
+    # A sum is finite only where every channel is: one pass instead of one a channel.
+    visible = torch.isfinite(sum(poses.unbind(-1), torch.zeros(())))
+    poses.masked_fill_(~visible.unsqueeze(-1), 0.0)
+
+    positions = np.asarray(indices, dtype=np.int64)
+    is_filler = torch.from_numpy(positions < 0)
+    texts = [clip.text for clip in clips]
+    labels, num_truncated = target_labels(texts, tokenizer, max_target_tokens)
+    labels[is_filler] = IGNORED_LABEL
+    return Batch(
+        uids=[clip.uid for clip in clips],
+        texts=texts,
+        clips=torch.from_numpy(np.where(positions < 0, ~positions, positions)),
+        poses=poses,
+        visible=visible,
+        frame_mask=frame_mask,
+        labels=labels,
+        is_filler=is_filler,
+        num_frames=int(frame_mask[~is_filler].sum()),
+        num_target_tokens=int((labels != IGNORED_LABEL).sum()),
+        num_truncated=num_truncated,
+    )
+
+
+def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> tuple[Tensor, int]:
+    """Tokenise target texts.
+
+    Returns:
+        labels, int64 [texts, tokens] padded with -100, and how many texts were cut.
+    """
+    encoded: Mapping[str, list[list[int]]] = tokenizer(text_target=list(texts))
+    rows = []
+    num_truncated = 0
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if len(ids) > max_target_tokens:
+            num_truncated += 1
+            # The tokenizer cuts the words and keeps its own frame of special tokens, the end of sentence among them.
+            ids = tokenizer(text_target=text, truncation=True, max_length=max_target_tokens)["input_ids"]
+        rows.append(torch.tensor(ids, dtype=torch.int64))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL), num_truncated

@@ -1,0 +1,171 @@
+"""The stream of batches of one rank: worker processes read the memory map, augment and collate ahead of the model.
+
+Nothing here depends on the number of workers: the order is fixed before they start, and whatever is random about a clip
+follows from the seed, the epoch and the clip alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from toolkit.batching.collate import Batch, collate
+from toolkit.batching.order import Indices, epoch_order, evaluation_order, micro_batches, share_of_rank
+from toolkit.poses.augmentation import augment, is_off
+
+if TYPE_CHECKING:
+    from toolkit.corpus.packed import Split
+    from toolkit.poses.landmarks import LandmarkSet
+    from toolkit.recipe.resolve import ResolvedRun
+    from toolkit.recipe.schema import Augmentation
+
+# Batches that each worker keeps ready: enough to ride out a slow read, few enough to bound memory.
+PREFETCHED_BATCHES = 4
+
+
+def train_batches(
+    split: Split,
+    tokenizer: Any,
+    resolved: ResolvedRun,
+    *,
+    landmark_set: LandmarkSet,
+    epoch: int,
+    start_step: int = 0,
+    rank: int = 0,
+) -> Iterator[list[Batch]]:
+    """One rank's share of an epoch, from ``start_step`` to its end.
+
+    Targets are cut to ``evaluation.max_new_tokens``: the model could never write more than that.
+
+    Args:
+        split: the training split.
+        tokenizer: a HuggingFace tokenizer.
+        resolved: batch arithmetic, seed, augmentation and number of workers.
+        landmark_set: the corpus's landmarks; augmentation needs to know hands and mirror images.
+        epoch: which epoch, from 0.
+        start_step: optimizer steps of this epoch that are done already.
+        rank: which of ``resolved.world_size`` ranks this is.
+
+    Yields:
+        for each optimizer step a list of ``accumulation_steps`` batches.
+    """
+    training = resolved.recipe.training
+    order = epoch_order(split.frames, training.global_batch_size, training.seed, epoch)[start_step:]
+    accumulation = resolved.accumulation_steps
+    shares = (
+        share
+        for clips in order
+        for share in micro_batches(clips, rank, resolved.world_size, accumulation, resolved.micro_batch_size)
+    )
+    augmenter = Augmenter(resolved.recipe.augmentation, landmark_set, resolved.recipe.data.max_frames, training.seed, epoch)
+    batches = _load(split, tokenizer, shares, resolved.recipe.evaluation.max_new_tokens, training.workers, augmenter)
+    for _ in order:
+        yield [next(batches) for _ in range(accumulation)]
+
+
+def evaluation_batches(
+    split: Split,
+    tokenizer: Any,
+    batch_frames: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_target_tokens: int = 512,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Every clip of a split exactly once over all ranks, longest first, nothing augmented.
+
+    The batches are the same for every number of ranks, which deal them out among themselves; every rank gets the same
+    number of batches, the last of which may be one filler.
+
+    Args:
+        split: any split.
+        tokenizer: a HuggingFace tokenizer.
+        batch_frames: largest number of padded frames in a batch (a longer clip comes alone).
+        rank, world_size: which of how many ranks this is.
+        max_target_tokens: longer references are cut in ``labels``; ``texts`` keeps them whole.
+        workers: loader processes; 0 loads in this one.
+    """
+    shares = share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size)
+    yield from _load(split, tokenizer, shares, max_target_tokens, workers, None)
+
+
+class Augmenter:
+    """Augments a batch such that what happens to a clip follows from (seed, epoch, clip), whichever batch it is in."""
+
+    def __init__(
+        self, settings: Augmentation, landmark_set: LandmarkSet, max_frames: int, seed: int, epoch: int
+    ) -> None:
+        self.settings = settings
+        self.landmark_set = landmark_set
+        self.max_frames = max_frames
+        self.seed = seed
+        self.epoch = epoch
+
+    def __call__(self, batch: Batch) -> Batch:
+        if is_off(self.settings):
+            return batch
+        generators = [np.random.default_rng((self.seed, self.epoch, clip)) for clip in batch.clips.tolist()]
+        batch.poses, batch.visible, batch.frame_mask = augment(
+            batch.poses,
+            batch.visible,
+            batch.frame_mask,
+            self.settings,
+            self.landmark_set,
+            generators,
+            max_frames=self.max_frames,
+        )
+        batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
+        return batch
+
+
+class _Batches(Dataset[Batch]):
+    """Maps the indices of a micro-batch to the batch; this is what runs in the worker processes."""
+
+    def __init__(self, split: Split, tokenizer: Any, max_target_tokens: int, augmenter: Augmenter | None) -> None:
+        self.split = split
+        self.tokenizer = tokenizer
+        self.max_target_tokens = max_target_tokens
+        self.augmenter = augmenter
+
+    def __getitem__(self, indices: Indices) -> Batch:
+        clips = [self.split.clip(i if i >= 0 else ~i) for i in indices.tolist()]
+        batch = collate(clips, indices.tolist(), self.tokenizer, max_target_tokens=self.max_target_tokens)
+        return self.augmenter(batch) if self.augmenter else batch
+
+
+def _load(
+    split: Split,
+    tokenizer: Any,
+    shares: Iterable[Indices],
+    max_target_tokens: int,
+    workers: int,
+    augmenter: Augmenter | None,
+) -> Iterator[Batch]:
+    # Forked workers tokenise small batches, each alone; threads gain nothing there, and without a word from us the
+    # tokenizers library prints a warning for every worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader: DataLoader[Batch] = DataLoader(
+        _Batches(split, tokenizer, max_target_tokens, augmenter),
+        batch_size=None,
+        sampler=shares,
+        num_workers=workers,
+        worker_init_fn=_start_worker if workers else None,
+        prefetch_factor=PREFETCHED_BATCHES if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Signals go to the whole process group, but only the main process decides what they mean: it saves, then closes the
+    # workers. A worker whose parent died notices within seconds by itself.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
