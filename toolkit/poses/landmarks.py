@@ -1,0 +1,161 @@
+"""Landmark sets: which named points of a pose file become features, and how they belong together.
+
+Points are chosen by component and point NAME, never by offset, because public files of "holistic" poses hold
+anything from 178 to 586 points. A set is a YAML file; those that come with the toolkit lie in ``landmark_sets/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit.errors import UserError
+
+SETS_FOLDER = Path(__file__).parent / "landmark_sets"
+CHANNELS = ("x", "y", "z", "confidence")
+_KEYS = {"name", "channels", "min_confidence", "parts"}
+_PART_KEYS = {"component", "points", "edges", "anchor", "mirror"}
+
+
+@dataclass(frozen=True)
+class LandmarkSet:
+    """An ordered choice of landmarks.
+
+    Attributes:
+        name: what recipes and corpora call it.
+        points: ``(component, point)`` of each landmark, in the order of the features.
+        parts: indices of the landmarks of each part; the usual parts are body, left_hand, right_hand and face.
+        mirror: for each landmark the index of its left-right counterpart (its own where it has none).
+        edges: pairs of indices that a skeleton drawing connects.
+        channels: what each landmark holds: ``x, y``, then optionally ``z`` and ``confidence``.
+        min_confidence: a landmark at or below this confidence is missing.
+        anchors: parts whose coordinates are told relative to one landmark of the same frame: part -> its index.
+    """
+
+    name: str
+    points: tuple[tuple[str, str], ...]
+    parts: dict[str, tuple[int, ...]]
+    mirror: tuple[int, ...]
+    edges: tuple[tuple[int, int], ...]
+    channels: tuple[str, ...] = ("x", "y", "z")
+    min_confidence: float = 0.0
+    anchors: dict[str, int] | None = None
+
+    @property
+    def num_points(self) -> int:
+        return len(self.points)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.channels)
+
+    def position(self, component: str, point: str) -> int | None:
+        """Where a landmark stands in the set, None if it is not part of it."""
+        return self.points.index((component, point)) if (component, point) in self.points else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """This set as plain JSON types; ``from_dict`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LandmarkSet:
+        """The set that ``to_dict`` wrote, also after a journey through JSON (where tuples become lists)."""
+        return cls(
+            name=values["name"],
+            points=tuple((component, point) for component, point in values["points"]),
+            parts={part: tuple(indices) for part, indices in values["parts"].items()},
+            mirror=tuple(values["mirror"]),
+            edges=tuple((start, end) for start, end in values["edges"]),
+            channels=tuple(values["channels"]),
+            min_confidence=values["min_confidence"],
+            anchors=values.get("anchors"),
+        )
+
+
+def landmark_set_names() -> list[str]:
+    """The sets that come with the toolkit."""
+    return sorted(path.stem for path in SETS_FOLDER.glob("*.yaml"))
+
+
+def load_landmark_set(name_or_path: str) -> LandmarkSet:
+    """Load a set by its name, or a user's own from a YAML file.
+
+    Raises:
+        UserError: there is no such set, or its file is malformed.
+    """
+    path = SETS_FOLDER / f"{name_or_path}.yaml"
+    if name_or_path not in landmark_set_names():
+        path = Path(name_or_path)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            known = ", ".join(landmark_set_names())
+            raise UserError(f"there is no landmark set '{name_or_path}': choose one of {known}, or give a YAML file")
+    try:
+        return _from_yaml(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the landmark set {path} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def _from_yaml(content: Any, path: Path) -> LandmarkSet:
+    """Flatten the parts of a YAML file into one numbered list of landmarks."""
+    if not isinstance(content, dict) or not isinstance(content.get("parts"), dict) or not content["parts"]:
+        raise UserError(f"the landmark set {path} needs a `parts:` mapping; landmark_sets/hands_body_50.yaml shows one")
+    _refuse_unknown(content, _KEYS, path, "")
+    channels = tuple(content.get("channels", ("x", "y", "z")))
+    if channels != tuple(channel for channel in CHANNELS if channel in channels) or channels[:2] != ("x", "y"):
+        raise UserError(f"the landmark set {path}: channels must be x, y, then optionally z and confidence")
+
+    points: list[tuple[str, str]] = []
+    parts: dict[str, tuple[int, ...]] = {}
+    edges: list[tuple[int, int]] = []
+    anchors: dict[str, int] = {}
+    given_mirrors: dict[tuple[str, str], tuple[str, str]] = {}
+    for part, spec in content["parts"].items():
+        if not isinstance(spec, dict) or not spec.get("component") or not spec.get("points"):
+            raise UserError(f"the landmark set {path}: part '{part}' needs `component` and `points`")
+        _refuse_unknown(spec, _PART_KEYS, path, f"part '{part}': ")
+        component, names = str(spec["component"]), [str(point) for point in spec["points"]]
+        index = {name: len(points) + offset for offset, name in enumerate(names)}
+        if len(index) != len(names):
+            raise UserError(f"the landmark set {path}: part '{part}' names a point twice")
+        points += [(component, name) for name in names]
+        parts[part] = tuple(index.values())
+        try:
+            edges += [(index[str(start)], index[str(end)]) for start, end in spec.get("edges", [])]
+            if "anchor" in spec:
+                anchors[part] = index[str(spec["anchor"])]
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"the landmark set {path}: part '{part}': edge or anchor {error} is not one of its points") from error
+        for left, right in spec.get("mirror", []):
+            given_mirrors[component, str(left)] = (component, str(right))
+            given_mirrors[component, str(right)] = (component, str(left))
+    if len(set(points)) != len(points):
+        raise UserError(f"the landmark set {path} holds a landmark in two parts")
+
+    position = {point: index for index, point in enumerate(points)}
+    mirror = tuple(position.get(given_mirrors.get(point, _counterpart(point)), index) for index, point in enumerate(points))
+    return LandmarkSet(
+        name=str(content.get("name", path.stem)),
+        points=tuple(points),
+        parts=parts,
+        mirror=mirror,
+        edges=tuple(edges),
+        channels=channels,
+        min_confidence=float(content.get("min_confidence", 0.0)),
+        anchors=anchors or None,
+    )
+
+
+def _counterpart(point: tuple[str, str]) -> tuple[str, str]:
+    """The name of a landmark on the other side of the body; mesh points of the face need a `mirror:` list instead."""
+    swap = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
+    component, name = ("_".join(swap.get(word, word) for word in text.split("_")) for text in point)
+    return component, name
+
+
+def _refuse_unknown(mapping: dict[str, Any], allowed: set[str], path: Path, where: str) -> None:
+    unknown = sorted(str(key) for key in set(mapping) - allowed)
+    if unknown:
+        raise UserError(f"the landmark set {path}: {where}unknown keys {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
