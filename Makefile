@@ -1,0 +1,48 @@
+# The commands of the project; `make` lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+export VENV PYTHON
+
+BIN := $(abspath $(VENV))/bin
+# Tools that builds and launchers look up by name (ninja, deepspeed) come from the environment, activated or not.
+export PATH := $(BIN):$(PATH)
+
+# Ranks of the demo: one per GPU, else two on the CPU (one where there is a single core).
+RANKS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	if [ "$$gpus" -gt 0 ]; then echo $$gpus; elif [ "$$(getconf _NPROCESSORS_ONLN)" -gt 1 ]; then echo 2; else echo 1; fi)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-nightly lint ops clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make the virtual environment (VENV, PYTHON and TORCH_INDEX choose)
+	@./setup.sh
+
+demo: setup ## train on real signing, from nothing to printed scores; again: only what is missing
+	@$(BIN)/python launch/doctor.py build-ops shm_comm
+	@$(BIN)/python launch/prepare.py --recipe demo
+	@$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --recipe demo
+
+# pytest's closing line is the last one printed.
+test: setup lint ops ## lint, then the tests that need neither network nor GPU
+	@$(BIN)/python -m pytest
+
+test-nightly: setup ops ## the tests that take long
+	@$(BIN)/python -m pytest -m nightly
+
+lint: setup ## ruff, mypy and the one-way rule between the rooms of the toolkit
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy toolkit launch
+	@$(BIN)/lint-imports --no-logo
+
+# Tests start ranks side by side; built beforehand, in one process, an op is there when two ask for it at once.
+ops: setup
+	@$(BIN)/python launch/doctor.py build-ops shm_comm cpu_adam
+
+clean: ## remove the environment, caches and build products; runs/ and corpora/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,182 @@
+"""DeepSpeed's C++ ops: where they are built, building them ahead in one process, and locks that a killed build left behind.
+
+torch builds an extension under a file named ``lock``. A build that is killed leaves it, and every later process then waits for it
+without a word and without end; ``check_locks`` turns that wait into one line before a run starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from toolkit.errors import UserError
+
+# Name as DeepSpeed prints it -> builder class, and what it is for.
+OPS = {
+    "shm_comm": ("ShareMemCommBuilder", "all-reduce between ranks on the CPU"),
+    "cpu_adam": ("CPUAdamBuilder", "AdamW for optimiser states in main memory"),
+    "fused_adam": ("FusedAdamBuilder", "AdamW in one kernel"),
+    "async_io": ("AsyncIOBuilder", "offload to NVMe"),
+}
+# DeepSpeed's folder and file names where they differ from the op's.
+EXTENSION_NAMES = {"shm_comm": "deepspeed_shm_comm"}
+MENDING = "python launch/doctor.py build-ops --force"
+
+
+def use_extensions_dir() -> Path | None:
+    """Point torch's extension builds into this Python environment; call before DeepSpeed is imported.
+
+    A folder of the environment's own is never shared between two torch versions and is removed with the environment. Tools that a
+    build needs (ninja) are found in the environment even where it was not activated.
+
+    Returns:
+        The folder, or None where the environment is read-only and torch's default in the user's cache is used.
+    """
+    tools = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None and shutil.which("ninja", path=tools):
+        os.environ["PATH"] = f"{tools}{os.pathsep}{path}"
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return Path(chosen)
+    if not os.access(sys.prefix, os.W_OK):
+        return None
+    folder = Path(sys.prefix) / "torch_extensions"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return folder
+
+
+def op_folder(name: str) -> Path | None:
+    """The folder in which an op is built, or None where torch chooses it (a read-only environment)."""
+    root = use_extensions_dir()
+    return root / EXTENSION_NAMES.get(name, name) if root else None
+
+
+def is_built(name: str) -> bool:
+    """Whether an op's library lies in its build folder."""
+    folder = op_folder(name)
+    return bool(folder and (folder / f"{folder.name}.so").exists())
+
+
+def stale_locks() -> list[Path]:
+    """Lock files in the build folder that no living process of this machine holds.
+
+    torch keeps the file open while it builds, so a lock that nobody has open belongs to a build that died. A lock of another user
+    is left alone: its owner's processes cannot be seen.
+    """
+    root = use_extensions_dir()
+    suspects = _unheld_locks(root) if root else {}
+    if suspects:
+        # A lock may have passed from one living process to the next while we looked: the same file must be unheld twice.
+        time.sleep(0.2)
+        again = _unheld_locks(root) if root else {}
+        suspects = {lock: identity for lock, identity in suspects.items() if again.get(lock) == identity}
+    return sorted(suspects)
+
+
+def check_locks() -> None:
+    """Refuse to start where a process would wait forever for a build that was killed.
+
+    Raises:
+        UserError: a stale lock is there.
+    """
+    locks = stale_locks()
+    if locks:
+        raise UserError(
+            f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, for which every run would wait: "
+            f"remove it by `{MENDING}`"
+        )
+
+
+def build_ops(names: Iterable[str], *, force: bool = False, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Build ops one after the other in this process, and load each to prove that it works.
+
+    Args:
+        names: keys of ``OPS``.
+        force: remove what a killed build left behind and build anew.
+        say: receives one line for each op.
+
+    Returns:
+        Seconds taken by each op that this machine can use.
+
+    Raises:
+        UserError: an unknown name, a stale lock without ``force``, or a build that failed.
+    """
+    names = list(names)
+    unknown = [name for name in names if name not in OPS]
+    if unknown:
+        raise UserError(f"no op is called {unknown[0]!r}: choose from {', '.join(OPS)}")
+    if force:
+        for lock in stale_locks():
+            say(f"removed {lock}, left by a build that was killed")
+            lock.unlink()
+        for name in names:
+            folder = op_folder(name)
+            if folder and folder.exists():
+                shutil.rmtree(folder)
+    check_locks()
+    with _silence():
+        from deepspeed.accelerator import get_accelerator
+
+    return {name: seconds for name in names if (seconds := _build(name, get_accelerator(), say)) is not None}
+
+
+def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float | None:
+    builder_class, purpose = OPS[name]
+    with _silence():
+        builder = accelerator.create_op_builder(builder_class)  # type: ignore[attr-defined]
+        usable = builder is not None and hasattr(builder, "sources") and builder.is_compatible(verbose=False)
+    if not usable:
+        say(f"op {name} ({purpose}): not for this machine, skipped")
+        return None
+    if not is_built(name):
+        say(f"op {name} ({purpose}): building, one to four minutes on two cores")
+    started = time.monotonic()
+    try:
+        with _silence():
+            builder.load(verbose=False)
+    except Exception as error:  # whatever the compiler, ninja or the loader says is the user's to mend
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
+        raise UserError(
+            f"DeepSpeed's op {name} could not be built: {reason.strip()}; `python launch/doctor.py` lists what is missing"
+        ) from error
+    seconds = time.monotonic() - started
+    say(f"op {name} ({purpose}): ready after {seconds:.0f} s")
+    return seconds
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what DeepSpeed prints while it probes compilers off the terminal; errors arrive as exceptions."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _unheld_locks(root: Path) -> dict[Path, tuple[int, int]]:
+    """Locks under ``root`` that no process has open, each with its inode and time of making."""
+    locks = {}
+    for lock in root.glob("*/lock"):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            status = lock.stat()
+            if os.geteuid() in (0, status.st_uid):
+                locks[lock] = (status.st_ino, status.st_mtime_ns)
+    held = _open_files() if locks else set()
+    return {lock: identity for lock, identity in locks.items() if os.path.realpath(lock) not in held}
+
+
+def _open_files() -> set[str]:
+    """Every file that a process we may look at has open, read from Linux's /proc."""
+    opened = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            opened.add(os.readlink(descriptor))
+        except OSError:
+            continue  # closed meanwhile, or another user's
+    return opened

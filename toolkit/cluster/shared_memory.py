@@ -1,0 +1,85 @@
+"""DeepSpeed's shared-memory buffers on the CPU: none may outlive a run, however the run ended.
+
+On the CPU every rank makes one file of 69 MB in /dev/shm, which is RAM, and DeepSpeed never removes it. A file that every rank has
+mapped needs its name no longer: removing the name leaves the mappings alive until the last process ends, by whatever death.
+So a run removes its names right after start-up, and removes at start what runs that were killed before that left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "deepspeed_allreduce_buffer"
+# A buffer is made by one system call and mapped by the next; younger ones may be between the two.
+GRACE_SECONDS = 10.0
+
+
+def own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> Path:
+    """The file that DeepSpeed makes for this rank: named by user, rendezvous address, port and rank."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    return folder / f"{PREFIX}_{os.getuid()}_{address}_{port}_{rank}"
+
+
+def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> bool:
+    """Remove the name of this rank's buffer; the memory stays usable and is freed when the last rank ends.
+
+    Call it after a barrier that follows ``deepspeed.init_distributed``: before it another rank may still have to open the file.
+
+    Returns:
+        Whether there was a buffer to remove.
+    """
+    try:
+        own_buffer(rank, folder).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_orphaned_buffers(folder: Path = SHARED_MEMORY) -> int:
+    """Remove this user's buffers that no living process maps; one rank of a node calls this before the process group is built.
+
+    Returns:
+        Bytes freed.
+    """
+    freed = 0
+    for path in orphaned_buffers(folder):
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            continue  # another run tidied at the same moment
+        freed += size
+    return freed
+
+
+def orphaned_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
+    """This user's buffers that no living process maps and that are too old to be just in the making."""
+    now = time.time()
+    candidates = []
+    for path in folder.glob(f"{PREFIX}_{os.getuid()}_*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid == os.getuid() and now - status.st_mtime > GRACE_SECONDS:
+            candidates.append(path)
+    if not candidates:
+        return []
+    mapped = _mapped_files()
+    return [path for path in candidates if str(path) not in mapped]
+
+
+def _mapped_files() -> set[str]:
+    """Every file that a process of this user maps by name, read from Linux's /proc."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text(errors="replace").splitlines()
+        except OSError:
+            continue  # the process ended, or is another user's and cannot map files that only we may open
+        # address permissions offset device inode path; a path may hold blanks
+        mapped.update(fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) == 6)
+    return mapped
