@@ -1,0 +1,196 @@
+"""Random changes to training clips that leave their meaning: seen from elsewhere, signed faster, seen less well.
+
+What happens to a clip follows from its own random generator alone, so it does not matter in which batch the clip comes or
+which process prepares it. Missing landmarks stay missing and padding stays padding.
+
+The three ways in which a clip changes:
+
+* in time: temporal crop, speed, time warp and frame drop are composed into one list of source times, read once;
+* in space: mirror, rotation, shear and scale are composed into one matrix, then comes translation, then noise;
+* in what is seen: landmark drop and hand drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from toolkit.poses.landmarks import LandmarkSet
+    from toolkit.recipe.schema import Augmentation
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+# A dropped hand is hidden for at most this share of the clip: what is never seen could not be learnt.
+_LONGEST_HAND_DROP = 0.5
+_NOISE_VALUES = 1 << 20
+
+
+def is_off(settings: Augmentation) -> bool:
+    """Whether every strength is zero."""
+    return not any(strength for _, strength in settings)
+
+
+def augment(
+    poses: Tensor,
+    visible: Tensor,
+    frame_mask: Tensor,
+    settings: Augmentation,
+    landmark_set: LandmarkSet,
+    generators: Sequence[np.random.Generator],
+    *,
+    max_frames: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Change each clip of a batch at random.
+
+    The arithmetic is vectorised over one clip at a time, because a clip fits into the processor's cache and a batch does
+    not: passes over a whole batch would spend their time on main memory.
+
+    Args:
+        poses: float32 [clips, frames, points, channels] on the CPU, in shoulder widths, 0 where missing or padded.
+        visible: bool [clips, frames, points].
+        frame_mask: bool [clips, frames]; a clip's frames come before its padding.
+        settings: strength of each change; 0 = off.
+        landmark_set: which points are hands, which are mirror images, what the channels hold.
+        generators: one for each clip.
+        max_frames: a slowed clip grows to this length at most.
+
+    Returns:
+        new tensors like the first three, with as many frames as the longest clip now has.
+
+    Raises:
+        ValueError: the poses do not fit the landmark set, or there is not one generator for each clip.
+    """
+    if poses.shape[2:] != (landmark_set.num_points, landmark_set.num_channels) or len(generators) != len(poses):
+        raise ValueError(
+            f"poses {tuple(poses.shape)} with {len(generators)} generators do not fit the landmark set "
+            f"'{landmark_set.name}' of {landmark_set.num_points} points x {landmark_set.num_channels} channels"
+        )
+    if is_off(settings):
+        return poses, visible, frame_mask
+
+    lengths = frame_mask.sum(1).tolist()
+    times = [
+        _source_times(length, settings, rng, max_frames) for length, rng in zip(lengths, generators, strict=True)
+    ]
+    new_lengths = torch.tensor([len(clip_times) for clip_times in times])
+    longest = int(new_lengths.max())
+    new_poses = poses.new_zeros(len(poses), longest, *poses.shape[2:])
+    new_visible = visible.new_zeros(len(poses), longest, poses.shape[2])
+    old_points, old_seen = poses.numpy(), visible.numpy()
+    new_points, new_seen = new_poses.numpy(), new_visible.numpy()
+    for row, (length, clip_times, rng) in enumerate(zip(lengths, times, generators, strict=True)):
+        planes, seen = _read_at(old_points[row, :length], old_seen[row, :length], clip_times)
+        seen = _hide(seen, settings, landmark_set, rng)
+        planes, seen = _move(planes, seen, settings, landmark_set, rng)
+        planes *= seen
+        new_points[row, : len(clip_times)] = planes.transpose(1, 2, 0)
+        new_seen[row, : len(clip_times)] = seen
+    return new_poses, new_visible, torch.arange(longest) < new_lengths[:, None]
+
+
+def _source_times(
+    length: int, settings: Augmentation, rng: np.random.Generator, max_frames: int | None
+) -> NDArray[np.float64]:
+    """Where in the source clip each new frame is read, in frames; ascending, within 0 .. length - 1."""
+    kept = max(length - round(length * rng.uniform(0.0, settings.temporal_crop)), min(length, 2))
+    first = rng.integers(0, length - kept + 1)
+    speed = (1.0 + settings.speed) ** rng.uniform(-1.0, 1.0)
+    frames = max(round(kept / speed), min(kept, 2))
+    if max_frames is not None:
+        frames = min(frames, max_frames)
+    if kept == 1 or frames == 1:
+        return np.array([first + (kept - 1) / 2])
+    times = np.linspace(0.0, kept - 1.0, frames)
+    # The slope of this bend is 1 + warp * cos(...), with |warp| <= 1: time never runs backwards.
+    warp, waves = settings.time_warp * rng.uniform(-1.0, 1.0), np.pi * rng.integers(1, 3) / (kept - 1)
+    times += warp * np.sin(waves * times) / waves
+    times = first + np.clip(times, 0.0, kept - 1.0)
+    stays = rng.random(frames) >= settings.frame_drop
+    stays[[0, -1]] = True
+    return times[stays]
+
+
+def _read_at(points: FloatArray, seen: BoolArray, times: NDArray[np.float64]) -> tuple[FloatArray, BoolArray]:
+    """Interpolate a clip linearly at the given times.
+
+    A landmark is seen where the nearest frame saw it; where only that frame did, its value stands alone, so that a hand
+    that flickers loses no frames.
+
+    Returns:
+        coordinates as planes [channels, frames, points], any value where not seen, and what is seen [frames, points].
+    """
+    nearest = np.rint(times).astype(np.int64)
+    offset = times - nearest
+    planes = np.ascontiguousarray(points[nearest].transpose(2, 0, 1))
+    if offset.any():
+        # Rounding an exact 0 gives no direction; np.sign then names the nearest frame itself, and nothing is added.
+        other = nearest + np.sign(offset).astype(np.int64)
+        weight = np.abs(offset).astype(np.float32)[:, None] * seen[other]
+        step = np.ascontiguousarray(points[other].transpose(2, 0, 1))
+        step -= planes
+        step *= weight
+        planes += step
+    return planes, seen[nearest]
+
+
+def _hide(seen: BoolArray, settings: Augmentation, landmark_set: LandmarkSet, rng: np.random.Generator) -> BoolArray:
+    """Hide single landmarks through the clip, and hands for a while."""
+    seen = seen & (rng.random(seen.shape[1]) >= settings.landmark_drop)
+    for part, points in landmark_set.parts.items():
+        if part.endswith("hand") and rng.random() < settings.hand_drop:
+            frames = int(np.ceil(len(seen) * rng.uniform(0.0, _LONGEST_HAND_DROP)))
+            first = rng.integers(0, len(seen) - frames + 1)
+            seen[first : first + frames, list(points)] = False
+    return seen
+
+
+def _move(
+    planes: FloatArray, seen: BoolArray, settings: Augmentation, landmark_set: LandmarkSet, rng: np.random.Generator
+) -> tuple[FloatArray, BoolArray]:
+    """Change where the landmarks are."""
+    is_mirrored = rng.random() < settings.mirror
+    if is_mirrored:
+        counterpart = np.asarray(landmark_set.mirror)
+        planes, seen = planes.take(counterpart, axis=2), seen.take(counterpart, axis=1)
+
+    spatial = [row for row, channel in enumerate(landmark_set.channels) if channel in ("x", "y", "z")]
+    angle = np.deg2rad(settings.rotation) * rng.uniform(-1.0, 1.0)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shear = np.array([[1.0, settings.shear * rng.uniform(-1.0, 1.0)], [0.0, 1.0]])
+    reflection = np.diag([-1.0 if is_mirrored else 1.0, 1.0])
+    matrix = np.eye(len(planes))
+    matrix[:2, :2] = rotation @ shear @ reflection
+    matrix[spatial] *= (1.0 + settings.scale) ** rng.uniform(-1.0, 1.0)
+    if (matrix != np.eye(len(planes))).any():
+        planes = (matrix.astype(np.float32) @ planes.reshape(len(planes), -1)).reshape(planes.shape)
+
+    for row in (0, 1):
+        planes[row] += np.float32(settings.translation * rng.uniform(-1.0, 1.0)) * _absolute_points(landmark_set)
+    if settings.noise:
+        size = len(spatial) * planes[0].size
+        table = _gaussian_noise(max(_NOISE_VALUES, size))
+        start = int(rng.integers(0, len(table) - size + 1))
+        planes[spatial] += table[start : start + size].reshape(len(spatial), *planes.shape[1:]) * settings.noise
+    return planes, seen
+
+
+def _absolute_points(landmark_set: LandmarkSet) -> FloatArray:
+    """1 for landmarks told relative to the body, 0 for those told relative to a landmark of their own part."""
+    absolute = np.ones(landmark_set.num_points, dtype=np.float32)
+    for part in landmark_set.anchors or {}:
+        absolute[list(landmark_set.parts[part])] = 0.0
+    return absolute
+
+
+@lru_cache(maxsize=1)
+def _gaussian_noise(values: int) -> FloatArray:
+    """Standard normal values to read from any place: drawing them anew for each batch would cost more than all else."""
+    return np.random.default_rng(0).standard_normal(values, dtype=np.float32)
