@@ -1,7 +1,7 @@
 """Clips of different lengths become one padded batch of tensors.
 
-Missing is not zero: a landmark that was not seen is zero in ``poses`` *and* false in ``visible``, and padding is false in
-``frame_mask``. A filler clip carries no labels, so it can never count in a loss.
+Missing is not zero: a landmark that was not seen is zero in ``poses`` *and* false in ``visible``, and padding is false
+in ``frame_mask``. A filler clip carries no labels, so it can never count in a loss.
 """
 
 from __future__ import annotations

@@ -63,8 +63,9 @@ def train_batches(
         for clips in order
         for share in micro_batches(clips, rank, resolved.world_size, accumulation, resolved.micro_batch_size)
     )
-    augmenter = Augmenter(resolved.recipe.augmentation, landmark_set, resolved.recipe.data.max_frames, training.seed, epoch)
-    batches = _load(split, tokenizer, shares, resolved.recipe.evaluation.max_new_tokens, training.workers, augmenter)
+    recipe = resolved.recipe
+    augmenter = Augmenter(recipe.augmentation, landmark_set, recipe.data.max_frames, training.seed, epoch)
+    batches = _load(split, tokenizer, shares, recipe.evaluation.max_new_tokens, training.workers, augmenter)
     for _ in order:
         yield [next(batches) for _ in range(accumulation)]
 

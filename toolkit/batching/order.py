@@ -1,9 +1,10 @@
 """Which clips meet in which batch: one global order that every world size cuts in its own way.
 
-The order of an epoch follows from the lengths, the seed and the epoch alone. The set of clips behind an optimizer step is
-therefore the same on 1 or 64 ranks, and a run that stopped at step ``k`` goes on at step ``k``, also on other hardware.
+The order of an epoch follows from the lengths, the seed and the epoch alone. The set of clips behind an optimizer step
+is therefore the same on 1 or 64 ranks, and a run that stopped at step ``k`` goes on at step ``k``, also on other
+hardware.
 
-A filler is a clip that fills a seat and must not count. It is written as ``~i``: the content of clip ``i``, weight zero.
+A filler is a clip that fills a seat and must not count. It is written ``~i``: the content of clip ``i``, weight zero.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-# Clips are sorted by length within pools of this many global batches: at 100 about 2 % of the frames of a batch of 32 are
-# padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at least two, because
-# one pool over the whole corpus would put nearly the same clips together in every epoch.
+# Clips are sorted by length within pools of this many global batches: at 100 about 2.4 % of the frames of a batch of 32
+# are padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at least two,
+# because one pool over the whole corpus would put nearly the same clips together in every epoch.
 POOL_BATCHES = 100
 MIN_POOLS = 2
 
@@ -40,7 +41,7 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
         epoch: the order differs from epoch to epoch.
 
     Returns:
-        One array of clip indices a step, longest clip first. Full batches come in random order; a partial batch comes last.
+        One array of clip indices a step, longest clip first. Full batches come in random order, a partial one last.
 
     Raises:
         ValueError: there are no clips, or the batch size is not positive.
@@ -73,12 +74,12 @@ def micro_batches(
 ) -> list[Indices]:
     """Cut one rank's share out of a global batch.
 
-    The batch is sorted by length, so consecutive clips go to the ranks of one accumulation step: little padding within a
-    micro-batch, and ranks that work on similar lengths at the same time wait little for each other. A partial batch is
-    spread evenly; where clips run short a rank gets one filler.
+    The batch is sorted by length, so consecutive clips go to the ranks of one accumulation step: little padding within
+    a micro-batch, and ranks that work on similar lengths at the same time wait little for each other. A partial batch
+    is spread evenly; where clips run short a rank gets one filler.
 
     Returns:
-        ``accumulation_steps`` arrays of clip indices, each of 1 to ``micro_batch_size`` clips; fillers are negative (``~i``).
+        ``accumulation_steps`` arrays of 1 to ``micro_batch_size`` clip indices; fillers are negative (``~i``).
 
     Raises:
         ValueError: the batch is empty or does not fit into the seats.

@@ -1,7 +1,7 @@
 """Random changes to training clips that leave their meaning: seen from elsewhere, signed faster, seen less well.
 
-What happens to a clip follows from its own random generator alone, so it does not matter in which batch the clip comes or
-which process prepares it. Missing landmarks stay missing and padding stays padding.
+What happens to a clip follows from its own random generator alone, so it does not matter in which batch the clip comes
+or which process prepares it. Missing landmarks stay missing and padding stays padding.
 
 The three ways in which a clip changes:
 
@@ -50,8 +50,8 @@ def augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Change each clip of a batch at random.
 
-    The arithmetic is vectorised over one clip at a time, because a clip fits into the processor's cache and a batch does
-    not: passes over a whole batch would spend their time on main memory.
+    The arithmetic is vectorised over one clip at a time, because a clip fits into the processor's cache and a batch
+    does not: passes over a whole batch would spend their time on main memory.
 
     Args:
         poses: float32 [clips, frames, points, channels] on the CPU, in shoulder widths, 0 where missing or padded.
