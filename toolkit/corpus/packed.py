@@ -1,0 +1,360 @@
+"""The packed corpus: what preparation writes once and every training process reads as a memory map.
+
+On disk a corpus is a folder that the ``datasets`` library opens with ``load_from_disk``::
+
+    corpus.json          how the features were made: landmarks, frame rate, normalisation, checksums, counts
+    rejects.csv          the clips that could not be used, each with its reason
+    dataset_dict.json    the names of the splits
+    train/               data-00000-of-00004.arrow ..., dataset_info.json, state.json
+    dev/ test/ ...
+
+Features are float16, a list of frames of ``points x channels`` values each, NaN where a landmark is missing. Reading
+goes through pyarrow alone: it starts a hundred times faster than ``datasets``, and gives views into the map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from toolkit.errors import UserError
+from toolkit.poses.landmarks import LandmarkSet
+
+FORMAT_VERSION = 1
+METADATA_FILE = "corpus.json"
+CLIPS_PER_RECORD_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip as a model sees it.
+
+    Attributes:
+        uid: its name in the table.
+        text: what is signed.
+        features: float16 [frames, points, channels], NaN = missing; a read-only view into the memory map.
+        video: the source video, which no two splits share.
+        language: its sign language, where the table tells.
+        hands_visible: share of frames that show at least one hand.
+    """
+
+    uid: str
+    text: str
+    features: npt.NDArray[np.float16]
+    video: str = ""
+    language: str = ""
+    hands_visible: float = 1.0
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a corpus says of itself.
+
+    Attributes:
+        landmark_set: ``LandmarkSet.to_dict()``.
+        fps: frames per second of the features.
+        normalisation: origin and unit of the coordinates, in words.
+        max_frames, min_frames, too_long: the lengths that were let in, and what became of longer clips.
+        splits: of each split the number of ``clips`` and ``frames``.
+        counts: clips rejected, shortened, normalised without shoulders, without hands.
+        checksums: xxh3 of the table and of all clips in order.
+        leakage: texts and videos that splits share.
+        versions: of the toolkit that wrote it.
+    """
+
+    landmark_set: dict[str, Any]
+    fps: float
+    normalisation: str
+    max_frames: int | None = None
+    min_frames: int = 1
+    too_long: str = "subsample"
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
+    leakage: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.landmark_set["channels"])
+
+
+class Column(Sequence[str]):
+    """The texts or uids of a split, read from the map one by one: a million of them cost no memory."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._values[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._values.chunks:
+            yield from chunk.to_pylist()
+
+
+class Split:
+    """One split of a corpus: an indexed sequence of clips.
+
+    It pickles as its path: worker processes map the files again instead of receiving them.
+    """
+
+    def __init__(self, folder: Path, num_points: int, num_channels: int) -> None:
+        self.folder = folder
+        self.num_points = num_points
+        self.num_channels = num_channels
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @cached_property
+    def frames(self) -> npt.NDArray[np.int32]:
+        """Frames of each clip, int32 [clips]."""
+        return np.ascontiguousarray(self._table.column("frames").to_numpy())
+
+    @property
+    def uids(self) -> Column:
+        return Column(self._table.column("uid"))
+
+    @property
+    def texts(self) -> Column:
+        return Column(self._table.column("text"))
+
+    @property
+    def videos(self) -> Column:
+        return Column(self._table.column("video"))
+
+    @property
+    def languages(self) -> Column:
+        return Column(self._table.column("language"))
+
+    @property
+    def hands_visible(self) -> npt.NDArray[np.float32]:
+        """Share of frames that show at least one hand, float32 [clips]."""
+        return self._table.column("hands_visible").to_numpy()
+
+    def clip(self, index: int) -> Clip:
+        """The clip at ``index``; its features are a view into the map.
+
+        Raises:
+            IndexError: there is no such clip.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)} in split {self.name}")
+        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
+        row = index - int(self._chunk_starts[chunk])
+        offsets, values = self._chunk(chunk)
+        return Clip(
+            uid=self.uids[index],
+            text=self.texts[index],
+            features=values[offsets[row] : offsets[row + 1]],
+            video=self.videos[index],
+            language=self.languages[index],
+            hands_visible=float(self._table.column("hands_visible")[index].as_py()),
+        )
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self.clip(index) for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "num_points": self.num_points, "num_channels": self.num_channels}
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        shards = sorted(self.folder.glob("data-*.arrow"))
+        return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards)
+
+    @cached_property
+    def _chunk_starts(self) -> npt.NDArray[np.int64]:
+        """Index of the first clip of each record batch, int64 [batches]."""
+        sizes = [len(chunk) for chunk in self._table.column("features").chunks]
+        return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
+
+    def _chunk(self, chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
+        """Frame offsets [clips + 1] and all frames [frames, points, channels] of a record batch, both views."""
+        if chunk not in self._chunks:
+            lists = self._table.column("features").chunk(chunk)
+            frames = lists.values.flatten().to_numpy(zero_copy_only=True)
+            self._chunks[chunk] = (lists.offsets.to_numpy(), frames.reshape(-1, self.num_points, self.num_channels))
+        return self._chunks[chunk]
+
+    @cached_property
+    def _chunks(self) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A packed corpus, opened.
+
+    Attributes:
+        path: its folder.
+        metadata: how its features were made.
+        splits: by name, e.g. train, dev, test.
+    """
+
+    path: Path
+    metadata: Metadata
+    splits: dict[str, Split]
+
+    @property
+    def landmark_set(self) -> LandmarkSet:
+        return LandmarkSet.from_dict(self.metadata.landmark_set)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Open a corpus; nothing but its index is read.
+
+        Raises:
+            UserError: there is none, or another version of the toolkit wrote it.
+        """
+        path = Path(path)
+        try:
+            content = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
+            version = content["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a prepared corpus (no readable {METADATA_FILE}): make one with launch/prepare.py") from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"the corpus {path} has format {version}, this toolkit reads {FORMAT_VERSION}: prepare it again")
+        known = {item.name for item in fields(Metadata)}
+        metadata = Metadata(**{key: value for key, value in content.items() if key in known})
+        num_points = len(metadata.landmark_set["points"])
+        splits = {name: Split(path / name, num_points, len(metadata.channels)) for name in metadata.splits}
+        return cls(path, metadata, splits)
+
+
+def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
+    """Write one Arrow file of a split; it appears under its name only when it is complete.
+
+    Args:
+        path: ``data-NNNNN-of-NNNNN.arrow`` in the folder of the split.
+        clips: features are [frames, points, channels]; turned to float16 here.
+        features_width: points x channels.
+    """
+    schema = _schema(features_width)
+    partial = path.with_suffix(".tmp")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, len(clips), CLIPS_PER_RECORD_BATCH):
+            writer.write_batch(_record_batch(clips[start : start + CLIPS_PER_RECORD_BATCH], schema, features_width))
+    partial.replace(path)
+
+
+def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.RecordBatch:
+    frames = np.array([len(clip.features) for clip in clips], np.int32)
+    offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
+    flat = np.empty(int(offsets[-1]) * width, np.float16)
+    with np.errstate(over="ignore"):
+        for clip, start, end in zip(clips, offsets[:-1] * width, offsets[1:] * width, strict=True):
+            flat[start:end] = clip.features.reshape(-1)
+    # What float16 cannot hold lies thousands of shoulder widths away: not a place, so it is missing.
+    flat[np.isinf(flat)] = np.nan
+    values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
+    columns = [
+        pa.array([clip.uid for clip in clips], pa.string()),
+        pa.array([clip.text for clip in clips], pa.string()),
+        pa.array([clip.video for clip in clips], pa.string()),
+        pa.array([clip.language for clip in clips], pa.string()),
+        pa.array(frames),
+        pa.array([clip.hands_visible for clip in clips], pa.float32()),
+        pa.LargeListArray.from_arrays(pa.array(offsets), values),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _schema(width: int) -> pa.Schema:
+    features = pa.large_list(pa.list_(pa.float16(), width))
+    columns = [
+        *((name, pa.string()) for name in ("uid", "text", "video", "language")),
+        ("frames", pa.int32()),
+        ("hands_visible", pa.float32()),
+        ("features", features),
+    ]
+    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": _dataset_features(width)}})})
+
+
+def _dataset_features(width: int) -> dict[str, Any]:
+    """The columns as the ``datasets`` library describes them."""
+
+    def value(dtype: str) -> dict[str, Any]:
+        return {"dtype": dtype, "_type": "Value"}
+
+    frame = {"feature": value("float16"), "length": width, "_type": "Sequence"}
+    return {
+        **{name: value("string") for name in ("uid", "text", "video", "language")},
+        "frames": value("int32"),
+        "hands_visible": value("float32"),
+        "features": {"feature": frame, "_type": "LargeList"},
+    }
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"data-{index:05d}-of-{count:05d}.arrow"
+
+
+def finish_split(folder: Path, features_width: int) -> None:
+    """Write the two small files by which ``datasets.load_from_disk`` knows a folder of shards."""
+    shards = sorted(path.name for path in folder.glob("data-*.arrow"))
+    info = {"citation": "", "description": "", "features": _dataset_features(features_width), "homepage": "", "license": ""}
+    state = {
+        "_data_files": [{"filename": name} for name in shards],
+        "_fingerprint": xxhash.xxh3_64_hexdigest("\n".join([folder.name, *shards]).encode()),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    _write_json(folder / "dataset_info.json", info)
+    _write_json(folder / "state.json", state)
+
+
+def finish_corpus(folder: Path, metadata: Metadata) -> None:
+    """Write what makes a folder of finished splits a corpus; ``metadata.splits`` names them."""
+    _write_json(folder / "dataset_dict.json", {"splits": list(metadata.splits)})
+    _write_json(folder / METADATA_FILE, asdict(metadata))
+
+
+def write_corpus(
+    folder: Path, splits: dict[str, Iterable[Clip]], landmark_set: LandmarkSet, fps: float, normalisation: str = "none"
+) -> Corpus:
+    """Pack features that are already at hand, in one process; ``launch/prepare.py`` is the way from pose files.
+
+    Args:
+        folder: to be created.
+        splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing.
+        fps: frames per second of the features.
+        normalisation: origin and unit of the coordinates, in words.
+    """
+    width = landmark_set.num_points * landmark_set.num_channels
+    summaries = {}
+    for name, clips in splits.items():
+        (folder / name).mkdir(parents=True)
+        packed = list(clips)
+        write_shard(folder / name / shard_name(0, 1), packed, width)
+        finish_split(folder / name, width)
+        summaries[name] = {"clips": len(packed), "frames": sum(len(clip.features) for clip in packed)}
+    finish_corpus(folder, Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries))
+    return Corpus.open(folder)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
