@@ -1,7 +1,8 @@
 """The package: its metadata, what it needs, and the recipes and DeepSpeed JSONs that it ships.
 
-In a clone `recipes/` and `ds_configs/` stand at the top, where people look for them; a built wheel carries the same files inside
-the package, as `toolkit/_recipes` and `toolkit/_ds_configs`. `launch/` and `tests/` are run from a clone and never installed.
+In a clone `recipes/` and `ds_configs/` stand at the top, where people look for them; a built wheel carries the same
+files inside the package, as `toolkit/_recipes` and `toolkit/_ds_configs`. `launch/` and `tests/` are run from a clone
+and never installed.
 """
 
 import re

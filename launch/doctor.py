@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Say what works on this machine, or build DeepSpeed's C++ ops ahead of the first run.
 
-    python launch/doctor.py                          versions, devices, and a list of what works
-    python launch/doctor.py --json                   the same as one JSON object
-    python launch/doctor.py build-ops                what this machine needs, in one process
-    python launch/doctor.py build-ops cpu_adam async_io
-    python launch/doctor.py build-ops --force        anew, after a build was killed
+python launch/doctor.py                          versions, devices, and a list of what works
+python launch/doctor.py --json                   the same as one JSON object
+python launch/doctor.py build-ops                what this machine needs, in one process
+python launch/doctor.py build-ops cpu_adam async_io
+python launch/doctor.py build-ops --force        anew, after a build was killed
 """
 
 from __future__ import annotations

@@ -147,6 +147,9 @@ def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / GIB
     if free < 2:
         return Finding(
-            "disk", "note", f"{free:.1f} GiB free here: checkpoints of large models will not fit", "free some, or set run.dir"
+            "disk",
+            "note",
+            f"{free:.1f} GiB free here: checkpoints of large models will not fit",
+            "free some, or set run.dir",
         )
     return Finding("disk", "ok", f"{free:.0f} GiB free here")

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, cores, memory and the toolkit's own commit, for ``environment.json`` and the doctor.
+"""What a run ran on: versions, devices, memory and the toolkit's own commit, for ``environment.json`` and the doctor.
 
 Only named facts are collected, never the process's environment as a whole, so that no secret can reach a run directory.
 """
@@ -90,7 +90,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def git_commit() -> str | None:
-    """Commit of the clone that this code runs from, with ``+changes`` where files differ; None for an installed package."""
+    """Commit of the clone that this code runs from, ``+changes`` where files differ; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -104,7 +104,12 @@ def git_commit() -> str | None:
 
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL
+        ["git", "-C", str(root), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+        stdin=subprocess.DEVNULL,
     )
     return done.stdout.strip()
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's C++ ops: where they are built, building them ahead in one process, and locks that a killed build left behind.
+"""DeepSpeed's C++ ops: where they are built, building them ahead of a run, and locks that a killed build left behind.
 
-torch builds an extension under a file named ``lock``. A build that is killed leaves it, and every later process then waits for it
-without a word and without end; ``check_locks`` turns that wait into one line before a run starts.
+torch builds an extension under a file named ``lock``. A build that is killed leaves it, and every later process then
+waits for it without a word and without end; ``check_locks`` turns that wait into one line before a run starts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MENDING = "python launch/doctor.py build-ops --force"
 def use_extensions_dir() -> Path | None:
     """Point torch's extension builds into this Python environment; call before DeepSpeed is imported.
 
-    A folder of the environment's own is never shared between two torch versions and is removed with the environment. Tools that a
-    build needs (ninja) are found in the environment even where it was not activated.
+    A folder of the environment's own is never shared between two torch versions and is removed with the environment.
+    Tools that a build needs (ninja) are found in the environment even where it was not activated.
 
     Returns:
         The folder, or None where the environment is read-only and torch's default in the user's cache is used.
@@ -67,13 +67,14 @@ def is_built(name: str) -> bool:
 def stale_locks() -> list[Path]:
     """Lock files in the build folder that no living process of this machine holds.
 
-    torch keeps the file open while it builds, so a lock that nobody has open belongs to a build that died. A lock of another user
-    is left alone: its owner's processes cannot be seen.
+    torch keeps the file open while it builds, so a lock that nobody has open belongs to a build that died. A lock of
+    another user is left alone: its owner's processes cannot be seen.
     """
     root = use_extensions_dir()
     suspects = _unheld_locks(root) if root else {}
     if suspects:
-        # A lock may have passed from one living process to the next while we looked: the same file must be unheld twice.
+        # A lock may have passed from one living process to the next while we looked: the same file must be unheld
+        # twice.
         time.sleep(0.2)
         again = _unheld_locks(root) if root else {}
         suspects = {lock: identity for lock, identity in suspects.items() if again.get(lock) == identity}
@@ -89,8 +90,8 @@ def check_locks() -> None:
     locks = stale_locks()
     if locks:
         raise UserError(
-            f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, for which every run would wait: "
-            f"remove it by `{MENDING}`"
+            f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, "
+            f"for which every run would wait: remove it by `{MENDING}`"
         )
 
 
@@ -145,7 +146,8 @@ def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float 
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
         raise UserError(
-            f"DeepSpeed's op {name} could not be built: {reason.strip()}; `python launch/doctor.py` lists what is missing"
+            f"DeepSpeed's op {name} could not be built: {reason.strip()}; "
+            "`python launch/doctor.py` lists what is missing"
         ) from error
     seconds = time.monotonic() - started
     say(f"op {name} ({purpose}): ready after {seconds:.0f} s")

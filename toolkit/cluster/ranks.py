@@ -65,11 +65,14 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
                 rank=_number(environment, rank),
                 local_rank=_number(environment, local_rank) if local_rank in environment else 0,
                 world_size=size,
-                local_world_size=next((_number(environment, name) for name in local_sizes if name in environment), size),
+                local_world_size=next(
+                    (_number(environment, name) for name in local_sizes if name in environment), size
+                ),
             )
             if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size):
                 raise UserError(
-                    f"{rank}={ranks.rank} does not fit {world_size}={ranks.world_size} with {ranks.local_world_size} on this node: "
+                    f"{rank}={ranks.rank} does not fit {world_size}={ranks.world_size} "
+                    f"with {ranks.local_world_size} on this node: "
                     "start the run by `deepspeed`, or unset these variables to run a single process"
                 )
             return ranks

@@ -1,8 +1,9 @@
 """DeepSpeed's shared-memory buffers on the CPU: none may outlive a run, however the run ended.
 
-On the CPU every rank makes one file of 69 MB in /dev/shm, which is RAM, and DeepSpeed never removes it. A file that every rank has
-mapped needs its name no longer: removing the name leaves the mappings alive until the last process ends, by whatever death.
-So a run removes its names right after start-up, and removes at start what runs that were killed before that left behind.
+On the CPU every rank makes one file of 69 MB in /dev/shm, which is RAM, and DeepSpeed never removes it. A file that
+every rank has mapped needs its name no longer: removing the name leaves the mappings alive until the last process ends,
+by whatever death. So a run removes its names right after start-up, and removes at start what runs that were killed
+before that left behind.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> Path:
 def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> bool:
     """Remove the name of this rank's buffer; the memory stays usable and is freed when the last rank ends.
 
-    Call it after a barrier that follows ``deepspeed.init_distributed``: before it another rank may still have to open the file.
+    Call it after a barrier that follows ``deepspeed.init_distributed``: before it another rank may still have to open
+    the file.
 
     Returns:
         Whether there was a buffer to remove.
@@ -39,7 +41,7 @@ def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> bool:
 
 
 def remove_orphaned_buffers(folder: Path = SHARED_MEMORY) -> int:
-    """Remove this user's buffers that no living process maps; one rank of a node calls this before the process group is built.
+    """Remove this user's buffers that no living process maps; one rank of a node calls this before the group is built.
 
     Returns:
         Bytes freed.
@@ -74,7 +76,7 @@ def orphaned_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
 
 def _mapped_files() -> set[str]:
     """Every file that a process of this user maps by name, read from Linux's /proc."""
-    mapped = set()
+    mapped: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             lines = maps.read_text(errors="replace").splitlines()
