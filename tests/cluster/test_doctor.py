@@ -1,0 +1,77 @@
+"""The doctor's findings and command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from toolkit.cluster.checks import examine
+from toolkit.cluster.environment import VARIABLES, describe_environment
+
+DOCTOR = Path(__file__).resolve().parents[2] / "launch" / "doctor.py"
+
+
+def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, str(DOCTOR), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+def test_the_environment_names_versions_and_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = describe_environment()
+    text = json.dumps(environment)
+    assert "hf_secret_of_the_user" not in text
+    assert environment["packages"]["deepspeed"].startswith("0.")
+    assert environment["variables"]["OMP_NUM_THREADS"] == "1"
+    assert not any(word in name for name in VARIABLES for word in ("KEY", "TOKEN", "SECRET", "PASSWORD"))
+
+
+def test_every_finding_that_is_wrong_says_how_to_mend_it():
+    findings = examine()
+    assert {finding.name for finding in findings} >= {"device", "compiler", "op shm_comm", "memory", "disk"}
+    assert all(finding.remedy for finding in findings if finding.state == "missing")
+
+
+def test_a_stale_lock_is_in_the_list_of_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    found = [finding for finding in examine() if finding.name == "build lock"]
+    assert len(found) == 1 and found[0].state == "missing" and "--force" in found[0].remedy
+
+
+def test_json_is_one_object_on_the_last_line():
+    done = run_doctor("--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"environment", "findings"}
+
+
+def test_an_unknown_op_is_one_line_and_exit_2():
+    done = run_doctor("build-ops", "cpu_adm")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "cpu_adm" in done.stderr
+
+
+def test_a_stale_lock_stops_a_build_with_one_line(tmp_path):
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    done = run_doctor("build-ops", "shm_comm", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "--force" in done.stderr
+
+
+def test_a_build_without_a_compiler_is_one_line_and_exit_2(tmp_path):
+    done = run_doctor("build-ops", "shm_comm", TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "shm_comm" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
