@@ -1,0 +1,42 @@
+"""Text files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from toolkit.errors import UserError
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` by way of a temporary name beside it, so that no reader ever sees half a file.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of ``path``.
+
+    Raises:
+        UserError: it is missing, a folder, unreadable or not UTF-8; ``what`` says in the message what it should be.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {what} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read: {error.strerror}") from error

@@ -1,0 +1,132 @@
+"""Model cards: one YAML per backbone with its published dimensions, and the same architecture shrunk.
+
+A card makes a backbone known without the hub: it can be built from scratch, counted and planned from its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from toolkit.errors import UserError
+from toolkit.recipe.files import read_text
+from toolkit.recipe.paths import models_dir, shown
+from toolkit.recipe.schema import Model
+from toolkit.recipe.tree import did_you_mean, nearest
+from toolkit.recipe.yaml_text import parse_yaml
+
+
+class ModelCard(BaseModel):
+    """One backbone: where it comes from, what it is, and how large."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    hub_id: str | None = None  # None = exists only from scratch
+    architecture: str  # HuggingFace model_type
+    config: dict[str, Any]  # HuggingFace configuration values, as published
+    tokenizer: str  # hub id, or "bytes"
+    parameters: int = Field(gt=0)  # of the backbone, without the pose encoder
+    license: str
+    notes: str = ""
+
+
+def model_names() -> list[str]:
+    """The shipped model cards."""
+    return sorted(path.stem for path in models_dir().glob("*.yaml"))
+
+
+def load_model_yaml(name: str) -> ModelCard:
+    """The model card of that name.
+
+    Raises:
+        UserError: there is none, or it is not a valid card.
+    """
+    path = models_dir() / f"{name}.yaml"
+    if not path.is_file():
+        match = nearest(name, model_names())
+        hint = f"did you mean {match}? " if match else ""
+        raise UserError(f"model card {name!r} does not exist: {hint}there are {', '.join(model_names())}")
+    tree, _ = parse_yaml(read_text(path, "a model card"), shown(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{shown(path)}: a model card is a mapping of keys to values")
+    try:
+        return ModelCard.model_validate({"name": name, **tree})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(step) for step in first["loc"])
+        hint = did_you_mean(key, ModelCard.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{shown(path)}: {key}: {first['msg']}{hint}") from error
+
+
+def card_of(model: Model) -> ModelCard | None:
+    """The card that ``model.backbone`` names, or None for a hub id or a folder.
+
+    Raises:
+        UserError: the backbone looks like a card's name and there is no such card.
+    """
+    if model.backbone in model_names():
+        return load_model_yaml(model.backbone)
+    if "/" in model.backbone or Path(model.backbone).is_dir():
+        return None
+    match = nearest(model.backbone, model_names())
+    hint = f"did you mean {match}? " if match else ""
+    raise UserError(
+        f"model.backbone={model.backbone}: no such model card; {hint}cards: {', '.join(model_names())}; "
+        "anything else is a hub id such as google-t5/t5-small or a folder that exists"
+    )
+
+
+def architecture_of(model: Model) -> str | None:
+    """The backbone's HuggingFace ``model_type`` as far as it is known without a hub; None for a hub id."""
+    card = card_of(model)
+    if card:
+        return card.architecture
+    config = Path(model.backbone) / "config.json"
+    if config.is_file():
+        try:
+            return str(json.loads(read_text(config, "a model configuration")).get("model_type")) or None
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise UserError(f"{config}: not a HuggingFace configuration: {error}") from error
+    return None
+
+
+def tokenizer_of(model: Model) -> str:
+    """Which tokenizer a run uses: the recipe's; else the card's own; else the backbone's.
+
+    A backbone with random weights needs no vocabulary from the hub, so its texts are bytes unless the recipe says more.
+    """
+    if model.tokenizer:
+        return model.tokenizer
+    card = card_of(model)
+    if model.from_scratch or model.tiny:
+        return "bytes"
+    return card.tokenizer if card else model.backbone
+
+
+# How each architecture shrinks: the largest value that each key keeps. Keys that are not named stay as published, so
+# activation, biases, tying and positions remain the architecture's own.
+TINY_LIMITS: dict[str, dict[str, int]] = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2},
+}
+
+
+def tiny_config(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` shrunk to two narrow layers of the same architecture, trained in seconds.
+
+    Args:
+        architecture: HuggingFace ``model_type``.
+        config: HuggingFace configuration values; left unchanged.
+
+    Raises:
+        UserError: it is not known how this architecture shrinks.
+    """
+    limits = TINY_LIMITS.get(architecture)
+    if limits is None:
+        raise UserError(
+            f"model.tiny=true: it is not known how a {architecture} shrinks; known: {', '.join(sorted(TINY_LIMITS))}"
+        )
+    return {**config, **{key: min(limit, config.get(key, limit)) for key, limit in limits.items()}}

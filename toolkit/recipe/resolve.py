@@ -1,0 +1,349 @@
+"""Recipe + DeepSpeed JSON + number of ranks -> the run: the one place where the three meet.
+
+Who owns what: the DeepSpeed JSON owns ZeRO stage, offload, precision and communication; the recipe owns batch sizes,
+optimiser, schedule and clipping. A value that both give is an error. Every conflict is listed at once, before any
+process group exists, and nothing unresolved reaches ``deepspeed.initialize``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.compatibility import GPU_ONLY, precision_refusal
+from toolkit.recipe.ds_json import json_place, read_deepspeed
+from toolkit.recipe.ds_keys import OWNED
+from toolkit.recipe.files import read_text, write_text_atomically
+from toolkit.recipe.load import load_recipe, one_line, read_recipe
+from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
+from toolkit.recipe.schema import Recipe, Training
+from toolkit.recipe.tree import Tree, leaves
+from toolkit.recipe.yaml_text import dump_yaml
+
+RECIPE_FILE = "recipe.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
+BFLOAT = ("bfloat16", "bf16")
+HALF = ("float16", "fp16", "half")
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Everything that is decided before training: what a run directory stores.
+
+    ``deepspeed`` is exactly what ``deepspeed.initialize`` gets. It holds no scheduler: the training loop sets the
+    learning rate, in optimizer steps.
+    """
+
+    recipe: Recipe
+    deepspeed: Tree
+    world_size: int  # ranks
+    micro_batch_size: int  # clips per forward pass of one rank
+    accumulation_steps: int  # forward passes per optimizer step
+    run_dir: Path
+    notes: tuple[str, ...] = ()  # what the user should know and need not change
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return int(value_at(self.deepspeed, "zero_optimization.stage") or 0)
+
+    @property
+    def precision(self) -> str:
+        """The type of the model's parameters: ``fp32``, ``bf16`` or ``fp16``."""
+        return _precision(self.deepspeed)
+
+    @property
+    def autocast(self) -> str | None:
+        """The type in which matrix products of fp32 parameters are computed (torch_autocast), or None."""
+        return _autocast(self.deepspeed)
+
+    def save(self, folder: Path) -> None:
+        """Write ``recipe.yaml`` and ``deepspeed.json`` into ``folder``, each whole or not at all."""
+        write_text_atomically(folder / RECIPE_FILE, dump_yaml(self.recipe.model_dump(mode="json")))
+        write_text_atomically(folder / DEEPSPEED_FILE, json.dumps(self.deepspeed, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> ResolvedRun:
+        """Read back what ``save`` wrote; the run's directory is ``folder``.
+
+        Raises:
+            UserError: a file is missing or broken.
+        """
+        recipe = load_recipe(str(folder / RECIPE_FILE))
+        path = folder / DEEPSPEED_FILE
+        try:
+            config = json.loads(read_text(path, "a resolved DeepSpeed JSON"))
+            micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+            world_size = config["train_batch_size"] // (micro * accumulation)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the deepspeed.json of a run: {error}") from error
+        return cls(recipe, config, world_size, micro, accumulation, folder)
+
+
+def resolve_named(
+    name_or_path: str,
+    overrides: Sequence[str],
+    world_size: int,
+    *,
+    has_gpu: bool,
+    ds: str | None = None,
+    needs_data: bool = True,
+) -> ResolvedRun:
+    """Read a recipe and resolve it; problems of the recipe and of the DeepSpeed JSON are listed together.
+
+    Args and errors as for ``load_recipe`` and ``resolve``.
+    """
+    recipe, text = read_recipe(name_or_path, overrides, ds=ds)
+    if recipe is not None:
+        return resolve(recipe, world_size, has_gpu=has_gpu, needs_data=needs_data)
+    problems = list(text.problems)
+    config_name, over = text.tree.get("deepspeed"), text.tree.get("ds", {})
+    if isinstance(config_name, str) and isinstance(over, dict):
+        try:
+            problems += read_deepspeed(config_name, over)[1]
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(one_line(problems, f"recipe {text.name}"))
+
+
+def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool = True) -> ResolvedRun:
+    """Put recipe, DeepSpeed JSON and number of ranks together.
+
+    Args:
+        recipe: as ``load_recipe`` gives it.
+        world_size: number of ranks.
+        has_gpu: whether ranks run on GPUs.
+        needs_data: whether the recipe must say where its data is; false to look at a recipe without training it.
+
+    Raises:
+        UserError: conflicts, unknown keys, and numbers that do not divide: all of them.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    accumulation = _accumulation_steps(recipe.training, world_size, problems)
+    if needs_data:
+        problems.extend(_missing_data(recipe))
+    problems.extend(_model_problems(recipe))
+    try:
+        config, json_problems = read_deepspeed(recipe.deepspeed, recipe.ds)
+    except UserError as error:
+        raise UserError(one_line([*problems, str(error)], f"recipe {recipe.name}")) from error
+    problems.extend(json_problems)
+    _take_ownership(config, recipe, problems, notes)
+    problems.extend(_engine_problems(config, has_gpu))
+    problems.extend(_precision_problems(config, recipe))
+    if problems:
+        raise UserError(one_line(problems, f"recipe {recipe.name} with {recipe.deepspeed}"))
+    return ResolvedRun(
+        recipe=recipe,
+        deepspeed=_filled_in(config, recipe.training, accumulation),
+        world_size=world_size,
+        micro_batch_size=recipe.training.micro_batch_size,
+        accumulation_steps=accumulation,
+        run_dir=Path(recipe.run.dir or f"runs/{recipe.name}"),
+        notes=tuple(notes),
+    )
+
+
+def value_at(tree: Tree, dotted: str) -> Any:
+    """The value at a dotted key, or None where there is none."""
+    value: Any = tree
+    for key in dotted.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _precision(config: Tree) -> str:
+    for name, section in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
+        if value_at(config, f"{section}.enabled"):
+            return name
+    return "fp32"
+
+
+def _autocast(config: Tree) -> str | None:
+    if not value_at(config, "torch_autocast.enabled"):
+        return None
+    return str(value_at(config, "torch_autocast.dtype")).removeprefix("torch.")
+
+
+def _accumulation_steps(training: Training, world_size: int, problems: list[str]) -> int:
+    """global_batch_size / (micro_batch_size x world_size), or a problem that names the nearest numbers that divide."""
+    total, micro = training.global_batch_size, training.micro_batch_size
+    if world_size < 1:
+        problems.append(f"the number of ranks must be at least 1, not {world_size}")
+        return 1
+    chunk = micro * world_size
+    if total % chunk == 0:
+        return total // chunk
+    below = total // chunk * chunk
+    ways = [f"training.global_batch_size={' or '.join(str(n) for n in (below, below + chunk) if n)}"]
+    if total % world_size == 0:
+        ways.append(f"training.micro_batch_size={_nearest_divisors(total // world_size, micro)}")
+    if total % micro == 0:
+        ways.append(f"{_nearest_divisors(total // micro, world_size)} ranks")
+    problems.append(
+        f"training.global_batch_size={total} is not training.micro_batch_size={micro} x {world_size} ranks x a whole "
+        f"number of accumulation steps; nearest that are: {', or '.join(ways)}"
+    )
+    return 1
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wanted]
+    above = [n for n in divisors if n > wanted]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+
+
+def _missing_data(recipe: Recipe) -> list[str]:
+    data = recipe.data
+    if data.source == "demo":
+        return []
+    if data.corpus:
+        both = [f"data.{key}" for key in ("table", "poses") if getattr(data, key)]
+        return [f"data.corpus and {' and '.join(both)} both say where the clips are: keep one"] if both else []
+    missing = [
+        f"data.{key}={what}" for key, what in (("table", "FILE.csv"), ("poses", "FOLDER")) if not getattr(data, key)
+    ]
+    if not missing:
+        return []
+    return [f"recipe {recipe.name} is not told where its clips are: add {' '.join(missing)} (or data.corpus=FOLDER)"]
+
+
+def _model_problems(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    try:
+        card = card_of(model)
+        if model.tiny and card:
+            tiny_config(card.architecture, card.config)
+    except UserError as error:
+        return [str(error)]
+    random_weights = model.from_scratch or model.tiny
+    if card and not card.hub_id and not random_weights:
+        return [f"model.backbone={model.backbone} has no published weights: add model.from_scratch=true"]
+    if model.tokenizer in ("bytes", "train") and not random_weights and card and card.tokenizer != model.tokenizer:
+        return [
+            f"model.tokenizer={model.tokenizer}: the published weights of {model.backbone} speak the vocabulary of "
+            f"{card.tokenizer}; drop model.tokenizer, or add model.from_scratch=true"
+        ]
+    return []
+
+
+def _take_ownership(config: Tree, recipe: Recipe, problems: list[str], notes: list[str]) -> None:
+    """Empty ``config`` of what the recipe owns; a value there is a problem, "auto" gives way."""
+    over = {".".join(path) for path, _ in leaves(recipe.ds)}
+    scheduler = config.pop("scheduler", None)
+    if isinstance(scheduler, dict) and scheduler:
+        given = [
+            (key, value) for key, value in leaves({"scheduler": scheduler}) if value != "auto" and key[-1] != "type"
+        ]
+        if given:
+            problems.append(_two_owners(".".join(given[0][0]), given[0][1], "scheduler", over, recipe))
+        else:
+            notes.append(
+                f"{json_place(recipe.deepspeed)} leaves the scheduler to the recipe: "
+                f"training.schedule={recipe.training.schedule}"
+            )
+    for dotted in OWNED:
+        *sections, key = dotted.split(".")
+        section = value_at(config, ".".join(sections)) if sections else config
+        if dotted == "scheduler" or not isinstance(section, dict) or key not in section:
+            continue
+        value = section.pop(key)
+        same_optimizer = dotted == "optimizer.type" and str(value).lower() == recipe.training.optimizer
+        if value != "auto" and not same_optimizer:
+            problems.append(_two_owners(dotted, value, dotted, over, recipe))
+
+
+def _two_owners(dotted: str, value: Any, owned: str, over: set[str], recipe: Recipe) -> str:
+    place = f"ds.{dotted}" if dotted in over else f"{json_place(recipe.deepspeed)}: {dotted}"
+    return (
+        f"{place}={json.dumps(value)} and recipe {recipe.name}: {OWNED[owned]} both set this; the recipe owns it: "
+        f'take it out of the DeepSpeed JSON (or write "auto") and set {OWNED[owned]}'
+    )
+
+
+def _engine_problems(config: Tree, has_gpu: bool) -> list[str]:
+    """Combinations that DeepSpeed refuses late, or accepts and gets wrong."""
+    problems = []
+    stage = value_at(config, "zero_optimization.stage") or 0
+    for section, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = value_at(config, f"zero_optimization.{section}.device") or "none"
+        if device != "none" and stage not in stages:
+            problems.append(
+                f"zero_optimization.{section} works with ZeRO stage {' '.join(map(str, stages))}, not {stage}: "
+                f"change zero_optimization.stage or set ds.zero_optimization.{section}=null"
+            )
+        if device == "nvme" and not value_at(config, f"zero_optimization.{section}.nvme_path"):
+            problems.append(
+                f"zero_optimization.{section}.device=nvme needs zero_optimization.{section}.nvme_path=FOLDER"
+            )
+    enabled = [name for name in ("bf16", "bfloat16", "fp16", "torch_autocast") if value_at(config, f"{name}.enabled")]
+    if len(enabled) > 1:
+        problems.append(f"{' and '.join(enabled)} are enabled together: keep one, e.g. ds.{enabled[-1]}.enabled=false")
+    if enabled == ["torch_autocast"] and _autocast(config) not in (*BFLOAT, *HALF):
+        problems.append("torch_autocast.enabled=true needs torch_autocast.dtype=bfloat16 (or float16)")
+    accumulated = value_at(config, "data_types.grad_accum_dtype")
+    if stage == 0 and accumulated and accumulated != _precision(config):
+        problems.append(
+            f"data_types.grad_accum_dtype={accumulated} with {_precision(config)} parameters needs ZeRO stage 1 "
+            "or more: set ds.zero_optimization.stage=1 or ds.data_types=null"
+        )
+    if value_at(config, "gradient_allreduce_op") not in (None, "mean"):
+        problems.append("gradient_allreduce_op must be mean: the loss is scaled for the mean over ranks")
+    if not has_gpu:
+        problems.extend(
+            f"{dotted} ({what}) needs a GPU: take it out or set ds.{dotted}=null"
+            for dotted, what in GPU_ONLY.items()
+            if value_at(config, dotted)
+        )
+        if "fp16" in enabled:
+            problems.append("fp16.enabled=true needs a GPU: on a CPU use ds.fp16.enabled=false ds.bf16.enabled=true")
+    return problems
+
+
+def _precision_problems(config: Tree, recipe: Recipe) -> list[str]:
+    try:
+        architecture = architecture_of(recipe.model)
+    except UserError:
+        return []  # already listed by _model_problems
+    in_fp16 = value_at(config, "fp16.enabled") or _autocast(config) in HALF
+    refusal = precision_refusal(architecture, "fp16" if in_fp16 else _precision(config))
+    return [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
+
+
+def _filled_in(config: Tree, training: Training, accumulation: int) -> Tree:
+    """``config`` with the recipe's values and with the defaults that DeepSpeed would choose otherwise."""
+    zero = {"stage": 0, **config.get("zero_optimization", {})}
+    # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
+    zero.setdefault("overlap_comm", False)
+    implementation = dict(value_at(config, "optimizer.params") or {})
+    offloaded = (value_at(config, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    if not offloaded and "torch_adam" not in implementation:
+        # torch's own fused AdamW runs on CPU and GPU alike; DeepSpeed's FusedAdam would have to be compiled first.
+        # Offloaded states keep DeepSpeed's CPUAdam, which is made for them.
+        implementation = {"torch_adam": True, "fused": True, **implementation}
+    return {
+        **config,
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.gradient_clipping,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": list(training.betas),
+                "eps": training.eps,
+                "weight_decay": training.weight_decay,
+                **implementation,
+            },
+        },
+        "zero_optimization": zero,
+    }

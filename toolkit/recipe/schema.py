@@ -1,0 +1,180 @@
+"""The recipe as a typed tree: every key, its unit, its default and its bounds.
+
+The same names serve in YAML (``training: {epochs: 20}``) and on the command line (``training.epochs=20``). Nothing here
+reads a file; see ``load.py``. All models are frozen and refuse unknown keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Strength = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"]
+
+
+class Section(BaseModel):
+    """What all sections share: an unknown key is an error, and a recipe never changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are no value for this key")
+        return value
+
+
+class Data(Section):
+    """Which clips and texts, and what preparation makes of them.
+
+    ``corpus`` is a prepared corpus, whose own metadata then says landmarks and frame rate; otherwise ``table`` and
+    ``poses`` are prepared into ``cache`` before training. ``source: demo`` needs neither.
+    """
+
+    source: Literal["table", "isign", "demo"] = "table"
+    corpus: str | None = None  # folder of a prepared corpus
+    table: str | None = None  # CSV or TSV with a uid and a text column
+    poses: str | None = None  # folder that holds {uid}.pose
+    landmarks: str = "hands_body_50"  # landmark set: name or YAML file
+    fps: Positive = 12.5  # frames per second after resampling
+    max_frames: Count = 512  # frames after resampling
+    min_frames: Count = 2  # frames after resampling; shorter clips are rejected
+    too_long: Literal["subsample", "cut", "reject"] = "subsample"
+    columns: dict[str, str] = Field(default_factory=dict)  # our column name -> the table's, e.g. {uid: SENTENCE_ID}
+    dev_share: Share = 0.05  # share of the source videos
+    test_share: Share = 0.05  # share of the source videos
+    split_seed: int = 0
+    max_rejects: Share = 0.01  # share of clips that may be unusable before preparation stops
+    cache: str = "corpora"  # folder of prepared corpora
+    workers: CountOrZero = 0  # preparation processes; 0 = all cores
+
+    @model_validator(mode="after")
+    def _shares_leave_training_data(self) -> Data:
+        if self.dev_share + self.test_share >= 1.0:
+            raise ValueError(f"dev_share {self.dev_share} + test_share {self.test_share} leave nothing to train on")
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames {self.min_frames} is greater than max_frames {self.max_frames}")
+        return self
+
+
+class PoseEncoder(Section):
+    """The network between landmarks and the backbone. In YAML a bare word means ``kind``."""
+
+    kind: Literal["linear", "conv"] = "conv"
+    hidden: Count = 512  # width inside the encoder
+    layers: Count = 2  # convolution layers (conv only)
+    kernel: Count = 5  # frames that one convolution sees (conv only)
+    stride: Count = 2  # total reduction in time: frames per encoder position (conv only)
+    dropout: Share = 0.1
+    positions: bool = True  # add sinusoidal positions; T5-family cross-attention has none of its own
+
+
+class Model(Section):
+    """The backbone, its tokenizer and the pose encoder in front of it."""
+
+    backbone: str  # a model card in recipes/models/, a hub id, or a folder in HuggingFace form
+    from_scratch: bool = False  # random weights, dimensions of the model card: needs no hub
+    tiny: bool = False  # the same architecture, shrunk to two narrow layers; implies random weights
+    tokenizer: str | None = None  # None = the backbone's own; "bytes"; "train"; hub id or folder
+    prefix: str | None = None  # words embedded before the poses
+    trust_remote_code: bool = False
+    dropout: Share | None = None  # None = the backbone's own
+    pose_encoder: Annotated[
+        PoseEncoder, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+    ] = PoseEncoder()
+
+
+class Training(Section):
+    """Batches, optimiser, schedule and how often things happen. The DeepSpeed JSON owns precision and placement."""
+
+    epochs: Positive = 20.0
+    max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
+    global_batch_size: Count = 32  # clips per optimizer step over all ranks
+    micro_batch_size: Count = 8  # clips per forward pass of one rank
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: Positive = 3e-4
+    pose_encoder_learning_rate: Positive | None = None  # None = learning_rate
+    weight_decay: Strength = 0.01
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    warmup_ratio: Share = 0.1  # share of all optimizer steps
+    gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
+    seed: int = 42
+    save_every: Count = 500  # optimizer steps
+    keep_last: Count = 2  # checkpoints
+    eval_every: Count = 1  # epochs
+    log_every: Count = 10  # optimizer steps
+    workers: CountOrZero = 2  # loader processes per rank; 0 = load in the training process
+    time_limit: Positive | None = None  # minutes, after which the run saves and leaves with exit code 75
+
+
+class Augmentation(Section):
+    """Strengths of the random changes made to training clips; 0 = off."""
+
+    rotation: Strength = 0.0  # degrees
+    scale: Strength = 0.0  # share of the signer's size
+    shear: Strength = 0.0  # shear factor
+    translation: Strength = 0.0  # shoulder widths
+    noise: Strength = 0.0  # standard deviation, shoulder widths
+    speed: Share = 0.0  # share of the clip's speed
+    time_warp: Share = 0.0  # share of the clip's length
+    frame_drop: Share = 0.0  # probability per frame
+    landmark_drop: Share = 0.0  # probability per landmark
+    hand_drop: Share = 0.0  # probability per hand and clip
+    mirror: Share = 0.0  # probability per clip of swapping left and right
+    temporal_crop: Share = 0.0  # largest share of the clip cut off its ends
+
+
+class Evaluation(Section):
+    """How hypotheses are made and scored, and which score picks the best model."""
+
+    num_beams: Count = 5
+    length_penalty: float = 0.6  # above 0 favours longer, below 0 shorter hypotheses
+    no_repeat_ngram_size: CountOrZero = 0  # n-grams that may not repeat; 0 = off
+    max_new_tokens: Count = 128
+    select_by: ScoreName = "bleu4"
+    batch_frames: Count = 8192  # padded frames in one generation batch of one rank
+    tokenize: str = "13a"  # sacreBLEU tokenizer
+    lowercase: bool = False
+    samples: CountOrZero = 10  # outputs shown after each evaluation
+
+
+class Tracking(Section):
+    """Where figures go besides ``metrics.jsonl``, which is always written."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    project: str = "sign-language-translation"
+    tensorboard: bool = False
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    dir: str | None = None  # None = runs/<recipe name>
+
+
+class Recipe(Section):
+    """One experiment: a model card, a DeepSpeed JSON, data and training."""
+
+    name: str
+    description: str = ""
+    deepspeed: str = "zero2"  # name in ds_configs/ or path of a JSON
+    ds: dict[str, Any] = Field(default_factory=dict)  # put into the DeepSpeed JSON, key by key; null removes a key
+    data: Data = Data()
+    model: Model
+    training: Training = Training()
+    augmentation: Augmentation = Augmentation()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    run: Run = Run()

@@ -1,0 +1,59 @@
+"""Nested dictionaries with dotted keys: merge, walk, set, and the nearest valid spelling of a wrong key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def merge(base: Tree, over: Tree) -> Tree:
+    """``base`` with ``over`` on top: mappings are merged key by key, everything else is replaced. Changes neither."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def nested(path: tuple[str, ...], value: Any) -> Tree:
+    """The tree that holds ``value`` at ``path`` and nothing else."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every path and value that is not itself a non-empty mapping, in order."""
+    for key, value in tree.items():
+        here = (*path, str(key))
+        if isinstance(value, dict) and value:
+            yield from leaves(value, here)
+        else:
+            yield here, value
+
+
+def without_nulls(tree: Tree) -> Tree:
+    """A copy of ``tree`` without the keys whose value is null, at any depth."""
+    return {
+        key: without_nulls(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value is not None
+    }
+
+
+def nearest(word: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The valid spelling nearest to ``word``, or None where none is near."""
+    matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def did_you_mean(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """``; did you mean ...?``, or what is valid where nothing is near and the list is short enough to read."""
+    valid = sorted(valid)
+    match = nearest(word, valid)
+    if match:
+        return f"; did you mean {prefix}{match}?"
+    return f"; valid here: {', '.join(valid)}" if 0 < len(valid) <= 20 else ""
