@@ -1,0 +1,4 @@
+"""Outputs and how good they are: generation, scores, floors, prediction files and the tables that show them.
+
+This room knows models, batches and corpora. It does not know training or DeepSpeed's engine.
+"""
