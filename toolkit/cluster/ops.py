@@ -22,7 +22,7 @@ OPS = {
     "shm_comm": ("ShareMemCommBuilder", "all-reduce between ranks on the CPU"),
     "cpu_adam": ("CPUAdamBuilder", "AdamW for optimiser states in main memory"),
     "fused_adam": ("FusedAdamBuilder", "AdamW in one kernel"),
-    "async_io": ("AsyncIOBuilder", "offload to NVMe"),
+    "async_io": ("AsyncIOBuilder", "offload to NVMe; needs libaio-dev"),
 }
 # DeepSpeed's folder and file names where they differ from the op's.
 EXTENSION_NAMES = {"shm_comm": "deepspeed_shm_comm"}
@@ -143,15 +143,23 @@ def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float 
         with _silence():
             builder.load(verbose=False)
     except Exception as error:  # whatever the compiler, ninja or the loader says is the user's to mend
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
         raise UserError(
-            f"DeepSpeed's op {name} could not be built: {reason.strip()}; "
+            f"DeepSpeed's op {name} could not be built: {_reason(str(error))}; "
             "`python launch/doctor.py` lists what is missing"
         ) from error
     seconds = time.monotonic() - started
     say(f"op {name} ({purpose}): ready after {seconds:.0f} s")
     return seconds
+
+
+def _reason(output: str) -> str:
+    """The line of a build's output that says why it failed, without the command lines around it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for word in ("error:", "not found", "No such file", "Permission denied", "No space left"):
+        for line in lines:
+            if word in line and len(line) < 300:
+                return line
+    return lines[0][:300] if lines else "the compiler gave no reason"
 
 
 @contextlib.contextmanager

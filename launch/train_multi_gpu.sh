@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Train on N GPUs of this machine, or in N ranks on its CPU: the short form of `deepspeed --num_gpus N launch/train.py --recipe RECIPE`.
+set -euo pipefail
+
+if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
+  cat >&2 <<'USAGE'
+usage: launch/train_multi_gpu.sh RECIPE N [ARGUMENT ...]
+
+  RECIPE    a name that `python launch/recipes.py ls` lists, or a YAML file
+  N         ranks: one per GPU, or one or more CPU cores each where there is no GPU
+  ARGUMENT  anything that launch/train.py takes: --ds zero3, --json, training.epochs=40 ...
+USAGE
+  exit 2
+fi
+
+recipe=$1 ranks=${2:-}
+if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: the number of ranks is '${ranks}', not 1 or more: launch/train_multi_gpu.sh RECIPE N [ARGUMENT ...]" >&2
+  exit 2
+fi
+shift 2
+
+# The launcher of the activated environment, else of the clone's own .venv. Its folder goes on PATH: op builds look for ninja there.
+clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if ! command -v deepspeed >/dev/null; then
+  if [ ! -x "$clone/.venv/bin/deepspeed" ]; then
+    echo "error: no deepspeed command here: run \`make setup\`, or activate the environment that has it" >&2
+    exit 2
+  fi
+  PATH=$clone/.venv/bin:$PATH
+fi
+
+exec deepspeed --num_gpus "$ranks" "$clone/launch/train.py" --recipe "$recipe" "$@"
