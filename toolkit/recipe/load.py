@@ -79,7 +79,7 @@ def read_recipe(
     Returns:
         The recipe (None where something is wrong) and its text, with ``text.problems``.
     """
-    path = _find(name_or_path, near=None)
+    path = find_recipe(name_or_path)
     text = RecipeText(name=path.stem)
     _lay(path, text, chain=())
     for override in overrides:
@@ -124,8 +124,16 @@ def _section_at(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return None
 
 
-def _find(name_or_path: str, near: Path | None) -> Path:
-    """The file of a recipe; ``near`` is the folder of the recipe that extends it."""
+def find_recipe(name_or_path: str, near: Path | None = None) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name_or_path: a name in ``recipes/``, or a path.
+        near: the folder of the recipe that extends it, which is looked at first.
+
+    Raises:
+        UserError: there is none; the nearest name is given.
+    """
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
         path = Path(name_or_path) if near is None else near / name_or_path
         if not path.is_file():
@@ -156,7 +164,7 @@ def _lay(path: Path, text: RecipeText, chain: tuple[Path, ...]) -> None:
     if parent is not None:
         if not isinstance(parent, str):
             raise UserError(f"{place} line {lines[('extends',)]}: extends takes the name or path of one recipe")
-        _lay(_find(parent, near=path.parent), text, (*chain, real))
+        _lay(find_recipe(parent, near=path.parent), text, (*chain, real))
         # A parent's name and description speak of the parent.
         for own in ("name", "description"):
             text.tree.pop(own, None)

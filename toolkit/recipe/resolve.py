@@ -126,7 +126,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     notes: list[str] = []
     accumulation = _accumulation_steps(recipe.training, world_size, problems)
     if needs_data:
-        problems.extend(_missing_data(recipe))
+        problems.extend(missing_data(recipe))
     problems.extend(_model_problems(recipe))
     try:
         config, json_problems = read_deepspeed(recipe.deepspeed, recipe.ds)
@@ -201,7 +201,8 @@ def _nearest_divisors(number: int, wanted: int) -> str:
     return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
 
 
-def _missing_data(recipe: Recipe) -> list[str]:
+def missing_data(recipe: Recipe) -> list[str]:
+    """What the recipe leaves unsaid, or says twice, about where its clips are; empty when all is well."""
     data = recipe.data
     if data.source == "demo":
         return []

@@ -7,7 +7,7 @@ they are a learning rate, a mode and a text.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,8 @@ Lines = dict[tuple[str, ...], int]
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}  # its own table: the parent's stays as it is
 
 
 class _Dumper(yaml.SafeDumper):

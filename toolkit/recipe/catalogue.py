@@ -1,0 +1,75 @@
+"""All recipes at a glance, and a copy of one as the start of your own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.files import read_text, write_text_atomically
+from toolkit.recipe.load import find_recipe, load_recipe, recipe_names
+from toolkit.recipe.model_cards import card_of
+from toolkit.recipe.paths import is_clone, recipes_dir
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the list of recipes."""
+
+    name: str
+    model: str
+    parameters: int | None  # of the backbone at full size; None = known only once the hub model is read
+    trainable: int | None  # of those, how many are trained
+    deepspeed: str
+    description: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def catalogue() -> tuple[list[Entry], list[str]]:
+    """The recipes in ``recipes/``, and one sentence for each that cannot be read."""
+    entries, problems = [], []
+    for name in recipe_names():
+        try:
+            recipe = load_recipe(name)
+            card = card_of(recipe.model)
+        except UserError as error:
+            problems.append(f"recipe {name}: {error}")
+            continue
+        parameters = card.parameters if card else None
+        entries.append(Entry(name, recipe.model.backbone, parameters, parameters, recipe.deepspeed, recipe.description))
+    return entries, problems
+
+
+def copy_recipe(name: str, new: str) -> Path:
+    """Copy a recipe under a new name, comments and all.
+
+    Args:
+        name: name or path of the recipe to copy.
+        new: a bare name, for ``recipes/NEW.yaml`` in a clone and ``NEW.yaml`` in the current folder otherwise; or a
+            path that ends in ``.yaml``.
+
+    Returns:
+        The new file.
+
+    Raises:
+        UserError: no such recipe, or the new file exists.
+    """
+    source = find_recipe(name)
+    if new.endswith((".yaml", ".yml")) or "/" in new:
+        target = Path(new) if new.endswith((".yaml", ".yml")) else Path(f"{new}.yaml")
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*", new):
+        target = (recipes_dir() if is_clone() else Path()) / f"{new}.yaml"
+    else:
+        raise UserError(f"{new!r} is no recipe name: letters, digits, _ and -, or a path that ends in .yaml")
+    if target.exists():
+        raise UserError(f"{target} exists already: choose another name")
+    called = target.stem if target.parent == recipes_dir() else str(target)
+    text = read_text(source, "a recipe")
+    # The command at the top of the copy should run the copy.
+    write_text_atomically(target, re.sub(rf"(--recipe +){re.escape(source.stem)}\b", rf"\g<1>{called}", text))
+    return target
