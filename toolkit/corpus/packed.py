@@ -49,7 +49,7 @@ class Clip:
 
     uid: str
     text: str
-    features: npt.NDArray[np.float16]
+    features: npt.NDArray[np.floating[Any]]
     video: str = ""
     language: str = ""
     hands_visible: float = 1.0
@@ -232,9 +232,13 @@ class Corpus:
             content = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
             version = content["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a prepared corpus (no readable {METADATA_FILE}): make one with launch/prepare.py") from error
+            raise UserError(
+                f"{path} is not a prepared corpus (no readable {METADATA_FILE}): make one with launch/prepare.py"
+            ) from error
         if version != FORMAT_VERSION:
-            raise UserError(f"the corpus {path} has format {version}, this toolkit reads {FORMAT_VERSION}: prepare it again")
+            raise UserError(
+                f"the corpus {path} has format {version}, this toolkit reads {FORMAT_VERSION}: prepare it again"
+            )
         known = {item.name for item in fields(Metadata)}
         metadata = Metadata(**{key: value for key, value in content.items() if key in known})
         num_points = len(metadata.landmark_set["points"])
@@ -313,8 +317,14 @@ def shard_name(index: int, count: int) -> str:
 def finish_split(folder: Path, features_width: int) -> None:
     """Write the two small files by which ``datasets.load_from_disk`` knows a folder of shards."""
     shards = sorted(path.name for path in folder.glob("data-*.arrow"))
-    info = {"citation": "", "description": "", "features": _dataset_features(features_width), "homepage": "", "license": ""}
-    state = {
+    info = {
+        "citation": "",
+        "description": "",
+        "features": _dataset_features(features_width),
+        "homepage": "",
+        "license": "",
+    }
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": xxhash.xxh3_64_hexdigest("\n".join([folder.name, *shards]).encode()),
         "_format_columns": None,
@@ -344,7 +354,7 @@ def write_corpus(
         fps: frames per second of the features.
         normalisation: origin and unit of the coordinates, in words.
     """
-    width = landmark_set.num_points * landmark_set.num_channels
+    width = landmark_set.width
     summaries = {}
     for name, clips in splits.items():
         (folder / name).mkdir(parents=True)

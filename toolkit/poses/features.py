@@ -1,7 +1,7 @@
 """One clip's recorded pose becomes the features that a model reads: chosen, normalised and resampled in time.
 
 A missing landmark is NaN in every channel, from here to the batch: a zero would be a place, and a model would learn
-from it. Values are told in shoulder widths from the middle of the shoulders, so that neither the camera nor its distance shows.
+from it. Values are told in shoulder widths from the middle of the shoulders, so that the camera's distance does not show.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, read_pose
 
+FEATURES_VERSION = 1  # counts up when the same file would give other features
 TooLong = Literal["subsample", "cut", "reject"]
 NORMALISATION = "shoulders: origin = median mid-shoulder of the clip, unit = median shoulder width of the clip"
 _SHOULDERS = (("POSE_LANDMARKS", "LEFT_SHOULDER"), ("POSE_LANDMARKS", "RIGHT_SHOULDER"))
@@ -93,7 +94,7 @@ def extract_features(
     values, chosen = _tell_relative_to_anchors(values, chosen, landmark_set)
     if "confidence" in landmark_set.channels:
         values = np.concatenate([values, confidence[:, : len(columns), None]], axis=2)
-    values, chosen = _resample(values, chosen, positions)
+    values, chosen = resample(values, chosen, positions)
     values[~chosen] = np.nan
     return ClipFeatures(values, normalised_by, shortened, _hands_visible(chosen, landmark_set))
 
@@ -142,7 +143,9 @@ def _sample_positions(
     return np.minimum(np.arange(count) * (own_fps / fps), frames - 1), shortened
 
 
-def _scale(values: FloatArray, visible: npt.NDArray[np.bool_], num_points: int) -> tuple[FloatArray, float, Literal["shoulders", "spread"]]:
+def _scale(
+    values: FloatArray, visible: npt.NDArray[np.bool_], num_points: int
+) -> tuple[FloatArray, float, Literal["shoulders", "spread"]]:
     """Origin [coordinates] and unit of a clip; columns from ``num_points`` on are its two shoulders, if it has them.
 
     A clip in which no frame shows both shoulders is measured by the landmarks that it does show: their median is the
@@ -173,8 +176,8 @@ def _depth_unit(header: PoseHeader, unit: float, values: FloatArray, visible: np
 def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
     """Tell the depth [frames, points] of hands from their own wrist and of a face from its own middle, in place.
 
-    MediaPipe estimates depth for the body, each hand and the face apart: differences between them mean nothing, and would
-    only add a random offset to every clip. The body keeps the middle of the shoulders as its origin.
+    MediaPipe estimates depth for the body, each hand and the face apart: differences between them mean nothing, and
+    would only add a random offset to every clip. The body keeps the middle of the shoulders as its origin.
     """
     for indices in landmark_set.parts.values():
         component = landmark_set.points[indices[0]][0]
@@ -189,7 +192,7 @@ def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landma
 def _tell_relative_to_anchors(
     values: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Move the parts that have an anchor so that it lies at the origin in every frame; without it the part is missing."""
+    """Move each part that has an anchor so that it lies at the origin; where it is missing, the part is missing."""
     for part, anchor in (landmark_set.anchors or {}).items():
         indices = list(landmark_set.parts[part])
         values[:, indices] = values[:, indices] - values[:, anchor, None]
@@ -197,10 +200,10 @@ def _tell_relative_to_anchors(
     return values, visible
 
 
-def _resample(
+def resample(
     values: FloatArray, visible: npt.NDArray[np.bool_], positions: npt.NDArray[np.float64]
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Sample at fractional frames by linear interpolation between visible neighbours.
+    """Sample [frames, points, channels] at fractional frames, by linear interpolation between visible neighbours.
 
     With one of the two neighbours missing, the other is taken where it is the nearer one; else the sample is missing.
     """

@@ -52,6 +52,11 @@ class LandmarkSet:
     def num_channels(self) -> int:
         return len(self.channels)
 
+    @property
+    def width(self) -> int:
+        """Values of one frame: points x channels."""
+        return self.num_points * self.num_channels
+
     def position(self, component: str, point: str) -> int | None:
         """Where a landmark stands in the set, None if it is not part of it."""
         return self.points.index((component, point)) if (component, point) in self.points else None
@@ -127,7 +132,9 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
             if "anchor" in spec:
                 anchors[part] = index[str(spec["anchor"])]
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"the landmark set {path}: part '{part}': edge or anchor {error} is not one of its points") from error
+            raise UserError(
+                f"the landmark set {path}: part '{part}': edge or anchor {error} is not one of its points"
+            ) from error
         for left, right in spec.get("mirror", []):
             given_mirrors[component, str(left)] = (component, str(right))
             given_mirrors[component, str(right)] = (component, str(left))
@@ -135,7 +142,9 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
         raise UserError(f"the landmark set {path} holds a landmark in two parts")
 
     position = {point: index for index, point in enumerate(points)}
-    mirror = tuple(position.get(given_mirrors.get(point, _counterpart(point)), index) for index, point in enumerate(points))
+    mirror = tuple(
+        position.get(given_mirrors.get(point, _counterpart(point)), index) for index, point in enumerate(points)
+    )
     return LandmarkSet(
         name=str(content.get("name", path.stem)),
         points=tuple(points),
@@ -158,4 +167,6 @@ def _counterpart(point: tuple[str, str]) -> tuple[str, str]:
 def _refuse_unknown(mapping: dict[str, Any], allowed: set[str], path: Path, where: str) -> None:
     unknown = sorted(str(key) for key in set(mapping) - allowed)
     if unknown:
-        raise UserError(f"the landmark set {path}: {where}unknown keys {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
+        raise UserError(
+            f"the landmark set {path}: {where}unknown keys {', '.join(unknown)}; known are {', '.join(sorted(allowed))}"
+        )

@@ -71,7 +71,9 @@ class RawPose:
         first = int(np.ceil(max(start or 0.0, 0.0) * self.fps - 1e-6))
         last = self.num_frames if end is None else min(self.num_frames, int(np.ceil(end * self.fps - 1e-6)))
         if first >= last:
-            raise PoseError(f"no frame between {start} s and {end} s: the file ends at {self.num_frames / self.fps:.2f} s")
+            raise PoseError(
+                f"no frame between {start} s and {end} s: the file ends at {self.num_frames / self.fps:.2f} s"
+            )
         return RawPose(self.fps, self.header, self.data[first:last], self.confidence[first:last])
 
 

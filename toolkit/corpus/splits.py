@@ -1,0 +1,106 @@
+"""Who goes to train, dev and test: by source video, so that no scene, signer's outfit or sentence series leaks.
+
+Also measures what leaks nevertheless, because a table that brings its own splits may well share texts between them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import xxhash
+
+from toolkit.corpus.table import Row
+from toolkit.errors import UserError
+
+# The three ways in which iSign names a clip of a video. Splitting at the last dash would part the dictionary clips
+# (word, definition, examples) of one video from each other.
+_VIDEO_OF_UID = (
+    re.compile(r"(?P<video>[0-9a-f]{12})-\d+"),
+    re.compile(r"(?P<video>[A-Za-z0-9_-]{11})--\d+"),
+    re.compile(r"(?P<video>[A-Za-z0-9_-]{11})_(?:w|d|e\d+)"),
+)
+
+
+def source_video(row: Row) -> str:
+    """The video that a clip was cut from: the table's word, else what an iSign uid tells, else the clip itself."""
+    if row.video:
+        return row.video
+    for grammar in _VIDEO_OF_UID:
+        if match := grammar.fullmatch(row.uid):
+            return match["video"]
+    return row.uid
+
+
+def assign_splits(rows: Sequence[Row], dev_share: float, test_share: float, seed: int) -> dict[str, list[Row]]:
+    """Deal rows out to splits: as the table says, or by source video in an order that only the seed decides.
+
+    Whole videos go to dev until it holds its share of the clips, then to test, and the rest to train; a video's place
+    does not depend on the order of the table.
+
+    Raises:
+        UserError: some rows name their split and others do not, or there are too few videos to split.
+    """
+    named = sum(bool(row.split) for row in rows)
+    if named:
+        if named < len(rows):
+            line = next(row.line for row in rows if not row.split)
+            raise UserError(
+                f"{len(rows) - named} rows name no split while others do (first in line {line}): fill the column"
+            )
+        given: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            if not re.fullmatch(r"[a-z0-9_.-]{1,64}", row.split):
+                raise UserError(
+                    f"line {row.line}: '{row.split[:40]}' cannot be the name of a split (a-z, 0-9, _ and - only)"
+                )
+            given[row.split].append(row)
+        return _in_usual_order(given)
+
+    videos = Counter(source_video(row) for row in rows)
+    order = sorted(videos, key=lambda video: xxhash.xxh3_64_digest(f"{seed}/{video}".encode()))
+    wanted = {"dev": dev_share, "test": test_share}
+    if len(order) < 1 + sum(share > 0 for share in wanted.values()):
+        raise UserError(
+            f"all {len(rows)} clips come from {len(order)} source videos, too few to split by video: "
+            "give the table a `split` column, or set data.dev_share=0 data.test_share=0"
+        )
+    split_of: dict[str, str] = {}
+    position = 0
+    for split, share in wanted.items():
+        clips = 0
+        # One video is always left over for what comes after.
+        while position < len(order) - 1 and clips < share * len(rows):
+            split_of[order[position]] = split
+            clips += videos[order[position]]
+            position += 1
+    dealt: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        dealt[split_of.get(source_video(row), "train")].append(row)
+    return _in_usual_order(dealt)
+
+
+def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    usual = [name for name in ("train", "dev", "test") if name in splits]
+    return {name: splits[name] for name in [*usual, *sorted(set(splits) - set(usual))]}
+
+
+def normalised_text(text: str) -> str:
+    """What remains of a text when case, punctuation and spacing are taken away: the measure of sameness."""
+    kept = (character for character in unicodedata.normalize("NFKC", text).casefold())
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in kept).split())
+
+
+def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
+    """How much each held-out split shares with train: clips whose text, and clips whose source video, train has too."""
+    train = splits.get("train", [])
+    texts = {normalised_text(row.text) for row in train}
+    videos = {source_video(row) for row in train}
+    shared = {}
+    for name, rows in splits.items():
+        if name != "train":
+            shared[f"{name}_texts_in_train"] = sum(normalised_text(row.text) in texts for row in rows)
+            shared[f"{name}_videos_in_train"] = sum(source_video(row) in videos for row in rows)
+    return shared
