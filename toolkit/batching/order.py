@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-# Clips are sorted by length within pools of this many global batches: at 100 about 2.4 % of the frames of a batch of 32
-# are padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at least two,
-# because one pool over the whole corpus would put nearly the same clips together in every epoch.
+# Clips are sorted by length within pools of at most this many global batches: at 100 about 2.4 % of the frames of a
+# batch of 32 are padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at
+# least two, because one pool over the whole corpus would put nearly the same clips together in every epoch.
 POOL_BATCHES = 100
 MIN_POOLS = 2
 
@@ -51,17 +51,18 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
         raise ValueError(f"cannot order {num_clips} clips into batches of {global_batch_size}")
     rng = np.random.default_rng((seed, epoch))
     num_full, num_left = divmod(num_clips, global_batch_size)
+    num_steps = steps_per_epoch(num_clips, global_batch_size)
+    num_pools = max(-(-num_steps // POOL_BATCHES), min(MIN_POOLS, num_steps))
 
     shuffled = rng.permutation(num_clips)
-    pool_clips = global_batch_size * min(POOL_BATCHES, max(1, num_full // MIN_POOLS))
-    pool = np.arange(num_clips) // pool_clips
+    pool = np.arange(num_clips) // global_batch_size * num_pools // num_steps
     blurred = np.asarray(frames)[shuffled] * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, num_clips)
     # One sort does all pools: the pool number outweighs any length.
     order = shuffled[np.argsort(pool * (2.0 * float(blurred.max()) + 1.0) - blurred)]
 
     if num_left:
         # Without this the partial batch would always hold the shortest clips of the last pool.
-        start = global_batch_size * int(rng.integers(int(pool[-1]) * pool_clips // global_batch_size, num_full + 1))
+        start = global_batch_size * int(rng.integers(-(-(num_pools - 1) * num_steps // num_pools), num_full + 1))
         partial = order[start : start + num_left]
         order = np.concatenate([order[:start], order[start + num_left :], partial])
     batches = [order[start : start + global_batch_size] for start in range(0, num_clips, global_batch_size)]

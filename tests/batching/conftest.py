@@ -1,0 +1,48 @@
+"""A small packed corpus and a resolved run, made with the toolkit's own writers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.poses.landmarks import load_landmark_set
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.schema import Recipe
+
+
+def make_clip(index: int, frames: int, num_points: int = 50) -> Clip:
+    """A clip whose coordinates tell which clip and frame they come from; one landmark in five is missing."""
+    rng = np.random.default_rng(index)
+    features = rng.normal(size=(frames, num_points, 3)).astype(np.float16)
+    features[rng.random((frames, num_points)) < 0.2] = np.nan
+    return Clip(uid=f"clip{index:03d}", text=f"text number {index}", features=features)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    frames = np.random.default_rng(0).integers(5, 60, size=45)
+    clips = [make_clip(index, int(count)) for index, count in enumerate(frames)]
+    return write_corpus(
+        tmp_path_factory.mktemp("data") / "corpus", {"train": clips}, load_landmark_set("hands_body_50"), fps=12.5
+    )
+
+
+@pytest.fixture
+def resolve() -> Callable[..., ResolvedRun]:
+    """Batch arithmetic for a number of ranks, with settings by section."""
+
+    def make(world_size: int = 1, micro: int = 4, accumulation: int = 2, **sections: dict) -> ResolvedRun:
+        training = {
+            "global_batch_size": world_size * micro * accumulation,
+            "micro_batch_size": micro,
+            "workers": 0,
+            **sections.pop("training", {}),
+        }
+        recipe = Recipe.model_validate(
+            {"name": "test", "model": {"backbone": "t5_small"}, "training": training, **sections}
+        )
+        return ResolvedRun(recipe, {}, world_size, micro, accumulation, Path("unused"))
+
+    return make

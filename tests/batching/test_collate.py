@@ -1,0 +1,83 @@
+"""Collation: missing is not zero, padding is not data, fillers never count, targets keep their end."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from toolkit.batching.collate import IGNORED_LABEL, collate, target_labels
+from toolkit.corpus.packed import Clip
+from toolkit.models.tokenizers import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ByT5Tokenizer:
+    return ByT5Tokenizer()
+
+
+def clip(frames: int, text: str = "ab", fill: float = 1.0) -> Clip:
+    return Clip(uid=f"u{frames}", text=text, features=np.full((frames, 4, 3), fill, np.float16))
+
+
+def test_shapes_types_and_masks(tokenizer):
+    batch = collate([clip(5, "abc"), clip(2, "a")], [7, 3], tokenizer, max_target_tokens=16)
+    assert batch.poses.shape == (2, 5, 4, 3) and batch.poses.dtype == torch.float32
+    assert batch.visible.shape == (2, 5, 4) and batch.visible.dtype == torch.bool
+    assert batch.frame_mask.tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert batch.visible.all(-1).equal(batch.frame_mask)
+    assert (batch.poses[1, 2:] == 0).all() and (batch.poses[1, :2] == 1).all()
+    assert batch.uids == ["u5", "u2"] and batch.texts == ["abc", "a"] and batch.clips.tolist() == [7, 3]
+    assert tokenizer.decode(batch.labels[0][:3]) == "abc"
+    assert batch.labels[1].tolist() == [ord("a") + 3, tokenizer.eos_token_id, IGNORED_LABEL, IGNORED_LABEL]
+    assert (batch.num_frames, batch.num_target_tokens, batch.num_clips, len(batch)) == (7, 6, 2, 2)
+    assert batch.padding_share == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_landmark_with_any_unusable_channel_is_missing(tokenizer, bad):
+    one = clip(3)
+    one.features[1, 2, 1] = bad
+    batch = collate([one], [0], tokenizer, max_target_tokens=16)
+    assert not batch.visible[0, 1, 2]
+    assert batch.visible.sum() == 11
+    assert (batch.poses[0, 1, 2] == 0).all()
+    assert torch.isfinite(batch.poses).all()
+
+
+def test_a_clip_at_the_origin_is_seen(tokenizer):
+    assert collate([clip(2, fill=0.0)], [0], tokenizer, max_target_tokens=16).visible.all()
+
+
+def test_read_only_features_are_accepted(tokenizer):
+    one = clip(3)
+    one.features.flags.writeable = False
+    assert collate([one], [0], tokenizer, max_target_tokens=16).poses.sum() == 36
+
+
+def test_a_filler_has_no_labels_and_no_frames(tokenizer):
+    batch = collate([clip(5), clip(4)], [2, ~6], tokenizer, max_target_tokens=16)
+    assert batch.is_filler.tolist() == [False, True]
+    assert batch.clips.tolist() == [2, 6]
+    assert (batch.labels[1] == IGNORED_LABEL).all()
+    assert (batch.num_frames, batch.num_target_tokens, batch.num_clips) == (5, 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_a_long_text_is_cut_keeps_its_end_of_sentence_and_is_counted(tokenizer, kind):
+    texts = ["one two three four five six seven", "one", ""]
+    chosen = tokenizer if kind == "bytes" else train_tokenizer(texts)
+    whole, none_cut = target_labels(texts, chosen, 100)
+    labels, num_truncated = target_labels(texts, chosen, 5)
+    assert (none_cut, num_truncated) == (0, 1)
+    assert labels.shape == (3, 5)
+    assert labels[0].tolist() == [*whole[0, :4].tolist(), chosen.eos_token_id]
+    ends = [row[row != IGNORED_LABEL][-1].item() for row in labels]
+    assert ends == [chosen.eos_token_id] * 3
+
+
+def test_moving_a_batch_keeps_all_of_it(tokenizer):
+    batch = collate([clip(3)], [0], tokenizer, max_target_tokens=16)
+    moved = batch.to("meta")
+    assert moved.poses.is_meta and moved.labels.is_meta and moved.is_filler.is_meta and moved.clips.is_meta
+    assert moved.uids == batch.uids and moved.num_frames == batch.num_frames
+    assert not batch.poses.is_meta

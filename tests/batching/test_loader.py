@@ -1,0 +1,244 @@
+"""The stream of batches: the same whatever the number of workers and ranks, resumable, and leaving nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from toolkit.batching.collate import IGNORED_LABEL, Batch
+from toolkit.batching.loader import evaluation_batches, train_batches
+from toolkit.batching.order import steps_per_epoch
+
+ALL_ON = {
+    "rotation": 10, "scale": 0.2, "shear": 0.1, "translation": 0.1, "noise": 0.02, "speed": 0.3, "time_warp": 0.3,
+    "frame_drop": 0.1, "landmark_drop": 0.1, "hand_drop": 0.5, "mirror": 0.5, "temporal_crop": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ByT5Tokenizer:
+    return ByT5Tokenizer()
+
+
+@pytest.fixture
+def train(corpus, tokenizer):
+    """All steps of an epoch of one rank."""
+
+    def run(resolved, *, epoch=0, start_step=0, rank=0) -> list[list[Batch]]:
+        stream = train_batches(
+            corpus.splits["train"],
+            tokenizer,
+            resolved,
+            landmark_set=corpus.landmark_set,
+            epoch=epoch,
+            start_step=start_step,
+            rank=rank,
+        )
+        return list(stream)
+
+    return run
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    assert first.uids == second.uids
+    for name in ("poses", "visible", "frame_mask", "labels", "is_filler", "clips"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def by_clip(steps: list[list[Batch]]) -> dict[str, torch.Tensor]:
+    """What the model gets to see of each clip, without padding."""
+    seen = {}
+    for batch in (batch for step in steps for batch in step):
+        for row, uid in enumerate(batch.uids):
+            if not batch.is_filler[row]:
+                assert uid not in seen
+                seen[uid] = batch.poses[row, batch.frame_mask[row]]
+    return seen
+
+
+def test_an_epoch_holds_every_clip_once_in_steps_of_equal_shape(corpus, resolve, train):
+    resolved = resolve()
+    steps = train(resolved)
+    assert len(steps) == steps_per_epoch(len(corpus.splits["train"]), 8)
+    assert all(len(step) == resolved.accumulation_steps for step in steps)
+    assert sorted(by_clip(steps)) == list(corpus.splits["train"].uids)
+
+
+def test_features_are_those_of_the_corpus(corpus, resolve, train):
+    split = corpus.splits["train"]
+    for uid, poses in by_clip(train(resolve())).items():
+        features = torch.from_numpy(split.clip(list(split.uids).index(uid)).features.copy()).float()
+        assert torch.equal(poses, features.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_workers_change_nothing(resolve, train, epoch):
+    plain, with_workers = (
+        train(resolve(training={"workers": workers}, augmentation=ALL_ON), epoch=epoch) for workers in (0, 2)
+    )
+    for first, second in zip(plain, with_workers, strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+
+
+def test_resuming_gives_what_the_whole_epoch_gave(resolve, train):
+    resolved = resolve(augmentation=ALL_ON)
+    whole, resumed = train(resolved, epoch=1), train(resolved, epoch=1, start_step=4)
+    assert len(resumed) == len(whole) - 4 > 0
+    for first, second in zip(whole[4:], resumed, strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 2, 4), (2, 4, 1), (4, 1, 2), (8, 1, 1)])
+def test_the_clips_of_each_step_and_their_augmentation_do_not_depend_on_the_split_over_ranks(
+    resolve, train, world_size, micro, accumulation
+):
+    alone = train(resolve(1, 4, 2, augmentation=ALL_ON))
+    resolved = resolve(world_size, micro, accumulation, augmentation=ALL_ON)
+    ranks = [train(resolved, rank=rank) for rank in range(world_size)]
+    assert {len(steps) for steps in ranks} == {len(alone)}
+    for index, step in enumerate(alone):
+        together = by_clip([steps[index] for steps in ranks])
+        expected = by_clip([step])
+        assert together.keys() == expected.keys()
+        assert all(torch.equal(together[uid], expected[uid]) for uid in expected)
+
+
+def test_fillers_of_the_last_step_carry_no_labels(resolve, train):
+    # 45 clips in steps of 8 leave 5: three of eight ranks get a filler.
+    ranks = [train(resolve(8, 1, 1), rank=rank) for rank in range(8)]
+    fillers = [steps[-1][0] for steps in ranks if steps[-1][0].is_filler.any()]
+    assert len(fillers) == 3
+    assert all((batch.labels == IGNORED_LABEL).all() and batch.num_frames == 0 for batch in fillers)
+    assert not any(batch.is_filler.any() for steps in ranks for step in steps[:-1] for batch in step)
+
+
+def test_augmentation_differs_from_epoch_to_epoch(resolve, train):
+    resolved = resolve(augmentation={"rotation": 10})
+    first, second = by_clip(train(resolved, epoch=0)), by_clip(train(resolved, epoch=1))
+    assert not any(torch.equal(first[uid], second[uid]) for uid in first)
+
+
+def test_slowed_clips_stay_within_the_longest_length(resolve, train):
+    steps = train(resolve(data={"max_frames": 60}, augmentation={"speed": 1.0}))
+    assert max(batch.poses.shape[1] for step in steps for batch in step) == 60
+    assert all(batch.num_frames == batch.frame_mask.sum() for step in steps for batch in step)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_gives_each_clip_once_over_all_ranks(corpus, tokenizer, world_size, workers):
+    split = corpus.splits["train"]
+    ranks = [
+        list(evaluation_batches(split, tokenizer, 120, rank=rank, world_size=world_size, workers=workers))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for batches in ranks for batch in batches]
+    seen = [uid for batch in batches for uid, filler in zip(batch.uids, batch.is_filler, strict=True) if not filler]
+    assert sorted(seen) == list(split.uids)
+    assert all(batch.frame_mask.numel() <= 120 or len(batch) == 1 for batch in batches)
+
+
+def test_an_exception_in_a_worker_reaches_the_caller_with_its_message(corpus, resolve, tokenizer):
+    class BrokenTokenizer:
+        def __call__(self, text_target, **_):
+            raise ValueError(f"cannot tokenise {len(text_target)} texts")
+
+    resolved = resolve(training={"workers": 2})
+    stream = train_batches(
+        corpus.splits["train"], BrokenTokenizer(), resolved, landmark_set=corpus.landmark_set, epoch=0
+    )
+    with pytest.raises(ValueError, match="cannot tokenise 4 texts"):
+        next(stream)
+
+
+def children_of(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_closing_the_stream_ends_its_workers(corpus, resolve, tokenizer):
+    before = children_of(os.getpid())
+    stream = train_batches(
+        corpus.splits["train"],
+        tokenizer,
+        resolve(training={"workers": 2}),
+        landmark_set=corpus.landmark_set,
+        epoch=0,
+    )
+    next(stream)
+    workers = children_of(os.getpid()) - before
+    assert len(workers) >= 2
+    stream.close()
+    assert wait_until(lambda: not any(_is_alive(pid) for pid in workers), 10)
+
+
+SCRIPT = """
+    import signal, sys, time
+    from pathlib import Path
+    from transformers import ByT5Tokenizer
+    from toolkit.batching.loader import evaluation_batches
+    from toolkit.corpus.packed import Corpus
+
+    signal.signal(signal.SIGINT, lambda *_: print("asked to stop", flush=True))
+    stream = evaluation_batches(Corpus.open(sys.argv[1]).splits["train"], ByT5Tokenizer(), 60, workers=2)
+    next(stream)
+    print("started", flush=True)
+    for line in sys.stdin:
+        print(len(list(stream)), "more batches", flush=True)
+"""
+
+
+@pytest.fixture
+def loading_process(corpus):
+    """A process of its own group in the midst of an evaluation with two workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(corpus.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout.readline() == "started\n"
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_workers_survive_a_ctrl_c_that_their_parent_handles(loading_process):
+    os.killpg(loading_process.pid, signal.SIGINT)
+    assert loading_process.stdout.readline() == "asked to stop\n"
+    loading_process.stdin.write("go on\n")
+    loading_process.stdin.flush()
+    assert loading_process.stdout.readline().endswith("more batches\n")
+
+
+def test_workers_do_not_outlive_a_parent_that_was_killed(loading_process):
+    workers = children_of(loading_process.pid)
+    assert len(workers) == 2
+    loading_process.kill()
+    assert wait_until(lambda: not any(_is_alive(pid) for pid in workers), 20)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,128 @@
+"""The order of an epoch: every clip once, the same batches for every world size, little padding, fast."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.batching.order import epoch_order, evaluation_order, micro_batches, share_of_rank, steps_per_epoch
+
+lengths = st.lists(st.integers(1, 400), min_size=1, max_size=200).map(lambda values: np.array(values, np.int32))
+
+
+def log_normal_lengths(clips: int, seed: int = 0) -> np.ndarray:
+    """Lengths like those of continuous signing: median 90 frames, 16 to 300."""
+    rng = np.random.default_rng(seed)
+    return np.clip(np.exp(rng.normal(np.log(90), 0.6, clips)), 16, 300).astype(np.int32)
+
+
+@given(lengths, st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))
+def test_every_clip_is_in_exactly_one_batch_and_only_the_last_batch_is_partial(frames, batch_size, seed, epoch):
+    order = epoch_order(frames, batch_size, seed, epoch)
+    assert sorted(np.concatenate(order).tolist()) == list(range(len(frames)))
+    assert len(order) == steps_per_epoch(len(frames), batch_size)
+    assert all(len(batch) == batch_size for batch in order[:-1])
+    assert 1 <= len(order[-1]) <= batch_size
+
+
+def test_order_follows_from_seed_and_epoch():
+    frames = log_normal_lengths(1000)
+
+    def flat(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(epoch_order(frames, 16, seed, epoch)).tolist()
+
+    assert flat(1, 2) == flat(1, 2)
+    assert flat(1, 2) != flat(1, 3)
+    assert flat(1, 2) != flat(2, 2)
+
+
+def test_clips_meet_other_clips_in_the_next_epoch():
+    frames = log_normal_lengths(1000)
+    partners = [
+        {frozenset((a, b)) for batch in epoch_order(frames, 10, 0, epoch) for a in batch for b in batch if a < b}
+        for epoch in (0, 1)
+    ]
+    assert len(partners[0] & partners[1]) < 0.3 * len(partners[0])
+
+
+def test_partial_batch_may_hold_clips_of_any_length():
+    frames = np.arange(1, 106, dtype=np.int32)
+    longest_of_partial = [int(frames[epoch_order(frames, 10, 0, epoch)[-1]].max()) for epoch in range(50)]
+    assert min(longest_of_partial) < 40 < 80 < max(longest_of_partial)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.data())
+def test_ranks_partition_a_global_batch_into_equally_many_steps(world_size, accumulation, micro, data):
+    clips = data.draw(st.integers(1, world_size * accumulation * micro))
+    batch = np.random.default_rng(0).permutation(1000)[:clips]
+    shares = [micro_batches(batch, rank, world_size, accumulation, micro) for rank in range(world_size)]
+    assert all(len(rank_shares) == accumulation for rank_shares in shares)
+    seats = [share for rank_shares in shares for share in rank_shares]
+    assert all(1 <= len(share) <= micro for share in seats)
+    real = [clip for share in seats for clip in share if clip >= 0]
+    assert sorted(real) == sorted(batch.tolist())
+    # Fillers come only alone, only where clips ran short, and stand for a clip of this very batch.
+    fillers = [share for share in seats if (share < 0).any()]
+    assert all(len(share) == 1 and ~share[0] in batch for share in fillers)
+    assert len(fillers) == max(0, world_size * accumulation - clips)
+    real_sizes = [int((share >= 0).sum()) for share in seats]
+    assert max(real_sizes) - min(real_sizes) <= 1
+
+
+def test_ranks_of_one_accumulation_step_have_similar_lengths():
+    frames = log_normal_lengths(20_000)
+    spread = []
+    for batch in epoch_order(frames, 64, 0, 0)[:100]:
+        shares = [micro_batches(batch, rank, 4, 2, 8) for rank in range(4)]
+        for step in range(2):
+            longest = [int(frames[shares[rank][step]].max()) for rank in range(4)]
+            spread.append(1 - min(longest) / max(longest))
+    assert np.mean(spread) < 0.05
+
+
+def test_padding_is_at_most_four_percent_on_signing_lengths():
+    frames = log_normal_lengths(20_000)
+    order = epoch_order(frames, 32, 0, 0)
+    padded = sum(int(frames[batch].max()) * len(batch) for batch in order)
+    assert 1 - frames.sum() / padded <= 0.04
+
+
+def test_a_million_clips_are_ordered_within_a_second():
+    frames = log_normal_lengths(1_000_000)
+    epoch_order(frames[:1000], 32, 0, 0)
+    seconds = []
+    for epoch in range(3):
+        start = time.perf_counter()
+        epoch_order(frames, 32, 0, epoch)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) <= 1.0
+
+
+def test_no_clips_and_too_many_clips_are_refused():
+    with pytest.raises(ValueError, match="0 clips"):
+        epoch_order(np.array([], np.int32), 8, 0, 0)
+    with pytest.raises(ValueError, match="9 clips do not fit 2 ranks x 2 accumulation steps x 2 clips"):
+        micro_batches(np.arange(9), 0, 2, 2, 2)
+
+
+@given(lengths, st.integers(1, 2000), st.integers(1, 5))
+def test_evaluation_sees_every_clip_once_in_the_same_batches_on_every_number_of_ranks(frames, budget, world_size):
+    batches = evaluation_order(frames, budget)
+    assert all(len(batch) == 1 or len(batch) * frames[batch].max() <= budget for batch in batches)
+    longest = [int(frames[batch].max()) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+    shares = [share_of_rank(batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    real = [batch for share in shares for batch in share if (batch >= 0).all()]
+    fillers = [batch for share in shares for batch in share if (batch < 0).any()]
+    assert sorted(np.concatenate(real).tolist()) == list(range(len(frames)))
+    assert {tuple(batch) for batch in real} == {tuple(batch) for batch in batches}
+    assert all(len(batch) == 1 and 0 <= ~batch[0] < len(frames) for batch in fillers)
+
+
+def test_evaluation_of_nothing_is_no_batches():
+    assert evaluation_order(np.array([], np.int32), 100) == []
+    assert share_of_rank([], 1, 2) == []
