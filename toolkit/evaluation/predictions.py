@@ -7,7 +7,6 @@ are written ``\\0``, and a backslash ``\\\\``.
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -61,13 +60,16 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        # Quoting every text keeps a lone carriage return inside its field on all versions of Python.
-        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for prediction in predictions:
-            writer.writerow([_escape(cell) if isinstance(cell, str) else cell for cell in astuple(prediction)])
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            # Quoting every text keeps a lone carriage return inside its field on all versions of Python.
+            writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for prediction in predictions:
+                writer.writerow([_escape(cell) if isinstance(cell, str) else cell for cell in astuple(prediction)])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
