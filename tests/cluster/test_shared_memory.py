@@ -1,4 +1,4 @@
-"""No shared-memory buffer outlives a run: the names go at start-up, and the next run removes what the killed ones left."""
+"""No shared-memory buffer outlives a run: its names go at start-up, and the next run removes what was left behind."""
 
 import mmap
 import os

@@ -1,0 +1,129 @@
+"""What README, Makefile and shell scripts promise is there."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("ds_configs/*.md")])
+# Names that stand for the reader's own.
+READERS_OWN = {"my_recipe", "NAME", "RECIPE"}
+
+
+def commands_of(document: Path) -> list[str]:
+    """Commands in a document: its indented code and what stands between backticks."""
+    text = document.read_text(encoding="utf-8")
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    inline = re.findall(r"`([^`\n]+)`", text)
+    return [part for part in (*lines, *inline) if re.match(r"(make|python|deepspeed|bash|launch/|\./)\b", part)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_exist(document):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands_of(document):
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, command
+        for word in words:
+            if re.fullmatch(r"(\./)?(launch|benchmarks|docs)/\w+\.(py|sh)", word):
+                assert (ROOT / word).is_file(), command
+        for option, folder, suffix in (("--recipe", "recipes", "yaml"), ("--ds", "ds_configs", "json")):
+            if option in words:
+                name = words[words.index(option) + 1]
+                known = name in READERS_OWN or "/" in name or (ROOT / folder / f"{name}.{suffix}").is_file()
+                assert known, command
+        if words[0].startswith("launch/train_"):
+            assert words[1] in READERS_OWN or (ROOT / "recipes" / f"{words[1]}.yaml").is_file(), command
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_in_documents_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_readme_shows_the_commands_that_matter():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in ("make demo", "make test", "--ds zero3_offload", "deepspeed --hostfile", "--num_gpus 8"):
+        assert command in text
+    assert "TORCH_INDEX" in text and "pytorch.org" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_parse_and_can_be_run(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_mode & 0o111
+    assert "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.parametrize("name", ["train_single_gpu.sh", "train_multi_gpu.sh"])
+def test_short_forms_say_how_they_are_used(name):
+    done = subprocess.run(["bash", str(ROOT / "launch" / name)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: launch/{name} RECIPE")
+
+
+@pytest.mark.parametrize("ranks", [[], ["0"], ["two"], ["--ds"]])
+def test_a_wrong_number_of_ranks_is_one_line(ranks):
+    command = ["bash", str(ROOT / "launch" / "train_multi_gpu.sh"), "demo", *ranks]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: the number of ranks is")
+
+
+def test_short_forms_hand_everything_to_the_launcher(tmp_path):
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    launcher.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "train_single_gpu.sh"), "my recipe.yaml", "--ds", "zero2", "a.b=c d"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    train = str(ROOT / "launch" / "train.py")
+    expected = ["--num_gpus", "1", train, "--recipe", "my recipe.yaml", "--ds", "zero2", "a.b=c d"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_make_without_a_target_lists_the_targets():
+    done = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory"], capture_output=True, text=True, check=True)
+    for target in ("setup", "demo", "test", "test-nightly", "lint", "clean"):
+        assert f"make {target}" in done.stdout
+
+
+def test_what_ci_runs_is_make_test():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make .*\btest\b", text, re.MULTILINE)
+
+
+def test_setup_refuses_a_python_that_is_too_old_or_absent(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\necho 3.9\n")
+    old.chmod(0o755)
+    for python, words in ((str(old), "is Python 3.9"), ("no-such-python", "no no-such-python here")):
+        done = subprocess.run(
+            ["bash", str(ROOT / "setup.sh")],
+            env={"PATH": "/usr/bin:/bin", "PYTHON": python, "VENV": str(tmp_path / "venv")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1 and words in done.stderr
+        assert not (tmp_path / "venv").exists()
+
+
+def test_every_room_has_its_place_in_the_dependency_rule():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    placed = set(re.findall(r"\w+", " ".join(layers)))
+    rooms = {path.parent.name for path in (ROOT / "toolkit").glob("*/__init__.py")}
+    assert rooms <= placed
