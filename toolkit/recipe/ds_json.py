@@ -158,7 +158,7 @@ def _typed(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
         return value
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)  # 5e8 is how people write a bucket size
-    right = isinstance(value, _TYPES[kind]) and (isinstance(value, bool) <= (kind in ("bool", "any")))
-    if not right:
+    truth_as_number = isinstance(value, bool) and kind in ("int", "float")
+    if truth_as_number or not isinstance(value, _TYPES[kind]):
         problems.append(f"{where}={value!r} must be {_IN_WORDS[kind]}")
     return value

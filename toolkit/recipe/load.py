@@ -186,12 +186,23 @@ def _lay_override(override: str, text: RecipeText) -> None:
     text.put(tree, {path[:end]: "command line" for path, _ in leaves(tree) for end in range(1, len(path) + 1)})
 
 
-def _short_forms(tree: Tree) -> Tree:
-    """``pose_encoder: linear`` means ``{kind: linear}``; said before merging, so that the other settings stay."""
-    model = tree.get("model")
-    if isinstance(model, dict) and isinstance(model.get("pose_encoder"), str):
-        return {**tree, "model": {**model, "pose_encoder": {"kind": model["pose_encoder"]}}}
-    return tree
+def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
+    """What people write for short, said in full before merging, so that the parent's other settings stay.
+
+    ``pose_encoder: linear`` means ``{kind: linear}``, and a section whose keys are all commented out changes nothing.
+    """
+    full: Tree = {}
+    for key, value in tree.items():
+        inner = _section_at(section, key) if key in section.model_fields else None
+        if inner is None:
+            full[key] = value
+        elif isinstance(value, dict):
+            full[key] = _short_forms(value, inner)
+        elif key == "pose_encoder" and isinstance(value, str):
+            full[key] = {"kind": value}
+        elif value is not None:
+            full[key] = value
+    return full
 
 
 def _in_words(details: Any, text: RecipeText) -> str:
@@ -204,6 +215,8 @@ def _in_words(details: Any, text: RecipeText) -> str:
         return f"{place}: no key {key}{_suggestion(location)}"
     if kind == "missing":
         return f"{place}: {key} is required"
+    if kind in ("model_type", "dict_type"):
+        return f"{place}: {key}={given!r}: must be a section of keys and values"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     shown_value = "" if isinstance(given, dict) else f"={given!r}"
     return f"{place}: {key}{shown_value}: {message}"

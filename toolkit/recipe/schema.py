@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -65,7 +65,7 @@ class Data(Section):
 
 
 class PoseEncoder(Section):
-    """The network between landmarks and the backbone. In YAML a bare word means ``kind``."""
+    """The network between landmarks and the backbone. In a recipe a bare word means ``kind`` (see ``load.py``)."""
 
     kind: Literal["linear", "conv"] = "conv"
     hidden: Count = 512  # width inside the encoder
@@ -86,9 +86,7 @@ class Model(Section):
     prefix: str | None = None  # words embedded before the poses
     trust_remote_code: bool = False
     dropout: Share | None = None  # None = the backbone's own
-    pose_encoder: Annotated[
-        PoseEncoder, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
-    ] = PoseEncoder()
+    pose_encoder: PoseEncoder = PoseEncoder()
 
 
 class Training(Section):

@@ -32,7 +32,7 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
     (
         "float",
-        r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -66,6 +66,8 @@ def parse_yaml(text: str, place: str) -> tuple[Any, Lines]:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{place}{where}: not YAML: {error.problem or error.context}") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: nested too deeply, or an alias refers to what encloses it") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{place}: not YAML: {' '.join(str(error).split())}") from error
     finally:

@@ -1,0 +1,112 @@
+"""launch/recipes.py as a user runs it: what it prints, its JSON, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit.recipe.paths import recipes_dir
+
+COMMAND = Path(__file__).parents[2] / "launch" / "recipes.py"
+
+
+def recipes(*arguments, cwd):
+    return subprocess.run([sys.executable, str(COMMAND), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_ls_prints_one_row_a_recipe(tmp_path):
+    done = recipes("ls", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    heading, *rows = done.stdout.splitlines()
+    assert heading.split() == ["recipe", "model", "parameters", "deepspeed", "description"]
+    t5_small = next(row for row in rows if row.startswith("t5_small"))
+    assert "60.5 M" in t5_small and "zero2" in t5_small
+    assert len({row.index("zero") for row in rows}) == 1, "the columns stand under each other"
+
+
+def test_ls_json(tmp_path):
+    listed = json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]
+    t5_small = next(row for row in listed if row["name"] == "t5_small")
+    assert t5_small["parameters"] == t5_small["trainable"] == 60_506_624
+    assert t5_small["deepspeed"] == "zero2"
+    assert {"demo", "t5_small"} <= {row["name"] for row in listed}
+
+
+def test_show_json_is_fully_resolved_and_overrides_stand_anywhere(tmp_path):
+    done = recipes(
+        "show", "t5_small", "training.epochs=3", "--ds", "zero3", "--json", "--world-size", "8",
+        "ds.zero_optimization.stage3_max_live_parameters=1e8", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["recipe"]["training"]["epochs"] == 3
+    assert shown["deepspeed"]["zero_optimization"]["stage3_max_live_parameters"] == 100_000_000
+    assert (shown["world_size"], shown["accumulation_steps"], shown["zero_stage"]) == (8, 1, 3)
+
+
+def test_show_prints_a_recipe_that_can_be_used_again(tmp_path):
+    text = recipes("show", "demo", cwd=tmp_path).stdout
+    recipe, _, deepspeed = text.partition("# DeepSpeed JSON")
+    (tmp_path / "again.yaml").write_text(recipe)
+    assert json.loads(deepspeed.partition("\n")[2])["train_batch_size"] > 0
+    assert recipes("check", "again.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_check_says_what_would_run(tmp_path):
+    done = recipes("check", "t5_small", "--ds", "zero3_offload", "--world-size", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "can run on 8 ranks",
+        "60.5 M",
+        "ZeRO stage 3",
+        "optimizer states on cpu",
+        "16 x 8 ranks x 1",
+        "data.table=",
+    ):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["check", "t5_small", "--world-size", "3"], "nearest that are"),
+        (["check", "t5_small", "ds.fp16.enabled=true"], "overflows to NaN"),
+        (["show", "t5_smal"], "did you mean t5_small?"),
+        (["show", "t5_small", "--ds", "zero9"], "'zero9' does not exist"),
+        (["show", "t5_small", "training.epoch=3"], "did you mean training.epochs?"),
+        (["cp", "t5_small", "t5_small"], "exists already"),
+        (["cp", "t5_small", "a b"], "is no recipe name"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, arguments, part):
+    done = recipes(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_wrong_usage_is_exit_code_2(tmp_path):
+    for arguments in ([], ["ls", "extra"], ["show", "demo", "--bogus"], ["bogus"]):
+        done = recipes(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "usage:" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    assert "Traceback" in recipes("show", "--debug", "t5_smal", cwd=tmp_path).stderr
+
+
+def test_cp_makes_a_recipe_of_your_own(tmp_path):
+    done = recipes("cp", "t5_small", "mine/first.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "mine" / "first.yaml").read_text()
+    assert "--recipe mine/first.yaml" in text and "--recipe t5_small" not in text
+    assert text.count("\n") == (recipes_dir() / "t5_small.yaml").read_text().count("\n")
+    checked = json.loads(recipes("check", "mine/first.yaml", "--json", cwd=tmp_path).stdout)
+    assert checked["ok"] and checked["recipe"]["name"] == "first"
+    assert not list((tmp_path / "mine").glob(".*"))

@@ -1,0 +1,289 @@
+"""The resolver: batch arithmetic, one owner for each value, and every conflict in one line before anything starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.errors import UserError
+from toolkit.recipe.ds_json import ds_config_names
+from toolkit.recipe.ds_keys import OWNED
+from toolkit.recipe.load import load_recipe, recipe_names
+from toolkit.recipe.resolve import ResolvedRun, resolve, resolve_named
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_of(name="t5_small", *overrides, ds=None, world_size=1, has_gpu=False, needs_data=False):
+    return resolve_named(name, overrides, world_size, has_gpu=has_gpu, ds=ds, needs_data=needs_data)
+
+
+def message_of(*args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        run_of(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("ds", ds_config_names())
+def test_every_strategy_resolves_for_every_recipe(ds, world_size, has_gpu):
+    for name in recipe_names():
+        micro = load_recipe(name).training.global_batch_size // 8
+        run = run_of(name, f"training.micro_batch_size={micro}", ds=ds, world_size=world_size, has_gpu=has_gpu)
+        config = run.deepspeed
+        assert '"auto"' not in json.dumps(config)
+        assert config["train_batch_size"] == micro * world_size * run.accumulation_steps
+        assert config["train_batch_size"] == run.recipe.training.global_batch_size
+        assert config["train_micro_batch_size_per_gpu"] == run.micro_batch_size == micro
+        assert config["gradient_accumulation_steps"] == run.accumulation_steps
+        assert config["gradient_clipping"] == run.recipe.training.gradient_clipping
+        assert config["optimizer"]["params"]["lr"] == run.recipe.training.learning_rate
+        assert "scheduler" not in config
+        assert run.zero_stage == int(ds[4])
+        assert run.run_dir == Path("runs") / name
+
+
+def test_precision_is_the_jsons_and_a_recipe_may_lay_its_own_over_it():
+    assert [run_of(ds=ds).precision for ds in ("zero0", "zero1", "zero2", "zero3")] == ["fp32", "bf16", "bf16", "bf16"]
+    assert run_of(ds="zero0").autocast == "bfloat16"
+    for ds in ds_config_names():
+        assert (run_of("demo", ds=ds).precision, run_of("demo", ds=ds).autocast) == ("fp32", None)
+
+
+def test_adamw_is_torchs_own_unless_its_states_are_offloaded():
+    params = run_of(ds="zero2").deepspeed["optimizer"]["params"]
+    assert (params["torch_adam"], params["fused"]) == (True, True)
+    for ds in ("zero2_offload", "zero3_offload"):
+        assert not {"torch_adam", "fused"} & set(run_of(ds=ds).deepspeed["optimizer"]["params"])
+    chosen = run_of("t5_small", "ds.optimizer.params.torch_adam=true", ds="zero2_offload").deepspeed["optimizer"]
+    assert chosen["params"]["torch_adam"] is True
+    deepspeeds = run_of("t5_small", "ds.optimizer.params.torch_adam=false").deepspeed["optimizer"]
+    assert "fused" not in deepspeeds["params"]
+
+
+def test_overlap_is_off_unless_the_json_says_otherwise(tmp_path):
+    path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 3}})
+    assert run_of(ds=path).deepspeed["zero_optimization"]["overlap_comm"] is False
+    path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 3, "overlap_comm": True}})
+    assert run_of(ds=path).deepspeed["zero_optimization"]["overlap_comm"] is True
+
+
+def test_an_empty_json_is_stage_0_in_fp32(tmp_path):
+    run = run_of(ds=write(tmp_path / "z.json", {}))
+    assert (run.zero_stage, run.precision) == (0, "fp32")
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 16))
+def test_batch_sizes_divide_or_the_suggested_ones_do(total, micro, world_size):
+    recipe = load_recipe("demo", [f"training.global_batch_size={total}", f"training.micro_batch_size={micro}"])
+    try:
+        run = resolve(recipe, world_size, has_gpu=False)
+    except UserError as error:
+        assert total % (micro * world_size) != 0
+        message = str(error)
+        for suggested in numbers_after("training.global_batch_size=", message.split("nearest")[1]):
+            assert suggested % (micro * world_size) == 0
+            assert abs(suggested - total) < micro * world_size
+        for suggested in numbers_after("training.micro_batch_size=", message.split("nearest")[1]):
+            assert total % (suggested * world_size) == 0
+        for suggested in re.findall(r"(\d+) ranks$", message):
+            assert total % (micro * int(suggested)) == 0
+    else:
+        assert run.micro_batch_size * run.world_size * run.accumulation_steps == total
+
+
+def numbers_after(key, text):
+    match = re.search(rf"{re.escape(key)}(\d+)(?: or (\d+))?", text)
+    return [int(number) for number in match.groups() if number] if match else []
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    message = message_of("t5_small", "training.global_batch_size=30", "training.micro_batch_size=8", world_size=3)
+    assert "training.global_batch_size=30 is not training.micro_batch_size=8 x 3 ranks" in message
+    assert "training.global_batch_size=24 or 48" in message
+    assert "training.micro_batch_size=5 or 10" in message
+    assert "at least 1, not 0" in message_of(world_size=0)
+
+
+@pytest.mark.parametrize("dotted", [key for key in OWNED if key not in ("scheduler", "optimizer.type")])
+def test_a_value_that_both_give_names_both_places(tmp_path, dotted):
+    config = 16
+    for key in reversed(dotted.split(".")):
+        config = {key: config}
+    message = message_of(ds=write(tmp_path / "z.json", config))
+    assert f"z.json: {dotted}=16 and recipe t5_small: {OWNED[dotted]} both set this" in message
+    assert f"ds.{dotted}=16 and recipe t5_small: {OWNED[dotted]}" in message_of("t5_small", f"ds.{dotted}=16")
+
+
+def test_another_optimizer_or_schedule_in_the_json_is_a_conflict(tmp_path):
+    path = write(tmp_path / "z.json", {"optimizer": {"type": "Lamb"}, "scheduler": {"params": {"warmup_max_lr": 1e-3}}})
+    message = message_of(ds=path)
+    assert 'optimizer.type="Lamb" and recipe t5_small: training.optimizer both set this' in message
+    assert "scheduler.params.warmup_max_lr=0.001 and recipe t5_small: training.schedule" in message
+
+
+def test_auto_gives_way_to_the_recipe(tmp_path):
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2},
+    }
+    run = run_of(ds=write(tmp_path / "hf.json", config), world_size=2)
+    assert '"auto"' not in json.dumps(run.deepspeed)
+    assert run.deepspeed["train_batch_size"] == 128
+    assert run.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.98]
+    assert any("training.schedule=linear" in note for note in run.notes)
+
+
+def test_auto_elsewhere_is_mended_by_an_override(tmp_path):
+    path = write(tmp_path / "hf.json", {"bf16": {"enabled": "auto"}, "optimizer": {"params": {"fused": "auto"}}})
+    message = message_of(ds=path)
+    assert 'bf16.enabled is "auto"' in message
+    assert 'optimizer.params.fused is "auto"' in message
+    assert run_of("t5_small", "ds.bf16.enabled=true", "ds.optimizer=null", ds=path).precision == "bf16"
+
+
+def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
+    path = write(tmp_path / "z.json", {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+    assert "a t5 overflows to NaN in fp16; use bf16" in message_of(ds=path, has_gpu=True)
+    half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    assert "overflows to NaN" in message_of(ds=write(tmp_path / "h.json", half), has_gpu=True)
+    folder = tmp_path / "local_t5"
+    folder.mkdir()
+    write(folder / "config.json", {"model_type": "mt5"})
+    assert "a mt5 overflows" in message_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True)
+    write(folder / "config.json", {"model_type": "bart"})
+    assert run_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True).precision == "fp16"
+    assert "needs a GPU" in message_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("ds", "override", "part"),
+    [
+        (
+            "zero0",
+            "ds.zero_optimization.offload_optimizer.device=cpu",
+            "offload_optimizer works with ZeRO stage 1 2 3, not 0",
+        ),
+        ("zero2", "ds.zero_optimization.offload_param.device=cpu", "offload_param works with ZeRO stage 3, not 2"),
+        ("zero3", "ds.zero_optimization.offload_param.device=nvme", "needs zero_optimization.offload_param.nvme_path"),
+        ("zero2", "ds.fp16.enabled=true", "bf16 and fp16 are enabled together"),
+        ("zero0", "ds.bf16.enabled=true", "bf16 and torch_autocast are enabled together"),
+        ("zero0", "ds.torch_autocast.dtype=null", "needs torch_autocast.dtype"),
+        ("zero2", "ds.zero_optimization.stage=0", "grad_accum_dtype=fp32 with bf16 parameters needs ZeRO stage 1"),
+        ("zero2", "ds.gradient_allreduce_op=sum", "must be mean"),
+        ("zero3", "ds.zero_optimization.zero_quantized_weights=true", "(ZeRO++ quantised weights) needs a GPU"),
+        ("zero3", "ds.compile.deepcompile=true", "(DeepCompile) needs a GPU"),
+    ],
+)
+def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, part):
+    assert part in message_of("t5_small", override, ds=ds)
+
+
+def test_recipe_and_json_problems_are_listed_together():
+    message = message_of("t5_small", "training.epoch=3", "ds.gradient_cliping=1", "model.tinny=true", ds="zero2")
+    assert "3 problems in recipe t5_small" in message
+    for part in ("did you mean training.epochs?", "did you mean gradient_clipping?", "did you mean model.tiny?"):
+        assert part in message
+
+
+def test_conflicts_of_every_kind_are_listed_together():
+    message = message_of(
+        "t5_small",
+        "training.global_batch_size=30",
+        "ds.train_batch_size=4",
+        "ds.gradient_cliping=1",
+        "ds.fp16.enabled=true",
+        "model.tokenizer=bytes",
+        needs_data=True,
+    )
+    for part in (
+        "nearest that are",
+        "is not told where its clips are: add data.table=FILE.csv data.poses=FOLDER",
+        "speak the vocabulary of google-t5/t5-small",
+        "did you mean gradient_clipping?",
+        "ds.train_batch_size=4 and recipe t5_small",
+        "bf16 and fp16 are enabled together",
+        "overflows to NaN",
+        "needs a GPU",
+    ):
+        assert part in message, part
+
+
+def test_where_the_clips_are():
+    assert run_of("demo", needs_data=True)
+    assert run_of("t5_small", "data.table=T.csv", "data.poses=P", needs_data=True)
+    assert run_of("t5_small", "data.corpus=C", needs_data=True)
+    assert "add data.poses=FOLDER" in message_of("t5_small", "data.table=T.csv", needs_data=True)
+    both = message_of("t5_small", "data.table=T.csv", "data.corpus=C", needs_data=True)
+    assert "data.corpus and data.table both say" in both
+
+
+def test_a_backbone_that_does_not_exist():
+    assert "did you mean t5_small?" in message_of("t5_small", "model.backbone=t5_smal")
+    assert "add model.from_scratch=true" in message_of("t5_small", "model.backbone=demo")
+
+
+def test_a_run_directory_brings_the_run_back(tmp_path):
+    run = run_of(
+        "t5_small", "model.prefix=translate to English:", "ds.zero_optimization.stage=1", ds="zero2", world_size=4
+    )
+    run.save(tmp_path / "deep" / "run")
+    again = ResolvedRun.load(tmp_path / "deep" / "run")
+    assert again.recipe == run.recipe
+    assert again.deepspeed == run.deepspeed
+    assert (again.world_size, again.micro_batch_size, again.accumulation_steps) == (4, 16, 2)
+    assert again.run_dir == tmp_path / "deep" / "run"
+    assert sorted(path.name for path in again.run_dir.iterdir()) == ["deepspeed.json", "recipe.yaml"]
+    # The stored recipe is a recipe: it can be run again.
+    assert (
+        resolve_named(str(again.run_dir / "recipe.yaml"), [], 4, has_gpu=False, needs_data=False).deepspeed
+        == run.deepspeed
+    )
+
+
+def test_half_a_run_directory_is_named(tmp_path):
+    run_of().save(tmp_path)
+    (tmp_path / "deepspeed.json").write_text('{"train_batch')
+    with pytest.raises(UserError, match=r"deepspeed\.json: not the deepspeed\.json of a run"):
+        ResolvedRun.load(tmp_path)
+    (tmp_path / "deepspeed.json").unlink()
+    with pytest.raises(UserError, match=r"deepspeed\.json: a resolved DeepSpeed JSON cannot be read"):
+        ResolvedRun.load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_of().save(tmp_path / "file")
+
+
+def test_resolving_imports_no_heavy_library():
+    code = (
+        "import sys; from toolkit.recipe.resolve import resolve_named; "
+        "resolve_named('demo', [], 2, has_gpu=False); "
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
