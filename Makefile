@@ -8,9 +8,13 @@ BIN := $(abspath $(VENV))/bin
 # Tools that builds and launchers look up by name (ninja, deepspeed) come from the environment, activated or not.
 export PATH := $(BIN):$(PATH)
 
-# Ranks of the demo: one per GPU, else two on the CPU (one where there is a single core).
-RANKS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
-	if [ "$$gpus" -gt 0 ]; then echo $$gpus; elif [ "$$(getconf _NPROCESSORS_ONLN)" -gt 1 ]; then echo 2; else echo 1; fi)
+# C++ ops live and die with the environment, as launch/ has it too.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+
+# Ranks of the demo: one per GPU, at most a power of two, which divides the recipe's batch; on the CPU two, or its one core.
+RANKS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); cores=$$(getconf _NPROCESSORS_ONLN); \
+	limit=$$(( gpus > 0 ? gpus : (cores > 1 ? 2 : 1) )); ranks=1; \
+	while [ $$(( ranks * 2 )) -le $$limit ]; do ranks=$$(( ranks * 2 )); done; echo $$ranks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-nightly lint ops clean

@@ -46,8 +46,9 @@ if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
   say "$VENV is up to date"
 else
   if [ ! -x "$VENV/bin/pip" ]; then
-    step "making $VENV with Python $version" "$PYTHON" -m venv "$VENV" ||
-      fail "Python cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail "$PYTHON cannot make virtual environments: on Debian and Ubuntu, apt-get install python3-venv"
+    step "making $VENV with Python $version" "$PYTHON" -m venv "$VENV"
   fi
   rm -f "$stamp"
   torch=$(grep -m 1 '^torch==' requirements.txt)
