@@ -220,6 +220,20 @@ class Corpus:
     def landmark_set(self) -> LandmarkSet:
         return LandmarkSet.from_dict(self.metadata.landmark_set)
 
+    def summary(self) -> dict[str, Any]:
+        """In numbers: ``path, clips, frames, rejects, splits, leakage, counts, bytes``; what preparation prints."""
+        counts = dict(self.metadata.counts)
+        return {
+            "path": str(self.path),
+            "clips": sum(split["clips"] for split in self.metadata.splits.values()),
+            "frames": sum(split["frames"] for split in self.metadata.splits.values()),
+            "rejects": counts.pop("rejects", 0),
+            "splits": {name: split["clips"] for name, split in self.metadata.splits.items()},
+            "leakage": self.metadata.leakage,
+            "counts": counts,
+            "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+        }
+
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
         """Open a corpus; nothing but its index is read.

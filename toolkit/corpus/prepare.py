@@ -35,29 +35,16 @@ MOST_FILES_MISSING = 0.5  # share of the clips beyond which the folder, not the 
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a preparation did.
+class Prepared:
+    """A corpus that is there, and how fast it came to be.
 
     Attributes:
-        path: the corpus.
-        clips, frames: that it holds.
-        rejects: rows that it does not hold; ``rejects.csv`` names each with its reason.
-        splits: clips of each split.
-        leakage: clips of held-out splits whose text or source video train holds too.
-        counts: clips that were shortened, normalised without shoulders, or show no hands.
-        clips_per_second: of this preparation, all workers together.
-        bytes: size of the corpus on disk.
+        path: its folder.
+        clips_per_second: read by this preparation, all workers together; None when the corpus was there already.
     """
 
-    path: str
-    clips: int
-    frames: int
-    rejects: int
-    splits: dict[str, int]
-    leakage: dict[str, int]
-    counts: dict[str, int]
-    clips_per_second: float
-    bytes: int
+    path: Path
+    clips_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +78,11 @@ class _Inputs:
 
 
 def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
+    """The folder of the prepared corpus that the settings mean; see ``find_or_prepare``."""
+    return find_or_prepare(data, speaks=speaks).path
+
+
+def find_or_prepare(data: Data, *, speaks: bool = True) -> Prepared:
     """The prepared corpus that the settings mean; prepared now if that was never done before.
 
     Many processes may ask at the same time: one prepares, and the others wait for it.
@@ -99,16 +91,13 @@ def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
         data: ``corpus`` names a prepared one; else it is kept in ``cache``, under a hash of all that it depends on.
         speaks: whether this process says so while it waits for another.
 
-    Returns:
-        The folder of the corpus.
-
     Raises:
         UserError: an input is missing or wrong.
         TooManyRejects: more clips are unusable than ``max_rejects`` allows.
         Interrupted: Ctrl-C; asking again goes on.
     """
     if data.corpus is not None:
-        return Corpus.open(data.corpus).path
+        return Prepared(Corpus.open(data.corpus).path, None)
     asked_at = time.time()
     cache = Path(data.cache)
     if data.source == "demo":
@@ -116,14 +105,15 @@ def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
     inputs = _read_inputs(data)
     out = cache / f"{data.source}-{inputs.fingerprint[:12]}"
     if not (out / METADATA_FILE).exists():
+        plan = _plan(inputs)
         with _sole_writer(out, speaks):
             if not (out / METADATA_FILE).exists():
                 _refuse_again(out, asked_at)
-                _prepare(inputs, out)
-    return out
+                return _prepare(plan, out)
+    return Prepared(out, None)
 
 
-def prepare(data: Data, out: Path, *, replace: bool = False) -> Report:
+def prepare(data: Data, out: Path, *, replace: bool = False) -> Prepared:
     """Prepare a corpus into a folder of the user's choice.
 
     Args:
@@ -132,14 +122,15 @@ def prepare(data: Data, out: Path, *, replace: bool = False) -> Report:
         replace: whether a corpus that is there already may be replaced.
 
     Raises:
-        UserError, TooManyRejects, Interrupted: as ``ensure_corpus``.
+        UserError, TooManyRejects, Interrupted: as ``find_or_prepare``.
     """
     if out.exists() and not replace:
         raise UserError(f"{out} exists already: choose another --out, or say --replace")
     if data.source == "demo":
         data = _with_demo_clips(data, Path(data.cache), speaks=True)
+    plan = _plan(_read_inputs(data))
     with _sole_writer(out, speaks=True):
-        return _prepare(_read_inputs(data), out)
+        return _prepare(plan, out)
 
 
 def _read_inputs(data: Data) -> _Inputs:
@@ -153,26 +144,36 @@ def _read_inputs(data: Data) -> _Inputs:
     return _Inputs(data, landmark_set, rows, open_poses(Path(data.poses)), xxhash.xxh3_64_hexdigest(table.read_bytes()))
 
 
-def _prepare(inputs: _Inputs, out: Path) -> Report:
-    """Build under another name, check, and rename."""
-    data = inputs.data
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done: rows with their pose files, by split, and the rows (line, uid, reason) that are lost already."""
+
+    inputs: _Inputs
+    splits: dict[str, list[tuple[Row, str]]]
+    rejects: list[tuple[int, str, str]]
+
+
+def _plan(inputs: _Inputs) -> _Plan:
+    """Find the pose file of every row and deal the rows out to splits; raises UserError."""
     located, rejects = _locate(inputs)
+    data = inputs.data
     splits = assign_splits([row for row, _ in located], data.dev_share, data.test_share, data.split_seed)
     files = {row.uid: file for row, file in located}
+    return _Plan(inputs, {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}, rejects)
+
+
+def _prepare(plan: _Plan, out: Path) -> Prepared:
+    """Build under another name, check, and rename."""
+    inputs, data = plan.inputs, plan.inputs.data
     unfinished = out.with_name(out.name + ".partial")
     _keep_only_if_same(unfinished, inputs.fingerprint)
-    work = Work(
-        unfinished,
-        data,
-        inputs.landmark_set,
-        inputs.poses,
-        {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()},
-    )
+    work = Work(unfinished, data, inputs.landmark_set, inputs.poses, plan.splits)
     started = time.perf_counter()
-    records, clips_now = _build_with_progress(work, out, len(located))
+    records, clips_now = _build_with_progress(work, out, sum(map(len, plan.splits.values())))
     seconds = time.perf_counter() - started
 
-    rejects = sorted(rejects + [reject for record in records for reject in record.rejects])
+    splits = {name: [row for row, _ in rows] for name, rows in plan.splits.items()}
+    rejects = sorted(plan.rejects + [reject for record in records for reject in record.rejects])
     used = sum(record.clips for record in records)
     if len(rejects) > data.max_rejects * len(inputs.rows) or used == 0:
         shutil.rmtree(unfinished)
@@ -188,17 +189,7 @@ def _prepare(inputs: _Inputs, out: Path) -> Report:
         shutil.rmtree(out)
     unfinished.rename(out)
     _rejects_beside(out).unlink(missing_ok=True)
-    return Report(
-        path=str(out),
-        clips=used,
-        frames=sum(record.frames for record in records),
-        rejects=len(rejects),
-        splits={name: summary["clips"] for name, summary in metadata.splits.items()},
-        leakage=metadata.leakage,
-        counts=metadata.counts,
-        clips_per_second=round(clips_now / max(seconds, 1e-9), 1),
-        bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
-    )
+    return Prepared(out, round(clips_now / max(seconds, 1e-9), 1))
 
 
 def _locate(inputs: _Inputs) -> tuple[list[tuple[Row, str]], list[tuple[int, str, str]]]:

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Turn a table and pose files into a packed corpus that training maps into memory.
+
+python launch/prepare.py --recipe demo                                        what this recipe will train on
+python launch/prepare.py --table T.csv --poses DIR --out corpora/mine         my own data
+python launch/prepare.py --source isign --table iSign_v1.1.csv --poses POSES --out corpora/isign
+python launch/prepare.py --source how2sign --table how2sign_train.csv --poses POSES --out corpora/how2sign
+python launch/prepare.py --table T.jsonl --poses DIR --columns uid=id,text=sentence --json
+
+Without --out the corpus goes to the cache, where a recipe with the same settings finds it. Training takes it with
+data.corpus=OUT. An interrupted preparation goes on when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pydantic import ValidationError
+
+from toolkit.corpus.packed import Corpus
+from toolkit.corpus.prepare import find_or_prepare, prepare
+from toolkit.corpus.table import PRESETS
+from toolkit.errors import UserError, exit_code_of
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import Data
+
+# Options that are settings of the same name in a recipe's `data:` section.
+SETTINGS = {
+    "table": (str, "CSV, TSV or JSONL with a line for each clip"),
+    "poses": (str, "where the pose files are"),
+    "landmarks": (str, "landmark set: name or YAML file"),
+    "fps": (float, "frames per second after resampling"),
+    "max_frames": (int, "longest clip, in frames after resampling"),
+    "min_frames": (int, "shortest clip, in frames after resampling"),
+    "too_long": (str, "what becomes of longer clips: subsample, cut or reject"),
+    "dev_share": (float, "share of the clips that go to dev, by source video"),
+    "test_share": (float, "share of the clips that go to test, by source video"),
+    "split_seed": (int, "decides which videos"),
+    "max_rejects": (float, "largest share of unusable clips; beyond it nothing is written and the exit code is 3"),
+    "cache": (str, "folder of prepared corpora, used without --out"),
+    "workers": (int, "processes; 0 = all cores"),
+}
+
+
+def main() -> None:
+    arguments = _parse()
+    sys.exit(exit_code_of(lambda: _prepare(arguments), debug=arguments.debug))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="take the settings from a recipe; the options below change them"
+    )
+    parser.add_argument(
+        "--source", choices=["demo", "table", *PRESETS], help="demo, or whose column names the table uses"
+    )
+    defaults = Data()
+    for name, (kind, meaning) in SETTINGS.items():
+        default = getattr(defaults, name)
+        text = meaning if default is None else f"{meaning} (default {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS,...", help="column names that differ from uid, text, video ..."
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the corpus goes (default: the cache)")
+    parser.add_argument("--replace", action="store_true", help="replace the corpus that --out holds already")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments, rest = parser.parse_known_args()
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest and not arguments.recipe:
+        parser.error(f"{rest[0]}: key=value changes a recipe, and no --recipe is given")
+    arguments.overrides = rest
+    return arguments
+
+
+def _settings(arguments: argparse.Namespace) -> Data:
+    """The recipe's data section, or the defaults, with what the command line says laid over it.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+    base = load_recipe(arguments.recipe, arguments.overrides).data if arguments.recipe else Data()
+    given: dict[str, Any] = {
+        name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None
+    }
+    columns = _columns(arguments.columns) if arguments.columns else {}
+    if arguments.source in ("demo", "table", "isign"):
+        given["source"] = arguments.source
+    elif arguments.source:
+        columns = PRESETS[arguments.source] | columns
+    if columns:
+        given["columns"] = columns
+    try:
+        return Data(**(base.model_dump() | given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the options"
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise UserError(f"--columns wants OURS=THEIRS,OURS=THEIRS and got '{text}'")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    data = _settings(arguments)
+    prepared = prepare(data, arguments.out, replace=arguments.replace) if arguments.out else find_or_prepare(data)
+    summary = Corpus.open(prepared.path).summary() | {"clips_per_second": prepared.clips_per_second}
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    speed = f", {prepared.clips_per_second:,.0f} clips/s" if prepared.clips_per_second else " (was there already)"
+    size = f"{summary['clips']:,} clips, {summary['frames']:,} frames, {summary['bytes'] / 1e6:,.1f} MB"
+    print(f"{prepared.path}: {size}{speed}")
+    print("  splits   " + ", ".join(f"{name} {clips:,}" for name, clips in summary["splits"].items()))
+    print(
+        f"  rejects  {summary['rejects']:,}"
+        + (f", listed in {prepared.path / 'rejects.csv'}" if summary["rejects"] else "")
+    )
+    for title, values in (("counts", summary["counts"]), ("leakage", summary["leakage"])):
+        notable = [f"{name.replace('_', ' ')} {value:,}" for name, value in values.items() if value]
+        print(f"  {title:7}  " + (", ".join(notable) or "none"))
+
+
+if __name__ == "__main__":
+    main()
