@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw docs/pictures/pipeline.png: the way from pose to text, from real frames of the demo's motion.
 
-python docs/pictures/draw_pipeline.py
+python docs/pictures/draw_pipeline.py [PNG]
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def draw_ranks(axes: Axes, x: float, y: float, width: float, height: float) -> N
         axes.text(left + 3.55, y + height / 2, name, ha="center", va="center", fontsize=12.5, color=INK, zorder=3)
 
 
-def main() -> None:
+def main(picture: Path) -> None:
     letters = [read_letter(letter) for letter in WORD]
     frames = [clearest_frame(letter) for letter in letters]
     figure = plt.figure(figsize=(16.4, 6.5), dpi=125, facecolor=PAPER)
@@ -293,8 +293,9 @@ def main() -> None:
     )
     draw_ranks(axes, 81.8, 3, 60.8, 13.6)
 
-    figure.savefig(HERE / "pipeline.png")
+    figure.savefig(picture)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "pipeline.png")

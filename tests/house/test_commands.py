@@ -1,12 +1,16 @@
 """What README, Makefile and shell scripts promise is there."""
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from toolkit import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
@@ -54,6 +58,12 @@ def test_the_readme_shows_the_commands_that_matter():
     for command in ("make demo", "make test", "--ds zero3_offload", "deepspeed --hostfile", "--num_gpus 8"):
         assert command in text
     assert "TORCH_INDEX" in text and "pytorch.org" in text
+
+
+def test_the_readme_lists_every_exit_code():
+    rows = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert {int(row) for row in rows} == codes
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -119,6 +129,13 @@ def test_setup_refuses_a_python_that_is_too_old_or_absent(tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1 and words in done.stderr
         assert not (tmp_path / "venv").exists()
+
+
+def test_the_picture_can_be_drawn_again(tmp_path):
+    script = ROOT / "docs" / "pictures" / "draw_pipeline.py"
+    picture = tmp_path / "pipeline.png"
+    subprocess.run([sys.executable, str(script), str(picture)], check=True, env=os.environ | {"MPLBACKEND": "agg"})
+    assert picture.read_bytes()[16:24] == script.with_name("pipeline.png").read_bytes()[16:24]  # width and height
 
 
 def test_every_room_has_its_place_in_the_dependency_rule():
