@@ -1,0 +1,18 @@
+"""Pose encoders and the translator around any HuggingFace seq2seq backbone.
+
+Importing this package (or ``toolkit``'s models by way of a launch script) registers the translator with transformers'
+``Auto`` classes, so that a saved folder loads by ``AutoModel`` and ``AutoProcessor``. It knows nothing of training.
+"""
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
+
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.translator import PoseTranslator, PoseTranslatorOutput
+
+AutoConfig.register(PoseTranslatorConfig.model_type, PoseTranslatorConfig, exist_ok=True)
+AutoModel.register(PoseTranslatorConfig, PoseTranslator, exist_ok=True)
+AutoFeatureExtractor.register(PoseTranslatorConfig, PoseFeatureExtractor, exist_ok=True)
+AutoProcessor.register(PoseTranslatorConfig, PoseProcessor, exist_ok=True)
+
+__all__ = ["PoseFeatureExtractor", "PoseProcessor", "PoseTranslator", "PoseTranslatorConfig", "PoseTranslatorOutput"]

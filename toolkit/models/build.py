@@ -1,0 +1,129 @@
+"""From a recipe and a corpus to a translator with its processor: loaded, or made from a model card's dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.tokenizers import make_tokenizer, special_ids
+from toolkit.models.translator import PoseTranslator
+from toolkit.recipe.model_cards import card_of, tiny_config, tokenizer_of
+from toolkit.recipe.schema import Evaluation, Model, Recipe
+
+# Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
+DROPOUT_KEYS = ("dropout_rate", "dropout", "attention_dropout", "activation_dropout")
+
+
+def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
+    """The processor that goes with a model trained on ``corpus``.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    metadata = corpus.metadata
+    texts = corpus.splits["train"].texts
+    tokenizer = make_tokenizer(tokenizer_of(recipe.model), texts, trust_remote_code=recipe.model.trust_remote_code)
+    extractor = PoseFeatureExtractor(
+        landmark_set=metadata.landmark_set,
+        fps=metadata.fps,
+        max_frames=metadata.max_frames,
+        too_long=metadata.too_long,
+        normalisation=metadata.normalisation,
+    )
+    return PoseProcessor(extractor, tokenizer)
+
+
+def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> PoseTranslator:
+    """The translator, with the backbone's published weights or random ones.
+
+    The same seed of torch's generator gives the same random weights, on every rank.
+
+    Raises:
+        UserError: the backbone cannot be had, or is no encoder-decoder.
+    """
+    model = recipe.model
+    backbone = _backbone(model, tokenizer)
+    if not backbone.config.is_encoder_decoder:
+        raise UserError(
+            f"model.backbone={model.backbone} is a {backbone.config.model_type}, not an encoder-decoder: "
+            "choose a seq2seq model; `python launch/recipes.py ls` shows some"
+        )
+    prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
+    config = PoseTranslatorConfig(
+        backbone=backbone.config.to_dict(),
+        pose_encoder=model.pose_encoder.model_dump(),
+        num_points=corpus.landmark_set.num_points,
+        num_channels=corpus.landmark_set.num_channels,
+        ctc=recipe.training.ctc_weight > 0,
+        ctc_search_weight=recipe.evaluation.ctc_weight,
+        special_token_ids=special_ids(tokenizer),
+        prefix_token_ids=prefix_ids,
+    )
+    translator = PoseTranslator(config, backbone)
+    _remember_generation(translator, recipe.evaluation)
+    if recipe.training.gradient_checkpointing:
+        # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return translator
+
+
+def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    card = card_of(model)
+    if card and (model.from_scratch or model.tiny):
+        values = tiny_config(card.architecture, card.config) if model.tiny else card.config
+        config = AutoConfig.for_model(card.architecture, **values)
+        if tokenizer_of(model) != card.tokenizer:
+            _speak(config, tokenizer)
+        return AutoModelForSeq2SeqLM.from_config(_with_dropout(config, model.dropout))
+    source = card.hub_id if card else model.backbone
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+        if model.tiny:
+            config = AutoConfig.for_model(config.model_type, **tiny_config(config.model_type, config.to_dict()))
+        if model.from_scratch or model.tiny:
+            return AutoModelForSeq2SeqLM.from_config(_with_dropout(config, model.dropout))
+        return AutoModelForSeq2SeqLM.from_pretrained(
+            source, config=_with_dropout(config, model.dropout), trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.backbone={model.backbone} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME "
+            "to a cache that does, or train from random weights with model.from_scratch=true"
+        ) from error
+
+
+def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fit a configuration for random weights to another vocabulary than its published one."""
+    config.vocab_size = len(tokenizer)
+    starts_with_padding = config.decoder_start_token_id == config.pad_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
+
+
+def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
+    if dropout is not None:
+        for key in DROPOUT_KEYS:
+            if hasattr(config, key):
+                setattr(config, key, dropout)
+    return config
+
+
+def _remember_generation(translator: PoseTranslator, evaluation: Evaluation) -> None:
+    """Let the saved folder translate as the recipe evaluates."""
+    settings: dict[str, Any] = {
+        "num_beams": evaluation.num_beams,
+        "length_penalty": evaluation.length_penalty,
+        "no_repeat_ngram_size": evaluation.no_repeat_ngram_size,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+    generation = translator.generation_config
+    generation.update(**settings)
+    for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+        setattr(generation, key, getattr(translator.config, key))

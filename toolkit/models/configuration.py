@@ -1,0 +1,57 @@
+"""The configuration of a pose translator: what ``config.json`` of a model folder says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class PoseTranslatorConfig(PreTrainedConfig):
+    """Configuration of :class:`~toolkit.models.translator.PoseTranslator`.
+
+    Args:
+        backbone: the HuggingFace configuration of the seq2seq backbone, as ``to_dict`` gives it.
+        pose_encoder: the settings of the pose encoder (``kind``, ``hidden``, ``layers``, ``kernel``, ``stride``,
+            ``dropout``, ``positions``), as the recipe's ``model.pose_encoder`` holds them.
+        num_points: landmarks per frame.
+        num_channels: coordinates per landmark (x, y, z).
+        ctc: whether the encoder's output carries a CTC head over the backbone's vocabulary.
+        ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
+        special_token_ids: tokens that are written but not signed, on which CTC has no opinion.
+        prefix_token_ids: a text prompt whose embeddings stand before the poses.
+    """
+
+    model_type = "pose_translator"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        pose_encoder: dict[str, Any] | None = None,
+        num_points: int = 0,
+        num_channels: int = 3,
+        ctc: bool = False,
+        ctc_search_weight: float = 0.0,
+        special_token_ids: list[int] | None = None,
+        prefix_token_ids: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone or {}
+        self.pose_encoder = pose_encoder or {}
+        self.num_points = num_points
+        self.num_channels = num_channels
+        self.ctc = ctc
+        self.ctc_search_weight = ctc_search_weight
+        self.special_token_ids = special_token_ids or []
+        self.prefix_token_ids = prefix_token_ids or []
+        # generate() and the tokenizer read these off the outer configuration.
+        for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+            kwargs.setdefault(key, self.backbone.get(key))
+        kwargs.setdefault("is_encoder_decoder", True)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's configuration as an object of its own class."""
+        values = dict(self.backbone)
+        return AutoConfig.for_model(values.pop("model_type"), **values)

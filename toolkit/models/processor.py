@@ -1,0 +1,102 @@
+"""The processor of a model folder: a ``.pose`` file becomes model inputs exactly as it did at preparation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+from toolkit.poses.features import NORMALISATION, extract_features
+from toolkit.poses.landmarks import LandmarkSet
+
+
+class PoseFeatureExtractor(FeatureExtractionMixin):
+    """Turns pose files into padded tensors.
+
+    Args:
+        landmark_set: the landmarks in order, as ``LandmarkSet.to_dict`` gives them.
+        fps: frames per second after resampling.
+        max_frames: longer clips are shortened as ``too_long`` says.
+        too_long: ``subsample``, ``cut`` or ``reject``.
+        normalisation: what was done to the coordinates, in words; a folder made by another method is refused.
+    """
+
+    model_input_names = ["poses", "visible", "frame_mask"]  # noqa: RUF012 (transformers reads this name)
+
+    def __init__(
+        self,
+        landmark_set: dict[str, Any] | None = None,
+        fps: float = 12.5,
+        max_frames: int | None = None,
+        too_long: str = "subsample",
+        normalisation: str = NORMALISATION,
+        **kwargs: Any,
+    ) -> None:
+        if normalisation != NORMALISATION:
+            raise ValueError(f"this model normalises poses by {normalisation!r}; this version of the toolkit cannot")
+        self.landmark_set = landmark_set or {}
+        self.fps = fps
+        self.max_frames = max_frames
+        self.too_long = too_long
+        self.normalisation = normalisation
+        super().__init__(**kwargs)
+
+    def __call__(self, poses: Sequence[str | Path | bytes], **_: Any) -> BatchFeature:
+        """Read clips.
+
+        Args:
+            poses: paths of ``.pose`` files, or their bytes.
+
+        Returns:
+            ``poses`` float32 [clips, frames, points, channels], ``visible`` bool [clips, frames, points] and
+            ``frame_mask`` bool [clips, frames].
+
+        Raises:
+            PoseError: a file is not usable; the message is the reason.
+        """
+        landmark_set = LandmarkSet.from_dict(self.landmark_set)
+        clips = []
+        for pose in poses:
+            content = pose if isinstance(pose, bytes) else Path(pose).read_bytes()
+            features = extract_features(
+                content,
+                landmark_set,
+                self.fps,
+                max_frames=self.max_frames,
+                too_long=self.too_long,  # type: ignore[arg-type]
+            )
+            # Training reads float16; the same rounding here, so that a clip means the same to the model.
+            clips.append(torch.from_numpy(features.values).half().float())
+        padded = pad_sequence(clips, batch_first=True, padding_value=torch.nan)
+        visible = padded.isfinite().all(dim=-1)
+        frames = torch.tensor([len(clip) for clip in clips])
+        frame_mask = torch.arange(padded.shape[1]) < frames[:, None]
+        values = padded.masked_fill(~visible.unsqueeze(-1), 0.0)
+        return BatchFeature({"poses": values, "visible": visible, "frame_mask": frame_mask})
+
+
+class PoseProcessor(ProcessorMixin):
+    """Feature extractor and tokenizer of a translator, saved beside its weights."""
+
+    def __init__(self, feature_extractor: PoseFeatureExtractor, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(feature_extractor, tokenizer)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Our feature extractor is not among those that transformers ships; any tokenizer will do."""
+        expected = {"feature_extractor": PoseFeatureExtractor, "tokenizer": PreTrainedTokenizerBase}[argument_name]
+        if not isinstance(argument, expected):
+            raise TypeError(f"{argument_name} is a {type(argument).__name__}, not a {expected.__name__}")
+        return type(argument)
+
+    def __call__(self, poses: Sequence[str | Path | bytes], **kwargs: Any) -> BatchFeature:
+        """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`."""
+        return self.feature_extractor(poses, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Texts of token ids, without special tokens unless asked."""
+        kwargs.setdefault("skip_special_tokens", True)
+        return self.tokenizer.batch_decode(*args, **kwargs)

@@ -1,0 +1,64 @@
+"""Which tokenizer turns texts into target tokens: the backbone's own, bytes, or one trained on the corpus.
+
+``bytes`` (ByT5's scheme, Xue et al. 2022) and ``train`` need no hub and no download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from toolkit.errors import UserError
+
+SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
+TRAINED_VOCABULARY = 8000
+
+
+def make_tokenizer(kind: str, texts: Iterable[str] = (), *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Make or load a tokenizer.
+
+    Args:
+        kind: ``bytes``, ``train``, a hub id or a folder.
+        texts: training texts, read only by ``train``.
+        trust_remote_code: whether code that comes with a hub model may run.
+
+    Raises:
+        UserError: the hub id or folder cannot be loaded.
+    """
+    if kind == "bytes":
+        return ByT5Tokenizer()
+    if kind == "train":
+        return train_tokenizer(texts)
+    try:
+        return AutoTokenizer.from_pretrained(kind, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the tokenizer {kind!r} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME to a cache "
+            "that does, or use model.tokenizer=bytes, which needs no download"
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a SentencePiece-style unigram tokenizer (Kudo 2018) on the texts; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=TRAINED_VOCABULARY, special_tokens=SPECIAL_TOKENS, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids that frame a text but are no part of it."""
+    return sorted(set(tokenizer.all_special_ids))

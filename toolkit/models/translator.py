@@ -1,0 +1,164 @@
+"""The translator: a pose encoder in front of any HuggingFace seq2seq backbone, as one ``PreTrainedModel``.
+
+A saved translator is an ordinary HuggingFace folder. Loading is strict: a missing or unexpected tensor is an error,
+because a model that silently starts from random weights costs its user days.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from toolkit.errors import UserError
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.ctc_search import CtcPrefixScores
+from toolkit.models.encoders import PoseEncoder
+
+
+@dataclass
+class PoseTranslatorOutput(ModelOutput):
+    """What one forward pass gives.
+
+    Attributes:
+        logits: next-token scores [clips, tokens, vocabulary].
+        ctc_logits: scores of the CTC head [clips, positions, vocabulary + 1] (the last one is the blank), or None.
+        encoder_mask: bool [clips, positions], true on the positions that stem from real frames.
+    """
+
+    logits: Tensor | None = None
+    ctc_logits: Tensor | None = None
+    encoder_mask: Tensor | None = None
+
+
+class PoseTranslator(PreTrainedModel, GenerationMixin):
+    """Poses to text: pose encoder → backbone encoder → backbone decoder.
+
+    Args:
+        config: the configuration.
+        backbone: a ready backbone (for instance loaded from the hub); made from the configuration when not given.
+    """
+
+    config_class = PoseTranslatorConfig
+    base_model_prefix = ""
+    main_input_name = "poses"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else AutoModelForSeq2SeqLM.from_config(config.backbone_config())
+        width = self.backbone.config.hidden_size
+        self.pose_encoder = PoseEncoder(
+            num_points=config.num_points, num_channels=config.num_channels, width=width, **config.pose_encoder
+        )
+        if config.ctc:
+            self.ctc_head = nn.Linear(width, self.backbone.config.vocab_size + 1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the modules that are ours; the backbone has initialised its own."""
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Run both encoders once.
+
+        Args:
+            poses: [clips, frames, points, channels].
+            visible: bool [clips, frames, points].
+            frame_mask: bool [clips, frames].
+
+        Returns:
+            hidden states [clips, positions, width] and their bool mask [clips, positions].
+        """
+        vectors, mask = self.pose_encoder(poses, visible, frame_mask)
+        prefix_ids = self.config.prefix_token_ids
+        if prefix_ids:
+            ids = torch.tensor(prefix_ids, device=vectors.device).expand(len(vectors), -1)
+            vectors = torch.cat([self.get_input_embeddings()(ids).to(vectors.dtype), vectors], dim=1)
+            mask = torch.cat([mask.new_ones(ids.shape), mask], dim=1)
+        encoder = self.backbone.get_encoder()
+        hidden = encoder(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state
+        return hidden, mask
+
+    def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor, labels: Tensor) -> PoseTranslatorOutput:
+        """Score the labels (teacher forcing).
+
+        Args:
+            poses, visible, frame_mask: as :meth:`encode` takes them.
+            labels: token ids [clips, tokens], -100 where padded.
+        """
+        hidden, mask = self.encode(poses, visible, frame_mask)
+        decoded = self.backbone(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask.long(),
+            decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        )
+        ctc_logits, mask = self._ctc(hidden, mask) if self.config.ctc else (None, mask)
+        return PoseTranslatorOutput(logits=decoded.logits, ctc_logits=ctc_logits, encoder_mask=mask)
+
+    def _ctc(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the CTC head and their mask, at the positions that stem from poses."""
+        first_pose = len(self.config.prefix_token_ids)
+        return self.ctc_head(hidden[:, first_pose:]), mask[:, first_pose:]
+
+    @torch.no_grad()
+    def generate(self, poses: Tensor, visible: Tensor, frame_mask: Tensor, **settings: Any) -> Any:
+        """Translate: the encoder runs once, then the backbone's own ``generate`` searches.
+
+        Args:
+            poses, visible, frame_mask: as :meth:`encode` takes them.
+            settings: what HuggingFace's ``generate`` takes (``num_beams``, ``max_new_tokens``, ``synced_gpus``, …).
+
+        Returns:
+            what the backbone's ``generate`` returns: token ids [clips × returned sequences, tokens] or an output object.
+        """
+        hidden, mask = self.encode(poses, visible, frame_mask)
+        settings.setdefault("generation_config", self.generation_config)
+        if self.config.ctc and self.config.ctc_search_weight > 0:
+            settings["logits_processor"] = [
+                CtcPrefixScores(
+                    *self._ctc(hidden, mask),
+                    weight=self.config.ctc_search_weight,
+                    end_id=self.config.eos_token_id,
+                    special_ids=self.config.special_token_ids,
+                    num_beams=settings.get("num_beams") or settings["generation_config"].num_beams or 1,
+                ),
+                *settings.get("logits_processor", []),
+            ]
+        return self.backbone.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(), **settings
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PoseTranslator:
+        """Load a folder strictly.
+
+        Raises:
+            UserError: the folder's tensors are not exactly those that the configuration asks for.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = {
+            kind: sorted(str(key) for key in info[kind])
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[kind]
+        }
+        if problems:
+            listed = "; ".join(f"{kind.replace('_keys', '')}: {', '.join(keys[:5])}" for kind, keys in problems.items())
+            raise UserError(
+                f"{pretrained_model_name_or_path} does not hold this model's weights ({listed}): "
+                "save it again with save_pretrained, or point to the folder that was trained"
+            )
+        return (model, info) if wants_info else model

@@ -1,0 +1,59 @@
+"""Whole weights out of a model that ZeRO may have cut into pieces, and a model folder written in one stroke."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.translator import PoseTranslator
+
+
+def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Every weight of ``module`` on the CPU, whatever the ZeRO stage.
+
+    All ranks must call this: at stage 3 each weight is gathered from all of them, one at a time, so that no rank ever
+    holds two.
+
+    Args:
+        module: the model, as DeepSpeed holds it.
+        keep: whether this rank wants the result; the others get an empty dict.
+    """
+    import deepspeed
+
+    weights: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        partitioned = [tensor] if hasattr(tensor, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned):
+            if keep:
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
+
+
+def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:
+    """Write a HuggingFace folder; until it is complete it has another name, and then it takes the old one's place.
+
+    Args:
+        folder: where the model will be.
+        model: gives configuration and generation settings.
+        processor: goes beside it.
+        weights: as :func:`whole_state_dict` gives them.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=weights)
+    processor.save_pretrained(partial)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(module.parameters()).device

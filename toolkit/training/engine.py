@@ -1,0 +1,110 @@
+"""The DeepSpeed engine: parameter groups in, an engine whose learning rate the loop sets out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
+from toolkit.recipe.resolve import ResolvedRun
+
+
+def join_process_group(ranks: Ranks) -> None:
+    """Bring the ranks together; a lone process becomes a group of one."""
+    import deepspeed
+    from torch import distributed as dist
+
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.local_rank), "WORLD_SIZE": str(ranks.world_size)}
+    os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
+    if ranks.local_rank == 0:
+        remove_orphaned_buffers()
+    deepspeed.init_distributed(verbose=False)
+    dist.barrier()
+    release_own_buffer(ranks.rank)
+
+
+def leave_process_group() -> None:
+    """Leave the group, if there is one."""
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quieten(log: Path | None) -> None:
+    """Send what DeepSpeed and transformers have to say to a file (or nowhere), so that the terminal shows the run."""
+    handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("DeepSpeed", "transformers", "datasets", "torch"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def parameter_groups(module: nn.Module, resolved: ResolvedRun) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay; biases and norms do not decay; no group is empty."""
+    training = resolved.recipe.training
+    encoder_rate = training.pose_encoder_learning_rate or training.learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = encoder_rate if name.startswith("pose_encoder.") else training.learning_rate
+            # ds_shape is the whole shape of a parameter that ZeRO-3 has cut.
+            decay = training.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+
+
+def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[float]]:
+    """Hand the model to DeepSpeed.
+
+    Returns:
+        the engine, and the peak learning rate of each of its parameter groups.
+    """
+    import deepspeed
+
+    groups = parameter_groups(module, resolved)
+    peaks = [group["lr"] for group in groups]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=resolved.deepspeed)
+    return engine, peaks
+
+
+def set_learning_rate(engine: Any, peaks: list[float], factor: float) -> None:
+    """Set every group's learning rate to its peak times ``factor``."""
+    for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+
+
+def use_threads(ranks: Ranks) -> None:
+    """Share the cores of a machine without GPUs among its ranks."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+
+
+def peak_memory_gib() -> float:
+    """Largest memory that this rank has held: of its GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,110 @@
+"""The run directory: which run lives there, what became of it, and whether this command may go on with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from toolkit.cluster.environment import describe_environment
+from toolkit.errors import UserError
+from toolkit.recipe.files import write_text_atomically
+from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.tree import leaves
+from toolkit.recipe.load import load_recipe
+
+Status = Literal["running", "interrupted", "finished", "failed"]
+STATUS = "status.json"
+SCORES = "scores.json"
+
+# What may change between two starts of one run: how long and how it is watched, not what is learnt. The DeepSpeed JSON
+# is among them, because swapping it for one that fits the memory is what one does with a run that did not fit.
+MAY_CHANGE = (
+    "name",
+    "description",
+    "deepspeed",
+    "ds",
+    "run",
+    "tracking",
+    "evaluation",
+    "data.cache",
+    "data.workers",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.save_every",
+    "training.keep_last",
+    "training.eval_every",
+    "training.log_every",
+    "training.workers",
+    "training.time_limit",
+)
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """What became of the run in ``run_dir``; None where there is none."""
+    try:
+        return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["status"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / STATUS} is not readable: start anew with --new, or choose another run.dir") from error
+
+
+def write_status(run_dir: Path, status: Status, **details: Any) -> None:
+    """Say what becomes of the run, for people and schedulers that see no exit code."""
+    content = {"status": status, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
+    write_text_atomically(run_dir / STATUS, json.dumps(content, indent=2) + "\n")
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Make room for a new run without losing the old one: it gets the next free number behind its name."""
+    if not run_dir.exists():
+        return None
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    return aside
+
+
+def check_same_run(resolved: ResolvedRun) -> None:
+    """Refuse to mix two experiments in one directory.
+
+    Raises:
+        UserError: the run in the directory was started with other settings; they are listed.
+    """
+    stored = resolved.run_dir / RECIPE_FILE
+    if not stored.is_file():
+        return
+    differences = changed_settings(load_recipe(str(stored)), resolved.recipe)
+    if differences:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(differences.items())[:5])
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(
+            f"{resolved.run_dir} holds a run with other settings ({listed}{more}): go on with those settings, "
+            "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+        )
+
+
+def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and that a run may not change: key -> (old value, new value)."""
+    before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
+    after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    }
+
+
+def start(resolved: ResolvedRun) -> None:
+    """Write down what is about to run: recipe, DeepSpeed JSON and environment."""
+    resolved.run_dir.mkdir(parents=True, exist_ok=True)
+    resolved.save(resolved.run_dir)
+    write_text_atomically(
+        resolved.run_dir / "environment.json", json.dumps(describe_environment(), indent=2, default=str) + "\n"
+    )
+    write_status(resolved.run_dir, "running")
