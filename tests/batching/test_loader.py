@@ -127,6 +127,17 @@ def test_augmentation_differs_from_epoch_to_epoch(resolve, train):
     assert not any(torch.equal(first[uid], second[uid]) for uid in first)
 
 
+def test_a_changed_speed_costs_no_padding(resolve, train):
+    def padding(steps: list[list[Batch]]) -> float:
+        batches = [batch for step in steps for batch in step]
+        frames = sum(batch.frame_mask.numel() for batch in batches)
+        return 1 - sum(batch.num_frames for batch in batches) / frames
+
+    plain = padding(train(resolve()))
+    augmented = padding(train(resolve(augmentation={"speed": 0.5, "temporal_crop": 0.3, "frame_drop": 0.2})))
+    assert augmented < plain + 0.03
+
+
 def test_slowed_clips_stay_within_the_longest_length(resolve, train):
     steps = train(resolve(data={"max_frames": 60}, augmentation={"speed": 1.0}))
     assert max(batch.poses.shape[1] for step in steps for batch in step) == 60

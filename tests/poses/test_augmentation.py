@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.poses.augmentation import augment, is_off
+from toolkit.poses.augmentation import augment, draw_lengths, is_off
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.schema import Augmentation
 
@@ -34,8 +34,10 @@ def random_batch(lengths: list[int], landmark_set: LandmarkSet = HANDS_BODY, see
     return poses, visible, frame_mask
 
 
-def apply(batch, strengths: dict, seed: int = 0, landmark_set: LandmarkSet = HANDS_BODY, **kwargs):
-    return augment(*batch, Augmentation(**strengths), landmark_set, generators(len(batch[0]), seed), **kwargs)
+def apply(batch, strengths: dict, seed: int = 0, landmark_set: LandmarkSet = HANDS_BODY, max_frames: int | None = None):
+    changes = Augmentation(**strengths)
+    lengths = draw_lengths(batch[2].sum(1).numpy(), changes, np.random.default_rng(seed), max_frames=max_frames)
+    return augment(*batch, changes, landmark_set, lengths, generators(len(batch[0]), seed))
 
 
 def test_strength_zero_is_the_identity():
@@ -165,6 +167,8 @@ def test_speed_changes_the_length_within_its_limits_and_never_beyond_the_longest
     assert lengths.min() >= 40 and lengths.max() <= 90
     assert lengths.min() < 45 and lengths.max() > 85
     assert apply(batch, {"speed": 0.5}, max_frames=64)[2].sum(1).max() == 64
+    # A clip that is longer than allowed to begin with is not cut here.
+    assert apply(batch, {"speed": 0.5}, max_frames=50)[2].sum(1).max() == 60
 
 
 @pytest.mark.parametrize(
@@ -192,8 +196,8 @@ def test_temporal_crop_keeps_a_window_of_at_least_the_remaining_share():
 
 
 def test_frame_drop_leaves_the_asked_share_of_frames():
-    lengths = apply(random_batch([100] * 50), {"frame_drop": 0.25})[2].sum(1).float()
-    assert lengths.mean().item() == pytest.approx(75.5, abs=2)
+    lengths = apply(random_batch([102] * 5 + [2, 1]), {"frame_drop": 0.25})[2].sum(1)
+    assert lengths.tolist() == [77] * 5 + [2, 1]
 
 
 def test_interpolation_uses_the_one_neighbour_that_was_seen():
@@ -229,10 +233,11 @@ def test_landmark_drop_hides_landmarks_through_the_clip():
 
 def test_a_clip_is_changed_alike_in_whichever_batch_it_comes():
     poses, visible, frame_mask = random_batch([30, 12])
-    together = augment(poses, visible, frame_mask, Augmentation(**ALL), HANDS_BODY, generators(2))
-    alone = augment(
-        poses[1:, :12], visible[1:, :12], frame_mask[1:, :12], Augmentation(**ALL), HANDS_BODY, generators(2)[1:]
-    )
+    changes = Augmentation(**ALL)
+    lengths = draw_lengths(np.array([30, 12]), changes, np.random.default_rng(0))
+    together = augment(poses, visible, frame_mask, changes, HANDS_BODY, lengths, generators(2))
+    second = poses[1:, :12], visible[1:, :12], frame_mask[1:, :12]
+    alone = augment(*second, changes, HANDS_BODY, lengths[1:], generators(2)[1:])
     frames = alone[2].shape[1]
     for whole, single in zip(together, alone, strict=True):
         assert torch.equal(whole[1, :frames], single[0])
@@ -249,7 +254,7 @@ def test_inputs_are_left_as_they_were():
 def test_poses_of_another_landmark_set_are_refused():
     poses, visible, frame_mask = random_batch([5])
     with pytest.raises(ValueError, match="do not fit the landmark set 'hands_body_50' of 50 points x 3 channels"):
-        augment(poses[:, :, :49], visible, frame_mask, Augmentation(noise=1), HANDS_BODY, generators(1))
+        apply((poses[:, :, :49], visible, frame_mask), {"noise": 1})
 
 
 def test_all_augmentations_of_a_large_batch_take_at_most_forty_milliseconds():

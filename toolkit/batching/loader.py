@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.order import Indices, epoch_order, evaluation_order, micro_batches, share_of_rank
-from toolkit.poses.augmentation import augment, is_off
+from toolkit.poses.augmentation import augment, draw_lengths, is_off
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Split
     from toolkit.poses.landmarks import LandmarkSet
     from toolkit.recipe.resolve import ResolvedRun
-    from toolkit.recipe.schema import Augmentation
+    from toolkit.recipe.schema import Recipe
 
 # Batches that each worker keeps ready: enough to ride out a slow read, few enough to bound memory.
 PREFETCHED_BATCHES = 4
@@ -55,16 +56,18 @@ def train_batches(
     Yields:
         for each optimizer step a list of ``accumulation_steps`` batches.
     """
-    training = resolved.recipe.training
-    order = epoch_order(split.frames, training.global_batch_size, training.seed, epoch)[start_step:]
+    recipe = resolved.recipe
+    training = recipe.training
+    augmenter = None if is_off(recipe.augmentation) else Augmenter(split.frames, recipe, landmark_set, epoch)
+    # Clips meet others that are as long as they are once augmented: a changed speed costs no padding.
+    frames = augmenter.lengths[:, 1] if augmenter else split.frames
+    order = epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]
     accumulation = resolved.accumulation_steps
     shares = (
         share
         for clips in order
         for share in micro_batches(clips, rank, resolved.world_size, accumulation, resolved.micro_batch_size)
     )
-    recipe = resolved.recipe
-    augmenter = Augmenter(recipe.augmentation, landmark_set, recipe.data.max_frames, training.seed, epoch)
     batches = _load(split, tokenizer, shares, recipe.evaluation.max_new_tokens, training.workers, augmenter)
     for _ in order:
         yield [next(batches) for _ in range(accumulation)]
@@ -100,27 +103,24 @@ def evaluation_batches(
 class Augmenter:
     """Augments a batch such that what happens to a clip follows from (seed, epoch, clip), whichever batch it is in."""
 
-    def __init__(
-        self, settings: Augmentation, landmark_set: LandmarkSet, max_frames: int, seed: int, epoch: int
-    ) -> None:
-        self.settings = settings
+    def __init__(self, frames: NDArray[np.integer], recipe: Recipe, landmark_set: LandmarkSet, epoch: int) -> None:
+        self.settings = recipe.augmentation
         self.landmark_set = landmark_set
-        self.max_frames = max_frames
-        self.seed = seed
-        self.epoch = epoch
+        self.key = (recipe.training.seed, epoch)
+        # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
+        rng = np.random.default_rng((*self.key, 1))
+        self.lengths = draw_lengths(frames, self.settings, rng, max_frames=recipe.data.max_frames)
 
     def __call__(self, batch: Batch) -> Batch:
-        if is_off(self.settings):
-            return batch
-        generators = [np.random.default_rng((self.seed, self.epoch, clip)) for clip in batch.clips.tolist()]
+        generators = [np.random.default_rng((*self.key, 2, clip)) for clip in batch.clips.tolist()]
         batch.poses, batch.visible, batch.frame_mask = augment(
             batch.poses,
             batch.visible,
             batch.frame_mask,
             self.settings,
             self.landmark_set,
+            self.lengths[batch.clips.numpy()],
             generators,
-            max_frames=self.max_frames,
         )
         batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
         return batch

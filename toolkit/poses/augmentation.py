@@ -1,7 +1,7 @@
 """Random changes to training clips that leave their meaning: seen from elsewhere, signed faster, seen less well.
 
-What happens to a clip follows from its own random generator alone, so it does not matter in which batch the clip comes
-or which process prepares it. Missing landmarks stay missing and padding stays padding.
+What happens to a clip follows from its own length and random generator, so it does not matter in which batch the clip
+comes or which process prepares it. Missing landmarks stay missing and padding stays padding.
 
 The three ways in which a clip changes:
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.integer]
 
 # A dropped hand is hidden for at most this share of the clip: what is never seen could not be learnt.
 _LONGEST_HAND_DROP = 0.5
@@ -38,15 +39,40 @@ def is_off(settings: Augmentation) -> bool:
     return not any(strength for _, strength in settings)
 
 
+def draw_lengths(
+    frames: IntArray, settings: Augmentation, rng: np.random.Generator, *, max_frames: int | None = None
+) -> IntArray:
+    """Decide how long clips become; known ahead, so that clips can meet others of their new length.
+
+    Args:
+        frames: length of each clip, [clips]; all clips of a split at once.
+        settings: strength of each change.
+        rng: for all clips together.
+        max_frames: a slowed clip grows to this length at most.
+
+    Returns:
+        [clips, 2]: frames that temporal crop keeps, and frames that these become by the change of speed.
+    """
+    frames = np.asarray(frames, dtype=np.int64)
+    cut = np.rint(frames * rng.uniform(0.0, settings.temporal_crop, len(frames))).astype(np.int64)
+    shortest = np.minimum(frames, 2)
+    kept = np.maximum(frames - cut, shortest)
+    speed = (1.0 + settings.speed) ** rng.uniform(-1.0, 1.0, len(frames))
+    new = np.rint(kept / speed).astype(np.int64)
+    if max_frames is not None:
+        # A clip that was longer to begin with stays as it is.
+        new = np.minimum(new, np.maximum(max_frames, kept))
+    return np.stack([kept, np.maximum(new, shortest)], axis=1)
+
+
 def augment(
     poses: Tensor,
     visible: Tensor,
     frame_mask: Tensor,
     settings: Augmentation,
     landmark_set: LandmarkSet,
+    lengths: IntArray,
     generators: Sequence[np.random.Generator],
-    *,
-    max_frames: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Change each clip of a batch at random.
 
@@ -59,8 +85,8 @@ def augment(
         frame_mask: bool [clips, frames]; a clip's frames come before its padding.
         settings: strength of each change; 0 = off.
         landmark_set: which points are hands, which are mirror images, what the channels hold.
+        lengths: the rows of :func:`draw_lengths` for these clips, [clips, 2].
         generators: one for each clip.
-        max_frames: a slowed clip grows to this length at most.
 
     Returns:
         new tensors like the first three, with as many frames as the longest clip now has.
@@ -76,9 +102,10 @@ def augment(
     if is_off(settings):
         return poses, visible, frame_mask
 
-    lengths = frame_mask.sum(1).tolist()
+    old_lengths = frame_mask.sum(1).tolist()
     times = [
-        _source_times(length, settings, rng, max_frames) for length, rng in zip(lengths, generators, strict=True)
+        _source_times(length, int(kept), int(frames), settings, rng)
+        for length, (kept, frames), rng in zip(old_lengths, lengths, generators, strict=True)
     ]
     new_lengths = torch.tensor([len(clip_times) for clip_times in times])
     longest = int(new_lengths.max())
@@ -86,7 +113,7 @@ def augment(
     new_visible = visible.new_zeros(len(poses), longest, poses.shape[2])
     old_points, old_seen = poses.numpy(), visible.numpy()
     new_points, new_seen = new_poses.numpy(), new_visible.numpy()
-    for row, (length, clip_times, rng) in enumerate(zip(lengths, times, generators, strict=True)):
+    for row, (length, clip_times, rng) in enumerate(zip(old_lengths, times, generators, strict=True)):
         planes, seen = _read_at(old_points[row, :length], old_seen[row, :length], clip_times)
         seen = _hide(seen, settings, landmark_set, rng)
         planes, seen = _move(planes, seen, settings, landmark_set, rng)
@@ -97,15 +124,10 @@ def augment(
 
 
 def _source_times(
-    length: int, settings: Augmentation, rng: np.random.Generator, max_frames: int | None
+    length: int, kept: int, frames: int, settings: Augmentation, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Where in the source clip each new frame is read, in frames; ascending, within 0 .. length - 1."""
-    kept = max(length - round(length * rng.uniform(0.0, settings.temporal_crop)), min(length, 2))
     first = rng.integers(0, length - kept + 1)
-    speed = (1.0 + settings.speed) ** rng.uniform(-1.0, 1.0)
-    frames = max(round(kept / speed), min(kept, 2))
-    if max_frames is not None:
-        frames = min(frames, max_frames)
     if kept == 1 or frames == 1:
         return np.array([first + (kept - 1) / 2])
     times = np.linspace(0.0, kept - 1.0, frames)
@@ -113,9 +135,9 @@ def _source_times(
     warp, waves = settings.time_warp * rng.uniform(-1.0, 1.0), np.pi * rng.integers(1, 3) / (kept - 1)
     times += warp * np.sin(waves * times) / waves
     times = first + np.clip(times, 0.0, kept - 1.0)
-    stays = rng.random(frames) >= settings.frame_drop
-    stays[[0, -1]] = True
-    return times[stays]
+    # The first and last frame stay. The share of dropped frames is exact, which keeps lengths within a batch alike.
+    dropped = 1 + rng.permutation(frames - 2)[: round(settings.frame_drop * (frames - 2))]
+    return np.delete(times, dropped)
 
 
 def _read_at(points: FloatArray, seen: BoolArray, times: NDArray[np.float64]) -> tuple[FloatArray, BoolArray]:
