@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from toolkit.errors import UserError
 from toolkit.recipe.ds_json import ds_config_names
-from toolkit.recipe.ds_keys import OWNED
-from toolkit.recipe.load import load_recipe, recipe_names
+from toolkit.recipe.ds_keys import KNOWN, OWNED
+from toolkit.recipe.load import load_recipe, recipe_keys, recipe_names
 from toolkit.recipe.resolve import ResolvedRun, resolve, resolve_named
+from toolkit.recipe.tree import merge, nested
 
 ROOT = Path(__file__).parents[2]
 
@@ -229,6 +231,42 @@ def test_conflicts_of_every_kind_are_listed_together():
         "needs a GPU",
     ):
         assert part in message, part
+
+
+def paths_of(known, path=()):
+    for key, kind in known.items():
+        if isinstance(kind, dict):
+            yield from paths_of(kind, (*path, key))
+        yield (*path, key)
+
+
+ANYTHING = st.sampled_from([None, True, 0, 1, -1, 2.5, 1e8, math.inf, "auto", "x", "cpu", "nvme", [], {}, {"a": 1}, 3])
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(paths_of(KNOWN))), ANYTHING, max_size=4), st.sampled_from(ds_config_names())
+)
+def test_whatever_is_laid_over_a_json_it_resolves_or_is_refused_in_one_line(settings, ds):
+    recipe = load_recipe("demo", ds=ds)
+    over = dict(recipe.ds)
+    for path, value in settings.items():
+        over = merge(over, nested(path, value))
+    try:
+        run = resolve(recipe.model_copy(update={"ds": over}), 2, has_gpu=False)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert "Infinity" not in json.dumps(run.deepspeed)
+        assert run.deepspeed["train_batch_size"] == recipe.training.global_batch_size
+
+
+@given(st.dictionaries(st.sampled_from(recipe_keys()), ANYTHING, max_size=5))
+def test_whatever_is_put_into_a_recipe_it_resolves_or_is_refused_in_one_line(settings):
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value != math.inf]
+    try:
+        run_of("demo", *overrides, world_size=2, needs_data=True)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_where_the_clips_are():

@@ -7,6 +7,7 @@ What the values mean together is ``resolve.py``'s business.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def _typed(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)  # 5e8 is how people write a bucket size
     truth_as_number = isinstance(value, bool) and kind in ("int", "float")
-    if truth_as_number or not isinstance(value, _TYPES[kind]):
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if truth_as_number or endless or not isinstance(value, _TYPES[kind]):
         problems.append(f"{where}={value!r} must be {_IN_WORDS[kind]}")
     return value
