@@ -130,19 +130,19 @@ def build_ops(names: Iterable[str], *, force: bool = False, say: Callable[[str],
 
 def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float | None:
     builder_class, purpose = OPS[name]
-    with _silence():
-        builder = accelerator.create_op_builder(builder_class)  # type: ignore[attr-defined]
-        usable = builder is not None and hasattr(builder, "sources") and builder.is_compatible(verbose=False)
-    if not usable:
-        say(f"op {name} ({purpose}): not for this machine, skipped")
-        return None
-    if not is_built(name):
-        say(f"op {name} ({purpose}): building, one to four minutes on two cores")
     started = time.monotonic()
     try:
         with _silence():
+            builder = accelerator.create_op_builder(builder_class)  # type: ignore[attr-defined]
+            usable = builder is not None and builder.is_compatible(verbose=False)
+        if not usable:
+            say(f"op {name} ({purpose}): not for this machine, skipped")
+            return None
+        if not is_built(name):
+            say(f"op {name} ({purpose}): building, one to four minutes on two cores")
+        with _silence():
             builder.load(verbose=False)
-    except Exception as error:  # whatever the compiler, ninja or the loader says is the user's to mend
+    except Exception as error:  # whatever the compiler, ninja, CUDA or the loader says is the user's to mend
         raise UserError(
             f"DeepSpeed's op {name} could not be built: {_reason(str(error))}; "
             "`python launch/doctor.py` lists what is missing"
