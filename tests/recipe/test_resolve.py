@@ -269,6 +269,12 @@ def test_whatever_is_put_into_a_recipe_it_resolves_or_is_refused_in_one_line(set
         assert "\n" not in str(error)
 
 
+def test_a_ctc_head_must_be_trained_before_it_can_score():
+    assert "needs a CTC head" in message_of("t5_small", "evaluation.ctc_weight=0.3")
+    run = run_of("t5_small", "evaluation.ctc_weight=0.3", "training.ctc_weight=0.3")
+    assert run.recipe.evaluation.ctc_weight == 0.3
+
+
 def test_where_the_clips_are():
     assert run_of("demo", needs_data=True)
     assert run_of("t5_small", "data.table=T.csv", "data.poses=P", needs_data=True)

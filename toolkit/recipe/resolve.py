@@ -128,6 +128,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     if needs_data:
         problems.extend(missing_data(recipe))
     problems.extend(_model_problems(recipe))
+    problems.extend(_search_problems(recipe))
     try:
         config, json_problems = read_deepspeed(recipe.deepspeed, recipe.ds)
     except UserError as error:
@@ -215,6 +216,15 @@ def missing_data(recipe: Recipe) -> list[str]:
     if not missing:
         return []
     return [f"recipe {recipe.name} is not told where its clips are: add {' '.join(missing)} (or data.corpus=FOLDER)"]
+
+
+def _search_problems(recipe: Recipe) -> list[str]:
+    if recipe.evaluation.ctc_weight > 0 and recipe.training.ctc_weight == 0:
+        return [
+            f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, which only "
+            "training.ctc_weight > 0 trains: set training.ctc_weight=0.3 or evaluation.ctc_weight=0"
+        ]
+    return []
 
 
 def _model_problems(recipe: Recipe) -> list[str]:

@@ -140,6 +140,7 @@ class Evaluation(Section):
     num_beams: Count = 5
     length_penalty: float = 0.6  # above 0 favours longer, below 0 shorter hypotheses
     no_repeat_ngram_size: CountOrZero = 0  # n-grams that may not repeat; 0 = off
+    ctc_weight: Share = 0.0  # share of the CTC head in a beam's score; needs training.ctc_weight > 0
     max_new_tokens: Count = 128
     select_by: ScoreName = "bleu4"
     batch_frames: Count = 8192  # padded frames in one generation batch of one rank
