@@ -146,7 +146,7 @@ def _read_inputs(data: Data) -> _Inputs:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done: rows with their pose files, by split, and the rows (line, uid, reason) that are lost already."""
+    """What is to be done: rows with their pose files by split, and the rows (line, uid, reason) already lost."""
 
     inputs: _Inputs
     splits: dict[str, list[tuple[Row, str]]]

@@ -148,7 +148,7 @@ def _read_header(reader: _Reader) -> PoseHeader:
             reader.offset = len(known)
             return header
     (version,) = reader.unpack(_FLOAT)
-    if round(version, 3) not in (0.0, 0.1, 0.2):
+    if version != 0 and round(version, 3) not in (0.1, 0.2):
         raise PoseError("not a .pose file, or of an unknown version")
     width, _, _, num_components = reader.ushorts(4)
     if not 0 < num_components <= _MAX_COMPONENTS:

@@ -1,0 +1,91 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from toolkit.corpus.packed import METADATA_FILE, Clip, Corpus, write_corpus
+from toolkit.errors import UserError
+from toolkit.poses.landmarks import load_landmark_set
+
+SET = load_landmark_set("hands_body_50")
+
+
+def _clips(count: int) -> list[Clip]:
+    rng = np.random.default_rng(0)
+    clips = []
+    for index in range(count):
+        features = rng.normal(size=(int(rng.integers(1, 40)), 50, 3)).astype(np.float16)
+        features[0, 3:9] = np.nan
+        clips.append(Clip(f"uid-{index}", f"text {index} é", features, f"video {index // 2}", "ase", 0.5))
+    return clips
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    clips = _clips(610)  # more than two record batches
+    return write_corpus(tmp_path / "corpus", {"train": clips[:600], "dev": clips[600:]}, SET, fps=12.5)
+
+
+def _same(left: Clip, right: Clip) -> bool:
+    names = ("uid", "text", "video", "language", "hands_visible")
+    return all(getattr(left, name) == getattr(right, name) for name in names) and np.array_equal(
+        left.features, right.features, equal_nan=True
+    )
+
+
+def test_what_was_packed_is_read(corpus: Corpus) -> None:
+    clips = _clips(610)
+    train, dev = corpus.splits["train"], corpus.splits["dev"]
+    assert (len(train), len(dev)) == (600, 10)
+    assert all(_same(packed, clip) for packed, clip in zip([*train, *dev], clips, strict=True))
+    assert train.frames.tolist() == [len(clip.features) for clip in clips[:600]] and train.frames.dtype == np.int32
+    assert list(train.texts) == [clip.text for clip in clips[:600]]
+    assert dev.uids[2] == "uid-602" and dev.uids[-2:] == ["uid-608", "uid-609"]
+    assert corpus.landmark_set == SET and corpus.metadata.fps == 12.5
+    assert corpus.metadata.splits["dev"] == {"clips": 10, "frames": int(dev.frames.sum())}
+
+
+def test_features_are_views_that_nobody_can_spoil(corpus: Corpus) -> None:
+    features = corpus.splits["train"].clip(300).features
+    assert features.dtype == np.float16 and not features.flags.owndata and not features.flags.writeable
+
+
+def test_a_split_pickles_as_its_path(corpus: Corpus) -> None:
+    split = corpus.splits["train"]
+    assert len(split) == 600
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 500
+    assert _same(pickle.loads(pickled).clip(599), split.clip(599))
+
+
+@pytest.mark.parametrize("index", [-1, 600])
+def test_no_clip_there(corpus: Corpus, index: int) -> None:
+    with pytest.raises(IndexError, match="of 600 in split train"):
+        corpus.splits["train"].clip(index)
+
+
+def test_the_datasets_library_opens_it(corpus: Corpus) -> None:
+    from datasets import load_from_disk
+
+    opened = load_from_disk(str(corpus.path))
+    assert {name: len(split) for name, split in opened.items()} == {"train": 600, "dev": 10}
+    row = opened["dev"][3]
+    expected = corpus.splits["dev"].clip(3)
+    assert (row["uid"], row["text"], row["frames"]) == (expected.uid, expected.text, len(expected.features))
+    np.testing.assert_array_equal(np.float16(row["features"]).reshape(-1, 50, 3), expected.features)
+
+
+def test_beyond_float16_is_missing(tmp_path) -> None:
+    features = np.full((1, 50, 3), 1e9, np.float32)
+    corpus = write_corpus(tmp_path / "c", {"train": [Clip("a", "b", features)]}, SET, fps=25)
+    assert np.isnan(corpus.splits["train"].clip(0).features).all()
+
+
+def test_what_is_no_corpus_is_one_line(corpus: Corpus, tmp_path) -> None:
+    with pytest.raises(UserError, match="is not a prepared corpus"):
+        Corpus.open(tmp_path)
+    metadata = json.loads((corpus.path / METADATA_FILE).read_text())
+    (corpus.path / METADATA_FILE).write_text(json.dumps(metadata | {"format_version": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        Corpus.open(corpus.path)

@@ -1,0 +1,97 @@
+import random
+
+import pytest
+
+from toolkit.corpus.splits import assign_splits, leakage, normalised_text, source_video
+from toolkit.corpus.table import Row
+from toolkit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("uid", "video"),
+    [
+        ("1782bea75c7d-7", "1782bea75c7d"),
+        ("dQw4w9WgXcQ--77", "dQw4w9WgXcQ"),
+        ("-_w4w9Wg-c_--7", "-_w4w9Wg-c_"),
+        ("dQw4w9WgXcQ_w", "dQw4w9WgXcQ"),
+        ("dQw4w9WgXcQ_d", "dQw4w9WgXcQ"),
+        ("dQw4w9WgXcQ_e12", "dQw4w9WgXcQ"),
+        ("clip-7", "clip-7"),
+        ("train-00012", "train-00012"),
+    ],
+)
+def test_the_video_of_a_uid(uid: str, video: str) -> None:
+    assert source_video(Row(uid, "x")) == video
+
+
+def test_the_tables_own_video_comes_first() -> None:
+    assert source_video(Row("1782bea75c7d-7", "x", video="v")) == "v"
+
+
+def _rows(videos: int, clips: int) -> list[Row]:
+    return [Row(f"{video:012x}-{clip}", f"{video} {clip}") for video in range(videos) for clip in range(clips)]
+
+
+def test_no_video_is_in_two_splits_and_shares_are_met() -> None:
+    splits = assign_splits(_rows(200, 5), 0.05, 0.10, seed=0)
+    assert list(splits) == ["train", "dev", "test"]
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 850, "dev": 50, "test": 100}
+    videos = [{source_video(row) for row in rows} for rows in splits.values()]
+    assert sum(map(len, videos)) == 200 == len(set.union(*videos))
+    assert all(value == 0 for value in leakage(splits).values())
+
+
+def test_the_order_of_the_table_does_not_matter_but_the_seed_does() -> None:
+    rows = _rows(50, 3)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    members = [
+        {row.uid for row in assign_splits(table, 0.1, 0.1, seed)["test"]}
+        for table, seed in ((rows, 0), (shuffled, 0), (rows, 1))
+    ]
+    assert members[0] == members[1] != members[2]
+
+
+def test_splits_as_given() -> None:
+    rows = [Row("a", "x", split="test"), Row("b", "x", split="train"), Row("c", "y", split="zz")]
+    splits = assign_splits(rows, 0.5, 0.5, seed=0)
+    assert {name: [row.uid for row in rows] for name, rows in splits.items()} == {
+        "train": ["b"],
+        "test": ["a"],
+        "zz": ["c"],
+    }
+    assert list(splits) == ["train", "test", "zz"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], "first in line 3"),
+        ([Row("a", "x", split="../up", line=2)], "cannot be the name of a split"),
+        (_rows(2, 5), "too few to split by video"),
+    ],
+)
+def test_splits_that_cannot_be(rows: list[Row], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        assign_splits(rows, 0.1, 0.1, seed=0)
+
+
+def test_few_videos_still_fill_every_split() -> None:
+    assert {name: len(rows) for name, rows in assign_splits(_rows(3, 4), 0.05, 0.05, 0).items()} == {
+        "train": 4,
+        "dev": 4,
+        "test": 4,
+    }
+
+
+def test_leakage_is_counted() -> None:
+    splits = {
+        "train": [Row("1", "Hello, World!", video="v")],
+        "test": [Row("2", "hello world", video="w"), Row("3", "bye", video="v"), Row("4", "new", video="x")],
+    }
+    assert leakage(splits) == {"test_texts_in_train": 1, "test_videos_in_train": 1}
+
+
+def test_normalised_text_keeps_other_scripts() -> None:
+    assert normalised_text("  नमस्ते, दुनिया! ") == "नमस्ते दुनिया"
+    assert normalised_text("你好。") == "你好"
+    assert normalised_text("?!") == ""

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from toolkit.corpus.table import LONGEST_LINE, PRESETS, read_table
+from toolkit.errors import UserError
+
+
+def _table(tmp_path, content: str | bytes, name: str = "table.csv"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_usual_form_reads_alike(tmp_path, separator: str, newline: str, mark: str) -> None:
+    lines = [["uid", "text", "split"], ["a", '"say ""hi"""', "val"], ["b", "  two \t words ".replace("\t", " "), ""]]
+    rows = read_table(_table(tmp_path, mark + newline.join(separator.join(line) for line in lines) + newline))
+    assert [(row.uid, row.text, row.split, row.line) for row in rows] == [
+        ("a", 'say "hi"', "dev", 2),
+        ("b", "two words", "", 3),
+    ]
+
+
+def test_jsonl(tmp_path) -> None:
+    lines = [{"id": 7, "say": "नमस्ते", "video": None}, {"id": "b", "say": "x", "video": "v"}]
+    path = _table(tmp_path, "\n\n".join(json.dumps(line) for line in lines), "t.jsonl")
+    rows = read_table(path, {"uid": "id", "text": "say"})
+    assert [(row.uid, row.text, row.video) for row in rows] == [("7", "नमस्ते", ""), ("b", "x", "v")]
+
+
+def test_a_quoted_text_may_span_lines(tmp_path) -> None:
+    rows = read_table(_table(tmp_path, 'uid,text\na,"one\ntwo"\nb,three\n'))
+    assert [row.text for row in rows] == ["one two", "three"]
+
+
+def test_times_count_only_when_they_are_mapped(tmp_path) -> None:
+    path = _table(tmp_path, "uid,text,start,end\na,x,1.5,2\n")
+    assert read_table(path)[0].start is None
+    row = read_table(path, {"start": "start", "end": "end"})[0]
+    assert (row.start, row.end) == (1.5, 2.0)
+
+
+def test_the_how2sign_preset(tmp_path) -> None:
+    header = "VIDEO_ID\tVIDEO_NAME\tSENTENCE_ID\tSENTENCE_NAME\tSTART_REALIGNED\tEND_REALIGNED\tSENTENCE"
+    path = _table(tmp_path, f"{header}\nv1\tv1-5-rgb\tv1_0\tv1_0-5-rgb_front\t0.0\t2.1\tHi, all.\n")
+    row = read_table(path, PRESETS["how2sign"])[0]
+    assert (row.uid, row.video, row.text, row.start) == ("v1_0-5-rgb_front", "v1", "Hi, all.", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "holds no rows"),
+        ("uid,text\n", "holds no rows"),
+        ("id,text\na,b\n", r"line 2 has no column 'uid' \(it has id, text\)"),
+        ("uid,text,text\na,b,c\n", "names a column twice"),
+        ("uid,text\na,b,c\n", "line 2 has 3 values for 2 columns"),
+        ("uid,text\na,\0\n", "NUL"),
+        (b"uid,text\na,\xff\xfe\n", "not UTF-8"),
+        ("uid,text\na," + "x" * (LONGEST_LINE + 1), "longer than"),
+        ('uid,text\na,"' + "x\n" * 200_000, "not readable as CSV"),
+    ],
+)
+def test_what_is_no_table_is_one_line(tmp_path, content, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as raised:
+        read_table(_table(tmp_path, content))
+    assert "\n" not in str(raised.value) and "table.csv" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"), [("{", "is not JSON"), ("[1]", "not a JSON object"), ("[" * 10**5, "JSON")]
+)
+def test_what_is_no_jsonl_is_one_line(tmp_path, line: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        read_table(_table(tmp_path, line, "t.jsonl"))
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
+def test_impossible_times(tmp_path, value: str) -> None:
+    with pytest.raises(UserError, match="line 2: start is"):
+        read_table(_table(tmp_path, f"uid,text,start\na,b,{value}\n"), {"start": "start"})
+
+
+def test_a_missing_table_and_an_unknown_column(tmp_path) -> None:
+    with pytest.raises(UserError, match="there is no table"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="txt, which mean nothing"):
+        read_table(_table(tmp_path, "uid,text\na,b\n"), {"txt": "text"})
+
+
+_PIECES = st.sampled_from(
+    ["uid", "text", ",", "\t", '"', "\n", "\r\n", "\r", "\0", "a", "é", "\ufeff", "'", ";", "|", " "]
+)
+_MUTATED = st.lists(_PIECES, max_size=40).map(lambda pieces: ("uid,text\na,b\n" + "".join(pieces)).encode())
+
+
+def _fuzz(tmp_path, examples: int) -> None:
+    path = tmp_path / "fuzzed.csv"
+
+    @settings(max_examples=examples, deadline=1000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(_MUTATED | st.binary(max_size=200) | _MUTATED.map(lambda content: content[13:]))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            rows = read_table(path)
+            assert rows and all("\n" not in row.text and row.line >= 2 for row in rows)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    run()
+
+
+def test_any_bytes_are_rows_or_one_line(tmp_path) -> None:
+    _fuzz(tmp_path, 500)
+
+
+@pytest.mark.nightly
+def test_many_bytes_are_rows_or_one_line(tmp_path) -> None:
+    _fuzz(tmp_path, 20_000)

@@ -1,0 +1,167 @@
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pose_format import Pose
+
+from toolkit.corpus.demo import find_lexicon
+from toolkit.poses.features import extract_features
+from toolkit.poses.landmarks import load_landmark_set
+from toolkit.poses.pose_file import PoseError, read_pose
+
+VERSIONS = (0.0, 0.1, 0.2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_reads_as_pose_format_reads_it(pose_file, version: float) -> None:
+    data, confidence = pose_file.body(frames=7)
+    data += np.arange(7, dtype=np.float32)[:, None, None, None]
+    confidence[3, :, 5] = 0
+    content = pose_file.bytes(data, confidence, version=version)
+    ours, theirs = read_pose(content), Pose.read(content)
+    assert ours.fps == theirs.body.fps == 25
+    np.testing.assert_array_equal(ours.data, theirs.body.data.data)
+    np.testing.assert_array_equal(ours.confidence, theirs.body.confidence)
+    names = [(component.name, point) for component in theirs.header.components for point in component.points]
+    assert list(ours.header.points) == names
+
+
+def test_a_real_file_reads_as_pose_format_reads_it() -> None:
+    content = next(find_lexicon().glob("ase/*.pose")).read_bytes()
+    ours, theirs = read_pose(content), Pose.read(content)
+    assert len(ours.header.points) == 586 and ours.header.width == theirs.header.dimensions.width
+    np.testing.assert_array_equal(ours.data, theirs.body.data.data)
+    np.testing.assert_array_equal(ours.confidence, theirs.body.confidence)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_start_and_end_are_exact_in_every_version(pose_file, version: float) -> None:
+    data, confidence = pose_file.body(frames=50)
+    data[:, 0, 0, 0] = np.arange(50)
+    raw = read_pose(pose_file.bytes(data, confidence, version=version))
+    assert raw.between(0.4, 1.2).data[:, 0, 0, 0].tolist() == list(range(10, 30))
+    assert raw.between(None, 0.2).num_frames == 5
+    assert raw.between(1.8, 99.0).data[:, 0, 0, 0].tolist() == list(range(45, 50))
+    with pytest.raises(PoseError, match=r"ends at 2\.00 s"):
+        raw.between(2.0, 3.0)
+
+
+def test_v01_counts_its_frames_by_its_length(pose_file) -> None:
+    data, confidence = pose_file.body(frames=9)
+    assert read_pose(pose_file.bytes(data, confidence, version=0.1)).num_frames == 9
+
+
+def test_v00_keeps_the_most_visible_person(pose_file) -> None:
+    data, confidence = pose_file.body(frames=4, people=2)
+    data[:, 0], confidence[:, 0] = 0, 0
+    raw = read_pose(pose_file.bytes(data, confidence, version=0.0))
+    np.testing.assert_array_equal(raw.data[:, 0], data[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda file: b"", "truncated"),
+        (lambda file: file[:100], "truncated"),
+        (lambda file: file[:-4], "truncated"),
+        (lambda file: struct.pack("<f", 0.7) + file[4:], "unknown version"),
+        (lambda file: b"PK\x03\x04" + file[4:], "unknown version"),
+    ],
+)
+def test_broken_files_say_why(pose_file, change, reason: str) -> None:
+    with pytest.raises(PoseError, match=reason):
+        read_pose(change(pose_file.bytes(*pose_file.body())))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_frames_and_no_people_say_so(pose_file, version: float) -> None:
+    data, confidence = pose_file.body()
+    with pytest.raises(PoseError, match="no frames"):
+        read_pose(pose_file.bytes(data[:0], confidence[:0], version=version))
+    with pytest.raises(PoseError, match=r"no (people|frames)"):
+        read_pose(pose_file.bytes(data[:, :0], confidence[:, :0], version=version))
+
+
+@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), -25.0, 1e9])
+def test_impossible_frame_rates_are_refused(pose_file, fps: float) -> None:
+    with pytest.raises(PoseError, match="frames per second"):
+        read_pose(pose_file.bytes(*pose_file.body(), fps=fps))
+
+
+def test_a_claim_of_a_billion_frames_allocates_nothing(pose_file) -> None:
+    content = pose_file.bytes(*pose_file.body(), claimed_frames=10**9)
+    tracemalloc.start()
+    with pytest.raises(PoseError, match="truncated"):
+        read_pose(content)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_v00_cannot_make_a_small_file_large(pose_file) -> None:
+    data, confidence = pose_file.body(frames=1)
+    empty_frames = struct.pack("<H", 0) * 60_000
+    content = pose_file.bytes(data, confidence, version=0.0, claimed_frames=60_001) + empty_frames
+    with pytest.raises(PoseError, match="far more frames"):
+        read_pose(content)
+
+
+def _seeds(pose_file) -> list[bytes]:
+    """Small files of every version; the first is cut from a real recording."""
+    real = next(find_lexicon().glob("ase/*.pose")).read_bytes()
+    frames = read_pose(real)
+    header_size = len(real) - 10 - frames.data.nbytes - frames.confidence.nbytes
+    body = struct.pack("<fIH", 25, 3, 1) + frames.data[:3].tobytes() + frames.confidence[:3].tobytes()
+    data, confidence = pose_file.body(frames=4, people=2)
+    return [real[:header_size] + body, *(pose_file.bytes(data, confidence, version=version) for version in VERSIONS)]
+
+
+def _survives(content: bytes) -> None:
+    """Features of the promised form, or a reason; never anything else, and never much memory."""
+    landmarks = load_landmark_set("hands_body_50")
+    tracemalloc.start()
+    try:
+        features = extract_features(content, landmarks, 12.5, max_frames=512).values
+        assert features.dtype == np.float32 and features.shape[1:] == (50, 3) and 1 <= len(features) <= 512
+        assert not np.isinf(features).any() and np.isfinite(features).any()
+        assert (np.isnan(features).all(axis=2) == np.isnan(features).any(axis=2)).all()
+    except PoseError as error:
+        assert str(error) and "\n" not in str(error)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 16 * len(content) + (8 << 20)
+
+
+@st.composite
+def mutations(draw, seeds: list[bytes]) -> bytes:
+    """A seed with some bytes overwritten (often near its header's end, where the sizes are) and perhaps cut."""
+    content = bytearray(draw(st.sampled_from(seeds)))
+    numbers = st.sampled_from([b"\x00" * 4, b"\xff" * 4, b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\xff\xff\x7f\x7f"])
+    for _ in range(draw(st.integers(0, 6))):
+        position = draw(st.integers(0, len(content) - 1) | st.integers(0, min(4000, len(content) - 1)))
+        patch = draw(st.binary(min_size=1, max_size=4) | numbers)
+        content[position : position + len(patch)] = patch
+    if draw(st.booleans()):
+        del content[draw(st.integers(0, len(content))) :]
+    return bytes(content)
+
+
+def _fuzz(pose_file, examples: int) -> None:
+    @settings(max_examples=examples, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(mutations(_seeds(pose_file)))
+    def run(content: bytes) -> None:
+        _survives(content)
+
+    run()
+
+
+def test_mutated_files_are_features_or_a_reason(pose_file) -> None:
+    _fuzz(pose_file, 500)
+
+
+@pytest.mark.nightly
+def test_many_mutated_files_are_features_or_a_reason(pose_file) -> None:
+    _fuzz(pose_file, 20_000)
