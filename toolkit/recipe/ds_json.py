@@ -29,11 +29,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 _IN_WORDS = {
     "int": "a whole number",
-    "float": "a number",
+    "float": "a finite number",
     "bool": "true or false",
     "str": "a text",
     "list": "a list",
     "dict": "a section",
+    "any": "finite",
 }
 
 
