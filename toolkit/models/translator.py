@@ -51,7 +51,9 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else AutoModelForSeq2SeqLM.from_config(config.backbone_config())
+        self.backbone = (
+            backbone if backbone is not None else AutoModelForSeq2SeqLM.from_config(config.backbone_config())
+        )
         width = self.backbone.config.hidden_size
         self.pose_encoder = PoseEncoder(
             num_points=config.num_points, num_channels=config.num_channels, width=width, **config.pose_encoder

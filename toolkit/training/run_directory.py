@@ -10,14 +10,13 @@ from typing import Any, Literal
 from toolkit.cluster.environment import describe_environment
 from toolkit.errors import UserError
 from toolkit.recipe.files import write_text_atomically
+from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import leaves
-from toolkit.recipe.load import load_recipe
 
 Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
-SCORES = "scores.json"
 
 # What may change between two starts of one run: how long and how it is watched, not what is learnt. The DeepSpeed JSON
 # is among them, because swapping it for one that fits the memory is what one does with a run that did not fit.
@@ -49,7 +48,9 @@ def read_status(run_dir: Path) -> Status | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / STATUS} is not readable: start anew with --new, or choose another run.dir") from error
+        raise UserError(
+            f"{run_dir / STATUS} is not readable: start anew with --new, or choose another run.dir"
+        ) from error
 
 
 def write_status(run_dir: Path, status: Status, **details: Any) -> None:
@@ -98,6 +99,11 @@ def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
         if before.get(key) != after.get(key)
         and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
     }
+
+
+def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
+    """What a checkpoint's shards depend on, and a resuming run must share."""
+    return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
 
 
 def start(resolved: ResolvedRun) -> None:

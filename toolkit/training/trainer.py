@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,15 +39,13 @@ from toolkit.training.schedules import learning_rate_factor
 
 @dataclass(frozen=True)
 class Window:
-    """Sums over one optimizer step, over all ranks."""
+    """What all ranks together bring to one optimizer step."""
 
-    nll: float  # nats, all target tokens
-    ctc: float  # nats
-    tokens: int
+    tokens: int  # target tokens that count
     clips: int
     frames: int
     padded_frames: int
-    stop: bool
+    stop: bool  # whether any rank was asked to stop
 
 
 class Trainer:
@@ -62,9 +60,10 @@ class Trainer:
         ranks: which rank this is.
         corpus: its ``train`` split is learnt, its ``dev`` split picks the best model.
         processor: goes with the model.
-        tracker, line: where figures go.
+        tracker: where figures go.
         interruptions: reasons to stop early.
         progress: where an earlier start of the run left off.
+        target_loss: nats per token at which to stop early; None to go on to the end.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class Trainer:
         corpus: Corpus,
         processor: PoseProcessor,
         tracker: Tracker,
-        line: ProgressLine,
         interruptions: Interruptions,
         progress: Progress,
+        target_loss: float | None = None,
     ) -> None:
         self.engine = engine
         self.peaks = peaks
@@ -89,12 +88,20 @@ class Trainer:
         self.corpus = corpus
         self.processor = processor
         self.tracker = tracker
-        self.line = line
         self.interruptions = interruptions
         self.progress = progress
+        self.target_loss = target_loss
+        self.loss = math.inf  # of the last step, nats per token
         self.train_split = corpus.splits["train"]
         self.epoch_steps = steps_per_epoch(len(self.train_split), self.recipe.training.global_batch_size)
         self.total_steps = total_steps(self.recipe.training, self.epoch_steps)
+        self.line = ProgressLine(
+            total_steps=self.total_steps,
+            total_epochs=self.total_steps / self.epoch_steps,
+            start_step=progress.step,
+            log_every=self.recipe.training.log_every,
+            enabled=ranks.is_main,
+        )
         self.special_ids = torch.tensor(special_ids(processor.tokenizer), device=engine.device)
 
     def run(self) -> None:
@@ -104,8 +111,16 @@ class Trainer:
             Interrupted: asked to stop; everything is saved.
             TrainingStopped: a guard found the run broken.
         """
-        training = self.recipe.training
         self.engine.train()
+        with self.line:
+            self._run()
+            if not (self.resolved.run_dir / "best").exists():
+                # Without a dev split nothing is ever compared: the last model is the best one known.
+                self.progress.best_step = self.progress.step
+                self.save_best()
+
+    def _run(self) -> None:
+        training = self.recipe.training
         while self.progress.step < self.total_steps:
             for batches in train_batches(
                 self.train_split,
@@ -174,7 +189,7 @@ class Trainer:
         )
         dist.all_reduce(sums)
         tokens, clips, frames, padded, stop = (int(value) for value in sums.tolist())
-        return Window(0.0, 0.0, tokens, clips, frames, padded, stop > 0)
+        return Window(tokens, clips, frames, padded, stop > 0)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
@@ -209,11 +224,14 @@ class Trainer:
         progress.seconds += seconds
         progress.clips += window.clips
         nll, ctc = sums.tolist()
+        self.loss = nll / max(window.tokens, 1)
+        if self.target_loss is not None and self.loss < self.target_loss:
+            self.total_steps = progress.step
         norm = self.engine.get_global_grad_norm()
         figures = StepFigures(
             step=progress.step,
             epoch=progress.epoch + progress.epoch_step / self.epoch_steps,
-            loss=nll / max(window.tokens, 1),
+            loss=self.loss,
             learning_rate=training.learning_rate * factor,
             grad_norm=float(norm) if norm is not None else None,
             clips_per_second=window.clips / seconds,
@@ -343,6 +361,3 @@ def total_steps(training: Any, epoch_steps: int) -> int:
     """Optimizer steps of a whole run."""
     steps = math.ceil(training.epochs * epoch_steps)
     return min(steps, training.max_steps) if training.max_steps else steps
-
-
-Say = Callable[[str], None]

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Train a translator by a recipe and score it.
+
+deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora
+deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora --ds zero3_offload      fits more by another DeepSpeed JSON
+deepspeed --hostfile hosts launch/train.py --recipe t5_3b_lora training.epochs=40  many nodes, one setting changed
+python launch/train.py --recipe demo --overfit 8                                   new data? first learn 8 clips by heart
+
+The run lives in runs/RECIPE. The same command goes on with a run that was interrupted, and shows the scores of one
+that is finished.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toolkit.cluster.ops import use_extensions_dir
+
+use_extensions_dir()  # before anything imports DeepSpeed
+
+import argparse
+import json
+import os
+
+from toolkit.cluster.ranks import Ranks, check_ranks, read_ranks
+from toolkit.errors import exit_code_of
+
+
+def main() -> None:
+    arguments = parse()
+    # Exactly one rank of a node prints an error.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, speaks=speaks)
+    sys.stdout.flush()
+    # Threads of gloo may linger; everything is saved, so none may hold up the exit code.
+    os._exit(code)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe in recipes/, or a YAML file")
+    parser.add_argument(
+        "--ds", metavar="NAME", help="another DeepSpeed JSON than the recipe's: in ds_configs/, or a file"
+    )
+    parser.add_argument("--new", action="store_true", help="set an earlier run of this name aside and begin anew")
+    parser.add_argument(
+        "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart and say whether it worked"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the scores as one JSON object, the last line with a {"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe: training.epochs=40")
+    return parser.parse_intermixed_args()
+
+
+def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Everything that can be wrong with the input is found before the process group exists."""
+    import torch
+
+    from toolkit.cluster.ops import check_locks
+    from toolkit.corpus.packed import Corpus
+    from toolkit.corpus.prepare import ensure_corpus
+    from toolkit.recipe.resolve import resolve_named
+    from toolkit.training import run_directory
+    from toolkit.training.last_words import for_people, read_scores
+    from toolkit.training.overfit import few_clips, overfit_overrides
+    from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
+
+    def say(text: str) -> None:
+        if ranks.is_main:
+            print(text, flush=True)
+
+    gpus = torch.cuda.device_count()
+    check_ranks(ranks, gpus=gpus)
+    check_locks()
+    overrides = arguments.overrides
+    if arguments.overfit is not None:
+        name = Path(arguments.recipe).stem
+        overrides = [*overfit_overrides(arguments.overfit, ranks.world_size, name), *overrides]
+    resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
+    for note in resolved.notes:
+        say(f"note: {note}")
+
+    # Ranks share no process group yet. They come to the same answer because only rank 0 changes the run directory, and
+    # where it does, by --new, the others need not look.
+    new = arguments.new or arguments.overfit is not None
+    if new and ranks.is_main and (aside := run_directory.set_aside(resolved.run_dir)):
+        say(f"the run that was in {resolved.run_dir} is now in {aside}")
+    if not new and run_directory.read_status(resolved.run_dir) == "finished":
+        say(f"{resolved.run_dir} is finished; --new trains again")
+        summary = read_scores(resolved.run_dir)
+    else:
+        start = Start() if new else find_start(resolved, verify=ranks.is_main)
+        corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
+        check_corpus(corpus)
+        if arguments.overfit is not None:
+            summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
+        else:
+            summary = train(resolved, ranks, corpus, start, say)
+    if not ranks.is_main:
+        return
+    if arguments.overfit is None:
+        evaluation, seed = resolved.recipe.evaluation, resolved.recipe.training.seed
+        say(f"\n{for_people(summary, evaluation.samples, seed)}")
+    if arguments.json:
+        say(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Learning a handful of clips by heart: the first thing to try on new data.
+
+A model that cannot repeat eight clips has a broken pipeline or broken data, and hours of training would not mend either.
+Everything that hinders memory is off: augmentation, dropout, label smoothing, the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.corpus.packed import Clip, Corpus, Split
+from toolkit.errors import UserError
+from toolkit.evaluation.predictions import Prediction
+from toolkit.evaluation.table import samples_text
+from toolkit.recipe.schema import Augmentation
+
+MAX_STEPS = 400
+# Nats per token at which every token is as good as certain.
+TARGET_LOSS = 0.01
+
+
+class Few:
+    """Some clips of a split, as a split."""
+
+    def __init__(self, split: Split, indices: list[int]) -> None:
+        self.split = split
+        self.indices = indices
+
+    @property
+    def name(self) -> str:
+        return self.split.name
+
+    @property
+    def frames(self) -> NDArray[np.int32]:
+        """Frames of each clip, int32 [clips]."""
+        return self.split.frames[self.indices]
+
+    @property
+    def uids(self) -> list[str]:
+        return [self.split.uids[index] for index in self.indices]
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.split.texts[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def clip(self, index: int) -> Clip:
+        """The clip at ``index``."""
+        return self.split.clip(self.indices[index])
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self.clip(index) for index in range(len(self)))
+
+
+def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
+    """Overrides of a recipe that turn it into a test of memory.
+
+    Raises:
+        UserError: the clips cannot be divided among the ranks.
+    """
+    if clips < 1 or clips % world_size:
+        raise UserError(f"--overfit {clips} cannot be divided among {world_size} ranks: use a multiple of {world_size}")
+    return [
+        f"training.global_batch_size={clips}",
+        f"training.micro_batch_size={clips // world_size}",
+        f"training.max_steps={MAX_STEPS}",
+        f"training.epochs={MAX_STEPS}",
+        f"training.eval_every={MAX_STEPS}",
+        f"training.save_every={MAX_STEPS}",
+        "training.schedule=constant",
+        "training.warmup_ratio=0.05",
+        "training.label_smoothing=0",
+        "training.weight_decay=0",
+        "model.dropout=0",
+        "model.pose_encoder.dropout=0",
+        *(f"augmentation.{strength}=0" for strength in Augmentation.model_fields),
+        f"run.dir=runs/{name}-overfit",
+    ]
+
+
+def few_clips(corpus: Corpus, count: int) -> Corpus:
+    """A corpus whose training split is ``count`` clips with texts of their own, and whose dev split is the same clips.
+
+    Raises:
+        UserError: the corpus has fewer different texts.
+    """
+    train = corpus.splits["train"]
+    first_of_text: dict[str, int] = {}
+    for index, text in enumerate(train.texts):
+        first_of_text.setdefault(text, index)
+        if len(first_of_text) == count:
+            few: Any = Few(train, list(first_of_text.values()))
+            return replace(corpus, splits={"train": few, "dev": few})
+    raise UserError(
+        f"--overfit {count}: the training split has only {len(first_of_text)} different texts; ask for fewer"
+    )
+
+
+def verdict(predictions: list[Prediction], steps: int, loss: float) -> tuple[bool, str]:
+    """Whether all clips were learnt, and the same in words."""
+    learnt = sum(row.hypothesis == row.reference for row in predictions)
+    everything = learnt == len(predictions)
+    if everything:
+        meaning = "the way from poses to text works on this data"
+    elif loss < 1.0:
+        meaning = "it is learning; give it more steps (training.max_steps) or a higher training.learning_rate"
+    else:
+        meaning = "it is not learning: check that poses and texts belong together, and the learning rate"
+    text = f"learned {learnt} of {len(predictions)} clips by heart in {steps} steps (loss {loss:.3f}): {meaning}"
+    return everything, f"{samples_text(predictions)}\n\n{text}"

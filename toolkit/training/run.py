@@ -1,0 +1,231 @@
+"""A whole run, from a resolved recipe to its scores."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import Interrupted, UserError
+from toolkit.evaluation.splits import score_splits, splits_to_test
+from toolkit.models import PoseProcessor, PoseTranslator
+from toolkit.models.build import build_processor, build_translator
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.tracking.tracker import open_tracker
+from toolkit.training import run_directory
+from toolkit.training.checkpoints import Progress, latest_checkpoint, load_checkpoint, read_progress
+from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
+from toolkit.training.interruptions import Interruptions
+from toolkit.training.last_words import write_scores
+from toolkit.training.overfit import TARGET_LOSS, verdict
+from toolkit.training.trainer import Trainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: afresh, or from a verified checkpoint."""
+
+    progress: Progress = field(default_factory=Progress)
+    checkpoint: Path | None = None
+
+
+def find_start(resolved: ResolvedRun, *, verify: bool) -> Start:
+    """Look at the run directory, before any process group exists.
+
+    Args:
+        resolved: the run.
+        verify: read all files of the checkpoint to see that none has changed; one rank does this for all.
+
+    Raises:
+        UserError: another run lives there, or its checkpoint is damaged or of another layout.
+    """
+    run_directory.check_same_run(resolved)
+    checkpoint = latest_checkpoint(resolved.run_dir / "checkpoints")
+    if checkpoint is None:
+        return Start()
+    return Start(read_progress(checkpoint, run_directory.layout_of(resolved), verify=verify), checkpoint)
+
+
+def check_corpus(corpus: Corpus) -> None:
+    """Refuse a corpus from which nothing can be learnt.
+
+    Raises:
+        UserError: it has no training clips.
+    """
+    if "train" not in corpus.splits or not len(corpus.splits["train"]):
+        raise UserError(
+            f"the corpus {corpus.path} has no training clips (its splits: {', '.join(corpus.splits) or 'none'}): "
+            "prepare it again with smaller data.dev_share and data.test_share"
+        )
+
+
+def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say: Say) -> dict[str, Any]:
+    """Train, or go on training, and score the best model on every test split.
+
+    All ranks call this. Afterwards the run directory holds everything.
+
+    Args:
+        resolved: the run.
+        ranks: which rank this is.
+        corpus: what it learns from.
+        start: from :func:`find_start`.
+        say: prints a line on one rank, nothing on the others.
+
+    Returns:
+        what ``scores.json`` says, on rank 0; an empty dict elsewhere.
+
+    Raises:
+        Interrupted: asked to stop; everything is saved.
+        UserError: a guard stopped the run.
+    """
+    with (
+        _living_run(resolved, ranks) as interruptions,
+        _trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
+    ):
+        trainer.run()
+        memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
+        # The scores are those of the folder that the user gets, so the trained copy gives its memory back first.
+        trainer.engine.destroy()
+        del trainer.engine
+        gc.collect()
+        summary = _score_best(resolved, ranks, corpus, start.progress, memory, say)
+    if ranks.is_main:
+        run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
+    return summary
+
+
+def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say) -> dict[str, Any]:
+    """Overfit the few clips of ``corpus`` and say whether that worked; all ranks call this.
+
+    Returns:
+        ``run_dir, steps, loss, learned`` (whether all clips are repeated word by word).
+    """
+    with (
+        _living_run(resolved, ranks) as interruptions,
+        _trainer(resolved, ranks, corpus, Start(), interruptions, say, target_loss=TARGET_LOSS) as trainer,
+    ):
+        trainer.run()
+        predictions, _ = trainer.translate(corpus.splits["train"])
+        steps, loss = trainer.progress.step, trainer.loss
+    learned, text = verdict(predictions, steps, loss)
+    say(f"\n{text}")
+    if ranks.is_main:
+        run_directory.write_status(resolved.run_dir, "finished", step=steps)
+    return {"run_dir": str(resolved.run_dir), "steps": steps, "loss": loss, "learned": learned}
+
+
+@contextmanager
+def _living_run(resolved: ResolvedRun, ranks: Ranks) -> Iterator[Interruptions]:
+    """A run directory whose status is right and a process group that is left, however what is inside ends."""
+    run_dir = resolved.run_dir
+    if ranks.is_main:
+        run_directory.start(resolved)
+    quieten(run_dir / "log.txt" if ranks.is_main else None)
+    interruptions = Interruptions(resolved.recipe.training.time_limit)
+    try:
+        join_process_group(ranks)
+        yield interruptions
+    except BaseException as error:
+        if ranks.is_main:
+            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            run_directory.write_status(run_dir, status, reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        interruptions.close()
+        leave_process_group()
+
+
+@contextmanager
+def _trainer(
+    resolved: ResolvedRun,
+    ranks: Ranks,
+    corpus: Corpus,
+    start: Start,
+    interruptions: Interruptions,
+    say: Say,
+    target_loss: float | None = None,
+) -> Iterator[Trainer]:
+    """A trainer that stands where the run left off."""
+    recipe, progress = resolved.recipe, start.progress
+    # The same weights on every rank, then a different dropout.
+    seed_everything(recipe.training.seed)
+    processor = build_processor(recipe, corpus)
+    model = build_translator(recipe, corpus, processor.tokenizer)
+    say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
+    seed_everything(recipe.training.seed + 1 + ranks.rank)
+    engine, peaks = make_engine(model, resolved)
+    if start.checkpoint:
+        load_checkpoint(engine, start.checkpoint)
+        say(f"going on from {start.checkpoint}")
+    config = recipe.model_dump(mode="json")
+    with open_tracker(
+        resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
+    ) as tracker:
+        trainer = Trainer(
+            engine,
+            peaks,
+            resolved=resolved,
+            ranks=ranks,
+            corpus=corpus,
+            processor=processor,
+            tracker=tracker,
+            interruptions=interruptions,
+            progress=progress,
+            target_loss=target_loss,
+        )
+        say(
+            f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of "
+            f"{recipe.training.global_batch_size} = {resolved.micro_batch_size} clips x {ranks.world_size} ranks x "
+            f"{resolved.accumulation_steps} accumulation steps"
+        )
+        yield trainer
+
+
+def _score_best(
+    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress, memory: float, say: Say
+) -> dict[str, Any]:
+    """Load ``best/`` as its user will, and score it."""
+    folder = resolved.run_dir / "best"
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    model = PoseTranslator.from_pretrained(folder).to(device)
+    processor = PoseProcessor.from_pretrained(folder)
+    names = splits_to_test(corpus)
+    say(f"scoring the best model (step {progress.best_step}) on {', '.join(names)}")
+    results = score_splits(
+        model, processor, corpus, names, resolved.recipe.evaluation, rank=ranks.rank, world_size=ranks.world_size
+    )
+    return write_scores(resolved, progress, results, memory) if ranks.is_main else {}
+
+
+def describe(model: PoseTranslator) -> str:
+    """Size of the model in words."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    pose = sum(parameter.numel() for parameter in model.pose_encoder.parameters())
+    return f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them trained, pose encoder {pose / 1e6:.1f} M"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that weights, dropout or data may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of all ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())
