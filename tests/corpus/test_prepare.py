@@ -129,7 +129,7 @@ def test_too_many_rejects_leave_only_the_list(own_clips, tmp_path, rows_of) -> N
         ({"table": None}, "data.table is not set"),
         ({"poses": None}, "data.poses is not set"),
         ({"table": "none.csv"}, "there is no table"),
-        ({"poses": "nowhere"}, "there is no folder"),
+        ({"poses": "nowhere"}, "there is no folder or archive nowhere"),
         ({"poses": "."}, "holds no .pose file"),
         ({"landmarks": "none"}, "there is no landmark set"),
         ({"columns": {"text": "sentence"}}, "no column 'sentence'"),
@@ -147,7 +147,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(clips, tmp_path, monkeypatc
 def test_the_wrong_folder_is_told_from_missing_clips(own_clips, tmp_path) -> None:
     for file in list((own_clips / "poses").glob("train*"))[:14]:
         file.unlink()
-    with pytest.raises(UserError, match=r"14 of the 24 clips.*is data.poses the right folder"):
+    with pytest.raises(UserError, match=r"14 of the 24 clips.*is data.poses right"):
         ensure_corpus(_data(own_clips, tmp_path))
 
 

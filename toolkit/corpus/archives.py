@@ -1,11 +1,23 @@
-"""Where the pose files lie, and how the one that belongs to a row of the table is found and read."""
+"""Where the pose files lie, and how the one that belongs to a row of the table is found and read.
+
+A folder, a zip, a tar, or either of these cut into parts, as large corpora are published. Archives are read in place:
+no part is joined with another and nothing is unpacked. A name inside an archive is only ever looked up, so it cannot
+lead anywhere.
+"""
 
 from __future__ import annotations
 
+import bisect
+import io
 import os
-from collections.abc import Iterator
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Protocol
 
 import xxhash
 
@@ -14,83 +26,272 @@ from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
 
 SUFFIXES = (".pose",)
-LARGEST_CLIP = 1 << 30
-"""Bytes; an hour of full holistic poses is 850 MB."""
+LARGEST_FILE = 1 << 30
+"""Bytes of one pose file; an hour of full holistic poses is 850 MB."""
+LARGEST_RATIO = 100
+"""Of a file in a zip to its compressed form; poses reach 10, a bomb 1,000."""
+
+# x.zip.part_aa, x.zip.part-1, x.zip.001
+_PARTS = (
+    re.compile(r"(?P<stem>.+\.part[_-]?)(?P<number>[a-z]{2,3}|\d+)"),
+    re.compile(r"(?P<stem>.+\.)(?P<number>\d{3})"),
+)
+
+
+class _Container(Protocol):
+    """A place whose entries are read by a key that ``entries`` gave."""
+
+    def entries(self) -> Iterable[tuple[str, Any, object]]:
+        """Name, key and whatever changes when the content does, of each pose file."""
+
+    def read(self, key: Any) -> bytes: ...
 
 
 @dataclass(frozen=True)
-class PoseFolder:
-    """A folder of pose files, flat or nested.
+class PoseFiles:
+    """The pose files of a corpus, wherever they lie.
 
     Attributes:
-        path: the folder.
-        files: by path below the folder without suffix, and by bare name where that is unique: the file's path.
-        identity: hash of all names, sizes and times of change.
+        container: reads a file by its key.
+        files: key of each file, by its path without suffix, and by its bare name where that is unique.
+        identity: hash of all names, sizes and times of change or checksums.
     """
 
-    path: Path
-    files: dict[str, str]
+    container: _Container
+    files: dict[str, Any]
     identity: str
 
-    def find(self, row: Row) -> str | None:
-        """The file that holds a row's clip, None if there is none."""
+    def find(self, row: Row) -> Any | None:
+        """The key of the file that holds a row's clip, None if there is none."""
         names = [row.pose, row.uid, row.video if row.start is not None or row.end is not None else ""]
         for name in filter(None, names):
-            for suffix in SUFFIXES:
-                name = name.removesuffix(suffix)
-            if name in self.files:
-                return self.files[name]
+            key = self.files.get(_without_suffix(name))
+            if key is not None:
+                return key
         return None
 
-    def read(self, file: str) -> bytes:
+    def read(self, key: Any) -> bytes:
         """The bytes of a file that ``find`` named.
 
         Raises:
             PoseError: it cannot be read.
         """
         try:
-            if os.path.getsize(self.path / file) > LARGEST_CLIP:
-                raise PoseError(f"the file is larger than {LARGEST_CLIP >> 30} GiB")
-            return (self.path / file).read_bytes()
+            return self.container.read(key)
         except OSError as error:
-            raise PoseError(f"the file cannot be read: {error.strerror}") from error
+            raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
 
 
-def open_poses(path: Path) -> PoseFolder:
+def open_poses(path: Path) -> PoseFiles:
     """Look through a place with pose files.
 
+    Args:
+        path: a folder, a zip, a tar, or any one of the parts (``x.zip.part_aa``, ``x.zip.001``) of a zip or tar.
+
     Raises:
-        UserError: there is none, or it holds no pose file.
+        UserError: it is not there, is none of these, or holds no pose file.
     """
-    if not path.exists():
-        raise UserError(f"there is no folder {path}: data.poses wants the folder that holds the .pose files")
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: data.poses wants the folder that holds the .pose files")
-    entries = sorted(_walk(path, ""))
+    container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
+    entries = sorted(container.entries(), key=lambda entry: entry[0])
     if not entries:
-        raise UserError(f"the folder {path} holds no .pose file: is data.poses right?")
-    files: dict[str, str] = {}
+        raise UserError(f"{path} holds no {' or '.join(SUFFIXES)} file: is data.poses right?")
+    by_bare_name: dict[str, Any] = {}
     twice: set[str] = set()
-    for name, _, _ in entries:
-        bare = os.path.splitext(os.path.basename(name))[0]
-        if bare in files:
-            twice.add(bare)
-        files[bare] = name
-    for bare in twice:
-        del files[bare]
-    files |= {os.path.splitext(name)[0]: name for name, _, _ in entries}
     digest = xxhash.xxh3_64()
-    for entry in entries:
-        digest.update(repr(entry).encode())
-    return PoseFolder(path, files, digest.hexdigest())
+    for name, key, mark in entries:
+        bare = _without_suffix(os.path.basename(name))
+        if bare in by_bare_name:
+            twice.add(bare)
+        by_bare_name[bare] = key
+        digest.update(repr((name, mark)).encode())
+    files = {bare: key for bare, key in by_bare_name.items() if bare not in twice}
+    files |= {_without_suffix(name): key for name, key, _ in entries}
+    return PoseFiles(container, files, digest.hexdigest())
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Path below the folder, size and time of change of every pose file."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=True):
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif entry.name.endswith(SUFFIXES):
-                status = entry.stat()
-                yield prefix + entry.name, status.st_size, status.st_mtime_ns
+def _without_suffix(name: str) -> str:
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+class _Folder:
+    """A folder, flat or nested; the key of a file is its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> Iterator[tuple[str, str, object]]:
+        return self._walk(str(self.path), "")
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[tuple[str, str, object]]:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.is_dir():
+                    yield from self._walk(entry.path, f"{prefix}{entry.name}/")
+                elif entry.name.endswith(SUFFIXES):
+                    status = entry.stat()
+                    yield prefix + entry.name, entry.path, (status.st_size, status.st_mtime_ns)
+
+    def read(self, key: str) -> bytes:
+        with open(key, "rb") as file:
+            _refuse_too_large(os.fstat(file.fileno()).st_size)
+            return file.read()
+
+
+def _open_archive(path: Path) -> _Container:
+    joined = _JoinedParts(_parts_of(path))
+    buffered: IO[bytes] = io.BufferedReader(joined)
+    try:
+        if zipfile.is_zipfile(buffered):
+            return _Zip(buffered)
+        if joined.pread(257, 5) == b"ustar":
+            return _Tar(buffered, joined)
+    except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path} is a damaged archive: {error}") from error
+    if joined.pread(0, 2) == b"\x1f\x8b":
+        raise UserError(f"{path} is gzip-compressed and cannot be read in place: unpack it, or pack the poses as a zip")
+    among = f" (its {len(joined.paths)} parts were read as one: is the last missing?)" if len(joined.paths) > 1 else ""
+    raise UserError(f"{path} is neither a folder nor a zip or tar{among}: is data.poses right?")
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """The file itself, or all the parts that it is one of, or that together would be it.
+
+    Raises:
+        UserError: there is no such file, or a part is missing.
+    """
+    match = _as_part(path.name)
+    if path.is_file() and not match:
+        return [path]
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}: is data.poses right?")
+    parts: dict[int, Path] = {}
+    for sibling in path.parent.iterdir():
+        part = _as_part(sibling.name)
+        if part and sibling.is_file() and (part[0] == match[0] if match else part[0].startswith(path.name + ".")):
+            parts[part[1]] = sibling
+    if not parts:
+        raise UserError(f"there is no folder or archive {path}: data.poses wants the place of the .pose files")
+    first = 0 if 0 in parts else 1
+    if sorted(parts) != list(range(first, first + len(parts))):
+        missing = next(number for number in range(first, max(parts)) if number not in parts)
+        raise UserError(f"{path}: {len(parts)} parts are there, but number {missing - first + 1} is missing")
+    return [parts[number] for number in sorted(parts)]
+
+
+def _as_part(name: str) -> tuple[str, int] | None:
+    """What the parts of one file have in common and the number of this one (``aa`` is 0); None for other files."""
+    match = next(filter(None, (pattern.fullmatch(name) for pattern in _PARTS)), None)
+    if match is None:
+        return None
+    number = 0
+    for letter in match["number"]:
+        number = number * 10 + int(letter) if letter.isdigit() else number * 26 + ord(letter) - ord("a")
+    return match["stem"], number
+
+
+class _JoinedParts(io.RawIOBase):
+    """Several files read as if they were one.
+
+    Every read names its offset to the system, so processes forked from this one do not move each other's place.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self._files = [os.open(path, os.O_RDONLY) for path in paths]
+        self._ends = [0]
+        for file in self._files:
+            self._ends.append(self._ends[-1] + os.fstat(file).st_size)
+        self._position = 0
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset`` on; fewer only at the end."""
+        pieces = []
+        while size > 0 and offset < self._ends[-1]:
+            part = bisect.bisect_right(self._ends, offset) - 1
+            piece = os.pread(self._files[part], min(size, self._ends[part + 1] - offset), offset - self._ends[part])
+            if not piece:
+                raise OSError("the archive became shorter while it was read")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return b"".join(pieces)
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.pread(self._position, len(buffer))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._ends[-1]}[whence]
+        if start + offset < 0:
+            raise OSError("seek before the beginning of the archive")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            for file in self._files:
+                os.close(file)
+        super().close()
+
+
+class _Zip:
+    """A zip; the key of a file is its entry in the central directory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._archive = zipfile.ZipFile(file)
+
+    def entries(self) -> Iterator[tuple[str, zipfile.ZipInfo, object]]:
+        for entry in self._archive.infolist():
+            if entry.filename.endswith(SUFFIXES):
+                yield entry.filename, entry, (entry.file_size, entry.CRC)
+
+    def read(self, key: zipfile.ZipInfo) -> bytes:
+        _refuse_too_large(key.file_size)
+        if key.file_size > LARGEST_RATIO * key.compress_size + (1 << 20):
+            raise PoseError("the zip claims an impossible size for the file")
+        try:
+            return self._archive.read(key)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+            raise PoseError(f"the file cannot be read from the zip: {error}") from error
+
+
+class _Tar:
+    """An uncompressed tar; the key of a file is where its bytes begin and how many they are."""
+
+    def __init__(self, file: IO[bytes], joined: _JoinedParts) -> None:
+        self._file, self._joined = file, joined  # the buffered file would close the other with itself
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            self._members: list[tuple[str, tuple[int, int], object]] = [
+                (member.name, (member.offset_data, member.size), (member.size, member.mtime))
+                for member in archive
+                if member.isreg() and not member.issparse() and member.name.endswith(SUFFIXES)
+            ]
+
+    def entries(self) -> list[tuple[str, tuple[int, int], object]]:
+        return self._members
+
+    def read(self, key: tuple[int, int]) -> bytes:
+        offset, size = key
+        _refuse_too_large(size)
+        content = self._joined.pread(offset, size)
+        if len(content) < size:
+            raise PoseError("the tar ends within the file")
+        return content
+
+
+def _refuse_too_large(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise PoseError(f"the file is larger than {LARGEST_FILE >> 30} GiB")

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from filelock import FileLock, Timeout
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from toolkit import __version__
-from toolkit.corpus.archives import PoseFolder, open_poses
+from toolkit.corpus.archives import PoseFiles, open_poses
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import FORMAT_VERSION, METADATA_FILE, Corpus, Metadata, finish_corpus, finish_split
 from toolkit.corpus.shards import Record, Work, build_shards
@@ -54,7 +55,7 @@ class _Inputs:
     data: Data
     landmark_set: LandmarkSet
     rows: list[Row]
-    poses: PoseFolder
+    poses: PoseFiles
     table_checksum: str
 
     @property
@@ -149,7 +150,7 @@ class _Plan:
     """What is to be done: rows with their pose files by split, and the rows (line, uid, reason) already lost."""
 
     inputs: _Inputs
-    splits: dict[str, list[tuple[Row, str]]]
+    splits: dict[str, list[tuple[Row, Any]]]
     rejects: list[tuple[int, str, str]]
 
 
@@ -192,13 +193,13 @@ def _prepare(plan: _Plan, out: Path) -> Prepared:
     return Prepared(out, round(clips_now / max(seconds, 1e-9), 1))
 
 
-def _locate(inputs: _Inputs) -> tuple[list[tuple[Row, str]], list[tuple[int, str, str]]]:
+def _locate(inputs: _Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str, str]]]:
     """Rows that have a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
 
     Raises:
         UserError: so many files are missing that the folder must be the wrong one.
     """
-    located: list[tuple[Row, str]] = []
+    located: list[tuple[Row, Any]] = []
     rejects: list[tuple[int, str, str]] = []
     first_line: dict[str, int] = {}
     missing: list[Row] = []
@@ -219,7 +220,7 @@ def _locate(inputs: _Inputs) -> tuple[list[tuple[Row, str]], list[tuple[int, str
     if len(missing) > MOST_FILES_MISSING * len(inputs.rows):
         raise UserError(
             f"{len(missing)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
-            f"in {inputs.data.poses} (for instance {missing[0].uid}.pose): is data.poses the right folder?"
+            f"in {inputs.data.poses} (for instance {missing[0].uid}.pose): is data.poses right?"
         )
     return located, rejects
 

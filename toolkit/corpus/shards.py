@@ -16,10 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from toolkit.corpus.archives import PoseFolder
+from toolkit.corpus.archives import PoseFiles
 from toolkit.corpus.packed import Clip, shard_name, write_shard
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
@@ -45,15 +46,15 @@ class Work:
     folder: Path
     data: Data
     landmark_set: LandmarkSet
-    poses: PoseFolder
-    splits: dict[str, list[tuple[Row, str]]]
+    poses: PoseFiles
+    splits: dict[str, list[tuple[Row, Any]]]
 
     def shards(self) -> list[tuple[str, int, int]]:
         """Split, number and count of every shard."""
         counts = {name: min(MOST_SHARDS, math.ceil(len(rows) / LEAST_CLIPS)) for name, rows in self.splits.items()}
         return [(name, number, count) for name, count in counts.items() for number in range(count)]
 
-    def rows(self, split: str, number: int, count: int) -> list[tuple[Row, str]]:
+    def rows(self, split: str, number: int, count: int) -> list[tuple[Row, Any]]:
         rows = self.splits[split]
         return rows[len(rows) * number // count : len(rows) * (number + 1) // count]
 

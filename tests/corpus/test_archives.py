@@ -1,0 +1,171 @@
+import io
+import shutil
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from toolkit.corpus.archives import open_poses
+from toolkit.corpus.packed import Corpus
+from toolkit.corpus.prepare import prepare
+from toolkit.corpus.table import Row
+from toolkit.errors import UserError
+from toolkit.poses.pose_file import PoseError
+from toolkit.recipe.schema import Data
+
+
+def _zip(poses: Path, path: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(poses.iterdir()):
+            archive.write(file, f"iSign-poses/{file.name}")
+    return path
+
+
+def _tar(poses: Path, path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        archive.add(poses, "poses")
+    return path
+
+
+def _split(path: Path, parts: int, names: str) -> Path:
+    content = path.read_bytes()
+    path.unlink()
+    size = -(-len(content) // parts)
+    for number in range(parts):
+        name = f"{path.name}.part_a{'abcdef'[number]}" if names == "letters" else f"{path.name}.{number + 1:03d}"
+        path.with_name(name).write_bytes(content[number * size : (number + 1) * size])
+    return path.with_name(f"{path.name}.part_ab" if names == "letters" else f"{path.name}.001")
+
+
+@pytest.fixture(scope="module")
+def from_folder(clips, tmp_path_factory) -> dict[str, bytes]:
+    return _corpus(clips, clips / "poses", tmp_path_factory.mktemp("folder"), workers=1)
+
+
+def _corpus(clips: Path, poses: Path, tmp_path: Path, workers: int) -> dict[str, bytes]:
+    data = Data(table=str(clips / "table.csv"), poses=str(poses), workers=workers)
+    out = prepare(data, tmp_path / "out").path
+    assert Corpus.open(out).summary()["clips"] == 24
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "zip",
+        "deflated",
+        "tar",
+        "three parts of a zip",
+        "numbered parts of a zip",
+        "parts of a tar",
+        "parts by their stem",
+    ],
+)
+def test_byte_identical_from_everywhere(clips, tmp_path, monkeypatch, from_folder, form: str, workers: int) -> None:
+    poses = clips / "poses"
+    if form == "zip":
+        where = _zip(poses, tmp_path / "p.zip")
+    elif form == "deflated":
+        where = _zip(poses, tmp_path / "p.zip", zipfile.ZIP_DEFLATED)
+    elif form == "tar":
+        where = _tar(poses, tmp_path / "p.tar")
+    elif form == "parts of a tar":
+        where = _split(_tar(poses, tmp_path / "p.tar"), 3, "letters")
+    elif form == "numbered parts of a zip":
+        where = _split(_zip(poses, tmp_path / "p.zip"), 3, "digits")
+    else:
+        where = _split(_zip(poses, tmp_path / "p.zip"), 3, "letters")
+        where = tmp_path / "p.zip" if form == "parts by their stem" else where
+    assert _corpus(clips, where, tmp_path, workers) == from_folder
+
+
+def test_a_missing_part_is_named(clips, tmp_path) -> None:
+    part = _split(_zip(clips / "poses", tmp_path / "p.zip"), 3, "letters")
+    shutil.move(part, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="2 parts are there, but number 2 is missing"):
+        open_poses(tmp_path / "p.zip.part_aa")
+    shutil.move(tmp_path / "elsewhere", part)
+    (tmp_path / "p.zip.part_ac").unlink()
+    with pytest.raises(UserError, match="is the last missing"):
+        open_poses(tmp_path / "p.zip.part_aa")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x05\x06" + b"\xff" * 40, b"\x1f\x8b" + b"0" * 100])
+def test_what_is_no_archive_is_one_line(tmp_path, content: bytes) -> None:
+    (tmp_path / "p.zip").write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        open_poses(tmp_path / "p.zip")
+    assert "\n" not in str(raised.value) and "p.zip" in str(raised.value)
+
+
+def test_an_archive_without_poses(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("readme.txt", "x")
+    with pytest.raises(UserError, match=r"holds no \.pose file"):
+        open_poses(tmp_path / "p.zip")
+
+
+def test_names_that_point_elsewhere_lead_nowhere(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("../../evil.pose", "x")
+        archive.writestr("/etc/passwd.pose", "y")
+    poses = open_poses(tmp_path / "p.zip")
+    assert poses.read(poses.find(Row("evil", "t"))) == b"x"
+    assert list(tmp_path.parent.rglob("evil.pose")) == [], "nothing is ever unpacked"
+
+
+def test_a_bomb_is_refused_before_it_grows(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.pose", bytes(300 << 20))
+    poses = open_poses(tmp_path / "p.zip")
+    with pytest.raises(PoseError, match="impossible size"):
+        poses.read(poses.find(Row("bomb", "t")))
+
+
+def test_a_damaged_member_is_its_own_reject(clips, tmp_path) -> None:
+    path = _zip(clips / "poses", tmp_path / "p.zip")
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 0xFF
+    path.write_bytes(content)
+    poses = open_poses(path)
+    first, second = sorted(file.stem for file in (clips / "poses").iterdir())[:2]
+    with pytest.raises(PoseError, match="cannot be read from the zip: Bad CRC"):
+        poses.read(poses.find(Row(first, "t")))
+    assert poses.read(poses.find(Row(second, "t"))) == (clips / "poses" / f"{second}.pose").read_bytes()
+
+
+def test_a_tar_that_ends_early(clips, tmp_path) -> None:
+    path = _tar(clips / "poses", tmp_path / "p.tar")
+    path.write_bytes(path.read_bytes()[:200_000])
+    try:
+        poses = open_poses(path)
+    except UserError as error:
+        assert "damaged" in str(error)
+    else:
+        with pytest.raises(PoseError, match="ends within"):
+            [poses.read(key) for key in poses.files.values()]
+
+
+def test_links_and_devices_in_a_tar_are_not_followed(tmp_path) -> None:
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        link = tarfile.TarInfo("link.pose")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        plain = tarfile.TarInfo("plain.pose")
+        plain.size = 4
+        archive.addfile(plain, io.BytesIO(struct.pack("<f", 0.2)))
+    poses = open_poses(tmp_path / "p.tar")
+    assert poses.find(Row("link", "t")) is None and len(poses.read(poses.find(Row("plain", "t")))) == 4
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.pose").write_text(folder)
+    poses = open_poses(tmp_path)
+    assert poses.find(Row("x", "t")) is None
+    assert poses.read(poses.find(Row("b/x", "t"))) == b"b"
+    assert poses.read(poses.find(Row("u", "t", pose="a/x.pose"))) == b"a"
