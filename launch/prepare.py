@@ -133,6 +133,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for title, values in (("counts", summary["counts"]), ("leakage", summary["leakage"])):
         notable = [f"{name.replace('_', ' ')} {value:,}" for name, value in values.items() if value]
         print(f"  {title:7}  " + (", ".join(notable) or "none"))
+    if summary["lacking"]:
+        names = list(summary["lacking"])
+        few = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        print(f"  lacking  {len(names)} landmarks of the set are not in the files: {few}")
 
 
 if __name__ == "__main__":

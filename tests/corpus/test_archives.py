@@ -104,7 +104,7 @@ def test_what_is_no_archive_is_one_line(tmp_path, content: bytes) -> None:
 def test_an_archive_without_poses(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         archive.writestr("readme.txt", "x")
-    with pytest.raises(UserError, match=r"holds no \.pose file"):
+    with pytest.raises(UserError, match=r"holds no \.pose, "):
         open_poses(tmp_path / "p.zip")
 
 

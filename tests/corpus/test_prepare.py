@@ -130,7 +130,7 @@ def test_too_many_rejects_leave_only_the_list(own_clips, tmp_path, rows_of) -> N
         ({"poses": None}, "data.poses is not set"),
         ({"table": "none.csv"}, "there is no table"),
         ({"poses": "nowhere"}, "there is no folder or archive nowhere"),
-        ({"poses": "."}, "holds no .pose file"),
+        ({"poses": "."}, "holds no .pose, .npy, .npz, .pkl file"),
         ({"landmarks": "none"}, "there is no landmark set"),
         ({"columns": {"text": "sentence"}}, "no column 'sentence'"),
     ],
@@ -237,5 +237,6 @@ def test_metadata_tells_how_the_features_were_made(clips, tmp_path) -> None:
         "shortened": 0,
         "normalised_without_shoulders": 0,
         "without_hands": 0,
+        "lacking_landmarks": 0,
     }
     assert str(clips) not in json.dumps(metadata), "a corpus is the same wherever its sources lay"

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from toolkit.corpus.demo import find_lexicon
 from toolkit.poses.features import extract_features, resample
-from toolkit.poses.landmarks import load_landmark_set
+from toolkit.poses.landmarks import landmark_set_names, load_landmark_set
 from toolkit.poses.pose_file import PoseError
 
 SET = load_landmark_set("hands_body_50")
@@ -158,3 +159,18 @@ def test_confidence_channel_and_anchor(pose_file, tmp_path) -> None:
     values = extract_features(content, load_landmark_set(str(tmp_path / "own.yaml")), 25).values
     np.testing.assert_allclose(values[0], [[0, 0, 1], [0.5, 0.5, 0.8]], atol=1e-6)
     assert np.isnan(values[3, 1]).all() and np.isnan(values[4]).all() and np.isfinite(values[3, 0]).all()
+
+
+def test_landmarks_that_a_file_lacks_are_missing_and_named(pose_file) -> None:
+    features = extract_features(pose_file.bytes(*pose_file.body()), load_landmark_set("youtube_asl_85"), 25)
+    assert len(features.lacking) == 37 and {component for component, _ in features.lacking} == {"FACE_LANDMARKS"}
+    assert np.isnan(features.values[:, 48:]).all() and np.isfinite(features.values[:, :48]).all()
+
+
+@pytest.mark.parametrize("name", landmark_set_names())
+def test_every_set_reads_a_full_holistic_file(name: str) -> None:
+    landmarks = load_landmark_set(name)
+    content = next(find_lexicon().glob("ase/*.pose")).read_bytes()
+    features = extract_features(content, landmarks, 12.5)
+    assert features.values.shape[1:] == (landmarks.num_points, landmarks.num_channels)
+    assert bool(features.lacking) == (name == "unisign_69")

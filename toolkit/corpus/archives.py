@@ -25,7 +25,7 @@ from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
 
-SUFFIXES = (".pose",)
+SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
 LARGEST_FILE = 1 << 30
 """Bytes of one pose file; an hour of full holistic poses is 850 MB."""
 LARGEST_RATIO = 100
@@ -94,7 +94,7 @@ def open_poses(path: Path) -> PoseFiles:
     container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
     entries = sorted(container.entries(), key=lambda entry: entry[0])
     if not entries:
-        raise UserError(f"{path} holds no {' or '.join(SUFFIXES)} file: is data.poses right?")
+        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file: is data.poses right?")
     by_bare_name: dict[str, Any] = {}
     twice: set[str] = set()
     digest = xxhash.xxh3_64()

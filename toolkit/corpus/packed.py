@@ -68,6 +68,7 @@ class Metadata:
         counts: clips rejected, shortened, normalised without shoulders, without hands.
         checksums: xxh3 of the table and of all clips in order.
         leakage: texts and videos that splits share.
+        lacking: landmarks of the set that files did not have, and in how many clips.
         versions: of the toolkit that wrote it.
     """
 
@@ -81,6 +82,7 @@ class Metadata:
     counts: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
     leakage: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -231,6 +233,7 @@ class Corpus:
             "splits": {name: split["clips"] for name, split in self.metadata.splits.items()},
             "leakage": self.metadata.leakage,
             "counts": counts,
+            "lacking": self.metadata.lacking,
             "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
         }
 

@@ -250,10 +250,12 @@ def _bar(title: str, clips: int) -> tqdm:
 
 def _metadata(inputs: _Inputs, splits: dict[str, list[Row]], records: list[Record], num_rejects: int) -> Metadata:
     counts: Counter[str] = Counter(rejects=num_rejects)
+    lacking: Counter[str] = Counter()
     summaries = {name: {"clips": 0, "frames": 0} for name in splits}
     clips_checksum = xxhash.xxh3_64()
     for record in records:
         counts.update(record.counts)
+        lacking.update(record.lacking)
         summaries[record.split]["clips"] += record.clips
         summaries[record.split]["frames"] += record.frames
         clips_checksum.update(record.checksum.encode())
@@ -268,6 +270,7 @@ def _metadata(inputs: _Inputs, splits: dict[str, list[Row]], records: list[Recor
         counts=dict(counts),
         checksums={"table": inputs.table_checksum, "clips": clips_checksum.hexdigest()},
         leakage=leakage(splits),
+        lacking=dict(sorted(lacking.items())),
         versions={"toolkit": __version__, "features": str(FEATURES_VERSION)},
     )
 

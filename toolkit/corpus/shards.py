@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from toolkit.corpus.packed import Clip, shard_name, write_shard
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
-from toolkit.poses.features import extract_features
+from toolkit.poses.features import extract_features, read_clip
 from toolkit.poses.landmarks import LandmarkSet
-from toolkit.poses.pose_file import PoseError, read_pose
+from toolkit.poses.pose_file import PoseError, checked_fps
 from toolkit.recipe.schema import Data
 
 LEAST_CLIPS = 256
@@ -70,7 +70,8 @@ class Record:
     Attributes:
         split, number: which shard.
         rejects: line in the table, uid and reason.
-        counts: clips that were shortened, normalised without shoulders, or show no hands.
+        counts: clips that were shortened, normalised without shoulders, show no hands, or lack landmarks of the set.
+        lacking: of each landmark that files lack, how many clips.
         checksum: xxh3 of the pose files that went in, in order.
     """
 
@@ -80,6 +81,7 @@ class Record:
     frames: int
     rejects: list[tuple[int, str, str]]
     counts: dict[str, int]
+    lacking: dict[str, int]
     checksum: str
 
 
@@ -142,13 +144,17 @@ def _build_shard(work: Work, split: str, number: int, count: int) -> Record:
     clips: list[Clip] = []
     rejects: list[tuple[int, str, str]] = []
     counts: Counter[str] = Counter()
+    lacking: Counter[str] = Counter()
     checksum = xxhash.xxh3_64()
     for row, file in work.rows(split, number, count):
         try:
             content = work.poses.read(file)
             checksum.update(content)
+            raw = read_clip(content)
+            if row.fps is not None:
+                raw = replace(raw, fps=checked_fps(row.fps))
             features = extract_features(
-                read_pose(content).between(row.start, row.end),
+                raw.between(row.start, row.end),
                 work.landmark_set,
                 data.fps,
                 min_frames=data.min_frames,
@@ -161,10 +167,12 @@ def _build_shard(work: Work, split: str, number: int, count: int) -> Record:
         counts["shortened"] += features.shortened
         counts["normalised_without_shoulders"] += features.normalised_by == "spread"
         counts["without_hands"] += features.hands_visible == 0
+        counts["lacking_landmarks"] += bool(features.lacking)
+        lacking.update("/".join(point) for point in features.lacking)
         clips.append(Clip(row.uid, row.text, features.values, source_video(row), row.language, features.hands_visible))
     write_shard(work.folder / split / shard_name(number, count), clips, work.landmark_set.width)
     frames = sum(len(clip.features) for clip in clips)
-    record = Record(split, number, len(clips), frames, rejects, dict(counts), checksum.hexdigest())
+    record = Record(split, number, len(clips), frames, rejects, dict(counts), dict(lacking), checksum.hexdigest())
     record_file = work.record_file(split, number)
     partial = record_file.with_suffix(".tmp")
     partial.write_text(json.dumps(record.__dict__), encoding="utf-8")

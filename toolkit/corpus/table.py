@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 LONGEST_LINE = 1 << 20
 """Characters; no sentence is that long, but a binary file that was given by mistake may be."""
 
-COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end")
+COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
 # A table of clips that were cut long ago often still says where: times count only when the user maps them.
 ONLY_WHEN_MAPPED = ("start", "end")
@@ -41,6 +41,7 @@ class Row:
         language: sign language; may be empty.
         pose: name of the pose file, when it is neither the uid nor the video.
         start, end: seconds of the clip within its pose file.
+        fps: frames per second of the pose file, for arrays that do not tell; it overrules the file.
         line: where it stands, counted from 1 as an editor does.
     """
 
@@ -52,6 +53,7 @@ class Row:
     pose: str = ""
     start: float | None = None
     end: float | None = None
+    fps: float | None = None
     line: int = 0
 
 
@@ -151,22 +153,23 @@ def _rows(records: Iterable[tuple[int, Mapping[str, str]]], columns: Mapping[str
             split=SPLIT_NAMES.get(split, split),
             language=values["language"],
             pose=values["pose"],
-            start=_seconds(values["start"], "start", path, number),
-            end=_seconds(values["end"], "end", path, number),
+            start=_number(values["start"], "start", "seconds from the beginning of the file", path, number),
+            end=_number(values["end"], "end", "seconds from the beginning of the file", path, number),
+            fps=_number(values["fps"], "fps", "frames per second", path, number),
             line=number,
         )
 
 
-def _seconds(value: str, name: str, path: Path, line: int) -> float | None:
+def _number(value: str, name: str, wanted: str, path: Path, line: int) -> float | None:
     if not value:
         return None
     try:
-        seconds = float(value)
+        number = float(value)
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise UserError(f"{path}, line {line}: {name} is '{value}', wanted seconds from the beginning of the file")
-    return seconds
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise UserError(f"{path}, line {line}: {name} is '{value[:40]}', wanted {wanted}")
+    return number
 
 
 def _few(record: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 """One clip's recorded pose becomes the features that a model reads: chosen, normalised and resampled in time.
 
 A missing landmark is NaN in every channel, from here to the batch: a zero would be a place, and a model would learn
-from it. Values are told in shoulder widths from the middle of the shoulders, so that the camera's distance does not show.
+from it. Values are told in shoulder widths from the middle of the shoulders: where the camera stood does not show.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.poses.arrays import is_array_file, read_arrays
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, read_pose
 
@@ -20,9 +21,12 @@ FEATURES_VERSION = 1  # counts up when the same file would give other features
 TooLong = Literal["subsample", "cut", "reject"]
 NORMALISATION = "shoulders: origin = median mid-shoulder of the clip, unit = median shoulder width of the clip"
 _SHOULDERS = (("POSE_LANDMARKS", "LEFT_SHOULDER"), ("POSE_LANDMARKS", "RIGHT_SHOULDER"))
-# Fraction of a shoulder width that a clip's landmarks span vertically at the least: when no shoulder was ever seen, the
-# spread of what was seen stands in for it, and this keeps a motionless hand from being blown up without bound.
-_LEAST_SPREAD = 1e-3
+# In the units of the file, be they pixels, metres or widths of the picture: nothing smaller is a distance between
+# shoulders, nothing farther away is a place.
+_LEAST_UNIT = 1e-3
+_FARTHEST = 1e6
+LARGEST_LACK = 0.5
+"""Share of a landmark set that a file may lack: beyond it the set was made for other files."""
 # No shoulders are this near to each other in pixels, and no body is this shallow in pixels.
 _LEAST_PIXELS = 8.0
 
@@ -36,12 +40,14 @@ class ClipFeatures:
         normalised_by: ``shoulders``, or ``spread`` where no frame shows both shoulders.
         shortened: the clip was longer than allowed and was subsampled or cut.
         hands_visible: share of frames that show a landmark of at least one hand; 1.0 for sets without hands.
+        lacking: the landmarks of the set that the file does not have at all; they are missing in every frame.
     """
 
     values: FloatArray
     normalised_by: Literal["shoulders", "spread"]
     shortened: bool
     hands_visible: float
+    lacking: tuple[tuple[str, str], ...]
 
 
 def extract_features(
@@ -56,7 +62,7 @@ def extract_features(
     """Turn a recorded pose into features.
 
     Args:
-        pose: the bytes of a ``.pose`` file, or what ``read_pose`` made of them.
+        pose: the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file, or what ``read_clip`` made of them.
         landmark_set: which points, in which order, with which channels.
         fps: frames per second of the result; the clip is resampled in time, whatever its own rate.
         min_frames: a shorter result is refused.
@@ -69,18 +75,24 @@ def extract_features(
     Raises:
         PoseError: the clip cannot be used; the message is the reason.
     """
-    raw = read_pose(pose) if isinstance(pose, bytes) else pose
+    raw = read_clip(pose) if isinstance(pose, bytes) else pose
     positions, shortened = _sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
     columns, shoulders = _columns(raw.header, landmark_set)
+    lacks = columns < 0
     person = _most_visible_person(raw.confidence, columns)
     coordinates = 3 if "z" in landmark_set.channels else 2
     if raw.data.shape[3] < coordinates:
-        raise PoseError(f"the file has no z coordinate, and the landmark set {landmark_set.name} asks for one")
+        raise PoseError(
+            f"the file has no z coordinate, and the landmark set {landmark_set.name} asks for one: "
+            "isign_76 and unisign_69 do not, nor need a set of your own"
+        )
 
     wanted = np.concatenate([columns, shoulders])
     values = raw.data[:, person, wanted, :coordinates].astype(np.float32)
     confidence = raw.confidence[:, person, wanted]
-    visible = (confidence > landmark_set.min_confidence) & np.isfinite(values).all(axis=2) & np.isfinite(confidence)
+    # A comparison with NaN is false: files hold NaN and infinities, also with confidence 1.
+    visible = (confidence > landmark_set.min_confidence) & (np.abs(values) < _FARTHEST).all(axis=2)
+    visible[:, : len(columns)] &= ~lacks
     values[~visible] = 0.0  # only until the end of this function: arithmetic on NaN would spread it
 
     chosen = visible[:, : len(columns)]
@@ -93,10 +105,16 @@ def extract_features(
         _set_depth_origins(values[..., 2], chosen, landmark_set)
     values, chosen = _tell_relative_to_anchors(values, chosen, landmark_set)
     if "confidence" in landmark_set.channels:
-        values = np.concatenate([values, confidence[:, : len(columns), None]], axis=2)
+        values = np.concatenate([values, confidence[:, : len(columns), None].clip(0, 1)], axis=2)
     values, chosen = resample(values, chosen, positions)
     values[~chosen] = np.nan
-    return ClipFeatures(values, normalised_by, shortened, _hands_visible(chosen, landmark_set))
+    lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(lacks))
+    return ClipFeatures(values, normalised_by, shortened, _hands_visible(chosen, landmark_set), lacking)
+
+
+def read_clip(content: bytes) -> RawPose:
+    """Parse the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file; raises PoseError."""
+    return read_arrays(content) if is_array_file(content) else read_pose(content)
 
 
 @lru_cache(maxsize=16)
@@ -106,14 +124,20 @@ def _find_columns(points: tuple[tuple[str, str], ...], wanted: tuple[tuple[str, 
 
 
 def _columns(header: PoseHeader, landmark_set: LandmarkSet) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Where the landmarks of the set stand in the file, and where its shoulders stand (none, when it lacks them)."""
+    """Where the landmarks of the set stand in the file (-1 for those that it lacks), and where its shoulders stand.
+
+    Raises:
+        PoseError: the file lacks more than half of the set.
+    """
     found = _find_columns(header.points, landmark_set.points)
     missing = [point for point, column in zip(landmark_set.points, found, strict=True) if column is None]
-    if missing:
+    if len(missing) > LARGEST_LACK * len(found):
         named = ", ".join("/".join(point) for point in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise PoseError(f"the file lacks {len(missing)} points of the landmark set {landmark_set.name}: {named}")
     shoulders = [column for column in _find_columns(header.points, _SHOULDERS) if column is not None]
-    return np.array(found, np.intp), np.array(shoulders if len(shoulders) == 2 else [], np.intp)
+    return np.array([-1 if column is None else column for column in found], np.intp), np.array(
+        shoulders if len(shoulders) == 2 else [], np.intp
+    )
 
 
 def _most_visible_person(confidence: FloatArray, columns: npt.NDArray[np.intp]) -> int:
@@ -155,12 +179,12 @@ def _scale(
         seen = visible[:, num_points] & visible[:, num_points + 1]
         left, right = values[seen, num_points], values[seen, num_points + 1]
         width = float(np.median(np.hypot(*(left - right)[:, :2].T))) if seen.any() else 0.0
-        if width > 0:
+        if width > _LEAST_UNIT:
             return np.median((left + right) / 2, axis=0).astype(np.float32), width, "shoulders"
     shown = values[:, :num_points][visible[:, :num_points]]
     low, high = np.percentile(shown[:, :2], [5, 95], axis=0)
     origin = np.median(shown, axis=0).astype(np.float32)
-    return origin, max(float((high - low).max()), _LEAST_SPREAD), "spread"
+    return origin, max(float((high - low).max()), _LEAST_UNIT), "spread"
 
 
 def _depth_unit(header: PoseHeader, unit: float, values: FloatArray, visible: npt.NDArray[np.bool_]) -> float:

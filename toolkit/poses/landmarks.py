@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 SETS_FOLDER = Path(__file__).parent / "landmark_sets"
 CHANNELS = ("x", "y", "z", "confidence")
 _KEYS = {"name", "channels", "min_confidence", "parts"}
-_PART_KEYS = {"component", "points", "edges", "anchor", "mirror"}
+_PART_KEYS = {"from", "component", "points", "edges", "anchor", "mirror"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
     anchors: dict[str, int] = {}
     given_mirrors: dict[tuple[str, str], tuple[str, str]] = {}
     for part, spec in content["parts"].items():
+        if isinstance(spec, dict) and "from" in spec:
+            spec = _part_of(str(spec["from"]), part, path) | {key: spec[key] for key in spec if key != "from"}
         if not isinstance(spec, dict) or not spec.get("component") or not spec.get("points"):
             raise UserError(f"the landmark set {path}: part '{part}' needs `component` and `points`")
         _refuse_unknown(spec, _PART_KEYS, path, f"part '{part}': ")
@@ -155,6 +157,18 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
         min_confidence=float(content.get("min_confidence", 0.0)),
         anchors=anchors or None,
     )
+
+
+def _part_of(name: str, part: Any, path: Path) -> dict[str, Any]:
+    """A part as another set of the toolkit writes it."""
+    if name not in landmark_set_names():
+        raise UserError(
+            f"the landmark set {path}: part '{part}' comes from '{name}', which is none of the toolkit's sets"
+        )
+    parts = yaml.safe_load((SETS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))["parts"]
+    if "component" not in parts.get(part, {}):
+        raise UserError(f"the landmark set {path}: {name} does not spell out a part '{part}'")
+    return dict(parts[part])
 
 
 def _counterpart(point: tuple[str, str]) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.poses.layouts import in_our_words
+
 FloatArray = npt.NDArray[np.float32]
 
 _MAX_COMPONENTS = 64
@@ -29,7 +31,7 @@ class PoseHeader:
 
     version: float
     points: tuple[tuple[str, str], ...]
-    """(component, point) of every point, in file order."""
+    """(component, point) of every point, in file order, by the names that landmark sets use."""
     component_sizes: tuple[tuple[int, int], ...]
     """Of each component: the number of its points and of its coordinates (without the confidence)."""
     width: int = 0
@@ -136,9 +138,14 @@ def read_pose(content: bytes) -> RawPose:
     else:
         fps, frames = reader.ushorts(2)
         data, confidence = _read_sparse(reader, header, frames)
+    return RawPose(checked_fps(fps), header, data, confidence)
+
+
+def checked_fps(fps: float) -> float:
+    """A frame rate that a camera may have had; raises PoseError for any other."""
     if not (np.isfinite(fps) and 1 <= fps <= 1000):
         raise PoseError(f"the file claims {fps:g} frames per second")
-    return RawPose(float(fps), header, data, confidence)
+    return float(fps)
 
 
 def _read_header(reader: _Reader) -> PoseHeader:
@@ -160,7 +167,7 @@ def _read_header(reader: _Reader) -> PoseHeader:
         num_points, num_limbs, num_colors = reader.ushorts(3)
         if not 3 <= len(layout) <= 5:
             raise PoseError("the header names a point format other than XYC or XYZC")
-        points += [(name, reader.text()) for _ in range(num_points)]
+        points += in_our_words(name, [reader.text() for _ in range(num_points)])
         reader.take(4 * num_limbs + 6 * num_colors)
         sizes.append((num_points, len(layout) - 1))
         if len(points) > _MAX_POINTS:

@@ -1,0 +1,163 @@
+"""Keypoints in ``.npy``, ``.npz`` and ``.pkl`` files: arrays whose points have no names, read without trusting them.
+
+A pickle is a program, and a stranger's is not run: only plain containers and numpy arrays come out of one, and whatever
+else it asks for is a reason to reject it. Sizes that a file claims are compared with its length before memory is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from toolkit.poses.layouts import FACE_68, nameless_layouts
+from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
+
+DEFAULT_FPS = 25.0
+"""Of arrays that do not tell: neither the file (``fps``) nor the table."""
+
+_KEYPOINTS = ("keypoints", "landmarks", "poses", "pose", "data")
+_SCORES = ("scores", "confidence", "confidences", "conf")
+_NUMPY_GLOBALS = {
+    (module, name)
+    for core in ("numpy.core", "numpy._core")
+    for module, name in (
+        (f"{core}.multiarray", "_reconstruct"),
+        (f"{core}.multiarray", "scalar"),
+        (f"{core}.numeric", "_frombuffer"),
+    )
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
+def is_array_file(content: bytes) -> bool:
+    """Whether this is an ``.npy``, ``.npz`` or ``.pkl`` file rather than a ``.pose`` file, by its first bytes."""
+    return content[:6] == b"\x93NUMPY" or content[:4] == b"PK\x03\x04" or content[:1] == b"\x80"
+
+
+def read_arrays(content: bytes) -> RawPose:
+    """Read keypoints.
+
+    The arrays are keypoints [frames, points, 2..4] or [frames, people, points, 2..4] and, where the file holds more
+    than one, scores without the last axis and ``fps``. The number of points tells their names. The third of three
+    coordinates is a score for OpenPose and COCO-WholeBody, else z; the fourth of four is a score. Without scores a
+    point at the origin is missing.
+
+    Raises:
+        PoseError: the bytes are no such file.
+    """
+    try:
+        if content[:6] == b"\x93NUMPY":
+            found: dict[str, Any] = {_KEYPOINTS[0]: _read_npy(content)}
+        elif content[:4] == b"PK\x03\x04":
+            found = _read_npz(content)
+        else:
+            found = _read_pickle(content)
+        return _to_pose(found, len(content))
+    except PoseError:
+        raise
+    except Exception as error:  # a damaged array file fails in too many ways to name, and each is only this clip's
+        raise PoseError(f"the arrays cannot be read: {type(error).__name__}") from error
+
+
+def _read_npy(content: bytes) -> np.ndarray[Any, Any]:
+    file = io.BytesIO(content)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read_header:
+        raise PoseError("the .npy file is of an unknown version")
+    shape, fortran_order, dtype = read_header[version](file)
+    if dtype.kind not in "fiu":
+        raise PoseError(f"the array holds {dtype}, wanted numbers")
+    count = int(np.prod(shape, dtype=object))
+    if count * dtype.itemsize > len(content) - file.tell():
+        raise PoseError("the array is truncated")
+    flat = np.frombuffer(content, dtype, count, file.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _read_npz(content: bytes) -> dict[str, Any]:
+    found = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > 100 * len(content):
+                raise PoseError("the .npz file claims an impossible size")
+            if entry.filename.endswith(".npy"):
+                try:
+                    found[entry.filename.removesuffix(".npy")] = _read_npy(archive.read(entry))
+                except zlib.error as error:
+                    raise PoseError("the .npz file is damaged") from error
+    return found
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Admits what numpy arrays are made of and nothing else; containers and numbers need no admission."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NUMPY_GLOBALS:
+            raise PoseError(f"the pickle asks for {module}.{name}: only arrays and plain containers are read")
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise PoseError("the pickle asks for an object outside of it: only arrays and plain containers are read")
+
+
+def _read_pickle(content: bytes) -> dict[str, Any]:
+    # Reading the instructions without following them finds lengths beyond the end and absurd numbers of remembered
+    # objects, for either of which the real reader would take memory first.
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in _MEMO_OPCODES and int(argument or 0) > len(content):
+            raise PoseError("the pickle claims an impossible size")
+    found = _ArraysOnly(io.BytesIO(content)).load()
+    if not isinstance(found, dict):
+        raise PoseError(
+            f"the pickle holds a {type(found).__name__}, wanted a dict with {_KEYPOINTS[0]} and {_SCORES[0]}"
+        )
+    return {str(key): value for key, value in found.items()}
+
+
+def _numbers(value: Any, most_bytes: int) -> FloatArray:
+    """An array, or a list of one array a frame, as float32."""
+    arrays = value if isinstance(value, list | tuple) else [value]
+    if sum(array.nbytes for array in arrays if isinstance(array, np.ndarray)) > most_bytes:
+        raise PoseError("the arrays are larger than the file")
+    together = np.asarray(value)
+    if together.dtype.kind not in "fiu":
+        raise PoseError("the frames do not all hold the same number of points")
+    return together.astype(np.float32)
+
+
+def _to_pose(found: dict[str, Any], size: int) -> RawPose:
+    """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
+    name = next((name for name in _KEYPOINTS if name in found), None)
+    if name is None:
+        raise PoseError(f"none of the arrays is called {', '.join(_KEYPOINTS)}")
+    most_bytes = 100 * size
+    values = _numbers(found[name], most_bytes)
+    if values.ndim == 3:
+        values = values[:, None]
+    if values.ndim != 4 or not 2 <= values.shape[3] <= 4 or 0 in values.shape:
+        raise PoseError(f"the keypoints have shape {values.shape}, wanted [frames, points, 2..4]")
+    points = nameless_layouts().get(values.shape[2])
+    if points is None:
+        known = ", ".join(map(str, sorted(nameless_layouts())))
+        raise PoseError(f"an array of {values.shape[2]} points without names: known are {known}")
+
+    score_name = next((name for name in _SCORES if name in found), None)
+    flat_layout = any(component == FACE_68 for component, _ in points)
+    if score_name is not None:
+        confidence = _numbers(found[score_name], most_bytes).reshape(values.shape[:3])
+    elif values.shape[3] == 4 or (values.shape[3] == 3 and flat_layout):
+        values, confidence = values[..., :-1], values[..., -1]
+    else:
+        confidence = np.asarray(values.any(axis=3), np.float32)
+    if flat_layout:
+        values = values[..., :2]
+    fps = float(np.asarray(found.get("fps", DEFAULT_FPS)).reshape(()))
+    header = PoseHeader(0.0, points, ((len(points), values.shape[3]),))
+    return RawPose(checked_fps(fps), header, values, confidence)
