@@ -16,6 +16,7 @@ from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import evaluation_batches, train_batches
 from toolkit.batching.order import steps_per_epoch
 
+REPOSITORY = Path(__file__).parents[2]
 ALL_ON = {
     "rotation": 10, "scale": 0.2, "shear": 0.1, "translation": 0.1, "noise": 0.02, "speed": 0.3, "time_warp": 0.3,
     "frame_drop": 0.1, "landmark_drop": 0.1, "hand_drop": 0.5, "mirror": 0.5, "temporal_crop": 0.1,
@@ -206,13 +207,21 @@ SCRIPT = """
     from toolkit.batching.loader import evaluation_batches
     from toolkit.corpus.packed import Corpus
 
-    signal.signal(signal.SIGINT, lambda *_: print("asked to stop", flush=True))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: print("asked to stop", flush=True))
     stream = evaluation_batches(Corpus.open(sys.argv[1]).splits["train"], ByT5Tokenizer(), 60, workers=2)
     next(stream)
     print("started", flush=True)
     for line in sys.stdin:
         print(len(list(stream)), "more batches", flush=True)
 """
+
+
+def test_a_process_that_ends_half_way_through_an_epoch_ends_at_once(corpus):
+    script = textwrap.dedent(SCRIPT).replace("for line in sys.stdin", "for line in []")
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", script, str(corpus.path)], cwd=REPOSITORY, check=True, timeout=60)
+    assert time.monotonic() - start < 30
 
 
 @pytest.fixture
@@ -224,7 +233,7 @@ def loading_process(corpus):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
     )
     assert process.stdout.readline() == "started\n"
     yield process
@@ -233,8 +242,9 @@ def loading_process(corpus):
     process.communicate()
 
 
-def test_workers_survive_a_ctrl_c_that_their_parent_handles(loading_process):
-    os.killpg(loading_process.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_survive_a_request_to_stop_that_their_parent_handles(loading_process, number):
+    os.killpg(loading_process.pid, number)
     assert loading_process.stdout.readline() == "asked to stop\n"
     loading_process.stdin.write("go on\n")
     loading_process.stdin.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,16 @@ def _load(
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Signals go to the whole process group, but only the main process decides what they mean: it saves, then closes the
-    # workers. A worker whose parent died notices within seconds by itself.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # A request to stop often goes to all processes of a job, but only the main one decides what it means: it saves,
+    # then closes the workers. A worker whose parent died notices within seconds by itself.
+    for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    """Obey SIGTERM from the parent alone: that is how Python ends the workers of an epoch that was left half-way."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
