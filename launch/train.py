@@ -4,7 +4,7 @@
 deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora
 deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora --ds zero3_offload      fits more by another DeepSpeed JSON
 deepspeed --hostfile hosts launch/train.py --recipe t5_3b_lora training.epochs=40  many nodes, one setting changed
-python launch/train.py --recipe demo --overfit 8                                   new data? first learn 8 clips by heart
+python launch/train.py --recipe demo --overfit 8                                   new data? first learn 8 clips
 
 The run lives in runs/RECIPE. The same command goes on with a run that was interrupted, and shows the scores of one
 that is finished.
@@ -43,15 +43,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe in recipes/, or a YAML file")
     parser.add_argument(
-        "--ds", metavar="NAME", help="another DeepSpeed JSON than the recipe's: in ds_configs/, or a file"
+        "--ds", metavar="NAME", help="instead of the recipe's DeepSpeed JSON: in ds_configs/, or a file"
     )
     parser.add_argument("--new", action="store_true", help="set an earlier run of this name aside and begin anew")
     parser.add_argument(
-        "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart and say whether it worked"
+        "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart, say whether it worked"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the scores as one JSON object, the last line with a {"
-    )
+    parser.add_argument("--json", action="store_true", help="print the scores as one JSON object, last")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe: training.epochs=40")

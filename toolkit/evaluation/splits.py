@@ -33,7 +33,8 @@ class SplitResult:
 def splits_to_test(corpus: Corpus) -> list[str]:
     """Every test split; where a corpus has none, what comes nearest to one."""
     tests = [name for name in corpus.splits if name.startswith("test") and len(corpus.splits[name])]
-    return tests or [name for name in ("dev", "train") if name in corpus.splits and len(corpus.splits[name])][:1]
+    others = [name for name in corpus.splits if name in ("dev", "train") and len(corpus.splits[name])]
+    return tests or sorted(others)[:1]
 
 
 def score_splits(

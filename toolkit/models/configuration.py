@@ -18,7 +18,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         num_channels: coordinates per landmark (x, y, z).
         ctc: whether the encoder's output carries a CTC head over the backbone's vocabulary.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
-        special_token_ids: tokens that are written but not signed, on which CTC has no opinion.
+        special_token_ids: tokens that are written but not signed; CTC never reads them.
         prefix_token_ids: a text prompt whose embeddings stand before the poses.
     """
 

@@ -1,7 +1,7 @@
 """Joint search: beam search scored by the decoder and by the CTC head together.
 
-A decoder knows what words look like but may lose its place in the signing; CTC cannot lose it, because it reads from left
-to right. Scoring each beam by both (Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech
+A decoder knows what words look like but may lose its place in the signing; CTC cannot lose it, because it reads from
+left to right. Scoring each beam by both (Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech
 Recognition", section IV) keeps the strengths of each.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-# Tokens that the decoder finds less likely than this many others are not looked up in the CTC output: a large vocabulary
-# then costs no more than a small one.
+# Tokens that the decoder finds less likely than this many others are not looked up in the CTC output: a large
+# vocabulary then costs no more than a small one.
 CANDIDATES = 64
 IMPOSSIBLE = -1e9
 
@@ -28,7 +28,7 @@ class CtcPrefixScores(LogitsProcessor):
         mask: bool [clips, positions].
         weight: share of CTC in the joint score, 0..1.
         end_id: token that ends a text.
-        special_ids: tokens that are written but not signed; CTC has no opinion on them.
+        special_ids: tokens that are written but not signed; none but the end is found by this search.
         num_beams: rows per clip.
     """
 
@@ -63,7 +63,7 @@ class CtcPrefixScores(LogitsProcessor):
         gains = torch.full_like(decoder_scores, IMPOSSIBLE)
         gains.scatter_(1, candidates, self._gains(candidates))
         text = torch.logaddexp(self.ends_in_token[:, -1], self.ends_in_blank[:, -1])
-        gains[:, self.special_ids] = 0.0
+        gains[:, self.special_ids] = IMPOSSIBLE
         gains[:, self.end_id] = text - self._prefix
         return (1 - self.weight) * decoder_scores + self.weight * gains
 

@@ -112,8 +112,8 @@ class PoseEncoder(nn.Module):
         Returns:
             vectors [clips, frames / stride, width] and their bool mask [clips, frames / stride].
         """
-        weight_dtype = self.back[0].weight.dtype
-        hidden, mask = self.front(with_visibility(poses.to(weight_dtype), visible)), frame_mask
+        weights_dtype = next(self.parameters()).dtype
+        hidden, mask = self.front(with_visibility(poses.to(weights_dtype), visible)), frame_mask
         for convolution in self.convolutions:
             hidden, mask = convolution(hidden, mask)
         vectors = self.back(hidden)

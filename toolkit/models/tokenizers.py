@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,13 +38,13 @@ def make_tokenizer(kind: str, texts: Iterable[str] = (), *, trust_remote_code: b
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the tokenizer {kind!r} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME to a cache "
-            "that does, or use model.tokenizer=bytes, which needs no download"
+            f"the tokenizer {kind!r} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME to a "
+            "cache that does, or use model.tokenizer=bytes, which needs no download"
         ) from error
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a SentencePiece-style unigram tokenizer (Kudo 2018) on the texts; the same texts give the same tokenizer."""
+    """Train a SentencePiece-style unigram tokenizer (Kudo 2018); the same texts give the same tokenizer."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -52,9 +53,18 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         vocab_size=TRAINED_VOCABULARY, special_tokens=SPECIAL_TOKENS, unk_token="<unk>", show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.model = _in_fixed_order(tokenizer)
     end = tokenizer.token_to_id("</s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def _in_fixed_order(tokenizer: Tokenizer) -> models.Unigram:
+    """The trained model with pieces of equal score in alphabetical order; the trainer leaves that to chance."""
+    trained = json.loads(tokenizer.to_str())["model"]
+    special, pieces = trained["vocab"][: len(SPECIAL_TOKENS)], trained["vocab"][len(SPECIAL_TOKENS) :]
+    ordered = sorted(((piece, score) for piece, score in pieces), key=lambda entry: (-entry[1], entry[0]))
+    return models.Unigram([*map(tuple, special), *ordered], unk_id=trained["unk_id"], byte_fallback=False)
 
 
 def special_ids(tokenizer: Any) -> list[int]:

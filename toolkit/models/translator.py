@@ -6,6 +6,7 @@ because a model that silently starts from random weights costs its user days.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,27 +125,31 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             settings: what HuggingFace's ``generate`` takes (``num_beams``, ``max_new_tokens``, ``synced_gpus``, …).
 
         Returns:
-            what the backbone's ``generate`` returns: token ids [clips × returned sequences, tokens] or an output object.
+            what the backbone's ``generate`` returns: token ids [clips × sequences, tokens] or an output object.
         """
         hidden, mask = self.encode(poses, visible, frame_mask)
-        settings.setdefault("generation_config", self.generation_config)
+        search = copy.deepcopy(self.generation_config)
+        others = search.update(**settings)
         if self.config.ctc and self.config.ctc_search_weight > 0:
-            settings["logits_processor"] = [
+            others["logits_processor"] = [
                 CtcPrefixScores(
                     *self._ctc(hidden, mask),
                     weight=self.config.ctc_search_weight,
                     end_id=self.config.eos_token_id,
                     special_ids=self.config.special_token_ids,
-                    num_beams=settings.get("num_beams") or settings["generation_config"].num_beams or 1,
+                    num_beams=search.num_beams or 1,
                 ),
-                *settings.get("logits_processor", []),
+                *others.get("logits_processor", []),
             ]
         return self.backbone.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(), **settings
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask.long(),
+            generation_config=search,
+            **others,
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PoseTranslator:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a folder strictly.
 
         Raises:

@@ -108,7 +108,7 @@ class Training(Section):
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
-    seed: int = 42
+    seed: CountOrZero = 42
     save_every: Count = 500  # optimizer steps
     keep_last: Count = 2  # checkpoints
     eval_every: Count = 1  # epochs

@@ -4,8 +4,8 @@
     checkpoints/latest         the name of the newest complete one
 
 A checkpoint is written under another name, checksummed, flushed to the disk and only then renamed; ``latest`` follows
-last. Whatever dies in between leaves the previous checkpoint intact. Shards are pickles, so their checksums are verified
-before they are read.
+last. Whatever dies in between leaves the previous checkpoint intact. Shards are pickles, so their checksums are
+verified before they are read.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> None:
 
 def _random_state() -> dict[str, Any]:
     """The state of every generator that a step may draw from, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

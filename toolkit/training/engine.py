@@ -45,7 +45,8 @@ def quieten(log: Path | None) -> None:
     """Send what DeepSpeed and transformers have to say to a file (or nowhere), so that the terminal shows the run."""
     handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name in ("DeepSpeed", "transformers", "datasets", "torch"):
+    logging.captureWarnings(True)
+    for name in ("DeepSpeed", "transformers", "datasets", "torch", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

@@ -1,7 +1,7 @@
 """Being asked to stop: signals, a dead parent and a time limit become one flag that the loop looks at between steps.
 
-Nothing is done inside a signal handler but raising the flag. Ranks agree on it by their step's all-reduce, so that all of
-them save the same step. The ``deepspeed`` launcher may die without a word to its ranks, so each watches its parent too.
+Nothing is done inside a signal handler but raising the flag. Ranks agree on it by their step's all-reduce, so that all
+of them save the same step. The ``deepspeed`` launcher may die without a word to its ranks, so each watches its parent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Interruptions:
         if self.reason is not None and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name
 
     def _watch_parent(self) -> None:
         while not self._closed.wait(PARENT_POLL_SECONDS):

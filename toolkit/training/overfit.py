@@ -1,6 +1,6 @@
 """Learning a handful of clips by heart: the first thing to try on new data.
 
-A model that cannot repeat eight clips has a broken pipeline or broken data, and hours of training would not mend either.
+A model that cannot repeat eight clips has a broken pipeline or broken data; hours of training would mend neither.
 Everything that hinders memory is off: augmentation, dropout, label smoothing, the schedule.
 """
 
@@ -98,9 +98,7 @@ def few_clips(corpus: Corpus, count: int) -> Corpus:
         if len(first_of_text) == count:
             few: Any = Few(train, list(first_of_text.values()))
             return replace(corpus, splits={"train": few, "dev": few})
-    raise UserError(
-        f"--overfit {count}: the training split has only {len(first_of_text)} different texts; ask for fewer"
-    )
+    raise UserError(f"--overfit {count}: the training split has only {len(first_of_text)} different texts")
 
 
 def verdict(predictions: list[Prediction], steps: int, loss: float) -> tuple[bool, str]:

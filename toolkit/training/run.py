@@ -139,7 +139,7 @@ def _living_run(resolved: ResolvedRun, ranks: Ranks) -> Iterator[Interruptions]:
         yield interruptions
     except BaseException as error:
         if ranks.is_main:
-            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            status: run_directory.Status = "interrupted" if isinstance(error, Interrupted) else "failed"
             run_directory.write_status(run_dir, status, reason=f"{type(error).__name__}: {error}")
         raise
     finally:
@@ -161,7 +161,7 @@ def _trainer(
     recipe, progress = resolved.recipe, start.progress
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
-    processor = build_processor(recipe, corpus)
+    processor = _shared_processor(resolved, ranks, corpus)
     model = build_translator(recipe, corpus, processor.tokenizer)
     say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
@@ -191,6 +191,17 @@ def _trainer(
             f"{resolved.accumulation_steps} accumulation steps"
         )
         yield trainer
+
+
+def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:
+    """The run's processor, made once: a tokenizer trained twice need not come out the same."""
+    folder = resolved.run_dir / "processor"
+    if ranks.is_main and not folder.exists():
+        partial = folder.with_name(".processor.partial")
+        build_processor(resolved.recipe, corpus).save_pretrained(partial)
+        partial.rename(folder)
+    dist.barrier()
+    return PoseProcessor.from_pretrained(folder)
 
 
 def _score_best(

@@ -48,9 +48,7 @@ def read_status(run_dir: Path) -> Status | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run_dir / STATUS} is not readable: start anew with --new, or choose another run.dir"
-        ) from error
+        raise UserError(f"{run_dir / STATUS} is not readable: start anew with --new or another run.dir") from error
 
 
 def write_status(run_dir: Path, status: Status, **details: Any) -> None:

@@ -215,6 +215,11 @@ class Trainer:
             )
         if self.progress.step == 0:
             check_gradients(self.engine.module)
+        self.grad_norm = None
+        if self.resolved.zero_stage == 0:
+            # DeepSpeed tells no norm at this stage. Its gradients are whole and summed by now, and not yet clipped.
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def _advance(self, window: Window, sums: torch.Tensor, factor: float, seconds: float) -> None:
         """Count the step and tell about it."""
@@ -227,7 +232,7 @@ class Trainer:
         self.loss = nll / max(window.tokens, 1)
         if self.target_loss is not None and self.loss < self.target_loss:
             self.total_steps = progress.step
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
         figures = StepFigures(
             step=progress.step,
             epoch=progress.epoch + progress.epoch_step / self.epoch_steps,

@@ -1,0 +1,56 @@
+"""A clip means the same to a model at translation as it did at training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from toolkit.batching.collate import collate
+from toolkit.corpus.packed import Clip, write_corpus
+from toolkit.models import PoseFeatureExtractor, PoseProcessor
+from toolkit.poses.features import NORMALISATION, extract_features
+from toolkit.poses.landmarks import load_landmark_set
+from toolkit.poses.pose_file import PoseError
+
+
+def test_a_file_becomes_what_training_read(tmp_path: Path, processor: PoseProcessor, pose_files: list[Path]) -> None:
+    landmark_set = load_landmark_set("hands_body_50")
+    clips = [
+        Clip(path.stem, "word", extract_features(path.read_bytes(), landmark_set, 12.5).values) for path in pose_files
+    ]
+    corpus = write_corpus(tmp_path / "corpus", {"train": clips}, landmark_set, 12.5, NORMALISATION)
+    packed = list(corpus.splits["train"])
+    batch = collate(packed, range(len(packed)), processor.tokenizer, max_target_tokens=9)
+    inputs = processor(pose_files)
+    assert torch.equal(inputs["poses"], batch.poses)
+    assert torch.equal(inputs["visible"], batch.visible)
+    assert torch.equal(inputs["frame_mask"], batch.frame_mask)
+
+
+def test_bytes_and_paths_are_the_same(processor: PoseProcessor, pose_files: list[Path]) -> None:
+    by_path, by_bytes = processor(pose_files), processor([path.read_bytes() for path in pose_files])
+    for key in by_path:
+        assert torch.equal(by_path[key], by_bytes[key])
+
+
+def test_missing_landmarks_are_zero_and_said_to_be_missing(processor: PoseProcessor, pose_files: list[Path]) -> None:
+    inputs = processor(pose_files)
+    hidden = ~inputs["visible"]
+    assert hidden.any(), "in these clips the unused hand is missing"
+    assert not inputs["poses"][hidden].any()
+    assert np.isfinite(inputs["poses"].numpy()).all()
+
+
+def test_a_broken_file_is_refused_with_its_reason(tmp_path: Path, processor: PoseProcessor) -> None:
+    broken = tmp_path / "broken.pose"
+    broken.write_bytes(b"not a pose file")
+    with pytest.raises(PoseError):
+        processor([broken])
+
+
+def test_another_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="by hips"):
+        PoseFeatureExtractor(normalisation="by hips")

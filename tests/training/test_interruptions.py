@@ -1,0 +1,76 @@
+"""Signals, the time limit and a dead parent raise a flag and do nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from toolkit.training.interruptions import SIGNALS, Interruptions
+
+
+@pytest.fixture
+def interruptions() -> Iterator[Interruptions]:
+    watched = Interruptions()
+    yield watched
+    watched.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_reason_to_stop(interruptions: Interruptions, number: signal.Signals) -> None:
+    assert not interruptions.wanted()
+    os.kill(os.getpid(), number)
+    assert interruptions.wanted()
+    assert interruptions.reason == number.name
+
+
+def test_a_second_ctrl_c_stops_at_once(interruptions: Interruptions) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_and_then_the_launchers_sigterm_is_one_wish_to_stop(interruptions: Interruptions) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interruptions.reason == "SIGINT"
+
+
+def test_the_time_limit() -> None:
+    watched = Interruptions(time_limit=0.2 / 60)
+    try:
+        assert not watched.wanted()
+        time.sleep(0.25)
+        assert watched.wanted()
+        assert watched.reason == "the time limit"
+    finally:
+        watched.close()
+
+
+def test_close_gives_the_signals_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    Interruptions().close()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_dead_parent_is_noticed() -> None:
+    child = (
+        "import time\n"
+        "from toolkit.training.interruptions import Interruptions\n"
+        "watched = Interruptions()\n"
+        "print('ready', flush=True)\n"
+        "while not watched.wanted(): time.sleep(0.05)\n"
+        "print(watched.reason, flush=True)\n"
+    )
+    # The parent outlives the child's start, then dies and leaves it behind. The pipe ends when the child does.
+    reader, writer = os.pipe()
+    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(3)"
+    subprocess.run([sys.executable, "-c", parent, child], stdout=writer, check=True)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert said.read().splitlines() == ["ready", "the launcher's death"]

@@ -1,0 +1,76 @@
+"""The loss is a sum per target token: how a batch is cut changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.training.loss import ctc_loss, token_loss
+
+VOCABULARY = 7
+SPECIAL = torch.tensor([0, 1])
+
+
+def example(clips: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(clips, tokens, VOCABULARY, generator=generator, dtype=torch.float64)
+    labels = torch.randint(2, VOCABULARY, (clips, tokens), generator=generator)
+    lengths = torch.randint(1, tokens + 1, (clips,), generator=generator)
+    labels[torch.arange(tokens) >= lengths[:, None]] = -100
+    return logits, labels
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 1000), st.data())
+def test_token_loss_does_not_care_how_the_batch_is_cut(clips: int, tokens: int, seed: int, data: st.DataObject) -> None:
+    logits, labels = example(clips, tokens, seed)
+    cut = data.draw(st.integers(1, clips - 1))
+    parts = token_loss(logits[:cut], labels[:cut]) + token_loss(logits[cut:], labels[cut:])
+    torch.testing.assert_close(token_loss(logits, labels), parts, rtol=1e-5, atol=1e-5)
+
+
+def test_token_loss_counts_only_labels() -> None:
+    logits, labels = example(3, 5, 0)
+    by_hand = torch.zeros((), dtype=torch.float64)
+    for clip in range(3):
+        for token in range(5):
+            if labels[clip, token] != -100:
+                by_hand -= logits[clip, token].log_softmax(-1)[labels[clip, token]]
+    torch.testing.assert_close(token_loss(logits, labels).double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_fillers_has_no_loss_and_a_gradient_of_zero() -> None:
+    logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
+    ctc_logits = torch.randn(2, 6, VOCABULARY + 1, requires_grad=True)
+    nothing = torch.full((2, 3), -100)
+    loss = token_loss(logits, nothing) + ctc_loss(ctc_logits, torch.ones(2, 6, dtype=torch.bool), nothing, SPECIAL)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+    assert ctc_logits.grad is not None and not ctc_logits.grad.any()
+
+
+def test_ctc_leaves_out_special_tokens_padding_and_fillers() -> None:
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 8, VOCABULARY + 1), torch.ones(2, 8, dtype=torch.bool)
+    bare = ctc_loss(logits, mask, torch.tensor([[3, 4, -100], [-100, -100, -100]]), SPECIAL)
+    framed = ctc_loss(logits, mask, torch.tensor([[0, 3, 4, 1], [-100, -100, -100, -100]]), SPECIAL)
+    alone = ctc_loss(logits[:1], mask[:1], torch.tensor([[3, 4]]), SPECIAL)
+    assert bare.item() == pytest.approx(alone.item())
+    assert framed.item() == pytest.approx(alone.item())
+
+
+def test_ctc_ignores_what_lies_behind_a_clip() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 8, VOCABULARY + 1), torch.tensor([[3, 4]])
+    mask = torch.arange(8)[None] < 5
+    changed = logits.clone()
+    changed[:, 5:] = 9.0
+    assert ctc_loss(changed, mask, labels, SPECIAL).item() == ctc_loss(logits, mask, labels, SPECIAL).item()
+
+
+def test_a_clip_too_short_for_its_text_counts_nothing_instead_of_infinity() -> None:
+    logits, mask = torch.randn(1, 2, VOCABULARY + 1), torch.ones(1, 2, dtype=torch.bool)
+    assert ctc_loss(logits, mask, torch.tensor([[3, 4, 5]]), SPECIAL).item() == 0.0
