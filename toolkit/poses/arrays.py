@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import zipfile
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,9 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NUMPY_GLOBALS:
-            raise PoseError(f"the pickle asks for {module}.{name}: only arrays and plain containers are read")
+            raise PoseError(
+                f"the pickle asks for {f'{module}.{name}'[:80]!r}: only arrays and plain containers are read"
+            )
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -132,6 +135,11 @@ def _numbers(value: Any, most_bytes: int) -> FloatArray:
     return together.astype(np.float32)
 
 
+@lru_cache(maxsize=16)
+def _header(num_points: int, dims: int) -> PoseHeader:
+    return PoseHeader(0.0, nameless_layouts()[num_points], ((num_points, dims),))
+
+
 def _to_pose(found: dict[str, Any], size: int) -> RawPose:
     """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
     name = next((name for name in _KEYPOINTS if name in found), None)
@@ -159,5 +167,9 @@ def _to_pose(found: dict[str, Any], size: int) -> RawPose:
     if flat_layout:
         values = values[..., :2]
     fps = float(np.asarray(found.get("fps", DEFAULT_FPS)).reshape(()))
-    header = PoseHeader(0.0, points, ((len(points), values.shape[3]),))
-    return RawPose(checked_fps(fps), header, values, confidence)
+    return RawPose(
+        checked_fps(fps),
+        _header(len(points), values.shape[3]),
+        np.ascontiguousarray(values),
+        np.ascontiguousarray(confidence),
+    )

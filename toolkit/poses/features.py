@@ -27,8 +27,9 @@ _LEAST_UNIT = 1e-3
 _FARTHEST = 1e6
 LARGEST_LACK = 0.5
 """Share of a landmark set that a file may lack: beyond it the set was made for other files."""
-# No shoulders are this near to each other in pixels, and no body is this shallow in pixels.
+# No shoulders are this near to each other in pixels, and nobody's depth varies this little in pixels (std. deviation).
 _LEAST_PIXELS = 8.0
+_FLATTEST_PIXELS = 3.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ def extract_features(
     raw = read_clip(pose) if isinstance(pose, bytes) else pose
     positions, shortened = _sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
     columns, shoulders = _columns(raw.header, landmark_set)
-    lacks = columns < 0
     person = _most_visible_person(raw.confidence, columns)
     coordinates = 3 if "z" in landmark_set.channels else 2
     if raw.data.shape[3] < coordinates:
@@ -87,29 +87,36 @@ def extract_features(
             "isign_76 and unisign_69 do not, nor need a set of your own"
         )
 
-    wanted = np.concatenate([columns, shoulders])
-    values = raw.data[:, person, wanted, :coordinates].astype(np.float32)
-    confidence = raw.confidence[:, person, wanted]
-    # A comparison with NaN is false: files hold NaN and infinities, also with confidence 1.
-    visible = (confidence > landmark_set.min_confidence) & (np.abs(values) < _FARTHEST).all(axis=2)
-    visible[:, : len(columns)] &= ~lacks
-    values[~visible] = 0.0  # only until the end of this function: arithmetic on NaN would spread it
+    def seen_at(frames: slice, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        values = _gather(raw.data[frames, person], columns)
+        confidence = _gather(raw.confidence[frames, person, :, None], columns)[..., 0]
+        visible = _visible(values[..., :coordinates], confidence, landmark_set.min_confidence)
+        if "confidence" in landmark_set.channels:
+            return np.concatenate([values[..., :coordinates], confidence[..., None].clip(0, 1)], axis=2), visible
+        return np.ascontiguousarray(values[..., :coordinates]), visible
 
-    chosen = visible[:, : len(columns)]
-    if not chosen.any():
-        raise PoseError("no landmark of the set is visible in any frame")
-    origin, unit, normalised_by = _scale(values, visible, len(columns))
-    values = (values[:, : len(columns)] - origin) / unit
-    if coordinates == 3:
-        values[..., 2] *= _depth_unit(raw.header, unit, values, chosen)
-        _set_depth_origins(values[..., 2], chosen, landmark_set)
-    values, chosen = _tell_relative_to_anchors(values, chosen, landmark_set)
-    if "confidence" in landmark_set.channels:
-        values = np.concatenate([values, confidence[:, : len(columns), None].clip(0, 1)], axis=2)
-    values, chosen = resample(values, chosen, positions)
-    values[~chosen] = np.nan
-    lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(lacks))
-    return ClipFeatures(values, normalised_by, shortened, _hands_visible(chosen, landmark_set), lacking)
+    step = _whole_step(positions)
+    with np.errstate(all="ignore"):  # what is not visible may hold anything, and is NaN in the end
+        values, visible = seen_at(slice(None, None, step), columns)
+        visible &= columns >= 0
+        values, visible = (
+            (values[: len(positions)], visible[: len(positions)]) if step else resample(values, visible, positions)
+        )
+        if not visible.any():
+            raise PoseError("no landmark of the set is visible in any frame")
+        scale = _shoulder_scale(*seen_at(slice(None), shoulders)) if len(shoulders) else None
+        origin, unit = scale or _spread_scale(values[..., :coordinates], visible)
+        values[..., :coordinates] -= origin[:coordinates]
+        values[..., :coordinates] /= unit
+        if coordinates == 3:
+            values[..., 2] *= _depth_unit(raw.header, unit, values[..., 2][visible])
+            _set_depth_origins(values[..., 2], visible, landmark_set)
+        _tell_relative_to_anchors(values[..., :coordinates], visible, landmark_set)
+        if not visible.all():
+            values[~visible] = np.nan
+    lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
+    normalised_by: Literal["shoulders", "spread"] = "shoulders" if scale else "spread"
+    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking)
 
 
 def read_clip(content: bytes) -> RawPose:
@@ -118,8 +125,8 @@ def read_clip(content: bytes) -> RawPose:
 
 
 @lru_cache(maxsize=16)
-def _find_columns(points: tuple[tuple[str, str], ...], wanted: tuple[tuple[str, str], ...]) -> tuple[int | None, ...]:
-    index = {point: position for position, point in reversed(list(enumerate(points)))}
+def _find_columns(header: PoseHeader, wanted: tuple[tuple[str, str], ...]) -> tuple[int | None, ...]:
+    index = {point: position for position, point in reversed(list(enumerate(header.points)))}
     return tuple(index.get(point) for point in wanted)
 
 
@@ -129,12 +136,12 @@ def _columns(header: PoseHeader, landmark_set: LandmarkSet) -> tuple[npt.NDArray
     Raises:
         PoseError: the file lacks more than half of the set.
     """
-    found = _find_columns(header.points, landmark_set.points)
+    found = _find_columns(header, landmark_set.points)
     missing = [point for point, column in zip(landmark_set.points, found, strict=True) if column is None]
     if len(missing) > LARGEST_LACK * len(found):
         named = ", ".join("/".join(point) for point in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise PoseError(f"the file lacks {len(missing)} points of the landmark set {landmark_set.name}: {named}")
-    shoulders = [column for column in _find_columns(header.points, _SHOULDERS) if column is not None]
+    shoulders = [column for column in _find_columns(header, _SHOULDERS) if column is not None]
     return np.array([-1 if column is None else column for column in found], np.intp), np.array(
         shoulders if len(shoulders) == 2 else [], np.intp
     )
@@ -167,34 +174,61 @@ def _sample_positions(
     return np.minimum(np.arange(count) * (own_fps / fps), frames - 1), shortened
 
 
-def _scale(
-    values: FloatArray, visible: npt.NDArray[np.bool_], num_points: int
-) -> tuple[FloatArray, float, Literal["shoulders", "spread"]]:
-    """Origin [coordinates] and unit of a clip; columns from ``num_points`` on are its two shoulders, if it has them.
+def _whole_step(positions: npt.NDArray[np.float64]) -> int | None:
+    """The step of positions that fall on every n-th frame from the first; None when some fall between frames."""
+    if len(positions) == 1:
+        return 1
+    step = round(positions[1] - positions[0])
+    return step if step >= 1 and np.abs(positions - step * np.arange(len(positions))).max() < 1e-6 else None
 
-    A clip in which no frame shows both shoulders is measured by the landmarks that it does show: their median is the
-    origin, and the span of their x or y (5th to 95th percentile, the larger) counts as one shoulder width.
+
+def _gather(data: FloatArray, columns: npt.NDArray[np.intp]) -> FloatArray:
+    """``data[:, columns]`` of an array [frames, points, values] that may lie at any address.
+
+    The floats of a file are rarely aligned in memory, and numpy picks those one by one; opaque points it copies whole.
     """
-    if values.shape[1] > num_points:
-        seen = visible[:, num_points] & visible[:, num_points + 1]
-        left, right = values[seen, num_points], values[seen, num_points + 1]
-        width = float(np.median(np.hypot(*(left - right)[:, :2].T))) if seen.any() else 0.0
-        if width > _LEAST_UNIT:
-            return np.median((left + right) / 2, axis=0).astype(np.float32), width, "shoulders"
-    shown = values[:, :num_points][visible[:, :num_points]]
+    opaque = data.view(f"V{4 * data.shape[2]}")[..., 0]
+    picked = np.ascontiguousarray(opaque[:, columns])
+    return picked.view(np.float32).reshape(len(data), len(columns), data.shape[2])
+
+
+def _visible(values: FloatArray, confidence: FloatArray, min_confidence: float) -> npt.NDArray[np.bool_]:
+    """Which landmarks [frames, points] have a place; files hold NaN and infinities, also with confidence 1."""
+    visible = confidence > min_confidence
+    if not np.abs(values).max(initial=0.0) < _FARTHEST:  # true for NaN, and rare: a look at every point is slow
+        visible &= (np.abs(values) < _FARTHEST).all(axis=2)
+    return visible
+
+
+def _shoulder_scale(shoulders: FloatArray, visible: npt.NDArray[np.bool_]) -> tuple[FloatArray, float] | None:
+    """Origin and unit by two shoulders [frames, 2, coordinates and more], None if no frame shows both."""
+    left, right = shoulders[visible.all(axis=1)].transpose(1, 0, 2)
+    if not len(left):
+        return None
+    width = float(np.median(np.hypot(left[:, 0] - right[:, 0], left[:, 1] - right[:, 1])))
+    if width <= _LEAST_UNIT:
+        return None
+    return np.median((left + right) / 2, axis=0).astype(np.float32), width
+
+
+def _spread_scale(values: FloatArray, visible: npt.NDArray[np.bool_]) -> tuple[FloatArray, float]:
+    """Origin and unit of a clip that never shows both shoulders, by the landmarks that it does show.
+
+    Their median is the origin, and the span of their x or y (5th to 95th percentile, the larger) counts as one shoulder
+    width.
+    """
+    shown = values[visible]
     low, high = np.percentile(shown[:, :2], [5, 95], axis=0)
-    origin = np.median(shown, axis=0).astype(np.float32)
-    return origin, max(float((high - low).max()), _LEAST_UNIT), "spread"
+    return np.median(shown, axis=0).astype(np.float32), max(float((high - low).max()), _LEAST_UNIT)
 
 
-def _depth_unit(header: PoseHeader, unit: float, values: FloatArray, visible: npt.NDArray[np.bool_]) -> float:
+def _depth_unit(header: PoseHeader, unit: float, depths: FloatArray) -> float:
     """What z must be multiplied by to be told in the unit of x and y.
 
     Files made from MediaPipe by pose-format tell x and y in pixels but z in widths of the picture.
     """
-    low, high = np.percentile(values[..., 2][visible], [5, 95])
-    in_widths = unit > _LEAST_PIXELS and (high - low) * unit < _LEAST_PIXELS
-    return float(header.width) if in_widths and header.width else 1.0
+    in_widths = header.width > 0 and unit > _LEAST_PIXELS and depths.std() * unit < _FLATTEST_PIXELS
+    return float(header.width) if in_widths else 1.0
 
 
 def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
@@ -208,20 +242,17 @@ def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landma
         columns = list(indices)
         wrist = landmark_set.position(component, "WRIST")
         if wrist is not None:
-            depth[:, columns] -= depth[:, wrist, None]
+            depth[:, columns] -= np.where(visible[:, wrist], depth[:, wrist], 0)[:, None]
         elif component == "FACE_LANDMARKS" and visible[:, columns].any():
-            depth[:, columns] -= np.median(depth[:, columns][visible[:, columns]])
+            depth[:, columns] -= depth[:, columns].mean(where=visible[:, columns])
 
 
-def _tell_relative_to_anchors(
-    values: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet
-) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Move each part that has an anchor so that it lies at the origin; where it is missing, the part is missing."""
+def _tell_relative_to_anchors(values: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
+    """Move each part that has an anchor so that it lies at the origin, in place; without it the part is missing."""
     for part, anchor in (landmark_set.anchors or {}).items():
         indices = list(landmark_set.parts[part])
         values[:, indices] = values[:, indices] - values[:, anchor, None]
         visible[:, indices] &= visible[:, anchor, None]
-    return values, visible
 
 
 def resample(
@@ -233,12 +264,10 @@ def resample(
     """
     before = np.floor(positions).astype(np.intp)
     after = np.minimum(before + 1, len(values) - 1)
-    share = (positions - before).astype(np.float32)
-    if not share.any():
-        return values[before], visible[before]
-    weight_after = share[:, None] * visible[after]
-    weight_before = (1 - share)[:, None] * visible[before]
+    share = (positions - before).astype(np.float32)[:, None]
+    weight_before, weight_after = (1 - share) * visible[before], share * visible[after]
     weight = weight_before + weight_after
+    values = np.where(visible[..., None], values, 0)  # zero times NaN is not zero
     sampled = values[before] * weight_before[..., None] + values[after] * weight_after[..., None]
     return sampled / np.maximum(weight, 1e-6)[..., None], weight >= 0.5
 

@@ -7,6 +7,7 @@ anything from 178 to 586 points. A set is a YAML file; those that come with the 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ class LandmarkSet:
 
     def position(self, component: str, point: str) -> int | None:
         """Where a landmark stands in the set, None if it is not part of it."""
-        return self.points.index((component, point)) if (component, point) in self.points else None
+        return self._positions.get((component, point))
+
+    @cached_property
+    def _positions(self) -> dict[tuple[str, str], int]:
+        return {point: index for index, point in enumerate(self.points)}
 
     def to_dict(self) -> dict[str, Any]:
         """This set as plain JSON types; ``from_dict`` reads it back."""

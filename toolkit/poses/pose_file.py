@@ -25,9 +25,9 @@ class PoseError(ValueError):
     """A clip cannot be used; the message is the reason that ``rejects.csv`` gives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: comparing hundreds of names would cost more than reading
 class PoseHeader:
-    """What precedes the body of a file: the names of its points and their layout."""
+    """What precedes the body of a file: the names of its points and their layout. Files with equal headers share one."""
 
     version: float
     points: tuple[tuple[str, str], ...]
