@@ -1,0 +1,137 @@
+"""Real runs: the launchers, two ranks on the CPU, and a folder of clips made from real motion."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.demo import DemoSizes, make_demo
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 280.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of stdout that begins with a brace."""
+        return json.loads([line for line in self.out.splitlines() if line.startswith("{")][-1])
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that the user is told."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``table.csv`` and ``poses/``: 24 clips to train, a few to test."""
+    folder = tmp_path_factory.mktemp("clips") / "made"
+    return make_demo(folder, DemoSizes(train=24, dev=4, test=6, test_unseen_languages=3), seed=1)
+
+
+@pytest.fixture(scope="session")
+def settings(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides by which any recipe trains on those clips in seconds, in fp32, from nothing."""
+    return [
+        f"data.table={clips / 'table.csv'}",
+        f"data.poses={clips / 'poses'}",
+        "data.source=table",
+        f"data.cache={tmp_path_factory.mktemp('corpora')}",
+        "model.from_scratch=true",
+        "model.tiny=true",
+        "training.global_batch_size=8",
+        "training.micro_batch_size=2",
+        "training.workers=0",
+        "evaluation.num_beams=2",
+        "evaluation.max_new_tokens=8",
+        "ds.bf16.enabled=false",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Nothing of a surrounding run may reach the one under test; the environment's own tools are found."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def launcher(ranks: int) -> list[str]:
+    """The command that starts ``ranks`` processes of a script; each has a port of its own, so tests may run abreast."""
+    if ranks == 0:
+        return [sys.executable]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., list[str]]:
+    """The command line of a script under so many ranks; 0 starts it without a launcher."""
+    return lambda script, *arguments, ranks=0: [*launcher(ranks), str(ROOT / script), *map(str, arguments)]
+
+
+@pytest.fixture(scope="session")
+def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
+    """Run a script to its end."""
+
+    def run(script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None) -> Finished:
+        done = subprocess.run(
+            command(script, *arguments, ranks=ranks),
+            cwd=cwd or ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(command: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
+    """Start a script in a process group of its own and hand it over while it runs."""
+
+    def start(script: str, *arguments: object, ranks: int = 0) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command(script, *arguments, ranks=ranks),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def losses() -> Callable[[Path], list[float]]:
+    """The loss of every step that a run tells of."""
+
+    def losses(run_dir: Path) -> list[float]:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    return losses
