@@ -91,7 +91,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
         UserError: a guard stopped the run.
     """
     with (
-        _living_run(resolved, ranks) as interruptions,
+        _living_run(resolved, ranks, corpus) as interruptions,
         _trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
     ):
         trainer.run()
@@ -113,7 +113,7 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
         ``run_dir, steps, loss, learned`` (whether all clips are repeated word by word).
     """
     with (
-        _living_run(resolved, ranks) as interruptions,
+        _living_run(resolved, ranks, corpus) as interruptions,
         _trainer(resolved, ranks, corpus, Start(), interruptions, say, target_loss=TARGET_LOSS) as trainer,
     ):
         trainer.run()
@@ -127,11 +127,11 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
 
 
 @contextmanager
-def _living_run(resolved: ResolvedRun, ranks: Ranks) -> Iterator[Interruptions]:
+def _living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
     """A run directory whose status is right and a process group that is left, however what is inside ends."""
     run_dir = resolved.run_dir
     if ranks.is_main:
-        run_directory.start(resolved)
+        run_directory.start(resolved, corpus.path)
     quieten(run_dir / "log.txt" if ranks.is_main else None)
     interruptions = Interruptions(resolved.recipe.training.time_limit)
     try:

@@ -104,11 +104,10 @@ def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
     return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
 
 
-def start(resolved: ResolvedRun) -> None:
-    """Write down what is about to run: recipe, DeepSpeed JSON and environment."""
+def start(resolved: ResolvedRun, corpus: Path) -> None:
+    """Write down what is about to run: recipe, DeepSpeed JSON, environment, and where the corpus is."""
     resolved.run_dir.mkdir(parents=True, exist_ok=True)
     resolved.save(resolved.run_dir)
-    write_text_atomically(
-        resolved.run_dir / "environment.json", json.dumps(describe_environment(), indent=2, default=str) + "\n"
-    )
+    environment = describe_environment() | {"corpus": str(corpus.resolve())}
+    write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")
     write_status(resolved.run_dir, "running")
