@@ -5,7 +5,8 @@ python launch/prepare.py --recipe demo                                        wh
 python launch/prepare.py --table T.csv --poses DIR --out corpora/mine         my own data
 python launch/prepare.py --source isign --table iSign_v1.1.csv --poses POSES --out corpora/isign
 python launch/prepare.py --source how2sign --table how2sign_train.csv --poses POSES --out corpora/how2sign
-python launch/prepare.py --table T.jsonl --poses DIR --columns uid=id,text=sentence --json
+python launch/prepare.py --table T.jsonl --poses POSES.zip --columns uid=id,text=sentence --json
+python launch/prepare.py show corpora/mine UID --poses DIR                    one clip as an animation, UID.gif
 
 Without --out the corpus goes to the cache, where a recipe with the same settings finds it. Training takes it with
 data.corpus=OUT. An interrupted preparation goes on when the same command is run again.
@@ -23,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
+from toolkit.corpus.archives import open_poses
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import find_or_prepare, prepare
+from toolkit.corpus.show import animate
 from toolkit.corpus.table import PRESETS
 from toolkit.errors import UserError, exit_code_of
 from toolkit.recipe.load import load_recipe
@@ -49,8 +52,29 @@ SETTINGS = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["show"]:
+        arguments = _parse_show(sys.argv[2:])
+        sys.exit(exit_code_of(lambda: _show(arguments), debug=arguments.debug))
     arguments = _parse()
     sys.exit(exit_code_of(lambda: _prepare(arguments), debug=arguments.debug))
+
+
+def _parse_show(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py show", description="Draw a clip as a model sees it, and with --poses beside it as recorded."
+    )
+    parser.add_argument("corpus", metavar="CORPUS", help="folder of a prepared corpus")
+    parser.add_argument("uid", metavar="UID", help="name of the clip")
+    parser.add_argument("--poses", type=Path, metavar="WHERE", help="the poses that the corpus was made from")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the GIF to write (default: UID.gif here)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(words)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    out = arguments.out or Path(Path(arguments.uid).name + ".gif")
+    animate(Corpus.open(arguments.corpus), arguments.uid, out, open_poses(arguments.poses) if arguments.poses else None)
+    print(out)
 
 
 def _parse() -> argparse.Namespace:

@@ -67,3 +67,23 @@ def test_too_many_rejects_are_exit_code_3(clips, tmp_path) -> None:
     done = _run("--table", clips / "table.csv", "--poses", poses, "--out", "out", "--workers", "1", cwd=tmp_path)
     assert done.returncode == 3 and "1 of 14 clips" in done.stderr and "out.rejects.csv" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_show_draws_a_clip(clips, tmp_path) -> None:
+    prepared = [
+        "--table",
+        clips / "table.csv",
+        "--poses",
+        clips / "poses",
+        "--out",
+        "out",
+        "--workers",
+        "1",
+        "--fps",
+        "2",
+    ]
+    assert _run(*prepared, cwd=tmp_path).returncode == 0
+    done = _run("show", "out", "dev-00000", "--poses", clips / "poses", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "dev-00000.gif\n" and (tmp_path / "dev-00000.gif").exists()
+    missing = _run("show", "out", "nobody", cwd=tmp_path)
+    assert missing.returncode == 2 and "has no clip 'nobody'" in missing.stderr

@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from toolkit import __version__
 from toolkit.corpus.archives import PoseFiles, open_poses
+from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import FORMAT_VERSION, METADATA_FILE, Corpus, Metadata, finish_corpus, finish_split
 from toolkit.corpus.shards import Record, Work, build_shards
@@ -184,6 +185,7 @@ def _prepare(plan: _Plan, out: Path) -> Prepared:
         finish_split(unfinished / name, inputs.landmark_set.width)
     _write_rejects(unfinished / "rejects.csv", rejects)
     finish_corpus(unfinished, metadata)
+    write_card(Corpus.open(unfinished))
     shutil.rmtree(unfinished / "progress")
     (unfinished / "inputs.txt").unlink()
     if out.exists():

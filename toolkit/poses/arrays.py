@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 import zipfile
 import zlib
 from functools import lru_cache
@@ -53,17 +54,20 @@ def read_arrays(content: bytes) -> RawPose:
         PoseError: the bytes are no such file.
     """
     try:
-        if content[:6] == b"\x93NUMPY":
-            found: dict[str, Any] = {_KEYPOINTS[0]: _read_npy(content)}
-        elif content[:4] == b"PK\x03\x04":
-            found = _read_npz(content)
-        else:
-            found = _read_pickle(content)
-        return _to_pose(found, len(content))
+        # Damaged files make the readers of numbers and of pickles warn of what is a reject anyway.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            return _to_pose(_read(content), len(content))
     except PoseError:
         raise
     except Exception as error:  # a damaged array file fails in too many ways to name, and each is only this clip's
         raise PoseError(f"the arrays cannot be read: {type(error).__name__}") from error
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    if content[:6] == b"\x93NUMPY":
+        return {_KEYPOINTS[0]: _read_npy(content)}
+    return _read_npz(content) if content[:4] == b"PK\x03\x04" else _read_pickle(content)
 
 
 def _read_npy(content: bytes) -> np.ndarray[Any, Any]:

@@ -124,6 +124,20 @@ def read_clip(content: bytes) -> RawPose:
     return read_arrays(content) if is_array_file(content) else read_pose(content)
 
 
+def recorded_points(raw: RawPose, landmark_set: LandmarkSet) -> FloatArray:
+    """The x and y of a set's landmarks as recorded, float32 [frames, points, 2], NaN = missing; to look at a clip.
+
+    Raises:
+        PoseError: the file lacks more than half of the set.
+    """
+    columns, _ = _columns(raw.header, landmark_set)
+    person = _most_visible_person(raw.confidence, columns)
+    values = _gather(raw.data[:, person], columns)[..., :2]
+    confidence = _gather(raw.confidence[:, person, :, None], columns)[..., 0]
+    visible = _visible(values, confidence, landmark_set.min_confidence) & (columns >= 0)
+    return np.where(visible[..., None], values, np.float32(np.nan))
+
+
 @lru_cache(maxsize=16)
 def _find_columns(header: PoseHeader, wanted: tuple[tuple[str, str], ...]) -> tuple[int | None, ...]:
     index = {point: position for position, point in reversed(list(enumerate(header.points)))}

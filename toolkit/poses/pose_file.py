@@ -27,7 +27,7 @@ class PoseError(ValueError):
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: comparing hundreds of names would cost more than reading
 class PoseHeader:
-    """What precedes the body of a file: the names of its points and their layout. Files with equal headers share one."""
+    """What precedes the body of a file: the names of its points and their layout. Equal headers are one object."""
 
     version: float
     points: tuple[tuple[str, str], ...]
