@@ -64,7 +64,7 @@ def _animate(
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(shown), 4.4), layout="constrained")
+    figure = Figure(figsize=(4 * len(shown), 4.4))
     figure.suptitle(title[:80].replace("$", r"\$"), fontsize=10)
     panels = []
     for axis, (name, points, rate) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
