@@ -16,9 +16,8 @@ def corpus(own_clips, tmp_path) -> Corpus:
     table = own_clips / "table.csv"
     table.write_text(table.read_text() + "again,मौसम $x^2,train,ase\n")
     (own_clips / "poses" / "again.pose").write_bytes((own_clips / "poses" / "train-00001.pose").read_bytes())
-    data = Data(
-        table=str(table), poses=str(own_clips / "poses"), workers=1, max_rejects=0.1, landmarks="youtube_asl_85"
-    )
+    settings = {"workers": 1, "max_rejects": 0.1, "landmarks": "youtube_asl_85", "fps": 1}
+    data = Data(table=str(table), poses=str(own_clips / "poses"), **settings)
     return Corpus.open(prepare(data, tmp_path / "corpus").path)
 
 
