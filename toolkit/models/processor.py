@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from toolkit.poses.features import NORMALISATION, extract_features
 from toolkit.poses.landmarks import LandmarkSet
+from toolkit.poses.pose_file import RawPose
 
 
 class PoseFeatureExtractor(FeatureExtractionMixin):
@@ -45,11 +47,11 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         self.normalisation = normalisation
         super().__init__(**kwargs)
 
-    def __call__(self, poses: Sequence[str | Path | bytes], **_: Any) -> BatchFeature:
+    def __call__(self, poses: Sequence[str | Path | bytes | RawPose], **_: Any) -> BatchFeature:
         """Read clips.
 
         Args:
-            poses: paths of ``.pose`` files, or their bytes.
+            poses: paths of ``.pose`` files, their bytes, or clips that are read already.
 
         Returns:
             ``poses`` float32 [clips, frames, points, channels], ``visible`` bool [clips, frames, points] and
@@ -58,20 +60,27 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         Raises:
             PoseError: a file is not usable; the message is the reason.
         """
-        landmark_set = LandmarkSet.from_dict(self.landmark_set)
-        clips = []
-        for pose in poses:
-            content = pose if isinstance(pose, bytes) else Path(pose).read_bytes()
-            features = extract_features(
-                content,
-                landmark_set,
-                self.fps,
-                max_frames=self.max_frames,
-                too_long=self.too_long,  # type: ignore[arg-type]
-            )
-            # Training reads float16; the same rounding here, so that a clip means the same to the model.
-            clips.append(torch.from_numpy(features.values).half().float())
-        padded = pad_sequence(clips, batch_first=True, padding_value=torch.nan)
+        return self.pad([self.features(pose) for pose in poses])
+
+    def features(self, pose: str | Path | bytes | RawPose) -> Tensor:
+        """One clip's features, float32 [frames, points, channels]; NaN = missing.
+
+        Raises:
+            PoseError: the clip is not usable; the message is the reason.
+        """
+        found = extract_features(
+            Path(pose).read_bytes() if isinstance(pose, str | Path) else pose,
+            LandmarkSet.from_dict(self.landmark_set),
+            self.fps,
+            max_frames=self.max_frames,
+            too_long=self.too_long,  # type: ignore[arg-type]
+        )
+        # Training reads float16; the same rounding here, so that a clip means the same to the model.
+        return torch.from_numpy(found.values).half().float()
+
+    def pad(self, clips: Sequence[Tensor]) -> BatchFeature:
+        """Put clips, as :meth:`features` gives them, into one batch."""
+        padded = pad_sequence(list(clips), batch_first=True, padding_value=torch.nan)
         visible = padded.isfinite().all(dim=-1)
         frames = torch.tensor([len(clip) for clip in clips])
         frame_mask = torch.arange(padded.shape[1]) < frames[:, None]
@@ -92,7 +101,7 @@ class PoseProcessor(ProcessorMixin):
             raise TypeError(f"{argument_name} is a {type(argument).__name__}, not a {expected.__name__}")
         return type(argument)
 
-    def __call__(self, poses: Sequence[str | Path | bytes], **kwargs: Any) -> BatchFeature:
+    def __call__(self, poses: Sequence[str | Path | bytes | RawPose], **kwargs: Any) -> BatchFeature:
         """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`."""
         return self.feature_extractor(poses, **kwargs)
 

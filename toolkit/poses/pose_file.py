@@ -118,7 +118,7 @@ _V02_SIZES = struct.Struct("<fIH")
 _recent_headers: dict[bytes, PoseHeader] = {}
 
 
-def read_pose(content: bytes) -> RawPose:
+def read_pose(content: bytes | memoryview) -> RawPose:
     """Parse a ``.pose`` file.
 
     Raises:

@@ -1,0 +1,73 @@
+"""A translator with its processor, from a run directory, a model folder or the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from toolkit.errors import UserError
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.translator import PoseTranslator
+
+BEST = "best"  # where a run directory keeps its best model
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, PoseProcessor]:
+    """Load a translator, in evaluation mode, and its processor.
+
+    Args:
+        name: a run directory (its ``best/`` is meant), a model folder, or the id of a model on the hub.
+        settings: what ``from_pretrained`` takes (``dtype``, ``token``, ...).
+
+    Raises:
+        UserError: there is no such model, or it is not whole.
+    """
+    source = find_model(name)
+    try:
+        model = PoseTranslator.from_pretrained(source, **settings).eval()
+        processor = PoseProcessor.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"the model {source} cannot be loaded: {first_line}") from error
+    return model, processor
+
+
+def find_model(name: str | Path) -> str:
+    """The folder of a model, looked through, or its hub id.
+
+    Raises:
+        UserError: there is no such folder, or it holds no translator or no processor.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        if not path.exists() and _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise UserError(f"there is no model folder {name}: give a run directory, a model folder or a hub id")
+    folder = next((place for place in (path, path / BEST) if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"{path} holds no model, neither config.json nor {BEST}/: is it a run that has not been evaluated yet?"
+        )
+    _check_folder(folder)
+    return str(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config} is not readable as a model's configuration: {error}") from error
+    if kind != PoseTranslatorConfig.model_type:
+        raise UserError(f"{folder} holds a model of type {kind}, not a pose translator: give a folder that was trained")
+    if not (folder / "processor_config.json").is_file():
+        raise UserError(
+            f"{folder} holds a model without its processor (processor_config.json), which knows the landmarks: "
+            "copy the whole folder, or export the run again"
+        )
