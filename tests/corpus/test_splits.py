@@ -85,10 +85,16 @@ def test_few_videos_still_fill_every_split() -> None:
 
 def test_leakage_is_counted() -> None:
     splits = {
-        "train": [Row("1", "Hello, World!", video="v")],
-        "test": [Row("2", "hello world", video="w"), Row("3", "bye", video="v"), Row("4", "new", video="x")],
+        "train": [Row("1", "Hello, World!", video="v"), Row("5", "we walk to the river today", video="u")],
+        "test": [
+            Row("2", "hello world", video="w"),
+            Row("3", "hello you", video="v"),
+            Row("4", "Today we walk to a river.", video="x"),
+            Row("6", "we walk to the river", video="y"),
+            Row("7", "they run to the river now", video="z"),
+        ],
     }
-    assert leakage(splits) == {"test_texts_in_train": 1, "test_videos_in_train": 1}
+    assert leakage(splits) == {"test_texts_in_train": 1, "test_near_texts_in_train": 2, "test_videos_in_train": 1}
 
 
 def test_normalised_text_keeps_other_scripts() -> None:

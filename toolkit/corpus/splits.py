@@ -24,6 +24,9 @@ _VIDEO_OF_UID = (
 )
 
 
+LEAST_WORDS_OF_NEAR_TEXTS = 4
+
+
 def source_video(row: Row) -> str:
     """The video that a clip was cut from: the table's word, else what an iSign uid tells, else the clip itself."""
     if row.video:
@@ -93,14 +96,34 @@ def normalised_text(text: str) -> str:
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in kept).split())
 
 
+def _near_keys(text: str) -> set[int]:
+    """Keys of which two texts share one if they hold the same words, in any order, but for one word.
+
+    Shorter texts have no such keys: one word less is another sentence.
+    """
+    words = sorted(normalised_text(text).split())
+    if len(words) < LEAST_WORDS_OF_NEAR_TEXTS:
+        return set()
+    return {hash(tuple(words)), *(hash((*words[:i], *words[i + 1 :])) for i in range(len(words)))}
+
+
 def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
-    """How much each held-out split shares with train: clips whose text, and clips whose source video, train has too."""
+    """How much each held-out split shares with train.
+
+    Counted are clips whose text train has, too (apart from case and punctuation); clips with nearly such a text (the same
+    words but for one); and clips whose source video train has.
+    """
     train = splits.get("train", [])
     texts = {normalised_text(row.text) for row in train}
+    near = {key for row in train for key in _near_keys(row.text)}
     videos = {source_video(row) for row in train}
     shared = {}
     for name, rows in splits.items():
         if name != "train":
-            shared[f"{name}_texts_in_train"] = sum(normalised_text(row.text) in texts for row in rows)
+            known = [normalised_text(row.text) in texts for row in rows]
+            shared[f"{name}_texts_in_train"] = sum(known)
+            shared[f"{name}_near_texts_in_train"] = sum(
+                not same and not near.isdisjoint(_near_keys(row.text)) for row, same in zip(rows, known, strict=True)
+            )
             shared[f"{name}_videos_in_train"] = sum(source_video(row) in videos for row in rows)
     return shared
