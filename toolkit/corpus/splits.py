@@ -90,18 +90,29 @@ def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: splits[name] for name in [*usual, *sorted(set(splits) - set(usual))]}
 
 
+class _LettersOnly(dict[int, int]):
+    """A table for ``str.translate`` that learns characters as it meets them: letters, marks and digits stay."""
+
+    def __missing__(self, character: int) -> int:
+        stays = unicodedata.category(chr(character))[0] in "LMN"
+        self[character] = character if stays else ord(" ")
+        return self[character]
+
+
+_LETTERS_ONLY = _LettersOnly()
+
+
 def normalised_text(text: str) -> str:
     """What remains of a text when case, punctuation and spacing are taken away: the measure of sameness."""
-    kept = (character for character in unicodedata.normalize("NFKC", text).casefold())
-    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in kept).split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS_ONLY).split())
 
 
-def _near_keys(text: str) -> set[int]:
-    """Keys of which two texts share one if they hold the same words, in any order, but for one word.
+def _near_keys(normalised: str) -> set[int]:
+    """Keys of which two normalised texts share one if they hold the same words, in any order, but for one word.
 
     Shorter texts have no such keys: one word less is another sentence.
     """
-    words = sorted(normalised_text(text).split())
+    words = sorted(normalised.split())
     if len(words) < LEAST_WORDS_OF_NEAR_TEXTS:
         return set()
     return {hash(tuple(words)), *(hash((*words[:i], *words[i + 1 :])) for i in range(len(words)))}
@@ -110,20 +121,20 @@ def _near_keys(text: str) -> set[int]:
 def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
     """How much each held-out split shares with train.
 
-    Counted are clips whose text train has, too (apart from case and punctuation); clips with nearly such a text (the same
-    words but for one); and clips whose source video train has.
+    Counted are clips whose text train has, too (apart from case and punctuation); clips with nearly such a text (the
+    same words but for one); and clips whose source video train has.
     """
     train = splits.get("train", [])
     texts = {normalised_text(row.text) for row in train}
-    near = {key for row in train for key in _near_keys(row.text)}
+    near = {key for text in texts for key in _near_keys(text)}
     videos = {source_video(row) for row in train}
     shared = {}
     for name, rows in splits.items():
         if name != "train":
-            known = [normalised_text(row.text) in texts for row in rows]
-            shared[f"{name}_texts_in_train"] = sum(known)
+            own = [normalised_text(row.text) for row in rows]
+            shared[f"{name}_texts_in_train"] = sum(text in texts for text in own)
             shared[f"{name}_near_texts_in_train"] = sum(
-                not same and not near.isdisjoint(_near_keys(row.text)) for row, same in zip(rows, known, strict=True)
+                text not in texts and not near.isdisjoint(_near_keys(text)) for text in own
             )
             shared[f"{name}_videos_in_train"] = sum(source_video(row) in videos for row in rows)
     return shared
