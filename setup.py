@@ -12,7 +12,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-VIDEO = ["mediapipe>=0.10.14", "opencv-python-headless>=4.9"]
+# Later releases refuse numpy 2, and the latest no longer bring Holistic. It brings OpenCV with it.
+VIDEO = ["mediapipe>=0.10.14,<0.10.15"]
 RAY = ["ray[tune]>=2.40"]
 DEMO_APP = ["gradio>=5.0"]
 NEURAL_METRICS = ["bert-score>=0.3.13"]
@@ -51,6 +52,7 @@ setup(
         "toolkit": ["py.typed"],
         "toolkit.poses": ["landmark_sets/*.yaml"],
         "toolkit.corpus": ["*.txt", "*.csv"],
+        "toolkit.evaluation": ["report_assets/*"],
         "toolkit._recipes": ["*.yaml", "*.md"],
         "toolkit._recipes.models": ["*.yaml", "*.md"],
         "toolkit._ds_configs": ["*.json", "*.md"],

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
+from toolkit.evaluation.report import write_report
 from toolkit.evaluation.splits import score_splits, splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
@@ -91,8 +92,8 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
         UserError: a guard stopped the run.
     """
     with (
-        _living_run(resolved, ranks, corpus) as interruptions,
-        _trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
+        living_run(resolved, ranks, corpus) as interruptions,
+        open_trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
     ):
         trainer.run()
         memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
@@ -103,6 +104,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
         summary = _score_best(resolved, ranks, corpus, start.progress, memory, say)
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
+        say(draw_report(resolved.run_dir))
     return summary
 
 
@@ -113,8 +115,8 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
         ``run_dir, steps, loss, learned`` (whether all clips are repeated word by word).
     """
     with (
-        _living_run(resolved, ranks, corpus) as interruptions,
-        _trainer(resolved, ranks, corpus, Start(), interruptions, say, target_loss=TARGET_LOSS) as trainer,
+        living_run(resolved, ranks, corpus) as interruptions,
+        open_trainer(resolved, ranks, corpus, Start(), interruptions, say, target_loss=TARGET_LOSS) as trainer,
     ):
         trainer.run()
         predictions, _ = trainer.translate(corpus.splits["train"])
@@ -123,11 +125,12 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
     say(f"\n{text}")
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=steps)
+        say(draw_report(resolved.run_dir))
     return {"run_dir": str(resolved.run_dir), "steps": steps, "loss": loss, "learned": learned}
 
 
 @contextmanager
-def _living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
+def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
     """A run directory whose status is right and a process group that is left, however what is inside ends."""
     run_dir = resolved.run_dir
     if ranks.is_main:
@@ -141,6 +144,7 @@ def _living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator
         if ranks.is_main:
             status: run_directory.Status = "interrupted" if isinstance(error, Interrupted) else "failed"
             run_directory.write_status(run_dir, status, reason=f"{type(error).__name__}: {error}")
+            draw_report(run_dir)
         raise
     finally:
         interruptions.close()
@@ -148,7 +152,7 @@ def _living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator
 
 
 @contextmanager
-def _trainer(
+def open_trainer(
     resolved: ResolvedRun,
     ranks: Ranks,
     corpus: Corpus,
@@ -218,6 +222,15 @@ def _score_best(
         model, processor, corpus, names, resolved.recipe.evaluation, rank=ranks.rank, world_size=ranks.world_size
     )
     return write_scores(resolved, progress, results, memory) if ranks.is_main else {}
+
+
+def draw_report(run_dir: Path) -> str:
+    """Write ``report.html``, and say in a line where it is, or why there is none: no run fails for its picture."""
+    try:
+        return f"report: {write_report(run_dir)}"
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"no report ({reason}): launch/report.py {run_dir} writes it again"
 
 
 def describe(model: PoseTranslator) -> str:
