@@ -46,7 +46,7 @@ def _register_on_demand(transformers: ModuleType) -> None:
     """
     lazy: Any = type(transformers)
 
-    class WithTranslator(lazy):  # type: ignore[misc]
+    class WithTranslator(lazy):
         def __getattr__(self, name: str) -> Any:
             value = super().__getattr__(name)
             if name.startswith("Auto"):

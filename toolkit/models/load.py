@@ -46,7 +46,8 @@ def find_model(name: str | Path) -> str:
     """
     path = Path(name)
     if not path.is_dir():
-        if not path.exists() and _HUB_ID.fullmatch(str(name)):
+        # A mistyped runs/demo looks like a hub id, too; asking the hub for it would only take long.
+        if not path.exists() and not path.parent.is_dir() and _HUB_ID.fullmatch(str(name)):
             return str(name)
         raise UserError(f"there is no model folder {name}: give a run directory, a model folder or a hub id")
     folder = next((place for place in (path, path / BEST) if (place / "config.json").is_file()), None)

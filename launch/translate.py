@@ -1,0 +1,217 @@
+#!/usr/bin/env python
+"""Translate clips: poses or videos in, text out.
+
+python launch/translate.py --model runs/demo clip.pose                    the text
+python launch/translate.py --model runs/demo clips/ archive.zip           one line a clip: name, tab, text
+python launch/translate.py --model runs/demo archive.zip:day1/clip.pose   one member of an archive
+python launch/translate.py --model runs/demo long.pose --srt long.srt     a recording of hours, as subtitles
+python launch/translate.py --model runs/demo clip.mp4                     a video (needs the extra [video])
+cat clip.pose | python launch/translate.py --model runs/demo - --json     a pipe, and all there is to know
+
+A clip longer than the model reads is cut into overlapping windows; each gets its own line, with its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toolkit.errors import TooManyRejects, UserError, exit_code_of
+
+if TYPE_CHECKING:
+    from toolkit.evaluation.translation import Translation
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        code = exit_code_of(lambda: run(arguments), debug=arguments.debug)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`). What is still buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a run directory, a model folder or a hub id")
+    parser.add_argument("clips", nargs="+", metavar="CLIP", help="file, folder, zip, tar, archive.zip:member, or -")
+    parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search (default: the model's own)")
+    parser.add_argument("--n-best", type=int, default=1, metavar="N", help="so many texts, with their scores")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text (default: the model's own)")
+    parser.add_argument("--batch-frames", type=int, metavar="N", help="frames translated together (default 8192)")
+    parser.add_argument(
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="cut longer clips into windows of this length; 0 cuts none (default: what the model reads at most)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="SECONDS",
+        help="least overlap of windows (default 4, at most a quarter of a window)",
+    )
+    parser.add_argument("--srt", type=Path, metavar="FILE.srt", help="write subtitles of the one clip")
+    parser.add_argument("--vtt", type=Path, metavar="FILE.vtt", help="write subtitles of the one clip, for browsers")
+    parser.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of unusable clips (default 0.01); beyond it the exit code is 3",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_intermixed_args()
+    for name in ("num_beams", "n_best", "max_new_tokens", "batch_frames"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.num_beams and arguments.n_best > arguments.num_beams:
+        parser.error(f"--n-best {arguments.n_best} needs at least as many beams: --num-beams {arguments.n_best}")
+    if not 0 <= arguments.max_rejects <= 1:
+        parser.error("--max-rejects is a share: 0 to 1")
+    for name in ("srt", "vtt"):
+        path = getattr(arguments, name)
+        if path and path.suffix.lower() != f".{name}":
+            parser.error(f"--{name} wants a file whose name ends in .{name}, not {path}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Whatever can be wrong with the names is found before the seconds that loading a model takes."""
+    from toolkit.evaluation.clip_sources import find_clips
+    from toolkit.poses.video import check_video_support
+
+    sources = find_clips(arguments.clips)
+    if (arguments.srt or arguments.vtt) and len(sources) != 1:
+        raise UserError(f"--srt and --vtt are for one clip, and there are {len(sources):,}: translate it by itself")
+    if any(source.is_video for source in sources):
+        check_video_support()
+
+    model, processor = load(arguments)
+    from toolkit.evaluation.translation import BATCH_FRAMES, Windowing, translate_clips
+
+    search: dict[str, Any] = {}
+    if arguments.max_new_tokens:
+        search["max_new_tokens"] = arguments.max_new_tokens
+    beams = arguments.num_beams or max(model.generation_config.num_beams or 1, arguments.n_best)
+    start = time.perf_counter()
+    translations = translate_clips(
+        model,
+        processor,
+        sources,
+        windowing=Windowing(arguments.window, arguments.overlap),
+        n_best=arguments.n_best,
+        batch_frames=arguments.batch_frames or BATCH_FRAMES,
+        num_beams=beams,
+        **search,
+    )
+    rejects: list[Translation] = []
+    done: list[dict[str, Any]] = []
+    for translation in watched(translations, len(sources)):
+        if translation.reason:
+            rejects.append(translation)
+            if len(sources) > 1:
+                print(f"rejected: {translation.where}: {translation.reason}", file=sys.stderr, flush=True)
+        elif arguments.json:
+            done.append(as_json(translation))
+        else:
+            print(as_lines(translation, several=len(sources) > 1, n_best=arguments.n_best), flush=True)
+        write_subtitles(translation, arguments)
+    if arguments.json:
+        rejected = [{"uid": item.uid, "source": item.where, "reason": item.reason} for item in rejects]
+        seconds = round(time.perf_counter() - start, 3)
+        print(json.dumps({"translations": done, "rejects": rejected, "clips": len(sources), "seconds": seconds}))
+    if len(sources) == 1 and rejects:
+        raise UserError(f"{rejects[0].where}: {rejects[0].reason}")
+    if len(rejects) > arguments.max_rejects * len(sources):
+        raise TooManyRejects(
+            f"{len(rejects):,} of {len(sources):,} clips could not be translated (listed above; all others are done): "
+            f"mend them, or allow more by --max-rejects {len(rejects) / len(sources):.2g}"
+        )
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, on its device, and its processor."""
+    import torch
+    from transformers.utils import logging
+
+    from toolkit.models.load import load_translator
+
+    logging.disable_progress_bar()  # of loading weights; ours are shown where waiting is long
+    model, processor = load_translator(arguments.model)
+    try:
+        return model.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))), processor
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+
+
+def watched(translations: Iterable[Translation], total: int) -> Iterator[Translation]:
+    """The same, with a progress bar on standard error once it takes long."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    yield from tqdm(translations, total=total, unit=" clips", delay=3, mininterval=interval, disable=total == 1)
+
+
+def as_lines(translation: Translation, *, several: bool, n_best: int) -> str:
+    """One line for each window and hypothesis; columns that would say the same everywhere are left out."""
+    from toolkit.evaluation.subtitles import printable, timestamp
+
+    lines = []
+    for window, text in zip(translation.windows, translation.texts, strict=True):
+        first = [printable(translation.uid)] if several else []
+        if len(translation.windows) > 1:
+            first += [timestamp(window.start), timestamp(window.end)]
+        if n_best == 1:
+            lines.append([*first, printable(text)])
+        else:
+            lines += [[*first, _number(found.score), printable(found.text)] for found in window.hypotheses]
+    return "\n".join("\t".join(line) for line in lines)
+
+
+def _number(score: float | None) -> str:
+    return "" if score is None else f"{score:.4f}"
+
+
+def as_json(translation: Translation) -> dict[str, Any]:
+    """One clip of the JSON object."""
+    windows = [
+        {
+            "start": round(window.start, 3),
+            "end": round(window.end, 3),
+            "text": text,
+            "n_best": [{"text": found.text, "score": found.score} for found in window.hypotheses],
+            **({"reason": window.reason} if window.reason else {}),
+        }
+        for window, text in zip(translation.windows, translation.texts, strict=True)
+    ]
+    return {"uid": translation.uid, "source": translation.where, "text": translation.text, "windows": windows}
+
+
+def write_subtitles(translation: Translation, arguments: argparse.Namespace) -> None:
+    """The subtitle files that were asked for."""
+    if translation.reason or not (arguments.srt or arguments.vtt):
+        return
+    from toolkit.evaluation.subtitles import to_srt, to_vtt
+    from toolkit.recipe.files import write_text_atomically
+
+    for path, make in ((arguments.srt, to_srt), (arguments.vtt, to_vtt)):
+        if path:
+            write_text_atomically(path, make(translation))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Where clips to translate come from: files, videos, folders, archives, members of archives, and standard input.
+
+Everything is found before anything is read, so that a mistyped name costs no waiting; clips are read one at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from toolkit.corpus.archives import LARGEST_FILE, SUFFIXES, PoseFiles, open_poses
+from toolkit.errors import UserError
+from toolkit.poses.features import read_clip
+from toolkit.poses.pose_file import PoseError, RawPose, read_pose
+from toolkit.poses.video import VIDEO_SUFFIXES, read_video
+
+STDIN = "-"
+MAP_FROM = 64 << 20
+"""Bytes from which a ``.pose`` file is mapped instead of read: a recording of hours then costs no memory."""
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """One clip that can be read.
+
+    Attributes:
+        uid: its name: the file's without suffix, in folders and archives with the path that leads there.
+        where: what a message calls it.
+        read: reads it; raises PoseError.
+        is_video: whether landmarks must be found first.
+    """
+
+    uid: str
+    where: str
+    read: Callable[[], RawPose]
+    is_video: bool = False
+
+
+def find_clips(names: Iterable[str]) -> list[ClipSource]:
+    """All clips that the names stand for, in their order; those of a folder or archive by name.
+
+    Args:
+        names: files, videos, folders, zips and tars, ``archive.zip:member``, or ``-`` for standard input.
+
+    Raises:
+        UserError: one of them is not there, or holds no clip.
+    """
+    clips = [clip for name in names for clip in _find(name)]
+    if not clips:
+        raise UserError("no clip is named: give .pose files, folders, archives, or - for standard input")
+    times = Counter(clip.uid for clip in clips)
+    return [replace(clip, uid=clip.where) if times[clip.uid] > 1 else clip for clip in clips]
+
+
+def _find(name: str) -> Iterable[ClipSource]:
+    if name == STDIN:
+        return [ClipSource("stdin", "standard input", _read_stdin)]
+    path = Path(name)
+    if path.is_dir():
+        return _in_folder(path)
+    if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and path.is_file():
+        return [_file(path, path.stem)]
+    if _is_archive(path):
+        return _in_archive(path)
+    archive, _, member = name.rpartition(":")
+    if archive and _is_archive(Path(archive)):
+        found = [clip for clip in _in_archive(Path(archive)) if member in (clip.uid, clip.where.rpartition(":")[2])]
+        if not found:
+            raise UserError(f"{archive} holds no clip {member}")
+        return found
+    if path.exists():
+        known = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
+        raise UserError(f"{name} is no clip ({known}), folder, zip or tar")
+    raise UserError(f"there is no file or folder {name}")
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether this is a zip or tar by its name, or a part of one (``x.zip.part_aa``)."""
+    return path.is_file() and any(f"{suffix}." in f"{path.name.lower()}." for suffix in (".zip", ".tar"))
+
+
+def _file(path: Path, uid: str) -> ClipSource:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return ClipSource(uid, str(path), partial(read_video, path), is_video=True)
+    return ClipSource(uid, str(path), partial(_read_file, path))
+
+
+def _in_folder(folder: Path) -> Iterator[ClipSource]:
+    found = sorted(
+        Path(root, name)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES))
+    )
+    if not found:
+        raise UserError(f"{folder} holds no clip ({', '.join((*SUFFIXES, *VIDEO_SUFFIXES))})")
+    for path in found:
+        yield _file(path, path.relative_to(folder).with_suffix("").as_posix())
+
+
+def _in_archive(path: Path) -> list[ClipSource]:
+    try:
+        poses = open_poses(path)
+    except UserError as error:
+        # Its advice is for recipes.
+        raise UserError(str(error).removesuffix(": is data.poses right?")) from error
+    entries = sorted(poses.container.entries(), key=lambda entry: entry[0])
+    return [
+        ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", partial(_read_member, poses, key))
+        for name, key, _ in entries
+    ]
+
+
+def _read_file(path: Path) -> RawPose:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size >= MAP_FROM and path.suffix.lower() == ".pose":
+                return read_pose(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+            return read_clip(_bounded(file))
+    except OSError as error:
+        raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
+
+
+def _read_member(poses: PoseFiles, key: Any) -> RawPose:
+    return read_clip(poses.read(key))
+
+
+def _read_stdin() -> RawPose:
+    return read_clip(_bounded(sys.stdin.buffer))
+
+
+def _bounded(file: Any) -> bytes:
+    content: bytes = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise PoseError(f"the clip is larger than {LARGEST_FILE >> 30} GiB")
+    if not content:
+        raise PoseError("the clip is empty")
+    return content

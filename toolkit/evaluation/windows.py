@@ -1,0 +1,85 @@
+"""Long recordings in overlapping windows: where they are cut, and how their texts fit together again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from toolkit.errors import UserError
+
+OVERLAP = 4.0
+"""Seconds by which neighbouring windows overlap unless told otherwise, at most a quarter of a window."""
+
+MOST_FRAMES = 512
+"""Of a window, for a model that sets no limit of its own."""
+
+
+def window_seconds(fps: float, max_frames: int | None, asked: float | None) -> float:
+    """How long a window is, in seconds.
+
+    Args:
+        fps: frames per second that the model reads.
+        max_frames: frames that it reads at most.
+        asked: the user's wish; None = as long as the model reads.
+
+    Raises:
+        UserError: the model reads no windows of that length.
+    """
+    longest = max((max_frames or MOST_FRAMES) - 1, 1) / fps
+    shortest = 2 / fps
+    if asked is None:
+        return longest
+    if not shortest <= asked <= longest:
+        raise UserError(
+            f"--window {asked:g}: the model reads windows of {shortest:g} to {longest:g} seconds "
+            "(0 cuts nothing: long clips become what they became in training)"
+        )
+    return asked
+
+
+def overlap_seconds(window: float, asked: float | None) -> float:
+    """By how much windows overlap, in seconds.
+
+    Raises:
+        UserError: more than half of a window, or less than nothing.
+    """
+    if asked is None:
+        return min(OVERLAP, window / 4)
+    if not 0 <= asked <= window / 2:
+        raise UserError(f"--overlap {asked:g}: choose 0 to {window / 2:g} seconds, half of a window")
+    return asked
+
+
+def cut(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
+    """Cut a recording into windows of equal length that are evenly spread.
+
+    Args:
+        duration: of the recording, in seconds.
+        window: length of a window; a recording no longer than that is one piece.
+        overlap: of neighbours, at least; less than ``window``.
+
+    Returns:
+        start and end of each window in seconds.
+    """
+    if duration <= window:
+        return [(0.0, duration)]
+    count = math.ceil((duration - overlap) / (window - overlap))
+    step = (duration - window) / (count - 1)
+    return [(number * step, number * step + window) for number in range(count)]
+
+
+def without_repeats(texts: Sequence[str]) -> list[str]:
+    """The texts of neighbouring windows, each without the words at its beginning that end the one before it.
+
+    What is signed within an overlap is read twice; where both windows read the same, it is said once.
+    """
+    kept: list[str] = []
+    before: list[str] = []
+    for text in texts:
+        words = text.split()
+        shared = next(
+            (size for size in range(min(len(before), len(words)), 0, -1) if before[-size:] == words[:size]), 0
+        )
+        kept.append(" ".join(words[shared:]) if shared else text)
+        before = words or before
+    return kept
