@@ -31,9 +31,8 @@ from toolkit.errors import exit_code_of
 
 def main() -> None:
     arguments = parse()
-    # Exactly one rank of a node prints an error.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, speaks=speaks)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, local_rank=local_rank)
     sys.stdout.flush()
     # Threads of gloo may linger; everything is saved, so none may hold up the exit code.
     os._exit(code)
@@ -63,6 +62,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cluster.ops import check_locks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
+    from toolkit.models.build import check_model
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run_directory
     from toolkit.training.last_words import for_people, read_scores
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         name = Path(arguments.recipe).stem
         overrides = [*overfit_overrides(arguments.overfit, ranks.world_size, name), *overrides]
     resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
+    check_model(resolved)
     for note in resolved.notes:
         say(f"note: {note}")
 

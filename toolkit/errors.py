@@ -6,12 +6,16 @@ Every command in ``launch/`` ends with one of these codes; docs and tests refer 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_TOO_MANY_REJECTS = 3
 EXIT_INTERRUPTED = 75
+
+# Within this time the first rank of a node has printed and left, and the launcher has killed the others.
+OTHER_RANKS_WAIT_SECONDS = 15.0
 
 
 class UserError(Exception):
@@ -35,21 +39,27 @@ class Interrupted(Exception):
     exit_code = EXIT_INTERRUPTED
 
 
-def exit_code_of(command: Callable[[], None], *, debug: bool, speaks: bool = True) -> int:
+def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 0) -> int:
     """Run ``command`` and turn its outcome into a documented exit code.
+
+    Exactly one rank of a node prints an error that all of them meet: the launcher kills the others as soon as one has
+    left, so the others wait for that. One that is still alive then met the error alone, and says so.
 
     Args:
         command: does the work of one launch script.
         debug: raise the user's errors with their traceback instead of printing one line.
-        speaks: whether this process prints the error; false on all but one rank of a node.
+        local_rank: number of this process on its node.
     """
     try:
         command()
     except (UserError, Interrupted) as error:
         if debug:
             raise
-        if speaks:
-            label = "error" if isinstance(error, UserError) else "interrupted"
-            print(f"{label}: {error}", file=sys.stderr, flush=True)
+        who = ""
+        if local_rank > 0:
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+            who = f" (local rank {local_rank})"
+        label = "error" if isinstance(error, UserError) else "interrupted"
+        print(f"{label}{who}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return EXIT_DONE

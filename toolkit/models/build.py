@@ -12,7 +12,9 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer, special_ids
 from toolkit.models.translator import PoseTranslator
+from toolkit.recipe.compatibility import precision_refusal
 from toolkit.recipe.model_cards import card_of, tiny_config, tokenizer_of
+from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
 
 # Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
@@ -44,15 +46,10 @@ def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokeni
     The same seed of torch's generator gives the same random weights, on every rank.
 
     Raises:
-        UserError: the backbone cannot be had, or is no encoder-decoder.
+        UserError: the backbone cannot be had.
     """
     model = recipe.model
     backbone = _backbone(model, tokenizer)
-    if not backbone.config.is_encoder_decoder:
-        raise UserError(
-            f"model.backbone={model.backbone} is a {backbone.config.model_type}, not an encoder-decoder: "
-            "choose a seq2seq model; `python launch/recipes.py ls` shows some"
-        )
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
     config = PoseTranslatorConfig(
         backbone=backbone.config.to_dict(),
@@ -72,30 +69,71 @@ def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokeni
     return translator
 
 
+def check_model(resolved: ResolvedRun) -> None:
+    """See that the backbone can be had and trained as the run wants it; loads no weights and needs no process group.
+
+    Raises:
+        UserError: the hub or folder does not have it, it is no encoder-decoder, or it cannot be trained in this precision.
+    """
+    model = resolved.recipe.model
+    config = _backbone_config(model)
+    if not config.is_encoder_decoder:
+        raise UserError(
+            f"model.backbone={model.backbone} is a {config.model_type}, not an encoder-decoder: choose a seq2seq model; "
+            "`python launch/recipes.py ls` shows some"
+        )
+    precision = "fp16" if resolved.autocast == "float16" else resolved.precision
+    refusal = precision_refusal(config.model_type, precision)
+    if refusal:
+        raise UserError(f"model.backbone={model.backbone}: {refusal}")
+
+
 def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = _backbone_config(model)
+    if model.dropout is not None:
+        for key in DROPOUT_KEYS:
+            if hasattr(config, key):
+                setattr(config, key, model.dropout)
+    if model.from_scratch or model.tiny:
+        card = card_of(model)
+        if tokenizer_of(model) != (card.tokenizer if card else model.backbone):
+            _speak(config, tokenizer)
+        return AutoModelForSeq2SeqLM.from_config(config)
+    source = _source(model)
+    try:
+        return AutoModelForSeq2SeqLM.from_pretrained(source, config=config, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(model, error) from error
+
+
+def _backbone_config(model: Model) -> PreTrainedConfig:
+    """The backbone's configuration: of its model card when it starts from random weights, else of the hub or folder."""
     card = card_of(model)
     if card and (model.from_scratch or model.tiny):
         values = tiny_config(card.architecture, card.config) if model.tiny else card.config
-        config = AutoConfig.for_model(card.architecture, **values)
-        if tokenizer_of(model) != card.tokenizer:
-            _speak(config, tokenizer)
-        return AutoModelForSeq2SeqLM.from_config(_with_dropout(config, model.dropout))
-    source = card.hub_id if card else model.backbone
+        return AutoConfig.for_model(card.architecture, **values)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-        if model.tiny:
-            config = AutoConfig.for_model(config.model_type, **tiny_config(config.model_type, config.to_dict()))
-        if model.from_scratch or model.tiny:
-            return AutoModelForSeq2SeqLM.from_config(_with_dropout(config, model.dropout))
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            source, config=_with_dropout(config, model.dropout), trust_remote_code=model.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(_source(model), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.backbone={model.backbone} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME "
-            "to a cache that does, or train from random weights with model.from_scratch=true"
-        ) from error
+        raise _not_loadable(model, error) from error
+    if model.tiny:
+        values = {**config.to_dict(), **tiny_config(config.model_type, config.to_dict())}
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    return config
+
+
+def _source(model: Model) -> str:
+    """Hub id or folder of the backbone."""
+    card = card_of(model)
+    return card.hub_id if card and card.hub_id else model.backbone
+
+
+def _not_loadable(model: Model, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"model.backbone={model.backbone} cannot be loaded ({reason}): name a folder that holds it, set HF_HOME to a "
+        "cache that does, or train from random weights with model.from_scratch=true"
+    )
 
 
 def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,14 +143,6 @@ def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
-
-
-def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
-    if dropout is not None:
-        for key in DROPOUT_KEYS:
-            if hasattr(config, key):
-                setattr(config, key, dropout)
-    return config
 
 
 def _remember_generation(translator: PoseTranslator, evaluation: Evaluation) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, distributed, nn
 
 from toolkit.errors import UserError
 
@@ -11,28 +12,45 @@ class TrainingStopped(UserError):
     """The run found itself broken and stopped before it did harm; the last checkpoint is intact."""
 
 
-def check_gradients(module: nn.Module) -> None:
-    """After the first backward pass every trainable tensor must have a finite gradient.
+class GradientWatch:
+    """Sees to it that the first backward pass gives every trainable tensor a finite gradient.
 
-    All ranks must call this, between the backward pass and the optimizer step; it works at every ZeRO stage.
+    It watches the gradients as autograd makes them. DeepSpeed's own ``safe_get_full_grad`` looks at them afterwards, and
+    fails under ZeRO-2 with offload where a tensor lies across two ranks (0.19.8).
 
-    Raises:
-        TrainingStopped: a tensor has no gradient, or one that is not finite; it is named.
+    Args:
+        module: the model, before its first backward pass; at any ZeRO stage.
     """
-    from deepspeed.utils import safe_get_full_grad
 
-    without, not_finite = [], []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        gradient = safe_get_full_grad(parameter)
-        if gradient is None:
-            without.append(name)
-        elif not bool(gradient.isfinite().all()):
-            not_finite.append(name)
-    for kind, names in (("no gradient", without), ("a gradient that is not finite", not_finite)):
-        if names:
-            raise TrainingStopped(
-                f"after the first backward pass {len(names)} trainable tensors have {kind}: {', '.join(names[:5])}; "
-                "freeze what the forward pass never reaches, or lower the learning rate or precision"
-            )
+    def __init__(self, module: nn.Module) -> None:
+        self._waiting = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._not_finite: set[str] = set()
+        self._handles = [
+            parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        self._waiting.discard(name)
+        if not bool(gradient.isfinite().all()):
+            self._not_finite.add(name)
+
+    def check(self, device: torch.device) -> None:
+        """Stop watching; all ranks call this after the backward passes of the first step, before the optimizer's.
+
+        Raises:
+            TrainingStopped: a tensor had no gradient, or one that is not finite; it is named by the rank that saw it.
+        """
+        for handle in self._handles:
+            handle.remove()
+        problems = torch.tensor(len(self._waiting) + len(self._not_finite), device=device)
+        distributed.all_reduce(problems)
+        if not problems.item():
+            return
+        seen = (("no gradient", self._waiting), ("a gradient that is not finite", self._not_finite))
+        told = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in seen if names)
+        raise TrainingStopped(
+            f"after the first backward pass trainable tensors have {told or 'no finite gradient on another rank'}; "
+            "freeze what the forward pass never reaches, or lower training.learning_rate or the precision"
+        )

@@ -30,7 +30,7 @@ from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
 from toolkit.training.checkpoints import Progress, save_checkpoint
 from toolkit.training.engine import set_learning_rate
-from toolkit.training.guards import TrainingStopped, check_gradients
+from toolkit.training.guards import GradientWatch, TrainingStopped
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
 from toolkit.training.run_directory import layout_of
@@ -91,6 +91,7 @@ class Trainer:
         self.interruptions = interruptions
         self.progress = progress
         self.target_loss = target_loss
+        self.gradient_watch: GradientWatch | None = GradientWatch(engine.module)
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = corpus.splits["train"]
         self.epoch_steps = steps_per_epoch(len(self.train_split), self.recipe.training.global_batch_size)
@@ -213,8 +214,9 @@ class Trainer:
                 f"the loss is not finite at step {self.progress.step + 1}; the clips of that step are listed in "
                 f"{self.resolved.run_dir}/not_finite_rank_*.txt: look at them, or lower training.learning_rate"
             )
-        if self.progress.step == 0:
-            check_gradients(self.engine.module)
+        if self.gradient_watch:
+            self.gradient_watch.check(self.engine.device)
+            self.gradient_watch = None
         self.grad_norm = None
         if self.resolved.zero_stage == 0:
             # DeepSpeed tells no norm at this stage. Its gradients are whole and summed by now, and not yet clipped.

@@ -1,0 +1,88 @@
+"""One rank of test_strategies.py: trains the same model by every DeepSpeed JSON and cut, and writes down what happened.
+
+Starting two ranks costs more than training a tiny model for some steps, so one start serves all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.ranks import read_ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.models import PoseTranslator
+from toolkit.models.weights import whole_state_dict
+from toolkit.recipe.resolve import resolve_named
+from toolkit.training import run_directory
+from toolkit.training.checkpoints import Progress, load_checkpoint
+from toolkit.training.engine import join_process_group, leave_process_group, quieten
+from toolkit.training.interruptions import Interruptions
+from toolkit.training.run import Start, open_trainer
+
+
+def main() -> None:
+    use_extensions_dir()
+    plan = json.loads(Path(sys.argv[-1]).read_text())
+    ranks = read_ranks()
+    quieten(None)
+    join_process_group(ranks)
+    results = {
+        name: train(case, plan["settings"], Path(plan["folder"]) / name, ranks) for name, case in plan["cases"].items()
+    }
+    if ranks.is_main:
+        Path(plan["results"]).write_text(json.dumps(results))
+    leave_process_group()
+
+
+def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) -> dict[str, Any]:
+    overrides = [*settings, *case["overrides"], f"run.dir={run_dir}"]
+    resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
+    corpus = Corpus.open(resolved.recipe.data.corpus or "")
+    if ranks.is_main:
+        run_directory.start(resolved, corpus.path)
+    dist.barrier()
+    interruptions = Interruptions()
+    with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
+        trainer.run()
+        trainer.save()
+        weights = whole_state_dict(trainer.engine.module, keep=True)
+        predictions, _ = trainer.translate(corpus.splits["test"])
+        # What was saved is what is there: scramble the weights, load, compare.
+        spoil(trainer.engine)
+        load_checkpoint(trainer.engine, run_dir / "checkpoints" / f"step_{trainer.progress.step:06d}")
+        restored = whole_state_dict(trainer.engine.module, keep=True)
+        trainer.engine.destroy()
+    interruptions.close()
+    best = PoseTranslator.from_pretrained(run_dir / "best").state_dict()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
+    steps = [line for line in lines if line["kind"] == "train"]
+    return {
+        "losses": [line["loss"] for line in steps],
+        "grad_norms": [line.get("grad_norm") for line in steps],
+        "weights_norm": norm(weights),
+        "best_is_last": all(torch.equal(best[name], tensor.to(best[name].dtype)) for name, tensor in weights.items()),
+        "restored": all(torch.equal(restored[name], tensor) for name, tensor in weights.items()),
+        "hypotheses": [row.hypothesis for row in predictions],
+        "uids": [row.uid for row in predictions],
+    }
+
+
+def norm(weights: dict[str, torch.Tensor]) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in weights.values()).sqrt())  # type: ignore[union-attr]
+
+
+def spoil(engine: Any) -> None:
+    """Change the weights that the next forward pass would use."""
+    for parameter in engine.module.parameters():
+        pieces = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        pieces.data.add_(1.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every DeepSpeed JSON trains on two ranks, saves and loads; in fp32 all of them, and every cut of the batch, agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.recipe.ds_json import ds_config_names
+from toolkit.recipe.load import load_recipe
+
+STEPS = 6
+CONFIGS = ds_config_names()
+FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
+# Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
+KEPT = [6.12603, 5.902064, 5.578447, 5.13143, 5.030634, 4.955577]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What each case gave, by name."""
+    folder = tmp_path_factory.mktemp("strategies")
+    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
+    shared += [
+        f"data.corpus={corpus}",
+        f"training.max_steps={STEPS}",
+        "training.learning_rate=3e-3",
+        "training.warmup_ratio=0",
+        "training.epochs=9",
+        "training.eval_every=99",
+        "model.dropout=0",
+        "model.pose_encoder.dropout=0",
+        "training.ctc_weight=0.5",
+    ]
+    small = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+    stage3 = [name for name in CONFIGS if name.startswith("zero3")]
+    cases = {
+        f"{precision}-{name}": {"ds": name, "overrides": [*extra, *([small] if name in stage3 else [])]}
+        for name in CONFIGS
+        for precision, extra in (("own", []), ("fp32", FP32))
+    }
+    for micro in (1, 4):
+        cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
+    results = folder / "results.json"
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(results)}))
+    done = run("tests/end_to_end/strategies_worker.py", plan, ranks=2)
+    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+    return json.loads(results.read_text())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", ["own", "fp32"])
+def test_it_learns_saves_and_loads(trained: dict[str, dict[str, Any]], name: str, precision: str) -> None:
+    case = trained[f"{precision}-{name}"]
+    assert len(case["losses"]) == STEPS
+    assert case["losses"][-1] < case["losses"][0]
+    assert all(norm is not None and norm > 0 for norm in case["grad_norms"])
+    assert case["restored"]
+    assert case["best_is_last"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_strategies_change_nothing_in_fp32(trained: dict[str, dict[str, Any]], name: str) -> None:
+    reference, case = trained["fp32-zero1"], trained[f"fp32-{name}"]
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    # Each engine sums up the norm in its own order and, at stage 0, we do.
+    assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+    assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
+    assert case["hypotheses"] == reference["hypotheses"]
+    assert case["uids"] == reference["uids"]
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_how_the_global_batch_is_cut_changes_nothing(trained: dict[str, dict[str, Any]], micro: int) -> None:
+    reference, case = trained["fp32-zero1"], trained[f"cut-{micro}"]
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
+
+
+def test_the_losses_are_those_that_were_kept(trained: dict[str, dict[str, Any]]) -> None:
+    assert trained["fp32-zero1"]["losses"] == pytest.approx(KEPT, rel=1e-4)
