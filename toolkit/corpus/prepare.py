@@ -231,15 +231,12 @@ def _build_with_progress(work: Work, out: Path, total: int) -> tuple[list[Record
     """All records in the order of the shards, and how many clips were read now rather than by an earlier attempt."""
     records = []
     clips_now = 0
-    try:
-        with _bar(f"preparing {out.name}", total) as bar:
-            for record, was_there in build_shards(work, work.data.workers or len(os.sched_getaffinity(0))):
-                records.append(record)
-                clips = record.clips + len(record.rejects)
-                clips_now += 0 if was_there else clips
-                bar.update(clips)
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"preparing {out} stopped half-way: run the same command again to go on") from error
+    with _bar(f"preparing {out.name}", total) as bar:
+        for record, was_there in build_shards(work, work.data.workers or len(os.sched_getaffinity(0))):
+            records.append(record)
+            clips = record.clips + len(record.rejects)
+            clips_now += 0 if was_there else clips
+            bar.update(clips)
     order = {name: position for position, name in enumerate(work.splits)}
     return sorted(records, key=lambda record: (order[record.split], record.number)), clips_now
 
@@ -325,7 +322,7 @@ def _refuse_again(out: Path, asked_at: float) -> None:
 
 @contextmanager
 def _sole_writer(out: Path, speaks: bool) -> Iterator[None]:
-    """Hold the lock of a corpus; while another process holds it, say so now and then."""
+    """Hold the lock of a corpus; while another process holds it, say so now and then. Ctrl-C becomes Interrupted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     waited = 0.0
@@ -339,6 +336,8 @@ def _sole_writer(out: Path, speaks: bool) -> Iterator[None]:
                 print(f"waiting for another process that prepares {out} ({waited:.0f} s)", file=sys.stderr, flush=True)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"preparing {out} stopped half-way: run the same command again to go on") from error
     finally:
         lock.release()
 
