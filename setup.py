@@ -15,9 +15,18 @@ HERE = Path(__file__).parent
 # Later releases refuse numpy 2, and the latest no longer bring Holistic. It brings OpenCV with it.
 VIDEO = ["mediapipe>=0.10.14,<0.10.15"]
 RAY = ["ray[tune]>=2.40"]
-DEMO_APP = ["gradio>=5.0"]
+DEMO_APP = ["gradio>=6,<7"]
 NEURAL_METRICS = ["bert-score>=0.3.13"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "import-linter>=2.1", "types-PyYAML"]
+DEV = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.13",
+    "import-linter>=2.1",
+    "types-PyYAML",
+    "selenium>=4.30,<5",
+    *DEMO_APP,
+]
 
 
 def version() -> str:

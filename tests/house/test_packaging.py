@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-# Import names of packages that are called otherwise.
-PACKAGE_OF = {"pose_format": "pose-format", "yaml": "pyyaml"}
+# Import names of packages that are called otherwise, or that another one brings.
+PACKAGE_OF = {"pose_format": "pose-format", "yaml": "pyyaml", "cv2": "mediapipe"}
 # Named by setup.sh alone, which installs its data files without its dependencies.
 NOT_REQUIRED = {"spoken_to_signed"}
 
@@ -63,7 +63,8 @@ def test_the_tests_run_on_the_versions_that_are_written_down(pins):
 
 
 def test_everything_that_is_imported_is_required(setup_arguments):
-    required = {Requirement(text).name.lower() for text in setup_arguments["install_requires"]}
+    extras = [text for name, texts in setup_arguments["extras_require"].items() if name != "dev" for text in texts]
+    required = {Requirement(text).name.lower() for text in [*setup_arguments["install_requires"], *extras]}
     missing = {}
     for path in [*ROOT.glob("toolkit/**/*.py"), *ROOT.glob("launch/*.py")]:
         for name in _top_level_imports(path) - set(sys.stdlib_module_names) - {"toolkit"} - NOT_REQUIRED:
@@ -116,7 +117,7 @@ def test_a_wheel_carries_recipes_and_jsons_inside_the_package_and_nothing_beside
             if path.suffix in {".yaml", ".json"}:
                 assert f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
     for path in (ROOT / "toolkit").rglob("*"):
-        if path.suffix in {".yaml", ".txt", ".typed"}:
+        if path.suffix in {".yaml", ".txt", ".typed", ".html", ".css", ".js"}:
             assert path.relative_to(ROOT).as_posix() in names, f"{path} is not shipped"
 
     target = tmp_path / "target"

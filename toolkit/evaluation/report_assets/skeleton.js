@@ -27,6 +27,7 @@ const skeletons = (() => {
     const { values, skeleton, group, clip } = state;
     const scale = Math.min(width, height / clip.aspect);
     const x0 = left + (width - scale) / 2;
+    const thickness = Math.min(scale, 360 * Math.max(devicePixelRatio || 1, 1));
     const y0 = top + (height - scale * clip.aspect) / 2;
     const at = (point) => {
       const index = (frame * skeleton.points + point) * 2;
@@ -43,7 +44,7 @@ const skeletons = (() => {
       const to = at(end);
       if (!from || !to) continue;
       context.strokeStyle = colours[group[start]];
-      context.lineWidth = scale * (group[start] === "body" ? 0.016 : 0.009);
+      context.lineWidth = thickness * (group[start] === "body" ? 0.016 : 0.009);
       context.beginPath();
       context.moveTo(...from);
       context.lineTo(...to);
@@ -54,7 +55,7 @@ const skeletons = (() => {
       if (!place) continue;
       context.fillStyle = colours[group[point]];
       context.beginPath();
-      context.arc(...place, scale * (group[point] === "body" ? 0.012 : 0.0065), 0, 2 * Math.PI);
+      context.arc(...place, thickness * (group[point] === "body" ? 0.012 : 0.0065), 0, 2 * Math.PI);
       context.fill();
     }
     context.restore();
