@@ -94,10 +94,10 @@ def test_error_rates_are_those_of_jiwer(script, lowercase):
     assert scores.cer == pytest.approx(jiwer.cer(references, hypotheses), abs=1e-6)
 
 
-def test_error_rates_in_portions_are_those_of_the_whole(monkeypatch):
+def test_scores_in_portions_are_those_of_the_whole(monkeypatch):
     hypotheses, references = columns(ENGLISH + GERMAN)
     whole = score(hypotheses, references)
-    monkeypatch.setattr("toolkit.evaluation.metrics._JIWER_PORTION", 2)
+    monkeypatch.setattr("toolkit.evaluation.statistics.PORTION", 2)
     assert score(hypotheses, references) == whole
 
 

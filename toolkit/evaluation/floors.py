@@ -1,50 +1,91 @@
 """What one scores without watching: the floors beside which every score is printed.
 
 Small corpora of formulaic sentences give surprisingly high floors, and a model that has learnt nothing but the language
-of its training texts scores like them. A score says something only by its distance from these.
+of its training texts scores like them. A score says something only by its distance from these:
+
+* ``constant``: one typical training sentence, always the same.
+* ``random``: a random training sentence for each clip.
+* ``shuffled``: the model's own translations, dealt out at random. What a model scores by sounding right.
+* ``control``: what the model says to the poses of another clip, the one nearest in length that says something else. It
+  keeps what shuffling destroys, how long the text should be. A model that looks at the signing stands far above it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from toolkit.evaluation.metrics import Scores, score
+
+FLOOR_LABELS = {
+    "constant": "floor: constant sentence",
+    "random": "floor: random sentence",
+    "shuffled": "floor: shuffled translations",
+    "control": "control: poses of other clips",
+}
 
 
 def floors(
     train_texts: Sequence[str],
     references: Sequence[str],
     *,
+    hypotheses: Sequence[str] | None = None,
+    frames: npt.NDArray[np.integer] | None = None,
     seed: int = 0,
     tokenize: str = "13a",
     lowercase: bool = False,
+    frequent_words: Collection[str] | None = None,
 ) -> dict[str, Scores]:
-    """Score two translators that never look at the signing.
+    """Score translators that never look at the signing.
 
     Args:
         train_texts: all texts of the training split.
         references: what was really signed.
-        seed: draws the random sentences.
-        tokenize, lowercase: as :func:`toolkit.evaluation.metrics.score` takes them; give those of the model's scores.
+        hypotheses: the model's translations; without them there is neither ``shuffled`` nor ``control``.
+        frames: length of each clip; without it there is no ``control``.
+        seed: draws the random sentences and shuffles the translations.
+        tokenize, lowercase, frequent_words: as :func:`toolkit.evaluation.metrics.score` takes them; give those of the
+            model's scores.
 
     Returns:
-        ``constant``: one typical training sentence, always the same; ``random``: a random training sentence each time.
+        scores by kind of floor.
 
     Raises:
         ValueError: there are no training texts.
     """
     if not len(train_texts):
         raise ValueError("floors need at least one training text")
-    constant = [typical_sentence(train_texts)] * len(references)
-    drawn = np.random.default_rng(seed).integers(len(train_texts), size=len(references))
-    random = [train_texts[int(index)] for index in drawn]
-    return {
-        "constant": score(constant, references, tokenize=tokenize, lowercase=lowercase),
-        "random": score(random, references, tokenize=tokenize, lowercase=lowercase),
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(train_texts), size=len(references))
+    said = {
+        "constant": [typical_sentence(train_texts)] * len(references),
+        "random": [train_texts[int(index)] for index in drawn],
     }
+    if hypotheses is not None:
+        said["shuffled"] = [hypotheses[index] for index in generator.permutation(len(hypotheses))]
+    if hypotheses is not None and frames is not None:
+        said["control"] = [hypotheses[index] for index in other_clips(frames, references)]
+    return {
+        kind: score(texts, references, tokenize=tokenize, lowercase=lowercase, frequent_words=frequent_words)
+        for kind, texts in said.items()
+    }
+
+
+def other_clips(frames: npt.NDArray[np.integer], references: Sequence[str]) -> list[int]:
+    """For each clip another one, the nearest in length whose text is different; itself where all texts are alike.
+
+    A translation depends on the poses alone, so what the model says to the other clip's poses is that clip's own
+    translation, and nothing need be translated twice.
+    """
+    order = np.argsort(frames, kind="stable").tolist()
+    others = [0] * len(order)
+    for place, clip in enumerate(order):
+        nearby = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        others[clip] = next((other for other in nearby if references[other] != references[clip]), clip)
+    return others
 
 
 def typical_sentence(texts: Sequence[str]) -> str:

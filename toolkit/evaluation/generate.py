@@ -4,19 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
+from toolkit.batching.collate import Batch
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
+from toolkit.evaluation.beam_search import beam_search
 from toolkit.evaluation.predictions import Prediction, make_predictions
 from toolkit.models.translator import PoseTranslator
 
 
-def translate_split(
+@dataclass(frozen=True, order=True)
+class Hypothesis:
+    """One text that the search found.
+
+    Attributes:
+        text: detokenised.
+        score: log-probability over length penalty; None for greedy search, which has none.
+    """
+
+    text: str
+    score: float | None
+
+
+def translate_split(model: PoseTranslator, split: Split, processor: Any, **settings: Any) -> list[Prediction]:
+    """Translate every clip of ``split``; the arguments are those of :func:`translate_clips`.
+
+    Returns:
+        predictions in the order of the split, on every rank.
+    """
+    return best_predictions(split, translate_clips(model, split, processor, **settings))
+
+
+def best_predictions(split: Split, found: list[list[Hypothesis]]) -> list[Prediction]:
+    """The best hypothesis of each clip beside its reference."""
+    texts, scores = [row[0].text for row in found], [row[0].score for row in found]
+    return make_predictions(list(split.uids), list(split.texts), texts, scores)
+
+
+def translate_clips(
     model: PoseTranslator,
     split: Split,
     processor: Any,
@@ -26,9 +57,10 @@ def translate_split(
     world_size: int = 1,
     synced: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    n_best: int = 1,
     **settings: Any,
-) -> list[Prediction]:
-    """Translate every clip of ``split`` by beam search.
+) -> list[list[Hypothesis]]:
+    """Find the best texts for every clip of ``split``.
 
     Args:
         model: in evaluation mode; it says itself how to search (its generation configuration).
@@ -38,51 +70,57 @@ def translate_split(
         rank, world_size: which of how many ranks this is; all must call.
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
         on_batch: called with the number of clips that this rank has translated so far.
+        n_best: hypotheses for each clip, at most as many as there are beams.
         settings: override the model's own generation settings.
 
     Returns:
-        predictions in the order of the split, on every rank.
+        for each clip, in the order of the split, its hypotheses, best first; on every rank.
     """
     device = next(model.parameters()).device
-    rows: list[tuple[int, str, float | None]] = []
+    rows: list[tuple[int, list[Hypothesis]]] = []
     for batch in evaluation_batches(split, processor.tokenizer, batch_frames, rank=rank, world_size=world_size):
-        batch = batch.to(device)
-        found = model.generate(
-            batch.poses,
-            batch.visible,
-            batch.frame_mask,
-            synced_gpus=synced,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **settings,
-        )
-        texts = processor.batch_decode(found.sequences)
-        # Greedy search has no sequence scores.
-        scores = getattr(found, "sequences_scores", None)
-        values = scores.float().tolist() if scores is not None else [None] * len(texts)
-        for clip, text, value, is_filler in zip(
-            batch.clips.tolist(), texts, values, batch.is_filler.tolist(), strict=True
-        ):
-            if not is_filler:
-                rows.append((clip, text.strip(), value))
+        found = search(model, batch.to(device), processor, n_best=n_best, synced_gpus=synced, **settings)
+        clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)
+        rows += [(clip, hypotheses) for clip, hypotheses, is_filler in clips if not is_filler]
         if on_batch:
             on_batch(len(rows))
     rows = _gather(rows, world_size)
-    clips = [clip for clip, _, _ in rows]
-    if clips != list(range(len(split))):
-        raise AssertionError(f"translated clips {len(clips)} of {len(split)}: each must come exactly once")
-    return make_predictions(
-        list(split.uids), list(split.texts), [text for _, text, _ in rows], [value for _, _, value in rows]
+    if [clip for clip, _ in rows] != list(range(len(split))):
+        raise AssertionError(f"translated clips {len(rows)} of {len(split)}: each must come exactly once")
+    return [hypotheses for _, hypotheses in rows]
+
+
+def search(
+    model: PoseTranslator, batch: Batch, processor: Any, *, n_best: int = 1, **settings: Any
+) -> list[list[Hypothesis]]:
+    """Find the ``n_best`` texts for each clip of a batch; ``settings`` are those of HuggingFace's ``generate``."""
+    beams = settings.get("num_beams", model.generation_config.num_beams) or 1
+    samples = settings.get("do_sample", model.generation_config.do_sample)
+    found = model.generate(
+        batch.poses,
+        batch.visible,
+        batch.frame_mask,
+        return_dict_in_generate=True,
+        output_scores=True,
+        num_return_sequences=n_best,
+        custom_generate=beam_search if beams > 1 and not samples else None,
+        **settings,
     )
+    texts = [text.strip() for text in processor.batch_decode(found.sequences)]
+    # Greedy search has no sequence scores.
+    scores = getattr(found, "sequences_scores", None)
+    values = scores.float().tolist() if scores is not None else [None] * len(texts)
+    hypotheses = list(map(Hypothesis, texts, values))
+    return [hypotheses[start : start + n_best] for start in range(0, len(hypotheses), n_best)]
 
 
-def _gather(rows: list[tuple[int, str, float | None]], world_size: int) -> list[tuple[int, str, float | None]]:
+def _gather(rows: list[tuple[int, list[Hypothesis]]], world_size: int) -> list[tuple[int, list[Hypothesis]]]:
     """All ranks' rows, sorted by clip."""
     if world_size > 1:
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, rows)
         rows = [row for part in parts for row in part]
-    return sorted(rows)
+    return sorted(rows, key=lambda row: row[0])
 
 
 @contextmanager

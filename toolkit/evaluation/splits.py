@@ -1,16 +1,19 @@
-"""Translate and score whole splits, each beside its floors."""
+"""Translate and score whole splits, each beside its floors, with intervals and a control."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from toolkit.corpus.packed import Corpus
-from toolkit.evaluation.floors import floors
-from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import Scores, score
+from toolkit.corpus.packed import Corpus, Split
+from toolkit.evaluation.floors import floors, other_clips
+from toolkit.evaluation.generate import Hypothesis, best_predictions, evaluation_mode, translate_clips
+from toolkit.evaluation.metrics import Scores, add_up
 from toolkit.evaluation.predictions import Prediction
+from toolkit.evaluation.resampling import Comparison, Interval, compare, intervals
+from toolkit.evaluation.statistics import frequent_words, measure
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.schema import Evaluation
 
@@ -23,11 +26,17 @@ class SplitResult:
         predictions: in the order of the split.
         scores: of all of them.
         floors: what one scores without watching, by kind.
+        intervals: which hold 95 % of each score's resampled values.
+        against_control: the model's scores (second) against those on the poses of other clips (first).
+        n_best: all hypotheses of each clip, best first.
     """
 
     predictions: list[Prediction]
     scores: Scores
     floors: dict[str, Scores]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    against_control: dict[str, Comparison] = field(default_factory=dict)
+    n_best: list[list[Hypothesis]] = field(default_factory=list)
 
 
 def splits_to_test(corpus: Corpus) -> list[str]:
@@ -46,33 +55,63 @@ def score_splits(
     *,
     rank: int = 0,
     world_size: int = 1,
+    synced: bool = False,
+    n_best: int = 1,
+    search: Mapping[str, Any] | None = None,
+    on_batch: Callable[[str, int], None] | None = None,
 ) -> dict[str, SplitResult]:
     """Translate and score splits; all ranks must call this, and all get the result.
 
     Args:
         model: says itself how to search.
         processor: gives the tokenizer.
-        corpus: has the splits; its training texts give the floors.
+        corpus: has the splits; its training texts give the floors and the frequent words.
         names: which splits.
         settings: batch budget and how to score.
         rank, world_size: which of how many ranks this is.
+        synced: whether ranks must step together (ZeRO stage 3).
+        n_best: hypotheses for each clip.
+        search: settings of HuggingFace's ``generate`` that override the model's own.
+        on_batch: called with a split's name and how many of its clips this rank has translated.
     """
-    comparable: dict[str, Any] = {"tokenize": settings.tokenize, "lowercase": settings.lowercase}
     results = {}
     for name in names:
         with evaluation_mode(model):
-            predictions = translate_split(
+            found = translate_clips(
                 model,
                 corpus.splits[name],
                 processor,
                 batch_frames=settings.batch_frames,
                 rank=rank,
                 world_size=world_size,
+                synced=synced,
+                n_best=n_best,
+                on_batch=partial(on_batch, name) if on_batch else None,
+                **(search or {}),
             )
-        references = [row.reference for row in predictions]
-        results[name] = SplitResult(
-            predictions,
-            score([row.hypothesis for row in predictions], references, **comparable),
-            floors(list(corpus.splits["train"].texts), references, **comparable),
-        )
+        results[name] = _judge(corpus, corpus.splits[name], found, settings)
     return results
+
+
+def _judge(corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation) -> SplitResult:
+    """Score one split's translations every way there is."""
+    predictions = best_predictions(split, found)
+    hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]
+    # A corpus of nothing but test clips has no training texts; its own give the floors then.
+    train = corpus.splits.get("train")
+    texts: Sequence[str] = list(train.texts) if train else references
+    how: dict[str, Any] = {
+        "tokenize": settings.tokenize,
+        "lowercase": settings.lowercase,
+        "frequent_words": frequent_words(texts, settings.tokenize),
+    }
+    own = measure(hypotheses, references, **how)
+    control = measure([hypotheses[other] for other in other_clips(split.frames, references)], references, **how)
+    return SplitResult(
+        predictions,
+        add_up(own, **how),
+        floors(texts, references, hypotheses=hypotheses, frames=split.frames, **how),
+        intervals(own),
+        compare(control, own),
+        found,
+    )

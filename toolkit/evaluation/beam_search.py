@@ -1,0 +1,282 @@
+"""Beam search that finds what HuggingFace's finds, several times sooner.
+
+It goes through ``generate(custom_generate=beam_search)``, so every setting, logits processor and stopping criterion is
+HuggingFace's own; only the loop is ours. Three things make it quick, none of which changes an output:
+
+* **A clip leaves the batch when it is done.** HuggingFace computes all clips until the last one ends. Here a clip also
+  ends as soon as no beam can overtake the hypotheses that are to be returned: a log-probability only falls as a text
+  grows, so a beam can at best keep what it has, over the most favourable length.
+* **The beams of a clip share one copy of its encoding.** Their cross-attention is one product per clip, not one a
+  beam, and the largest part of the cache is never copied from step to step.
+* **The first step runs once a clip**, because all its beams begin alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
+
+# Below any log-probability; HuggingFace's value, since scores are compared with its own.
+NEVER = -1e9
+# Rows of finished clips are computed in vain until this share of a batch has gathered; dropping costs a copy.
+DROP_SHARE = 0.125
+SHARED_ATTENTION = "sdpa_shared_by_beams"
+
+
+@torch.no_grad()
+def beam_search(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Any:
+    """The decoding loop that ``generate`` calls; the signature is HuggingFace's.
+
+    Args:
+        model: an encoder-decoder.
+        input_ids: how every text begins [clips × beams, tokens].
+        logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
+        synced_gpus: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
+        model_kwargs: ``encoder_outputs`` and ``attention_mask``, repeated for each beam, and an empty cache.
+
+    Returns:
+        token ids [clips × returned sequences, tokens], best first, or with ``return_dict_in_generate`` an object with
+        ``sequences`` and ``sequences_scores``.
+    """
+    beams = generation_config.num_beams
+    search = _Search(generation_config, input_ids.view(-1, beams, input_ids.shape[1]), logits_processor)
+    hidden = model_kwargs["encoder_outputs"][0][::beams]
+    mask = model_kwargs["attention_mask"][::beams]
+    cache = model_kwargs["past_key_values"]
+    idle = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden[:1]), "attention_mask": mask[:1]}
+
+    with _beams_share_encodings(model) as shared:
+        decoder_ids = input_ids[::beams]
+        while True:
+            outputs = model(
+                decoder_input_ids=decoder_ids,
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            logits = outputs.logits[:, -1].float()
+            is_first = len(logits) != search.rows
+            if is_first:
+                logits = logits.repeat_interleave(beams, dim=0)
+            rows, clips = search.step(logits, logits_processor, stopping_criteria)
+            if not search.rows:
+                break
+            # After its first step the cache holds one row a clip, of which each beam takes a copy.
+            cache.self_attention_cache.reorder_cache(rows // beams if is_first else rows)
+            if clips is not None or (is_first and not shared):
+                kept = clips if clips is not None else torch.arange(len(hidden), device=hidden.device)
+                if not shared:
+                    first = kept if is_first else kept * beams
+                    kept = first.repeat_interleave(beams)
+                hidden, mask = hidden[kept], mask[kept]
+                cache.cross_attention_cache.reorder_cache(kept)
+            decoder_ids = search.running[:, :, -1].reshape(-1, 1)
+            if synced_gpus:
+                _others_go_on(is_done=False, device=input_ids.device)
+        while synced_gpus and _others_go_on(is_done=True, device=input_ids.device):
+            model(decoder_input_ids=input_ids[:1], use_cache=False, **idle)
+    return search.result()
+
+
+@dataclass
+class _Found:
+    """The best finished texts of each clip.
+
+    Attributes:
+        texts: token ids [clips, beams, longest text].
+        scores: [clips, beams], best first; NEVER where nothing has finished yet.
+    """
+
+    texts: Tensor
+    scores: Tensor
+
+
+class _Search:
+    """The state of the search over the clips that are still in the batch.
+
+    Attributes:
+        running: the unfinished texts, best first [clips, beams, tokens].
+        sums: their summed log-probabilities [clips, beams].
+        found: the finished texts of these clips.
+    """
+
+    def __init__(self, config: Any, prompts: Tensor, processors: Any) -> None:
+        self.config = config
+        self.processors = processors
+        clips, beams, self.prompt = prompts.shape
+        self.padding = config._pad_token_tensor
+        if self.padding is None:
+            self.padding = config._eos_token_tensor[0]
+        ends = config._eos_token_tensor
+        # Enough candidates to go on with `beams` texts even if each of the best ends here.
+        self.candidates = beams * max(2, 1 + (len(ends) if ends is not None else 0))
+        # Only the first beam counts at first: they are all alike.
+        self.running, self.sums = prompts, torch.full((clips, beams), NEVER, device=prompts.device)
+        self.sums[:, 0] = 0.0
+        shape = (clips, beams, config.max_length)
+        self.found = _Found(torch.full_like(prompts[..., :1], int(self.padding)).expand(shape), self.sums * 0 + NEVER)
+        self.is_done = torch.zeros(clips, dtype=torch.bool, device=prompts.device)
+        self.clips = torch.arange(clips, device=prompts.device)
+        self.results = _Found(self.found.texts.clone(), self.found.scores.clone())
+        # Processors of others may keep something for each row.
+        self.may_drop = all(type(item).__module__.startswith("transformers.") for item in processors)
+
+    @property
+    def rows(self) -> int:
+        """Texts under way."""
+        return self.running.shape[0] * self.running.shape[1]
+
+    def step(self, logits: Tensor, processors: Any, stops: Any) -> tuple[Tensor, Tensor | None]:
+        """Add one token to every text.
+
+        Returns:
+            for each text under way the row that it continues, and which clips stay, or None where all of them do.
+        """
+        clips, beams, length = self.running.shape
+        scores = processors(self.running.flatten(0, 1), logits.log_softmax(dim=-1))
+        totals = (scores.view(clips, beams, -1) + self.sums.unsqueeze(-1)).flatten(1)
+        sums, chosen = totals.topk(self.candidates)
+        parents, tokens = chosen // scores.shape[-1], chosen % scores.shape[-1]
+        texts = torch.cat([_pick(self.running, parents), tokens.unsqueeze(-1)], dim=-1)
+        ends = stops(texts.flatten(0, 1), None).view(clips, -1)
+
+        self._collect(texts, sums, ends)
+        self.sums, order = (sums + ends * NEVER).topk(beams)
+        self.running = _pick(texts, order)
+        rows = parents.gather(1, order) + torch.arange(clips, device=order.device)[:, None] * beams
+        self.is_done |= self._cannot_improve() | ends.all(dim=1)
+        return self._drop(rows, length + 1)
+
+    def _collect(self, texts: Tensor, sums: Tensor, ends: Tensor) -> None:
+        """Keep the best of the finished texts and those that finish now."""
+        beams, length = self.running.shape[1], texts.shape[-1]
+        # Candidates behind the first `beams` are there to go on with, not to finish.
+        counts = ends & ~self.is_done[:, None]
+        counts[:, beams:] = False
+        if not bool(counts.any()):
+            return
+        scores = sums / (length - self.prompt) ** self.config.length_penalty
+        texts = torch.nn.functional.pad(texts, (0, self.found.texts.shape[-1] - length), value=int(self.padding))
+        merged = torch.cat([self.found.scores, scores.where(counts, NEVER)], dim=1)
+        self.found.scores, order = merged.topk(beams)
+        self.found.texts = _pick(torch.cat([self.found.texts, texts], dim=1), order)
+
+    def _cannot_improve(self) -> Tensor:
+        """Clips of which no more can be found: bool [clips]."""
+        config, length = self.config, self.running.shape[-1] - self.prompt
+        is_full = (self.found.scores > NEVER / 2).all(dim=1)
+        if config.early_stopping is True:
+            return is_full
+        longest = config.max_length - self.prompt if config.length_penalty > 0 else length
+        best, last = self.sums[:, 0], self.found.scores[:, -1]
+        # HuggingFace's rule, which looks at all beams and, unless told "never", expects no longer text to gain.
+        expected = longest if config.early_stopping == "never" else length
+        is_done = is_full & (best / expected**config.length_penalty <= last)
+        # Ours, which looks at what is to be returned, and holds whatever comes.
+        returned = self.found.scores[:, config.num_return_sequences - 1]
+        is_settled = best / longest**config.length_penalty < returned
+        return is_done | (is_settled if config.sequence_bias is None else False)
+
+    def _drop(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """Let finished clips go, when there are enough of them."""
+        done = int(self.is_done.sum())
+        if done < len(self.is_done) and (not self.may_drop or done < DROP_SHARE * len(self.is_done)):
+            return rows.flatten(), None
+        leaving, stay = self.clips[self.is_done], (~self.is_done).nonzero()[:, 0]
+        self.results.texts[leaving] = self.found.texts[self.is_done]
+        self.results.scores[leaving] = self.found.scores[self.is_done]
+        self.running, self.sums = self.running[stay], self.sums[stay]
+        self.found = _Found(self.found.texts[stay], self.found.scores[stay])
+        self.clips, self.is_done = self.clips[stay], self.is_done[stay]
+        return rows[stay].flatten(), stay
+
+    def result(self) -> Any:
+        """What ``generate`` returns."""
+        returned = self.config.num_return_sequences
+        texts = self.results.texts[:, :returned].flatten(0, 1)
+        longest = int((texts != self.padding).any(dim=0).nonzero().max()) + 1 if texts.numel() else 0
+        texts = texts[:, : max(longest, self.prompt)]
+        if not self.config.return_dict_in_generate:
+            return texts
+        scores = self.results.scores[:, :returned].flatten() if self.config.output_scores else None
+        return GenerateBeamEncoderDecoderOutput(sequences=texts, sequences_scores=scores)
+
+
+def _pick(values: Tensor, beams: Tensor) -> Tensor:
+    """The chosen beams of each clip: values [clips, beams, tokens], beams [clips, chosen]."""
+    return values.gather(1, beams.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _others_go_on(is_done: bool, device: torch.device) -> bool:
+    """Whether any rank has texts under way; all ranks must ask."""
+    working = torch.tensor(0.0 if is_done else 1.0, device=device)
+    dist.all_reduce(working, op=dist.ReduceOp.MAX)
+    return bool(working.item())
+
+
+@contextmanager
+def _beams_share_encodings(model: Any) -> Iterator[bool]:
+    """Within it one row of keys and values serves all beams of a clip, where the model's attention allows that.
+
+    The context's value says whether it does.
+    """
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        yield False
+        return
+    model.set_attn_implementation(SHARED_ATTENTION)
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _shared_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot product attention in which several queries in a row may share a row of keys.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, 1 token, width]; the rows of a clip stand together.
+        key, value: [clips, heads, positions, width].
+        attention_mask: [rows, 1, 1, positions], alike for all rows of a clip.
+        settings: as HuggingFace's attention takes them.
+
+    Returns:
+        [rows, 1 token, heads, width], and no weights.
+    """
+    rows, heads, _, width = query.shape
+    beams = rows // key.shape[0]
+    if beams == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    # A beam becomes a position of the query, for which attention over an encoding knows no order.
+    query = query.view(-1, beams, heads, width).transpose(1, 2)
+    mask = attention_mask[::beams] if attention_mask is not None and len(attention_mask) == rows else attention_mask
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, **(settings | {"is_causal": False}))
+    return output.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(SHARED_ATTENTION, _shared_attention)
+AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)
