@@ -103,8 +103,9 @@ def histogram(series: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[
         return {"edges": [], "series": {}}
     everything = np.concatenate(list(filled.values()))
     low = float(everything.min())
-    # One endless sentence must not press all others into one bin; it is counted in the last.
-    high = max(float(np.percentile(everything, 99.5)), low + 1e-9)
+    # One endless sentence must not press all others into one bin; it is counted in the last. Where all are alike, bins
+    # still have a width.
+    high = max(float(np.percentile(everything, 99.5)), low + 0.1)
     whole = bool(np.all(everything == np.round(everything)))
     if whole and high - low < BINS:
         edges = np.arange(low, np.ceil(high) + 2) - 0.5
