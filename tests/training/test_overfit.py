@@ -1,0 +1,60 @@
+"""Learning a few clips by heart: which clips, by which settings, and the verdict."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.evaluation.predictions import Prediction
+from toolkit.recipe.load import load_recipe
+from toolkit.training.overfit import few_clips, overfit_overrides, verdict
+
+
+def test_the_clips_have_texts_of_their_own(corpus: Corpus) -> None:
+    few = few_clips(corpus, 4)
+    train = few.splits["train"]
+    assert list(train.texts) == ["sun", "moon", "star", "sky"]
+    assert list(train.uids) == ["clip-0", "clip-1", "clip-3", "clip-5"]
+    assert train.frames.tolist() == [8, 9, 11, 13]
+    assert [clip.text for clip in train] == list(train.texts)
+    assert [len(clip.features) for clip in train] == train.frames.tolist()
+    assert few.splits.keys() == {"train", "dev"}
+
+
+def test_more_clips_than_there_are_texts(corpus: Corpus) -> None:
+    with pytest.raises(UserError, match="only 4 different texts"):
+        few_clips(corpus, 5)
+
+
+@pytest.mark.parametrize(("clips", "ranks"), [(8, 3), (0, 1), (-2, 1)])
+def test_clips_that_ranks_cannot_share(clips: int, ranks: int) -> None:
+    with pytest.raises(UserError, match="--overfit"):
+        overfit_overrides(clips, ranks, "demo")
+
+
+def test_nothing_hinders_memory() -> None:
+    recipe = load_recipe("demo", overfit_overrides(8, 2, "demo"))
+    assert not any(recipe.augmentation.model_dump().values())
+    assert recipe.model.dropout == recipe.model.pose_encoder.dropout == 0
+    assert (recipe.training.global_batch_size, recipe.training.micro_batch_size) == (8, 4)
+    assert recipe.training.schedule == "constant"
+    assert recipe.run.dir == "runs/demo-overfit"
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "loss", "learned", "told"),
+    [
+        (["sun", "moon"], 0.001, True, "learned 2 of 2 clips by heart in 30 steps"),
+        (["sun", "mon"], 0.3, False, "more steps"),
+        (["", ""], 3.0, False, "not learning"),
+    ],
+)
+def test_the_verdict(hypotheses: list[str], loss: float, learned: bool, told: str) -> None:
+    rows = [
+        Prediction(f"clip-{n}", text, guess)
+        for n, (text, guess) in enumerate(zip(["sun", "moon"], hypotheses, strict=True))
+    ]
+    said, text = verdict(rows, 30, loss)
+    assert said is learned
+    assert told in text
