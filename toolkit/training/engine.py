@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -28,7 +30,8 @@ def join_process_group(ranks: Ranks) -> None:
     os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
     if ranks.local_rank == 0:
         remove_orphaned_buffers()
-    deepspeed.init_distributed(verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its op
+        deepspeed.init_distributed(verbose=False)
     dist.barrier()
     release_own_buffer(ranks.rank)
 
@@ -43,6 +46,10 @@ def leave_process_group() -> None:
 
 def quieten(log: Path | None) -> None:
     """Send what DeepSpeed and transformers have to say to a file (or nowhere), so that the terminal shows the run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed  # it sets up its logging as it is imported
+
+        deepspeed.accelerator.get_accelerator()
     handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)

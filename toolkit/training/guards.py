@@ -15,8 +15,8 @@ class TrainingStopped(UserError):
 class GradientWatch:
     """Sees to it that the first backward pass gives every trainable tensor a finite gradient.
 
-    It watches the gradients as autograd makes them. DeepSpeed's own ``safe_get_full_grad`` looks at them afterwards, and
-    fails under ZeRO-2 with offload where a tensor lies across two ranks (0.19.8).
+    It watches the gradients as autograd makes them. DeepSpeed's own ``safe_get_full_grad`` looks at them afterwards
+    and fails under ZeRO-2 with offload where a tensor lies across two ranks (0.19.8).
 
     Args:
         module: the model, before its first backward pass; at any ZeRO stage.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from toolkit.evaluation.generate import evaluation_mode, translate_split
 from toolkit.evaluation.metrics import Scores, improves, score
 from toolkit.evaluation.predictions import Prediction, write_predictions
 from toolkit.evaluation.table import choose_samples, format_score
+from toolkit.evaluation.whole_weights import whole_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.models.weights import save_model, whole_state_dict
@@ -286,7 +286,7 @@ class Trainer:
     def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
         """Translate and score a split with the weights as they are."""
         settings = self.recipe.evaluation
-        with evaluation_mode(self.engine.module), self._whole_weights() as synced:
+        with evaluation_mode(self.engine.module), whole_weights(self.engine) as synced:
             predictions = translate_split(
                 self.engine.module,
                 split,
@@ -304,19 +304,6 @@ class Trainer:
         )
         return predictions, scores
 
-    def _whole_weights(self) -> AbstractContextManager[bool]:
-        """Gather the weights that ZeRO-3 has cut, once, if they fit; else ranks generate in step.
-
-        The context's value says whether ranks must generate in step.
-        """
-        if self.resolved.zero_stage < 3:
-            return nullcontext(False)
-        if not fits_whole(self.engine):
-            return nullcontext(True)
-        import deepspeed
-
-        return _Gathered(deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())))
-
     def save(self) -> None:
         """Write a checkpoint."""
         save_checkpoint(
@@ -333,35 +320,6 @@ class Trainer:
         if self.ranks.is_main:
             save_model(self.resolved.run_dir / "best", self.engine.module, self.processor, weights)
         dist.barrier()
-
-
-class _Gathered:
-    """GatheredParameters as a context whose value says that ranks need not generate in step."""
-
-    def __init__(self, gathered: Any) -> None:
-        self._gathered = gathered
-
-    def __enter__(self) -> bool:
-        self._gathered.__enter__()
-        return False
-
-    def __exit__(self, *error: Any) -> None:
-        self._gathered.__exit__(*error)
-
-
-def fits_whole(engine: Any) -> bool:
-    """Whether every rank of this node has room for all weights at once; all ranks get the same answer."""
-    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in engine.module.parameters())
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available // int(dist.get_world_size())
-    # Half of what is free stays for the beams' key-value caches.
-    fits = torch.tensor([float(needed < free / 2)], device=engine.device)
-    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-    return bool(fits.item())
 
 
 def total_steps(training: Any, epoch_steps: int) -> int:
