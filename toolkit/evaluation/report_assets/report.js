@@ -380,7 +380,8 @@
         event.target.textContent = moving ? "pause all" : "play all";
       } }, "pause all"));
     }
-    show(split, "worst");
+    // What a model gets wrong teaches most.
+    show(split, ["worst", ...kinds].find((name) => split.samples[name].length));
     addEventListener("beforeprint", showAll);
     addEventListener("afterprint", () => show(split, kind));
     return [bar, host];
