@@ -47,6 +47,8 @@ class Data(Section):
     max_frames: Count = 512  # frames after resampling
     min_frames: Count = 2  # frames after resampling; shorter clips are rejected
     too_long: Literal["subsample", "cut", "reject"] = "subsample"
+    no_hands: Literal["keep", "reject"] = "keep"  # clips of which no frame shows a hand; counted either way
+    shared_texts: Literal["keep", "remove", "remove_near"] = "keep"  # held-out clips whose text train has, too
     columns: dict[str, str] = Field(default_factory=dict)  # our column name -> the table's, e.g. {uid: SENTENCE_ID}
     dev_share: Share = 0.05  # share of the source videos
     test_share: Share = 0.05  # share of the source videos
@@ -142,6 +144,9 @@ class Evaluation(Section):
     no_repeat_ngram_size: CountOrZero = 0  # n-grams that may not repeat; 0 = off
     ctc_weight: Share = 0.0  # share of the CTC head in a beam's score; needs training.ctc_weight > 0
     max_new_tokens: Count = 128
+    forced_language: str | None = (
+        None  # token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn)
+    )
     select_by: ScoreName = "bleu4"
     batch_frames: Count = 8192  # padded frames in one generation batch of one rank
     tokenize: str = "13a"  # sacreBLEU tokenizer
