@@ -69,8 +69,14 @@ def read_video(path: Path) -> RawPose:
         total = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
         frames: list[FloatArray] = []
         width, last_seen = 0, 0.0
+        interval = 0.5 if stderr.isatty() else 10.0
         try:
-            with Holistic() as holistic, tqdm(total=total, desc=path.name, delay=2, file=stderr, unit=" frames") as bar:
+            with (
+                Holistic() as holistic,
+                tqdm(
+                    total=total, desc=path.name, unit=" frames", file=stderr, delay=2, mininterval=interval, leave=False
+                ) as bar,
+            ):
                 while (read := video.read())[0]:
                     if len(frames) == MOST_FRAMES:
                         raise PoseError(f"the video has more than {MOST_FRAMES:,} frames: cut it into shorter ones")

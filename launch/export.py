@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Make a folder to share of a run's best model: weights, processor and a model card with its scores.
+
+python launch/export.py runs/demo --to exported/demo                      loads by AutoModel after `import toolkit`
+python launch/export.py runs/demo --to exported/demo --dtype bf16         half the size
+python launch/export.py runs/demo --to exported/demo --push-to-hub me/demo   and to the hub (log in first)
+
+What was written is loaded and compared with the trained model before it takes its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toolkit.errors import UserError, exit_code_of
+
+
+def main() -> None:
+    arguments = parse()
+    sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the model goes")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as they were trained)"
+    )
+    parser.add_argument("--merge-lora", action="store_true", help="merge adapters into the weights they adapt")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it, too; a repository that is new is private")
+    parser.add_argument("--replace", action="store_true", help="replace the model that --to holds already")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the folder, then upload it where that was asked for."""
+    run_dir, folder = arguments.run, arguments.to
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory (it has no recipe.yaml): give runs/NAME")
+    if folder.resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(f"{folder} lies within the run: choose a folder of its own for --to")
+
+    # transformers wakes DeepSpeed as it saves, which else warns of every machine without a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging
+
+    from toolkit.evaluation.model_card import model_card
+    from toolkit.models.export import check_dtype, check_target, export_model
+    from toolkit.models.load import load_translator
+
+    check_target(folder, replace=arguments.replace)
+    logging.disable_progress_bar()
+    model, processor = load_translator(run_dir)
+    if arguments.merge_lora:
+        raise UserError(
+            f"{run_dir} was not trained with adapters, so there is nothing to merge: leave out --merge-lora"
+        )
+    check_dtype(model, arguments.dtype)
+    card = model_card(run_dir, arguments.push_to_hub or folder.name, model, processor.feature_extractor)
+    difference = export_model(model, processor, folder, card=card, dtype=arguments.dtype, replace=arguments.replace)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    summary: dict[str, Any] = {
+        "folder": str(folder),
+        "bytes": size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "largest_difference": difference,
+    }
+    if not arguments.json:
+        changed = f"; a token's probability differs by at most {difference:.2g}" if difference else ""
+        print(f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared{changed}", flush=True)
+    if arguments.push_to_hub:
+        summary["url"] = push(folder, arguments.push_to_hub)
+        if not arguments.json:
+            print(f"uploaded to {summary['url']}")
+    if arguments.json:
+        print(json.dumps(summary))
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload the folder and return where it is.
+
+    Raises:
+        UserError: the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        created = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="Exported by the toolkit")
+    except (
+        Exception
+    ) as error:  # a name, a token, a network, a server: the hub's client has an error of its own for each
+        first_line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{repository} cannot be uploaded ({first_line}): {folder} is written; log in by `hf auth login` and try "
+            "again with --replace"
+        ) from error
+    return str(created)
+
+
+if __name__ == "__main__":
+    main()
