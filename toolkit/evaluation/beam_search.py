@@ -41,7 +41,7 @@ def beam_search(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    synced_gpus: bool = False,
+    in_step: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """The decoding loop that ``generate`` calls; the signature is HuggingFace's.
@@ -50,7 +50,8 @@ def beam_search(
         model: an encoder-decoder.
         input_ids: how every text begins [clips × beams, tokens].
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
-        synced_gpus: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
+        in_step: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
+            HuggingFace keeps its own ``synced_gpus`` from custom loops.
         model_kwargs: ``encoder_outputs`` and ``attention_mask``, repeated for each beam, and an empty cache.
 
     Returns:
@@ -62,7 +63,6 @@ def beam_search(
     hidden = model_kwargs["encoder_outputs"][0][::beams]
     mask = model_kwargs["attention_mask"][::beams]
     cache = model_kwargs["past_key_values"]
-    idle = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden[:1]), "attention_mask": mask[:1]}
 
     with _beams_share_encodings(model) as shared:
         decoder_ids = input_ids[::beams]
@@ -75,27 +75,30 @@ def beam_search(
                 use_cache=True,
                 return_dict=True,
             )
-            logits = outputs.logits[:, -1].float()
-            is_first = len(logits) != search.rows
-            if is_first:
-                logits = logits.repeat_interleave(beams, dim=0)
-            rows, clips = search.step(logits, logits_processor, stopping_criteria)
+            if search.rows:
+                logits = outputs.logits[:, -1].float()
+                is_first = len(logits) != search.rows
+                if is_first:
+                    logits = logits.repeat_interleave(beams, dim=0)
+                rows, clips = search.step(logits, logits_processor, stopping_criteria)
             if not search.rows:
-                break
+                if not (in_step and _any_rank_searches(False, input_ids.device)):
+                    break
+                # Others are still at it: this rank goes through the same layers with a row that nobody will read.
+                decoder_ids, hidden, mask = decoder_ids[:1], hidden[:1], mask[:1]
+                cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=input_ids.device))
+                continue
+            if in_step:
+                _any_rank_searches(True, input_ids.device)
             # After its first step the cache holds one row a clip, of which each beam takes a copy.
             cache.self_attention_cache.reorder_cache(rows // beams if is_first else rows)
             if clips is not None or (is_first and not shared):
                 kept = clips if clips is not None else torch.arange(len(hidden), device=hidden.device)
                 if not shared:
-                    first = kept if is_first else kept * beams
-                    kept = first.repeat_interleave(beams)
+                    kept = (kept if is_first else kept * beams).repeat_interleave(beams)
                 hidden, mask = hidden[kept], mask[kept]
                 cache.cross_attention_cache.reorder_cache(kept)
             decoder_ids = search.running[:, :, -1].reshape(-1, 1)
-            if synced_gpus:
-                _others_go_on(is_done=False, device=input_ids.device)
-        while synced_gpus and _others_go_on(is_done=True, device=input_ids.device):
-            model(decoder_input_ids=input_ids[:1], use_cache=False, **idle)
     return search.result()
 
 
@@ -123,7 +126,6 @@ class _Search:
 
     def __init__(self, config: Any, prompts: Tensor, processors: Any) -> None:
         self.config = config
-        self.processors = processors
         clips, beams, self.prompt = prompts.shape
         self.padding = config._pad_token_tensor
         if self.padding is None:
@@ -139,8 +141,10 @@ class _Search:
         self.is_done = torch.zeros(clips, dtype=torch.bool, device=prompts.device)
         self.clips = torch.arange(clips, device=prompts.device)
         self.results = _Found(self.found.texts.clone(), self.found.scores.clone())
-        # Processors of others may keep something for each row.
-        self.may_drop = all(type(item).__module__.startswith("transformers.") for item in processors)
+        # HuggingFace's processors keep nothing from step to step; ours say how to let clips go; of others' none knows.
+        self.keepers = [item for item in processors if hasattr(item, "keep_clips")]
+        known = (type(item).__module__.startswith("transformers.") for item in processors if item not in self.keepers)
+        self.may_drop = all(known)
 
     @property
     def rows(self) -> int:
@@ -209,6 +213,8 @@ class _Search:
         self.running, self.sums = self.running[stay], self.sums[stay]
         self.found = _Found(self.found.texts[stay], self.found.scores[stay])
         self.clips, self.is_done = self.clips[stay], self.is_done[stay]
+        for keeper in self.keepers if len(stay) else []:
+            keeper.keep_clips(stay)
         return rows[stay].flatten(), stay
 
     def result(self) -> Any:
@@ -228,11 +234,11 @@ def _pick(values: Tensor, beams: Tensor) -> Tensor:
     return values.gather(1, beams.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def _others_go_on(is_done: bool, device: torch.device) -> bool:
+def _any_rank_searches(this_one: bool, device: torch.device) -> bool:
     """Whether any rank has texts under way; all ranks must ask."""
-    working = torch.tensor(0.0 if is_done else 1.0, device=device)
-    dist.all_reduce(working, op=dist.ReduceOp.MAX)
-    return bool(working.item())
+    searching = torch.tensor(float(this_one), device=device)
+    dist.all_reduce(searching, op=dist.ReduceOp.MAX)
+    return bool(searching.item())
 
 
 @contextmanager

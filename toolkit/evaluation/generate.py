@@ -79,7 +79,7 @@ def translate_clips(
     device = next(model.parameters()).device
     rows: list[tuple[int, list[Hypothesis]]] = []
     for batch in evaluation_batches(split, processor.tokenizer, batch_frames, rank=rank, world_size=world_size):
-        found = search(model, batch.to(device), processor, n_best=n_best, synced_gpus=synced, **settings)
+        found = search(model, batch.to(device), processor, n_best=n_best, synced=synced, **settings)
         clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)
         rows += [(clip, hypotheses) for clip, hypotheses, is_filler in clips if not is_filler]
         if on_batch:
@@ -91,11 +91,15 @@ def translate_clips(
 
 
 def search(
-    model: PoseTranslator, batch: Batch, processor: Any, *, n_best: int = 1, **settings: Any
+    model: PoseTranslator, batch: Batch, processor: Any, *, n_best: int = 1, synced: bool = False, **settings: Any
 ) -> list[list[Hypothesis]]:
     """Find the ``n_best`` texts for each clip of a batch; ``settings`` are those of HuggingFace's ``generate``."""
     beams = settings.get("num_beams", model.generation_config.num_beams) or 1
     samples = settings.get("do_sample", model.generation_config.do_sample)
+    if beams > 1 and not samples:
+        loop: dict[str, Any] = {"custom_generate": beam_search, "in_step": synced}
+    else:
+        loop = {"synced_gpus": synced}
     found = model.generate(
         batch.poses,
         batch.visible,
@@ -103,7 +107,7 @@ def search(
         return_dict_in_generate=True,
         output_scores=True,
         num_return_sequences=n_best,
-        custom_generate=beam_search if beams > 1 and not samples else None,
+        **loop,
         **settings,
     )
     texts = [text.strip() for text in processor.batch_decode(found.sequences)]

@@ -45,8 +45,9 @@ def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str
     for label, scores in rows.items():
         values = scores.values()
         table.append([label, *(format_score(name, values[name]) for name in names), str(scores.clips)])
-        for place, end in enumerate(("from", "to") if intervals and label in intervals else ()):
-            bounds = [intervals[label].get(name) for name in names]
+        ranges = (intervals or {}).get(label)
+        for place, end in enumerate(("from", "to") if ranges else ()):
+            bounds = [(ranges or {}).get(name) for name in names]
             cells = [
                 format_score(name, bound[place]) if bound else "" for name, bound in zip(names, bounds, strict=True)
             ]

@@ -10,7 +10,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
-from toolkit.models.tokenizers import make_tokenizer, special_ids
+from toolkit.models.tokenizers import language_id, make_tokenizer, special_ids
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.compatibility import precision_refusal
 from toolkit.recipe.model_cards import card_of, tiny_config, tokenizer_of
@@ -62,7 +62,7 @@ def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokeni
         prefix_token_ids=prefix_ids,
     )
     translator = PoseTranslator(config, backbone)
-    _remember_generation(translator, recipe.evaluation)
+    _remember_generation(translator, recipe.evaluation, tokenizer)
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -145,7 +145,9 @@ def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None
     config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
 
 
-def _remember_generation(translator: PoseTranslator, evaluation: Evaluation) -> None:
+def _remember_generation(
+    translator: PoseTranslator, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Let the saved folder translate as the recipe evaluates."""
     settings: dict[str, Any] = {
         "num_beams": evaluation.num_beams,
@@ -155,5 +157,7 @@ def _remember_generation(translator: PoseTranslator, evaluation: Evaluation) -> 
     }
     generation = translator.generation_config
     generation.update(**settings)
+    if evaluation.forced_language:
+        generation.forced_bos_token_id = language_id(tokenizer, evaluation.forced_language)
     for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
         setattr(generation, key, getattr(translator.config, key))

@@ -67,6 +67,18 @@ class CtcPrefixScores(LogitsProcessor):
         gains[:, self.end_id] = text - self._prefix
         return (1 - self.weight) * decoder_scores + self.weight * gains
 
+    def keep_clips(self, clips: Tensor) -> None:
+        """Forget all but these clips, which are all that the search goes on with.
+
+        Args:
+            clips: their places among those that it had [clips].
+        """
+        beams = torch.arange(self.num_beams, device=clips.device)
+        rows = (clips[:, None] * self.num_beams + beams).flatten()
+        self.log_probs = self.log_probs[clips]
+        for name in ("blanks", "texts", "ends_in_token", "ends_in_blank", "last_tokens", "_starts", "_prefix"):
+            setattr(self, name, getattr(self, name)[rows])
+
     def _gains(self, candidates: Tensor) -> Tensor:
         """log P(text + candidate + anything) - log P(text + anything), [rows, candidates]."""
         rows, positions = self.blanks.shape

@@ -70,3 +70,17 @@ def _in_fixed_order(tokenizer: Tokenizer) -> models.Unigram:
 def special_ids(tokenizer: Any) -> list[int]:
     """Ids that frame a text but are no part of it."""
     return sorted(set(tokenizer.all_special_ids))
+
+
+def language_id(tokenizer: Any, code: str) -> int:
+    """The token with which a multilingual backbone begins a text in this language.
+
+    Raises:
+        UserError: the tokenizer knows no such language; the message names those that it knows.
+    """
+    # T5's and ByT5's <extra_id_0> are no languages.
+    codes = sorted(token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<")
+    if code in codes:
+        return int(tokenizer.convert_tokens_to_ids(code))
+    known = f"it knows {', '.join(codes[:12])}{', ...' if len(codes) > 12 else ''}" if codes else "it has none at all"
+    raise UserError(f"evaluation.forced_language: the tokenizer has no language {code!r}: {known}")
