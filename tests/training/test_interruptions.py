@@ -58,6 +58,17 @@ def test_close_gives_the_signals_back() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_what_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watched = Interruptions()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not watched.wanted()
+    finally:
+        watched.close()
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_dead_parent_is_noticed() -> None:
     child = (
         "import time\n"

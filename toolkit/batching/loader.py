@@ -172,7 +172,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A request to stop often goes to all processes of a job, but only the main one decides what it means: it saves,
     # then closes the workers. A worker whose parent died notices within seconds by itself.
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()

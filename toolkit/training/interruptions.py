@@ -12,7 +12,8 @@ import threading
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, a scheduler's end, SLURM's warning, and a terminal that went away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PARENT_POLL_SECONDS = 1.0
 
 
@@ -30,7 +31,9 @@ class Interruptions:
         self._deadline = time.monotonic() + 60 * time_limit if time_limit else None
         self._parent = os.getppid()
         self._closed = threading.Event()
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # What the user had ignored (nohup ignores SIGHUP) stays ignored.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         threading.Thread(target=self._watch_parent, daemon=True, name="parent watch").start()
 
     def wanted(self) -> bool:
