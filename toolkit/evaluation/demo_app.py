@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,9 @@ def read_clip_file(
     if seconds > most_seconds:
         raise UserError(f"{path.name} lasts {seconds:,.0f} s; at most {most_seconds:,.0f} s are translated here")
     beams = max(model.generation_config.num_beams or 1, n_best)
-    (translation,) = translate_clips(model, processor, [source], n_best=n_best, num_beams=beams)
+    # Finding landmarks in a video takes long; once is enough.
+    sources = [replace(source, read=lambda: clip)]
+    (translation,) = translate_clips(model, processor, sources, n_best=n_best, num_beams=beams)
     if translation.reason:
         raise UserError(f"{path.name} cannot be translated: {translation.reason}")
     pieces = []
