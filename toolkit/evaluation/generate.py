@@ -18,8 +18,11 @@ from toolkit.evaluation.beam_search import beam_search
 from toolkit.evaluation.predictions import Prediction, make_predictions
 from toolkit.models.translator import PoseTranslator
 
+# What lies behind depends on how many threads add up a sum; files made on one rank and on several are to be the same.
+SCORE_DIGITS = 4
 
-@dataclass(frozen=True, order=True)
+
+@dataclass(frozen=True)
 class Hypothesis:
     """One text that the search found.
 
@@ -113,7 +116,9 @@ def search(
     texts = [text.strip() for text in processor.batch_decode(found.sequences)]
     # Greedy search has no sequence scores.
     scores = getattr(found, "sequences_scores", None)
-    values = scores.float().tolist() if scores is not None else [None] * len(texts)
+    values = (
+        [round(value, SCORE_DIGITS) for value in scores.float().tolist()] if scores is not None else [None] * len(texts)
+    )
     hypotheses = list(map(Hypothesis, texts, values))
     return [hypotheses[start : start + n_best] for start in range(0, len(hypotheses), n_best)]
 

@@ -66,7 +66,8 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], samples: int = 
         differences = of_second[name] - of_first[name]
         sizes = np.abs(differences)
         larger = int(np.sum(sizes - sizes.mean() > abs(whole_second[name] - whole_first[name])))
-        p_value = (larger + 1) / (samples + 1)
+        # Where no resampled set differs at all the two are alike, which the formula would call a sure difference.
+        p_value = (larger + 1) / (samples + 1) if sizes.any() else 1.0
         results[name] = Comparison(whole_first[name], whole_second[name], _middle(differences), p_value)
     return results
 

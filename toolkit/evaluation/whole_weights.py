@@ -52,3 +52,21 @@ def fits_whole(engine: Any) -> bool:
     fits = torch.tensor(float(needed < LARGEST_SHARE * free), device=engine.device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     return bool(fits.item())
+
+
+def cut(model: Any, world_size: int) -> Any:
+    """Cut a model's weights over the ranks, for evaluation alone; the process group must be there.
+
+    Returns:
+        a DeepSpeed engine at stage 3 without an optimizer.
+    """
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
