@@ -175,7 +175,8 @@ def build_app(
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as app:
         gradio.Markdown("# Sign language translation")
         gradio.Markdown(
-            f"Drop a clip ({', '.join(suffixes)}, at most {most_seconds:,.0f} seconds). It is deleted within twenty minutes."
+            f"Drop a clip ({', '.join(suffixes)}, at most {most_seconds:,.0f} seconds). "
+            "It is deleted within twenty minutes."
         )
         with gradio.Row():
             with gradio.Column():
