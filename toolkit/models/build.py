@@ -151,7 +151,8 @@ def _remember_generation(
     """Let the saved folder translate as the recipe evaluates."""
     settings: dict[str, Any] = {
         "num_beams": evaluation.num_beams,
-        "length_penalty": evaluation.length_penalty,
+        # Greedy search has no use for a length penalty, and transformers refuses to save one beside it.
+        **({"length_penalty": evaluation.length_penalty} if evaluation.num_beams > 1 else {}),
         "no_repeat_ngram_size": evaluation.no_repeat_ngram_size,
         "max_new_tokens": evaluation.max_new_tokens,
     }
