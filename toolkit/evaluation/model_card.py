@@ -137,12 +137,13 @@ def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary
     if backbone and backbone.hub_id and not recipe.model.from_scratch and not recipe.model.tiny:
         matter |= {"base_model": backbone.hub_id}
     if summary:
+        split, content = next(iter(summary["splits"].items()))
         metrics = [
             {"type": score, "name": HEADINGS.get(score, score), "value": round(value, 4)}
-            for score, value in summary["scores"].items()
+            for score, value in content["scores"].items()
             if value is not None
         ]
-        dataset = {"type": recipe.data.source, "name": recipe.data.source, "split": summary["split"]}
+        dataset = {"type": recipe.data.source, "name": recipe.data.source, "split": split}
         task = {"type": "translation", "name": "sign language translation"}
         results = [{"task": task, "dataset": dataset, "metrics": metrics}]
         matter["model-index"] = [{"name": name.rpartition("/")[2], "results": results}]
@@ -180,7 +181,7 @@ def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
 def _scores(summary: Mapping[str, Any]) -> str:
     if not summary:
         return "The run has not been scored on a test split."
-    names = [name for name in SCORE_NAMES if name in summary["scores"] and _belongs(name, summary)]
+    names = [name for name in SCORE_NAMES if _belongs(name, summary)]
     lines = ["| | " + " | ".join(HEADINGS[name] for name in names) + " | clips |", "|---" * (len(names) + 2) + "|"]
     for split, content in summary["splits"].items():
         rows = {split: content["scores"]} | {
