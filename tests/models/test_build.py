@@ -101,6 +101,18 @@ def test_dropout_and_search_are_the_recipes(corpus: Corpus, resolve: Callable[..
     assert tokenizer.decode(model.config.prefix_token_ids) == "translate to English:"
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_any_search_can_be_saved(
+    beams: int, tmp_path: Path, corpus: Corpus, resolve: Callable[..., ResolvedRun]
+) -> None:
+    recipe = resolve(
+        *("model.from_scratch=true", "model.tiny=true"),
+        *(f"evaluation.num_beams={beams}", "evaluation.length_penalty=0", "evaluation.no_repeat_ngram_size=3"),
+    ).recipe
+    build_translator(recipe, corpus, make_tokenizer("bytes")).save_pretrained(tmp_path / "saved")
+    assert PoseTranslator.from_pretrained(tmp_path / "saved").generation_config.num_beams == beams
+
+
 def test_an_encoder_is_refused_before_any_weights_are_loaded(
     tmp_path: Path, resolve: Callable[..., ResolvedRun]
 ) -> None:

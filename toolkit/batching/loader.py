@@ -161,8 +161,8 @@ def _load(
         worker_init_fn=_start_worker if workers else None,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        # By default every new iterator draws from the global generator, and a resumed run, which makes one in the middle
-        # of an epoch, would drop out other units than the run that it continues.
+        # By default every new iterator draws from the global generator, and a resumed run, which makes one in the
+        # middle of an epoch, would drop out other units than the run that it continues.
         generator=torch.Generator(),
     )
     return iter(loader)
