@@ -80,6 +80,7 @@ setup(
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
         "safetensors>=0.6",
+        "huggingface_hub>=1.31,<3",
         "pose-format>=0.15,<0.16",
         "datasets>=4,<6",
         "pyarrow>=20",
