@@ -56,6 +56,8 @@ def test_a_folder_gives_its_weights(folder: Path, corpus: Corpus, resolve: Calla
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert processor.feature_extractor.fps == 10.0
+    model.save_pretrained(folder.parent / "saved")
+    assert str(folder) not in (folder.parent / "saved" / "config.json").read_text()
 
 
 def test_from_scratch_the_same_seed_gives_the_same_weights(

@@ -52,7 +52,8 @@ def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokeni
     backbone = _backbone(model, tokenizer)
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
     config = PoseTranslatorConfig(
-        backbone=backbone.config.to_dict(),
+        # Where the backbone was loaded from is this machine's business.
+        backbone={key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"},
         pose_encoder=model.pose_encoder.model_dump(),
         num_points=corpus.landmark_set.num_points,
         num_channels=corpus.landmark_set.num_channels,
