@@ -6,6 +6,8 @@ python launch/prepare.py --table T.csv --poses DIR --out corpora/mine         my
 python launch/prepare.py --source isign --table iSign_v1.1.csv --poses POSES --out corpora/isign
 python launch/prepare.py --source how2sign --table how2sign_train.csv --poses POSES --out corpora/how2sign
 python launch/prepare.py --table T.jsonl --poses POSES.zip --columns uid=id,text=sentence --json
+python launch/prepare.py ... --out corpora/isign --shard 3/16          one of 16 jobs; the last one makes the corpus
+python launch/prepare.py ... --out corpora/isign --ray head-node:6379  on all machines of a Ray cluster
 python launch/prepare.py show corpora/mine UID --poses DIR                    one clip as an animation, UID.gif
 
 Without --out the corpus goes to the cache, where a recipe with the same settings finds it. Training takes it with
@@ -26,7 +28,7 @@ from pydantic import ValidationError
 
 from toolkit.corpus.archives import open_poses
 from toolkit.corpus.packed import Corpus
-from toolkit.corpus.prepare import find_or_prepare, prepare
+from toolkit.corpus.prepare import Prepared, find_or_prepare, prepare
 from toolkit.corpus.show import animate
 from toolkit.corpus.table import PRESETS
 from toolkit.errors import UserError, exit_code_of
@@ -42,6 +44,11 @@ SETTINGS = {
     "max_frames": (int, "longest clip, in frames after resampling"),
     "min_frames": (int, "shortest clip, in frames after resampling"),
     "too_long": (str, "what becomes of longer clips: subsample, cut or reject"),
+    "no_hands": (str, "what becomes of clips of which no frame shows a hand: keep or reject"),
+    "shared_texts": (
+        str,
+        "held-out clips whose text train has, too: keep, remove, or remove_near (nearly such a text)",
+    ),
     "dev_share": (float, "share of the clips that go to dev, by source video"),
     "test_share": (float, "share of the clips that go to test, by source video"),
     "split_seed": (int, "decides which videos"),
@@ -94,6 +101,10 @@ def _parse() -> argparse.Namespace:
         "--columns", metavar="OURS=THEIRS,...", help="column names that differ from uid, text, video ..."
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the corpus goes (default: the cache)")
+    parser.add_argument(
+        "--shard", metavar="K/N", help="build the K-th of N shares; another job builds each of the others"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="prepare on the Ray cluster whose head is HOST:PORT, or auto")
     parser.add_argument("--replace", action="store_true", help="replace the corpus that --out holds already")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -139,9 +150,27 @@ def _columns(text: str) -> dict[str, str]:
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard wants K/N with K from 1 to N, for instance 3/16, and got '{text}'")
+    return int(number), int(count)
+
+
 def _prepare(arguments: argparse.Namespace) -> None:
     data = _settings(arguments)
-    prepared = prepare(data, arguments.out, replace=arguments.replace) if arguments.out else find_or_prepare(data)
+    share = _share(arguments.shard) if arguments.shard else (1, 1)
+    if arguments.shard and arguments.ray:
+        raise UserError("--shard and --ray are two ways to use many machines: choose one")
+    if arguments.out:
+        prepared = prepare(data, arguments.out, replace=arguments.replace, share=share, ray=arguments.ray)
+    elif arguments.shard:
+        raise UserError("--shard needs --out: the folder where the shares meet")
+    else:
+        prepared = find_or_prepare(data, ray=arguments.ray)
+    if prepared.missing_shards:
+        _tell_of_share(arguments, prepared)
+        return
     summary = Corpus.open(prepared.path).summary() | {"clips_per_second": prepared.clips_per_second}
     if arguments.json:
         print(json.dumps(summary))
@@ -161,6 +190,17 @@ def _prepare(arguments: argparse.Namespace) -> None:
         names = list(summary["lacking"])
         few = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         print(f"  lacking  {len(names)} landmarks of the set are not in the files: {few}")
+
+
+def _tell_of_share(arguments: argparse.Namespace, prepared: Prepared) -> None:
+    if arguments.json:
+        words = {"path": str(prepared.path), "shard": arguments.shard, "missing_shards": prepared.missing_shards}
+        print(json.dumps(words | {"clips_per_second": prepared.clips_per_second}))
+        return
+    print(
+        f"share {arguments.shard} of {prepared.path} is done; {prepared.missing_shards} pieces of other shares are "
+        "missing still, and the job that builds the last of them makes the corpus"
+    )
 
 
 if __name__ == "__main__":

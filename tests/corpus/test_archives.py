@@ -1,4 +1,5 @@
 import io
+import pickle
 import shutil
 import struct
 import tarfile
@@ -49,6 +50,31 @@ def _corpus(clips: Path, poses: Path, tmp_path: Path, workers: int) -> dict[str,
     out = prepare(data, tmp_path / "out").path
     assert Corpus.open(out).summary()["clips"] == 24
     return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tar", "parts"])
+def test_another_process_opens_the_same_place_itself(clips, tmp_path, form, monkeypatch) -> None:
+    """A builder on another machine may stand in another folder."""
+    poses = clips / "poses"
+    if form == "parts":
+        poses = _split(_zip(poses, tmp_path / "p.zip"), 3, "letters")
+    elif form != "folder":
+        poses = {"zip": _zip, "tar": _tar}[form](poses, tmp_path / f"p.{form}")
+    monkeypatch.chdir(poses.parent)
+    here = open_poses(Path(poses.name))
+    sent = pickle.dumps(here)
+    monkeypatch.chdir("/")
+    there = pickle.loads(sent)
+    row = Row("train-00003", "")
+    assert there.read(there.find(row)) == (clips / "poses" / "train-00003.pose").read_bytes()
+
+
+def test_links_in_circles_are_followed_once(clips, tmp_path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b" / "x.pose").symlink_to(clips / "poses" / "train-00000.pose")
+    (tmp_path / "a" / "gone.pose").symlink_to(tmp_path / "nowhere")
+    assert sorted(open_poses(tmp_path / "a").files) == ["b/x", "x"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -14,6 +14,7 @@ from toolkit.corpus.prepare import ensure_corpus, find_or_prepare, prepare
 from toolkit.corpus.shards import Work
 from toolkit.errors import Interrupted, TooManyRejects, UserError
 from toolkit.poses.features import extract_features
+from toolkit.poses.pose_file import read_pose
 from toolkit.recipe.schema import Data
 
 
@@ -177,6 +178,41 @@ def test_clips_cut_from_one_file_by_start_and_end(clips, tmp_path) -> None:
     columns = {"start": "from", "end": "to"}
     data = _data(clips, tmp_path, table=str(tmp_path / "t.csv"), columns=columns, fps=25)
     assert Corpus.open(ensure_corpus(data)).splits["train"].frames.tolist() == [20, 20]
+
+
+def _without_hands(path: Path) -> None:
+    """Make every hand of a recording unseen."""
+    raw = read_pose(path.read_bytes())
+    confidence = raw.confidence.copy()
+    hands = [index for index, (component, _) in enumerate(raw.header.points) if "HAND" in component]
+    confidence[:, :, hands] = 0
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - confidence.nbytes] + confidence.tobytes())
+
+
+def test_clips_without_hands_are_counted_and_rejected_when_asked(own_clips, tmp_path, rows_of) -> None:
+    _without_hands(own_clips / "poses" / "train-00003.pose")
+    kept = Corpus.open(ensure_corpus(_data(own_clips, tmp_path)))
+    assert kept.metadata.counts["without_hands"] == 1 and kept.summary()["clips"] == 24
+    path = ensure_corpus(_data(own_clips, tmp_path, no_hands="reject", max_rejects=0.1))
+    assert rows_of(path / "rejects.csv") == [
+        {"uid": "train-00003", "reason": "no hands: no frame shows a landmark of either"}
+    ]
+    assert Corpus.open(path).metadata.counts["without_hands"] == 0
+
+
+def test_removed_texts_are_counted_and_listed(own_clips, tmp_path, rows_of) -> None:
+    rows = rows_of(own_clips / "table.csv")
+    taken = next(row for row in rows if row["split"] == "test")
+    taken["text"] = rows[0]["text"].upper() + "!"
+    lines = ["uid,text,split,language", *(",".join(row.values()) for row in rows)]
+    (own_clips / "table.csv").write_text("\n".join(lines) + "\n")
+    kept = Corpus.open(ensure_corpus(_data(own_clips, tmp_path)))
+    assert kept.metadata.leakage["test_texts_in_train"] == 1 and not (kept.path / "removed.csv").exists()
+    corpus = Corpus.open(ensure_corpus(_data(own_clips, tmp_path, shared_texts="remove")))
+    assert corpus.metadata.counts["removed_shared_texts"] == 1 and corpus.summary()["rejects"] == 0
+    assert corpus.summary()["splits"]["test"] == 3 and not any(corpus.metadata.leakage.values())
+    assert rows_of(corpus.path / "removed.csv") == [{"uid": taken["uid"], "reason": "train has its text"}]
 
 
 def test_a_finished_corpus_is_only_replaced_when_asked(clips, tmp_path) -> None:

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from toolkit.corpus.splits import assign_splits, leakage, normalised_text, source_video
+from toolkit.corpus.splits import assign_splits, leakage, normalised_text, remove_shared_texts, source_video
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 
@@ -49,6 +49,40 @@ def test_the_order_of_the_table_does_not_matter_but_the_seed_does() -> None:
         for table, seed in ((rows, 0), (shuffled, 0), (rows, 1))
     ]
     assert members[0] == members[1] != members[2]
+
+
+def _with_texts(**texts: list[str]) -> dict[str, list[Row]]:
+    return {
+        name: [Row(f"{name}-{number}", text, line=number) for number, text in enumerate(of_split)]
+        for name, of_split in texts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "reasons"),
+    [
+        ("keep", 4, []),
+        ("remove", 3, ["train has its text"]),
+        ("remove_near", 2, ["train has its text", "train has nearly its text"]),
+    ],
+)
+def test_held_out_texts_that_train_has_are_removed_when_asked(policy, kept, reasons) -> None:
+    splits = _with_texts(
+        train=["Where is my red book?", "Good morning."],
+        test=["where is my  red book", "where is my green red book", "Good evening.", "a b c d"],
+    )
+    left, removed = remove_shared_texts(splits, policy)
+    assert left["train"] == splits["train"] and len(left["test"]) == kept
+    assert [reason for _, _, reason in removed] == reasons
+    counts = leakage(left)
+    if policy == "remove_near":
+        assert not any(counts.values())
+    assert counts["test_texts_in_train"] == (policy == "keep")
+
+
+def test_removal_may_not_empty_a_split() -> None:
+    with pytest.raises(UserError, match="leaves no clip in the split 'dev': train has the texts of all 1"):
+        remove_shared_texts(_with_texts(train=["yes"], dev=["Yes!"], test=["no"]), "remove")
 
 
 def test_splits_as_given() -> None:

@@ -91,8 +91,11 @@ def open_poses(path: Path) -> PoseFiles:
     Raises:
         UserError: it is not there, is none of these, or holds no pose file.
     """
-    container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
-    entries = sorted(container.entries(), key=lambda entry: entry[0])
+    try:
+        container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
+        entries = sorted(container.entries(), key=lambda entry: entry[0])
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}): is data.poses right?") from error
     if not entries:
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file: is data.poses right?")
     by_bare_name: dict[str, Any] = {}
@@ -116,20 +119,23 @@ def _without_suffix(name: str) -> str:
 
 
 class _Folder:
-    """A folder, flat or nested; the key of a file is its path."""
+    """A folder, flat or nested; the key of a file is its path, which holds in every process of a cluster."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()
 
     def entries(self) -> Iterator[tuple[str, str, object]]:
-        return self._walk(str(self.path), "")
+        return self._walk(str(self.path), "", frozenset())
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[tuple[str, str, object]]:
+    def _walk(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, str, object]]:
+        above |= {os.path.realpath(folder)}
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.is_dir():
-                    yield from self._walk(entry.path, f"{prefix}{entry.name}/")
-                elif entry.name.endswith(SUFFIXES):
+                    # A link to a folder above would lead around in circles.
+                    if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                        yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
+                elif entry.name.endswith(SUFFIXES) and entry.is_file():
                     status = entry.stat()
                     yield prefix + entry.name, entry.path, (status.st_size, status.st_mtime_ns)
 
@@ -144,9 +150,9 @@ def _open_archive(path: Path) -> _Container:
     buffered: IO[bytes] = io.BufferedReader(joined)
     try:
         if zipfile.is_zipfile(buffered):
-            return _Zip(buffered)
+            return _Zip(path.absolute(), buffered)
         if joined.pread(257, 5) == b"ustar":
-            return _Tar(buffered, joined)
+            return _Tar(path.absolute(), buffered, joined)
     except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path} is a damaged archive: {error}") from error
     if joined.pread(0, 2) == b"\x1f\x8b":
@@ -249,8 +255,12 @@ class _JoinedParts(io.RawIOBase):
 class _Zip:
     """A zip; the key of a file is its entry in the central directory."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path = path
         self._archive = zipfile.ZipFile(file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_archive, (self._path,)  # another machine of a cluster opens it itself
 
     def entries(self) -> Iterator[tuple[str, zipfile.ZipInfo, object]]:
         for entry in self._archive.infolist():
@@ -270,7 +280,8 @@ class _Zip:
 class _Tar:
     """An uncompressed tar; the key of a file is where its bytes begin and how many they are."""
 
-    def __init__(self, file: IO[bytes], joined: _JoinedParts) -> None:
+    def __init__(self, path: Path, file: IO[bytes], joined: _JoinedParts) -> None:
+        self._path = path
         self._file, self._joined = file, joined  # the buffered file would close the other with itself
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -279,6 +290,9 @@ class _Tar:
                 for member in archive
                 if member.isreg() and not member.issparse() and member.name.endswith(SUFFIXES)
             ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_archive, (self._path,)
 
     def entries(self) -> list[tuple[str, tuple[int, int], object]]:
         return self._members

@@ -15,6 +15,8 @@ goes through pyarrow alone: it starts a hundred times faster than ``datasets``, 
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -32,6 +34,7 @@ from toolkit.poses.landmarks import LandmarkSet
 FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
 CLIPS_PER_RECORD_BATCH = 256
+UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Metadata:
         fps: frames per second of the features.
         normalisation: origin and unit of the coordinates, in words.
         max_frames, min_frames, too_long: the lengths that were let in, and what became of longer clips.
+        no_hands, shared_texts: what became of clips without hands, and of held-out clips whose text train has, too.
         splits: of each split the number of ``clips`` and ``frames``.
         counts: clips rejected, shortened, normalised without shoulders, without hands.
         checksums: xxh3 of the table and of all clips in order.
@@ -78,6 +82,8 @@ class Metadata:
     max_frames: int | None = None
     min_frames: int = 1
     too_long: str = "subsample"
+    no_hands: str = "keep"
+    shared_texts: str = "keep"
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
@@ -272,11 +278,16 @@ def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
         features_width: points x channels.
     """
     schema = _schema(features_width)
-    partial = path.with_suffix(".tmp")
+    partial = unfinished_name(path)
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, len(clips), CLIPS_PER_RECORD_BATCH):
             writer.write_batch(_record_batch(clips[start : start + CLIPS_PER_RECORD_BATCH], schema, features_width))
     partial.replace(path)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where to write what will be renamed to ``path``; no other process of a cluster writes there."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
 
 
 def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.RecordBatch:

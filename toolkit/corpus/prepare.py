@@ -9,74 +9,47 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from filelock import FileLock, Timeout
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from toolkit import __version__
-from toolkit.corpus.archives import PoseFiles, open_poses
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
-from toolkit.corpus.packed import FORMAT_VERSION, METADATA_FILE, Corpus, Metadata, finish_corpus, finish_split
-from toolkit.corpus.shards import Record, Work, build_shards
-from toolkit.corpus.splits import assign_splits, leakage
-from toolkit.corpus.table import PRESETS, Row, read_table
+from toolkit.corpus.packed import METADATA_FILE, UNFINISHED, Corpus, Metadata, finish_corpus, finish_split
+from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
+from toolkit.corpus.shards import Record, Shard, Work, build_shards
+from toolkit.corpus.splits import leakage
+from toolkit.corpus.table import Row
 from toolkit.errors import Interrupted, TooManyRejects, UserError
 from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
-from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.schema import Data
 
 MESSAGE_WHILE_WAITING = 30.0  # seconds
-MOST_FILES_MISSING = 0.5  # share of the clips beyond which the folder, not the clips, must be wrong
+
+
+Build = Callable[[Work, Sequence[Shard]], Iterator[Record]]
+"""Builds shards somewhere and yields the record of each as it is finished."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus that is there, and how fast it came to be.
+    """A corpus that is there, or this job's share of one, and how fast it came to be.
 
     Attributes:
         path: its folder.
-        clips_per_second: read by this preparation, all workers together; None when the corpus was there already.
+        clips_per_second: read by this preparation, all workers together; None when nothing was left to read.
+        missing_shards: those that other jobs must still build before there is a corpus; 0 when it is there.
     """
 
     path: Path
     clips_per_second: float | None
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """A table and pose files, looked through but not yet read."""
-
-    data: Data
-    landmark_set: LandmarkSet
-    rows: list[Row]
-    poses: PoseFiles
-    table_checksum: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that the corpus depends on."""
-        settings = self.data.model_dump(
-            include={
-                "source",
-                "fps",
-                "max_frames",
-                "min_frames",
-                "too_long",
-                "columns",
-                "dev_share",
-                "test_share",
-                "split_seed",
-            }
-        )
-        parts = [FORMAT_VERSION, FEATURES_VERSION, settings, self.landmark_set.to_dict(), self.table_checksum]
-        return xxhash.xxh3_64_hexdigest(json.dumps([*parts, self.poses.identity], sort_keys=True).encode())
+    missing_shards: int = 0
 
 
 def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
@@ -84,7 +57,7 @@ def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
     return find_or_prepare(data, speaks=speaks).path
 
 
-def find_or_prepare(data: Data, *, speaks: bool = True) -> Prepared:
+def find_or_prepare(data: Data, *, speaks: bool = True, ray: str | None = None) -> Prepared:
     """The prepared corpus that the settings mean; prepared now if that was never done before.
 
     Many processes may ask at the same time: one prepares, and the others wait for it.
@@ -92,6 +65,7 @@ def find_or_prepare(data: Data, *, speaks: bool = True) -> Prepared:
     Args:
         data: ``corpus`` names a prepared one; else it is kept in ``cache``, under a hash of all that it depends on.
         speaks: whether this process says so while it waits for another.
+        ray: address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
         UserError: an input is missing or wrong.
@@ -104,141 +78,157 @@ def find_or_prepare(data: Data, *, speaks: bool = True) -> Prepared:
     cache = Path(data.cache)
     if data.source == "demo":
         data = _with_demo_clips(data, cache, speaks)
-    inputs = _read_inputs(data)
+    inputs = read_inputs(data)
     out = cache / f"{data.source}-{inputs.fingerprint[:12]}"
     if not (out / METADATA_FILE).exists():
-        plan = _plan(inputs)
+        plan = make_plan(inputs)
         with _sole_writer(out, speaks):
             if not (out / METADATA_FILE).exists():
                 _refuse_again(out, asked_at)
-                return _prepare(plan, out)
+                return _prepare(plan, out, _builder(data, ray))
     return Prepared(out, None)
 
 
-def prepare(data: Data, out: Path, *, replace: bool = False) -> Prepared:
+def prepare(
+    data: Data, out: Path, *, replace: bool = False, share: tuple[int, int] = (1, 1), ray: str | None = None
+) -> Prepared:
     """Prepare a corpus into a folder of the user's choice.
 
     Args:
         data: table, poses and how to treat them.
         out: the folder to make; an unfinished preparation of the same inputs is continued.
         replace: whether a corpus that is there already may be replaced.
+        share: ``(k, n)`` builds the k-th of n shares. Jobs for the others may run at any time, on any machine that
+            has the same folder; whoever finds that nothing is missing any more makes the corpus.
+        ray: address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
         UserError, TooManyRejects, Interrupted: as ``find_or_prepare``.
     """
-    if out.exists() and not replace:
-        raise UserError(f"{out} exists already: choose another --out, or say --replace")
+    if out.exists() and not replace and share[1] == 1:
+        raise _exists(out)
     if data.source == "demo":
         data = _with_demo_clips(data, Path(data.cache), speaks=True)
-    plan = _plan(_read_inputs(data))
+    plan, build = make_plan(read_inputs(data)), _builder(data, ray)
+    if share[1] > 1:
+        return _prepare_share(plan, out, share, replace, build)
     with _sole_writer(out, speaks=True):
-        return _prepare(plan, out)
+        return _prepare(plan, out, build)
 
 
-def _read_inputs(data: Data) -> _Inputs:
-    """Everything that can be wrong before a single clip is read is found here."""
-    if data.table is None or data.poses is None:
-        missing = "data.table" if data.table is None else "data.poses"
-        raise UserError(f"{missing} is not set: give data.table=T.csv data.poses=FOLDER, or data.corpus=PREPARED")
-    landmark_set = load_landmark_set(data.landmarks)
-    table = Path(data.table)
-    rows = read_table(table, {**PRESETS.get(data.source, {}), **data.columns})
-    return _Inputs(data, landmark_set, rows, open_poses(Path(data.poses)), xxhash.xxh3_64_hexdigest(table.read_bytes()))
+def _builder(data: Data, ray: str | None) -> Build:
+    if ray is not None:
+        from toolkit.corpus.on_ray import build_on_ray
+
+        return lambda work, shards: build_on_ray(work, shards, ray, data.workers)
+    return lambda work, shards: build_shards(work, shards, data.workers or len(os.sched_getaffinity(0)))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be done: rows with their pose files by split, and the rows (line, uid, reason) already lost."""
-
-    inputs: _Inputs
-    splits: dict[str, list[tuple[Row, Any]]]
-    rejects: list[tuple[int, str, str]]
+def _exists(out: Path) -> UserError:
+    return UserError(f"{out} exists already: choose another --out, or say --replace")
 
 
-def _plan(inputs: _Inputs) -> _Plan:
-    """Find the pose file of every row and deal the rows out to splits; raises UserError."""
-    located, rejects = _locate(inputs)
-    data = inputs.data
-    splits = assign_splits([row for row, _ in located], data.dev_share, data.test_share, data.split_seed)
-    files = {row.uid: file for row, file in located}
-    return _Plan(inputs, {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}, rejects)
-
-
-def _prepare(plan: _Plan, out: Path) -> Prepared:
+def _prepare(plan: Plan, out: Path, build: Build) -> Prepared:
     """Build under another name, check, and rename."""
-    inputs, data = plan.inputs, plan.inputs.data
-    unfinished = out.with_name(out.name + ".partial")
-    _keep_only_if_same(unfinished, inputs.fingerprint)
-    work = Work(unfinished, data, inputs.landmark_set, inputs.poses, plan.splits)
-    started = time.perf_counter()
-    records, clips_now = _build_with_progress(work, out, sum(map(len, plan.splits.values())))
-    seconds = time.perf_counter() - started
+    unfinished = _unfinished(out)
+    _keep_only_if_same(unfinished, plan.inputs.fingerprint)
+    work = _work(plan, unfinished)
+    rate = _build_with_progress(work, out.name, work.shards(), build)
+    _finish(plan, work, out)
+    return Prepared(out, rate)
 
+
+def _prepare_share(plan: Plan, out: Path, share: tuple[int, int], replace: bool, build: Build) -> Prepared:
+    """Build every n-th shard from the k-th on; the lock is held only to begin and to look whether all are there."""
+    fingerprint = plan.inputs.fingerprint
+    # A corpus does not say where its sources lay, so what it was made from is noted beside it: a job that starts when
+    # the others are done must find out that this is the corpus it was to help with.
+    made_from = out.with_name(f".{out.name}.inputs")
+    with _sole_writer(out, speaks=True):
+        if out.exists():
+            if made_from.exists() and made_from.read_text(encoding="utf-8") == fingerprint:
+                return Prepared(out, None)
+            if not replace:
+                raise _exists(out)
+        unfinished = _unfinished(out)
+        if unfinished.exists() and not _is_same(unfinished, fingerprint):
+            raise UserError(
+                f"{unfinished} belongs to a preparation of other inputs: delete it if that one no longer runs, "
+                "or choose another --out"
+            )
+        _keep_only_if_same(unfinished, fingerprint)
+        work = _work(plan, unfinished)
+    number, count = share
+    with _goes_on_later(out):
+        rate = _build_with_progress(work, f"{out.name} {number}/{count}", work.shards()[number - 1 :: count], build)
+    with _sole_writer(out, speaks=True):
+        # Another share may have found everything there in the meantime, and made the corpus.
+        if unfinished.exists():
+            missing = len(work.missing(work.shards()))
+            if missing:
+                return Prepared(out, rate, missing)
+            _finish(plan, work, out)
+            made_from.write_text(fingerprint, encoding="utf-8")
+    return Prepared(out, rate)
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _work(plan: Plan, unfinished: Path) -> Work:
+    (unfinished / "progress").mkdir(parents=True, exist_ok=True)
+    for split in plan.splits:
+        (unfinished / split).mkdir(exist_ok=True)
+    return Work(unfinished, plan.inputs.data, plan.inputs.landmark_set, plan.inputs.poses, plan.splits)
+
+
+def _build_with_progress(work: Work, title: str, shards: Sequence[Shard], build: Build) -> float | None:
+    """Build those of the shards that are missing.
+
+    Returns:
+        clips read per second; None if there was nothing to read.
+    """
+    missing = work.missing(shards)
+    clips = sum(work.size(shard) for shard in missing)
+    started = time.perf_counter()
+    with _bar(f"preparing {title}", sum(work.size(shard) for shard in shards)) as bar:
+        bar.update(bar.total - clips)
+        for record in build(work, missing):
+            bar.update(record.clips + len(record.rejects))
+    return round(clips / max(time.perf_counter() - started, 1e-9), 1) if clips else None
+
+
+def _finish(plan: Plan, work: Work, out: Path) -> None:
+    """Turn the shards, all of which are there, into a corpus.
+
+    Raises:
+        TooManyRejects: then everything but the list of rejects is gone.
+    """
+    inputs, unfinished = plan.inputs, work.folder
+    records = [work.record(shard) for shard in work.shards()]
     splits = {name: [row for row, _ in rows] for name, rows in plan.splits.items()}
     rejects = sorted(plan.rejects + [reject for record in records for reject in record.rejects])
     used = sum(record.clips for record in records)
-    if len(rejects) > data.max_rejects * len(inputs.rows) or used == 0:
+    if len(rejects) > inputs.data.max_rejects * len(inputs.rows) or used == 0:
         shutil.rmtree(unfinished)
         raise _too_many_rejects(inputs, rejects, out)
-    metadata = _metadata(inputs, splits, records, len(rejects))
+    metadata = _metadata(plan, splits, records, len(rejects))
     for name in splits:
         finish_split(unfinished / name, inputs.landmark_set.width)
-    _write_rejects(unfinished / "rejects.csv", rejects)
+    _write_reasons(unfinished / "rejects.csv", rejects)
+    if plan.removed:
+        _write_reasons(unfinished / "removed.csv", plan.removed)
     finish_corpus(unfinished, metadata)
     write_card(Corpus.open(unfinished))
     shutil.rmtree(unfinished / "progress")
     (unfinished / "inputs.txt").unlink()
+    for leftover in unfinished.rglob(f"*{UNFINISHED}"):
+        leftover.unlink()
     if out.exists():
         shutil.rmtree(out)
     unfinished.rename(out)
     _rejects_beside(out).unlink(missing_ok=True)
-    return Prepared(out, round(clips_now / max(seconds, 1e-9), 1))
-
-
-def _locate(inputs: _Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str, str]]]:
-    """Rows that have a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
-
-    Raises:
-        UserError: so many files are missing that the folder must be the wrong one.
-    """
-    located: list[tuple[Row, Any]] = []
-    rejects: list[tuple[int, str, str]] = []
-    first_line: dict[str, int] = {}
-    missing: list[Row] = []
-    for row in inputs.rows:
-        file = inputs.poses.find(row)
-        if not row.uid:
-            rejects.append((row.line, "", f"line {row.line} has no uid"))
-        elif row.uid in first_line:
-            rejects.append((row.line, row.uid, f"duplicate uid: line {first_line[row.uid]} has it too"))
-        elif not row.text:
-            rejects.append((row.line, row.uid, "the text is empty"))
-        elif file is None:
-            missing.append(row)
-            rejects.append((row.line, row.uid, "no pose file has its name"))
-        else:
-            located.append((row, file))
-        first_line.setdefault(row.uid, row.line)
-    if len(missing) > MOST_FILES_MISSING * len(inputs.rows):
-        raise UserError(
-            f"{len(missing)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
-            f"in {inputs.data.poses} (for instance {missing[0].uid}.pose): is data.poses right?"
-        )
-    return located, rejects
-
-
-def _build_with_progress(work: Work, out: Path, total: int) -> tuple[list[Record], int]:
-    """All records in the order of the shards, and how many clips were read now rather than by an earlier attempt."""
-    records = []
-    clips_now = 0
-    with _bar(f"preparing {out.name}", total) as bar:
-        for record, was_there in build_shards(work, work.data.workers or len(os.sched_getaffinity(0))):
-            records.append(record)
-            clips = record.clips + len(record.rejects)
-            clips_now += 0 if was_there else clips
-            bar.update(clips)
-    order = {name: position for position, name in enumerate(work.splits)}
-    return sorted(records, key=lambda record: (order[record.split], record.number)), clips_now
 
 
 def _bar(title: str, clips: int) -> tqdm:
@@ -247,8 +237,11 @@ def _bar(title: str, clips: int) -> tqdm:
     return tqdm(total=clips, desc=title, unit="clip", delay=1, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
-def _metadata(inputs: _Inputs, splits: dict[str, list[Row]], records: list[Record], num_rejects: int) -> Metadata:
+def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], num_rejects: int) -> Metadata:
+    inputs = plan.inputs
     counts: Counter[str] = Counter(rejects=num_rejects)
+    if inputs.data.shared_texts != "keep":
+        counts["removed_shared_texts"] = len(plan.removed)
     lacking: Counter[str] = Counter()
     summaries = {name: {"clips": 0, "frames": 0} for name in splits}
     clips_checksum = xxhash.xxh3_64()
@@ -265,6 +258,8 @@ def _metadata(inputs: _Inputs, splits: dict[str, list[Row]], records: list[Recor
         max_frames=inputs.data.max_frames,
         min_frames=inputs.data.min_frames,
         too_long=inputs.data.too_long,
+        no_hands=inputs.data.no_hands,
+        shared_texts=inputs.data.shared_texts,
         splits=summaries,
         counts=dict(counts),
         checksums={"table": inputs.table_checksum, "clips": clips_checksum.hexdigest()},
@@ -276,11 +271,15 @@ def _metadata(inputs: _Inputs, splits: dict[str, list[Row]], records: list[Recor
 
 def _keep_only_if_same(unfinished: Path, fingerprint: str) -> None:
     """Throw away what an interrupted preparation of other inputs left behind."""
-    note = unfinished / "inputs.txt"
-    if not note.exists() or note.read_text(encoding="utf-8") != fingerprint:
+    if not _is_same(unfinished, fingerprint):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        note.write_text(fingerprint, encoding="utf-8")
+        (unfinished / "inputs.txt").write_text(fingerprint, encoding="utf-8")
+
+
+def _is_same(unfinished: Path, fingerprint: str) -> bool:
+    note = unfinished / "inputs.txt"
+    return note.exists() and note.read_text(encoding="utf-8") == fingerprint
 
 
 def _rejects_beside(out: Path) -> Path:
@@ -288,17 +287,17 @@ def _rejects_beside(out: Path) -> Path:
     return out.with_name(out.name + ".rejects.csv")
 
 
-def _write_rejects(path: Path, rejects: list[tuple[int, str, str]]) -> None:
+def _write_reasons(path: Path, rejects: list[tuple[int, str, str]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["uid", "reason"])
         rows.writerows((uid, reason) for _, uid, reason in rejects)
 
 
-def _too_many_rejects(inputs: _Inputs, rejects: list[tuple[int, str, str]], out: Path) -> UserError:
+def _too_many_rejects(inputs: Inputs, rejects: list[tuple[int, str, str]], out: Path) -> UserError:
     """The error for a preparation that lost too much; the list of what was lost and why is kept beside ``out``."""
     listed = _rejects_beside(out)
-    _write_rejects(listed, rejects)
+    _write_reasons(listed, rejects)
     (reason, number), *_ = Counter(reason for _, _, reason in rejects).most_common(1)
     share = 100 * len(rejects) / len(inputs.rows)
     empty = [line for line, _, reason in rejects if reason == "the text is empty"]
@@ -335,11 +334,19 @@ def _sole_writer(out: Path, speaks: bool) -> Iterator[None]:
             if speaks:
                 print(f"waiting for another process that prepares {out} ({waited:.0f} s)", file=sys.stderr, flush=True)
     try:
+        with _goes_on_later(out):
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _goes_on_later(out: Path) -> Iterator[None]:
+    """Ctrl-C becomes Interrupted."""
+    try:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(f"preparing {out} stopped half-way: run the same command again to go on") from error
-    finally:
-        lock.release()
 
 
 def _with_demo_clips(data: Data, cache: Path, speaks: bool) -> Data:

@@ -1,7 +1,7 @@
 """The parallel part of preparation: each shard of a split from its rows to an Arrow file, in any process.
 
-A shard is a pure function of the settings and its rows. So the number of workers cannot change a byte of the result,
-and an interrupted preparation goes on with the shards that it still lacks.
+A shard is a pure function of the settings and its rows. So neither the number of workers nor the machines they run on
+can change a byte of the result, and an interrupted preparation goes on with the shards that it still lacks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles
-from toolkit.corpus.packed import Clip, shard_name, write_shard
+from toolkit.corpus.packed import Clip, shard_name, unfinished_name, write_shard
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
@@ -31,6 +31,8 @@ from toolkit.poses.pose_file import PoseError, checked_fps
 from toolkit.recipe.schema import Data
 
 LEAST_CLIPS = 256
+Shard = tuple[str, int, int]
+"""Split, number and how many shards the split has."""
 MOST_SHARDS = 256  # of a split: each stays open as a memory map, and a process may hold about a thousand open files
 
 
@@ -49,14 +51,31 @@ class Work:
     poses: PoseFiles
     splits: dict[str, list[tuple[Row, Any]]]
 
-    def shards(self) -> list[tuple[str, int, int]]:
-        """Split, number and count of every shard."""
+    def shards(self) -> list[Shard]:
+        """Every shard, in the order of the splits."""
         counts = {name: min(MOST_SHARDS, math.ceil(len(rows) / LEAST_CLIPS)) for name, rows in self.splits.items()}
         return [(name, number, count) for name, count in counts.items() for number in range(count)]
 
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those that nobody has built yet."""
+        return [shard for shard in shards if not self.record_file(*shard[:2]).exists()]
+
+    def record(self, shard: Shard) -> Record:
+        """What a shard that is built says of itself."""
+        content = json.loads(self.record_file(*shard[:2]).read_text(encoding="utf-8"))
+        return Record(**content | {"rejects": [tuple(reject) for reject in content["rejects"]]})
+
     def rows(self, split: str, number: int, count: int) -> list[tuple[Row, Any]]:
-        rows = self.splits[split]
-        return rows[len(rows) * number // count : len(rows) * (number + 1) // count]
+        return self.splits[split][slice(*self._bounds(split, number, count))]
+
+    def size(self, shard: Shard) -> int:
+        """Rows of a shard."""
+        start, end = self._bounds(*shard)
+        return end - start
+
+    def _bounds(self, split: str, number: int, count: int) -> tuple[int, int]:
+        rows = len(self.splits[split])
+        return rows * number // count, rows * (number + 1) // count
 
     def record_file(self, split: str, number: int) -> Path:
         """Where the record of a finished shard is kept until the corpus is complete."""
@@ -85,37 +104,32 @@ class Record:
     checksum: str
 
 
-def build_shards(work: Work, workers: int) -> Iterator[tuple[Record, bool]]:
-    """Build the shards that are not there yet.
+def build_shards(work: Work, shards: Sequence[Shard], workers: int) -> Iterator[Record]:
+    """Build shards in processes of this machine.
+
+    Args:
+        work: what they are functions of.
+        shards: those to build.
+        workers: number of processes; 1 builds in this one.
 
     Yields:
-        the record of each shard as it is finished, and whether it was there already.
+        the record of each shard as it is finished.
 
     Raises:
         UserError: a worker process was killed.
     """
-    (work.folder / "progress").mkdir(parents=True, exist_ok=True)
-    for split in work.splits:
-        (work.folder / split).mkdir(exist_ok=True)
-    todo = []
-    for shard in work.shards():
-        record_file = work.record_file(*shard[:2])
-        if record_file.exists():
-            yield Record(**json.loads(record_file.read_text(encoding="utf-8"))), True
-        else:
-            todo.append(shard)
-    if workers == 1 or len(todo) < 2:
-        for shard in todo:
-            yield _build_shard(work, *shard), False
+    if workers == 1 or len(shards) < 2:
+        for shard in shards:
+            yield build_shard(work, *shard)
         return
 
     # Fork, so that a training script with all its imports is not loaded again by every worker; nothing has started
     # threads or touched a GPU when a corpus is prepared.
     context = multiprocessing.get_context("fork")
-    executor = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_become_worker, initargs=(work,))
+    executor = ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_become_worker, initargs=(work,))
     try:
-        for future in as_completed([executor.submit(_build_inherited_shard, *shard) for shard in todo]):
-            yield future.result(), False
+        for future in as_completed([executor.submit(_build_inherited_shard, *shard) for shard in shards]):
+            yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a preparation process was killed, perhaps for lack of memory: run it again with fewer data.workers"
@@ -135,10 +149,10 @@ def _become_worker(work: Work) -> None:
 
 
 def _build_inherited_shard(split: str, number: int, count: int) -> Record:
-    return _build_shard(_inherited, split, number, count)
+    return build_shard(_inherited, split, number, count)
 
 
-def _build_shard(work: Work, split: str, number: int, count: int) -> Record:
+def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     """Features of all rows of a shard, written; what cannot be used is recorded."""
     data = work.data
     clips: list[Clip] = []
@@ -161,6 +175,8 @@ def _build_shard(work: Work, split: str, number: int, count: int) -> Record:
                 max_frames=data.max_frames,
                 too_long=data.too_long,
             )
+            if features.hands_visible == 0 and data.no_hands == "reject":
+                raise PoseError("no hands: no frame shows a landmark of either")
         except PoseError as error:
             rejects.append((row.line, row.uid, str(error)))
             continue
@@ -174,7 +190,7 @@ def _build_shard(work: Work, split: str, number: int, count: int) -> Record:
     frames = sum(len(clip.features) for clip in clips)
     record = Record(split, number, len(clips), frames, rejects, dict(counts), dict(lacking), checksum.hexdigest())
     record_file = work.record_file(split, number)
-    partial = record_file.with_suffix(".tmp")
+    partial = unfinished_name(record_file)
     partial.write_text(json.dumps(record.__dict__), encoding="utf-8")
     partial.replace(record_file)
     return record

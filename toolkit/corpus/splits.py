@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import xxhash
 
@@ -118,6 +119,57 @@ def _near_keys(normalised: str) -> set[int]:
     return {hash(tuple(words)), *(hash((*words[:i], *words[i + 1 :])) for i in range(len(words)))}
 
 
+def remove_shared_texts(
+    splits: dict[str, list[Row]], policy: Literal["keep", "remove", "remove_near"]
+) -> tuple[dict[str, list[Row]], list[tuple[int, str, str]]]:
+    """Take out of the held-out splits what train has, too: a score there should tell of translating, not of memory.
+
+    Args:
+        splits: rows by split.
+        policy: ``remove`` takes clips whose text train has (apart from case and punctuation), ``remove_near`` also
+            those with nearly such a text (the same words but for one).
+
+    Returns:
+        the splits without these clips, and line, uid and reason of each of them.
+
+    Raises:
+        UserError: a split would be left empty.
+    """
+    if policy == "keep":
+        return splits, []
+    shared = _SharedTexts(splits.get("train", []))
+    kept: dict[str, list[Row]] = {}
+    removed: list[tuple[int, str, str]] = []
+    for name, rows in splits.items():
+        kept[name] = []
+        for row in rows:
+            verdict = shared.verdict(row.text) if name != "train" else None
+            if verdict is None or (verdict == "near" and policy == "remove"):
+                kept[name].append(row)
+            else:
+                removed.append((row.line, row.uid, f"train has {'' if verdict == 'same' else 'nearly '}its text"))
+        if rows and not kept[name]:
+            raise UserError(
+                f"data.shared_texts={policy} leaves no clip in the split '{name}': train has the texts of all "
+                f"{len(rows)}; split the table otherwise, or keep them"
+            )
+    return kept, sorted(removed)
+
+
+class _SharedTexts:
+    """Tells whether the training split has a text, or nearly."""
+
+    def __init__(self, train: Sequence[Row]) -> None:
+        self._texts = {normalised_text(row.text) for row in train}
+        self._near = {key for text in self._texts for key in _near_keys(text)}
+
+    def verdict(self, text: str) -> Literal["same", "near"] | None:
+        normalised = normalised_text(text)
+        if normalised in self._texts:
+            return "same"
+        return None if self._near.isdisjoint(_near_keys(normalised)) else "near"
+
+
 def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
     """How much each held-out split shares with train.
 
@@ -125,16 +177,13 @@ def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
     same words but for one); and clips whose source video train has.
     """
     train = splits.get("train", [])
-    texts = {normalised_text(row.text) for row in train}
-    near = {key for text in texts for key in _near_keys(text)}
+    texts = _SharedTexts(train)
     videos = {source_video(row) for row in train}
     shared = {}
     for name, rows in splits.items():
         if name != "train":
-            own = [normalised_text(row.text) for row in rows]
-            shared[f"{name}_texts_in_train"] = sum(text in texts for text in own)
-            shared[f"{name}_near_texts_in_train"] = sum(
-                text not in texts and not near.isdisjoint(_near_keys(text)) for text in own
-            )
+            verdicts = Counter(texts.verdict(row.text) for row in rows)
+            shared[f"{name}_texts_in_train"] = verdicts["same"]
+            shared[f"{name}_near_texts_in_train"] = verdicts["near"]
             shared[f"{name}_videos_in_train"] = sum(source_video(row) in videos for row in rows)
     return shared
