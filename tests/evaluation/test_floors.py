@@ -1,8 +1,9 @@
 """Floors: what one scores without watching."""
 
+import numpy as np
 import pytest
 
-from toolkit.evaluation.floors import floors, typical_sentence
+from toolkit.evaluation.floors import floors, other_clips, typical_sentence
 from toolkit.evaluation.metrics import score
 
 
@@ -40,3 +41,19 @@ def test_settings_reach_the_scores():
 def test_without_training_texts_there_are_no_floors():
     with pytest.raises(ValueError, match="at least one training text"):
         floors([], ["a"])
+
+
+def test_the_other_clip_is_the_nearest_in_length_that_says_something_else():
+    frames = np.array([50, 10, 12, 11, 90])
+    assert other_clips(frames, ["a", "b", "c", "b", "d"]) == [4, 2, 0, 2, 1]
+    assert other_clips(frames, ["a"] * 5) == [0, 1, 2, 3, 4]
+    assert other_clips(frames[:1], ["a"]) == [0]
+
+
+def test_shuffled_and_control_are_made_of_the_models_own_translations():
+    references = [f"sentence number {index}" for index in range(50)]
+    found = floors(["it rains"], references, hypotheses=references, frames=np.arange(50))
+    assert list(found) == ["constant", "random", "shuffled", "control"]
+    # All share "sentence number", and none says its own clip's number.
+    assert found["control"].wer == pytest.approx(1 / 3) and found["control"].rouge_l == pytest.approx(200 / 3)
+    assert 0 < found["shuffled"].wer <= 1 / 3

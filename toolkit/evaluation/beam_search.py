@@ -221,8 +221,8 @@ class _Search:
         """What ``generate`` returns."""
         returned = self.config.num_return_sequences
         texts = self.results.texts[:, :returned].flatten(0, 1)
-        longest = int((texts != self.padding).any(dim=0).nonzero().max()) + 1 if texts.numel() else 0
-        texts = texts[:, : max(longest, self.prompt)]
+        used = (texts != self.padding).any(dim=0).nonzero().flatten().tolist()
+        texts = texts[:, : max([self.prompt, *(place + 1 for place in used)])]
         if not self.config.return_dict_in_generate:
             return texts
         scores = self.results.scores[:, :returned].flatten() if self.config.output_scores else None

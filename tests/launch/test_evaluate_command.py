@@ -1,0 +1,122 @@
+"""launch/evaluate.py as a user runs it: files, JSON, exit codes, and every mistake in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.evaluation.predictions import Prediction, write_predictions
+from toolkit.poses.features import NORMALISATION
+from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
+
+
+def evaluate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def write(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation: str = NORMALISATION) -> Corpus:
+    rng = np.random.default_rng(0)
+
+    def clips(name: str, count: int) -> list[Clip]:
+        shape = (landmarks.num_points, landmarks.num_channels)
+        return [
+            Clip(f"{name}{index}", f"we go home {index}", rng.normal(size=(8 + index, *shape)).astype(np.float16))
+            for index in range(count)
+        ]
+
+    return write_corpus(folder, {"train": clips("a", 4), "test": clips("b", 9)}, landmarks, fps, normalisation)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return write(tmp_path_factory.mktemp("corpora") / "invented", load_landmark_set("hands_body_50"))
+
+
+def test_results_lie_in_files_and_the_json_line_says_where(model_folder, corpus, tmp_path) -> None:
+    done = evaluate("--model", model_folder, "--corpus", corpus.path, "--n-best", 2, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    out = tmp_path / "evaluation" / model_folder.name / "invented"
+    assert Path(summary["out"]) == out.relative_to(tmp_path)
+    assert json.loads((out / "scores.json").read_text()) == summary
+    assert list(summary["floors"]) == ["constant", "random", "shuffled", "control"]
+    low, high = summary["intervals"]["chrf"]
+    assert low <= summary["scores"]["chrf"] <= high and summary["splits"]["test"]["clips"] == 9
+    with (out / "test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["uid"] for row in rows] == [f"b{index}" for index in range(9)]
+    assert set(rows[0]) == {"uid", "reference", "hypothesis", "score", "chrf"}
+    assert len((out / "test_n_best.csv").read_text().splitlines()) == 1 + 2 * 9
+    for words in ("floor: shuffled", "control: poses of other clips", "95 % from", "looks at the signing"):
+        assert words in done.stdout
+    again = evaluate("compare", out / "test.csv", out / "test.csv", "--json", cwd=tmp_path)
+    assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1])["scores"]["cer"]["p_value"] == 1.0
+
+
+def test_mistakes_are_one_line(model_folder, corpus, tmp_path, command, capsys, monkeypatch) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "processor_config.json").unlink()
+    other_set = write(tmp_path / "other_set", load_landmark_set("holistic_178"))
+    other_rate = write(tmp_path / "other_rate", load_landmark_set("hands_body_50"), fps=25.0)
+    other_unit = write(tmp_path / "other_unit", load_landmark_set("hands_body_50"), normalisation="pixels")
+    cases = [
+        (["--model", tmp_path / "nowhere"], "there is no model folder"),
+        (["--model", bare, "--corpus", corpus.path], "without its processor"),
+        (["--model", model_folder], "add --corpus FOLDER"),
+        (["--model", model_folder, "--corpus", tmp_path], "is not a prepared corpus"),
+        (["--model", model_folder, "--corpus", corpus.path, "--split", "dev"], "no clips in split dev"),
+        (["--model", model_folder, "--corpus", other_set.path], "landmarks hands_body_50 (50 points"),
+        (["--model", model_folder, "--corpus", other_rate.path], "fps 12.5 and 25.0"),
+        (["--model", model_folder, "--corpus", other_unit.path], "normalisation"),
+        (["--model", model_folder, "--corpus", corpus.path, "--n-best", "9"], "needs as many beams"),
+        (["--model", model_folder, "--corpus", corpus.path, "training.epochs=2"], "only settings of evaluation.*"),
+        (["--model", model_folder, "--corpus", corpus.path, "evaluation.tokenize=13b"], "no tokenizer '13b'"),
+        (["--model", model_folder, "--corpus", corpus.path, "evaluation.forced_language=hi_IN"], "no language 'hi_IN'"),
+        (["compare", tmp_path / "a.csv", tmp_path / "b.csv"], "cannot be read"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    for arguments, complaint in cases:
+        assert run_in_process(command, arguments, monkeypatch) == 2, arguments
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in said if line.startswith("error: ")]) == 1 and complaint in said[-1], said
+
+
+def run_in_process(command, arguments: list[object], monkeypatch) -> int:
+    """The exit code of a command that ends by ``os._exit``."""
+    script = command("evaluate")
+    codes: list[int] = []
+    monkeypatch.setattr(script.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    script.main()
+    return codes[0]
+
+
+def test_only_files_about_the_same_clips_are_compared(tmp_path, command, capsys, monkeypatch) -> None:
+    rows = [Prediction(f"u{index}", f"text {index}\0", f"text {index}") for index in range(4)]
+    write_predictions(tmp_path / "a.csv", rows)
+    write_predictions(tmp_path / "reversed.csv", rows[::-1])
+    write_predictions(tmp_path / "fewer.csv", rows[:3])
+    write_predictions(tmp_path / "twice.csv", [*rows, rows[0]])
+    write_predictions(tmp_path / "other.csv", [*rows[:3], Prediction("u3", "something else", "text 3")])
+    monkeypatch.chdir(tmp_path)
+    assert run_in_process(command, ["compare", "a.csv", "reversed.csv"], monkeypatch) == 0
+    assert "no difference shown" in capsys.readouterr().out
+    for name, complaint in (
+        ("fewer.csv", "fewer.csv has no clip 'u3' (1 such)"),
+        ("twice.csv", "has the clip 'u0' more than once"),
+        ("other.csv", "disagree about what clip 'u3' says (1 such)"),
+    ):
+        assert run_in_process(command, ["compare", "a.csv", name], monkeypatch) == 2
+        assert complaint in capsys.readouterr().err
