@@ -74,14 +74,14 @@ def check_model(resolved: ResolvedRun) -> None:
     """See that the backbone can be had and trained as the run wants it; loads no weights and needs no process group.
 
     Raises:
-        UserError: the hub or folder does not have it, it is no encoder-decoder, or it cannot be trained in this precision.
+        UserError: it cannot be had, is no encoder-decoder, or cannot be trained in this precision.
     """
     model = resolved.recipe.model
     config = _backbone_config(model)
     if not config.is_encoder_decoder:
         raise UserError(
-            f"model.backbone={model.backbone} is a {config.model_type}, not an encoder-decoder: choose a seq2seq model; "
-            "`python launch/recipes.py ls` shows some"
+            f"model.backbone={model.backbone} is a {config.model_type}, not an encoder-decoder: choose a seq2seq "
+            "model; `python launch/recipes.py ls` shows some"
         )
     precision = "fp16" if resolved.autocast == "float16" else resolved.precision
     refusal = precision_refusal(config.model_type, precision)
