@@ -57,6 +57,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--zero3", action="store_true", help="cut the weights over the ranks: for a model larger than one device"
     )
+    parser.add_argument(
+        "--neural",
+        nargs="+",
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="learnt metrics, where installed: comet, bleurt",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object, last")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
@@ -105,6 +112,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         write_results,
     )
     from toolkit.evaluation.metrics import score
+    from toolkit.evaluation.neural import parse_neural
     from toolkit.evaluation.splits import score_splits
     from toolkit.evaluation.whole_weights import cut, whole_weights
     from toolkit.models.load import find_model, load_translator
@@ -118,6 +126,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
     find_model(arguments.model)
+    neural = parse_neural(arguments.neural)
     recipe = recipe_of(arguments.model, arguments.overrides)
     settings = settings_of(recipe, arguments.overrides)
     score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
@@ -164,8 +173,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         leave_process_group()
     if not ranks.is_main:
         return
-    summary = write_results(out, arguments.model, corpus, results, total / seconds)
+    summary = write_results(out, arguments.model, corpus, results, total / seconds, neural)
     say(f"\n{for_people(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
+    for name, split in summary["splits"].items():
+        for metric, value in split["neural"].items():
+            say(f"{name}: {metric} {value:.4f} ({neural[metric]})")
     if arguments.json:
         say(json.dumps(summary))
 

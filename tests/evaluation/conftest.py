@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import BartConfig, PreTrainedConfig, T5Config
 
+from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
 from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
+from toolkit.training.engine import join_process_group, leave_process_group
 
 LANDMARKS = load_landmark_set("hands_body_50")
 FPS = 12.5
@@ -112,15 +116,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def in_two_processes() -> Callable[..., None]:
     """Runs a module-level function as rank 0 and 1 of a real process group."""
 
-    def run(function: Callable[..., None], folder: Path, *arguments: object) -> None:
-        address = f"file://{folder / 'rendezvous'}"
-        torch.multiprocessing.spawn(_as_rank, args=(function, address, *arguments), nprocs=2)
+    def run(function: Callable[..., None], *arguments: object) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        torch.multiprocessing.spawn(_as_rank, args=(function, port, *arguments), nprocs=2)
 
     return run
 
 
-def _as_rank(rank: int, function: Callable[..., None], address: str, *arguments: object) -> None:
+def _as_rank(rank: int, function: Callable[..., None], port: int, *arguments: object) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    use_extensions_dir()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_process_group(Ranks(rank, rank, 2, 2))
     function(rank, *arguments)
-    torch.distributed.destroy_process_group()
+    leave_process_group()

@@ -82,7 +82,7 @@ def test_two_ranks_write_the_very_files_that_one_writes(
 ) -> None:
     model = translator(vocabulary=384)
     write_predictions(tmp_path / "one.csv", translate_split(model, corpus.splits["test"], processor, batch_frames=300))
-    in_two_processes(translate_as_rank, tmp_path, model, processor, corpus.path, tmp_path)
+    in_two_processes(translate_as_rank, model, processor, corpus.path, tmp_path)
     expected = (tmp_path / "one.csv").read_bytes()
     assert len(read_predictions(tmp_path / "one.csv")) == 37
     for name in ("rank0_False", "rank1_False", "rank0_True", "rank1_True"):

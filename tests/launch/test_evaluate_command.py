@@ -84,6 +84,7 @@ def test_mistakes_are_one_line(model_folder, corpus, tmp_path, command, capsys, 
         (["--model", model_folder, "--corpus", corpus.path, "training.epochs=2"], "only settings of evaluation.*"),
         (["--model", model_folder, "--corpus", corpus.path, "evaluation.tokenize=13b"], "no tokenizer '13b'"),
         (["--model", model_folder, "--corpus", corpus.path, "evaluation.forced_language=hi_IN"], "no language 'hi_IN'"),
+        (["--model", model_folder, "--neural", "comet"], "--neural wants NAME=CHECKPOINT"),
         (["compare", tmp_path / "a.csv", tmp_path / "b.csv"], "cannot be read"),
     ]
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
 from toolkit.evaluation.floors import FLOOR_LABELS
 from toolkit.evaluation.metrics import Scores
+from toolkit.evaluation.neural import neural_score
 from toolkit.evaluation.predictions import Prediction, read_predictions, write_predictions
 from toolkit.evaluation.resampling import Comparison, compare
 from toolkit.evaluation.splits import SplitResult, splits_to_test
@@ -95,11 +96,8 @@ def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
     extractor, metadata = processor.feature_extractor, corpus.metadata
     model_set, corpus_set = LandmarkSet.from_dict(extractor.landmark_set), corpus.landmark_set
     differences = []
-    if (model_set.points, extractor.landmark_set["channels"]) != (corpus_set.points, metadata.landmark_set["channels"]):
-        differences.append(
-            f"landmarks {model_set.name} ({model_set.num_points} points) and {corpus_set.name} "
-            f"({corpus_set.num_points} points)"
-        )
+    if _what_counts(model_set) != _what_counts(corpus_set):
+        differences.append(f"landmarks {_in_words(model_set)} and {_in_words(corpus_set)}")
     for name in ("fps", "normalisation"):
         ours, theirs = getattr(extractor, name), getattr(metadata, name)
         if ours != theirs:
@@ -109,6 +107,17 @@ def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
             f"the model and the corpus {corpus.path} do not fit each other: {'; '.join(differences)}: "
             "prepare the corpus again with the model's settings"
         )
+
+
+def _what_counts(landmarks: LandmarkSet) -> tuple[Any, ...]:
+    """What the numbers of a feature mean: two sets that share it are one to a model, whatever they are called."""
+    relative = {part: landmarks.parts[part] for part in landmarks.anchors or {}}
+    return landmarks.points, landmarks.channels, landmarks.anchors or {}, relative
+
+
+def _in_words(landmarks: LandmarkSet) -> str:
+    relative = f", {' and '.join(landmarks.anchors)} relative to an anchor" if landmarks.anchors else ""
+    return f"{landmarks.name} ({landmarks.num_points} points, {' '.join(landmarks.channels)}{relative})"
 
 
 def find_splits(corpus: Corpus, names: str | None) -> list[str]:
@@ -132,9 +141,21 @@ def out_folder(model: str | Path, corpus: Corpus) -> Path:
 
 
 def write_results(
-    out: Path, model: str | Path, corpus: Corpus, results: dict[str, SplitResult], clips_per_second: float
+    out: Path,
+    model: str | Path,
+    corpus: Corpus,
+    results: dict[str, SplitResult],
+    clips_per_second: float,
+    neural: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write ``scores.json``, one predictions file a split, and an n-best file where more than one text was asked for.
+
+    Args:
+        out: a folder, made where it is not there yet.
+        model, corpus: what was evaluated on what.
+        results: by split.
+        clips_per_second: how fast.
+        neural: learnt metrics to add, name -> checkpoint.
 
     Returns:
         what ``scores.json`` says; its ``scores`` are those of the first split.
@@ -144,7 +165,7 @@ def write_results(
         if result.n_best and len(result.n_best[0]) > 1:
             _write_n_best(out / f"{name}_n_best.csv", result)
     main = next(iter(results))
-    splits = {name: _summary(result) for name, result in results.items()}
+    splits = {name: _summary(result, neural) for name, result in results.items()}
     summary = {
         "model": str(model),
         "corpus": str(corpus.path),
@@ -161,12 +182,14 @@ def write_results(
     return summary
 
 
-def _summary(result: SplitResult) -> dict[str, Any]:
+def _summary(result: SplitResult, neural: Mapping[str, str]) -> dict[str, Any]:
+    texts = [row.hypothesis for row in result.predictions], [row.reference for row in result.predictions]
     return {
         "clips": result.scores.clips,
         "scores": result.scores.values(),
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "floors": {kind: scores.values() for kind, scores in result.floors.items()},
+        "neural": {name: neural_score(name, checkpoint, *texts) for name, checkpoint in neural.items()},
         "against_control": {name: asdict(item) for name, item in result.against_control.items()},
     }
 

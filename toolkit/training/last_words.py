@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.evaluation.floors import FLOOR_LABELS
 from toolkit.evaluation.metrics import Scores
 from toolkit.evaluation.predictions import read_predictions, write_predictions
 from toolkit.evaluation.splits import SplitResult
@@ -34,6 +35,7 @@ def write_scores(
         name: {
             "clips": result.scores.clips,
             "scores": result.scores.values(),
+            "intervals": {score: list(interval) for score, interval in result.intervals.items()},
             "floors": {kind: scores.values() for kind, scores in result.floors.items()},
         }
         for name, result in results.items()
@@ -77,7 +79,7 @@ def for_people(summary: dict[str, Any], samples: int, seed: int) -> str:
         described = {"clips": split["clips"], "signature": summary["signature"]}
         rows[name] = Scores(**split["scores"], **described)
         for kind, values in split["floors"].items():
-            rows[f"{name}, floor: {kind} sentence"] = Scores(**values, **described)
+            rows[f"{name}, {FLOOR_LABELS[kind]}"] = Scores(**values, **described)
     run_dir = Path(summary["run_dir"])
     predictions = read_predictions(run_dir / "predictions" / f"{summary['split']}.csv")
     shown = samples_text(choose_samples(predictions, samples, seed))
