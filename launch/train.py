@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     else:
         start = Start() if new else find_start(resolved, verify=ranks.is_main)
         corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
-        check_corpus(corpus)
+        check_corpus(corpus, None if new else resolved.run_dir)
         if arguments.overfit is not None:
             summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
         else:

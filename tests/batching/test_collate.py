@@ -33,10 +33,9 @@ def test_shapes_types_and_masks(tokenizer):
     assert batch.padding_share == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_landmark_with_any_unusable_channel_is_missing(tokenizer, bad):
+def test_a_missing_landmark_is_zero_and_known_to_be_missing(tokenizer):
     one = clip(3)
-    one.features[1, 2, 1] = bad
+    one.features[1, 2] = np.nan
     batch = collate([one], [0], tokenizer, max_target_tokens=16)
     assert not batch.visible[0, 1, 2]
     assert batch.visible.sum() == 11

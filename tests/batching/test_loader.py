@@ -113,6 +113,25 @@ def test_the_clips_of_each_step_and_their_augmentation_do_not_depend_on_the_spli
         assert all(torch.equal(together[uid], expected[uid]) for uid in expected)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_frame_budget_cuts_the_same_global_batches(resolve, train, world_size):
+    alone = train(resolve(1, 8, 1, augmentation=ALL_ON))
+    settings = {"global_batch_size": 8, "micro_batch_frames": 60}
+    resolved = resolve(world_size, 8, 1, training=settings, augmentation=ALL_ON)
+    ranks = [train(resolved, rank=rank) for rank in range(world_size)]
+    for index, step in enumerate(alone):
+        together = by_clip([steps[index] for steps in ranks])
+        expected = by_clip([step])
+        assert together.keys() == expected.keys()
+        assert all(torch.equal(together[uid], expected[uid]) for uid in expected)
+    for number in range(len(alone)):
+        assert len({len(steps[number]) for steps in ranks}) == 1
+    batches = [batch for steps in ranks for step in steps for batch in step]
+    assert all(len(batch) == 1 or batch.frame_mask.numel() <= 60 for batch in batches)
+    resumed = train(resolved, start_step=3)
+    assert [len(step) for step in resumed] == [len(step) for step in ranks[0][3:]]
+
+
 def test_fillers_of_the_last_step_carry_no_labels(resolve, train):
     # 45 clips in steps of 8 leave 5: three of eight ranks get a filler.
     ranks = [train(resolve(8, 1, 1), rank=rank) for rank in range(8)]

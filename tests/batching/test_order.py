@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.batching.order import epoch_order, evaluation_order, micro_batches, share_of_rank, steps_per_epoch
+from toolkit.batching.order import (
+    epoch_order,
+    evaluation_order,
+    micro_batches,
+    micro_batches_by_frames,
+    share_of_rank,
+    steps_per_epoch,
+)
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=200).map(lambda values: np.array(values, np.int32))
 
@@ -126,3 +133,31 @@ def test_evaluation_sees_every_clip_once_in_the_same_batches_on_every_number_of_
 def test_evaluation_of_nothing_is_no_batches():
     assert evaluation_order(np.array([], np.int32), 100) == []
     assert share_of_rank([], 1, 2) == []
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=70),
+    world_size=st.integers(1, 9),
+    micro=st.integers(1, 40),
+    budget=st.integers(1, 3000),
+)
+def test_a_frame_budget_holds_on_every_rank_and_loses_no_clip(lengths, world_size, micro, budget) -> None:
+    frames = np.array(lengths)
+    batch = np.random.default_rng(0).permutation(len(frames))
+    shares = [micro_batches_by_frames(batch, frames, rank, world_size, micro, budget) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1, "ranks with fewer micro-batches would leave the others waiting"
+    cuts = [cut for share in shares for cut in share]
+    real = np.concatenate([cut[cut >= 0] for cut in cuts])
+    assert sorted(real) == sorted(batch)
+    for cut in cuts:
+        clips = np.where(cut < 0, ~cut, cut)
+        assert 1 <= len(cut) <= micro and (len(cut) == 1 or len(cut) * frames[clips].max() <= budget)
+        assert len(cut) == 1 or (cut >= 0).all()
+    if len(frames) >= len(cuts):
+        assert len(real) == sum(map(len, cuts)), "no filler while there are clips to part"
+
+
+def test_long_clips_come_in_small_micro_batches() -> None:
+    frames = np.array([100, 20, 20, 20, 20, 60, 40, 20])
+    cuts = micro_batches_by_frames(np.arange(8), frames, 0, 1, 4, 100)
+    assert [cut.tolist() for cut in cuts] == [[0], [5], [6, 1], [2, 3, 4, 7]]

@@ -46,6 +46,16 @@ def test_what_was_packed_is_read(corpus: Corpus) -> None:
     assert corpus.metadata.splits["dev"] == {"clips": 10, "frames": int(dev.frames.sum())}
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_a_landmark_with_any_unusable_channel_is_missing_in_all(tmp_path, bad: float) -> None:
+    features = np.zeros((3, 50, 3), np.float32)
+    features[1, 7, 2] = bad
+    with np.errstate(over="ignore"):
+        clip = write_corpus(tmp_path / "c", {"train": [Clip("a", "b", features)]}, SET, 12.5).splits["train"].clip(0)
+    missing = np.isnan(clip.features)
+    assert missing[1, 7].all() and missing.sum() == 3 and np.isfinite(clip.features[~missing]).all()
+
+
 def test_features_are_views_that_nobody_can_spoil(corpus: Corpus) -> None:
     features = corpus.splits["train"].clip(300).features
     assert features.dtype == np.float16 and not features.flags.owndata and not features.flags.writeable

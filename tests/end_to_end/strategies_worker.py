@@ -49,6 +49,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     dist.barrier()
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
+        micro_batches = count_micro_batches(trainer)
         trainer.run()
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
@@ -63,6 +64,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
     steps = [line for line in lines if line["kind"] == "train"]
     return {
+        "micro_batches": micro_batches,
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line.get("grad_norm") for line in steps],
         "weights_norm": norm(weights),
@@ -71,6 +73,19 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
         "hypotheses": [row.hypothesis for row in predictions],
         "uids": [row.uid for row in predictions],
     }
+
+
+def count_micro_batches(trainer: Any) -> list[int]:
+    """A list that grows by this rank's number of micro-batches with every step."""
+    counts: list[int] = []
+    step = trainer.step
+
+    def counted(batches: Any) -> bool:
+        counts.append(len(batches))
+        return step(batches)
+
+    trainer.step = counted
+    return counts
 
 
 def norm(weights: dict[str, torch.Tensor]) -> float:

@@ -47,6 +47,10 @@ def trained(
     }
     for micro in (1, 4):
         cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
+    # Clips of 55 to 274 frames: a step needs two, three or four of these.
+    budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
+    for name in CONFIGS:
+        cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([small] if name in stage3 else [])]}
     results = folder / "results.json"
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(results)}))
@@ -82,6 +86,16 @@ def test_how_the_global_batch_is_cut_changes_nothing(trained: dict[str, dict[str
     reference, case = trained["fp32-zero1"], trained[f"cut-{micro}"]
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_frame_budget_changes_nothing_but_the_cut(trained: dict[str, dict[str, Any]], name: str) -> None:
+    reference, case = trained["fp32-zero1"], trained[f"frames-{name}"]
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+    assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
+    assert len(set(case["micro_batches"])) > 1, "the number of micro-batches was to vary from step to step"
+    assert case["restored"]
 
 
 def test_the_losses_are_those_that_were_kept(trained: dict[str, dict[str, Any]]) -> None:

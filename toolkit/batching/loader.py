@@ -6,6 +6,7 @@ follows from the seed, the epoch and the clip alone.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -18,7 +19,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit.batching.collate import Batch, collate
-from toolkit.batching.order import Indices, epoch_order, evaluation_order, micro_batches, share_of_rank
+from toolkit.batching.order import (
+    Indices,
+    epoch_order,
+    evaluation_order,
+    micro_batches,
+    micro_batches_by_frames,
+    share_of_rank,
+)
 from toolkit.poses.augmentation import augment, draw_lengths, is_off
 
 if TYPE_CHECKING:
@@ -55,7 +63,8 @@ def train_batches(
         rank: which of ``resolved.world_size`` ranks this is.
 
     Yields:
-        for each optimizer step a list of ``accumulation_steps`` batches.
+        for each optimizer step a list of batches: ``accumulation_steps`` of them or, with a frame budget, as many as
+        this step needs; on every rank the same number.
     """
     recipe = resolved.recipe
     training = recipe.training
@@ -63,15 +72,19 @@ def train_batches(
     # Clips meet others that are as long as they are once augmented: a changed speed costs no padding.
     frames = augmenter.lengths[:, 1] if augmenter else split.frames
     order = epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]
-    accumulation = resolved.accumulation_steps
-    shares = (
-        share
-        for clips in order
-        for share in micro_batches(clips, rank, resolved.world_size, accumulation, resolved.micro_batch_size)
-    )
+
+    def cut(clips: Indices) -> list[Indices]:
+        world_size, size, budget = resolved.world_size, resolved.micro_batch_size, training.micro_batch_frames
+        if budget is None:
+            return micro_batches(clips, rank, world_size, resolved.accumulation_steps, size)
+        return micro_batches_by_frames(clips, frames, rank, world_size, size, budget)
+
+    # The loader runs ahead of the steps, so each follows the cuts at its own pace.
+    cuts, cuts_ahead = itertools.tee(map(cut, order))
+    shares = itertools.chain.from_iterable(cuts_ahead)
     batches = _load(split, tokenizer, shares, recipe.evaluation.max_new_tokens, training.workers, augmenter)
-    for _ in order:
-        yield [next(batches) for _ in range(accumulation)]
+    for step in cuts:
+        yield [next(batches) for _ in step]
 
 
 def evaluation_batches(

@@ -10,6 +10,7 @@ A filler is a clip that fills a seat and must not count. It is written ``~i``: t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,54 @@ def micro_batches(
         share = clips[start : start + smaller + (seat < larger_shares)]
         shares.append(share if len(share) else ~clips[-1:])
     return shares
+
+
+def micro_batches_by_frames(
+    global_batch: Sequence[int] | Indices,
+    frames: NDArray[np.integer],
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    micro_batch_frames: int,
+) -> list[Indices]:
+    """Cut one rank's share out of a global batch into as many micro-batches as a frame budget needs.
+
+    All ranks come to the same number of micro-batches, and the global batch stays the same set of clips: only where it
+    is cut depends on the budget and on the number of ranks.
+
+    Args:
+        global_batch: indices of clips.
+        frames: length of each clip of the split, [clips].
+        rank, world_size: which of how many ranks this is.
+        micro_batch_size: most clips in a micro-batch.
+        micro_batch_frames: most padded frames in a micro-batch (a longer clip comes alone).
+
+    Returns:
+        Arrays of clip indices; fillers are negative (``~i``).
+
+    Raises:
+        ValueError: the batch is empty.
+    """
+    clips = np.asarray(global_batch, dtype=np.int64)
+    if not len(clips):
+        raise ValueError("a global batch holds at least one clip")
+    lengths = np.maximum(np.asarray(frames)[clips], 1)
+    longest_first = np.argsort(-lengths, kind="stable")
+    clips, lengths = clips[longest_first], lengths[longest_first]
+    starts = [0]
+    while starts[-1] < len(clips):
+        fitting = micro_batch_frames // int(lengths[starts[-1]])
+        starts.append(min(starts[-1] + max(1, min(fitting, micro_batch_size)), len(clips)))
+    # The number of micro-batches must divide among the ranks. Halving the largest costs less than one more micro-batch
+    # of fillers, as long as there are clips to part.
+    seats = -(-(len(starts) - 1) // world_size) * world_size
+    while len(starts) - 1 < min(seats, len(clips)):
+        sizes = np.diff(starts)
+        largest = int(np.argmax(np.where(sizes > 1, sizes * lengths[starts[:-1]], -1)))
+        starts.insert(largest + 1, starts[largest] + int(sizes[largest] + 1) // 2)
+    batches = [clips[start:end] for start, end in pairwise(starts)]
+    batches += [~clips[-1:]] * (seats - len(batches))
+    return batches[rank::world_size]
 
 
 def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Indices]:

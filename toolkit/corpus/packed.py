@@ -18,7 +18,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Clip:
     Attributes:
         uid: its name in the table.
         text: what is signed.
-        features: float16 [frames, points, channels], NaN = missing; a read-only view into the memory map.
+        features: float16 [frames, points, channels]; a landmark that is missing is NaN in every channel. A read-only
+            view into the memory map.
         video: the source video, which no two splits share.
         language: its sign language, where the table tells.
         hands_visible: share of frames that show at least one hand.
@@ -116,6 +117,11 @@ class Column(Sequence[str]):
             yield from chunk.to_pylist()
 
 
+_CLIP_COLUMNS = ("uid", "text", "video", "language", "hands_visible")
+# Of a record batch, all views: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
+_Chunk = tuple[list[pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
+
+
 class Split:
     """One split of a corpus: an indexed sequence of clips.
 
@@ -170,15 +176,9 @@ class Split:
             raise IndexError(f"clip {index} of {len(self)} in split {self.name}")
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         row = index - int(self._chunk_starts[chunk])
-        offsets, values = self._chunk(chunk)
-        return Clip(
-            uid=self.uids[index],
-            text=self.texts[index],
-            features=values[offsets[row] : offsets[row + 1]],
-            video=self.videos[index],
-            language=self.languages[index],
-            hands_visible=float(self._table.column("hands_visible")[index].as_py()),
-        )
+        columns, offsets, values = self._chunk(chunk)
+        uid, text, video, language, hands_visible = (column[row].as_py() for column in columns)
+        return Clip(uid, text, values[offsets[row] : offsets[row + 1]], video, language, hands_visible)
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
@@ -197,16 +197,17 @@ class Split:
         sizes = [len(chunk) for chunk in self._table.column("features").chunks]
         return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
 
-    def _chunk(self, chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-        """Frame offsets [clips + 1] and all frames [frames, points, channels] of a record batch, both views."""
+    def _chunk(self, chunk: int) -> _Chunk:
         if chunk not in self._chunks:
+            columns = [self._table.column(name).chunk(chunk) for name in _CLIP_COLUMNS]
             lists = self._table.column("features").chunk(chunk)
             frames = lists.values.flatten().to_numpy(zero_copy_only=True)
-            self._chunks[chunk] = (lists.offsets.to_numpy(), frames.reshape(-1, self.num_points, self.num_channels))
+            frames = frames.reshape(-1, self.num_points, self.num_channels)
+            self._chunks[chunk] = (columns, lists.offsets.to_numpy(), frames)
         return self._chunks[chunk]
 
     @cached_property
-    def _chunks(self) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]]:
+    def _chunks(self) -> dict[int, _Chunk]:
         return {}
 
 
@@ -297,9 +298,12 @@ def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.Re
     with np.errstate(over="ignore"):
         for clip, start, end in zip(clips, offsets[:-1] * width, offsets[1:] * width, strict=True):
             flat[start:end] = clip.features.reshape(-1)
-    # What float16 cannot hold lies thousands of shoulder widths away: not a place, so it is missing.
-    flat[np.isinf(flat)] = np.nan
-    values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
+    # What float16 cannot hold lies thousands of shoulder widths away: not a place, so it is missing, in every channel.
+    beyond = np.isinf(flat)
+    if beyond.any():
+        channels = clips[0].features.shape[2]
+        flat.reshape(-1, channels)[beyond.reshape(-1, channels).any(axis=1)] = np.nan
+    frames_of_clips = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
     columns = [
         pa.array([clip.uid for clip in clips], pa.string()),
         pa.array([clip.text for clip in clips], pa.string()),
@@ -307,7 +311,7 @@ def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.Re
         pa.array([clip.language for clip in clips], pa.string()),
         pa.array(frames),
         pa.array([clip.hands_visible for clip in clips], pa.float32()),
-        pa.LargeListArray.from_arrays(pa.array(offsets), values),
+        pa.LargeListArray.from_arrays(pa.array(offsets), frames_of_clips),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -378,7 +382,8 @@ def write_corpus(
 
     Args:
         folder: to be created.
-        splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing.
+        splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing (a landmark with
+            a NaN in one channel is missing).
         fps: frames per second of the features.
         normalisation: origin and unit of the coordinates, in words.
     """
@@ -386,12 +391,17 @@ def write_corpus(
     summaries = {}
     for name, clips in splits.items():
         (folder / name).mkdir(parents=True)
-        packed = list(clips)
+        packed = [replace(clip, features=_missing_in_every_channel(clip.features)) for clip in clips]
         write_shard(folder / name / shard_name(0, 1), packed, width)
         finish_split(folder / name, width)
         summaries[name] = {"clips": len(packed), "frames": sum(len(clip.features) for clip in packed)}
     finish_corpus(folder, Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries))
     return Corpus.open(folder)
+
+
+def _missing_in_every_channel(features: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    seen = np.isfinite(features).all(axis=2, keepdims=True)
+    return np.where(seen, features, np.asarray(np.nan, features.dtype))
 
 
 def _write_json(path: Path, content: Any) -> None:

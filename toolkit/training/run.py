@@ -17,10 +17,12 @@ from torch import distributed as dist
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
+from toolkit.evaluation.evaluate import check_fit
 from toolkit.evaluation.report import write_report
 from toolkit.evaluation.splits import score_splits, splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
+from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training import run_directory
@@ -30,6 +32,8 @@ from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
 from toolkit.training.overfit import TARGET_LOSS, verdict
 from toolkit.training.trainer import Trainer
+
+PROCESSOR = "processor"  # folder in the run directory
 
 Say = Callable[[str], None]
 
@@ -59,17 +63,32 @@ def find_start(resolved: ResolvedRun, *, verify: bool) -> Start:
     return Start(read_progress(checkpoint, run_directory.layout_of(resolved), verify=verify), checkpoint)
 
 
-def check_corpus(corpus: Corpus) -> None:
-    """Refuse a corpus from which nothing can be learnt.
+def check_corpus(corpus: Corpus, run_dir: Path | None) -> None:
+    """Refuse a corpus from which nothing can be learnt, or not what a run began to learn.
+
+    Args:
+        corpus: what is to be learnt.
+        run_dir: of the run that goes on; None for one that begins anew.
 
     Raises:
-        UserError: it has no training clips.
+        UserError: it has no training clips; its features are of another kind than this toolkit's models read, or than
+            the run has been trained on so far.
     """
     if "train" not in corpus.splits or not len(corpus.splits["train"]):
         raise UserError(
             f"the corpus {corpus.path} has no training clips (its splits: {', '.join(corpus.splits) or 'none'}): "
             "prepare it again with smaller data.dev_share and data.test_share"
         )
+    if corpus.metadata.normalisation != NORMALISATION:
+        raise UserError(
+            f"the features of the corpus {corpus.path} were normalised by '{corpus.metadata.normalisation}', and "
+            f"models here read poses by '{NORMALISATION}': prepare it with launch/prepare.py"
+        )
+    if run_dir and (run_dir / PROCESSOR).is_dir():
+        try:
+            check_fit(corpus, PoseProcessor.from_pretrained(run_dir / PROCESSOR))
+        except UserError as error:
+            raise UserError(f"{run_dir}: {error}; or start anew with --new or another run.dir") from error
 
 
 def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say: Say) -> dict[str, Any]:
@@ -192,14 +211,18 @@ def open_trainer(
         say(
             f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of "
             f"{recipe.training.global_batch_size} = {resolved.micro_batch_size} clips x {ranks.world_size} ranks x "
-            f"{resolved.accumulation_steps} accumulation steps"
+            f"{resolved.accumulation_steps} accumulation steps{_budget(recipe.training.micro_batch_frames)}"
         )
         yield trainer
 
 
+def _budget(micro_batch_frames: int | None) -> str:
+    return f" or more: at most {micro_batch_frames} frames a forward pass" if micro_batch_frames else ""
+
+
 def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:
     """The run's processor, made once: a tokenizer trained twice need not come out the same."""
-    folder = resolved.run_dir / "processor"
+    folder = resolved.run_dir / PROCESSOR
     if ranks.is_main and not folder.exists():
         partial = folder.with_name(".processor.partial")
         build_processor(resolved.recipe, corpus).save_pretrained(partial)

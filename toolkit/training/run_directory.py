@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "data.cache",
     "data.workers",
     "training.micro_batch_size",
+    "training.micro_batch_frames",
     "training.gradient_checkpointing",
     "training.save_every",
     "training.keep_last",

@@ -162,13 +162,15 @@ class Trainer:
             training.schedule, self.progress.step, self.total_steps, int(training.warmup_ratio * self.total_steps)
         )
         set_learning_rate(self.engine, self.peaks, factor)
-        # DeepSpeed averages over ranks and accumulation steps; this undoes it and divides by the global token count.
-        scale = self.ranks.world_size * len(batches) / max(window.tokens, 1)
+        # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
+        # fixed number of accumulation steps, too: that is turned off, as a frame budget makes their number vary.
+        scale = self.ranks.world_size / max(window.tokens, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for number, batch in enumerate(batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
             nll, ctc = self._losses(batch.to(self.engine.device))
             sums += torch.stack([nll.detach(), ctc.detach()]).double()
-            self.engine.backward((nll + training.ctc_weight * ctc) * scale)
+            self.engine.backward((nll + training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
             if number == len(batches):
                 self._check(sums, batches)
             self.engine.step()

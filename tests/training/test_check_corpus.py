@@ -1,0 +1,72 @@
+"""A corpus that cannot be learnt from, or that a run did not begin with, is refused in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.errors import UserError
+from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.tokenizers import make_tokenizer
+from toolkit.poses.features import NORMALISATION
+from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.training.run import PROCESSOR, check_corpus
+
+
+def corpus_of(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation: str = NORMALISATION) -> Corpus:
+    features = np.zeros((3, landmarks.num_points, landmarks.num_channels), np.float32)
+    return write_corpus(folder, {"train": [Clip("a", "text", features)]}, landmarks, fps, normalisation)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that began with hands_body_50 at 12.5 fps."""
+    extractor = PoseFeatureExtractor(landmark_set=load_landmark_set("hands_body_50").to_dict(), fps=12.5)
+    PoseProcessor(extractor, make_tokenizer("bytes", [])).save_pretrained(tmp_path / "run" / PROCESSOR)
+    return tmp_path / "run"
+
+
+def test_the_same_features_may_go_on(run_dir: Path, tmp_path: Path) -> None:
+    landmarks = replace(load_landmark_set("hands_body_50"), name="another_name")
+    check_corpus(corpus_of(tmp_path / "corpus", landmarks), run_dir)
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "fps", "complaint"),
+    [
+        ("hands_body_50", 25.0, "fps 12.5 and 25.0"),
+        ("isign_76", 12.5, r"landmarks hands_body_50 \(50 points, x y z\) and isign_76 \(76 points, x y\)"),
+        ("unisign_69", 12.5, r"unisign_69 \(69 points, x y confidence, .* relative to an anchor\)"),
+    ],
+)
+def test_other_features_are_refused(run_dir: Path, tmp_path: Path, landmarks: str, fps: float, complaint: str) -> None:
+    corpus = corpus_of(tmp_path / "corpus", load_landmark_set(landmarks), fps)
+    with pytest.raises(UserError, match=complaint) as raised:
+        check_corpus(corpus, run_dir)
+    assert "--new" in str(raised.value) and "\n" not in str(raised.value)
+    check_corpus(corpus, None)
+
+
+def test_parts_told_relative_to_an_anchor_are_other_features(run_dir: Path, tmp_path: Path) -> None:
+    landmarks = load_landmark_set("hands_body_50")
+    wrist = landmarks.parts["left_hand"][0]
+    relative = replace(landmarks, anchors={"left_hand": wrist})
+    with pytest.raises(UserError, match="left_hand relative to an anchor"):
+        check_corpus(corpus_of(tmp_path / "corpus", relative), run_dir)
+
+
+def test_another_normalisation_is_refused(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path / "corpus", load_landmark_set("hands_body_50"), normalisation="none")
+    with pytest.raises(UserError, match="were normalised by 'none'"):
+        check_corpus(corpus, None)
+
+
+def test_no_training_clips(tmp_path: Path) -> None:
+    landmarks = load_landmark_set("hands_body_50")
+    corpus = write_corpus(tmp_path / "corpus", {"test": []}, landmarks, 12.5, NORMALISATION)
+    with pytest.raises(UserError, match="has no training clips"):
+        check_corpus(corpus, None)
