@@ -26,6 +26,7 @@ DEV = [
     "types-PyYAML",
     "selenium>=4.30,<5",
     *DEMO_APP,
+    "ray>=2.40",
 ]
 
 

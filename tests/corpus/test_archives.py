@@ -3,10 +3,13 @@ import pickle
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from toolkit.corpus.archives import open_poses
 from toolkit.corpus.packed import Corpus
@@ -195,3 +198,54 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path) -> None
     assert poses.find(Row("x", "t")) is None
     assert poses.read(poses.find(Row("b/x", "t"))) == b"b"
     assert poses.read(poses.find(Row("u", "t", pose="a/x.pose"))) == b"a"
+
+
+def _fuzz(tmp_path: Path, examples: int) -> None:
+    """Archives of two small files, bytes overwritten (often in the directory at the end, with the sizes) or cut."""
+    poses = tmp_path / "poses"
+    poses.mkdir()
+    for name in ("a", "b"):
+        (poses / f"{name}.pose").write_bytes(name.encode() * 700)
+    seeds = [
+        _zip(poses, tmp_path / "stored.zip").read_bytes(),
+        _zip(poses, tmp_path / "deflated.zip", zipfile.ZIP_DEFLATED).read_bytes(),
+        _tar(poses, tmp_path / "p.tar").read_bytes(),
+    ]
+    path = tmp_path / "fuzzed"
+    numbers = st.sampled_from([b"\0" * 4, b"\xff" * 4, b"\xff" * 8, b"\1\0", b"../", b"99999999999"])
+    patches = st.tuples(st.integers(0, 12_000), st.booleans(), st.binary(min_size=1, max_size=4) | numbers)
+
+    @settings(max_examples=examples, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.sampled_from(seeds), st.lists(patches, max_size=6), st.integers(0, 400))
+    def run(seed: bytes, patched: list[tuple[int, bool, bytes]], cut: int) -> None:
+        content = bytearray(seed)
+        for position, from_end, patch in patched:
+            position %= len(content)
+            start = len(content) - 1 - position % 600 if from_end else position
+            content[start : start + len(patch)] = patch
+        path.write_bytes(content[: len(content) - cut] if cut < 200 else content)
+        tracemalloc.start()
+        try:
+            found = open_poses(path)
+            for key in found.files.values():
+                try:
+                    assert isinstance(found.read(key), bytes)
+                except PoseError as error:
+                    assert str(error) and "\n" not in str(error)
+        except UserError as error:
+            assert "\n" not in str(error)
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 8 << 20
+
+    run()
+
+
+def test_mutated_archives_are_read_or_one_line(tmp_path) -> None:
+    _fuzz(tmp_path, 500)
+
+
+@pytest.mark.nightly
+def test_many_mutated_archives_are_read_or_one_line(tmp_path) -> None:
+    _fuzz(tmp_path, 20_000)

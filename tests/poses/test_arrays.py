@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -143,6 +144,44 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
 def test_damage_and_bombs_are_reasons(content: bytes, reason: str) -> None:
     with pytest.raises(PoseError, match=reason):
         read_arrays(content)
+
+
+def _laughs(levels: int) -> list:
+    """A small pickle of lists that hold the same list ten times over: 10 ** levels numbers."""
+    value: list = [0.0] * 10
+    for _ in range(levels - 1):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize("levels", [4, 5, 9, 100])
+@pytest.mark.parametrize("name", ["keypoints", "scores", "fps"])
+def test_lists_that_hold_a_list_many_times_over_take_no_memory(levels: int, name: str) -> None:
+    content = pickle.dumps({"keypoints": _keypoints(), name: _laughs(levels)})
+    assert len(content) < 40_000
+    tracemalloc.start()
+    with pytest.raises(PoseError):
+        read_arrays(content)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_a_list_that_holds_itself_is_a_reason() -> None:
+    value: list = []
+    value.append(value)
+    with pytest.raises(PoseError, match="nested too deep"):
+        read_arrays(pickle.dumps({"keypoints": value}))
+
+
+def test_words_are_no_numbers() -> None:
+    with pytest.raises(PoseError, match="hold a str, wanted numbers"):
+        read_arrays(pickle.dumps({"keypoints": [["a" * 1000] * 1000]}))
+
+
+def test_nested_lists_of_numbers_are_read() -> None:
+    keypoints = _keypoints()
+    lists, arrays = (read_arrays(pickle.dumps({"keypoints": value})) for value in (keypoints.tolist(), keypoints))
+    np.testing.assert_array_equal(lists.data, arrays.data)
 
 
 def test_a_zip_bomb_is_refused() -> None:

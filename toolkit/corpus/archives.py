@@ -13,7 +13,6 @@ import os
 import re
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,11 @@ import xxhash
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
+from toolkit.poses.zip_entries import read_entry
 
 SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
 LARGEST_FILE = 1 << 30
 """Bytes of one pose file; an hour of full holistic poses is 850 MB."""
-LARGEST_RATIO = 100
-"""Of a file in a zip to its compressed form; poses reach 10, a bomb 1,000."""
 
 # x.zip.part_aa, x.zip.part-1, x.zip.001
 _PARTS = (
@@ -269,12 +267,7 @@ class _Zip:
 
     def read(self, key: zipfile.ZipInfo) -> bytes:
         _refuse_too_large(key.file_size)
-        if key.file_size > LARGEST_RATIO * key.compress_size + (1 << 20):
-            raise PoseError("the zip claims an impossible size for the file")
-        try:
-            return self._archive.read(key)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-            raise PoseError(f"the file cannot be read from the zip: {error}") from error
+        return read_entry(self._archive, key)
 
 
 class _Tar:

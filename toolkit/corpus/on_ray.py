@@ -5,6 +5,7 @@ The machines must see the same folders, as those of an array job must. What come
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ def build_on_ray(work: Work, shards: Sequence[Shard], address: str, workers: int
         ray.init(
             address=address,
             runtime_env={"env_vars": {"PYTHONPATH": f"{CODE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}},
-            logging_level="error",
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -56,7 +57,8 @@ def build_on_ray(work: Work, shards: Sequence[Shard], address: str, workers: int
         shared = ray.put(replace(work, folder=work.folder.absolute()))
         # A builder whose machine is lost starts again elsewhere: a shard does not mind being built twice.
         builder: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Builder)
-        pool = ActorPool([builder.remote(shared) for _ in range(min(workers or processors, processors, len(shards)))])
+        builders = min(workers or processors, processors, len(shards))
+        pool: Any = ActorPool([builder.remote(shared) for _ in range(builders)])
         yield from pool.map_unordered(lambda actor, shard: actor.build.remote(shard), shards)
     finally:
         ray.shutdown()

@@ -11,7 +11,6 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-import zlib
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from toolkit.poses.layouts import FACE_68, nameless_layouts
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
+from toolkit.poses.zip_entries import read_entry
 
 DEFAULT_FPS = 25.0
 """Of arrays that do not tell: neither the file (``fps``) nor the table."""
@@ -34,6 +34,7 @@ _NUMPY_GLOBALS = {
         (f"{core}.numeric", "_frombuffer"),
     )
 } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_DEEPEST = 4  # frames, people, points, coordinates
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
@@ -90,13 +91,8 @@ def _read_npz(content: bytes) -> dict[str, Any]:
     found = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for entry in archive.infolist():
-            if entry.file_size > 100 * len(content):
-                raise PoseError("the .npz file claims an impossible size")
             if entry.filename.endswith(".npy"):
-                try:
-                    found[entry.filename.removesuffix(".npy")] = _read_npy(archive.read(entry))
-                except zlib.error as error:
-                    raise PoseError("the .npz file is damaged") from error
+                found[entry.filename.removesuffix(".npy")] = _read_npy(read_entry(archive, entry))
     return found
 
 
@@ -129,14 +125,34 @@ def _read_pickle(content: bytes) -> dict[str, Any]:
 
 
 def _numbers(value: Any, most_bytes: int) -> FloatArray:
-    """An array, or a list of one array a frame, as float32."""
-    arrays = value if isinstance(value, list | tuple) else [value]
-    if sum(array.nbytes for array in arrays if isinstance(array, np.ndarray)) > most_bytes:
+    """An array, or lists of numbers or of one array a frame, as float32."""
+    if _size(value, most_bytes, depth=0) > most_bytes:
         raise PoseError("the arrays are larger than the file")
     together = np.asarray(value)
     if together.dtype.kind not in "fiu":
         raise PoseError("the frames do not all hold the same number of points")
     return together.astype(np.float32)
+
+
+def _size(value: Any, most: int, depth: int) -> int:
+    """Bytes that the array of some nested lists would take; any number above ``most`` when that is exceeded.
+
+    A list may hold another one many times over, or itself, so a small file could ask for an array without end.
+    """
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, int | float | np.number):
+        return 4
+    if not isinstance(value, list | tuple):
+        raise PoseError(f"the arrays hold a {type(value).__name__}, wanted numbers")
+    if depth == _DEEPEST:
+        raise PoseError("the lists are nested too deep")
+    size = 0
+    for item in value:
+        size += _size(item, most - size, depth + 1)
+        if size > most:
+            break
+    return size
 
 
 @lru_cache(maxsize=16)
@@ -170,7 +186,9 @@ def _to_pose(found: dict[str, Any], size: int) -> RawPose:
         confidence = np.asarray(values.any(axis=3), np.float32)
     if flat_layout:
         values = values[..., :2]
-    fps = float(np.asarray(found.get("fps", DEFAULT_FPS)).reshape(()))
+    told = found.get("fps", DEFAULT_FPS)
+    _size(told, most_bytes, depth=0)
+    fps = float(np.asarray(told).reshape(()))
     return RawPose(
         checked_fps(fps),
         _header(len(points), values.shape[3]),
