@@ -331,12 +331,16 @@ def _chart(results: dict[str, Any], path: Path) -> None:
     for axis, (title, unit, bars) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         names, keys, colors = zip(*bars, strict=True)
         drawn = axis.bar(names, [results[key] for key in keys], color=colors, width=0.6)
-        axis.bar_label(drawn, labels=[f"{results[key]:,.3g}" for key in keys], padding=2)
+        axis.bar_label(drawn, labels=[_short(results[key]) for key in keys], padding=2)
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.15)
     figure.savefig(path, dpi=100)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -198,8 +198,8 @@ def _tell_of_share(arguments: argparse.Namespace, prepared: Prepared) -> None:
         print(json.dumps(words | {"clips_per_second": prepared.clips_per_second}))
         return
     print(
-        f"share {arguments.shard} of {prepared.path} is done; {prepared.missing_shards} pieces of other shares are "
-        "missing still, and the job that builds the last of them makes the corpus"
+        f"share {arguments.shard} of {prepared.path} is done; pieces of other shares still missing: "
+        f"{prepared.missing_shards}. The job that builds the last of them makes the corpus"
     )
 
 

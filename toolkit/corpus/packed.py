@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
 CLIPS_PER_RECORD_BATCH = 256
 UNFINISHED = ".tmp"
+MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class Split:
             lists = self._table.column("features").chunk(chunk)
             frames = lists.values.flatten().to_numpy(zero_copy_only=True)
             frames = frames.reshape(-1, self.num_points, self.num_channels)
+            if len(self._chunks) == MOST_CHUNKS:
+                self._chunks.pop(next(iter(self._chunks)))
             self._chunks[chunk] = (columns, lists.offsets.to_numpy(), frames)
         return self._chunks[chunk]
 
