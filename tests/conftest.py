@@ -32,6 +32,19 @@ BROWSER_OPTIONS = (
 )
 
 
+# Folders whose tests start whole commands; they come last, so that a mistake in a small part shows within a minute.
+SLOW_FOLDERS = ("house", "launch", "end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first; within a folder the order stays."""
+    items.sort(
+        key=lambda item: max(
+            [SLOW_FOLDERS.index(part) + 1 for part in item.path.parts if part in SLOW_FOLDERS], default=0
+        )
+    )
+
+
 def moving_clip(frames: int, points: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Landmarks that circle, [frames, points, 3]; the last one is missing throughout."""
     time_, point = np.linspace(0, 6, frames)[:, None], np.arange(points)
