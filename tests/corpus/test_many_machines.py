@@ -123,16 +123,34 @@ def _in_small_shards(tmp_path: Path, clips: Path, poses: Path, out: Path, addres
     return subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 
+# In a process of its own, because Ray takes over the signal handlers of the one that starts it.
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
 def ray_cluster():
     """Address of a cluster of two machines with a processor each, all on this one."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster.address
-    cluster.shutdown()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    address = next(line.split()[1] for line in process.stdout if line.startswith("address"))
+    yield address
+    process.stdin.close()
+    process.wait(60)
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(clips, tmp_path) -> None:
