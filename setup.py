@@ -14,9 +14,9 @@ HERE = Path(__file__).parent
 
 # Later releases refuse numpy 2, and the latest no longer bring Holistic. It brings OpenCV with it.
 VIDEO = ["mediapipe>=0.10.14,<0.10.15"]
-RAY = ["ray[tune]>=2.40"]
+RAY = ["ray>=2.40"]
 DEMO_APP = ["gradio>=6,<7"]
-NEURAL_METRICS = ["bert-score>=0.3.13"]
+NEURAL_METRICS = ["bleurt-pytorch>=0.0.1"]
 DEV = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -26,7 +26,7 @@ DEV = [
     "types-PyYAML",
     "selenium>=4.30,<5",
     *DEMO_APP,
-    "ray>=2.40",
+    *RAY,
 ]
 
 

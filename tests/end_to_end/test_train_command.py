@@ -47,9 +47,9 @@ def test_the_last_line_is_one_json_object_with_scores_floors_and_signature(
         "peak_memory_gib",
     } <= summary.keys()
     names = {"bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"}
-    assert summary["scores"].keys() == names
+    assert summary["scores"].keys() >= names
     assert summary["floors"].keys() >= {"constant", "random"}
-    assert summary["floors"]["constant"].keys() == names
+    assert summary["floors"]["constant"].keys() >= names
     assert summary["steps"] == 6
     assert summary["clips_per_second"] > 0
     assert "sacrebleu" not in summary and "version:" in summary["signature"]["bleu"]
