@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from evaluation_translate import translate_vs_bare
 from sacrebleu.metrics import BLEU, CHRF
 
 from toolkit.batching.collate import Batch, collate
@@ -51,6 +52,7 @@ def main() -> None:
     benchmarks = {
         "vs_plain_generate": vs_plain_generate,
         "vs_hf_zero3": vs_hf_zero3,
+        "translate_vs_bare": lambda _: translate_vs_bare(),
         "metrics_vs_sacrebleu": metrics_vs_sacrebleu,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
