@@ -114,6 +114,21 @@ def test_a_finished_run_is_not_trained_again(finished: tuple[Path, Any, list[str
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(
+    run: Run, settings: list[str], clips: Path, tmp_path: Path
+) -> None:
+    absurd = ["training.learning_rate=1e30", "training.warmup_ratio=0", "training.schedule=constant"]
+    done = run("launch/train.py", "--recipe", "t5_small", *settings, *absurd, f"run.dir={tmp_path}/r")
+    assert done.code == 2, done.out + done.err
+    assert len(done.errors) == 1
+    assert "the loss is not finite at step 2" in done.errors[0]
+    listed = (tmp_path / "r" / "not_finite_rank_00.txt").read_text().split()
+    known = [line.partition(",")[0] for line in (clips / "table.csv").read_text().splitlines()]
+    assert len(listed) == 8
+    assert set(listed) <= set(known)
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "failed"
+
+
 def test_learning_by_heart_says_whether_it_worked(run: Run, settings: list[str], tmp_path: Path) -> None:
     learning = ["training.learning_rate=3e-3", "training.pose_encoder_learning_rate=3e-3", "training.max_steps=400"]
     unneeded = ("training.global_batch_size", "training.micro_batch_size", "evaluation.max_new_tokens")
