@@ -215,7 +215,7 @@ def _fuzz(tmp_path: Path, examples: int) -> None:
     numbers = st.sampled_from([b"\0" * 4, b"\xff" * 4, b"\xff" * 8, b"\1\0", b"../", b"99999999999"])
     patches = st.tuples(st.integers(0, 12_000), st.booleans(), st.binary(min_size=1, max_size=4) | numbers)
 
-    @settings(max_examples=examples, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.sampled_from(seeds), st.lists(patches, max_size=6), st.integers(0, 400))
     def run(seed: bytes, patched: list[tuple[int, bool, bytes]], cut: int) -> None:
         content = bytearray(seed)
@@ -237,7 +237,8 @@ def _fuzz(tmp_path: Path, examples: int) -> None:
         finally:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-        assert peak < 8 << 20
+        # The archives hold 3 KiB; what they claim begins at 64 MiB and ends beyond any memory.
+        assert peak < 64 << 20
 
     run()
 

@@ -145,7 +145,7 @@ class _Folder:
 
 def _open_archive(path: Path) -> _Container:
     joined = _JoinedParts(_parts_of(path))
-    buffered: IO[bytes] = io.BufferedReader(joined)
+    buffered: IO[bytes] = _BoundedReader(joined)
     try:
         if zipfile.is_zipfile(buffered):
             return _Zip(path.absolute(), buffered)
@@ -209,6 +209,11 @@ class _JoinedParts(io.RawIOBase):
             self._ends.append(self._ends[-1] + os.fstat(file).st_size)
         self._position = 0
 
+    @property
+    def size(self) -> int:
+        """Bytes of all parts together."""
+        return self._ends[-1]
+
     def pread(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset`` on; fewer only at the end."""
         pieces = []
@@ -248,6 +253,21 @@ class _JoinedParts(io.RawIOBase):
             for file in self._files:
                 os.close(file)
         super().close()
+
+
+class _BoundedReader(io.BufferedReader):
+    """Never asks for more bytes than there are.
+
+    The directory of a damaged archive may claim gigabytes, and a read allocates what it asks for before it looks.
+    """
+
+    def __init__(self, joined: _JoinedParts) -> None:
+        super().__init__(joined)
+        self._size = joined.size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 class _Zip:
