@@ -215,7 +215,7 @@ def _data_wait(clips: Path, folder: Path, quick: bool) -> dict[str, float]:
     corpus = Corpus.open(folder / "corpus")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = build_processor(resolved.recipe, corpus)
-    model = build_translator(resolved.recipe, corpus, processor.tokenizer).to(device).train()
+    model = build_translator(resolved, corpus, processor.tokenizer).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     batches = train_batches(
         corpus.splits["train"], processor.tokenizer, resolved, landmark_set=corpus.landmark_set, epoch=0

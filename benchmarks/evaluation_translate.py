@@ -81,15 +81,15 @@ def _make(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import prepare
     from toolkit.models.build import build_processor, build_translator
-    from toolkit.recipe.load import load_recipe
+    from toolkit.recipe.resolve import resolve_named
     from toolkit.recipe.schema import Data
 
     clips = make_demo(folder / "clips", DemoSizes(4, 1, 1, 1))
     data = Data(table=str(clips / "table.csv"), poses=str(clips / "poses"), workers=1)
     corpus = Corpus.open(prepare(data, folder / "corpus").path)
-    recipe = load_recipe("demo", [])
-    processor = build_processor(recipe, corpus)
-    model = build_translator(recipe, corpus, processor.tokenizer).eval()
+    resolved = resolve_named("demo", [], 1, has_gpu=False)
+    processor = build_processor(resolved.recipe, corpus)
+    model = build_translator(resolved, corpus, processor.tokenizer).eval()
     model.generation_config.update(num_beams=BEAMS, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

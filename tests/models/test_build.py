@@ -51,7 +51,7 @@ def test_a_folder_gives_its_weights(folder: Path, corpus: Corpus, resolve: Calla
     resolved = resolve(f"model.backbone={folder}")
     check_model(resolved)
     processor = build_processor(resolved.recipe, corpus)
-    model = build_translator(resolved.recipe, corpus, processor.tokenizer)
+    model = build_translator(resolved, corpus, processor.tokenizer)
     expected = T5ForConditionalGeneration.from_pretrained(folder).state_dict()
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -63,12 +63,12 @@ def test_a_folder_gives_its_weights(folder: Path, corpus: Corpus, resolve: Calla
 def test_from_scratch_the_same_seed_gives_the_same_weights(
     folder: Path, corpus: Corpus, resolve: Callable[..., ResolvedRun]
 ) -> None:
-    recipe = resolve(f"model.backbone={folder}", "model.from_scratch=true").recipe
+    resolved = resolve(f"model.backbone={folder}", "model.from_scratch=true")
     tokenizer = make_tokenizer("bytes")
     models = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        models.append(build_translator(recipe, corpus, tokenizer).state_dict())
+        models.append(build_translator(resolved, corpus, tokenizer).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not torch.equal(models[0]["backbone.shared.weight"], models[2]["backbone.shared.weight"])
 
@@ -77,16 +77,16 @@ def test_from_scratch_the_same_seed_gives_the_same_weights(
 def test_random_weights_speak_the_vocabulary_of_the_tokenizer(
     tokenizer: str, corpus: Corpus, resolve: Callable[..., ResolvedRun]
 ) -> None:
-    recipe = resolve("model.from_scratch=true", "model.tiny=true", f"model.tokenizer={tokenizer}").recipe
-    processor = build_processor(recipe, corpus)
-    model = build_translator(recipe, corpus, processor.tokenizer)
+    resolved = resolve("model.from_scratch=true", "model.tiny=true", f"model.tokenizer={tokenizer}")
+    processor = build_processor(resolved.recipe, corpus)
+    model = build_translator(resolved, corpus, processor.tokenizer)
     assert model.backbone.config.vocab_size == len(processor.tokenizer)
     assert model.config.eos_token_id == processor.tokenizer.eos_token_id
     assert model.generation_config.decoder_start_token_id == processor.tokenizer.pad_token_id
 
 
 def test_dropout_and_search_are_the_recipes(corpus: Corpus, resolve: Callable[..., ResolvedRun]) -> None:
-    recipe = resolve(
+    resolved = resolve(
         *("model.from_scratch=true", "model.tiny=true", "model.dropout=0.25", "model.prefix=translate to English:"),
         *(
             "evaluation.num_beams=3",
@@ -94,9 +94,9 @@ def test_dropout_and_search_are_the_recipes(corpus: Corpus, resolve: Callable[..
             "training.ctc_weight=0.5",
             "evaluation.ctc_weight=0.2",
         ),
-    ).recipe
+    )
     tokenizer = make_tokenizer("bytes")
-    model = build_translator(recipe, corpus, tokenizer)
+    model = build_translator(resolved, corpus, tokenizer)
     assert {module.p for module in model.backbone.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
     assert (model.generation_config.num_beams, model.generation_config.max_new_tokens) == (3, 17)
     assert model.config.ctc and model.config.ctc_search_weight == 0.2
@@ -107,11 +107,11 @@ def test_dropout_and_search_are_the_recipes(corpus: Corpus, resolve: Callable[..
 def test_any_search_can_be_saved(
     beams: int, tmp_path: Path, corpus: Corpus, resolve: Callable[..., ResolvedRun]
 ) -> None:
-    recipe = resolve(
+    resolved = resolve(
         *("model.from_scratch=true", "model.tiny=true"),
         *(f"evaluation.num_beams={beams}", "evaluation.length_penalty=0", "evaluation.no_repeat_ngram_size=3"),
-    ).recipe
-    build_translator(recipe, corpus, make_tokenizer("bytes")).save_pretrained(tmp_path / "saved")
+    )
+    build_translator(resolved, corpus, make_tokenizer("bytes")).save_pretrained(tmp_path / "saved")
     assert PoseTranslator.from_pretrained(tmp_path / "saved").generation_config.num_beams == beams
 
 

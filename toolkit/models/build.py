@@ -40,7 +40,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
     return PoseProcessor(extractor, tokenizer)
 
 
-def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> PoseTranslator:
+def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> PoseTranslator:
     """The translator, with the backbone's published weights or random ones.
 
     The same seed of torch's generator gives the same random weights, on every rank.
@@ -48,6 +48,7 @@ def build_translator(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokeni
     Raises:
         UserError: the backbone cannot be had.
     """
+    recipe = resolved.recipe
     model = recipe.model
     backbone = _backbone(model, tokenizer)
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []

@@ -185,7 +185,7 @@ def open_trainer(
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
     processor = _shared_processor(resolved, ranks, corpus)
-    model = build_translator(recipe, corpus, processor.tokenizer)
+    model = build_translator(resolved, corpus, processor.tokenizer)
     say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
     engine, peaks = make_engine(model, resolved)
