@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from toolkit.errors import UserError
@@ -75,6 +77,34 @@ def test_a_parent_beside_the_recipe_comes_before_a_shipped_one(tmp_path):
 def test_a_section_whose_keys_are_all_commented_out_changes_nothing(tmp_path):
     path = write(tmp_path / "r.yaml", "extends: t5_small\ntraining:\n  # epochs: 3\naugmentation:\n")
     assert load_recipe(path).training == load_recipe("t5_small").training
+
+
+def test_lora_is_turned_on_by_any_of_its_keys_and_off_by_null(tmp_path):
+    on = load_recipe("t5_small", ["model.lora.r=8"]).model.lora
+    assert on is not None and (on.r, on.alpha, on.train) == (8, 32.0, [])
+    path = write(tmp_path / "r.yaml", "extends: t5_small\nmodel: {lora: {r: 4, train: [layer_norms]}}\n")
+    assert load_recipe(path, ["model.lora.dora=true"]).model.lora.model_dump(exclude_defaults=True) == {
+        "r": 4,
+        "dora": True,
+        "train": ["layer_norms"],
+    }
+    assert load_recipe(path, ["model.lora=null"]).model.lora is None
+    assert load_recipe("t5_small").model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.lora.rank=8"], "model.lora.rank"),
+        (["model.lora.r=0"], "model.lora.r=0"),
+        (["model.lora.train=[norms]"], "layer_norms"),
+        (["model.lora.r=8", "model.freeze=[encoder]"], "leave out freeze"),
+        (["model.extra_tokens=['<a>', '<a>']"], "twice"),
+    ],
+)
+def test_adapters_asked_for_wrongly_are_named(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("t5_small", overrides)
 
 
 def test_w_and_b_off_is_a_word(tmp_path):

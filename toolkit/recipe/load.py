@@ -189,7 +189,8 @@ def _lay_override(override: str, text: RecipeText) -> None:
 def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
     """What people write for short, said in full before merging, so that the parent's other settings stay.
 
-    ``pose_encoder: linear`` means ``{kind: linear}``, and a section whose keys are all commented out changes nothing.
+    ``pose_encoder: linear`` means ``{kind: linear}``, and a section whose keys are all commented out changes nothing,
+    unless it is one that null turns off (``lora: null``).
     """
     full: Tree = {}
     for key, value in tree.items():
@@ -200,9 +201,13 @@ def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
             full[key] = _short_forms(value, inner)
         elif key == "pose_encoder" and isinstance(value, str):
             full[key] = {"kind": value}
-        elif value is not None:
+        elif value is not None or _may_be_null(section, key):
             full[key] = value
     return full
+
+
+def _may_be_null(section: type[BaseModel], key: str) -> bool:
+    return type(None) in get_args(section.model_fields[key].annotation)
 
 
 def _in_words(details: Any, text: RecipeText) -> str:

@@ -78,6 +78,18 @@ class PoseEncoder(Section):
     positions: bool = True  # add sinusoidal positions; T5-family cross-attention has none of its own
 
 
+class Lora(Section):
+    """Low-rank adapters in the backbone's linear layers (Hu et al. 2022, "LoRA"); the pose encoder trains in full."""
+
+    r: Count = 16  # rank: the adapter of an [out, in] layer has r × (out + in) parameters
+    alpha: Positive = 32.0  # the adapter's output is scaled by alpha / r (rslora: alpha / sqrt(r))
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # before the adapter
+    targets: list[str] | None = None  # last parts of module names; None = attention's queries and values
+    dora: bool = False  # learn magnitude and direction apart (Liu et al. 2024, "DoRA")
+    rslora: bool = False  # keep large ranks stable (Kalajdzievski 2023, "rsLoRA")
+    train: list[Literal["layer_norms", "embeddings"]] = Field(default_factory=list)  # in full, besides the adapters
+
+
 class Model(Section):
     """The backbone, its tokenizer and the pose encoder in front of it."""
 
@@ -88,7 +100,18 @@ class Model(Section):
     prefix: str | None = None  # words embedded before the poses
     trust_remote_code: bool = False
     dropout: Share | None = None  # None = the backbone's own
+    lora: Lora | None = None  # None = the backbone trains in full
+    freeze: list[Literal["encoder", "decoder", "embeddings"]] = Field(default_factory=list)  # of the backbone
+    extra_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # special tokens to add
     pose_encoder: PoseEncoder = PoseEncoder()
+
+    @model_validator(mode="after")
+    def _nothing_is_frozen_and_trained(self) -> Model:
+        if self.lora and self.freeze:
+            raise ValueError(f"lora freezes the backbone already: leave out freeze={self.freeze}")
+        if len(set(self.extra_tokens)) < len(self.extra_tokens):
+            raise ValueError(f"extra_tokens names a token twice: {self.extra_tokens}")
+        return self
 
 
 class Training(Section):
