@@ -58,6 +58,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         pose_encoder=model.pose_encoder.model_dump(),
         num_points=corpus.landmark_set.num_points,
         num_channels=corpus.landmark_set.num_channels,
+        landmark_set=corpus.landmark_set.to_dict(),
         ctc=recipe.training.ctc_weight > 0,
         ctc_search_weight=recipe.evaluation.ctc_weight,
         special_token_ids=special_ids(tokenizer),

@@ -12,10 +12,11 @@ class PoseTranslatorConfig(PreTrainedConfig):
 
     Args:
         backbone: the HuggingFace configuration of the seq2seq backbone, as ``to_dict`` gives it.
-        pose_encoder: the settings of the pose encoder (``kind``, ``hidden``, ``layers``, ``kernel``, ``stride``,
-            ``dropout``, ``positions``), as the recipe's ``model.pose_encoder`` holds them.
+        pose_encoder: the settings of the pose encoder (``kind``, ``hidden``, ``layers``, …), as the recipe's
+            ``model.pose_encoder`` holds them.
         num_points: landmarks per frame.
         num_channels: coordinates per landmark (x, y, z).
+        landmark_set: what the landmarks are, as ``LandmarkSet.to_dict`` gives it; ``stgcn`` makes its graph of it.
         ctc: whether the encoder's output carries a CTC head over the backbone's vocabulary.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
@@ -30,6 +31,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         pose_encoder: dict[str, Any] | None = None,
         num_points: int = 0,
         num_channels: int = 3,
+        landmark_set: dict[str, Any] | None = None,
         ctc: bool = False,
         ctc_search_weight: float = 0.0,
         special_token_ids: list[int] | None = None,
@@ -40,6 +42,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.pose_encoder = pose_encoder or {}
         self.num_points = num_points
         self.num_channels = num_channels
+        self.landmark_set = landmark_set or {}
         self.ctc = ctc
         self.ctc_search_weight = ctc_search_weight
         self.special_token_ids = special_token_ids or []

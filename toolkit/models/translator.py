@@ -19,7 +19,9 @@ from transformers.utils import ModelOutput
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
-from toolkit.models.encoders import PoseEncoder
+from toolkit.models.encoders import make_pose_encoder
+from toolkit.models.encoders.graph import reset_graph_parameters
+from toolkit.poses.landmarks import LandmarkSet
 
 
 @dataclass
@@ -56,8 +58,12 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             backbone if backbone is not None else AutoModelForSeq2SeqLM.from_config(config.backbone_config())
         )
         width = self.backbone.config.hidden_size
-        self.pose_encoder = PoseEncoder(
-            num_points=config.num_points, num_channels=config.num_channels, width=width, **config.pose_encoder
+        self.pose_encoder = make_pose_encoder(
+            config.pose_encoder,
+            num_points=config.num_points,
+            num_channels=config.num_channels,
+            width=width,
+            landmark_set=LandmarkSet.from_dict(config.landmark_set) if config.landmark_set else None,
         )
         if config.ctc:
             self.ctc_head = nn.Linear(width, self.backbone.config.vocab_size + 1)
@@ -65,10 +71,11 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the modules that are ours; the backbone has initialised its own."""
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        reset_graph_parameters(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -66,16 +66,50 @@ class Data(Section):
         return self
 
 
-class PoseEncoder(Section):
-    """The network between landmarks and the backbone. In a recipe a bare word means ``kind`` (see ``load.py``)."""
+# What `null` (or silence) means to each kind of pose encoder.
+POSE_ENCODER_DEFAULTS: dict[str, dict[str, int]] = {
+    "linear": {"hidden": 1024},
+    "conv": {"hidden": 512, "layers": 2, "kernel": 5, "stride": 2},
+    "conformer": {"hidden": 256, "layers": 4, "kernel": 15, "stride": 2, "heads": 4},
+    "stgcn": {"hidden": 256, "layers": 3, "kernel": 5, "stride": 2},
+}
 
-    kind: Literal["linear", "conv"] = "conv"
-    hidden: Count = 512  # width inside the encoder
-    layers: Count = 2  # convolution layers (conv only)
-    kernel: Count = 5  # frames that one convolution sees (conv only)
-    stride: Count = 2  # total reduction in time: frames per encoder position (conv only)
+
+class PoseEncoder(Section):
+    """The network between landmarks and the backbone. In a recipe a bare word means ``kind`` (see ``load.py``).
+
+    A kind reads the keys that it has a use for; ``null`` stands for its own default.
+    """
+
+    kind: Literal["linear", "conv", "conformer", "stgcn"] = "conv"
+    hidden: Count = 512  # width inside the encoder; of stgcn: of each part of the body
+    layers: Count = 2  # convolutions (conv), Conformer blocks, graph blocks (stgcn)
+    kernel: Count = 5  # frames that one convolution sees, odd (all but linear)
+    stride: Count = 2  # total reduction in time: frames per encoder position, a power of two (all but linear)
+    heads: Count = 4  # of the attention (conformer only)
+    projection: Literal["mlp", "single"] = "mlp"  # two layers with norms, or one matrix (linear only)
     dropout: Share = 0.1
     positions: bool = True  # add sinusoidal positions; T5-family cross-attention has none of its own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_the_kinds_own(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**POSE_ENCODER_DEFAULTS.get(str(given.get("kind", "conv")), {}), **given}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> PoseEncoder:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} has no middle: take an odd number of frames")
+        if self.stride & (self.stride - 1):
+            raise ValueError(f"stride {self.stride} is no power of two: take 1, 2, 4 or 8")
+        if self.kind == "conformer" and self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden {self.hidden} must be a multiple of twice the {self.heads} heads")
+        if self.kind == "stgcn" and self.hidden % 4:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of 4 for stgcn")
+        return self
 
 
 class Lora(Section):

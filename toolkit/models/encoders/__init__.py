@@ -1,0 +1,63 @@
+"""Pose encoders: landmark coordinates in, a sequence of backbone-sized vectors and its mask out.
+
+A recipe chooses one by ``model.pose_encoder``; each kind has its file. An encoder knows nothing of text. These promises
+hold for all of them and are tested:
+
+* a missing landmark is known to be missing: a visibility channel says so or a learned embedding stands in for it, and
+  the zero in its place is never read;
+* padding never leaks: frames added behind a clip change nothing, nor do other clips in its batch;
+* the vectors carry their absolute position (``positions: true``), because the cross-attention of T5-like backbones has
+  none of its own;
+* every parameter gets a gradient from every batch, whatever is missing in it.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from toolkit.models.encoders.conformer import ConformerEncoder
+from toolkit.models.encoders.convolutional import ConvEncoder
+from toolkit.models.encoders.graph import GraphEncoder
+from toolkit.models.encoders.layers import PoseEncoder
+from toolkit.models.encoders.linear import LinearEncoder
+from toolkit.poses.landmarks import LandmarkSet
+
+__all__ = ["KINDS", "PoseEncoder", "make_pose_encoder"]
+
+KINDS: dict[str, type[PoseEncoder]] = {
+    "linear": LinearEncoder,
+    "conv": ConvEncoder,
+    "conformer": ConformerEncoder,
+    "stgcn": GraphEncoder,
+}
+
+
+def make_pose_encoder(
+    settings: dict[str, Any],
+    *,
+    num_points: int,
+    num_channels: int,
+    width: int,
+    landmark_set: LandmarkSet | None = None,
+) -> PoseEncoder:
+    """The encoder that a recipe's ``model.pose_encoder`` describes, with random weights.
+
+    Args:
+        settings: ``kind`` and that section's other keys; each kind reads those that it has a use for.
+        num_points, num_channels: landmarks of a frame and values of a landmark.
+        width: the backbone's hidden size.
+        landmark_set: names the landmarks; only ``stgcn`` needs it.
+
+    Raises:
+        ValueError: ``stgcn`` without a landmark set.
+    """
+    encoder = KINDS[settings["kind"]]
+    offered = {
+        **settings,
+        "num_points": num_points,
+        "num_channels": num_channels,
+        "width": width,
+        "landmark_set": landmark_set,
+    }
+    return encoder(**{key: value for key, value in offered.items() if key in signature(encoder).parameters})

@@ -1,0 +1,114 @@
+"""What the kinds of pose encoder share: their interface, positions, visibility channels, strided convolutions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PoseEncoder(nn.Module):
+    """The interface of every kind; a kind says how to :meth:`encode`.
+
+    Args:
+        width: the backbone's hidden size.
+        positions: add sinusoidal absolute positions to the output.
+    """
+
+    def __init__(self, width: int, positions: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.positions = positions
+
+    def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch.
+
+        Args:
+            poses: [clips, frames, points, channels].
+            visible: bool [clips, frames, points].
+            frame_mask: bool [clips, frames], true on real frames.
+
+        Returns:
+            vectors [clips, frames / stride, width] and their bool mask [clips, frames / stride]; what stands at masked
+            positions means nothing.
+        """
+        weights_dtype = next(self.parameters()).dtype
+        vectors, mask = self.encode(poses.to(weights_dtype), visible, frame_mask)
+        if self.positions:
+            vectors = vectors + sinusoidal_positions(vectors.shape[1], self.width, vectors.device, vectors.dtype)
+        return vectors, mask
+
+    def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, without positions."""
+        raise NotImplementedError
+
+
+def sinusoidal_positions(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Absolute positions of "Attention is all you need" (Vaswani et al. 2017), shape [length, width].
+
+    Computed, not stored, so that no clip is too long for them.
+    """
+    half = (width + 1) // 2
+    rates = torch.exp(torch.arange(half, device=device, dtype=torch.float32) * (-math.log(10_000.0) / max(half - 1, 1)))
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width].to(dtype)
+
+
+def with_visibility(poses: Tensor, visible: Tensor) -> Tensor:
+    """Flatten landmarks and add one visibility channel each.
+
+    To the linear layer behind it the channel's column is a learned embedding of that landmark's absence.
+
+    Args:
+        poses: [clips, frames, points, channels]; what stands where a landmark is missing is not read.
+        visible: bool [clips, frames, points].
+
+    Returns:
+        [clips, frames, points × (channels + 1)].
+    """
+    flags = visible.unsqueeze(-1).to(poses.dtype)
+    return torch.cat([poses * flags, flags], dim=-1).flatten(2)
+
+
+def frame_front(num_points: int, num_channels: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Linear-LayerNorm-GELU-Dropout on each frame with its visibility channels: [..., inputs] -> [..., hidden]."""
+    inputs = num_points * (num_channels + 1)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout))
+
+
+def to_backbone(hidden: int, width: int) -> nn.Sequential:
+    """Linear-LayerNorm into the backbone: [..., hidden] -> [..., width]."""
+    return nn.Sequential(nn.Linear(hidden, width), nn.LayerNorm(width))
+
+
+def halvings(stride: int) -> int:
+    """How many layers of stride 2 shorten a sequence ``stride`` times (a power of two)."""
+    return stride.bit_length() - 1
+
+
+class MaskedConvolution(nn.Module):
+    """A pre-norm residual 1-D convolution over time that treats padding as silence; stride 2 halves the sequence.
+
+    Args:
+        width: of input and output.
+        kernel: frames that it sees (odd).
+        stride: 1 or 2.
+        dropout: dropout probability.
+    """
+
+    def __init__(self, width: int, kernel: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.stride = stride
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Conv1d(width, 2 * width, kernel, stride=stride, padding=kernel // 2)
+        self.output = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [clips, frames, width] and their mask [clips, frames], and both with frames / stride."""
+        silent = self.norm(hidden) * mask.unsqueeze(-1)
+        mixed = nn.functional.glu(self.convolution(silent.transpose(1, 2)).transpose(1, 2), dim=-1)
+        mask = mask[:, :: self.stride]
+        hidden = hidden[:, :: self.stride] + self.dropout(self.output(mixed))
+        return hidden, mask
