@@ -63,6 +63,7 @@ def test_a_recipe_by_path_extends_a_shipped_one_and_is_extended_by_overrides(tmp
     assert (recipe.training.epochs, recipe.training.seed) == (3, 7)
     assert recipe.model.backbone == "t5_small"
     assert recipe.model.pose_encoder.kind == "linear"
+    assert load_recipe(path, ["model.quantization=int8"]).model.quantization.kind == "int8"
     assert recipe.model.pose_encoder.hidden == 1024  # the parent leaves it to the kind
     assert recipe.ds == {"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}}
     assert recipe.deepspeed == "zero3"

@@ -24,6 +24,8 @@ from toolkit.recipe.yaml_text import parse_value, parse_yaml
 
 __all__ = ["ModelCard", "load_model_yaml", "load_recipe", "model_names", "read_recipe", "recipe_names"]
 
+# Sections for which a bare word says their `kind`.
+NAMED_BY_KIND = ("pose_encoder", "quantization")
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
 
@@ -189,7 +191,7 @@ def _lay_override(override: str, text: RecipeText) -> None:
 def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
     """What people write for short, said in full before merging, so that the parent's other settings stay.
 
-    ``pose_encoder: linear`` means ``{kind: linear}``, and a section whose keys are all commented out changes nothing,
+    ``pose_encoder: linear`` means ``{kind: linear}`` (``quantization: nf4`` likewise), and a section whose keys are all commented out changes nothing,
     unless it is one that null turns off (``lora: null``).
     """
     full: Tree = {}
@@ -199,7 +201,7 @@ def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
             full[key] = value
         elif isinstance(value, dict):
             full[key] = _short_forms(value, inner)
-        elif key == "pose_encoder" and isinstance(value, str):
+        elif key in NAMED_BY_KIND and isinstance(value, str):
             full[key] = {"kind": value}
         elif value is not None or _may_be_null(section, key):
             full[key] = value

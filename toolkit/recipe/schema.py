@@ -124,6 +124,15 @@ class Lora(Section):
     train: list[Literal["layer_norms", "embeddings"]] = Field(default_factory=list)  # in full, besides the adapters
 
 
+class Quantization(Section):
+    """A frozen backbone in few bits, by bitsandbytes. In a recipe a bare word means ``kind`` (see ``load.py``)."""
+
+    kind: Literal["int8", "nf4"]
+    double_quantization: bool = True  # nf4: pack its scaling factors, too: 0.4 bits a weight less
+    compute_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # nf4: in which its layers multiply
+    storage_dtype: Literal["uint8", "fp32", "bf16", "fp16"] | None = None  # nf4: disguise; None = the run's precision
+
+
 class Model(Section):
     """The backbone, its tokenizer and the pose encoder in front of it."""
 
@@ -137,6 +146,7 @@ class Model(Section):
     lora: Lora | None = None  # None = the backbone trains in full
     freeze: list[Literal["encoder", "decoder", "embeddings"]] = Field(default_factory=list)  # of the backbone
     extra_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # special tokens to add
+    quantization: Quantization | None = None  # None = weights in the run's precision
     pose_encoder: PoseEncoder = PoseEncoder()
 
     @model_validator(mode="after")
