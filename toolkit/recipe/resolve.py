@@ -20,6 +20,7 @@ from toolkit.recipe.ds_keys import OWNED
 from toolkit.recipe.files import read_text, write_text_atomically
 from toolkit.recipe.load import load_recipe, one_line, read_recipe
 from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
+from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.schema import Recipe, Training
 from toolkit.recipe.tree import Tree, leaves
 from toolkit.recipe.yaml_text import dump_yaml
@@ -137,6 +138,17 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     _take_ownership(config, recipe, problems, notes)
     problems.extend(_engine_problems(config, has_gpu))
     problems.extend(_precision_problems(config, recipe))
+    problems.extend(
+        optimizer_problems(
+            recipe.training,
+            config,
+            stage=value_at(config, "zero_optimization.stage") or 0,
+            precision=_precision(config),
+            offload=_offload(config),
+        )
+    )
+    if recipe.training.optimizer == "adamw8bit" and not has_gpu:
+        notes.append("training.optimizer=adamw8bit is made for GPUs: on a CPU a step of it takes many times AdamW's")
     if problems:
         raise UserError(one_line(problems, f"recipe {recipe.name} with {recipe.deepspeed}"))
     return ResolvedRun(
@@ -158,6 +170,12 @@ def value_at(tree: Tree, dotted: str) -> Any:
             return None
         value = value.get(key)
     return value
+
+
+def _offload(config: Tree) -> str | None:
+    """The device that optimiser states are offloaded to, or None."""
+    device = value_at(config, "zero_optimization.offload_optimizer.device") or "none"
+    return None if device == "none" else str(device)
 
 
 def _precision(config: Tree) -> str:
@@ -334,27 +352,16 @@ def _filled_in(config: Tree, training: Training, accumulation: int) -> Tree:
     zero = {"stage": 0, **config.get("zero_optimization", {})}
     # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
     zero.setdefault("overlap_comm", False)
-    implementation = dict(value_at(config, "optimizer.params") or {})
-    offloaded = (value_at(config, "zero_optimization.offload_optimizer.device") or "none") != "none"
-    if not offloaded and "torch_adam" not in implementation:
-        # torch's own fused AdamW runs on CPU and GPU alike; DeepSpeed's FusedAdam would have to be compiled first.
-        # Offloaded states keep DeepSpeed's CPUAdam, which is made for them.
-        implementation = {"torch_adam": True, "fused": True, **implementation}
+    if training.optimizer == "muon" and zero["stage"] == 3:
+        zero["reduce_scatter"] = False  # Muon orthogonalises whole gradients
+    offloaded = _offload(config) is not None
     return {
         **config,
+        **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.gradient_clipping,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": training.learning_rate,
-                "betas": list(training.betas),
-                "eps": training.eps,
-                "weight_decay": training.weight_decay,
-                **implementation,
-            },
-        },
+        "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
     }

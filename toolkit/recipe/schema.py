@@ -166,9 +166,12 @@ class Training(Section):
     global_batch_size: Count = 32  # clips per optimizer step over all ranks
     micro_batch_size: Count = 8  # clips per forward pass of one rank; with micro_batch_frames at most so many
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4
     pose_encoder_learning_rate: Positive | None = None  # None = learning_rate
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = (
+        1.0  # learning rate of a backbone layer: times this per layer above
+    )
     weight_decay: Strength = 0.01
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: Positive = 1e-8
@@ -178,6 +181,11 @@ class Training(Section):
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
+    freeze_backbone_steps: CountOrZero = 0  # first optimizer steps, in which only what has random weights learns
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
+        None  # decay of averaged weights, which are evaluated and kept
+    )
+    early_stopping: Count | None = None  # evaluations in a row without a better evaluation.select_by; None = off
     seed: CountOrZero = 42
     save_every: Count = 500  # optimizer steps
     keep_last: Count = 2  # checkpoints

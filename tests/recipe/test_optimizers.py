@@ -1,0 +1,72 @@
+"""Which optimiser goes where, and how the resolved DeepSpeed JSON shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.errors import UserError
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+
+def run_of(optimizer: str, ds: str, *overrides: str) -> ResolvedRun:
+    overrides = (f"training.optimizer={optimizer}", *overrides)
+    return resolve_named("t5_small", overrides, 1, has_gpu=False, ds=ds, needs_data=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ds", "named", "others"),
+    [
+        ("adamw", "zero2", "AdamW", {"betas": [0.9, 0.98], "eps": 1e-8, "torch_adam": True, "fused": True}),
+        ("adamw", "zero2_offload", "AdamW", {"betas": [0.9, 0.98], "eps": 1e-8}),
+        ("adamw8bit", "zero3", "AdamW8bit", {"betas": [0.9, 0.98], "eps": 1e-8}),
+        ("lion", "zero1", "Lion", {"betas": [0.9, 0.98]}),
+        ("adafactor", "zero0", "Adafactor", {}),
+    ],
+)
+def test_the_resolved_json_shows_the_optimizer(optimizer: str, ds: str, named: str, others: dict[str, object]) -> None:
+    section = run_of(optimizer, ds).deepspeed["optimizer"]
+    assert section == {"type": named, "params": {"lr": 3e-4, "weight_decay": 0.01, **others}}
+
+
+def test_deepspeed_is_told_that_what_it_has_not_tried_works() -> None:
+    assert run_of("adamw8bit", "zero2").deepspeed["zero_allow_untested_optimizer"] is True
+    assert "zero_force_ds_cpu_optimizer" not in run_of("lion", "zero2").deepspeed
+    assert run_of("lion", "zero2_offload").deepspeed["zero_force_ds_cpu_optimizer"] is False
+    assert "zero_allow_untested_optimizer" not in run_of("adamw", "zero2").deepspeed
+
+
+def test_muon_has_its_momentum_and_whole_gradients() -> None:
+    config = run_of("muon", "zero3", "training.gradient_clipping=0").deepspeed
+    assert config["optimizer"]["params"]["momentum"] == 0.95
+    assert config["zero_optimization"]["reduce_scatter"] is False
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ds", "overrides", "told"),
+    [
+        ("adafactor", "zero1", (), "adafactor needs ZeRO stage 0, not 1"),
+        ("adamw8bit", "zero2_offload", (), "adamw8bit keeps its small states on the device"),
+        ("adamw8bit", "zero3_offload", (), "use training.optimizer=adamw"),
+        ("lion", "zero3", ("ds.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}",), "nvme"),
+        ("muon", "zero2", (), "clipped instead of the gradient: set training.gradient_clipping=0"),
+        ("muon", "zero1", ("training.gradient_clipping=0",), "plain SGD in DeepSpeed: use --ds zero2"),
+        (
+            "muon",
+            "zero3",
+            ("training.gradient_clipping=0", "ds.zero_optimization.reduce_scatter=true"),
+            "ds.zero_optimization.reduce_scatter=false",
+        ),
+        ("lion", "zero2", ("ds.optimizer.params.torch_adam=true",), "set ds.optimizer.params.torch_adam=null"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    optimizer: str, ds: str, overrides: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_of(optimizer, ds, *overrides)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_eight_bits_on_a_cpu_come_with_a_note() -> None:
+    assert any("made for GPUs" in note for note in run_of("adamw8bit", "zero2").notes)
