@@ -17,6 +17,7 @@ from torch import nn
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.optimizers import client_optimizer, parameter_groups
 
 
 def join_process_group(ranks: Ranks) -> None:
@@ -62,20 +63,6 @@ def quieten(log: Path | None) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def parameter_groups(module: nn.Module, resolved: ResolvedRun) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay; biases and norms do not decay; no group is empty."""
-    training = resolved.recipe.training
-    encoder_rate = training.pose_encoder_learning_rate or training.learning_rate
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            rate = encoder_rate if name.startswith("pose_encoder.") else training.learning_rate
-            # ds_shape is the whole shape of a parameter that ZeRO-3 has cut.
-            decay = training.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
-
-
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[float]]:
     """Hand the model to DeepSpeed.
 
@@ -84,10 +71,13 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[flo
     """
     import deepspeed
 
-    groups = parameter_groups(module, resolved)
-    peaks = [group["lr"] for group in groups]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=resolved.deepspeed)
-    return engine, peaks
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=parameter_groups(module, resolved),
+        optimizer=client_optimizer(resolved),
+        config=resolved.deepspeed,
+    )
+    return engine, [group["lr"] for group in engine.optimizer.param_groups]
 
 
 def set_learning_rate(engine: Any, peaks: list[float], factor: float) -> None:

@@ -1,0 +1,69 @@
+"""Where in the backbone a parameter lies: read from the modules, so that no family needs a table of names.
+
+Every family keeps the layers of a stack in one ``ModuleList``: ``block`` in T5, ``layers`` in BART and M2M,
+``encoder.layer`` in BERT, ``transformer.h`` in GPT-2. It is the first one that a walk from the stack's top meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter of the backbone lies.
+
+    Attributes:
+        above: layers of its stack above it: 0 in the last layer and in what follows it (final norm, output layer), as
+            many as the stack has in its embeddings.
+        in_layer: whether it belongs to a layer of a stack.
+        embedding: whether it is an embedding, tied to the output layer or not.
+    """
+
+    above: int
+    in_layer: bool
+    embedding: bool
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Every parameter of a translator's backbone by its name in the translator."""
+    backbone: Any = model.backbone
+    stacks = [stack_layers(stack) for stack in (backbone.get_encoder(), backbone.get_decoder())]
+    above = {
+        id(parameter): len(layers) - 1 - number
+        for layers in stacks
+        for number, layer in enumerate(layers)
+        for parameter in layer.parameters()
+    }
+    embeddings = {id(weight) for weight in _embeddings(backbone)}
+    deepest = max(map(len, stacks), default=0)
+    # An encoder's and a decoder's own embeddings lie below their own stack; shared ones below the deeper.
+    depth = {id(weight): deepest for weight in _embeddings(backbone)}
+    for stack, layers in zip((backbone.get_encoder(), backbone.get_decoder()), stacks, strict=True):
+        shared = {id(weight) for weight in backbone.get_input_embeddings().parameters()}
+        depth |= {id(weight): len(layers) for weight in _embeddings(stack) if id(weight) not in shared | above.keys()}
+    return {
+        name: Place(
+            above=above.get(id(parameter), depth.get(id(parameter), 0)),
+            in_layer=id(parameter) in above,
+            embedding=id(parameter) in embeddings,
+        )
+        for name, parameter in model.named_parameters()
+        if name.startswith("backbone.")
+    }
+
+
+def stack_layers(stack: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder or decoder, from the bottom; empty where it has none."""
+    lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList) and len(module))
+    return list(next(lists, []))
+
+
+def _embeddings(module: nn.Module) -> Iterator[nn.Parameter]:
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            yield part.weight
