@@ -191,8 +191,8 @@ def _lay_override(override: str, text: RecipeText) -> None:
 def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
     """What people write for short, said in full before merging, so that the parent's other settings stay.
 
-    ``pose_encoder: linear`` means ``{kind: linear}`` (``quantization: nf4`` likewise), and a section whose keys are all commented out changes nothing,
-    unless it is one that null turns off (``lora: null``).
+    ``pose_encoder: linear`` means ``{kind: linear}`` (``quantization: nf4`` likewise), and a section whose keys are all
+    commented out changes nothing, unless it is one that null turns off (``lora: null``).
     """
     full: Tree = {}
     for key, value in tree.items():

@@ -31,6 +31,7 @@ class ModelCard(BaseModel):
     tokenizer: str  # hub id, or "bytes"
     parameters: int = Field(gt=0)  # of the backbone, without the pose encoder
     license: str
+    lora_targets: list[str] | None = None  # last parts of module names; None = attention's queries and values
     notes: str = ""
 
 
