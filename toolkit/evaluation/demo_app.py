@@ -18,7 +18,8 @@ from toolkit.errors import UserError
 from toolkit.evaluation.clip_sources import find_clips
 from toolkit.evaluation.report import page
 from toolkit.evaluation.report_skeleton import pack_clip, skeleton_of
-from toolkit.evaluation.translation import Hypothesis, translate_clips
+from toolkit.evaluation.search import Hypothesis
+from toolkit.evaluation.translation import translate_clips
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.features import extract_features

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from toolkit.batching.collate import Batch
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
-from toolkit.evaluation.beam_search import beam_search
 from toolkit.evaluation.predictions import Prediction, make_predictions
+from toolkit.evaluation.search import Hypothesis, search
 from toolkit.models.translator import PoseTranslator
-
-# What lies behind depends on how many threads add up a sum; files made on one rank and on several are to be the same.
-SCORE_DIGITS = 4
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One text that the search found.
-
-    Attributes:
-        text: detokenised.
-        score: log-probability over length penalty; None for greedy search, which has none.
-    """
-
-    text: str
-    score: float | None
 
 
 def translate_split(model: PoseTranslator, split: Split, processor: Any, **settings: Any) -> list[Prediction]:
@@ -82,7 +64,17 @@ def translate_clips(
     device = next(model.parameters()).device
     rows: list[tuple[int, list[Hypothesis]]] = []
     for batch in evaluation_batches(split, processor.tokenizer, batch_frames, rank=rank, world_size=world_size):
-        found = search(model, batch.to(device), processor, n_best=n_best, synced=synced, **settings)
+        batch = batch.to(device)
+        found = search(
+            model,
+            processor,
+            batch.poses,
+            batch.visible,
+            batch.frame_mask,
+            n_best=n_best,
+            synced=synced,
+            **settings,
+        )
         clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)
         rows += [(clip, hypotheses) for clip, hypotheses, is_filler in clips if not is_filler]
         if on_batch:
@@ -91,36 +83,6 @@ def translate_clips(
     if [clip for clip, _ in rows] != list(range(len(split))):
         raise AssertionError(f"translated clips {len(rows)} of {len(split)}: each must come exactly once")
     return [hypotheses for _, hypotheses in rows]
-
-
-def search(
-    model: PoseTranslator, batch: Batch, processor: Any, *, n_best: int = 1, synced: bool = False, **settings: Any
-) -> list[list[Hypothesis]]:
-    """Find the ``n_best`` texts for each clip of a batch; ``settings`` are those of HuggingFace's ``generate``."""
-    beams = settings.get("num_beams", model.generation_config.num_beams) or 1
-    samples = settings.get("do_sample", model.generation_config.do_sample)
-    if beams > 1 and not samples:
-        loop: dict[str, Any] = {"custom_generate": beam_search, "in_step": synced}
-    else:
-        loop = {"synced_gpus": synced}
-    found = model.generate(
-        batch.poses,
-        batch.visible,
-        batch.frame_mask,
-        return_dict_in_generate=True,
-        output_scores=True,
-        num_return_sequences=n_best,
-        **loop,
-        **settings,
-    )
-    texts = [text.strip() for text in processor.batch_decode(found.sequences)]
-    # Greedy search has no sequence scores.
-    scores = getattr(found, "sequences_scores", None)
-    values = (
-        [round(value, SCORE_DIGITS) for value in scores.float().tolist()] if scores is not None else [None] * len(texts)
-    )
-    hypotheses = list(map(Hypothesis, texts, values))
-    return [hypotheses[start : start + n_best] for start in range(0, len(hypotheses), n_best)]
 
 
 def _gather(rows: list[tuple[int, list[Hypothesis]]], world_size: int) -> list[tuple[int, list[Hypothesis]]]:

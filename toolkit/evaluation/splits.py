@@ -9,10 +9,11 @@ from typing import Any
 
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.evaluation.floors import floors, other_clips
-from toolkit.evaluation.generate import Hypothesis, best_predictions, evaluation_mode, translate_clips
+from toolkit.evaluation.generate import best_predictions, evaluation_mode, translate_clips
 from toolkit.evaluation.metrics import Scores, add_up
 from toolkit.evaluation.predictions import Prediction
 from toolkit.evaluation.resampling import Comparison, Interval, compare, intervals
+from toolkit.evaluation.search import Hypothesis
 from toolkit.evaluation.statistics import frequent_words, measure
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.schema import Evaluation

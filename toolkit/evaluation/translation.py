@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.evaluation.clip_sources import ClipSource
+from toolkit.evaluation.search import Hypothesis, search
 from toolkit.evaluation.windows import cut, overlap_seconds, window_seconds, without_repeats
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.translator import PoseTranslator
@@ -18,14 +19,6 @@ from toolkit.poses.pose_file import PoseError, RawPose
 BATCH_FRAMES = 8192
 BATCHES_READ_AHEAD = 4  # enough to find clips of like length, few enough to answer soon
 MOST_CLIPS_OF_A_BATCH = 128  # short clips fill no frame budget, but each one's beams take memory all the same
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One reading of a clip and the search's score of it (log-probability over length penalty); greedy has none."""
-
-    text: str
-    score: float | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ def translate_clips(
     windowing: Windowing | None = None,
     n_best: int = 1,
     batch_frames: int = BATCH_FRAMES,
-    **search: Any,
+    **settings: Any,
 ) -> Iterator[Translation]:
     """Translate clips one after the other as far as their order goes, many at a time as far as the work goes.
 
@@ -121,7 +114,7 @@ def translate_clips(
         windowing: how long clips are cut; by default into the longest windows that the model reads.
         n_best: hypotheses of each clip or window; at most ``num_beams``.
         batch_frames: largest number of padded frames in a batch.
-        search: overrides the model's own search settings (``num_beams``, ``max_new_tokens``, ...).
+        settings: override the model's own generation settings (``num_beams``, ``max_new_tokens``, ...).
 
     Yields:
         one translation a clip, in the order of the clips; of clips that cannot be used the reason.
@@ -132,10 +125,10 @@ def translate_clips(
     extractor = processor.feature_extractor
     windowing = windowing or Windowing()
     check_windowing(windowing, extractor)
-    search = {"num_return_sequences": n_best, **search}
+    settings = {"n_best": n_best, **settings}
     windows: list[Window] = []
     for seats in _ahead(_seats(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
-        for seat, hypotheses in zip(seats, _search(model, processor, seats, batch_frames, search), strict=True):
+        for seat, hypotheses in zip(seats, _search(model, processor, seats, batch_frames, settings), strict=True):
             windows.append(Window(seat.start, seat.end, hypotheses, seat.reason))
             if seat.is_last:
                 reason = "" if any(window.hypotheses for window in windows) else windows[0].reason
@@ -191,7 +184,7 @@ def _ahead(seats: Iterable[_Seat], most_frames: int) -> Iterator[list[_Seat]]:
 
 
 def _search(
-    model: PoseTranslator, processor: PoseProcessor, seats: Sequence[_Seat], batch_frames: int, search: dict[str, Any]
+    model: PoseTranslator, processor: PoseProcessor, seats: Sequence[_Seat], batch_frames: int, settings: dict[str, Any]
 ) -> list[tuple[Hypothesis, ...]]:
     """The hypotheses of each seat, none for those without features."""
     device = next(model.parameters()).device
@@ -199,14 +192,9 @@ def _search(
     for batch in _batches([seat.frames for seat in seats], batch_frames):
         clips = [features for index in batch if (features := seats[index].features) is not None]
         inputs = processor.feature_extractor.pad(clips).to(device)
-        output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True, **search)
-        scores = getattr(output, "sequences_scores", None)
-        values = [None] * len(output.sequences) if scores is None else scores.float().tolist()
-        texts = [text.strip() for text in processor.batch_decode(output.sequences)]
-        hypotheses = list(map(Hypothesis, texts, values))
-        per_clip = len(hypotheses) // len(batch)
-        for row, index in enumerate(batch):
-            found[index] = tuple(hypotheses[row * per_clip : (row + 1) * per_clip])
+        hypotheses = search(model, processor, **inputs, **settings)
+        for index, of_clip in zip(batch, hypotheses, strict=True):
+            found[index] = tuple(of_clip)
     return found
 
 
