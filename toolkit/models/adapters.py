@@ -152,8 +152,7 @@ def _part(model: PoseTranslator, part: str) -> list[nn.Parameter]:
 
 def _is_unreached(module: nn.Module, model: PoseTranslator) -> bool:
     encoder = model.backbone.get_encoder()
-    words = encoder.get_input_embeddings()
-    if module is words:
+    if module in (encoder.get_input_embeddings(), model.backbone.get_input_embeddings()):
         return all(module.weight is not table.weight for table in token_tables(model))
     idle = [part for name, part in encoder.named_modules() if name.endswith(("pooler", "_global"))]
     return any(module is inner for part in idle for inner in part.modules())
