@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Everything that can be wrong with the input is found before the process group exists."""
     import torch
 
+    from toolkit.cluster.allocator import return_freed_memory
     from toolkit.cluster.ops import check_locks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -82,6 +83,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         overrides = [*overfit_overrides(arguments.overfit, ranks.world_size, name), *overrides]
     resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
     check_model(resolved)
+    if not gpus and (resolved.zero_stage == 3 or resolved.recipe.model.quantization):
+        return_freed_memory()
     for note in resolved.notes:
         say(f"note: {note}")
 

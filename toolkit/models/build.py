@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.materialise import Placement, placement_of, published_backbone, random_backbone, settle
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.quantisation import mark
 from toolkit.models.tokenizers import language_id, make_tokenizer, special_ids
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.compatibility import precision_refusal
@@ -41,16 +43,18 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
 
 
 def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> PoseTranslator:
-    """The translator, with the backbone's published weights or random ones.
+    """The translator, with the backbone's published weights or random ones, in the form in which the run holds them.
 
-    The same seed of torch's generator gives the same random weights, on every rank.
+    All ranks call this. The recipe's seed decides the backbone's random weights, on any number of ranks and at any ZeRO
+    stage; those of the pose encoder come from torch's generator, which all ranks seed alike.
 
     Raises:
         UserError: the backbone cannot be had.
     """
     recipe = resolved.recipe
     model = recipe.model
-    backbone = _backbone(model, tokenizer)
+    placement = placement_of(resolved)
+    backbone = _backbone(model, tokenizer, placement, recipe.training.seed)
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
     config = PoseTranslatorConfig(
         # Where the backbone was loaded from is this machine's business.
@@ -66,6 +70,9 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     )
     translator = PoseTranslator(config, backbone)
     _remember_generation(translator, recipe.evaluation, tokenizer)
+    if placement.quantization:
+        mark(translator, placement.quantization)
+    settle(translator, placement)
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -91,7 +98,7 @@ def check_model(resolved: ResolvedRun) -> None:
         raise UserError(f"model.backbone={model.backbone}: {refusal}")
 
 
-def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement, seed: int) -> PreTrainedModel:
     config = _backbone_config(model)
     if model.dropout is not None:
         for key in DROPOUT_KEYS:
@@ -101,10 +108,9 @@ def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
         card = card_of(model)
         if tokenizer_of(model) != (card.tokenizer if card else model.backbone):
             _speak(config, tokenizer)
-        return AutoModelForSeq2SeqLM.from_config(config)
-    source = _source(model)
+        return random_backbone(config, placement, seed=seed)
     try:
-        return AutoModelForSeq2SeqLM.from_pretrained(source, config=config, trust_remote_code=model.trust_remote_code)
+        return published_backbone(_source(model), config, placement, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _not_loadable(model, error) from error
 

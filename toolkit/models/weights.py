@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,15 +24,37 @@ def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         module: the model, as DeepSpeed holds it.
         keep: whether this rank wants the result; the others get an empty dict.
     """
+    return _gathered(module.state_dict(keep_vars=True).items(), keep=keep)
+
+
+def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The weights that train, by their names in the state dict; frozen ones, cut or packed, are not touched.
+
+    Args and ranks as for :func:`whole_state_dict`.
+    """
+    return _gathered([item for item in module.named_parameters() if item[1].requires_grad], keep=keep)
+
+
+def _gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     import deepspeed
 
     weights: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in tensors:
         partitioned = [tensor] if hasattr(tensor, "ds_id") else []
         with deepspeed.zero.GatheredParameters(partitioned):
             if keep:
                 weights[name] = tensor.detach().to("cpu", copy=True)
     return weights
+
+
+def count_weights(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers these parameters hold, also where they are packed into few bits or cut over ranks."""
+    return sum(math.prod(_whole_shape(parameter)) for parameter in parameters)
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes' four bits
+    return packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape)
 
 
 def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from toolkit.evaluation.report import write_report
 from toolkit.evaluation.splits import score_splits, splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.weights import count_weights
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
@@ -258,9 +259,9 @@ def draw_report(run_dir: Path) -> str:
 
 def describe(model: PoseTranslator) -> str:
     """Size of the model in words."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    pose = sum(parameter.numel() for parameter in model.pose_encoder.parameters())
+    total = count_weights(model.parameters())
+    trainable = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
+    pose = count_weights(model.pose_encoder.parameters())
     return f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them trained, pose encoder {pose / 1e6:.1f} M"
 
 

@@ -1,0 +1,54 @@
+"""The allocator settings do what they are for, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Large blocks come and go, so that glibc raises its thresholds; then blocks are freed below others that stay.
+SCRIPT = """
+import ctypes, os, sys
+from toolkit.cluster.allocator import return_freed_memory
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+if sys.argv[1] == "set":
+    assert return_freed_memory()
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "65536"
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.free(libc.malloc(30 << 20))
+before = resident()
+blocks = []
+for _ in range(64):
+    block = libc.malloc(1 << 20)
+    ctypes.memset(block, 1, 1 << 20)
+    blocks.append(block)
+    libc.malloc(1024)
+for block in blocks:
+    libc.free(ctypes.c_void_p(block))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_blocks_leave_the_process() -> None:
+    def kept(choice: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, choice],
+            cwd=Path(__file__).parents[2],
+            env={},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return float(done.stdout)
+
+    assert kept("set") < 8
+    assert kept("leave") > 32, "without the settings glibc was to keep what was freed"

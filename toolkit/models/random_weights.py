@@ -1,0 +1,122 @@
+"""Random weights for a model whose tensors hold nothing yet, drawn one tensor at a time.
+
+A model too large for one process cannot be built first and initialised afterwards. So transformers' own initialisation
+runs over a skeleton on the meta device, where its functions only note what they would do to which tensor; each tensor
+is drawn later, when there is a place for it. Every tensor has a generator of its own, seeded by its name: the numbers
+depend neither on which tensors came before nor on precision, ranks, ZeRO stage or quantisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, initialization
+
+# transformers' initialisation functions: those that draw take a generator, the others set fixed values.
+DRAWING = (
+    *("uniform_", "normal_", "trunc_normal_", "orthogonal_", "sparse_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
+)
+SETTING = ("constant_", "ones_", "zeros_", "eye_", "dirac_", "copy_")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an initialisation function.
+
+    Attributes:
+        function: its name in ``transformers.initialization``.
+        view: size, stride and offset of the part of the tensor that it fills; None for all of it.
+        arguments: its other positional arguments.
+        settings: its keyword arguments.
+    """
+
+    function: str
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Skeleton:
+    """A model on the meta device, and how each of its tensors is initialised.
+
+    Attributes:
+        model: its parameters and buffers have shapes and hold nothing; tied weights are one parameter.
+        steps: by the identity of a tensor, what transformers does to it; later steps overwrite earlier ones.
+    """
+
+    model: PreTrainedModel
+    steps: dict[int, list[Step]] = field(default_factory=dict)
+
+    def draw(self, tensor: Tensor, name: str, seed: int) -> Tensor:
+        """Values for one of the skeleton's tensors, on the CPU, in the skeleton's own type.
+
+        Args:
+            tensor: a parameter or buffer of ``model``.
+            name: its name, which seeds its generator together with ``seed``.
+            seed: of all the weights.
+
+        Raises:
+            NotImplementedError: the architecture does not say how this tensor is initialised.
+        """
+        steps = self.steps.get(id(tensor))
+        if not steps:
+            raise NotImplementedError(f"{type(self.model).__name__} does not say how {name} is initialised")
+        generator = torch.Generator().manual_seed(_number(seed, name))
+        values = torch.empty(tensor.shape, dtype=tensor.dtype)
+        # What a later step overwrites as a whole need not be drawn.
+        first = max((number for number, step in enumerate(steps) if step.view is None), default=0)
+        with torch.no_grad():
+            for step in steps[first:]:
+                part = values if step.view is None else values.as_strided(*step.view)
+                settings = step.settings | ({"generator": generator} if step.function in DRAWING else {})
+                getattr(initialization, step.function)(part, *step.arguments, **settings)
+        return values
+
+
+def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
+    """The seq2seq model that ``config`` describes, without memory for its weights."""
+    # Untied until the initialisation is noted, as transformers has it: a tied weight then is what its source was given.
+    with torch.device("meta"), initialization.no_tie_weights():
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(model)
+    with _noting(skeleton.steps):
+        model.initialize_weights()
+    model.tie_weights()
+    return skeleton
+
+
+@contextmanager
+def _noting(steps: dict[int, list[Step]]) -> Iterator[None]:
+    """Within it transformers' initialisation functions note their calls instead of carrying them out."""
+
+    def noting(function: str) -> Callable[..., Tensor]:
+        def note(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+            whole = tensor if tensor._base is None else tensor._base
+            view = None if whole is tensor else (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+            settings.pop("generator", None)
+            steps.setdefault(id(whole), []).append(Step(function, view, arguments, settings))
+            return tensor
+
+        return note
+
+    originals = {name: getattr(initialization, name) for name in (*DRAWING, *SETTING)}
+    try:
+        for name in originals:
+            setattr(initialization, name, noting(name))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(initialization, name, function)
+
+
+def _number(seed: int, name: str) -> int:
+    """A seed for one tensor, alike on every machine."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")
