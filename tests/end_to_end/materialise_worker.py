@@ -1,0 +1,104 @@
+"""One rank of test_materialise.py: fills models in every form that two ranks can hold, and writes down what came out.
+
+Starting two ranks costs more than filling small models, so one start serves all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, distributed
+from transformers import AutoConfig, PreTrainedModel
+
+from toolkit.cluster.allocator import return_freed_memory
+from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.ranks import read_ranks
+from toolkit.models.materialise import Placement, published_backbone, random_backbone
+from toolkit.models.weights import whole_state_dict
+from toolkit.recipe.schema import Quantization
+from toolkit.training.engine import join_process_group, leave_process_group, quieten
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    use_extensions_dir()
+    return_freed_memory()
+    plan = json.loads(Path(sys.argv[-1]).read_text())
+    ranks = read_ranks()
+    quieten(None)
+    join_process_group(ranks)
+    zero3 = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}
+    results: dict[str, Any] = {}
+    for name, values in plan["configs"].items():
+        config = AutoConfig.for_model(name, **values)
+        for dtype in (torch.float32, torch.bfloat16):
+            whole = random_backbone(config, Placement(dtype, CPU), seed=1)
+            cut = random_backbone(config, Placement(dtype, CPU, zero3), seed=1)
+            assert all(parameter.numel() == 0 for parameter in cut.parameters()), "each rank keeps its piece"
+            results[f"{name} {dtype}"] = same(whole.state_dict(), whole_state_dict(cut, keep=True))
+        nf4 = Quantization(kind="nf4")
+        whole, cut = (
+            random_backbone(config, Placement(torch.bfloat16, CPU, zero, nf4), seed=1) for zero in (None, zero3)
+        )
+        results[f"{name} nf4"] = same(dequantised(whole), dequantised(cut))
+    folder, config = plan["folder"], AutoConfig.from_pretrained(plan["folder"])
+    whole = published_backbone(folder, config, Placement(torch.float32, CPU))
+    for what, quantization in (("published", None), ("published nf4", nf4)):
+        whole, cut = (
+            published_backbone(folder, config, Placement(torch.bfloat16, CPU, zero, quantization))
+            for zero in (None, zero3)
+        )
+        read = dequantised if quantization else (lambda model: whole_state_dict(model, keep=True))
+        results[what] = same(read(whole), read(cut))
+    results["memory"] = memory(AutoConfig.for_model("t5", **plan["large"]), zero3)
+    if ranks.is_main:
+        Path(plan["results"]).write_text(json.dumps(results))
+    leave_process_group()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two models are equal on every rank."""
+    equal = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    everywhere = torch.tensor(int(equal))
+    distributed.all_reduce(everywhere, op=distributed.ReduceOp.MIN)
+    return bool(everywhere.item())
+
+
+def dequantised(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every weight as the layers compute with it."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            state = getattr(parameter, "quant_state", None)
+            values = parameter.data if state is None else bitsandbytes.functional.dequantize_4bit(parameter.data, state)
+            weights[name] = values.clone()
+    return weights
+
+
+def memory(config: Any, zero3: dict[str, Any]) -> dict[str, float]:
+    """MiB that all ranks together grow by at most while a model is built, and MiB of one copy of it."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    model = random_backbone(config, Placement(torch.bfloat16, CPU, zero3), seed=1)
+    grown = torch.tensor(resident("VmHWM") - before, dtype=torch.float64)
+    distributed.all_reduce(grown)
+    copy = sum(parameter.ds_numel * 2 for parameter in model.parameters())  # type: ignore[attr-defined]
+    return {"grown": grown.item(), "copy": copy / 2**20}
+
+
+def resident(key: str) -> float:
+    """MiB of memory by that name in /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    main()
