@@ -16,7 +16,7 @@ STEPS = 6
 CONFIGS = ds_config_names()
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 # Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
-KEPT = [6.12603, 5.902064, 5.578447, 5.13143, 5.030634, 4.955577]
+KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
 
 
 @pytest.fixture(scope="module")
