@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
+from toolkit.cluster.ops import is_built
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.ds_json import ds_config_names
 from toolkit.recipe.load import load_recipe
 
 STEPS = 6
-CONFIGS = ds_config_names()
+GPU_HOSTS = ("zero2_fp16", "zero3_deepcompile", "zero3_plus_plus")  # tests/recipe sees to it that they are refused here
+CONFIGS = [name for name in ds_config_names() if name not in GPU_HOSTS]
+NVME = [name for name in CONFIGS if name.endswith("nvme")]
+# What is the same in fp32, where no states are kept in bf16 and nothing is computed in it, has one case for all of it.
+IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autocast"))]
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 # Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
 KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
@@ -39,17 +44,21 @@ def trained(
         "training.ctc_weight=0.5",
     ]
     small = "ds.zero_optimization.stage3_param_persistence_threshold=0"
-    stage3 = [name for name in CONFIGS if name.startswith("zero3")]
+    here = [name for name in CONFIGS if name not in NVME or is_built("async_io")]
+    stage3 = [name for name in here if name.startswith("zero3")]
     cases = {
         f"{precision}-{name}": {"ds": name, "overrides": [*extra, *([small] if name in stage3 else [])]}
-        for name in CONFIGS
-        for precision, extra in (("own", []), ("fp32", FP32))
+        for precision, extra, names in (("own", [], CONFIGS), ("fp32", FP32, IN_FP32))
+        for name in names
+        if name in here
     }
     for micro in (1, 4):
         cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
     # Clips of 55 to 274 frames: a step needs two, three or four of these.
     budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
-    for name in CONFIGS:
+    for name in IN_FP32:
+        if name not in here:
+            continue
         cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([small] if name in stage3 else [])]}
     results = folder / "results.json"
     plan = folder / "plan.json"
@@ -59,10 +68,16 @@ def trained(
     return json.loads(results.read_text())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["own", "fp32"])
-def test_it_learns_saves_and_loads(trained: dict[str, dict[str, Any]], name: str, precision: str) -> None:
-    case = trained[f"{precision}-{name}"]
+def case_of(trained: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a case gave; skipped where this machine cannot run it."""
+    if name not in trained and name.endswith("nvme"):
+        pytest.skip("op async_io is not built: apt-get install libaio-dev, python launch/doctor.py build-ops async_io")
+    return trained[name]
+
+
+@pytest.mark.parametrize("name", [*(f"own-{name}" for name in CONFIGS), *(f"fp32-{name}" for name in IN_FP32)])
+def test_it_learns_saves_and_loads(trained: dict[str, dict[str, Any]], name: str) -> None:
+    case = case_of(trained, name)
     assert len(case["losses"]) == STEPS
     assert case["losses"][-1] < case["losses"][0]
     assert all(norm is not None and norm > 0 for norm in case["grad_norms"])
@@ -70,9 +85,9 @@ def test_it_learns_saves_and_loads(trained: dict[str, dict[str, Any]], name: str
     assert case["best_is_last"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", IN_FP32)
 def test_memory_strategies_change_nothing_in_fp32(trained: dict[str, dict[str, Any]], name: str) -> None:
-    reference, case = trained["fp32-zero1"], trained[f"fp32-{name}"]
+    reference, case = trained["fp32-zero1"], case_of(trained, f"fp32-{name}")
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     # Each engine sums up the norm in its own order and, at stage 0, we do.
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
@@ -88,9 +103,9 @@ def test_how_the_global_batch_is_cut_changes_nothing(trained: dict[str, dict[str
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", IN_FP32)
 def test_a_frame_budget_changes_nothing_but_the_cut(trained: dict[str, dict[str, Any]], name: str) -> None:
-    reference, case = trained["fp32-zero1"], trained[f"frames-{name}"]
+    reference, case = trained["fp32-zero1"], case_of(trained, f"frames-{name}")
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
     assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)

@@ -21,6 +21,13 @@ from toolkit.recipe.resolve import ResolvedRun, resolve, resolve_named
 from toolkit.recipe.tree import merge, nested
 
 ROOT = Path(__file__).parents[2]
+# What a JSON that needs a GPU host is refused with on a CPU.
+GPU_HOSTS = {
+    "zero2_fp16": "fp16.enabled=true needs a GPU",
+    "zero3_deepcompile": "compile.deepcompile (DeepCompile) needs a GPU",
+    "zero3_plus_plus": "zero_optimization.zero_quantized_gradients (ZeRO++ quantised gradients) needs a GPU",
+}
+EVERYWHERE = [name for name in ds_config_names() if name not in GPU_HOSTS]
 
 
 def run_of(name="t5_small", *overrides, ds=None, world_size=1, has_gpu=False, needs_data=False):
@@ -41,7 +48,7 @@ def write(path, value):
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 8])
-@pytest.mark.parametrize("ds", ds_config_names())
+@pytest.mark.parametrize("ds", EVERYWHERE)
 def test_every_strategy_resolves_for_every_recipe(ds, world_size, has_gpu):
     for name in recipe_names():
         batch = ("training.global_batch_size=64", "training.micro_batch_size=8")
@@ -61,8 +68,40 @@ def test_every_strategy_resolves_for_every_recipe(ds, world_size, has_gpu):
 def test_precision_is_the_jsons_and_a_recipe_may_lay_its_own_over_it():
     assert [run_of(ds=ds).precision for ds in ("zero0", "zero1", "zero2", "zero3")] == ["fp32", "bf16", "bf16", "bf16"]
     assert run_of(ds="zero0").autocast == "bfloat16"
-    for ds in ds_config_names():
-        assert (run_of("demo", ds=ds).precision, run_of("demo", ds=ds).autocast) == ("fp32", None)
+    for ds in EVERYWHERE:
+        demo = run_of("demo", ds=ds)
+        assert (demo.precision, demo.autocast) == ("fp32", None)
+        # DeepSpeed reads bf16_master_weights_and_grads even from a section that is switched off.
+        assert not {"bf16", "torch_autocast"} & demo.deepspeed.keys()
+
+
+@pytest.mark.parametrize(("ds", "reason"), GPU_HOSTS.items())
+def test_what_needs_a_gpu_host_is_refused_elsewhere(ds, reason, tmp_path):
+    # A backbone that bears fp16: T5's family does not.
+    write(tmp_path / "config.json", {"model_type": "bart"})
+    arguments = ("t5_small", f"model.backbone={tmp_path}")
+    assert reason in message_of(*arguments, ds=ds, world_size=8)
+    assert run_of(*arguments, ds=ds, world_size=8, has_gpu=True).zero_stage == int(ds[4])
+
+
+def test_parameters_kept_on_each_node_need_whole_nodes():
+    message = message_of("t5_small", ds="zero3_plus_plus", world_size=4, has_gpu=True)
+    assert "zero_hpz_partition_size=8 does not divide 4 ranks" in message
+    four = "ds.zero_optimization.zero_hpz_partition_size=4"
+    assert run_of("t5_small", four, ds="zero3_plus_plus", world_size=4, has_gpu=True).zero_stage == 3
+
+
+def test_every_run_has_a_swap_folder_of_its_own(tmp_path):
+    def folder(*overrides):
+        zero = run_of("t5_small", *overrides, ds="zero3_nvme").deepspeed["zero_optimization"]
+        return Path(zero["offload_optimizer"]["nvme_path"])
+
+    assert folder(f"run.dir={tmp_path}/a") == tmp_path / "a" / "nvme_swap"
+    disk = f"ds.zero_optimization.offload_optimizer.nvme_path={tmp_path}/disk"
+    one, other = (folder(disk, f"run.dir={tmp_path}/{name}/run") for name in "ab")
+    assert one.parent == other.parent == tmp_path / "disk"
+    assert one != other
+    assert one == folder(disk, f"run.dir={tmp_path}/a/run")
 
 
 def test_adamw_is_torchs_own_unless_its_states_are_offloaded():
@@ -188,7 +227,7 @@ def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
             "offload_optimizer works with ZeRO stage 1 2 3, not 0",
         ),
         ("zero2", "ds.zero_optimization.offload_param.device=cpu", "offload_param works with ZeRO stage 3, not 2"),
-        ("zero3", "ds.zero_optimization.offload_param.device=nvme", "needs zero_optimization.offload_param.nvme_path"),
+        ("zero2_offload", "ds.zero_optimization.offload_optimizer.device=nvme", "nvme works with ZeRO stage 3, not 2"),
         ("zero2", "ds.fp16.enabled=true", "bf16 and fp16 are enabled together"),
         ("zero0", "ds.bf16.enabled=true", "bf16 and torch_autocast are enabled together"),
         ("zero0", "ds.torch_autocast.dtype=null", "needs torch_autocast.dtype"),

@@ -7,7 +7,6 @@ waits for it without a word and without end; ``check_locks`` turns that wait int
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 import sys
@@ -164,8 +163,12 @@ def _reason(output: str) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what DeepSpeed prints while it probes compilers off the terminal; errors arrive as exceptions."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    """Keep what DeepSpeed prints while it probes compilers off the terminal; errors arrive as exceptions.
+
+    A real file: DeepSpeed's probe for libaio asks for the descriptor of stderr and takes a stream without one for a
+    missing library.
+    """
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 

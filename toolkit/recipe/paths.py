@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+SWAP = "nvme_swap"
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +32,21 @@ def ds_configs_dir() -> Path:
 def is_clone() -> bool:
     """Whether this package runs from a clone, where the user's own recipes belong in ``recipes/``."""
     return not (PACKAGE / "_recipes").is_dir()
+
+
+def swap_folder(run_dir: Path, disk: str | None = None) -> Path:
+    """The folder in which one run keeps what it offloads to NVMe, and nobody else keeps anything.
+
+    DeepSpeed names its files by rank alone, so that two runs that share a folder would overwrite each other.
+
+    Args:
+        run_dir: the run's own folder.
+        disk: ``nvme_path`` as the user gave it; None keeps the files in the run directory.
+    """
+    if disk is None:
+        return run_dir / SWAP
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    return Path(disk) / f"{SWAP}-{run_dir.name}-{identity}"
 
 
 def shown(path: Path) -> str:

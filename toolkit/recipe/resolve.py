@@ -21,6 +21,7 @@ from toolkit.recipe.files import read_text, write_text_atomically
 from toolkit.recipe.load import load_recipe, one_line, read_recipe
 from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
+from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Recipe, Training
 from toolkit.recipe.tree import Tree, leaves
 from toolkit.recipe.yaml_text import dump_yaml
@@ -29,6 +30,9 @@ RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 BFLOAT = ("bfloat16", "bf16")
 HALF = ("float16", "fp16", "half")
+PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")
+# Section of zero_optimization -> the ZeRO stages that have it.
+OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         raise UserError(one_line([*problems, str(error)], f"recipe {recipe.name}")) from error
     problems.extend(json_problems)
     _take_ownership(config, recipe, problems, notes)
-    problems.extend(_engine_problems(config, has_gpu))
+    problems.extend(_engine_problems(config, has_gpu, world_size))
     problems.extend(_precision_problems(config, recipe))
     problems.extend(
         optimizer_problems(
@@ -151,13 +155,14 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         notes.append("training.optimizer=adamw8bit is made for GPUs: on a CPU a step of it takes many times AdamW's")
     if problems:
         raise UserError(one_line(problems, f"recipe {recipe.name} with {recipe.deepspeed}"))
+    run_dir = Path(recipe.run.dir or f"runs/{recipe.name}")
     return ResolvedRun(
         recipe=recipe,
-        deepspeed=_filled_in(config, recipe.training, accumulation),
+        deepspeed=_filled_in(config, recipe.training, accumulation, run_dir),
         world_size=world_size,
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation_steps=accumulation,
-        run_dir=Path(recipe.run.dir or f"runs/{recipe.name}"),
+        run_dir=run_dir,
         notes=tuple(notes),
     )
 
@@ -298,22 +303,23 @@ def _two_owners(dotted: str, value: Any, owned: str, over: set[str], recipe: Rec
     )
 
 
-def _engine_problems(config: Tree, has_gpu: bool) -> list[str]:
+def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
     """Combinations that DeepSpeed refuses late, or accepts and gets wrong."""
     problems = []
     stage = value_at(config, "zero_optimization.stage") or 0
-    for section, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+    for section, stages in OFFLOADS.items():
         device = value_at(config, f"zero_optimization.{section}.device") or "none"
         if device != "none" and stage not in stages:
             problems.append(
                 f"zero_optimization.{section} works with ZeRO stage {' '.join(map(str, stages))}, not {stage}: "
                 f"change zero_optimization.stage or set ds.zero_optimization.{section}=null"
             )
-        if device == "nvme" and not value_at(config, f"zero_optimization.{section}.nvme_path"):
+        if device == "nvme" and stage in (1, 2):
             problems.append(
-                f"zero_optimization.{section}.device=nvme needs zero_optimization.{section}.nvme_path=FOLDER"
+                f"zero_optimization.{section}.device=nvme works with ZeRO stage 3, not {stage}: use --ds zero3_nvme, "
+                f"or ds.zero_optimization.{section}.device=cpu"
             )
-    enabled = [name for name in ("bf16", "bfloat16", "fp16", "torch_autocast") if value_at(config, f"{name}.enabled")]
+    enabled = [name for name in PRECISIONS if value_at(config, f"{name}.enabled")]
     if len(enabled) > 1:
         problems.append(f"{' and '.join(enabled)} are enabled together: keep one, e.g. ds.{enabled[-1]}.enabled=false")
     if enabled == ["torch_autocast"] and _autocast(config) not in (*BFLOAT, *HALF):
@@ -323,6 +329,12 @@ def _engine_problems(config: Tree, has_gpu: bool) -> list[str]:
         problems.append(
             f"data_types.grad_accum_dtype={accumulated} with {_precision(config)} parameters needs ZeRO stage 1 "
             "or more: set ds.zero_optimization.stage=1 or ds.data_types=null"
+        )
+    node = value_at(config, "zero_optimization.zero_hpz_partition_size")
+    if has_gpu and isinstance(node, int) and node > 0 and world_size % node:
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size={node} does not divide {world_size} ranks: it is the number of "
+            "GPUs of a node, ds.zero_optimization.zero_hpz_partition_size=N"
         )
     if value_at(config, "gradient_allreduce_op") not in (None, "mean"):
         problems.append("gradient_allreduce_op must be mean: the loss is scaled for the mean over ranks")
@@ -347,14 +359,19 @@ def _precision_problems(config: Tree, recipe: Recipe) -> list[str]:
     return [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
 
 
-def _filled_in(config: Tree, training: Training, accumulation: int) -> Tree:
+def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Path) -> Tree:
     """``config`` with the recipe's values and with the defaults that DeepSpeed would choose otherwise."""
     zero = {"stage": 0, **config.get("zero_optimization", {})}
     # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
     zero.setdefault("overlap_comm", False)
+    for section in OFFLOADS:
+        if value_at(zero, f"{section}.device") == "nvme":
+            zero[section] = {**zero[section], "nvme_path": str(swap_folder(run_dir, zero[section].get("nvme_path")))}
     if training.optimizer == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False  # Muon orthogonalises whole gradients
     offloaded = _offload(config) is not None
+    # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is switched off, so what is off goes altogether.
+    config = {key: value for key, value in config.items() if not (key in PRECISIONS and not value.get("enabled"))}
     return {
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
