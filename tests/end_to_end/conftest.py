@@ -17,7 +17,7 @@ import pytest
 from toolkit.corpus.demo import DemoSizes, make_demo
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 280.0
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
