@@ -44,7 +44,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--ds", metavar="NAME", help="instead of the recipe's DeepSpeed JSON: in ds_configs/, or a file"
     )
-    parser.add_argument("--new", action="store_true", help="set an earlier run of this name aside and begin anew")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|CHECKPOINT",
+        help="where to go on from: the run's newest complete checkpoint (default), nothing, or the one named",
+    )
+    parser.add_argument(
+        "--new",
+        dest="resume",
+        action="store_const",
+        const="never",
+        help="the same as --resume never: set an earlier run of this name aside and begin anew",
+    )
     parser.add_argument(
         "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart, say whether it worked"
     )
@@ -90,16 +102,16 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     # Ranks share no process group yet. They come to the same answer because only rank 0 changes the run directory, and
     # where it does, by --new, the others need not look.
-    new = arguments.new or arguments.overfit is not None
+    new = arguments.resume == "never" or arguments.overfit is not None
     if new and ranks.is_main and (aside := run_directory.set_aside(resolved.run_dir)):
         say(f"the run that was in {resolved.run_dir} is now in {aside}")
-    if not new and run_directory.read_status(resolved.run_dir) == "finished":
+    if arguments.resume == "auto" and not new and run_directory.read_status(resolved.run_dir) == "finished":
         say(f"{resolved.run_dir} is finished; --new trains again")
         summary = read_scores(resolved.run_dir)
     else:
-        start = Start() if new else find_start(resolved, verify=ranks.is_main)
+        start = Start() if new else find_start(resolved, arguments.resume, verify=ranks.is_main)
         corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
-        check_corpus(corpus, None if new else resolved.run_dir)
+        check_corpus(corpus, None if new else resolved.run_dir, start)
         if arguments.overfit is not None:
             summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
         else:

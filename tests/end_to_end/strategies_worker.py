@@ -20,7 +20,8 @@ from toolkit.models import PoseTranslator
 from toolkit.models.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training import run_directory
-from toolkit.training.checkpoints import Progress, load_checkpoint
+from toolkit.training.checkpoint_reader import load_checkpoint
+from toolkit.training.checkpoints import Progress, read_state
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.run import Start, open_trainer
@@ -56,7 +57,10 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
         predictions, _ = trainer.translate(corpus.splits["test"])
         # What was saved is what is there: scramble the weights, load, compare.
         spoil(trainer.engine)
-        load_checkpoint(trainer.engine, run_dir / "checkpoints" / f"step_{trainer.progress.step:06d}")
+        trainer.checkpoints.wait()
+        checkpoint = run_dir / "checkpoints" / f"step_{trainer.progress.step:06d}"
+        state = read_state(checkpoint)
+        load_checkpoint(trainer.engine, checkpoint, state, layout=state.layout, seed=0)
         restored = whole_state_dict(trainer.engine.module, keep=True)
         trainer.engine.destroy()
     interruptions.close()

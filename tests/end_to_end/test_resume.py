@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(
     stopped = run("launch/train.py", *limited, f"run.dir={run_dir}")
     assert stopped.code == 75, stopped.out + stopped.err
     assert "the time limit" in stopped.err
-    shard = next((run_dir / "checkpoints" / "step_000001").glob("*optim_states.pt"))
+    shard = next((run_dir / "checkpoints" / "step_000001").glob("rank_*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

@@ -1,34 +1,33 @@
-"""Checkpoints: DeepSpeed's sharded state and everything else that a run needs to go on as if it had never stopped.
+"""Checkpoints as they lie on the disk: which there are, which one a run goes on from, and whether it may.
 
-    checkpoints/step_000500/   DeepSpeed's shards, rng_rank_00.pt of every rank, state.json, manifest.json
-    checkpoints/latest         the name of the newest complete one
+    checkpoints/step_000500/rank_00_00.safetensors   what rank 0 keeps: weights, optimizer states, random states
+                            rank_01_00.safetensors   the same of rank 1; big ones go on in rank_01_01, ...
+                            state.json               progress, layout, recipe and corpus
+                            manifest.json            the checksum of each of these files
+    checkpoints/latest      the name of the newest complete one
 
-A checkpoint is written under another name, checksummed, flushed to the disk and only then renamed; ``latest`` follows
-last. Whatever dies in between leaves the previous checkpoint intact. Shards are pickles, so their checksums are
-verified before they are read.
+Everything is stored by parameter name and position in it, so any number of ranks and any ZeRO stage can take it up;
+see ``checkpoint_writer.py`` and ``checkpoint_reader.py``. Frozen weights are not stored: they are built as they were
+built before. Nothing here needs a process group.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import xxhash
-from torch import distributed as dist
-
 from toolkit.errors import UserError
-from toolkit.recipe.files import write_text_atomically
+from toolkit.training.tensor_files import checksum
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+RANK_FILES = "rank_*.safetensors"
+FORMAT = 2
 
 
 @dataclass
@@ -54,127 +53,126 @@ class Progress:
     clips: int = 0
 
 
-def save_checkpoint(engine: Any, folder: Path, progress: Progress, *, layout: dict[str, Any], keep_last: int) -> Path:
-    """Write a checkpoint; all ranks must call this after the same step.
+@dataclass(frozen=True)
+class SavedState:
+    """What ``state.json`` says.
 
-    Args:
-        engine: the DeepSpeed engine.
-        folder: the run's ``checkpoints``.
-        progress: saved as ``state.json``.
-        layout: what a resuming run must share (world size, ZeRO stage).
-        keep_last: older checkpoints beyond this number are removed.
-
-    Raises:
-        OSError: the disk is full or not writable; the previous checkpoint is intact.
+    Attributes:
+        progress: where the run stood.
+        layout: ``world_size``, ``zero_stage`` and ``precision`` that it had.
+        optimizer: class of the optimizer.
+        elastic: whether another layout can take its state up.
+        recipe: the resolved recipe.
+        corpus: what it learnt from; see ``run_directory.corpus_identity``.
+        counters: of the DeepSpeed engine.
+        format: of the checkpoint.
     """
-    name = f"step_{progress.step:06d}"
-    partial = folder / f".{name}.partial"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=False)
-    torch.save(_random_state(), partial / f"rng_rank_{rank:02d}.pt")
-    dist.barrier()
-    if rank == 0:
-        write_text_atomically(partial / STATE, json.dumps({"progress": asdict(progress), "layout": layout}, indent=2))
-        write_text_atomically(partial / MANIFEST, json.dumps(_checksums(partial), indent=2))
-        final = folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_text_atomically(folder / LATEST, name + "\n")
-        for old in complete_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder / name
+
+    progress: Progress
+    layout: dict[str, Any]
+    optimizer: str
+    elastic: bool
+    recipe: dict[str, Any]
+    corpus: dict[str, Any]
+    counters: dict[str, Any]
+    format: int = FORMAT
+
+
+def name_of(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:06d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first; unfinished ones have another name."""
-    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    found = (path for path in folder.glob("step_*") if (path / MANIFEST).is_file() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, if there is one."""
-    found = complete_checkpoints(folder)
-    return found[-1] if found else None
+def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        wanted: "auto" for the newest complete one, or the path of one, of this run or another.
+
+    Returns:
+        its folder; None where "auto" finds none.
+
+    Raises:
+        UserError: there is no complete checkpoint at that path.
+    """
+    if wanted == "auto":
+        found = complete_checkpoints(folder)
+        return found[-1] if found else None
+    path = Path(wanted)
+    if not (path / MANIFEST).is_file():
+        nearby = complete_checkpoints(path if path.is_dir() else path.parent) or complete_checkpoints(folder)
+        listed = f"there are {', '.join(str(found) for found in nearby)}" if nearby else "there is none nearby"
+        raise UserError(f"--resume {path}: no complete checkpoint (a folder with {MANIFEST}); {listed}")
+    return path
 
 
-def read_progress(checkpoint: Path, layout: dict[str, Any], *, verify: bool = True) -> Progress:
-    """Read where a checkpoint stands; needs no process group.
+def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
+    """Read where a checkpoint stands.
 
     Args:
         checkpoint: its folder.
-        layout: what this run shares with the one that saved.
         verify: compare every file with its checksum.
 
     Raises:
-        UserError: a file is missing or changed, or the checkpoint has another layout.
+        UserError: a file is missing or changed, or the checkpoint is of another version of this toolkit.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    for name, checksum in manifest.items() if verify else ():
-        path = checkpoint / name
-        if not path.is_file() or _checksum(path) != checksum:
+    try:
+        manifest: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items() if verify else ():
+            path = checkpoint / name
+            if not path.is_file() or checksum(path) != expected:
+                raise _damaged(checkpoint, f"{name} is {'damaged' if path.is_file() else 'missing'}")
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT:
             raise UserError(
-                f"{path} is {'damaged' if path.is_file() else 'missing'}: remove {checkpoint} to go on from the "
-                "checkpoint before it, or start again with --new"
+                f"{checkpoint} was saved by another version of this toolkit: go on with that version, or start "
+                "again with --new"
             )
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    for key, value in layout.items():
-        saved = state["layout"].get(key)
-        if saved != value:
-            raise UserError(
-                f"{checkpoint} was saved with {key.replace('_', ' ')} {saved} and cannot go on with {value}: "
-                f"use {saved} again, or start anew with --new or run.dir=FOLDER"
-            )
-    return Progress(**state["progress"])
+        return SavedState(**content | {"progress": Progress(**content["progress"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(checkpoint, f"{type(error).__name__}: {error}") from error
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Load a verified checkpoint into the engine, and this rank's random state; all ranks must call this."""
-    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    restore = torch.load(checkpoint / f"rng_rank_{dist.get_rank():02d}.pt", weights_only=True)
-    _set_random_state(restore)
+def _damaged(checkpoint: Path, what: str) -> UserError:
+    older = [path for path in complete_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+    way = f"go on from the one before it with --resume {older[-1]}" if older else "it is the only one"
+    return UserError(f"the checkpoint {checkpoint} is damaged ({what}): {way}, or start again with --new")
 
 
-def _random_state() -> dict[str, Any]:
-    """The state of every generator that a step may draw from, as tensors and plain values."""
-    numpy_state: Any = np.random.get_state(legacy=True)
-    name, keys, position, has_gauss, gauss = numpy_state
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
+def set_newer_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``, from which a run that goes on from there must not be taken up again.
+
+    Returns:
+        their new names; each is a path to give to ``--resume`` still.
+    """
+    aside = []
+    for path in complete_checkpoints(folder):
+        if int(path.name[5:]) > step:
+            number = 1
+            while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
+                number += 1
+            path.rename(target)
+            aside.append(target)
+    return aside
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run that died while saving has left."""
+    for path in folder.glob(".step_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """xxh3 of every file, which is flushed to the disk on the way."""
-    return {
-        str(path.relative_to(folder)): _checksum(path, flush=True)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-
-
-def _checksum(path: Path, *, flush: bool = False) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-        if flush:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, so that a renamed file keeps its name when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

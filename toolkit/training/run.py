@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed as dist
 
@@ -27,11 +25,14 @@ from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training import run_directory
-from toolkit.training.checkpoints import Progress, latest_checkpoint, load_checkpoint, read_progress
+from toolkit.training.checkpoint_reader import load_checkpoint
+from toolkit.training.checkpoint_writer import CheckpointWriter
+from toolkit.training.checkpoints import Progress, SavedState, choose_checkpoint, read_state, set_newer_aside
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
 from toolkit.training.overfit import TARGET_LOSS, verdict
+from toolkit.training.random_states import seed_everything
 from toolkit.training.trainer import Trainer
 
 PROCESSOR = "processor"  # folder in the run directory
@@ -45,35 +46,40 @@ class Start:
 
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
+    state: SavedState | None = None  # of the checkpoint
 
 
-def find_start(resolved: ResolvedRun, *, verify: bool) -> Start:
+def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool) -> Start:
     """Look at the run directory, before any process group exists.
 
     Args:
         resolved: the run.
+        wanted: "auto" for the newest complete checkpoint of the run, or the path of one.
         verify: read all files of the checkpoint to see that none has changed; one rank does this for all.
 
     Raises:
-        UserError: another run lives there, or its checkpoint is damaged or of another layout.
+        UserError: another run lives there; the checkpoint is damaged or of another experiment.
     """
     run_directory.check_same_run(resolved)
-    checkpoint = latest_checkpoint(resolved.run_dir / "checkpoints")
+    checkpoint = choose_checkpoint(resolved.run_dir / "checkpoints", wanted)
     if checkpoint is None:
         return Start()
-    return Start(read_progress(checkpoint, run_directory.layout_of(resolved), verify=verify), checkpoint)
+    state = read_state(checkpoint, verify=verify)
+    run_directory.check_same_experiment(resolved, state.recipe, checkpoint)
+    return Start(state.progress, checkpoint, state)
 
 
-def check_corpus(corpus: Corpus, run_dir: Path | None) -> None:
+def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = None) -> None:
     """Refuse a corpus from which nothing can be learnt, or not what a run began to learn.
 
     Args:
         corpus: what is to be learnt.
         run_dir: of the run that goes on; None for one that begins anew.
+        start: where it goes on from, if anywhere.
 
     Raises:
         UserError: it has no training clips; its features are of another kind than this toolkit's models read, or than
-            the run has been trained on so far.
+            the run has been trained on so far; the checkpoint has seen other clips.
     """
     if "train" not in corpus.splits or not len(corpus.splits["train"]):
         raise UserError(
@@ -90,6 +96,11 @@ def check_corpus(corpus: Corpus, run_dir: Path | None) -> None:
             check_fit(corpus, PoseProcessor.from_pretrained(run_dir / PROCESSOR))
         except UserError as error:
             raise UserError(f"{run_dir}: {error}; or start anew with --new or another run.dir") from error
+    if start and start.state and start.state.corpus != run_directory.corpus_identity(corpus):
+        raise UserError(
+            f"{start.checkpoint} was saved while learning from other clips than those of {corpus.path}: go on with the "
+            "corpus that it was saved with, or start anew with --new"
+        )
 
 
 def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say: Say) -> dict[str, Any]:
@@ -190,13 +201,22 @@ def open_trainer(
     say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
     engine, peaks = make_engine(model, resolved)
-    if start.checkpoint:
-        load_checkpoint(engine, start.checkpoint)
+    layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
+    checkpoints = resolved.run_dir / "checkpoints"
+    if start.checkpoint and start.state:
         say(f"going on from {start.checkpoint}")
-    config = recipe.model_dump(mode="json")
-    with open_tracker(
-        resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
-    ) as tracker:
+        notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
+        for path in set_newer_aside(checkpoints, progress.step) if ranks.is_main else ():
+            notes.append(f"a newer checkpoint is set aside as {path}")
+        for note in notes:
+            say(f"note: {note}")
+    identity = SavedState(progress, layout, "", True, config, run_directory.corpus_identity(corpus), {})
+    with (
+        open_tracker(
+            resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
+        ) as tracker,
+        closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, say=say)) as writer,
+    ):
         trainer = Trainer(
             engine,
             peaks,
@@ -205,6 +225,7 @@ def open_trainer(
             corpus=corpus,
             processor=processor,
             tracker=tracker,
+            checkpoints=writer,
             interruptions=interruptions,
             progress=progress,
             target_loss=target_loss,
@@ -263,13 +284,6 @@ def describe(model: PoseTranslator) -> str:
     trainable = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
     pose = count_weights(model.pose_encoder.parameters())
     return f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them trained, pose encoder {pose / 1e6:.1f} M"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that weights, dropout or data may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:

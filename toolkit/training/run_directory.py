@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.cluster.environment import describe_environment
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.recipe.files import write_text_atomically
 from toolkit.recipe.load import load_recipe
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "training.gradient_checkpointing",
     "training.save_every",
     "training.keep_last",
+    "training.keep_best",
     "training.eval_every",
     "training.log_every",
     "training.workers",
@@ -76,16 +78,34 @@ def check_same_run(resolved: ResolvedRun) -> None:
         UserError: the run in the directory was started with other settings; they are listed.
     """
     stored = resolved.run_dir / RECIPE_FILE
-    if not stored.is_file():
-        return
-    differences = changed_settings(load_recipe(str(stored)), resolved.recipe)
-    if differences:
-        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(differences.items())[:5])
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+    if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe)):
         raise UserError(
-            f"{resolved.run_dir} holds a run with other settings ({listed}{more}): go on with those settings, "
+            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): go on with those settings, "
             "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
         )
+
+
+def check_same_experiment(resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint that another experiment has saved.
+
+    Args:
+        resolved: the run that would go on from it.
+        recipe: the one that the checkpoint holds.
+        checkpoint: its folder.
+
+    Raises:
+        UserError: it was saved with other settings; they are listed.
+    """
+    if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe):
+        raise UserError(
+            f"{checkpoint} was saved with other settings ({_listed(differences)}): go on with those settings, or "
+            "begin anew without it"
+        )
+
+
+def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
+    listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(differences.items())[:5])
+    return listed + (f" and {len(differences) - 5} more" if len(differences) > 5 else "")
 
 
 def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -101,13 +121,23 @@ def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
-    """What a checkpoint's shards depend on, and a resuming run must share."""
+    """How the state of a run is cut into pieces; a run that goes on with another layout converts its checkpoint."""
     return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
+
+
+def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+    """What makes a corpus the same, wherever it lies: a position in the order of its clips means nothing in another."""
+    return {"splits": corpus.metadata.splits, "checksums": corpus.metadata.checksums}
 
 
 def start(resolved: ResolvedRun, corpus: Path) -> None:
     """Write down what is about to run: recipe, DeepSpeed JSON, environment, and where the corpus is."""
-    resolved.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        resolved.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{resolved.run_dir}: cannot be made ({error.strerror}): choose another folder by run.dir=FOLDER"
+        ) from error
     resolved.save(resolved.run_dir)
     environment = describe_environment() | {"corpus": str(corpus.resolve())}
     write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")

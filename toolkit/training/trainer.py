@@ -28,12 +28,12 @@ from toolkit.models.weights import save_model, whole_state_dict
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
-from toolkit.training.checkpoints import Progress, save_checkpoint
+from toolkit.training.checkpoint_writer import CheckpointWriter
+from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
 from toolkit.training.guards import GradientWatch, TrainingStopped
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
-from toolkit.training.run_directory import layout_of
 from toolkit.training.schedules import learning_rate_factor
 
 
@@ -61,6 +61,7 @@ class Trainer:
         corpus: its ``train`` split is learnt, its ``dev`` split picks the best model.
         processor: goes with the model.
         tracker: where figures go.
+        checkpoints: where the run's state goes.
         interruptions: reasons to stop early.
         progress: where an earlier start of the run left off.
         target_loss: nats per token at which to stop early; None to go on to the end.
@@ -76,6 +77,7 @@ class Trainer:
         corpus: Corpus,
         processor: PoseProcessor,
         tracker: Tracker,
+        checkpoints: CheckpointWriter,
         interruptions: Interruptions,
         progress: Progress,
         target_loss: float | None = None,
@@ -88,6 +90,7 @@ class Trainer:
         self.corpus = corpus
         self.processor = processor
         self.tracker = tracker
+        self.checkpoints = checkpoints
         self.interruptions = interruptions
         self.progress = progress
         self.target_loss = target_loss
@@ -139,12 +142,14 @@ class Trainer:
                 if stop or self.progress.step % training.save_every == 0 or self.progress.step == self.total_steps:
                     self.save()
                 if stop and self.progress.step < self.total_steps:
+                    self.checkpoints.wait()
                     reason = self.interruptions.reason or "another rank's signal"
                     raise Interrupted(
                         f"stopped by {reason} after step {self.progress.step} of {self.total_steps}; "
                         "everything is saved, the same command goes on"
                     )
                 if self.progress.step == self.total_steps:
+                    self.checkpoints.wait()
                     return
             self.progress.epoch += 1
             self.progress.epoch_step = 0
@@ -307,14 +312,8 @@ class Trainer:
         return predictions, scores
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        save_checkpoint(
-            self.engine,
-            self.resolved.run_dir / "checkpoints",
-            self.progress,
-            layout=layout_of(self.resolved),
-            keep_last=self.recipe.training.keep_last,
-        )
+        """Begin to write a checkpoint; ``self.checkpoints.wait()`` says when it is complete."""
+        self.checkpoints.save(self.engine, self.progress)
 
     def save_best(self) -> None:
         """Write the model as it is to ``best/``."""

@@ -1,0 +1,245 @@
+"""Saving: the ranks copy what they train into memory and go on; a thread of each brings the copy to the disk.
+
+All ranks' files are written, flushed and checksummed under another name. Only when every rank has said over a process
+group of the threads' own that it could, rank 0 adds ``state.json`` and the manifest, renames the folder and lets
+``latest`` follow. Whatever dies or fills up in between leaves the previous checkpoint intact.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+from toolkit.errors import UserError
+from toolkit.recipe.files import write_text_atomically
+from toolkit.training.checkpoints import (
+    LATEST,
+    MANIFEST,
+    STATE,
+    Progress,
+    SavedState,
+    complete_checkpoints,
+    flush_folder,
+    name_of,
+    remove_unfinished,
+)
+from toolkit.training.random_states import random_states
+from toolkit.training.shards import Fragment, Shard, base_optimizer, shards
+from toolkit.training.tensor_files import checksum, write_tensors
+
+FILE_BYTES = 1 << 29  # a rank's state goes into files of about this size
+COPIED_BYTES = 1 << 31  # at most so much of it waits in memory to be written; beyond that training waits
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all ranks make one and call its methods in step.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        identity: what a checkpoint is of; its progress, optimizer and counters are filled in at each save.
+        keep_last: older checkpoints beyond this number are removed.
+        say: prints a line on one rank.
+    """
+
+    def __init__(self, folder: Path, identity: SavedState, *, keep_last: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.keep_last = keep_last
+        self.say = say
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last: Future[str | None] | None = None
+        if dist.get_rank() == 0:
+            remove_unfinished(folder)
+        dist.barrier()
+
+    def save(self, engine: Any, progress: Progress) -> None:
+        """Begin to write a checkpoint; returns when all that it needs has been copied.
+
+        It is complete after :meth:`wait`, or the next :meth:`save`. One that cannot be written is told of and given
+        up: training goes on, and the checkpoint before it stays.
+        """
+        self._finish_last()
+        partial = self.folder / f".{name_of(progress.step)}.partial"
+        files: dict[str, Future[str]] = {}
+        waiting: deque[tuple[Future[str], int]] = deque()
+        elastic = True
+        counters = {name: int(getattr(engine, name)) for name in COUNTERS} | {"loss_scaler": _loss_scaler(engine)}
+        pieces = _Pieces(engine)
+        for number, (tensors, metadata, size) in enumerate(pieces):
+            name = f"rank_{dist.get_rank():02d}_{number:02d}.safetensors"
+            files[name] = self._thread.submit(_write, partial / name, tensors, metadata)
+            waiting.append((files[name], size))
+            while sum(size for _, size in waiting) > COPIED_BYTES:
+                waiting.popleft()[0].exception()  # waits; what went wrong is told by _complete
+        elastic = pieces.elastic
+        state = replace(
+            self.identity,
+            progress=replace(progress),
+            optimizer=type(base_optimizer(engine)).__name__,
+            elastic=elastic,
+            counters=counters,
+        )
+        self._last = self._thread.submit(self._complete, partial, state, files)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if (problem := self._finish_last()) is not None:
+            raise UserError(problem)
+
+    def close(self) -> None:
+        """Let what has been begun come to its end."""
+        self._finish_last()
+        self._thread.shutdown()
+
+    def _finish_last(self) -> str | None:
+        last, self._last = self._last, None
+        return last.result() if last else None
+
+    def _complete(self, partial: Path, state: SavedState, files: dict[str, Future[str]]) -> str | None:
+        """Runs in the thread: agree with the other ranks' threads, and name the checkpoint; returns what went wrong."""
+        mine: tuple[dict[str, str], str | None]
+        try:
+            mine = ({name: written.result() for name, written in files.items()}, None)
+        except OSError as error:
+            mine = ({}, f"{error.strerror or error} on rank {dist.get_rank()}")
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self._group)
+        problem = [next((told for _, told in everyone if told), None)]
+        if dist.get_rank() == 0:
+            if problem[0] is None:
+                checksums = {name: value for written, _ in everyone for name, value in written.items()}
+                problem[0] = self._name(partial, state, checksums)
+            if problem[0] is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+        dist.broadcast_object_list(problem, src=0, group=self._group)
+        if problem[0] is None:
+            return None
+        found = complete_checkpoints(self.folder)
+        kept = f"the last complete one is {found[-1]}" if found else "there is none yet"
+        text = f"the checkpoint after step {state.progress.step} could not be written ({problem[0]}); {kept}"
+        if dist.get_rank() == 0:
+            self.say(text)
+        return text
+
+    def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
+        """Make a checkpoint of files that are all there; returns what went wrong."""
+        try:
+            write_text_atomically(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
+            checksums[STATE] = checksum(partial / STATE)
+            write_text_atomically(partial / MANIFEST, json.dumps(checksums, indent=2) + "\n")
+            flush_folder(partial)
+            final = self.folder / name_of(state.progress.step)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            flush_folder(self.folder)
+            write_text_atomically(self.folder / LATEST, final.name + "\n")
+            flush_folder(self.folder)
+            for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+                shutil.rmtree(old)
+        except OSError as error:
+            return error.strerror or str(error)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_tensors(path, tensors, metadata)
+
+
+class _Pieces:
+    """Copies of what this rank keeps, in portions of one file; each copy is made when it is asked for.
+
+    Args:
+        engine: the DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.elastic = True
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]]:
+        """Tensors by name, what is to be known of them, and their bytes."""
+        states, values = random_states()
+        tensors = {f"random/{name}": tensor for name, tensor in states.items()}
+        tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(self.engine.module)}
+        metadata: dict[str, Any] = {"random": values, "fragments": {}}
+        size = 0
+        for number, shard in enumerate(shards(self.engine)):
+            for key, value in shard.state.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shard.values.shape:
+                    self.elastic = False
+                    tensors[f"shard_{number}/{key}"] = _copy(value)
+            for fragment in shard.fragments:
+                start, numel = _own_part(shard, fragment)
+                if numel == 0:
+                    continue
+                scalars = {key: found for key, value in shard.state.items() if (found := _scalar(value)) is not None}
+                metadata["fragments"][fragment.name] = {"start": start, "shape": fragment.shape, "scalars": scalars}
+                begin = fragment.offset + start - fragment.start
+                for key, value in {"weights": shard.values, **shard.state}.items():
+                    if isinstance(value, Tensor) and value.shape == shard.values.shape and value.dim() > 0:
+                        piece = _copy(value.reshape(-1).narrow(0, begin, numel))
+                        tensors[f"{fragment.name}/{key}"] = piece
+                        size += piece.numel() * piece.element_size()
+                if size >= FILE_BYTES:
+                    yield tensors, metadata, size
+                    tensors, metadata, size = {}, {"fragments": {}}, 0
+        yield tensors, metadata, size
+
+
+def _own_part(shard: Shard, fragment: Fragment) -> tuple[int, int]:
+    """First element and number of elements of a fragment that this rank saves: of a replicated one, its share."""
+    if not shard.replicated:
+        return fragment.start, fragment.numel
+    share = -(-fragment.numel // dist.get_world_size())
+    begin = min(share * dist.get_rank(), fragment.numel)
+    return fragment.start + begin, min(share, fragment.numel - begin)
+
+
+def _scalar(value: Any) -> float | int | None:
+    if isinstance(value, Tensor):
+        return float(value) if value.dim() == 0 else None
+    return value if isinstance(value, int | float) else None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the model's state, such as running means, by name."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if name.removeprefix(f"{prefix}.") not in part._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _loss_scaler(engine: Any) -> dict[str, float]:
+    """Where fp16's dynamic loss scale stands; empty in other precisions."""
+    scaler = loss_scaler(engine)
+    return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
+
+
+def loss_scaler(engine: Any) -> Any:
+    """DeepSpeed's loss scaler, or None outside fp16."""
+    if not engine.fp16_enabled():
+        return None
+    return getattr(engine.optimizer, "loss_scale_config", None) or engine.optimizer.loss_scaler
