@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.errors import UserError
+from toolkit.models.extra_tokens import ROW_KEYS, widened
 from toolkit.models.quantisation import is_packed, packable, quantised
 from toolkit.models.random_weights import Skeleton, make_skeleton
 from toolkit.recipe.resolve import ResolvedRun
@@ -107,18 +108,23 @@ def published_backbone(
         skeleton.model.generation_config = GenerationConfig.from_pretrained(source)
     if not placement.fills:
         return _filled(skeleton, _unread, placement)
+    # By its own configuration: ours may leave room for more tokens.
     loaded, info = AutoModelForSeq2SeqLM.from_pretrained(
-        source, config=config, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        source,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told in ``info`` instead
     )
     parameters = dict(loaded.named_parameters(remove_duplicate=False))
     _check_complete(source, info, parameters, skeleton.model)
     tensors: dict[str, Tensor] = {**parameters, **dict(loaded.named_buffers(remove_duplicate=False))}
 
-    def read(name: str, _: Tensor) -> Tensor:
+    def read(name: str, like: Tensor) -> Tensor:
         values = tensors[name].detach()
         if name in parameters:
             parameters[name].data = torch.empty(0)  # nobody else holds on to it
-        return values
+        return widened(values, like)
 
     return _filled(skeleton, read, placement)
 
@@ -211,13 +217,22 @@ def _check_complete(
 ) -> None:
     """Raise UserError where transformers would fill gaps with random numbers or give up tying."""
     tied_to = {id(parameter): name for name, parameter in reversed(list(skeleton.named_parameters()))}
+    rows = {getattr(skeleton.config, key, None) for key in ROW_KEYS}
     problems = {
         "missing": [name for name in info["missing_keys"] if name in parameters],
-        "of another shape": [entry[0] for entry in info["mismatched_keys"]],
+        "of another shape": [
+            *(entry[0] for entry in info["mismatched_keys"]),
+            *(
+                name
+                for name, parameter in skeleton.named_parameters()
+                if name in parameters and not _fits(parameters[name].shape, parameter.shape, rows)
+            ),
+        ],
+        "absent": [name for name, _ in skeleton.named_parameters() if name not in parameters],
         "different though tied": [
             name
             for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-            if parameters[name] is not parameters[tied_to[id(parameter)]]
+            if parameters.get(name) is not parameters.get(tied_to[id(parameter)])
         ],
     }
     told = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in problems.items() if names)
@@ -226,6 +241,13 @@ def _check_complete(
             f"the weights in {source} are not those of a {type(skeleton).__name__} with its configuration ({told}): "
             "download or save the model again, or train from random weights with model.from_scratch=true"
         )
+
+
+def _fits(published: torch.Size, wanted: torch.Size, rows: set[Any]) -> bool:
+    """Whether a weight has the wanted shape, but for rows of tokens that were added."""
+    return len(published) == len(wanted) and all(
+        have == want or (have < want and want in rows) for have, want in zip(published, wanted, strict=True)
+    )
 
 
 def _unread(name: str, _: Tensor) -> Tensor:
