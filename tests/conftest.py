@@ -81,7 +81,13 @@ def make_run() -> Callable[..., Path]:
         references, hypotheses = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         write_predictions(folder / "predictions" / "test.csv", make_predictions(uids, references, hypotheses))
         scores, floor = score(hypotheses, references), score(["?"] * len(references), references)
-        split = {"clips": len(pairs), "scores": scores.values(), "floors": {"constant": floor.values()}}
+        intervals = {name: [0.9 * value, 1.1 * value] for name, value in scores.values().items() if value is not None}
+        split = {
+            "clips": len(pairs),
+            "scores": scores.values(),
+            "intervals": intervals,
+            "floors": {"constant": floor.values()},
+        }
         files["scores.json"] = {
             "steps": steps,
             "training_seconds": 75.0,

@@ -54,6 +54,13 @@ def test_charts_are_drawn_and_the_console_is_silent(browser, report):
     assert all(said) and any("from 5 to" in label for label in said)
 
 
+def test_scores_stand_with_their_intervals_and_fit_a_phone(browser, report):
+    browser.open(report.as_uri(), **PHONE)
+    shown = browser.run("return [...document.querySelectorAll('#scores td .interval')].map((cell) => cell.textContent)")
+    assert len(shown) >= 5 and all(" – " in text for text in shown)
+    assert overflow(browser) <= 0 and browser.errors() == []
+
+
 def test_skeletons_move_pause_and_go_where_the_slider_says(browser, report):
     browser.open(report.as_uri())
     browser.run("document.getElementById('samples').scrollIntoView()")

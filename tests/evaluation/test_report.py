@@ -45,6 +45,8 @@ def test_a_report_holds_the_whole_run(run):
     assert all(content["clips"][sample["clip"]]["frames"] == 40 for sample in samples)
     assert content["history"]["steps"] == [20, 40, 60]
     assert content["scores"][0]["rows"][1][0] == "floor: constant" and "tok:13a" in content["signature"]["bleu"]
+    low, high = content["scores"][0]["intervals"]["chrf"]
+    assert low < content["scores"][0]["rows"][0][1]["chrf"] < high
     assert content["texts"].keys() == {
         "recipe.yaml",
         "deepspeed.json",
@@ -54,6 +56,15 @@ def test_a_report_holds_the_whole_run(run):
     }
     assert content["events"] == [{"step": 60, "what": {"time": "1.0", "note": "saved"}}]
     assert content["corpus"]["facts"]["splits"] == "train 3, test 24"
+
+
+def test_scores_without_or_with_broken_intervals_are_shown_all_the_same(run):
+    scores = json.loads((run / "scores.json").read_text())
+    for intervals in (None, "?", {"chrf": [1], "wer": ["a", "b"], "cer": [0.1, 0.2], "new": [1, 2]}):
+        scores["splits"]["test"]["intervals"] = intervals
+        (run / "scores.json").write_text(json.dumps(scores))
+        (split,) = content_of(write_report(run))["scores"]
+        assert split["intervals"] == ({"cer": [0.1, 0.2]} if isinstance(intervals, dict) else {})
 
 
 def test_a_page_needs_nothing_but_itself_and_runs_nothing_else(run):
@@ -111,7 +122,7 @@ def test_broken_files_are_named_and_left_out(run):
 def test_scores_of_another_shape_are_left_out(run):
     (run / "scores.json").write_text(json.dumps({"splits": {"test": {"scores": {"cer": "x"}, "floors": [1]}, "b": 3}}))
     content = content_of(write_report(run))
-    assert content["scores"] == [{"name": "test", "clips": None, "rows": [["model", {"cer": None}]]}]
+    assert content["scores"] == [{"name": "test", "clips": None, "rows": [["model", {"cer": None}]], "intervals": {}}]
 
 
 def test_a_failed_run_says_why_and_shows_its_last_evaluation(run):

@@ -201,13 +201,15 @@ def _splits(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def score_tables(run: RunFiles) -> list[dict[str, Any]]:
-    """Of each split ``name``, ``clips`` and ``rows``: (label, score by name), the model's first, then its floors."""
+    """Of each split ``name``, ``clips``, ``rows``: (label, score by name), the model's first, then its floors, and the
+    ``intervals`` of the model's scores: (lowest, highest) by name."""
     return [
         {
             "name": name,
             "clips": result.get("clips"),
             "rows": [["model", _scores(result["scores"])]]
             + [[f"floor: {kind}", _scores(floor)] for kind, floor in result["floors"].items()],
+            "intervals": _intervals(result.get("intervals")),
         }
         for name, result in _splits(run.scores).items()
     ]
@@ -215,6 +217,14 @@ def score_tables(run: RunFiles) -> list[dict[str, Any]]:
 
 def _scores(values: dict[str, Any]) -> dict[str, float | None]:
     return {name: values[name] if is_number(values.get(name)) else None for name in SCORE_NAMES if name in values}
+
+
+def _intervals(values: Any) -> dict[str, list[float]]:
+    """The well-formed ones: two numbers each."""
+    if not isinstance(values, dict):
+        return {}
+    pairs = {name: pair for name, pair in values.items() if isinstance(pair, list) and len(pair) == 2}
+    return {name: pairs[name] for name in SCORE_NAMES if name in pairs and all(map(is_number, pairs[name]))}
 
 
 def _log_warnings(path: Path) -> list[str]:

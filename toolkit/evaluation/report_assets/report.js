@@ -283,6 +283,10 @@
     return el("div", { class: "tiles" }, tiles);
   }
 
+  // Where the score would lie on other clips of the same kind.
+  const intervalOf = (name, split) => split.intervals[name] &&
+    el("div", { class: "interval", title: "95 % interval, bootstrap over clips" }, split.intervals[name].map((value) => scoreText(name, value)).join(" – "));
+
   function scoresTable(split, run) {
     const rows = Object.entries(run.headings).filter(([name]) => split.rows.some(([, scores]) => name in scores)).map(([name, heading]) => {
       const arrow = run.lower_is_better.includes(name) ? "↓" : "↑";
@@ -291,7 +295,8 @@
         const share = typeof value === "number" ? Math.max(0, Math.min(isRatio(name) ? value : value / 100, 1)) : null;
         const inner = el("i");
         if (share !== null) inner.style.width = `${100 * share}%`;
-        return cell("td", `number ${index ? "" : "strong"}`, scoreText(name, value), share !== null && el("div", { class: "bar", "aria-hidden": "true" }, inner));
+        return cell("td", `number ${index ? "" : "strong"}`, scoreText(name, value), !index && intervalOf(name, split),
+          share !== null && el("div", { class: "bar", "aria-hidden": "true" }, inner));
       })];
     });
     const head = [cell("th", "", ""), ...split.rows.map(([label]) => cell("th", "number", label))];
@@ -483,7 +488,7 @@
       }));
       const headRow = [cell("th", "", ""), ...columns.map((score) => cell("th", "number", `${headings[score]} ${lower.includes(score) ? "↓" : "↑"}`)), cell("th", "number", "clips")];
       return el("div", {}, el("p", {}, el("strong", {}, name)), table(headRow, rows.map(({ run, split }) => [el("th", { scope: "row" }, run.name),
-        ...columns.map((score) => cell("td", `number ${rows.length > 1 && split.rows[0][1][score] === best[score] ? "best" : ""}`, scoreText(score, split.rows[0][1][score]))),
+        ...columns.map((score) => cell("td", `number ${rows.length > 1 && split.rows[0][1][score] === best[score] ? "best" : ""}`, scoreText(score, split.rows[0][1][score]), intervalOf(score, split))),
         cell("td", "number", number(split.clips))]).concat(floorRows(rows[0].split, columns)), "scores"));
     });
   }
