@@ -313,6 +313,14 @@ def test_a_ctc_head_must_be_trained_before_it_can_score():
     assert run.recipe.evaluation.ctc_weight == 0.3
 
 
+def test_a_quantised_backbone_needs_an_adapter_and_the_storage_of_the_run():
+    assert run_of("t5_small", "model.quantization=nf4", "model.lora.r=4").recipe.model.quantization.kind == "nf4"
+    assert "add model.lora.r=16" in message_of("t5_small", "model.quantization=int8")
+    nf4 = ("model.quantization=nf4", "model.lora.r=4", "model.quantization.storage_dtype=fp32")
+    assert "leave model.quantization.storage_dtype out" in message_of("t5_small", *nf4)
+    run_of("t5_small", *nf4, "ds.bf16.enabled=false", "ds.data_types=null")
+
+
 def test_where_the_clips_are():
     assert run_of("demo", needs_data=True)
     assert run_of("t5_small", "data.table=T.csv", "data.poses=P", needs_data=True)

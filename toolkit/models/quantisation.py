@@ -15,7 +15,7 @@ from toolkit.recipe.schema import Quantization
 
 # Columns of activations beyond this are computed in 16 bits, as LLM.int8() has it (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def packable(backbone: PreTrainedModel, quantization: Quantization) -> set[str]:
@@ -41,7 +41,8 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         linear: gives weight and bias, and is of no use afterwards.
         quantization: the recipe's wish.
         storage: the type that four-bit numbers are disguised as. It must be that of the run's other parameters:
-            DeepSpeed casts parameters of another floating type, and ZeRO cuts only what it can gather together.
+            DeepSpeed casts parameters of another floating type, ZeRO gathers those of one type together, and a T5 casts
+            activations to the type of its weights.
     """
     import bitsandbytes
 
@@ -55,7 +56,7 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         weight = bitsandbytes.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         packed = bitsandbytes.nn.Linear4bit(
-            *shape, COMPUTE_DTYPES[quantization.compute_dtype], quant_type="nf4", quant_storage=storage, device="meta"
+            *shape, DTYPES[quantization.compute_dtype], quant_type="nf4", quant_storage=storage, device="meta"
         )
         # In evaluation on a CPU it would change the weight's layout in place, which training and ZeRO do not expect.
         packed.support_avx512bf16_for_cpu = False

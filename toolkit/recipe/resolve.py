@@ -142,6 +142,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     _take_ownership(config, recipe, problems, notes)
     problems.extend(_engine_problems(config, has_gpu, world_size))
     problems.extend(_precision_problems(config, recipe))
+    problems.extend(_quantization_problems(config, recipe))
     problems.extend(
         optimizer_problems(
             recipe.training,
@@ -357,6 +358,25 @@ def _precision_problems(config: Tree, recipe: Recipe) -> list[str]:
     in_fp16 = value_at(config, "fp16.enabled") or _autocast(config) in HALF
     refusal = precision_refusal(architecture, "fp16" if in_fp16 else _precision(config))
     return [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
+
+
+def _quantization_problems(config: Tree, recipe: Recipe) -> list[str]:
+    quantization = recipe.model.quantization
+    if quantization is None:
+        return []
+    problems = []
+    if recipe.model.lora is None:
+        problems.append(
+            f"model.quantization={quantization.kind} freezes the backbone, and nothing in it would learn: add "
+            "model.lora.r=16, or set model.quantization=null"
+        )
+    storage, precision = quantization.storage_dtype, _precision(config)
+    if storage not in (None, precision):
+        problems.append(
+            f"model.quantization.storage_dtype={storage}, and the run holds its parameters in {precision}: DeepSpeed "
+            "would cast what is packed: leave model.quantization.storage_dtype out"
+        )
+    return problems
 
 
 def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Path) -> Tree:

@@ -130,7 +130,7 @@ class Quantization(Section):
     kind: Literal["int8", "nf4"]
     double_quantization: bool = True  # nf4: pack its scaling factors, too: 0.4 bits a weight less
     compute_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # nf4: in which its layers multiply
-    storage_dtype: Literal["uint8", "fp32", "bf16", "fp16"] | None = None  # nf4: disguise; None = the run's precision
+    storage_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # nf4: disguise; must be the run's precision (None)
 
 
 class Model(Section):
