@@ -21,7 +21,8 @@ from toolkit.errors import exit_code_of
 from toolkit.recipe.catalogue import catalogue, copy_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.paths import shown
-from toolkit.recipe.resolve import ResolvedRun, missing_data, resolve_named, value_at
+from toolkit.recipe.resolve import ResolvedRun, missing_data, resolve_named
+from toolkit.recipe.tree import value_at
 from toolkit.recipe.yaml_text import dump_yaml
 
 OVERRIDES = (

@@ -14,7 +14,7 @@ from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.quantisation import mark
 from toolkit.models.tokenizers import language_id, make_tokenizer, special_ids
 from toolkit.models.translator import PoseTranslator
-from toolkit.recipe.compatibility import precision_refusal
+from toolkit.recipe.cells import cell_of, refusal_in_words
 from toolkit.recipe.model_cards import card_of, tiny_config, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
@@ -83,7 +83,7 @@ def check_model(resolved: ResolvedRun) -> None:
     """See that the backbone can be had and trained as the run wants it; loads no weights and needs no process group.
 
     Raises:
-        UserError: it cannot be had, is no encoder-decoder, or cannot be trained in this precision.
+        UserError: it cannot be had, is no encoder-decoder, or stands in a refused cell of the compatibility table.
     """
     model = resolved.recipe.model
     config = _backbone_config(model)
@@ -92,8 +92,7 @@ def check_model(resolved: ResolvedRun) -> None:
             f"model.backbone={model.backbone} is a {config.model_type}, not an encoder-decoder: choose a seq2seq "
             "model; `python launch/recipes.py ls` shows some"
         )
-    precision = "fp16" if resolved.autocast == "float16" else resolved.precision
-    refusal = precision_refusal(config.model_type, precision)
+    refusal = refusal_in_words(cell_of(resolved.recipe, resolved.deepspeed, config.model_type))
     if refusal:
         raise UserError(f"model.backbone={model.backbone}: {refusal}")
 

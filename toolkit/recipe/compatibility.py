@@ -1,9 +1,40 @@
-"""What goes with what, as data: rules that hold before a model or a process group exists."""
+"""What goes with what, as data: the compatibility table, asked before a model or a process group exists.
+
+A cell is one way to train: architecture × precision × adapter × quantisation × ZeRO stage × offload. ``refusal`` says
+why a cell cannot be trained, in words that name the cause; a cell without a refusal is a claim, and the tests train
+every one. Nothing here reads a file or knows how a recipe spells its settings; see ``cells.py``.
+"""
 
 from __future__ import annotations
 
-# Architectures (HuggingFace model_type) whose activations leave fp16's range and turn the loss into NaN.
-OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5"})
+import itertools
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+# HuggingFace model_type of every backbone family that is promised; any other seq2seq model may work and is not tested.
+ARCHITECTURES = (
+    "t5",
+    "mt5",
+    "umt5",
+    "longt5",
+    "bart",
+    "mbart",
+    "m2m_100",
+    "pegasus",
+    "marian",
+    "led",
+    "encoder-decoder",
+)
+PRECISIONS = ("fp32", "bf16", "autocast", "fp16")  # autocast: fp32 parameters, matrix products in bf16
+ADAPTERS = ("none", "lora", "dora", "rslora")
+QUANTIZATIONS = ("none", "int8", "nf4")
+ZERO_STAGES = (0, 1, 2, 3)
+OFFLOADS = ("none", "optimizer", "param", "optimizer+param", "nvme")  # nvme: optimizer states and parameters
+
+# Architectures whose activations leave fp16's range and turn the loss into NaN.
+OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
 
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {
@@ -17,15 +48,107 @@ GPU_ONLY = {
 }
 
 
-def precision_refusal(architecture: str | None, precision: str) -> str | None:
-    """Why a backbone cannot train in ``precision``, or None where it can.
+@dataclass(frozen=True)
+class Cell:
+    """One way to train.
 
-    Args:
-        architecture: HuggingFace ``model_type``; None = not known yet, to be asked again once the model is read.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+    Attributes:
+        architecture: HuggingFace ``model_type``; None = not known before the model is read. Rules about an
+            architecture then keep silent.
+        precision, adapter, quantization, zero_stage, offload: one value of each axis above.
     """
-    if precision == "fp16" and architecture in OVERFLOWS_IN_FP16:
+
+    architecture: str | None
+    precision: str = "fp32"
+    adapter: str = "none"
+    quantization: str = "none"
+    zero_stage: int = 0
+    offload: str = "none"
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in astuple(self))
+
+
+def _overflow(cell: Cell) -> str | None:
+    if cell.precision == "fp16" and cell.architecture in OVERFLOWS_IN_FP16:
+        return f"a {cell.architecture} overflows to NaN in fp16; use bf16 or fp32"
+    return None
+
+
+def _quantised_without_adapter(cell: Cell) -> str | None:
+    if cell.quantization != "none" and cell.adapter == "none":
+        return f"{cell.quantization} weights are frozen, so something beside them must learn: an adapter"
+    return None
+
+
+def _int8_divided(cell: Cell) -> str | None:
+    if cell.quantization == "int8" and cell.zero_stage == 3:
         return (
-            f"a {architecture} overflows to NaN in fp16; use bf16 (ds.fp16.enabled=false ds.bf16.enabled=true) or fp32"
+            "int8 and ZeRO stage 3 exclude each other: stage 3 cuts parameters into pieces, and the scales of an int8 "
+            "weight belong to whole rows"
         )
     return None
+
+
+def _offload_without_its_stage(cell: Cell) -> str | None:
+    if cell.offload == "optimizer" and cell.zero_stage == 0:
+        return "optimizer states are offloaded by ZeRO stages 1, 2 and 3, not by stage 0"
+    if cell.offload == "nvme" and cell.zero_stage != 3:
+        return f"NVMe is used by ZeRO stage 3 alone, not by stage {cell.zero_stage}"
+    if cell.offload in ("param", "optimizer+param") and cell.zero_stage != 3:
+        return f"parameters are offloaded by ZeRO stage 3, not by stage {cell.zero_stage}"
+    return None
+
+
+RULES: tuple[Callable[[Cell], str | None], ...] = (
+    _overflow,
+    _quantised_without_adapter,
+    _int8_divided,
+    _offload_without_its_stage,
+)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why ``cell`` cannot be trained: every reason, in one line; None where it can."""
+    reasons = [reason for rule in RULES if (reason := rule(cell))]
+    return "; ".join(reasons) or None
+
+
+def alternatives(cell: Cell) -> list[Cell]:
+    """The nearest cells that can be trained: those that differ in one decision, else in two; nearest values first.
+
+    ZeRO stage and offload are one decision, as one DeepSpeed JSON makes both. The architecture stays, and fp16 is never
+    advised.
+    """
+    decisions: tuple[list[dict[str, Any]], ...] = (
+        [
+            {"zero_stage": stage, "offload": offload}
+            for stage in sorted(ZERO_STAGES, key=lambda stage: abs(stage - cell.zero_stage))
+            for offload in sorted(OFFLOADS, key=lambda offload: offload != cell.offload)
+            if (stage, offload) != (cell.zero_stage, cell.offload)
+        ],
+        [{"quantization": kind} for kind in reversed(QUANTIZATIONS) if kind != cell.quantization],
+        [{"adapter": adapter} for adapter in ADAPTERS if adapter != cell.adapter],
+        [{"precision": precision} for precision in ("bf16", "autocast", "fp32") if precision != cell.precision],
+    )
+    for number in (1, 2):
+        found = [
+            changed
+            for chosen in itertools.combinations(decisions, number)
+            for changes in itertools.product(*chosen)
+            if refusal(changed := replace(cell, **dict(ChainMap(*changes)))) is None
+        ]
+        if found:
+            return found
+    return []
+
+
+def cells() -> Iterator[Cell]:
+    """The whole table: every combination of the axes, refused or not."""
+    for values in itertools.product(ARCHITECTURES, PRECISIONS, ADAPTERS, QUANTIZATIONS, ZERO_STAGES, OFFLOADS):
+        yield Cell(*values)
+
+
+def needs_gpu(cell: Cell) -> bool:
+    """Whether the claim holds on GPUs only: CPUs compute fp16 too slowly to train, and DeepSpeed refuses it there."""
+    return cell.precision == "fp16"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.compatibility import GPU_ONLY, precision_refusal
+from toolkit.recipe.cells import BFLOAT, HALF, autocast_type, cell_of, parameter_precision, refusal_in_words
+from toolkit.recipe.compatibility import GPU_ONLY
 from toolkit.recipe.ds_json import json_place, read_deepspeed
 from toolkit.recipe.ds_keys import OWNED
 from toolkit.recipe.files import read_text, write_text_atomically
@@ -23,16 +24,12 @@ from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Recipe, Training
-from toolkit.recipe.tree import Tree, leaves
+from toolkit.recipe.tree import Tree, leaves, value_at
 from toolkit.recipe.yaml_text import dump_yaml
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
-BFLOAT = ("bfloat16", "bf16")
-HALF = ("float16", "fp16", "half")
 PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")
-# Section of zero_optimization -> the ZeRO stages that have it.
-OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,12 @@ class ResolvedRun:
     @property
     def precision(self) -> str:
         """The type of the model's parameters: ``fp32``, ``bf16`` or ``fp16``."""
-        return _precision(self.deepspeed)
+        return parameter_precision(self.deepspeed)
 
     @property
     def autocast(self) -> str | None:
         """The type in which matrix products of fp32 parameters are computed (torch_autocast), or None."""
-        return _autocast(self.deepspeed)
+        return autocast_type(self.deepspeed)
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.yaml`` and ``deepspeed.json`` into ``folder``, each whole or not at all."""
@@ -141,14 +138,13 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     problems.extend(json_problems)
     _take_ownership(config, recipe, problems, notes)
     problems.extend(_engine_problems(config, has_gpu, world_size))
-    problems.extend(_precision_problems(config, recipe))
-    problems.extend(_quantization_problems(config, recipe))
+    problems.extend(_cell_problems(config, recipe))
     problems.extend(
         optimizer_problems(
             recipe.training,
             config,
             stage=value_at(config, "zero_optimization.stage") or 0,
-            precision=_precision(config),
+            precision=parameter_precision(config),
             offload=_offload(config),
         )
     )
@@ -168,33 +164,10 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     )
 
 
-def value_at(tree: Tree, dotted: str) -> Any:
-    """The value at a dotted key, or None where there is none."""
-    value: Any = tree
-    for key in dotted.split("."):
-        if not isinstance(value, dict):
-            return None
-        value = value.get(key)
-    return value
-
-
 def _offload(config: Tree) -> str | None:
     """The device that optimiser states are offloaded to, or None."""
     device = value_at(config, "zero_optimization.offload_optimizer.device") or "none"
     return None if device == "none" else str(device)
-
-
-def _precision(config: Tree) -> str:
-    for name, section in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
-        if value_at(config, f"{section}.enabled"):
-            return name
-    return "fp32"
-
-
-def _autocast(config: Tree) -> str | None:
-    if not value_at(config, "torch_autocast.enabled"):
-        return None
-    return str(value_at(config, "torch_autocast.dtype")).removeprefix("torch.")
 
 
 def _accumulation_steps(training: Training, world_size: int, problems: list[str]) -> int:
@@ -308,28 +281,16 @@ def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
     """Combinations that DeepSpeed refuses late, or accepts and gets wrong."""
     problems = []
     stage = value_at(config, "zero_optimization.stage") or 0
-    for section, stages in OFFLOADS.items():
-        device = value_at(config, f"zero_optimization.{section}.device") or "none"
-        if device != "none" and stage not in stages:
-            problems.append(
-                f"zero_optimization.{section} works with ZeRO stage {' '.join(map(str, stages))}, not {stage}: "
-                f"change zero_optimization.stage or set ds.zero_optimization.{section}=null"
-            )
-        if device == "nvme" and stage in (1, 2):
-            problems.append(
-                f"zero_optimization.{section}.device=nvme works with ZeRO stage 3, not {stage}: use --ds zero3_nvme, "
-                f"or ds.zero_optimization.{section}.device=cpu"
-            )
     enabled = [name for name in PRECISIONS if value_at(config, f"{name}.enabled")]
     if len(enabled) > 1:
         problems.append(f"{' and '.join(enabled)} are enabled together: keep one, e.g. ds.{enabled[-1]}.enabled=false")
-    if enabled == ["torch_autocast"] and _autocast(config) not in (*BFLOAT, *HALF):
+    if enabled == ["torch_autocast"] and autocast_type(config) not in (*BFLOAT, *HALF):
         problems.append("torch_autocast.enabled=true needs torch_autocast.dtype=bfloat16 (or float16)")
     accumulated = value_at(config, "data_types.grad_accum_dtype")
-    if stage == 0 and accumulated and accumulated != _precision(config):
+    if stage == 0 and accumulated and accumulated != parameter_precision(config):
         problems.append(
-            f"data_types.grad_accum_dtype={accumulated} with {_precision(config)} parameters needs ZeRO stage 1 "
-            "or more: set ds.zero_optimization.stage=1 or ds.data_types=null"
+            f"data_types.grad_accum_dtype={accumulated} with {parameter_precision(config)} parameters needs ZeRO stage "
+            "1 or more: set ds.zero_optimization.stage=1 or ds.data_types=null"
         )
     node = value_at(config, "zero_optimization.zero_hpz_partition_size")
     if has_gpu and isinstance(node, int) and node > 0 and world_size % node:
@@ -350,31 +311,20 @@ def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
     return problems
 
 
-def _precision_problems(config: Tree, recipe: Recipe) -> list[str]:
+def _cell_problems(config: Tree, recipe: Recipe) -> list[str]:
+    """What the compatibility table says against this model with this DeepSpeed JSON."""
     try:
         architecture = architecture_of(recipe.model)
     except UserError:
-        return []  # already listed by _model_problems
-    in_fp16 = value_at(config, "fp16.enabled") or _autocast(config) in HALF
-    refusal = precision_refusal(architecture, "fp16" if in_fp16 else _precision(config))
-    return [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
-
-
-def _quantization_problems(config: Tree, recipe: Recipe) -> list[str]:
-    quantization = recipe.model.quantization
-    if quantization is None:
-        return []
-    problems = []
-    if recipe.model.lora is None:
+        architecture = None  # _model_problems has listed why
+    refusal = refusal_in_words(cell_of(recipe, config, architecture))
+    problems = [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
+    storage = recipe.model.quantization.storage_dtype if recipe.model.quantization else None
+    if storage not in (None, parameter_precision(config)):
         problems.append(
-            f"model.quantization={quantization.kind} freezes the backbone, and nothing in it would learn: add "
-            "model.lora.r=16, or set model.quantization=null"
-        )
-    storage, precision = quantization.storage_dtype, _precision(config)
-    if storage not in (None, precision):
-        problems.append(
-            f"model.quantization.storage_dtype={storage}, and the run holds its parameters in {precision}: DeepSpeed "
-            "would cast what is packed: leave model.quantization.storage_dtype out"
+            f"model.quantization.storage_dtype={storage}, and the run holds its parameters in "
+            f"{parameter_precision(config)}: DeepSpeed would cast what is packed: leave "
+            "model.quantization.storage_dtype out"
         )
     return problems
 
@@ -384,7 +334,7 @@ def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Pat
     zero = {"stage": 0, **config.get("zero_optimization", {})}
     # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
     zero.setdefault("overlap_comm", False)
-    for section in OFFLOADS:
+    for section in ("offload_optimizer", "offload_param"):
         if value_at(zero, f"{section}.device") == "nvme":
             zero[section] = {**zero[section], "nvme_path": str(swap_folder(run_dir, zero[section].get("nvme_path")))}
     if training.optimizer == "muon" and zero["stage"] == 3:

@@ -35,6 +35,16 @@ def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield here, value
 
 
+def value_at(tree: Tree, dotted: str) -> Any:
+    """The value at a dotted key, or None where there is none."""
+    value: Any = tree
+    for key in dotted.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
 def without_nulls(tree: Tree) -> Tree:
     """A copy of ``tree`` without the keys whose value is null, at any depth."""
     return {
