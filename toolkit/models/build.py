@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.models.adapters import adapt
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.materialise import Placement, placement_of, published_backbone, random_backbone, settle
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
@@ -72,6 +73,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     _remember_generation(translator, recipe.evaluation, tokenizer)
     if placement.quantization:
         mark(translator, placement.quantization)
+    adapt(translator, model)
     settle(translator, placement)
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
