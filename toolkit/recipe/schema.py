@@ -189,6 +189,7 @@ class Training(Section):
     seed: CountOrZero = 42
     save_every: Count = 500  # optimizer steps
     keep_last: Count = 2  # checkpoints
+    keep_best: Count = 1  # models, by evaluation.select_by: best/, and the runners-up in best_NNNNNN/ (by step)
     eval_every: Count = 1  # epochs
     log_every: Count = 10  # optimizer steps
     workers: CountOrZero = 2  # loader processes per rank; 0 = load in the training process

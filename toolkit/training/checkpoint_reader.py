@@ -19,11 +19,13 @@ from toolkit.errors import UserError
 from toolkit.training.checkpoint_writer import COUNTERS, loss_scaler, persistent_buffers
 from toolkit.training.checkpoints import RANK_FILES, SavedState
 from toolkit.training.random_states import seed_everything, set_random_states
-from toolkit.training.shards import base_optimizer, replay_steps, rewrite_shards, set_step
+from toolkit.training.shards import base_optimizer, replay_steps, rewrite_shards, set_scalars, steps_of
 from toolkit.training.tensor_files import read_metadata
 
 # Optimizers that keep the same state of the same method, so that one can go on where another left off.
 ADAMS = {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"}
+# Optimizers whose state is one number for each weight, whatever other weights are in its shard.
+ELEMENTWISE = ADAMS | {"Lion"}
 
 
 class _Files:
@@ -36,7 +38,7 @@ class _Files:
     def __init__(self, checkpoint: Path) -> None:
         self.paths = sorted(checkpoint.glob(RANK_FILES))
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.scalars: dict[str, dict[str, float]] = {}
+        self.scalars: dict[str, dict[str, Any]] = {}
         self.random: dict[int, dict[str, Any]] = {}  # by rank
         # (parameter, key) -> where in the flattened parameter a piece begins, its elements, and its file
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Path]]] = defaultdict(list)
@@ -112,7 +114,8 @@ def load_checkpoint(
     notes = _differences(state, layout)
     _check_optimizer(engine, state, checkpoint, changed=bool(notes))
     rank = dist.get_rank()
-    steps = 0.0
+    same_optimizer = state.optimizer == type(base_optimizer(engine)).__name__
+    steps = 0
     for number, shard in enumerate(rewrite_shards(engine)):
         for fragment in shard.fragments:
             for key in files.keys_of(fragment.name):
@@ -123,13 +126,11 @@ def load_checkpoint(
                 part = target.data.view(-1).narrow(0, fragment.offset, fragment.numel)
                 files.fill(part, fragment.name, key, fragment.start)
             scalars = files.scalars[fragment.name]
-            shard.state.update({key: value for key, value in scalars.items() if key != "step"})
-            if "step" in scalars:
-                set_step(engine, shard, scalars["step"])
-                steps = max(steps, scalars["step"])
+            set_scalars(engine, shard, scalars, same_optimizer=same_optimizer)
+            steps = max(steps, steps_of(scalars))
         for key, tensor in files.of_rank(rank, f"shard_{number}").items():
             shard.state[key] = tensor.to(shard.values.device)
-    replay_steps(engine, int(steps))
+    replay_steps(engine, steps)
     buffers = files.of_rank(rank, "buffer") or files.of_rank(0, "buffer")
     for name, buffer in persistent_buffers(engine.module):
         buffer.copy_(buffers[name])
@@ -189,7 +190,7 @@ def _check_optimizer(engine: Any, state: SavedState, checkpoint: Path, *, change
             f"{checkpoint} holds the state of {state.optimizer}, and this run uses {now}: go on with the "
             "training.optimizer and the offload that it was saved with, or begin anew with --new"
         )
-    if changed and not state.elastic:
+    if changed and state.optimizer not in ELEMENTWISE:
         raise UserError(
             f"{checkpoint} holds states of {state.optimizer} that only the layout which saved them can read "
             f"({', '.join(f'{key} {value}' for key, value in state.layout.items())}): go on with that, or begin anew "

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -33,7 +34,7 @@ from toolkit.training.checkpoints import (
     remove_unfinished,
 )
 from toolkit.training.random_states import random_states
-from toolkit.training.shards import Fragment, Shard, base_optimizer, shards
+from toolkit.training.shards import Fragment, Shard, base_optimizer, scalars_of, shards
 from toolkit.training.tensor_files import checksum, write_tensors
 
 FILE_BYTES = 1 << 29  # a rank's state goes into files of about this size
@@ -74,21 +75,17 @@ class CheckpointWriter:
         partial = self.folder / f".{name_of(progress.step)}.partial"
         files: dict[str, Future[str]] = {}
         waiting: deque[tuple[Future[str], int]] = deque()
-        elastic = True
         counters = {name: int(getattr(engine, name)) for name in COUNTERS} | {"loss_scaler": _loss_scaler(engine)}
-        pieces = _Pieces(engine)
-        for number, (tensors, metadata, size) in enumerate(pieces):
+        for number, (tensors, metadata, size) in enumerate(_pieces(engine)):
             name = f"rank_{dist.get_rank():02d}_{number:02d}.safetensors"
             files[name] = self._thread.submit(_write, partial / name, tensors, metadata)
             waiting.append((files[name], size))
             while sum(size for _, size in waiting) > COPIED_BYTES:
                 waiting.popleft()[0].exception()  # waits; what went wrong is told by _complete
-        elastic = pieces.elastic
         state = replace(
             self.identity,
             progress=replace(progress),
             optimizer=type(base_optimizer(engine)).__name__,
-            elastic=elastic,
             counters=counters,
         )
         self._last = self._thread.submit(self._complete, partial, state, files)
@@ -164,45 +161,42 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> 
     return write_tensors(path, tensors, metadata)
 
 
-class _Pieces:
+def _pieces(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]]:
     """Copies of what this rank keeps, in portions of one file; each copy is made when it is asked for.
 
-    Args:
-        engine: the DeepSpeed engine.
+    Yields:
+        tensors by name, what is to be known of them, and their bytes.
     """
+    states, values = random_states()
+    tensors = {f"random/{name}": tensor for name, tensor in states.items()}
+    tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(engine.module)}
+    metadata: dict[str, Any] = {"random": values, "fragments": {}}
+    size = 0
+    for number, shard in enumerate(shards(engine)):
+        whole = {"weights": shard.values, **shard.state}
+        by_element = {key: value for key, value in whole.items() if _has_shape(value, shard.values.shape)}
+        for key, value in whole.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and key not in by_element:
+                tensors[f"shard_{number}/{key}"] = _copy(value)
+        scalars = scalars_of(shard)
+        for fragment in shard.fragments:
+            start, numel = _own_part(shard, fragment)
+            if numel == 0:
+                continue
+            metadata["fragments"][fragment.name] = {"start": start, "shape": fragment.shape, "scalars": scalars}
+            begin = fragment.offset + start - fragment.start
+            for key, value in by_element.items():
+                piece = _copy(value.reshape(-1).narrow(0, begin, numel))
+                tensors[f"{fragment.name}/{key}"] = piece
+                size += piece.numel() * piece.element_size()
+            if size >= FILE_BYTES:
+                yield tensors, metadata, size
+                tensors, metadata, size = {}, {"fragments": {}}, 0
+    yield tensors, metadata, size
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.elastic = True
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]]:
-        """Tensors by name, what is to be known of them, and their bytes."""
-        states, values = random_states()
-        tensors = {f"random/{name}": tensor for name, tensor in states.items()}
-        tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(self.engine.module)}
-        metadata: dict[str, Any] = {"random": values, "fragments": {}}
-        size = 0
-        for number, shard in enumerate(shards(self.engine)):
-            for key, value in shard.state.items():
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shard.values.shape:
-                    self.elastic = False
-                    tensors[f"shard_{number}/{key}"] = _copy(value)
-            for fragment in shard.fragments:
-                start, numel = _own_part(shard, fragment)
-                if numel == 0:
-                    continue
-                scalars = {key: found for key, value in shard.state.items() if (found := _scalar(value)) is not None}
-                metadata["fragments"][fragment.name] = {"start": start, "shape": fragment.shape, "scalars": scalars}
-                begin = fragment.offset + start - fragment.start
-                for key, value in {"weights": shard.values, **shard.state}.items():
-                    if isinstance(value, Tensor) and value.shape == shard.values.shape and value.dim() > 0:
-                        piece = _copy(value.reshape(-1).narrow(0, begin, numel))
-                        tensors[f"{fragment.name}/{key}"] = piece
-                        size += piece.numel() * piece.element_size()
-                if size >= FILE_BYTES:
-                    yield tensors, metadata, size
-                    tensors, metadata, size = {}, {"fragments": {}}, 0
-        yield tensors, metadata, size
+def _has_shape(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
 
 
 def _own_part(shard: Shard, fragment: Fragment) -> tuple[int, int]:
@@ -212,12 +206,6 @@ def _own_part(shard: Shard, fragment: Fragment) -> tuple[int, int]:
     share = -(-fragment.numel // dist.get_world_size())
     begin = min(share * dist.get_rank(), fragment.numel)
     return fragment.start + begin, min(share, fragment.numel - begin)
-
-
-def _scalar(value: Any) -> float | int | None:
-    if isinstance(value, Tensor):
-        return float(value) if value.dim() == 0 else None
-    return value if isinstance(value, int | float) else None
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.training.best_models import Kept
 from toolkit.training.tensor_files import checksum
 
 LATEST = "latest"
@@ -40,6 +41,7 @@ class Progress:
         epoch_step: optimizer steps of it that are done.
         best: the best dev scores so far, as ``dataclasses.asdict`` of ``Scores``; None before the first evaluation.
         best_step: optimizer steps done when they were reached.
+        kept: the models that are kept by score; see ``best_models.py``.
         seconds: spent in training steps.
         clips: trained on, each as often as it came.
     """
@@ -49,6 +51,7 @@ class Progress:
     epoch_step: int = 0
     best: dict[str, Any] | None = None
     best_step: int | None = None
+    kept: Kept = field(default_factory=list)
     seconds: float = 0.0
     clips: int = 0
 
@@ -61,7 +64,6 @@ class SavedState:
         progress: where the run stood.
         layout: ``world_size``, ``zero_stage`` and ``precision`` that it had.
         optimizer: class of the optimizer.
-        elastic: whether another layout can take its state up.
         recipe: the resolved recipe.
         corpus: what it learnt from; see ``run_directory.corpus_identity``.
         counters: of the DeepSpeed engine.
@@ -71,7 +73,6 @@ class SavedState:
     progress: Progress
     layout: dict[str, Any]
     optimizer: str
-    elastic: bool
     recipe: dict[str, Any]
     corpus: dict[str, Any]
     counters: dict[str, Any]
@@ -135,9 +136,13 @@ def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
                 f"{checkpoint} was saved by another version of this toolkit: go on with that version, or start "
                 "again with --new"
             )
-        return SavedState(**content | {"progress": Progress(**content["progress"])})
+        return SavedState(**content | {"progress": _progress(content["progress"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(checkpoint, f"{type(error).__name__}: {error}") from error
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    return Progress(**content | {"kept": [(step, value) for step, value in content["kept"]]})
 
 
 def _damaged(checkpoint: Path, what: str) -> UserError:

@@ -210,7 +210,7 @@ def open_trainer(
             notes.append(f"a newer checkpoint is set aside as {path}")
         for note in notes:
             say(f"note: {note}")
-    identity = SavedState(progress, layout, "", True, config, run_directory.corpus_identity(corpus), {})
+    identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), {})
     with (
         open_tracker(
             resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step

@@ -73,16 +73,44 @@ def rewrite_shards(engine: Any) -> Iterator[Shard]:
     yield from _shards(engine, changed=True)
 
 
-def set_step(engine: Any, shard: Shard, step: float) -> None:
-    """Tell the optimizer how many steps it has taken with a shard, each kind in its own way."""
+def scalars_of(shard: Shard) -> dict[str, Any]:
+    """The state's plain numbers as JSON can say them: a number, or for a tensor of no dimension ``[number, dtype]``."""
+    found: dict[str, Any] = {}
+    for key, value in shard.state.items():
+        if isinstance(value, Tensor) and value.dim() == 0:
+            found[key] = [value.item(), str(value.dtype).removeprefix("torch.")]
+        elif isinstance(value, int | float):
+            found[key] = value
+    return found
+
+
+def set_scalars(engine: Any, shard: Shard, scalars: dict[str, Any], *, same_optimizer: bool) -> None:
+    """Put back what :func:`scalars_of` found, as the optimizer of this run wants it.
+
+    Args:
+        engine: the DeepSpeed engine.
+        shard: one of its shards.
+        scalars: of an optimizer of the same method.
+        same_optimizer: it was of the same class.
+    """
     base = base_optimizer(engine)
-    if isinstance(base, torch.optim.Adam):
-        shard.state["step"] = torch.tensor(step, dtype=torch.float32, device=shard.values.device)
-    else:
-        shard.state["step"] = int(step)
-    for group in base.param_groups:
-        if "step" in group or type(base).__name__ == "FusedAdam":  # DeepSpeed's counts by group
-            group["step"] = int(step)
+    for key, saved in scalars.items():
+        value, dtype = saved if isinstance(saved, list) else (saved, None)
+        if not same_optimizer:  # torch's Adams count in tensors, DeepSpeed's in integers
+            value, dtype = (float(value), "float32") if isinstance(base, torch.optim.Adam) else (int(value), None)
+        # torch's Adams want their count where the weights are when they are fused, and all others can do with that.
+        device = shard.values.device
+        shard.state[key] = torch.tensor(value, dtype=getattr(torch, dtype), device=device) if dtype else value
+    if "step" in scalars:
+        for group in base.param_groups:
+            if "step" in group or type(base).__name__ == "FusedAdam":  # DeepSpeed's counts by group
+                group["step"] = steps_of(scalars)
+
+
+def steps_of(scalars: dict[str, Any]) -> int:
+    """Steps that an optimizer has taken with a shard, as :func:`scalars_of` tells it; 0 where it does not count."""
+    step = scalars.get("step", 0)
+    return int(step[0] if isinstance(step, list) else step)
 
 
 def replay_steps(engine: Any, steps: int) -> None:

@@ -18,7 +18,7 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
 from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import Scores, improves, score
+from toolkit.evaluation.metrics import Scores, score
 from toolkit.evaluation.predictions import Prediction, write_predictions
 from toolkit.evaluation.table import choose_samples, format_score
 from toolkit.evaluation.whole_weights import whole_weights
@@ -28,6 +28,7 @@ from toolkit.models.weights import save_model, whole_state_dict
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
+from toolkit.training.best_models import Kept, admit, place_model
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
@@ -121,7 +122,7 @@ class Trainer:
             if not (self.resolved.run_dir / "best").exists():
                 # Without a dev split nothing is ever compared: the last model is the best one known.
                 self.progress.best_step = self.progress.step
-                self.save_best()
+                self.save_model([(self.progress.step, None)], None)
 
     def _run(self) -> None:
         training = self.recipe.training
@@ -279,15 +280,18 @@ class Trainer:
             rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
             self.tracker.table(self.progress.step, "dev_samples", rows)
         name = self.recipe.evaluation.select_by
-        best = Scores(**self.progress.best) if self.progress.best else None
-        is_better = improves(name, scores, best)
+        step = self.progress.step
+        kept = admit(self.progress.kept, step, scores, select_by=name, keep=self.recipe.training.keep_best)
+        is_better = kept[0][0] == step
         named = ("bleu4", "chrf", "wer", "cer")
         listed = "  ".join(f"{key} {format_score(key, scores.values()[key])}" for key in named)
         self.line.say(f"dev after epoch {epoch}: {listed}" + (f"  (best {name} so far)" if is_better else ""))
         if is_better:
             self.progress.best = asdict(scores)
-            self.progress.best_step = self.progress.step
-            self.save_best()
+            self.progress.best_step = step
+        if any(kept_step == step for kept_step, _ in kept):
+            self.save_model(kept, scores)
+        self.progress.kept = kept
         return scores
 
     def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
@@ -315,11 +319,17 @@ class Trainer:
         """Begin to write a checkpoint; ``self.checkpoints.wait()`` says when it is complete."""
         self.checkpoints.save(self.engine, self.progress)
 
-    def save_best(self) -> None:
-        """Write the model as it is to ``best/``."""
+    def save_model(self, kept: Kept, scores: Scores | None) -> None:
+        """Write the model as it is to ``best/``, or beside it, where ``kept`` says that it belongs."""
         weights = whole_state_dict(self.engine.module, keep=self.ranks.is_main)
         if self.ranks.is_main:
-            save_model(self.resolved.run_dir / "best", self.engine.module, self.processor, weights)
+            place_model(
+                self.resolved.run_dir,
+                kept,
+                self.progress.step,
+                scores,
+                lambda folder: save_model(folder, self.engine.module, self.processor, weights),
+            )
         dist.barrier()
 
 
