@@ -18,7 +18,7 @@ from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
-from toolkit.models.weights import whole_state_dict
+from toolkit.models.weights import trainable_state_dict
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training import run_directory
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
@@ -72,7 +72,7 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
                 trainer.run()
             except Interrupted:
                 result["interrupted"] = True
-            weights = whole_state_dict(trainer.engine.module, keep=ranks.is_main)
+            weights = trainable_state_dict(trainer.engine.module, keep=ranks.is_main)
             digest = xxhash.xxh3_64()
             for _, tensor in sorted(weights.items()):
                 digest.update(tensor.float().numpy().tobytes())

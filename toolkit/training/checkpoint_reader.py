@@ -144,7 +144,8 @@ def load_checkpoint(
         seed_everything(seed + 1 + rank + 1_000_003 * state.progress.step)
     new = dist.get_world_size() - len(files.random)
     if new > 0:
-        notes.append(f"{new} ranks are new: their dropout is drawn from training.seed={seed}, the rank and the step")
+        who = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
+        notes.append(f"{who} dropout is drawn from training.seed={seed}, the rank and the step")
     return notes
 
 
