@@ -18,6 +18,7 @@ def failing(error: BaseException) -> None:
         (UserError("no such table"), 2, "error: no such table\n"),
         (TooManyRejects("3 of 9"), 3, "error: 3 of 9\n"),
         (Interrupted("saved"), 75, "interrupted: saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted: stopped by Ctrl-C\n"),
     ],
 )
 def test_each_ending_has_a_code_and_a_line(
@@ -44,8 +45,23 @@ def test_a_bug_is_never_dressed_up_as_the_users_mistake() -> None:
 def test_another_rank_waits_to_be_killed_and_speaks_only_if_it_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    clock = [0.0]
+    monkeypatch.setattr(errors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     assert exit_code_of(lambda: failing(UserError("no disk")), debug=False, local_rank=3) == 2
-    assert waited == [errors.OTHER_RANKS_WAIT_SECONDS]
+    assert clock[0] >= errors.OTHER_RANKS_WAIT_SECONDS
     assert capsys.readouterr().err == "error (local rank 3): no disk\n"
+
+
+def test_nobody_waits_for_a_launcher_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors.os, "getppid", lambda: 1)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    assert exit_code_of(lambda: failing(Interrupted("saved")), debug=False, local_rank=1) == 75
+
+
+def test_an_interruption_is_told_by_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors, "OTHER_RANKS_WAIT_SECONDS", 0.0)
+    assert exit_code_of(lambda: failing(Interrupted("saved")), debug=False, local_rank=1) == 75
+    assert capsys.readouterr().err == ""

@@ -5,6 +5,7 @@ Every command in ``launch/`` ends with one of these codes; docs and tests refer 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,9 +14,11 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_TOO_MANY_REJECTS = 3
 EXIT_INTERRUPTED = 75
+EXIT_CTRL_C = 130  # as shells say it: stopped before there was anything to save
 
 # Within this time the first rank of a node has printed and left, and the launcher has killed the others.
 OTHER_RANKS_WAIT_SECONDS = 15.0
+_LAUNCHER = os.getppid()
 
 
 class UserError(Exception):
@@ -43,7 +46,8 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
     """Run ``command`` and turn its outcome into a documented exit code.
 
     Exactly one rank of a node prints an error that all of them meet: the launcher kills the others as soon as one has
-    left, so the others wait for that. One that is still alive then met the error alone, and says so.
+    left, so the others wait for that. One that is still alive then met the error alone, and says so. An interruption
+    is agreed on by all ranks; there one word is enough.
 
     Args:
         command: does the work of one launch script.
@@ -57,9 +61,24 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
             raise
         who = ""
         if local_rank > 0:
-            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+            _wait_for_the_launcher()
             who = f" (local rank {local_rank})"
-        label = "error" if isinstance(error, UserError) else "interrupted"
-        print(f"{label}{who}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, UserError):
+            print(f"error{who}: {error}", file=sys.stderr, flush=True)
+        elif local_rank == 0:
+            print(f"interrupted: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if local_rank == 0:
+            print("interrupted: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return EXIT_CTRL_C
     return EXIT_DONE
+
+
+def _wait_for_the_launcher() -> None:
+    """Give the launcher the time to end this rank, unless it has ended itself."""
+    end = time.monotonic() + OTHER_RANKS_WAIT_SECONDS
+    while time.monotonic() < end and os.getppid() == _LAUNCHER:
+        time.sleep(0.1)

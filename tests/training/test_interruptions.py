@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from toolkit.training.interruptions import SIGNALS, Interruptions
+from toolkit.training.interruptions import EXIT_AT_ONCE, SIGNALS, Interruptions
 
 
 @pytest.fixture
@@ -29,10 +29,29 @@ def test_a_signal_is_a_reason_to_stop(interruptions: Interruptions, number: sign
     assert interruptions.reason == number.name
 
 
-def test_a_second_ctrl_c_stops_at_once(interruptions: Interruptions) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+# As in a collective that waits for another rank: one long call outside Python, in which no Python handler runs.
+STUCK = """
+import ctypes, os, signal, time
+from toolkit.training.interruptions import SECOND_THOUGHT_SECONDS, Interruptions
+watched = Interruptions(at_once=lambda: print("at once", flush=True))
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+print(watched.reason, flush=True)
+time.sleep(SECOND_THOUGHT_SECONDS + 0.2)
+print("locks", flush=True)
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once_whatever_the_rank_waits_for() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline().strip() for _ in range(2)] == ["SIGINT", "locks"]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "at once\n"
+        assert process.wait(timeout=60) == EXIT_AT_ONCE
 
 
 def test_ctrl_c_and_then_the_launchers_sigterm_is_one_wish_to_stop(interruptions: Interruptions) -> None:

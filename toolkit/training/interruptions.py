@@ -1,61 +1,94 @@
-"""Being asked to stop: signals, a dead parent and a time limit become one flag that the loop looks at between steps.
+"""Being asked to stop: signals, a dead launcher and a time limit become one flag that the loop looks at between steps.
 
 Nothing is done inside a signal handler but raising the flag. Ranks agree on it by their step's all-reduce, so that all
-of them save the same step. The ``deepspeed`` launcher may die without a word to its ranks, so each watches its parent.
+of them save the same step. The launcher may die without a word to its ranks, so each watches it.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+
+from toolkit.cluster.launchers import has_died, launcher_processes
 
 # Ctrl-C, a scheduler's end, SLURM's warning, and a terminal that went away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-PARENT_POLL_SECONDS = 1.0
+LAUNCHER_POLL_SECONDS = 1.0
+# One Ctrl-C can arrive twice, from the terminal and from a launcher; nobody changes their mind so soon.
+SECOND_THOUGHT_SECONDS = 1.0
+EXIT_AT_ONCE = 128 + signal.SIGINT
 
 
 class Interruptions:
     """Collects reasons to stop, from now until :meth:`close`.
 
-    A second Ctrl-C stops at once, without saving.
+    A Ctrl-C that comes when a stop has already been asked for ends the process at once, without saving: also while it
+    waits inside a collective for another rank, where no Python handler runs.
 
     Args:
         time_limit: minutes after which to stop; None for no limit.
+        at_once: called, from another thread, before the process is ended at once.
     """
 
-    def __init__(self, time_limit: float | None = None) -> None:
+    def __init__(self, time_limit: float | None = None, at_once: Callable[[], None] = lambda: None) -> None:
         self.reason: str | None = None
+        self._asked_at: float | None = None
+        self._at_once = at_once
         self._deadline = time.monotonic() + 60 * time_limit if time_limit else None
-        self._parent = os.getppid()
-        self._closed = threading.Event()
-        # What the user had ignored (nohup ignores SIGHUP) stays ignored.
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._launcher = launcher_processes()
+        # What the user had ignored (nohup ignores SIGHUP) stays ignored. SIGINT does not: a shell ignores it for what
+        # it starts in the background, and DeepSpeed's launcher hears it all the same.
+        heard = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
-        threading.Thread(target=self._watch_parent, daemon=True, name="parent watch").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="interruptions")
+        self._thread.start()
 
     def wanted(self) -> bool:
         """Whether this rank has a reason to stop."""
-        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = "the time limit"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._ask("the time limit")
         return self.reason is not None
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
-        self._closed.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_writer)
+        os.close(self._writer)  # ends the thread
+        self._thread.join()
+        os.close(self._reader)
+
+    def _ask(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._asked_at = time.monotonic()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        self._ask(signal.Signals(number).name)
 
-    def _watch_parent(self) -> None:
-        while not self._closed.wait(PARENT_POLL_SECONDS):
-            if os.getppid() != self._parent:
-                self.reason = self.reason or "the launcher's death"
-                return
+    def _watch(self) -> None:
+        """Hear every signal as it comes, in whatever call the main thread is, and look after the launcher."""
+        while True:
+            ready, _, _ = select.select([self._reader], [], [], LAUNCHER_POLL_SECONDS)
+            if ready:
+                numbers = os.read(self._reader, 64)
+                if not numbers:
+                    return
+                asked_before = self._asked_at is not None and (
+                    time.monotonic() - self._asked_at > SECOND_THOUGHT_SECONDS
+                )
+                if asked_before and signal.SIGINT in numbers:
+                    self._at_once()
+                    os._exit(EXIT_AT_ONCE)
+                # The main thread's handler says the same as soon as that thread is back in Python.
+                self._ask(signal.Signals(numbers[0]).name)
+            elif self._launcher and has_died(self._launcher):
+                self._ask("the launcher's death")
+                self._launcher = []
