@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.allocator import return_freed_memory
-    from toolkit.cluster.ops import check_locks
+    from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.models.build import check_model
@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         name = Path(arguments.recipe).stem
         overrides = [*overfit_overrides(arguments.overfit, ranks.world_size, name), *overrides]
     resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
+    check_needed_ops(resolved.deepspeed)
     check_model(resolved)
     if not gpus and (resolved.zero_stage == 3 or resolved.recipe.model.quantization):
         return_freed_memory()

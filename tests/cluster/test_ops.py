@@ -77,6 +77,16 @@ def test_a_lock_of_a_living_build_is_left_alone(extensions):
     assert ops.stale_locks() == [lock]  # the build died, its lock stayed
 
 
+def test_a_run_that_swaps_to_disk_needs_its_op_beforehand(extensions):
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "cpu"}}
+    with pytest.raises(UserError, match="not built: .*build-ops async_io.*--ds zero3_offload"):
+        ops.check_needed_ops({"zero_optimization": zero})
+    ops.check_needed_ops({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    (extensions / "async_io").mkdir()
+    (extensions / "async_io" / "async_io.so").touch()
+    ops.check_needed_ops({"zero_optimization": zero})
+
+
 def test_force_removes_the_lock(extensions):
     lock = leave_lock(extensions)
     said = []
@@ -90,3 +100,11 @@ def test_an_unknown_op_is_refused_before_anything_is_touched(extensions):
     with pytest.raises(UserError, match="no op is called 'cpu_adm': choose from shm_comm, cpu_adam"):
         ops.build_ops(["cpu_adm"], force=True)
     assert lock.exists()
+
+
+def test_probing_for_a_library_works_while_deepspeed_is_kept_quiet(capfd):
+    """DeepSpeed's probe for libaio uses the descriptor of stderr, and takes any failure for a missing library."""
+    with ops._silence():
+        print("compiler's chatter")
+        assert sys.stderr.fileno() > 2
+    assert capfd.readouterr().out == ""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from toolkit.errors import UserError
 
@@ -91,6 +92,22 @@ def check_locks() -> None:
         raise UserError(
             f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, "
             f"for which every run would wait: remove it by `{MENDING}`"
+        )
+
+
+def check_needed_ops(deepspeed: dict[str, Any]) -> None:
+    """Refuse to swap to a disk without the op that does it: its build takes minutes, in every rank at once.
+
+    Raises:
+        UserError: a resolved DeepSpeed JSON offloads to NVMe and async_io is not built.
+    """
+    devices = [
+        section.get("device") for section in deepspeed["zero_optimization"].values() if isinstance(section, dict)
+    ]
+    if "nvme" in devices and op_folder("async_io") and not is_built("async_io"):
+        raise UserError(
+            "offload to NVMe needs DeepSpeed's op async_io, which is not built: `apt-get install libaio-dev`, then once "
+            "`python launch/doctor.py build-ops async_io`; or choose --ds zero3_offload"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
 from toolkit.evaluation.evaluate import check_fit
@@ -167,8 +169,11 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
     if ranks.is_main:
         run_directory.start(resolved, corpus.path)
     quieten(run_dir / "log.txt" if ranks.is_main else None)
-    interruptions = Interruptions(resolved.recipe.training.time_limit)
+    swap = swap_to_this_node(resolved.deepspeed)
+    interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _given_up(run_dir, ranks))
     try:
+        if ranks.local_rank == 0:
+            claim_swap_folders(swap)
         join_process_group(ranks)
         yield interruptions
     except BaseException as error:
@@ -180,6 +185,17 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
     finally:
         interruptions.close()
         leave_process_group()
+        if ranks.local_rank == 0:
+            remove_swap_folders(swap)
+
+
+def _given_up(run_dir: Path, ranks: Ranks) -> None:
+    """A second Ctrl-C: say what it means, in the moment that is left."""
+    if ranks.is_main:
+        run_directory.write_status(run_dir, "failed", reason="stopped at once by a second Ctrl-C, without saving")
+    if ranks.speaks:
+        text = "interrupted: stopped at once by a second Ctrl-C; the same command goes on from the last checkpoint"
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
