@@ -7,6 +7,8 @@ because a model that silently starts from random weights costs its user days.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class PoseTranslatorOutput(ModelOutput):
     """What one forward pass gives.
 
     Attributes:
-        logits: next-token scores [clips, tokens, vocabulary].
+        logits: next-token scores [clips, tokens, vocabulary], or of labelled tokens alone [tokens, vocabulary].
         ctc_logits: scores of the CTC head [clips, positions, vocabulary + 1] (the last one is the blank), or None.
         encoder_mask: bool [clips, positions], true on the positions that stem from real frames.
     """
@@ -101,20 +103,25 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         hidden = encoder(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state
         return hidden, mask
 
-    def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor, labels: Tensor) -> PoseTranslatorOutput:
+    def forward(
+        self, poses: Tensor, visible: Tensor, frame_mask: Tensor, labels: Tensor, labelled_only: bool = False
+    ) -> PoseTranslatorOutput:
         """Score the labels (teacher forcing).
 
         Args:
             poses, visible, frame_mask: as :meth:`encode` takes them.
             labels: token ids [clips, tokens], -100 where padded.
+            labelled_only: give logits [labels that are not -100, vocabulary]. Scores of a whole vocabulary for padding
+                are the largest tensors of a step, and nobody looks at them.
         """
         hidden, mask = self.encode(poses, visible, frame_mask)
-        decoded = self.backbone(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            attention_mask=mask.long(),
-            decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,
-        )
+        with _rows_of(self.backbone.get_output_embeddings(), labels != -100 if labelled_only else None):
+            decoded = self.backbone(
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+                attention_mask=mask.long(),
+                decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),
+                use_cache=False,
+            )
         ctc_logits, mask = self._ctc(hidden, mask) if self.config.ctc else (None, mask)
         return PoseTranslatorOutput(logits=decoded.logits, ctc_logits=ctc_logits, encoder_mask=mask)
 
@@ -176,3 +183,16 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
                 "save it again with save_pretrained, or point to the folder that was trained"
             )
         return (model, info) if wants_info else model
+
+
+@contextmanager
+def _rows_of(head: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Within, ``head`` sees only these rows [clips, tokens] of its input, as [rows, width]; None = all, as they are."""
+    if rows is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

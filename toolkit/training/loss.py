@@ -17,12 +17,12 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
     """Summed negative log-likelihood of the labels, in nats.
 
     Args:
-        logits: [clips, tokens, vocabulary].
-        labels: [clips, tokens], -100 where nothing counts.
+        logits: [..., tokens, vocabulary].
+        labels: [..., tokens], -100 where nothing counts.
         label_smoothing: share of the target mass spread over the vocabulary (Szegedy et al. 2016).
     """
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(),
+        logits.flatten(0, -2).float(),
         labels.flatten(),
         ignore_index=IGNORED_LABEL,
         label_smoothing=label_smoothing,
