@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jiwer
@@ -127,7 +128,21 @@ def make_bleu(tokenize: str, lowercase: bool) -> BLEU:
         return BLEU(tokenize=tokenize, lowercase=lowercase, force=True)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"evaluation.tokenize: the tokenizer '{tokenize}' cannot be used here: {reason}") from error
+        model = _sentencepiece_file(tokenize)
+        mend = f": put its SentencePiece model at {model}, or set SACREBLEU to a folder that has it" if model else ""
+        raise UserError(
+            f"evaluation.tokenize: the tokenizer '{tokenize}' cannot be used here: {reason}{mend}"
+        ) from error
+
+
+def _sentencepiece_file(tokenize: str) -> str:
+    """Where sacreBLEU looks for a tokenizer's SentencePiece model before it downloads it; empty for those without."""
+    from sacrebleu.tokenizers import tokenizer_spm
+
+    if tokenize not in tokenizer_spm.SPM_MODELS:
+        return ""
+    name = tokenizer_spm.SPM_MODELS[tokenize]["url"].rpartition("/")[2]
+    return str(Path(tokenizer_spm.SACREBLEU_DIR) / "models" / name)
 
 
 def rouge_l(hypothesis: str, reference: str) -> float:
