@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adapters import adapt
+from toolkit.models.base import Base, Fingerprint
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.materialise import Placement, placement_of, published_backbone, random_backbone, settle
+from toolkit.models.extra_tokens import add_rows, add_tokens, make_room
+from toolkit.models.materialise import (
+    Placement,
+    placement_for,
+    placement_of,
+    published_backbone,
+    random_backbone,
+    settle,
+)
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.quantisation import mark
 from toolkit.models.tokenizers import language_id, make_tokenizer, special_ids
@@ -33,6 +43,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
     metadata = corpus.metadata
     texts = corpus.splits["train"].texts
     tokenizer = make_tokenizer(tokenizer_of(recipe.model), texts, trust_remote_code=recipe.model.trust_remote_code)
+    add_tokens(tokenizer, recipe.model.extra_tokens)
     extractor = PoseFeatureExtractor(
         landmark_set=metadata.landmark_set,
         fps=metadata.fps,
@@ -55,7 +66,8 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     recipe = resolved.recipe
     model = recipe.model
     placement = placement_of(resolved)
-    backbone = _backbone(model, tokenizer, placement, recipe.training.seed)
+    fingerprint = Fingerprint() if stands_on_base(model) else None
+    backbone = _backbone(model, tokenizer, placement, recipe.training.seed, fingerprint)
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
     config = PoseTranslatorConfig(
         # Where the backbone was loaded from is this machine's business.
@@ -71,14 +83,67 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     )
     translator = PoseTranslator(config, backbone)
     _remember_generation(translator, recipe.evaluation, tokenizer)
-    if placement.quantization:
-        mark(translator, placement.quantization)
-    adapt(translator, model)
-    settle(translator, placement)
+    _finish(translator, model, tokenizer, placement)
+    if fingerprint:
+        translator.base = Base(
+            name=_base_name(model),
+            model=model.model_dump(mode="json"),
+            seed=recipe.training.seed,
+            precision=resolved.precision,
+            fingerprint=fingerprint.hexdigest(),
+        )
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return translator
+
+
+def rebuild_translator(
+    config: PoseTranslatorConfig, base: Base, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PoseTranslator, str]:
+    """The translator as it was before it was trained, to put what was trained onto it.
+
+    Args:
+        config: of the trained one.
+        base: what it stands on.
+        tokenizer: of the trained one, with its extra tokens.
+
+    Returns:
+        the translator, and the fingerprint of the backbone that was found or made.
+
+    Raises:
+        UserError: the backbone cannot be had.
+    """
+    settings = Model.model_validate(base.model)
+    placement = placement_for(base.precision, settings.quantization)
+    fingerprint = Fingerprint()
+    torch.manual_seed(base.seed)
+    translator = PoseTranslator(config, _backbone(settings, tokenizer, placement, base.seed, fingerprint))
+    _finish(translator, settings, tokenizer, placement)
+    return translator, fingerprint.hexdigest()
+
+
+def stands_on_base(settings: Model) -> bool:
+    """Whether a run of this model saves only what it trained, because the rest can be had again."""
+    return settings.lora is not None or settings.quantization is not None
+
+
+def _base_name(settings: Model) -> str:
+    card = card_of(settings)
+    if settings.from_scratch or settings.tiny:
+        return f"{settings.backbone}{', shrunk' if settings.tiny else ''}, from random weights"
+    return (card and card.hub_id) or settings.backbone
+
+
+def _finish(
+    translator: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> None:
+    """What comes on top of a backbone with its weights: new tokens, adapters, and the form of the run."""
+    if placement.quantization:
+        mark(translator, placement.quantization)
+    add_rows(translator, settings, tokenizer)
+    adapt(translator, settings)
+    settle(translator, placement)
 
 
 def check_model(resolved: ResolvedRun) -> None:
@@ -99,19 +164,33 @@ def check_model(resolved: ResolvedRun) -> None:
         raise UserError(f"model.backbone={model.backbone}: {refusal}")
 
 
-def _backbone(model: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement, seed: int) -> PreTrainedModel:
+def _backbone(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement,
+    seed: int,
+    fingerprint: Fingerprint | None,
+) -> PreTrainedModel:
     config = _backbone_config(model)
     if model.dropout is not None:
         for key in DROPOUT_KEYS:
             if hasattr(config, key):
                 setattr(config, key, model.dropout)
-    if model.from_scratch or model.tiny:
-        card = card_of(model)
-        if tokenizer_of(model) != (card.tokenizer if card else model.backbone):
-            _speak(config, tokenizer)
-        return random_backbone(config, placement, seed=seed)
+    random = model.from_scratch or model.tiny
+    card = card_of(model)
+    if random and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
+        _speak(config, tokenizer)
+    make_room(config, tokenizer, model.extra_tokens)
+    if random:
+        return random_backbone(config, placement, seed=seed, fingerprint=fingerprint)
     try:
-        return published_backbone(_source(model), config, placement, trust_remote_code=model.trust_remote_code)
+        return published_backbone(
+            _source(model),
+            config,
+            placement,
+            trust_remote_code=model.trust_remote_code,
+            fingerprint=fingerprint,
+        )
     except (OSError, ValueError) as error:
         raise _not_loadable(model, error) from error
 

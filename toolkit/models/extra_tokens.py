@@ -85,7 +85,7 @@ def make_room(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, toke
 
 
 def widened(values: Tensor, like: Tensor) -> Tensor:
-    """A published token table (or bias over tokens) with zeros for the rows that the configuration has more of."""
+    """A published token table (or bias over tokens) with zeros for the rows that ``like`` has more of."""
     if values.shape == like.shape:
         return values
     wide = values.new_zeros(like.shape)

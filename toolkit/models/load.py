@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from toolkit.errors import UserError
+from toolkit.models.base import Base, check_same, read_base
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
@@ -29,6 +31,10 @@ def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, 
         UserError: there is no such model, or it is not whole.
     """
     source = find_model(name)
+    base = read_base(Path(source))
+    if base:
+        model, processor = _load_adapted(Path(source), base)
+        return model.to(settings["dtype"]) if settings.get("dtype") else model, processor
     try:
         model = PoseTranslator.from_pretrained(source, **settings).eval()
         processor = PoseProcessor.from_pretrained(source)
@@ -36,6 +42,26 @@ def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, 
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"the model {source} cannot be loaded: {first_line}") from error
     return model, processor
+
+
+def _load_adapted(folder: Path, base: Base) -> tuple[PoseTranslator, PoseProcessor]:
+    """A model of which the folder holds only what was trained."""
+    # They bring PEFT, and DeepSpeed with it; whole models do without.
+    from toolkit.models.build import rebuild_translator
+    from toolkit.models.trained import load_trained
+
+    try:
+        config = PoseTranslatorConfig.from_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(folder)
+        processor = PoseProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, fingerprint = rebuild_translator(config, base, processor.tokenizer)
+    check_same(base, fingerprint, folder)
+    load_trained(folder, model)
+    model.base = base
+    model.generation_config = generation
+    return model.eval(), processor
 
 
 def find_model(name: str | Path) -> str:

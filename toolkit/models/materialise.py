@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.errors import UserError
+from toolkit.models.base import Fingerprint
 from toolkit.models.extra_tokens import ROW_KEYS, widened
 from toolkit.models.quantisation import is_packed, packable, quantised
 from toolkit.models.random_weights import Skeleton, make_skeleton
@@ -55,38 +56,54 @@ class Placement:
 
 def placement_of(resolved: ResolvedRun) -> Placement:
     """Where the weights of a run go; a process outside of any process group holds them whole."""
-    quantization = resolved.recipe.model.quantization
     cut = resolved.zero_stage == 3 and distributed.is_initialized()
+    return placement_for(
+        resolved.precision, resolved.recipe.model.quantization, zero3=resolved.deepspeed if cut else None
+    )
+
+
+def placement_for(
+    precision: str, quantization: Quantization | None, *, zero3: dict[str, Any] | None = None
+) -> Placement:
+    """The placement of a model that trains, or was trained, in this precision and quantisation."""
     # Whole weights wait on the CPU until DeepSpeed takes them; what is packed or cut stays where that happens.
-    on_gpu = torch.cuda.is_available() and (cut or quantization is not None)
+    on_gpu = torch.cuda.is_available() and (zero3 is not None or quantization is not None)
     return Placement(
-        dtype=DTYPES[resolved.precision],
+        dtype=DTYPES[precision],
         device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
-        zero3=resolved.deepspeed if cut else None,
+        zero3=zero3,
         quantization=quantization,
     )
 
 
-def random_backbone(config: PreTrainedConfig, placement: Placement, *, seed: int) -> PreTrainedModel:
+def random_backbone(
+    config: PreTrainedConfig, placement: Placement, *, seed: int, fingerprint: Fingerprint | None = None
+) -> PreTrainedModel:
     """A backbone with random weights, distributed as transformers has it.
 
     Args:
         config: describes the backbone.
         placement: the form that its weights take; all ranks call this when it cuts them.
         seed: the same seed gives the same weights, whatever the placement.
+        fingerprint: takes note of the weights, on ranks that bring them.
 
     Raises:
         UserError: the architecture does not say how its weights are initialised.
     """
     skeleton = make_skeleton(config)
     try:
-        return _filled(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement)
+        return _filled(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
     except NotImplementedError as error:
         raise UserError(f"{error}: train it from published weights, without model.from_scratch") from error
 
 
 def published_backbone(
-    source: str, config: PreTrainedConfig, placement: Placement, *, trust_remote_code: bool = False
+    source: str,
+    config: PreTrainedConfig,
+    placement: Placement,
+    *,
+    trust_remote_code: bool = False,
+    fingerprint: Fingerprint | None = None,
 ) -> PreTrainedModel:
     """A backbone with the weights of a hub id or folder.
 
@@ -95,9 +112,10 @@ def published_backbone(
 
     Args:
         source: hub id or folder.
-        config: of the backbone.
+        config: of the backbone; rows for tokens that the files lack become zero.
         placement: the form that its weights take; all ranks call this when it cuts them.
         trust_remote_code: run the code that comes with the model.
+        fingerprint: takes note of the weights, on ranks that bring them.
 
     Raises:
         OSError, ValueError: there is no such model.
@@ -126,7 +144,7 @@ def published_backbone(
             parameters[name].data = torch.empty(0)  # nobody else holds on to it
         return widened(values, like)
 
-    return _filled(skeleton, read, placement)
+    return _filled(skeleton, read, placement, fingerprint)
 
 
 def settle(model: PreTrainedModel, placement: Placement) -> None:
@@ -143,8 +161,12 @@ def settle(model: PreTrainedModel, placement: Placement) -> None:
                 setattr(module, name, buffer.to(placement.device))
 
 
-def _filled(skeleton: Skeleton, source: Source, placement: Placement) -> PreTrainedModel:
+def _filled(
+    skeleton: Skeleton, source: Source, placement: Placement, fingerprint: Fingerprint | None = None
+) -> PreTrainedModel:
     """The skeleton's model with its weights; parameters that are tied stay tied."""
+    if fingerprint:
+        source = fingerprint.watch(source)
     model = skeleton.model
     places = defaultdict(list)
     for module in model.modules():

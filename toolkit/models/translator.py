@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from toolkit.errors import UserError
+from toolkit.models.base import Base
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
 from toolkit.models.encoders import make_pose_encoder
@@ -53,6 +54,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "poses"
     supports_gradient_checkpointing = True
+    base: Base | None = None  # what it stands on, when only a part of it is saved
 
     def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)

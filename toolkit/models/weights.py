@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from toolkit.models.extra_tokens import fold_rows
 from toolkit.models.processor import PoseProcessor
+from toolkit.models.trained import save_trained
 from toolkit.models.translator import PoseTranslator
 
 
@@ -33,6 +35,14 @@ def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     Args and ranks as for :func:`whole_state_dict`.
     """
     return _gathered([item for item in module.named_parameters() if item[1].requires_grad], keep=keep)
+
+
+def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
+    """The weights that :func:`save_model` writes: all of them, or those that train where the rest is known.
+
+    Args and ranks as for :func:`whole_state_dict`.
+    """
+    return trainable_state_dict(model, keep=keep) if model.base else whole_state_dict(model, keep=keep)
 
 
 def _gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -64,11 +74,19 @@ def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, we
         folder: where the model will be.
         model: gives configuration and generation settings.
         processor: goes beside it.
-        weights: as :func:`whole_state_dict` gives them.
+        weights: as :func:`saved_state_dict` gives them.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=weights)
+    if model.base:
+        partial.mkdir()
+        model.config.save_pretrained(partial)
+        model.generation_config.save_pretrained(partial)
+        model.base.save(partial)
+        save_trained(partial, model, weights)
+    else:
+        fold_rows(model, weights)
+        model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -22,6 +22,7 @@ from toolkit.evaluation.report import write_report
 from toolkit.evaluation.splits import score_splits, splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.load import load_translator
 from toolkit.models.weights import count_weights
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
@@ -275,8 +276,8 @@ def _score_best(
     """Load ``best/`` as its user will, and score it."""
     folder = resolved.run_dir / "best"
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model = PoseTranslator.from_pretrained(folder).to(device)
-    processor = PoseProcessor.from_pretrained(folder)
+    model, processor = load_translator(folder)
+    model = model.to(device)
     names = splits_to_test(corpus)
     say(f"scoring the best model (step {progress.best_step}) on {', '.join(names)}")
     results = score_splits(

@@ -24,7 +24,7 @@ from toolkit.evaluation.table import choose_samples, format_score
 from toolkit.evaluation.whole_weights import whole_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
-from toolkit.models.weights import save_model, whole_state_dict
+from toolkit.models.weights import save_model, saved_state_dict
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
@@ -328,7 +328,7 @@ class Trainer:
 
     def save_model(self, kept: Kept, scores: Scores | None) -> None:
         """Write the model as it is to ``best/``, or beside it, where ``kept`` says that it belongs."""
-        weights = whole_state_dict(self.engine.module, keep=self.ranks.is_main)
+        weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
         if self.ranks.is_main:
             place_model(
                 self.resolved.run_dir,
