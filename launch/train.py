@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
-    from toolkit.models.build import check_model
+    from toolkit.models.check import check_model
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run_directory
     from toolkit.training.last_words import for_people, read_scores

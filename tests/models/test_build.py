@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, PreTrainedConfig, T5ForCondition
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator
-from toolkit.models.build import build_processor, build_translator, check_model
+from toolkit.models.build import build_processor, build_translator
+from toolkit.models.check import check_model
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig
 
 from toolkit.errors import UserError
 from toolkit.models.sizes import count_parameters
@@ -18,29 +20,72 @@ def test_the_dimensions_give_the_parameters_that_the_card_states(name):
     assert count_parameters(card) == card.parameters, f"recipes/models/{name}.yaml should say {count_parameters(card)}"
 
 
+# Which tokens frame a text: configurations take them, and those that have none leave them out.
+TOKENS = {"decoder_start_token_id", "forced_eos_token_id", "eos_token_id"}
+
+
+def known_keys(architecture):
+    return {"model_type", *AutoConfig.for_model(architecture).to_dict()} | TOKENS
+
+
 @pytest.mark.parametrize("name", model_names())
 def test_every_dimension_is_one_that_transformers_knows(name):
     card = load_model_yaml(name)
-    known = set(AutoConfig.for_model(card.architecture).to_dict())
-    assert set(card.config) <= known | {"decoder_start_token_id"}  # a generation setting, kept when given
+    assert set(card.config) <= known_keys(card.architecture)
+    for half in (half for half in card.config.values() if isinstance(half, dict)):
+        assert set(half) <= known_keys(half["model_type"])
 
 
-def test_t5_small_has_its_published_size():
-    assert load_model_yaml("t5_small").parameters == 60_506_624
+# In millions, as papers, model pages and the published configurations have them.
+PUBLISHED = {
+    "t5_small": 60.5,
+    "t5_base": 222.9,
+    "t5_large": 737.7,
+    "t5_3b": 2851.6,
+    "t5_v1_1_base": 247.6,
+    "flan_t5_base": 247.6,
+    "byt5_small": 299.6,
+    "bart_large": 406.3,
+    "mbart50": 610.9,
+    "mt5_base": 582.4,
+    "mt5_large": 1229.6,
+    "m2m100": 483.9,
+    "nllb_600m": 615.1,
+    "led_base": 161.8,
+}
+# Sinusoidal tables that never train are parameters to PyTorch: width, positions.
+TABLES = {"pegasus_large": (1024, 1024, 568.7), "marian": (512, 512, 73.9)}
 
 
-@pytest.mark.parametrize("architecture", sorted(TINY_LIMITS))
-def test_a_tiny_configuration_is_small_and_of_the_same_architecture(architecture):
-    published = load_model_yaml("t5_small").config
-    before = dict(published)
-    tiny = tiny_config(architecture, published)
-    assert published == before
-    assert (tiny["num_layers"], tiny["num_decoder_layers"]) == (2, 2)
-    assert {key: value for key, value in tiny.items() if key not in TINY_LIMITS[architecture]} == {
-        key: value for key, value in published.items() if key not in TINY_LIMITS[architecture]
-    }
-    model = T5ForConditionalGeneration(T5Config(**{**tiny, "vocab_size": 384}))
-    assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_are_the_published_ones(name):
+    assert round(load_model_yaml(name).parameters / 1e6, 1) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_sizes_without_tables_are_the_published_ones(name):
+    width, positions, published = TABLES[name]
+    assert round((load_model_yaml(name).parameters - 2 * width * positions) / 1e6, 1) == published
+
+
+def test_every_promised_backbone_has_a_card():
+    assert set(model_names()) >= {*PUBLISHED, *TABLES, "umt5_base", "longt5_base", "transformer", "demo"}
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_tiny_configuration_is_small_and_of_the_same_architecture(name):
+    card = load_model_yaml(name)
+    before = copy.deepcopy(card.config)
+    tiny = tiny_config(card.architecture, card.config)
+    assert card.config == before
+    assert tiny.keys() >= card.config.keys()
+    words = {"vocab_size": 384, "pad_token_id": 0}
+    if card.architecture == "encoder-decoder":
+        words = {half: {**tiny[half], **words} for half in ("encoder", "decoder")}
+    shrunk = card.model_copy(update={"config": {**tiny, **words}})
+    assert count_parameters(shrunk) < 600_000
+    unlimited = set(card.config) - set(TINY_LIMITS[card.architecture])
+    assert all(tiny[key] == card.config[key] for key in unlimited)
 
 
 def test_shrinking_never_enlarges():
@@ -49,7 +94,7 @@ def test_shrinking_never_enlarges():
 
 
 def test_an_architecture_that_cannot_be_shrunk_is_named():
-    with pytest.raises(UserError, match="how a reformer shrinks; known: t5"):
+    with pytest.raises(UserError, match="how a reformer shrinks; known: bart"):
         tiny_config("reformer", {})
 
 

@@ -28,6 +28,7 @@ from toolkit.batching.order import (
     share_of_rank,
 )
 from toolkit.poses.augmentation import augment, draw_lengths, is_off
+from toolkit.recipe.schema import MAX_TARGET_TOKENS
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Split
@@ -94,7 +95,7 @@ def evaluation_batches(
     *,
     rank: int = 0,
     world_size: int = 1,
-    max_target_tokens: int = 512,
+    max_target_tokens: int = MAX_TARGET_TOKENS,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Every clip of a split exactly once over all ranks, longest first, nothing augmented.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.corpus.packed import Corpus
-from toolkit.errors import UserError
 from toolkit.models.adapters import adapt
+from toolkit.models.backbone import empty_backbone, is_known
+from toolkit.models.backbone_config import backbone_config, fit_config, has_random_weights, not_loadable, source_of
 from toolkit.models.base import Base, Fingerprint
+from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.extra_tokens import add_rows, add_tokens, make_room
 from toolkit.models.materialise import (
@@ -23,15 +25,11 @@ from toolkit.models.materialise import (
 )
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.quantisation import mark
-from toolkit.models.tokenizers import language_id, make_tokenizer, special_ids
+from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
-from toolkit.recipe.cells import cell_of, refusal_in_words
-from toolkit.recipe.model_cards import card_of, tiny_config, tokenizer_of
+from toolkit.recipe.model_cards import card_of, language_of, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
-
-# Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
-DROPOUT_KEYS = ("dropout_rate", "dropout", "attention_dropout", "activation_dropout")
 
 
 def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
@@ -42,7 +40,12 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
     """
     metadata = corpus.metadata
     texts = corpus.splits["train"].texts
-    tokenizer = make_tokenizer(tokenizer_of(recipe.model), texts, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = make_tokenizer(
+        tokenizer_of(recipe.model),
+        texts,
+        language=language_of(recipe),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     add_tokens(tokenizer, recipe.model.extra_tokens)
     extractor = PoseFeatureExtractor(
         landmark_set=metadata.landmark_set,
@@ -61,14 +64,17 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     stage; those of the pose encoder come from torch's generator, which all ranks seed alike.
 
     Raises:
-        UserError: the backbone cannot be had.
+        UserError: the backbone cannot be had, or has fewer positions than the longest clip and the prefix take.
     """
     recipe = resolved.recipe
     model = recipe.model
     placement = placement_of(resolved)
     fingerprint = Fingerprint() if stands_on_base(model) else None
-    backbone = _backbone(model, tokenizer, placement, recipe.training.seed, fingerprint)
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
+    described = _described(model, tokenizer)
+    if is_known(described):
+        check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, len(prefix_ids))
+    backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint)
     config = PoseTranslatorConfig(
         # Where the backbone was loaded from is this machine's business.
         backbone={key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"},
@@ -81,8 +87,9 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         special_token_ids=special_ids(tokenizer),
         prefix_token_ids=prefix_ids,
     )
+    published = backbone.generation_config
     translator = PoseTranslator(config, backbone)
-    _remember_generation(translator, recipe.evaluation, tokenizer)
+    _remember_generation(translator, recipe.evaluation, text_frame(tokenizer)[0], published)
     _finish(translator, model, tokenizer, placement)
     if fingerprint:
         translator.base = Base(
@@ -118,7 +125,8 @@ def rebuild_translator(
     placement = placement_for(base.precision, settings.quantization)
     fingerprint = Fingerprint()
     torch.manual_seed(base.seed)
-    translator = PoseTranslator(config, _backbone(settings, tokenizer, placement, base.seed, fingerprint))
+    described = _described(settings, tokenizer)
+    translator = PoseTranslator(config, _backbone(described, settings, placement, base.seed, fingerprint))
     _finish(translator, settings, tokenizer, placement)
     return translator, fingerprint.hexdigest()
 
@@ -130,7 +138,7 @@ def stands_on_base(settings: Model) -> bool:
 
 def _base_name(settings: Model) -> str:
     card = card_of(settings)
-    if settings.from_scratch or settings.tiny:
+    if has_random_weights(settings):
         return f"{settings.backbone}{', shrunk' if settings.tiny else ''}, from random weights"
     return (card and card.hub_id) or settings.backbone
 
@@ -146,98 +154,43 @@ def _finish(
     settle(translator, placement)
 
 
-def check_model(resolved: ResolvedRun) -> None:
-    """See that the backbone can be had and trained as the run wants it; loads no weights and needs no process group.
-
-    Raises:
-        UserError: it cannot be had, is no encoder-decoder, or stands in a refused cell of the compatibility table.
-    """
-    model = resolved.recipe.model
-    config = _backbone_config(model)
-    if not config.is_encoder_decoder:
-        raise UserError(
-            f"model.backbone={model.backbone} is a {config.model_type}, not an encoder-decoder: choose a seq2seq "
-            "model; `python launch/recipes.py ls` shows some"
-        )
-    refusal = refusal_in_words(cell_of(resolved.recipe, resolved.deepspeed, config.model_type))
-    if refusal:
-        raise UserError(f"model.backbone={model.backbone}: {refusal}")
+def _described(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The backbone's configuration, with a row for every token."""
+    config = backbone_config(model)
+    fit_config(config, model, tokenizer)
+    make_room(config, tokenizer, model.extra_tokens)
+    return config
 
 
 def _backbone(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    placement: Placement,
-    seed: int,
-    fingerprint: Fingerprint | None,
+    config: PreTrainedConfig, model: Model, placement: Placement, seed: int, fingerprint: Fingerprint | None
 ) -> PreTrainedModel:
-    config = _backbone_config(model)
-    if model.dropout is not None:
-        for key in DROPOUT_KEYS:
-            if hasattr(config, key):
-                setattr(config, key, model.dropout)
-    random = model.from_scratch or model.tiny
-    card = card_of(model)
-    if random and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
-        _speak(config, tokenizer)
-    make_room(config, tokenizer, model.extra_tokens)
-    if random:
+    """The backbone with its weights."""
+    if has_random_weights(model):
         return random_backbone(config, placement, seed=seed, fingerprint=fingerprint)
     try:
         return published_backbone(
-            _source(model),
+            source_of(model),
             config,
             placement,
             trust_remote_code=model.trust_remote_code,
             fingerprint=fingerprint,
         )
     except (OSError, ValueError) as error:
-        raise _not_loadable(model, error) from error
-
-
-def _backbone_config(model: Model) -> PreTrainedConfig:
-    """The backbone's configuration: of its model card when it starts from random weights, else of the hub or folder."""
-    card = card_of(model)
-    if card and (model.from_scratch or model.tiny):
-        values = tiny_config(card.architecture, card.config) if model.tiny else card.config
-        return AutoConfig.for_model(card.architecture, **values)
-    try:
-        config = AutoConfig.from_pretrained(_source(model), trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(model, error) from error
-    if model.tiny:
-        values = {**config.to_dict(), **tiny_config(config.model_type, config.to_dict())}
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    return config
-
-
-def _source(model: Model) -> str:
-    """Hub id or folder of the backbone."""
-    card = card_of(model)
-    return card.hub_id if card and card.hub_id else model.backbone
-
-
-def _not_loadable(model: Model, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"model.backbone={model.backbone} cannot be loaded ({reason}): name a folder that holds it, set HF_HOME to a "
-        "cache that does, or train from random weights with model.from_scratch=true"
-    )
-
-
-def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fit a configuration for random weights to another vocabulary than its published one."""
-    config.vocab_size = len(tokenizer)
-    starts_with_padding = config.decoder_start_token_id == config.pad_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
+        raise not_loadable(model, error) from error
 
 
 def _remember_generation(
-    translator: PoseTranslator, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase
+    translator: PoseTranslator, evaluation: Evaluation, frame: list[int], published: GenerationConfig
 ) -> None:
-    """Let the saved folder translate as the recipe evaluates."""
+    """Let the saved folder translate as the recipe evaluates.
+
+    Args:
+        translator: gets the settings.
+        evaluation: the recipe's section.
+        frame: the tokens that every target text begins with.
+        published: the backbone's own settings; what it may not write is kept, how it searches is the recipe's.
+    """
     settings: dict[str, Any] = {
         "num_beams": evaluation.num_beams,
         # Greedy search has no use for a length penalty, and transformers refuses to save one beside it.
@@ -247,7 +200,10 @@ def _remember_generation(
     }
     generation = translator.generation_config
     generation.update(**settings)
-    if evaluation.forced_language:
-        generation.forced_bos_token_id = language_id(tokenizer, evaluation.forced_language)
+    for key in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
+        setattr(generation, key, getattr(published, key, None))
+    if len(frame) == 1:
+        # Every label begins with it (a language code, or BART's <s>), so every output may as well.
+        generation.forced_bos_token_id = frame[0]
     for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
         setattr(generation, key, getattr(translator.config, key))

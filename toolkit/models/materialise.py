@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.errors import UserError
+from toolkit.models.backbone import backbone_class
 from toolkit.models.base import Fingerprint
 from toolkit.models.extra_tokens import ROW_KEYS, widened
 from toolkit.models.quantisation import is_packed, packable, quantised
@@ -127,7 +128,7 @@ def published_backbone(
     if not placement.fills:
         return _filled(skeleton, _unread, placement)
     # By its own configuration: ours may leave room for more tokens.
-    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(
+    loaded, info = backbone_class(config).from_pretrained(
         source,
         dtype="auto",
         trust_remote_code=trust_remote_code,

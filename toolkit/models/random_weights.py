@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from toolkit.models.backbone import new_backbone
 
 # transformers' initialisation functions: those that draw take a generator, the others set fixed values.
 DRAWING = (
@@ -85,7 +87,7 @@ def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
     """The seq2seq model that ``config`` describes, without memory for its weights."""
     # Untied until the initialisation is noted, as transformers has it: a tied weight then is what its source was given.
     with torch.device("meta"), initialization.no_tie_weights():
-        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = new_backbone(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(model)
     with _noting(skeleton.steps):
         model.initialize_weights()

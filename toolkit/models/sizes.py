@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
+from toolkit.models.backbone import empty_backbone, note_output_matrix
 from toolkit.recipe.model_cards import ModelCard
 
 
@@ -18,8 +18,7 @@ def count_parameters(card: ModelCard) -> int:
 
 @lru_cache(maxsize=64)
 def _count(architecture: str, config_json: str) -> int:
-    config = AutoConfig.for_model(architecture, **json.loads(config_json))
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
-    model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    values = json.loads(config_json)
+    config = AutoConfig.for_model(architecture, **values)
+    note_output_matrix(config, values)
+    return sum(parameter.numel() for parameter in empty_backbone(config).parameters())

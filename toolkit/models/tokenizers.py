@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,29 +20,80 @@ SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
 TRAINED_VOCABULARY = 8000
 
 
-def make_tokenizer(kind: str, texts: Iterable[str] = (), *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def make_tokenizer(
+    kind: str, texts: Iterable[str] = (), *, language: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Make or load a tokenizer.
 
     Args:
         kind: ``bytes``, ``train``, a hub id or a folder.
         texts: training texts, read only by ``train``.
+        language: the language of the texts, as a multilingual tokenizer calls it; every text then carries its code.
         trust_remote_code: whether code that comes with a hub model may run.
 
     Raises:
-        UserError: the hub id or folder cannot be loaded.
+        UserError: the hub id or folder cannot be loaded, knows no such language, must be told one, or makes texts
+            whose end a model could not learn.
     """
     if kind == "bytes":
-        return ByT5Tokenizer()
-    if kind == "train":
-        return train_tokenizer(texts)
+        tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
+    elif kind == "train":
+        tokenizer = train_tokenizer(texts)
+    else:
+        tokenizer = _load_tokenizer(kind, trust_remote_code)
+    _set_language(tokenizer, language, kind)
+    _check_ends(tokenizer, kind)
+    return tokenizer
+
+
+def _load_tokenizer(kind: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(kind, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
             f"the tokenizer {kind!r} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME to a "
             "cache that does, or use model.tokenizer=bytes, which needs no download"
         ) from error
+
+
+def _set_language(tokenizer: Any, language: str | None, kind: str) -> None:
+    """Let a multilingual tokenizer begin every target text with the code of ``language``."""
+    if not hasattr(tokenizer, "tgt_lang"):
+        if language:
+            language_id(tokenizer, language)
+        return
+    if not language:
+        # Left alone it would call every text English, or fail at the first one.
+        raise UserError(
+            f"the tokenizer {kind!r} is multilingual and must know the language of the texts: set "
+            f"evaluation.forced_language, e.g. to {', '.join(_languages(tokenizer)[:12])}, ..."
+        )
+    language_id(tokenizer, language)
+    tokenizer.tgt_lang = language.strip("_") if hasattr(tokenizer, "lang_code_to_token") else language
+
+
+def _check_ends(tokenizer: Any, kind: str) -> None:
+    """See that padding and the end of a text can be told; BERT's separator serves as an end."""
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+    ids = tokenizer(text_target="a")["input_ids"]
+    if tokenizer.pad_token is None or tokenizer.eos_token_id not in ids:
+        missing = "padding token" if tokenizer.pad_token is None else "end-of-sentence token behind a text"
+        raise UserError(
+            f"the tokenizer {kind!r} has no {missing}, so a model could not learn where a text ends: use that of a "
+            "seq2seq model, or model.tokenizer=bytes"
+        )
+
+
+def text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that every target text begins with, and those behind its end-of-sentence token.
+
+    T5 has ``[]``, BART ``[<s>]``, and mBART-50, M2M100 and NLLB the code of the language, before the text.
+    """
+    ids = list(tokenizer(text_target="")["input_ids"])
+    end = ids.index(tokenizer.eos_token_id)
+    return ids[:end], ids[end + 1 :]
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -75,12 +128,75 @@ def special_ids(tokenizer: Any) -> list[int]:
 def language_id(tokenizer: Any, code: str) -> int:
     """The token with which a multilingual backbone begins a text in this language.
 
+    Args:
+        tokenizer: the backbone's.
+        code: as the tokenizer writes it: ``hi_IN`` (mBART), ``hin_Deva`` (NLLB), ``hi`` or ``__hi__`` (M2M100).
+
     Raises:
         UserError: the tokenizer knows no such language; the message names those that it knows.
     """
-    # T5's and ByT5's <extra_id_0> are no languages.
-    codes = sorted(token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<")
-    if code in codes:
-        return int(tokenizer.convert_tokens_to_ids(code))
+    token = getattr(tokenizer, "lang_code_to_token", {}).get(code, code)
+    codes = _languages(tokenizer)
+    if token in codes:
+        return int(tokenizer.convert_tokens_to_ids(token))
     known = f"it knows {', '.join(codes[:12])}{', ...' if len(codes) > 12 else ''}" if codes else "it has none at all"
     raise UserError(f"evaluation.forced_language: the tokenizer has no language {code!r}: {known}")
+
+
+def _languages(tokenizer: Any) -> list[str]:
+    """The tokens that stand for languages; T5's and ByT5's <extra_id_0> are none."""
+    return sorted(token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What a tokenizer cannot write of a corpus.
+
+    Attributes:
+        characters: each with how often it occurs, the most frequent first.
+        character_share: of all characters but white space, 0..1.
+        text_share: texts that hold one, 0..1.
+    """
+
+    characters: list[tuple[str, int]]
+    character_share: float
+    text_share: float
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{character} U+{ord(character):04X} ({count}x)" for character, count in self.characters[:8])
+        more = f" and {len(self.characters) - 8} more" if len(self.characters) > 8 else ""
+        return (
+            f"the tokenizer cannot write {self.character_share:.2%} of the characters, in {self.text_share:.1%} of the "
+            f"texts; the model will never say them: {shown}{more}; model.tokenizer=bytes writes everything"
+        )
+
+
+def find_unknown(tokenizer: Any, texts: Sequence[str]) -> Unknown | None:
+    """Look for characters that become unknown tokens.
+
+    Each distinct character is tried once, so a corpus of 100,000 texts takes a second.
+
+    Returns:
+        None where all can be written.
+    """
+    unknown_id = tokenizer.unk_token_id
+    counts = Counter("".join(texts))
+    counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
+    if unknown_id is None or not counts:
+        return None
+    alone = tokenizer(text_target=list(counts), add_special_tokens=False)["input_ids"]
+    suspects = {character for character, ids in zip(counts, alone, strict=True) if unknown_id in ids}
+    if not suspects:
+        return None
+    # A mark that combines with a letter may be unknown only while it stands alone.
+    holders = [text for text in texts if not suspects.isdisjoint(text)]
+    samples = {character: text for text in reversed(holders) for character in suspects.intersection(text)}
+    spoken = tokenizer(text_target=list(samples.values()), add_special_tokens=False)["input_ids"]
+    unknown = {character for character, ids in zip(samples, spoken, strict=True) if unknown_id in ids}
+    if not unknown:
+        return None
+    return Unknown(
+        characters=Counter({character: counts[character] for character in unknown}).most_common(),
+        character_share=sum(counts[character] for character in unknown) / counts.total(),
+        text_share=sum(not unknown.isdisjoint(text) for text in holders) / len(texts),
+    )

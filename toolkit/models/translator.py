@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from toolkit.errors import UserError
+from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, new_backbone, vocabulary_size
 from toolkit.models.base import Base
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
@@ -58,10 +59,10 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = (
-            backbone if backbone is not None else AutoModelForSeq2SeqLM.from_config(config.backbone_config())
-        )
-        width = self.backbone.config.hidden_size
+        self.backbone = backbone if backbone is not None else new_backbone(config.backbone_config())
+        # The translator's own settings decide how to search; what the backbone was published with must not fill gaps.
+        self.backbone.generation_config = GenerationConfig()
+        width = encoder_width(self.backbone.config)
         self.pose_encoder = make_pose_encoder(
             config.pose_encoder,
             num_points=config.num_points,
@@ -70,7 +71,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             landmark_set=LandmarkSet.from_dict(config.landmark_set) if config.landmark_set else None,
         )
         if config.ctc:
-            self.ctc_head = nn.Linear(width, self.backbone.config.vocab_size + 1)
+            self.ctc_head = nn.Linear(width, vocabulary_size(self.backbone.config) + 1)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,7 +100,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         prefix_ids = self.config.prefix_token_ids
         if prefix_ids:
             ids = torch.tensor(prefix_ids, device=vectors.device).expand(len(vectors), -1)
-            vectors = torch.cat([self.get_input_embeddings()(ids).to(vectors.dtype), vectors], dim=1)
+            vectors = torch.cat([embed_words(self.backbone, ids).to(vectors.dtype), vectors], dim=1)
             mask = torch.cat([mask.new_ones(ids.shape), mask], dim=1)
         encoder = self.backbone.get_encoder()
         hidden = encoder(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state
@@ -121,7 +122,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             decoded = self.backbone(
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
                 attention_mask=mask.long(),
-                decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),
+                decoder_input_ids=decoder_inputs(labels, self.config),
                 use_cache=False,
             )
         ctc_logits, mask = self._ctc(hidden, mask) if self.config.ctc else (None, mask)

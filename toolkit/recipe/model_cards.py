@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from toolkit.errors import UserError
 from toolkit.recipe.files import read_text
 from toolkit.recipe.paths import models_dir, shown
-from toolkit.recipe.schema import Model
+from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.tree import did_you_mean, nearest
 from toolkit.recipe.yaml_text import parse_yaml
 
@@ -32,6 +32,7 @@ class ModelCard(BaseModel):
     parameters: int = Field(gt=0)  # of the backbone, without the pose encoder
     license: str
     lora_targets: list[str] | None = None  # last parts of module names; None = attention's queries and values
+    language: str | None = None  # code that a multilingual tokenizer begins texts with, unless the recipe says another
     notes: str = ""
 
 
@@ -108,10 +109,42 @@ def tokenizer_of(model: Model) -> str:
     return card.tokenizer if card else model.backbone
 
 
-# How each architecture shrinks: the largest value that each key keeps. Keys that are not named stay as published, so
-# activation, biases, tying and positions remain the architecture's own.
-TINY_LIMITS: dict[str, dict[str, int]] = {
-    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2},
+def language_of(recipe: Recipe) -> str | None:
+    """The language code that every text begins with: the recipe's; else the card's, where its tokenizer is in use."""
+    if recipe.evaluation.forced_language:
+        return recipe.evaluation.forced_language
+    card = card_of(recipe.model)
+    return card.language if card and tokenizer_of(recipe.model) == card.tokenizer else None
+
+
+_T5: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+_BART: dict[str, Any] = {
+    "d_model": 64,
+    **{f"{half}_layers": 2 for half in ("encoder", "decoder")},
+    **{f"{half}_attention_heads": 4 for half in ("encoder", "decoder")},
+    **{f"{half}_ffn_dim": 128 for half in ("encoder", "decoder")},
+}
+# How each architecture shrinks: the largest value that each key keeps; a list replaces the published one. Keys that are
+# not named stay as published, so activation, biases, tying and positions remain the architecture's own.
+TINY_LIMITS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "m2m_100", "pegasus", "marian"), _BART),
+    "longt5": {**_T5, "local_radius": 15, "global_block_size": 4},
+    "led": {
+        **_BART,
+        "attention_window": [32, 32],
+        "max_encoder_position_embeddings": 1024,
+        "max_decoder_position_embeddings": 1024,
+    },
+    "encoder-decoder": {
+        "encoder": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+        },
+        "decoder": {"n_embd": 64, "n_inner": 128, "n_head": 4, "n_layer": 2},
+    },
 }
 
 
@@ -130,4 +163,17 @@ def tiny_config(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"model.tiny=true: it is not known how a {architecture} shrinks; known: {', '.join(sorted(TINY_LIMITS))}"
         )
-    return {**config, **{key: min(limit, config.get(key, limit)) for key, limit in limits.items()}}
+    return _limited(config, limits)
+
+
+def _limited(config: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+    limited = dict(config)
+    for key, limit in limits.items():
+        value = config.get(key)
+        if isinstance(limit, dict):
+            limited[key] = _limited(value or {}, limit)
+        elif isinstance(limit, list) or value is None:
+            limited[key] = limit
+        else:
+            limited[key] = min(limit, value)
+    return limited

@@ -1,0 +1,178 @@
+"""The backbone's configuration for a run: of a model card, the hub or a folder, fitted to tokenizer and recipe.
+
+No weights are looked at here: what a card, a recipe and a published ``config.json`` disagree on is found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolkit.errors import UserError
+from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
+from toolkit.models.tokenizers import text_frame
+from toolkit.recipe.model_cards import ModelCard, card_of, tiny_config, tokenizer_of
+from toolkit.recipe.schema import Model
+
+# Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
+DROPOUT_KEYS = (
+    *("dropout_rate", "dropout", "attention_dropout", "activation_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+)
+# Layers that are skipped at random leave their weights without a gradient in that step, and under ZeRO stage 3 ranks
+# would gather different layers and wait for each other for ever.
+LAYER_DROP_KEYS = ("encoder_layerdrop", "decoder_layerdrop")
+
+
+def has_random_weights(model: Model) -> bool:
+    """Whether a run begins with random weights instead of published ones."""
+    return model.from_scratch or model.tiny
+
+
+def source_of(model: Model) -> str:
+    """Hub id or folder of the backbone's published weights."""
+    card = card_of(model)
+    return card.hub_id if card and card.hub_id else model.backbone
+
+
+def backbone_config(model: Model) -> PreTrainedConfig:
+    """The configuration of the backbone, as published or shrunk.
+
+    Raises:
+        UserError: there is no such model, it needs code that may not run, or its dimensions are not the card's.
+    """
+    card = card_of(model)
+    if card and has_random_weights(model):
+        return _from_values(card.architecture, card.config, tiny=model.tiny)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source_of(model))
+        config = AutoConfig.from_pretrained(source_of(model), trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_loadable(model, error) from error
+    if card:
+        _check_against_card(card, {**config.to_dict(), **values}, source_of(model))
+    if model.tiny:
+        return _from_values(config.model_type, {**config.to_dict(), **values}, tiny=True)
+    note_output_matrix(config, values)
+    return config
+
+
+def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fit a backbone's configuration to a run: its dropout, its vocabulary, and how its texts begin and end.
+
+    Args:
+        config: from :func:`backbone_config`; changed in place.
+        model: the recipe's section.
+        tokenizer: the run's.
+
+    Raises:
+        UserError: published weights do not have as many embedding rows as the tokenizer has tokens.
+    """
+    for part in _parts(config):
+        for key in DROPOUT_KEYS:
+            if model.dropout is not None and hasattr(part, key):
+                setattr(part, key, model.dropout)
+        for key in LAYER_DROP_KEYS:
+            if hasattr(part, key):
+                setattr(part, key, 0.0)
+    card = card_of(model)
+    if has_random_weights(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
+        _speak(config, tokenizer)
+    else:
+        _check_vocabulary(config, model, len(tokenizer))
+    _, behind = text_frame(tokenizer)
+    if behind:
+        # The first mBART writes the language code behind a text and starts the next one from it.
+        config.decoder_start_token_id = behind[-1]
+
+
+def not_loadable(model: Model, error: Exception) -> UserError:
+    """What to tell the user when transformers cannot load the backbone."""
+    source, reason = source_of(model), " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return UserError(
+            f"model.backbone={model.backbone}: {source} brings its own code: read it, and allow it with "
+            "model.trust_remote_code=true if you trust it"
+        )
+    if Path(source).is_dir():
+        return UserError(f"model.backbone={model.backbone}: the folder holds no usable model: {reason[:200]}")
+    if isinstance(error, OSError):
+        cache = Path(constants.HF_HUB_CACHE)
+        return UserError(
+            f"model.backbone={model.backbone}: {source} is neither in the cache ({cache}) nor to be had from the hub: "
+            f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it, name a folder with "
+            "model.backbone=FOLDER, or train from random weights with model.from_scratch=true"
+        )
+    return UserError(f"model.backbone={model.backbone}: {source} cannot be loaded: {reason[:200]}")
+
+
+def _from_values(architecture: str, values: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
+    values = tiny_config(architecture, values) if tiny else values
+    config = AutoConfig.for_model(architecture, **{key: value for key, value in values.items() if key != "model_type"})
+    note_output_matrix(config, values)
+    return config
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The configuration and those of its halves, each once."""
+    yield from {id(part): part for part in (config, encoder_config(config), decoder_config(config))}.values()
+
+
+def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fit a configuration for random weights to another vocabulary than its published one."""
+    starts_with_padding = config.decoder_start_token_id == config.pad_token_id
+    for part in _parts(config):
+        part.vocab_size = len(tokenizer)
+        if hasattr(part, "decoder_vocab_size"):
+            part.decoder_vocab_size = len(tokenizer)
+        part.pad_token_id = tokenizer.pad_token_id
+        part.eos_token_id = tokenizer.eos_token_id
+        # Ids of the published vocabulary, which mean something else in this one.
+        for key in ("bos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+            if hasattr(part, key):
+                setattr(part, key, None)
+    config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
+
+
+def _check_vocabulary(config: PreTrainedConfig, model: Model, tokens: int) -> None:
+    """See that published weights have a row for every token, but for those that the recipe adds.
+
+    Raises:
+        UserError: they have not.
+    """
+    rows = vocabulary_size(config)
+    if tokens - len(model.extra_tokens) > rows:
+        raise UserError(
+            f"model.tokenizer={tokenizer_of(model)} has {tokens} tokens and model.backbone={model.backbone} only "
+            f"{rows} embedding rows: they do not belong together; drop model.tokenizer, or add model.from_scratch=true"
+        )
+
+
+def _check_against_card(card: ModelCard, found: dict[str, Any], source: str) -> None:
+    """See that a published configuration has the card's dimensions.
+
+    Raises:
+        UserError: it has others; all of them are named.
+    """
+    others = list(_differences(card.config, found))
+    if card.architecture != found.get("model_type"):
+        others.insert(0, f"model_type: {card.architecture} on the card, {found.get('model_type')} found")
+    if others:
+        raise UserError(
+            f"{source} is not what the model card {card.name} says ({'; '.join(others)}): correct the card, or name "
+            f"the model itself: model.backbone={source}"
+        )
+
+
+def _differences(card: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Dimensions that differ: the whole numbers of a card but for the ids of tokens."""
+    for key, value in card.items():
+        other = found.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(value, other, f"{path}{key}.")
+        elif type(value) is int and not key.endswith("_id") and value != other:
+            yield f"{path}{key}: {value} on the card, {other} found"
