@@ -22,7 +22,7 @@ from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import LATEST, Progress, SavedState, complete_checkpoints, name_of, read_state
 
 LAYOUT = {"world_size": 1, "zero_stage": 0, "precision": "fp32"}
-IDENTITY = SavedState(Progress(), LAYOUT, "", {}, {}, {})
+IDENTITY = SavedState(Progress(), LAYOUT, "", {}, {}, "", {})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,7 +28,7 @@ def write(folder: Path, step: int) -> Path:
     checkpoint = folder / name_of(step)
     checkpoint.mkdir(parents=True)
     layout = {"world_size": 1, "zero_stage": 2, "precision": "fp32"}
-    state = SavedState(Progress(step=step, kept=[(3, 1.5)]), layout, "AdamW", {}, {}, {})
+    state = SavedState(Progress(step=step, kept=[(3, 1.5)]), layout, "AdamW", {}, {}, "", {})
     (checkpoint / STATE).write_text(json.dumps(asdict(state)))
     (checkpoint / "rank_00_00.safetensors").write_bytes(bytes(range(100)))
     sums = {path.name: checksum(path) for path in checkpoint.iterdir()}

@@ -66,6 +66,7 @@ class SavedState:
         optimizer: class of the optimizer.
         recipe: the resolved recipe.
         corpus: what it learnt from; see ``run_directory.corpus_identity``.
+        base: fingerprint of the frozen weights that it stands on, where they are not saved; see ``models/base.py``.
         counters: of the DeepSpeed engine.
         format: of the checkpoint.
     """
@@ -75,6 +76,7 @@ class SavedState:
     optimizer: str
     recipe: dict[str, Any]
     corpus: dict[str, Any]
+    base: str
     counters: dict[str, Any]
     format: int = FORMAT
 

@@ -220,14 +220,16 @@ def open_trainer(
     engine, peaks = make_engine(model, resolved)
     layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
     checkpoints = resolved.run_dir / "checkpoints"
+    fingerprint = model.base.fingerprint if model.base else ""
     if start.checkpoint and start.state:
+        _check_base(fingerprint, start)
         say(f"going on from {start.checkpoint}")
         notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
         for path in set_newer_aside(checkpoints, progress.step) if ranks.is_main else ():
             notes.append(f"a newer checkpoint is set aside as {path}")
         for note in notes:
             say(f"note: {note}")
-    identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), {})
+    identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), fingerprint, {})
     with (
         open_tracker(
             resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
@@ -253,6 +255,17 @@ def open_trainer(
             f"{resolved.accumulation_steps} accumulation steps{_budget(recipe.training.micro_batch_frames)}"
         )
         yield trainer
+
+
+def _check_base(fingerprint: str, start: Start) -> None:
+    """Refuse frozen weights that are not those which the checkpoint was trained on; all ranks call this."""
+    same = [start.state is None or fingerprint == start.state.base]
+    dist.broadcast_object_list(same, src=0)  # rank 0 has seen the weights, others may have received them
+    if not same[0]:
+        raise UserError(
+            f"{start.checkpoint} was trained on other frozen weights than those that are here now: get the backbone "
+            "back that it was trained on (for a hub id its revision, for random weights this toolkit's version)"
+        )
 
 
 def _budget(micro_batch_frames: int | None) -> str:

@@ -1,0 +1,157 @@
+"""A checkpoint that a run cannot go on from: one line, exit code 2, and nothing in the run directory has changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from toolkit.cluster.ranks import read_ranks
+from toolkit.errors import exit_code_of
+from toolkit.training.checkpoints import complete_checkpoints, read_state
+
+Run = Callable[..., Any]
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def arguments(settings: list[str]) -> list[str]:
+    small = ["model.pose_encoder.hidden=32", "training.save_every=1", "training.epochs=9", "training.max_steps=20"]
+    return ["--recipe", "t5_small", "--ds", "zero2", *settings, *small, "ds.data_types=null", "training.eval_every=99"]
+
+
+@pytest.fixture(scope="module")
+def begun(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after its third step, with two checkpoints."""
+    run_dir = tmp_path_factory.mktemp("begun") / "run"
+    for _ in range(3):
+        stopped = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
+        assert stopped.code == 75, stopped.out + stopped.err
+    assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == ["step_000002", "step_000003"]
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(begun: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+@pytest.fixture
+def refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the trainer in this process, which costs no start, expect a refusal and hand back its one line."""
+    specification = importlib.util.spec_from_file_location("launch_train", TRAIN)
+    assert specification and specification.loader
+    command = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(command)
+
+    def refused(run_dir: Path, *more: object) -> str:
+        before = contents(run_dir)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *map(str, more), f"run.dir={run_dir}"])
+        capsys.readouterr()
+        code = exit_code_of(lambda: command.run(command.parse(), read_ranks()), debug=False)
+        told = capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert len(told) == 1 and told[0].startswith("error: "), told
+        assert contents(run_dir) == before
+        return told[0]
+
+    return refused
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    return {str(path): xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("how", ["flipped", "half"])
+def test_a_damaged_one(refused: Callable[..., str], run_dir: Path, how: str) -> None:
+    shard = run_dir / "checkpoints" / "step_000003" / "rank_00_00.safetensors"
+    if how == "half":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    line = refused(run_dir)
+    assert shard.name in line and "step_000003" in line
+    assert f"--resume {run_dir / 'checkpoints' / 'step_000002'}" in line
+
+
+def test_one_that_is_not_there(refused: Callable[..., str], run_dir: Path) -> None:
+    line = refused(run_dir, "--resume", run_dir / "checkpoints" / "step_000001")
+    assert "step_000002" in line and "step_000003" in line
+
+
+def test_one_of_another_model(refused: Callable[..., str], run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "step_000003"
+    line = refused(tmp_path / "new", "--resume", checkpoint, "model.pose_encoder.hidden=48")
+    assert str(checkpoint) in line and "model.pose_encoder.hidden 32 -> 48" in line
+    assert "model.pose_encoder.hidden 32 -> 48" in refused(run_dir, "model.pose_encoder.hidden=48")
+
+
+def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir: Path) -> None:
+    table = clips / "table.csv"
+    before = table.read_text()
+    lines = before.splitlines(keepends=True)
+    try:
+        table.write_text("".join(lines[:5] + lines[6:]))
+        assert "other clips" in refused(run_dir)
+    finally:
+        table.write_text(before)
+
+
+def test_ranks_that_do_not_divide_the_batch(
+    refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "training.global_batch_size=8" in refused(run_dir, "training.micro_batch_size=8")
+
+
+def test_a_folder_that_cannot_be_written(refused: Callable[..., str]) -> None:
+    assert "run.dir=FOLDER" in refused(Path("/proc/nowhere/run"))
+
+
+def test_the_one_before_goes_on_and_the_newer_one_is_kept(run: Run, arguments: list[str], run_dir: Path) -> None:
+    named = run_dir / "checkpoints" / "step_000002"
+    few = ["training.time_limit=0.0001", f"run.dir={run_dir}"]
+    again = run("launch/train.py", *arguments, *few, "--resume", named)
+    assert again.code == 75, again.out + again.err
+    assert f"going on from {named}" in again.out and "step_000003.aside_1" in again.out
+    old, new = (read_state(run_dir / "checkpoints" / name) for name in ("step_000003.aside_1", "step_000003"))
+    assert (old.progress.epoch, old.progress.epoch_step) == (new.progress.epoch, new.progress.epoch_step)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk on which one checkpoint has room, and two have not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no right to mount a disk of a few megabytes")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(run: Run, arguments: list[str], small_disk: Path) -> None:
+    command = ["launch/train.py", *arguments, "training.max_steps=3", f"run.dir={small_disk / 'run'}"]
+    full = run(*command)
+    assert full.code == 2, full.out + full.err
+    assert len(full.errors) == 1 and "No space left on device" in full.errors[0], full.err
+    assert "Traceback" not in full.err
+    kept = complete_checkpoints(small_disk / "run" / "checkpoints")
+    assert kept and str(kept[-1]) in full.errors[0]
+    read_state(kept[-1])
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    again = run(*command)
+    assert again.code == 0, again.out + again.err
+    assert f"going on from {kept[-1]}" in again.out
