@@ -18,6 +18,7 @@ from toolkit.errors import exit_code_of
 from toolkit.training.checkpoints import complete_checkpoints, read_state
 
 Run = Callable[..., Any]
+BEFORE, NEWEST = "step_000001", "step_000002"
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
 
@@ -29,12 +30,12 @@ def arguments(settings: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def begun(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that stopped after its third step, with two checkpoints."""
+    """A run that stopped after its second step, with two checkpoints."""
     run_dir = tmp_path_factory.mktemp("begun") / "run"
-    for _ in range(3):
+    for _ in range(2):
         stopped = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
         assert stopped.code == 75, stopped.out + stopped.err
-    assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == ["step_000002", "step_000003"]
+    assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE, NEWEST]
     return run_dir
 
 
@@ -75,7 +76,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("how", ["flipped", "half"])
 def test_a_damaged_one(refused: Callable[..., str], run_dir: Path, how: str) -> None:
-    shard = run_dir / "checkpoints" / "step_000003" / "rank_00_00.safetensors"
+    shard = run_dir / "checkpoints" / NEWEST / "rank_00_00.safetensors"
     if how == "half":
         shard.unlink()
     else:
@@ -83,17 +84,17 @@ def test_a_damaged_one(refused: Callable[..., str], run_dir: Path, how: str) -> 
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     line = refused(run_dir)
-    assert shard.name in line and "step_000003" in line
-    assert f"--resume {run_dir / 'checkpoints' / 'step_000002'}" in line
+    assert shard.name in line and NEWEST in line
+    assert f"--resume {run_dir / 'checkpoints' / BEFORE}" in line
 
 
 def test_one_that_is_not_there(refused: Callable[..., str], run_dir: Path) -> None:
-    line = refused(run_dir, "--resume", run_dir / "checkpoints" / "step_000001")
-    assert "step_000002" in line and "step_000003" in line
+    line = refused(run_dir, "--resume", run_dir / "checkpoints" / "step_000009")
+    assert BEFORE in line and NEWEST in line
 
 
 def test_one_of_another_model(refused: Callable[..., str], run_dir: Path, tmp_path: Path) -> None:
-    checkpoint = run_dir / "checkpoints" / "step_000003"
+    checkpoint = run_dir / "checkpoints" / NEWEST
     line = refused(tmp_path / "new", "--resume", checkpoint, "model.pose_encoder.hidden=48")
     assert str(checkpoint) in line and "model.pose_encoder.hidden 32 -> 48" in line
     assert "model.pose_encoder.hidden 32 -> 48" in refused(run_dir, "model.pose_encoder.hidden=48")
@@ -113,6 +114,7 @@ def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir
 def test_ranks_that_do_not_divide_the_batch(
     refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "training.global_batch_size=8" in refused(run_dir, "training.micro_batch_size=8")
 
@@ -122,12 +124,12 @@ def test_a_folder_that_cannot_be_written(refused: Callable[..., str]) -> None:
 
 
 def test_the_one_before_goes_on_and_the_newer_one_is_kept(run: Run, arguments: list[str], run_dir: Path) -> None:
-    named = run_dir / "checkpoints" / "step_000002"
+    named = run_dir / "checkpoints" / BEFORE
     few = ["training.time_limit=0.0001", f"run.dir={run_dir}"]
     again = run("launch/train.py", *arguments, *few, "--resume", named)
     assert again.code == 75, again.out + again.err
-    assert f"going on from {named}" in again.out and "step_000003.aside_1" in again.out
-    old, new = (read_state(run_dir / "checkpoints" / name) for name in ("step_000003.aside_1", "step_000003"))
+    assert f"going on from {named}" in again.out and f"{NEWEST}.aside_1" in again.out
+    old, new = (read_state(run_dir / "checkpoints" / name) for name in (f"{NEWEST}.aside_1", NEWEST))
     assert (old.progress.epoch, old.progress.epoch_step) == (new.progress.epoch, new.progress.epoch_step)
 
 

@@ -36,55 +36,45 @@ class _Files:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.paths = sorted(checkpoint.glob(RANK_FILES))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.scalars: dict[str, dict[str, Any]] = {}
         self.random: dict[int, dict[str, Any]] = {}  # by rank
-        # (parameter, key) -> where in the flattened parameter a piece begins, its elements, and its file
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, Path]]] = defaultdict(list)
-        self._open: dict[Path, Any] = {}
-        for path in self.paths:
-            metadata = read_metadata(path)
+        # parameter -> weights, exp_avg, ... -> where a piece begins in the flattened parameter, its elements, its file
+        self.pieces: dict[str, dict[str, list[tuple[int, int, Any]]]] = defaultdict(lambda: defaultdict(list))
+        # (rank, what it is part of) -> name -> its file
+        self.whole: dict[tuple[int, str], dict[str, Any]] = defaultdict(dict)
+        for path in sorted(checkpoint.glob(RANK_FILES)):
+            rank = int(path.stem.split("_")[1])
+            metadata, file = read_metadata(path), safe_open(path, framework="pt")
             if "random" in metadata:
-                self.random[_rank_of(path)] = metadata["random"]
-            for stored in self.file(path).keys():  # noqa: SIM118 - it is no dict
+                self.random[rank] = metadata["random"]
+            for stored in file.keys():  # noqa: SIM118 - it is no dict
+                fragment = metadata["fragments"].get(stored.rsplit("/", 1)[0])
+                if fragment is None:
+                    part, name = stored.split("/", 1)
+                    self.whole[rank, part][name] = file
+                    continue
                 name, key = stored.rsplit("/", 1)
-                if fragment := metadata["fragments"].get(name):
-                    numel = self.file(path).get_slice(stored).get_shape()[0]
-                    self.pieces[name, key].append((fragment["start"], numel, path))
-                    self.shapes[name] = tuple(fragment["shape"])
-                    self.scalars[name] = fragment["scalars"]
+                numel = file.get_slice(stored).get_shape()[0]
+                self.pieces[name][key].append((fragment["start"], numel, file))
+                self.shapes[name] = tuple(fragment["shape"])
+                self.scalars[name] = fragment["scalars"]
 
-    def file(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
-
-    def of_rank(self, rank: int, prefix: str) -> dict[str, Tensor]:
-        """The tensors that one rank has stored whole under ``prefix``."""
-        return {
-            stored.removeprefix(f"{prefix}/"): self.file(path).get_tensor(stored)
-            for path in self.paths
-            if _rank_of(path) == rank
-            for stored in self.file(path).keys()  # noqa: SIM118 - it is no dict
-            if stored.startswith(f"{prefix}/")
-        }
-
-    def keys_of(self, name: str) -> list[str]:
-        """What is stored of a parameter: ``weights``, ``exp_avg``, ..."""
-        return [key for parameter, key in self.pieces if parameter == name]
+    def of_rank(self, rank: int, part: str) -> dict[str, Tensor]:
+        """The tensors that one rank has stored whole as ``part``: ``random``, ``buffer`` or ``shard_0``."""
+        return {name: file.get_tensor(f"{part}/{name}") for name, file in self.whole[rank, part].items()}
 
     def dtype(self, name: str, key: str) -> torch.dtype:
-        path = self.pieces[name, key][0][2]
-        return self.file(path).get_slice(f"{name}/{key}")[:1].dtype
+        _, _, file = self.pieces[name][key][0]
+        return file.get_slice(f"{name}/{key}")[:1].dtype
 
     def fill(self, target: Tensor, name: str, key: str, start: int) -> None:
         """Fill ``target`` [elements] with what is stored from element ``start`` of a flattened parameter on."""
         missing = target.numel()
-        for begin, numel, path in self.pieces[name, key]:
+        for begin, numel, file in self.pieces[name][key]:
             first, last = max(start, begin), min(start + target.numel(), begin + numel)
             if first < last:
-                piece = self.file(path).get_slice(f"{name}/{key}")[first - begin : last - begin]
+                piece = file.get_slice(f"{name}/{key}")[first - begin : last - begin]
                 target.narrow(0, first - start, last - first).copy_(piece)
                 missing -= last - first
         if missing:
@@ -118,7 +108,7 @@ def load_checkpoint(
     steps = 0
     for number, shard in enumerate(rewrite_shards(engine)):
         for fragment in shard.fragments:
-            for key in files.keys_of(fragment.name):
+            for key in files.pieces[fragment.name]:
                 target = shard.values if key == "weights" else shard.state.get(key)
                 if target is None:
                     dtype = files.dtype(fragment.name, key)
@@ -147,10 +137,6 @@ def load_checkpoint(
         who = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
         notes.append(f"{who} dropout is drawn from training.seed={seed}, the rank and the step")
     return notes
-
-
-def _rank_of(path: Path) -> int:
-    return int(path.stem.split("_")[1])
 
 
 def _differences(state: SavedState, layout: dict[str, Any]) -> list[str]:
