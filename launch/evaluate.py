@@ -27,7 +27,7 @@ import os
 import time
 from dataclasses import asdict
 
-from toolkit.cluster.ranks import Ranks, check_ranks, read_ranks
+from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
 from toolkit.errors import UserError, exit_code_of
 
 PROGRESS_SECONDS = 5.0
@@ -125,6 +125,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
+    check_meeting_place(ranks)
     find_model(arguments.model)
     neural = parse_neural(arguments.neural)
     recipe = recipe_of(arguments.model, arguments.overrides)

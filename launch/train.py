@@ -25,7 +25,7 @@ import argparse
 import json
 import os
 
-from toolkit.cluster.ranks import Ranks, check_ranks, read_ranks
+from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
 from toolkit.errors import exit_code_of
 
 
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
+    check_meeting_place(ranks)
     check_locks()
     overrides = arguments.overrides
     if arguments.overfit is not None:

@@ -18,7 +18,6 @@ EXIT_CTRL_C = 130  # as shells say it: stopped before there was anything to save
 
 # Within this time the first rank of a node has printed and left, and the launcher has killed the others.
 OTHER_RANKS_WAIT_SECONDS = 15.0
-_LAUNCHER = os.getppid()
 
 
 class UserError(Exception):
@@ -54,6 +53,7 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
         debug: raise the user's errors with their traceback instead of printing one line.
         local_rank: number of this process on its node.
     """
+    launcher = os.getppid()
     try:
         command()
     except (UserError, Interrupted) as error:
@@ -61,7 +61,7 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
             raise
         who = ""
         if local_rank > 0:
-            _wait_for_the_launcher()
+            _wait_for(launcher)
             who = f" (local rank {local_rank})"
         if isinstance(error, UserError):
             print(f"error{who}: {error}", file=sys.stderr, flush=True)
@@ -77,8 +77,8 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
     return EXIT_DONE
 
 
-def _wait_for_the_launcher() -> None:
-    """Give the launcher the time to end this rank, unless it has ended itself."""
+def _wait_for(launcher: int) -> None:
+    """Give the launcher the time to end this rank, unless the launcher itself has ended."""
     end = time.monotonic() + OTHER_RANKS_WAIT_SECONDS
-    while time.monotonic() < end and os.getppid() == _LAUNCHER:
+    while time.monotonic() < end and os.getppid() == launcher:
         time.sleep(0.1)

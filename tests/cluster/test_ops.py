@@ -79,7 +79,7 @@ def test_a_lock_of_a_living_build_is_left_alone(extensions):
 
 def test_a_run_that_swaps_to_disk_needs_its_op_beforehand(extensions):
     zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "cpu"}}
-    with pytest.raises(UserError, match="not built: .*build-ops async_io.*--ds zero3_offload"):
+    with pytest.raises(UserError, match=r"not built: .*build-ops async_io.*--ds zero3_offload"):
         ops.check_needed_ops({"zero_optimization": zero})
     ops.check_needed_ops({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
     (extensions / "async_io").mkdir()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from toolkit.cluster.ranks import Ranks, check_ranks, read_ranks
+from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
 from toolkit.errors import UserError
 
 
@@ -62,6 +62,13 @@ def test_ranks_must_not_exceed_the_devices():
         check_ranks(eight, gpus=2, cores=64)
     with pytest.raises(UserError, match="it has 1 CPU core; start at most 1 here"):
         check_ranks(eight, gpus=0, cores=1)
+
+
+def test_ranks_without_a_meeting_place_are_told_so():
+    check_meeting_place(Ranks(), {})
+    check_meeting_place(Ranks(world_size=2), {"MASTER_ADDR": "node-a"})
+    with pytest.raises(UserError, match=r"2 ranks were started .* set MASTER_ADDR and MASTER_PORT"):
+        check_meeting_place(Ranks(world_size=2), {"SLURM_STEP_NUM_TASKS": "2"})
 
 
 def test_only_the_ranks_of_this_node_count():

@@ -68,5 +68,5 @@ def test_what_a_living_run_swaps_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot swap to .*file.*nvme_path=FOLDER"):
+    with pytest.raises(UserError, match=r"cannot swap to .*file.*nvme_path=FOLDER"):
         claim_swap_folders([tmp_path / "file" / "nvme_swap" / "node"])

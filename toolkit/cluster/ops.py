@@ -106,7 +106,7 @@ def check_needed_ops(deepspeed: dict[str, Any]) -> None:
     ]
     if "nvme" in devices and op_folder("async_io") and not is_built("async_io"):
         raise UserError(
-            "offload to NVMe needs DeepSpeed's op async_io, which is not built: `apt-get install libaio-dev`, then once "
+            "offload to NVMe needs DeepSpeed's op async_io, which is not built: install libaio-dev, then once "
             "`python launch/doctor.py build-ops async_io`; or choose --ds zero3_offload"
         )
 

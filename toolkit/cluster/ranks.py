@@ -100,6 +100,19 @@ def check_ranks(ranks: Ranks, *, gpus: int, cores: int | None = None) -> None:
         )
 
 
+def check_meeting_place(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse ranks that would wait for each other without end, because nobody told them where rank 0 is.
+
+    Raises:
+        UserError: no MASTER_ADDR, as under a bare ``srun`` or ``mpirun``.
+    """
+    if ranks.world_size > 1 and "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"{ranks.world_size} ranks were started and none is told where rank 0 is: start the run by `deepspeed` or "
+            "by launch/train_slurm.sh, or set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port of it"
+        )
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     # SLURM writes "4(x2)" for four tasks on each of two nodes.
     value = environment[name].split("(")[0].split(",")[0]

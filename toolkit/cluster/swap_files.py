@@ -63,7 +63,7 @@ def claim_swap_folders(folders: list[Path]) -> None:
 
 
 def remove_swap_folders(folders: list[Path]) -> None:
-    """Remove the folders of this node; the rank that claimed them calls this when no rank of the node swaps any more."""
+    """Remove the folders of this node, when no rank of it swaps any more; the rank that claimed them calls this."""
     for folder in folders:
         _remove(folder)
 
