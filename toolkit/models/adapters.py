@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -83,6 +82,8 @@ def add_lora(model: PoseTranslator, lora: Lora, targets: Iterable[str]) -> None:
 
     The adapters start from the seed of torch's generator, wherever that stands: the same on every rank.
     """
+    from peft import LoraConfig  # it brings bitsandbytes along, which takes its time
+
     left_out = sorted({name for name, layer in linear_layers(model) if _is_unreached(layer, model)})
     config = LoraConfig(
         r=lora.r,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.models.adapters import ADAPTER
 from toolkit.models.translator import PoseTranslator
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
