@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Writes docs/benchmarks.md from benchmarks/results: the page holds no figure that a benchmark did not write.
+
+python benchmarks/page.py     after any benchmark; a test says when the page is out of date
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+SECTIONS = {  # results file -> heading, command, what it measures
+    "training": (
+        "Training",
+        "python benchmarks/training.py",
+        "Full-size T5-Small, clips and sentences as long as iSign's. All ways of training take turns on the same "
+        "machine, with the same model, clips, micro-batch and optimizer. MFU is model FLOPs over those of a matrix "
+        "product measured in the same process.",
+    ),
+    "large_models": (
+        "Large models on a small machine",
+        "python benchmarks/large_models.py",
+        "Full-size models with random weights. Memory is the largest resident size of one rank.",
+    ),
+    "memory": (
+        "Memory of each DeepSpeed JSON",
+        "python benchmarks/memory.py",
+        "The same model under every JSON that runs on a CPU.",
+    ),
+    "evaluation": (
+        "Evaluation",
+        "python benchmarks/evaluation.py --model runs/demo",
+        "With the demo's model. Texts of both ways are compared and must be equal.",
+    ),
+    "positions": (
+        "Pose encoders and positions",
+        "python benchmarks/positions.py",
+        "The demo's recipe, shortened and without CTC, after the same number of steps.",
+    ),
+    "data": ("Data", "python benchmarks/data.py", "Each figure beside the plain way in the same run; see [data.md](data.md)."),
+    "demo": ("The demo", "python benchmarks/demo.py", "A bare clone of the repository, from nothing to scores."),
+}  # fmt: skip
+HEAD = """# Benchmarks
+
+Every figure here was written by the command above it into `benchmarks/results`, and this page is drawn from there by
+`python benchmarks/page.py`. Machines are noisy: what holds is the ratio of two ways that took turns in one run.
+"""
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    parts = [HEAD]
+    for name, (heading, command, told) in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        results = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"## {heading}\n\n    {command}\n\n{told}\n")
+        if (PAGE.parent / "pictures" / f"{name}.png").exists():
+            parts.append(f"![{heading}](pictures/{name}.png)\n")
+        parts.extend(f"{table}\n" for table in tables(results))
+    return "\n".join(parts)
+
+
+def tables(results: Any) -> Iterator[str]:
+    """One table of rows; or one of comparisons, one of plain figures, and one for each list or mapping inside."""
+    if isinstance(results, list):
+        yield table(results)
+        return
+    results = {key: value for key, value in results.items() if key != "machine"}
+    comparisons = [{"figure": key, **flat(value)} for key, value in results.items() if is_comparison(value)]
+    if comparisons:
+        yield table(comparisons)
+    figures = [{"figure": key, "value": value} for key, value in results.items() if is_figure(value)]
+    if figures:
+        yield table(figures)
+    for key, value in results.items():
+        if key == "splits":
+            rows = [{"split": name, "clips": split["clips"], **split["scores"]} for name, split in value.items()]
+            yield table(rows)
+        elif isinstance(value, list):
+            yield f"`{key}`\n\n{table(value)}"
+        elif isinstance(value, dict) and is_comparison(value):
+            for inner, rows in value.items():
+                if isinstance(rows, dict) and inner != "machine":
+                    yield f"`{key}`, {inner}\n\n{table([{'': name, **row} for name, row in rows.items()])}"
+        elif isinstance(value, dict):
+            plain = {name: row for name, row in value.items() if is_figure(row)}
+            if plain:
+                yield f"`{key}`\n\n{table([plain])}"
+
+
+def is_comparison(value: Any) -> bool:
+    return isinstance(value, dict) and "target" in value
+
+
+def is_figure(value: Any) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A comparison as ``ours``, ``peer``, ``ratio`` and ``target``; what else it says follows in one column."""
+    known: dict[str, Any] = {"ours": "", "peer": "", "ratio": "", "asked": row["target"]}
+    rest = {}
+    for key, value in row.items():
+        if not is_figure(value) or key == "target":
+            continue
+        if key == "ratio":
+            known["ratio"] = value
+        elif key.startswith("ours_") and not known["ours"]:
+            known["ours"] = f"{short(value)} {unit_of(key)}"
+        elif key.startswith(("peer_", "plain_", "hf_", "bare_", "sacrebleu_")) and not known["peer"]:
+            known["peer"] = f"{short(value)} {unit_of(key)}"
+        else:
+            rest[key] = value
+    return known | {"besides": ", ".join(f"{key} {short(value)}" for key, value in rest.items())}
+
+
+def unit_of(key: str) -> str:
+    return key.split("_", 1)[1].replace("clips_per_second", "clips/s").replace("seconds", "s")
+
+
+def short(value: Any) -> str:
+    """A value as a cell of a table says it."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value).replace("|", "\\|")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table; columns in the order in which rows first have them, empty ones left out."""
+    rows = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([short(row.get(key, "")) for key in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+#!/usr/bin/env python
+"""How fast the toolkit trains, each figure beside its peer in the same run.
+
+python benchmarks/training.py                     all figures, about 25 minutes on two quiet cores
+python benchmarks/training.py --only throughput   one of them; the others stay as they were
+
+Full-size T5-Small on clips and sentences as long as iSign's, made here. The ways of training are processes that take
+turns; a figure is the median over the rounds. Writes benchmarks/results/training.json and docs/pictures/training.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from training_checkpoint import measure as measure_checkpoint
+from training_corpus import make_backbone, make_corpus
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "training.json"
+PICTURE = HERE.parent / "docs" / "pictures" / "training.png"
+BATCH = ("training.global_batch_size=32", "training.micro_batch_size=8")
+SIDES = {"hf": "Seq2SeqTrainer, ZeRO-2", "padded": "all padded,\nplain loop", "bare": "bare DeepSpeed"}
+TARGETS = {"vs_hf_trainer": 1.4, "vs_pad_to_max": 2.4, "vs_bare_deepspeed": 0.97}  # at least
+STEPS = 4  # of a turn
+
+# What the step is made of, one change after the other, each on top of those before it.
+CHANGES: dict[str, list[str]] = {
+    "micro-batches of 8, scores of padding": ["--all-logits", *BATCH],
+    "scores of labels alone": [*BATCH],
+    "micro-batches of 32": ["training.global_batch_size=32", "training.micro_batch_size=32"],
+    "zero0 on one rank": ["training.global_batch_size=32", "training.micro_batch_size=32", "deepspeed=zero0"],
+}
+
+
+def main() -> None:
+    benchmarks = {
+        "throughput": throughput,
+        "mfu": mfu,
+        "two_rank_speedup": two_rank_speedup,
+        "checkpoint_block_s": lambda *_: {"checkpoint_block_s": measure_checkpoint()},
+        "start_vs_bare": start_vs_bare,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=benchmarks, metavar="NAME", help=", ".join(benchmarks))
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each side (default 5)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_backbone(folder / "backbone", "t5_small", make_corpus(folder / "corpus").splits["train"].texts)
+        for benchmark in arguments.only or benchmarks:
+            for key, result in benchmarks[benchmark](folder, arguments.rounds).items():
+                print(key, json.dumps(result), flush=True)
+                merge(key, result)
+    draw(json.loads(RESULTS.read_text(encoding="utf-8")), PICTURE)
+
+
+def merge(key: str, result: dict[str, Any]) -> None:
+    """Put one figure into the results and leave the others as they are."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
+    RESULTS.write_text(json.dumps(results | {key: result | {"machine": machine}}, indent=2) + "\n", encoding="utf-8")
+
+
+def throughput(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Clips a second of all four ways, which take turns."""
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in ("ours", *SIDES)}
+    with ExitStack() as stack:
+        processes = {side: stack.enter_context(side_process(side, folder, BATCH)) for side in turns}
+        for side in turns:
+            take_turn(processes[side], 1)  # the first steps of a process are no measure
+        for number in range(rounds):
+            for side, process in processes.items():
+                turns[side].append(take_turn(process, STEPS))
+            print(f"round {number + 1} of {rounds}: {rates_of(turns, number)}", flush=True)
+    return {
+        key: {
+            "ours_clips_per_second": speed(turns["ours"]),
+            "peer_clips_per_second": speed(turns[side]),
+            "ratio": round(median(rate(a) / rate(b) for a, b in zip(turns["ours"], turns[side], strict=True)), 3),
+            "target": f">= {TARGETS[key]}",
+        }
+        for key, side in (("vs_hf_trainer", "hf"), ("vs_pad_to_max", "padded"), ("vs_bare_deepspeed", "bare"))
+    }
+
+
+def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Model-FLOPs utilisation against a matrix product measured in the same process, change after change."""
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in CHANGES}
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(side_process("ours", folder, settings)) for name, settings in CHANGES.items()
+        }
+        for process in processes.values():
+            take_turn(process, 1)
+        for _ in range(rounds):
+            for name, process in processes.items():
+                turns[name].append(take_turn(process, STEPS))
+    changes = {
+        name: {"mfu": round(median(turn["mfu"] for turn in taken), 3), "clips_per_second": speed(taken)}
+        for name, taken in turns.items()
+    }
+    return {"mfu": {"mfu": max(row["mfu"] for row in changes.values()), "changes": changes, "target": ">= 0.35"}}
+
+
+def two_rank_speedup(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Two ranks of one thread against one rank of one thread, start by start."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    command = [str(HERE / "training_side.py"), "ours", str(folder), "--threads", "1", "--turns", "1", "4", "4", *BATCH]
+    for _ in range(max(2, rounds // 2)):
+        for ranks in rates:
+            launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+            answers = answers_of([*launcher, "--master_port", "29741", *command])
+            rates[ranks] += [rate(answer) for answer in answers[1:]]
+    one, two = (median(rates[ranks]) for ranks in (1, 2))
+    return {
+        "two_rank_speedup": {
+            "one_rank_clips_per_second": round(one, 2),
+            "two_rank_clips_per_second": round(two, 2),
+            "ratio": round(two / one, 3),
+            "target": ">= 1.7",
+        }
+    }
+
+
+def start_vs_bare(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds from the command to the end of the first step, of launch/train.py and of a bare DeepSpeed script."""
+    ours, bare = [], []
+    settings = [f"data.corpus={folder / 'corpus'}", f"model.backbone={folder / 'backbone'}", *BATCH]
+    train = [sys.executable, str(HERE.parent / "launch" / "train.py"), "--recipe", "t5_small", *settings]
+    for number in range(max(3, rounds // 2)):
+        started = time.perf_counter()
+        run_dir = folder / f"start_{number}"
+        process = subprocess.Popen([*train, f"run.dir={run_dir}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not first_step_is_told(run_dir) and process.poll() is None:
+            time.sleep(0.02)
+        ours.append(time.perf_counter() - started)
+        process.kill()
+        if process.wait() != -9:
+            sys.exit(f"{' '.join(train)} ended before its first step: {run_dir}/log.txt says more")
+        started = time.perf_counter()
+        with side_process("bare", folder, BATCH) as peer:
+            take_turn(peer, 1)
+            bare.append(time.perf_counter() - started)
+    return {
+        "start_vs_bare": {
+            "ours_seconds": round(median(ours), 2),
+            "bare_seconds": round(median(bare), 2),
+            "ratio": round(median(a / b for a, b in zip(ours, bare, strict=True)), 3),
+            "target": "<= 1.4",
+        }
+    }
+
+
+def first_step_is_told(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and '"step": 1' in metrics.read_text(encoding="utf-8")
+
+
+@contextmanager
+def side_process(side: str, folder: Path, settings: list[str] | tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains in one way whenever it is told to."""
+    command = [sys.executable, str(HERE / "training_side.py"), side, str(folder), *settings]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
+        )
+        try:
+            for line in process.stdout:
+                if line.strip() == "ready":
+                    break
+            else:
+                errors.seek(0)
+                sys.exit(f"{side} did not start:\n{errors.read()[-3000:]}")
+            yield process
+        finally:
+            process.stdin.close()
+            process.kill()
+            process.wait()
+
+
+def take_turn(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
+    """Let a side take so many optimizer steps."""
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit(f"{' '.join(map(str, process.args))} ended during its turn")
+
+
+def answers_of(command: list[str]) -> list[dict[str, float]]:
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not answers:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    return answers
+
+
+def rate(turn: dict[str, float]) -> float:
+    return turn["clips"] / turn["seconds"]
+
+
+def speed(turns: list[dict[str, float]]) -> float:
+    return round(median(map(rate, turns)), 2)
+
+
+def rates_of(turns: dict[str, list[dict[str, float]]], number: int) -> str:
+    return "  ".join(f"{side} {rate(taken[number]):.2f} clips/s" for side, taken in turns.items())
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Clips a second of all ways, what each change to the step gave, and two ranks beside one."""
+    from matplotlib.figure import Figure
+
+    grey, blue = "#b8bec6", "#2563a8"
+    panels: list[tuple[str, list[str], list[float], list[str]]] = []
+    if "vs_hf_trainer" in results:
+        peers = [
+            ("vs_pad_to_max", SIDES["padded"]),
+            ("vs_hf_trainer", SIDES["hf"]),
+            ("vs_bare_deepspeed", SIDES["bare"]),
+        ]
+        panels.append(
+            (
+                "T5-Small, one rank\nclips/s (more is better)",
+                [name.replace(", ", ",\n") for _, name in peers] + ["this toolkit"],
+                [results[key]["peer_clips_per_second"] for key, _ in peers]
+                + [results["vs_hf_trainer"]["ours_clips_per_second"]],
+                [grey, grey, grey, blue],
+            )
+        )
+    if "mfu" in results:
+        changes = results["mfu"]["changes"]
+        names = [name.replace(", ", ",\n").replace(" of ", "\nof ") for name in changes]
+        panels.append(("Model-FLOPs utilisation\n(change after change)", names,
+                       [row["mfu"] for row in changes.values()], [blue] * len(changes)))  # fmt: skip
+    if "two_rank_speedup" in results:
+        row = results["two_rank_speedup"]
+        panels.append(("One thread a rank\nclips/s", ["1 rank", "2 ranks"],
+                       [row["one_rank_clips_per_second"], row["two_rank_clips_per_second"]], [blue, blue]))  # fmt: skip
+    widths = [len(names) for _, names, _, _ in panels]
+    figure = Figure(figsize=(1.45 * sum(widths), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for axis, (title, names, values, colors) in zip(axes, panels, strict=True):
+        bars = axis.bar(names, values, color=colors, width=0.6)
+        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

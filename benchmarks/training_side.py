@@ -1,0 +1,291 @@
+#!/usr/bin/env python
+"""One way of training in ``training.py``, which starts a process for each and lets them take turns.
+
+A side says ``ready``, then answers every number of optimizer steps on its standard input, or of ``--turns``, with one
+line of JSON: ``clips``, ``seconds`` and, of our own side, ``mfu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch
+from training_corpus import MAX_FRAMES
+
+from toolkit.batching.collate import Batch, collate
+from toolkit.batching.loader import train_batches
+from toolkit.cluster.ranks import read_ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import Interrupted
+from toolkit.models.build import build_processor, build_translator
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import ResolvedRun, resolve
+from toolkit.tracking.jsonl import METRICS_FILE, read_lines
+from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
+from toolkit.training.loss import token_loss
+from toolkit.training.run import Start, living_run, open_trainer, seed_everything
+from toolkit.training.trainer import Trainer
+
+MAX_TOKENS = 128
+
+
+def main() -> None:
+    sides = {"ours": ours, "bare": bare, "hf": hf, "padded": padded}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=sides)
+    parser.add_argument("folder", type=Path, help="holds corpus/ and backbone/")
+    parser.add_argument("overrides", nargs="*", help="recipe keys, key=value")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each rank")
+    parser.add_argument("--turns", type=int, nargs="+", metavar="STEPS", help="instead of orders on standard input")
+    parser.add_argument("--all-logits", action="store_true", help="score the vocabulary at padding, too")
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    if arguments.turns:
+        sys.stdin = io.StringIO("\n".join(map(str, arguments.turns)))
+    if arguments.all_logits:
+        Trainer._losses = losses_of_all_logits
+    corpus = Corpus.open(arguments.folder / "corpus")
+    with tempfile.TemporaryDirectory() as run_dir:
+        settings = [
+            f"data.corpus={corpus.path}",
+            f"model.backbone={arguments.folder / 'backbone'}",
+            f"run.dir={run_dir}/run",
+            *arguments.overrides,
+        ]
+        recipe = load_recipe("t5_small", settings)
+        resolved = resolve(recipe, read_ranks().world_size, has_gpu=torch.cuda.is_available())
+        sides[arguments.side](resolved, corpus)
+
+
+def orders() -> Iterator[int]:
+    """How many steps to take next."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        yield int(line)
+
+
+def answer(clips: int, seconds: float, **more: float) -> None:
+    print(json.dumps({"clips": clips, "seconds": seconds, **more}), flush=True)
+
+
+def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
+    """The toolkit's own loop."""
+    ranks = read_ranks()
+    with (
+        living_run(resolved, ranks, corpus) as interruptions,
+        open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
+    ):
+        trainer.engine.train()
+        batches = endless(resolved, corpus, trainer.processor.tokenizer)
+        for steps in orders():
+            taken = [next(batches) for _ in range(steps)]
+            started, clips = time.perf_counter(), trainer.progress.clips
+            for step in taken:
+                trainer.step(step)
+            seconds = time.perf_counter() - started
+            if ranks.is_main:
+                answer(trainer.progress.clips - clips, seconds, mfu=utilisation(resolved.run_dir, steps))
+
+
+def utilisation(run_dir: Path, steps: int) -> float:
+    """Model-FLOPs utilisation over the last steps, as the run's own figures have it, weighted by their time."""
+    rows = [row for row in read_lines(run_dir / METRICS_FILE) if "mfu" in row][-steps:]
+    seconds = [1 / row["clips_per_second"] for row in rows]  # of steps with equally many clips
+    return sum(row["mfu"] * weight for row, weight in zip(rows, seconds, strict=True)) / sum(seconds)
+
+
+def losses_of_all_logits(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :meth:`Trainer._losses` was when it scored padding, too."""
+    inputs = {key: getattr(batch, key) for key in ("poses", "visible", "frame_mask", "labels")}
+    loss = token_loss(trainer.engine(**inputs).logits, batch.labels)
+    return loss, torch.zeros_like(loss)
+
+
+def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[list[Batch]]:
+    """Steps of epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from train_batches(
+            corpus.splits["train"], tokenizer, resolved, landmark_set=corpus.landmark_set, epoch=epoch
+        )
+        epoch += 1
+
+
+def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
+    """The ceiling: a DeepSpeed engine fed with ready batches that were sorted by length, and nothing else."""
+    quieten(None)
+    join_process_group(read_ranks())
+    processor, model = build(resolved, corpus)
+    ready = []
+    for step in endless(resolved, corpus, processor.tokenizer):
+        ready.append(step)
+        if len(ready) == 64:
+            break
+    engine, _ = make_engine(model, resolved)
+    engine.train()
+    done = 0
+    for steps in orders():
+        started, clips = time.perf_counter(), 0
+        for _ in range(steps):
+            for batch in ready[done % len(ready)]:
+                engine.backward(mean_loss(engine, batch))
+                engine.step()
+                clips += batch.num_clips
+            done += 1
+        answer(clips, time.perf_counter() - started)
+    leave_process_group()
+
+
+def build(resolved: ResolvedRun, corpus: Corpus) -> tuple[Any, Any]:
+    seed_everything(resolved.recipe.training.seed)
+    processor = build_processor(resolved.recipe, corpus)
+    return processor, build_translator(resolved, corpus, processor.tokenizer)
+
+
+def mean_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """What a plain loop takes for its loss: the mean over the micro-batch."""
+    logits = model(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+
+
+def padded(resolved: ResolvedRun, corpus: Corpus) -> None:
+    """The original way: every clip padded to 300 frames, every text to 128 tokens, autocast, one plain loop."""
+    processor, model = build(resolved, corpus)
+    model.train()
+    training = resolved.recipe.training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
+    loader = iter(random_order(corpus, lambda clips: pad_to_maximum(clips, processor.tokenizer), resolved))
+    for steps in orders():
+        started, clips = time.perf_counter(), 0
+        for _ in range(steps):
+            for _ in range(resolved.accumulation_steps):
+                batch = next(loader)
+                with torch.autocast(batch.poses.device.type, torch.bfloat16):
+                    loss = mean_loss(model, batch) / resolved.accumulation_steps
+                loss.backward()
+                clips += batch.num_clips
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+        answer(clips, time.perf_counter() - started)
+
+
+def random_order(corpus: Corpus, collator: Any, resolved: ResolvedRun) -> Any:
+    """torch's own loader over shuffled clips, with as many workers as ours."""
+    split = corpus.splits["train"]
+    return torch.utils.data.DataLoader(
+        [*range(len(split))] * 50,  # type: ignore[arg-type]
+        batch_size=resolved.micro_batch_size,
+        shuffle=True,
+        collate_fn=lambda indices: collator([(index, split.clip(index)) for index in indices]),
+        num_workers=resolved.recipe.training.workers,
+    )
+
+
+def plain_batch(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
+    """Clips padded to the longest of the micro-batch."""
+    return collate([clip for _, clip in clips], [i for i, _ in clips], tokenizer, max_target_tokens=MAX_TOKENS)
+
+
+def pad_to_maximum(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
+    batch = plain_batch(clips, tokenizer)
+    more = MAX_FRAMES - batch.poses.shape[1]
+    batch.poses = torch.nn.functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
+    batch.visible = torch.nn.functional.pad(batch.visible, (0, 0, 0, more))
+    batch.frame_mask = torch.nn.functional.pad(batch.frame_mask, (0, more))
+    # Padding was learnt like any other token.
+    batch.labels = torch.nn.functional.pad(batch.labels, (0, MAX_TOKENS - batch.labels.shape[1]), value=-100)
+    batch.labels = batch.labels.masked_fill(batch.labels == -100, tokenizer.pad_token_id)
+    return batch
+
+
+def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
+    """HuggingFace's ``Seq2SeqTrainer`` with the same DeepSpeed JSON and its default sampling."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+    from transformers.modeling_outputs import Seq2SeqLMOutput
+
+    quieten(None)
+    processor, model = build(resolved, corpus)
+    split, training = corpus.splits["train"], resolved.recipe.training
+    whole_forward = model.forward
+
+    def forward(**inputs: Any) -> Seq2SeqLMOutput:
+        logits = whole_forward(**{key: inputs[key] for key in ("poses", "visible", "frame_mask", "labels")}).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten())
+        return Seq2SeqLMOutput(loss=loss, logits=logits)
+
+    model.forward = forward
+
+    def collator(indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = plain_batch([(index, split.clip(index)) for index in indices], processor.tokenizer)
+        return {key: getattr(batch, key) for key in ("poses", "visible", "frame_mask", "labels")}
+
+    class Turns(TrainerCallback):
+        """Waits for an order before the steps of a turn and answers after them."""
+
+        def __init__(self) -> None:
+            self.orders = orders()
+            self.left = 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.left == 0:
+                self.left = self.taken = next(self.orders, 0)
+                if self.left == 0:
+                    raise Interrupted("no more orders")
+                self.started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                answer(self.taken * training.global_batch_size, time.perf_counter() - self.started)
+
+    config = {key: value for key, value in resolved.deepspeed.items() if key != "torch_autocast"}
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(resolved.run_dir),
+        deepspeed=config,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=resolved.precision == "bf16",
+        per_device_train_batch_size=resolved.micro_batch_size,
+        gradient_accumulation_steps=resolved.accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.betas[0],
+        adam_beta2=training.betas[1],
+        max_grad_norm=training.gradient_clipping,
+        max_steps=100_000,
+        dataloader_num_workers=training.workers,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=training.log_every,
+    )
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[*range(len(split))],  # type: ignore[arg-type]
+        data_collator=collator,
+        callbacks=[Turns()],
+    )
+    try:
+        trainer.train()
+    except Interrupted:
+        leave_process_group()
+
+
+if __name__ == "__main__":
+    main()
