@@ -99,6 +99,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Whatever can be wrong with the input is found before the process group exists."""
+    import numpy as np
     import torch
 
     from toolkit.evaluation.evaluate import (
@@ -117,6 +118,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.evaluation.whole_weights import cut, whole_weights
     from toolkit.models.load import find_model, load_translator
     from toolkit.models.tokenizers import language_id
+    from toolkit.planning.memory import fits_whole
     from toolkit.training.engine import join_process_group, leave_process_group, quieten, use_threads
 
     def say(text: str) -> None:
@@ -163,7 +165,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         how = {"rank": ranks.rank, "world_size": ranks.world_size, "n_best": arguments.n_best, "on_batch": progress}
         if arguments.zero3:
             engine = cut(model, ranks.world_size)
-            with whole_weights(engine) as synced:
+            gather = fits_whole(
+                engine,
+                frames=np.concatenate([corpus.splits[name].frames for name in names]),
+                batch_frames=settings.batch_frames,
+                beams=beams,
+                max_new_tokens=search.get("max_new_tokens") or model.generation_config.max_new_tokens,
+            )
+            with whole_weights(engine, gather=gather) as synced:
                 results = score_splits(
                     engine.module, processor, corpus, names, settings, search=search, synced=synced, **how
                 )

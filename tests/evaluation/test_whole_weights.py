@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from toolkit.corpus.packed import Corpus
 from toolkit.evaluation.generate import translate_split
 from toolkit.evaluation.predictions import write_predictions
-from toolkit.evaluation.whole_weights import fits_whole, whole_weights
+from toolkit.evaluation.whole_weights import whole_weights
 from toolkit.models import PoseProcessor, PoseTranslator
+from toolkit.planning import memory
 
 
 def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor, path: Path, out: Path) -> None:
@@ -26,8 +28,12 @@ def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor
         "zero_optimization": zero,
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    assert fits_whole(engine)
     split = Corpus.open(path).splits["test"]
+    wanted: dict[str, Any] = {"batch_frames": 300, "frames": split.frames, "beams": 4, "max_new_tokens": 6}
+    assert memory.fits_whole(engine, **wanted)
+    if rank == 1:
+        memory.free_memory = lambda: 100_000  # one rank without room is enough
+    assert not memory.fits_whole(engine, **wanted)
     weight = model.pose_encoder.front[0].weight
     for gather in (True, False, True):
         assert weight.numel() == 0

@@ -25,6 +25,7 @@ from toolkit.evaluation.whole_weights import whole_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.models.weights import save_model, saved_state_dict
+from toolkit.planning.memory import fits_whole
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
@@ -304,7 +305,14 @@ class Trainer:
     def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
         """Translate and score a split with the weights as they are."""
         settings = self.recipe.evaluation
-        with evaluation_mode(self.engine.module), whole_weights(self.engine) as synced:
+        gather = self.resolved.zero_stage == 3 and fits_whole(
+            self.engine,
+            frames=split.frames,
+            batch_frames=settings.batch_frames,
+            beams=settings.num_beams,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        with evaluation_mode(self.engine.module), whole_weights(self.engine, gather=gather) as synced:
             predictions = translate_split(
                 self.engine.module,
                 split,

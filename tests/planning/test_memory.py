@@ -1,0 +1,88 @@
+"""The arithmetic of memory counts what a search really holds, and what does not fit is not gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BartConfig, PreTrainedConfig, T5Config
+
+from toolkit.evaluation.beam_search import beam_search
+from toolkit.models import PoseTranslator, PoseTranslatorConfig
+from toolkit.planning.memory import translation_memory
+
+CLIPS, FRAMES, BEAMS, TOKENS = 3, 40, 4, 12
+SIZES = {"vocab_size": 50, "d_model": 32}
+BACKBONES: dict[str, PreTrainedConfig] = {
+    # Heads that together are wider than the model, as T5's largest are.
+    "t5": T5Config(
+        **SIZES, d_kv=16, num_heads=4, d_ff=64, num_layers=4, num_decoder_layers=3, decoder_start_token_id=0
+    ),
+    "bart": BartConfig(
+        **SIZES, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=8,
+        decoder_attention_heads=4, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+def translator(name: str, stride: int) -> PoseTranslator:
+    encoder = {
+        "kind": "conv",
+        "hidden": 16,
+        "layers": 1,
+        "kernel": 3,
+        "stride": stride,
+        "dropout": 0.0,
+        "positions": True,
+    }
+    model = PoseTranslator(PoseTranslatorConfig(BACKBONES[name].to_dict(), encoder, num_points=5)).eval()
+    model.generation_config.update(num_beams=BEAMS, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
+    return model
+
+
+def largest_cache(model: PoseTranslator) -> int:
+    """Bytes of the keys and values after the last step of a search."""
+    sizes: list[int] = []
+
+    def look(module: nn.Module, given: Any, named: Any, output: Any) -> None:
+        cache = named["past_key_values"]
+        layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+        layers = [layer for layer in layers if layer.is_initialized]  # T5 makes one for each layer of the encoder
+        sizes.append(sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)))
+
+    handle = model.backbone.get_decoder().register_forward_hook(look, with_kwargs=True)
+    poses = torch.randn(CLIPS, FRAMES, 5, 3)
+    seen, real = torch.ones(CLIPS, FRAMES, 5, dtype=torch.bool), torch.ones(CLIPS, FRAMES, dtype=torch.bool)
+    model.generate(poses, seen, real, custom_generate=beam_search)
+    handle.remove()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention: str) -> None:
+    model = translator(name, stride=1)
+    model.backbone.set_attn_implementation(attention)
+    told = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
+    held = largest_cache(model)
+    assert held <= told.cache <= 1.5 * held
+    # A stride only makes it less.
+    assert largest_cache(translator(name, stride=2)) < held
+
+
+def test_weights_are_counted_once_and_in_their_own_precision() -> None:
+    model = translator("t5", 1)
+    given = {"clips": 1, "frames": 10, "beams": 1, "max_new_tokens": 1}
+    whole = translation_memory(model, **given).weights
+    assert whole == sum(parameter.nbytes for parameter in model.parameters())
+    assert translation_memory(model.bfloat16(), **given).weights == whole // 2
+
+
+def test_more_of_anything_needs_more() -> None:
+    model = translator("bart", 2)
+    least = {"clips": 2, "frames": 20, "beams": 2, "max_new_tokens": 10}
+    for key in least:
+        more = translation_memory(model, **(least | {key: 2 * least[key]}))
+        assert more.total > translation_memory(model, **least).total, key

@@ -1,0 +1,126 @@
+"""How much memory a translation takes on one rank, by arithmetic, and whether that is free.
+
+Counted are the whole weights and what one batch holds at its fullest. ZeRO stage 3 asks: with the weights gathered once
+an evaluation runs at full speed, with too little room for them it dies.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import distributed as dist
+
+from toolkit.batching.order import evaluation_order
+from toolkit.models.translator import PoseTranslator
+
+LARGEST_SHARE = 0.9
+"""Of the free memory; allocators lose the rest between their blocks."""
+FLOAT32 = 4
+# What architectures call the decoder's layers and attention heads, the particular names first.
+LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+HEADS = ("decoder_attention_heads", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class TranslationMemory:
+    """Bytes on one rank while a batch is translated.
+
+    Attributes:
+        weights: all of them, whole.
+        encoder: the widest activations of the pose encoder and the backbone's encoder, attention scores included.
+        cache: keys and values of the decoder when the last token is written, and a copy of one layer's.
+        scores: of all tokens that may come next, as logits, as log-probabilities and as the processors leave them.
+    """
+
+    weights: int
+    encoder: int
+    cache: int
+    scores: int
+
+    @property
+    def total(self) -> int:
+        # The encoder is done when the decoder begins.
+        return self.weights + max(self.encoder, self.cache + self.scores)
+
+
+def translation_memory(
+    model: PoseTranslator, *, clips: int, frames: int, beams: int, max_new_tokens: int
+) -> TranslationMemory:
+    """What translating one batch takes at most.
+
+    Args:
+        model: its weights may be cut by ZeRO-3; the whole counts all the same.
+        clips: of the batch.
+        frames: of its longest clip, to which all are padded.
+        beams, max_new_tokens: of the search.
+    """
+    parameters = list(model.parameters())
+    weights = sum(getattr(item, "ds_numel", item.numel()) * item.element_size() for item in parameters)
+    size = max(item.element_size() for item in parameters if item.is_floating_point())
+    config = model.backbone.config
+    decoder = getattr(config, "decoder", config)
+    layers, heads = _first(decoder, *LAYERS), _first(decoder, *HEADS)
+    inner = heads * (_first(decoder, "d_kv", missing=0) or model.pose_encoder.width // heads)
+    # The pose encoder may shorten a clip, but its first layers see every frame.
+    length = frames + len(model.config.prefix_token_ids)
+    positions, widest = clips * length, 4 * max(model.pose_encoder.width, model.config.pose_encoder["hidden"])
+    # Only with this attention do the beams of a clip share one copy of its encoding.
+    copies = 1 if config._attn_implementation == "sdpa" else beams
+    across = 2 * layers * positions * copies * inner
+    along = 2 * layers * clips * beams * max_new_tokens * inner
+    return TranslationMemory(
+        weights=weights,
+        encoder=size * (3 * positions * widest + 2 * heads * positions * length),
+        cache=size * (across + along + along // layers + positions * model.pose_encoder.width),
+        scores=3 * FLOAT32 * clips * beams * _first(decoder, "vocab_size"),
+    )
+
+
+def fits_whole(
+    engine: Any, *, frames: npt.NDArray[np.integer], batch_frames: int, beams: int, max_new_tokens: int
+) -> bool:
+    """Whether every rank has room to translate with whole weights; all ranks ask, and get the same answer.
+
+    Args:
+        engine: the DeepSpeed engine.
+        frames: of each clip that is to be translated.
+        batch_frames: padded frames of a batch.
+        beams, max_new_tokens: of the search.
+    """
+    batches = {(len(batch), int(frames[batch[0]])) for batch in evaluation_order(frames, batch_frames)}
+    needed = max(
+        translation_memory(engine.module, clips=clips, frames=longest, beams=beams, max_new_tokens=max_new_tokens).total
+        for clips, longest in batches
+    )
+    fits = torch.tensor(float(needed <= LARGEST_SHARE * free_memory()), device=engine.device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits.item())
+
+
+def free_memory() -> int:
+    """Bytes that this rank may still take: of its GPU, else its share of the machine's (or the container's) memory."""
+    if torch.cuda.is_available():
+        # What torch's allocator keeps for later is free to us, though not to others.
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + idle
+    import psutil
+
+    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+    return int(psutil.virtual_memory().available // ranks_here)
+
+
+def _first(config: Any, *names: str, missing: int | None = None) -> int:
+    """The first of these settings that a configuration has.
+
+    Raises:
+        ValueError: it has none of them, and ``missing`` says nothing.
+    """
+    found = next((value for name in names if isinstance(value := getattr(config, name, None), int)), missing)
+    if found is None:
+        raise ValueError(f"{config.model_type}: the configuration has none of {', '.join(names)}")
+    return found
