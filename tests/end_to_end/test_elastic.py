@@ -15,7 +15,8 @@ from toolkit.recipe.load import load_recipe
 from toolkit.training.checkpoints import RANK_FILES, name_of
 
 Case = dict[str, Any]
-STEPS, FIRST_STOP, SECOND_STOP = 6, 3, 5
+STEPS, SAVE_EVERY = 6, 2  # an epoch has three steps, so that runs go on in the middle of one
+FIRST, SECOND = 2, 4  # where they are taken up
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 # So that parameters of a tiny model are cut over ranks, too.
 SMALL = ["ds.zero_optimization.stage3_param_persistence_threshold=0"]
@@ -27,66 +28,71 @@ KINDS = {
     "int8": [*LORA, "model.quantization=int8"],
 }
 NO_DROPOUT = ["model.dropout=0", "model.pose_encoder.dropout=0"]
+NO_LORA_DROPOUT = ["model.lora.dropout=0"]
 # Where two ranks of ZeRO-2 go on: DeepSpeed JSON, and what kinds of model try it.
 TARGETS = {"zero0": ["full"], "zero1": ["full", "lora"], "zero3": ["full", "lora", "nf4"], "zero3_offload": ["full"]}
 
 
+# What goes on to the last bit, with dropout and augmentation: DeepSpeed JSON and overrides.
+EXACT = {
+    "zero0": ("zero0", []),
+    "zero2_offload": ("zero2_offload", []),
+    "zero3": ("zero3", SMALL),
+    "lora": ("zero3", LORA),
+    "nf4": ("zero2", KINDS["nf4"]),
+    "muon": ("zero2", ["training.optimizer=muon", "training.gradient_clipping=0"]),
+}
+
+
+def exactly(kind: str) -> list[str]:
+    """Overrides under which a run's losses do not depend on its ranks."""
+    return [*FP32, *NO_DROPOUT, *KINDS[kind], *NO_LORA_DROPOUT * (kind != "full")]
+
+
+def saved(name: str, step: int) -> str:
+    return f"{name}/checkpoints/{name_of(step)}"
+
+
 def cases_of_two_ranks() -> list[Case]:
-    cases: list[Case] = []
-    for kind, extra in KINDS.items():
-        same = [*FP32, *NO_DROPOUT, *extra]
-        cases.append({"name": f"{kind}-whole", "ds": "zero2", "overrides": same})
-        cases.append({"name": f"{kind}-begun", "ds": "zero2", "overrides": same, "stop_after": FIRST_STOP})
-        cases += [
-            {"name": f"{kind}-{ds}", "ds": ds, "overrides": [*same, *SMALL * (ds == "zero3")], "resume": begun(kind)}
-            for ds, kinds in TARGETS.items()
-            if kind in kinds
-        ]
-    offloaded = [*FP32, *NO_DROPOUT]
-    cases.append({"name": "offload-begun", "ds": "zero3_offload", "overrides": offloaded, "stop_after": FIRST_STOP})
-    cases.append({"name": "offload-zero1", "ds": "zero1", "overrides": offloaded, "resume": begun("offload")})
-    cases.append({"name": "bf16", "ds": "zero2", "overrides": NO_DROPOUT, "resume": begun("full")})
-    # Refusals.
+    cases: list[Case] = [{"name": f"{kind}-whole", "ds": "zero2", "overrides": exactly(kind)} for kind in KINDS]
+    cases += [
+        {
+            "name": f"{kind}-{ds}",
+            "ds": ds,
+            "overrides": [*exactly(kind), *SMALL * (ds == "zero3")],
+            "resume": saved(f"{kind}-whole", SECOND),
+        }
+        for ds, kinds in TARGETS.items()
+        for kind in kinds
+    ]
+    full = exactly("full")
+    cases.append({"name": "offload", "ds": "zero3_offload", "overrides": full, "stop_after": SECOND})
+    cases.append({"name": "offload-zero1", "ds": "zero1", "overrides": full, "resume": saved("offload", SECOND)})
+    cases.append({"name": "bf16", "ds": "zero2", "overrides": NO_DROPOUT, "resume": saved("full-whole", SECOND)})
     eight = [*FP32, "training.optimizer=adamw8bit"]
-    cases.append({"name": "eight-begun", "ds": "zero2", "overrides": eight, "stop_after": FIRST_STOP})
-    cases.append({"name": "eight-same", "ds": "zero2", "overrides": eight, "resume": begun("eight")})
-    cases.append({"name": "eight-zero1", "ds": "zero1", "overrides": eight, "resume": begun("eight")})
+    cases.append({"name": "eight", "ds": "zero2", "overrides": eight, "stop_after": SECOND})
+    cases.append({"name": "eight-same", "ds": "zero2", "overrides": eight, "resume": saved("eight", SECOND)})
+    cases.append({"name": "eight-zero1", "ds": "zero1", "overrides": eight, "resume": saved("eight", SECOND)})
     return cases
 
 
-def begun(kind: str) -> str:
-    return f"{kind}-begun/checkpoints/{name_of(FIRST_STOP)}"
-
-
 def cases_of_one_rank() -> list[Case]:
-    """Two ranks' checkpoints taken up by one; and all kinds of state to the last bit, dropout and augmentation on."""
     cases: list[Case] = [
         {
             "name": f"{kind}-one",
             "ds": "zero2",
-            "overrides": [*FP32, *NO_DROPOUT, *extra],
-            "resume": begun(kind),
-            "stop_after": SECOND_STOP - FIRST_STOP,
+            "overrides": exactly(kind),
+            "resume": saved(f"{kind}-whole", FIRST),
+            "stop_after": SECOND - FIRST,
         }
-        for kind, extra in KINDS.items()
+        for kind in KINDS
     ]
     for name, (ds, extra) in EXACT.items():
         same = [*FP32, "augmentation.noise=0.02", *extra]
-        cases.append({"name": f"{name}-whole", "ds": ds, "overrides": same})
-        cases.append({"name": f"{name}-begun", "ds": ds, "overrides": same, "stop_after": FIRST_STOP})
-        cases.append({"name": f"{name}-rest", "ds": ds, "overrides": same, "resume": begun(name)})
+        whole = f"exact-{name}-whole"
+        cases.append({"name": whole, "ds": ds, "overrides": same})
+        cases.append({"name": f"exact-{name}-rest", "ds": ds, "overrides": same, "resume": saved(whole, SECOND)})
     return cases
-
-
-# What goes on to the last bit: DeepSpeed JSON and overrides.
-EXACT = {
-    "exact-zero0": ("zero0", []),
-    "exact-zero2": ("zero2_offload", []),
-    "exact-zero3": ("zero3", SMALL),
-    "exact-lora": ("zero3", LORA),
-    "exact-nf4": ("zero2", KINDS["nf4"]),
-    "exact-muon": ("zero2", ["training.optimizer=muon", "training.gradient_clipping=0"]),
-}
 
 
 def cases_of_two_ranks_again() -> list[Case]:
@@ -94,10 +100,10 @@ def cases_of_two_ranks_again() -> list[Case]:
         {
             "name": f"{kind}-two",
             "ds": "zero3" if kind != "int8" else "zero2",
-            "overrides": [*FP32, *NO_DROPOUT, *extra],
-            "resume": f"{kind}-one/checkpoints/{name_of(SECOND_STOP)}",
+            "overrides": exactly(kind),
+            "resume": saved(f"{kind}-one", SECOND),
         }
-        for kind, extra in KINDS.items()
+        for kind in KINDS
     ]
 
 
@@ -112,7 +118,10 @@ def trained(
     shared += [
         f"data.corpus={corpus}",
         f"training.max_steps={STEPS}",
+        f"training.save_every={SAVE_EVERY}",
+        "training.keep_last=9",
         "training.learning_rate=3e-3",
+        "model.pose_encoder.hidden=64",
         "training.epochs=9",
         "training.eval_every=99",
         "training.log_every=1",
@@ -131,19 +140,19 @@ def trained(
 
 @pytest.mark.parametrize(("ds", "kind"), [(ds, kind) for ds, kinds in TARGETS.items() for kind in kinds])
 def test_another_zero_stage_goes_on(trained: dict[str, dict[str, Any]], ds: str, kind: str) -> None:
-    goes_on(trained, kind, f"{kind}-{ds}", FIRST_STOP)
+    goes_on(trained, kind, f"{kind}-{ds}", SECOND)
     assert "zero stage 2 ->" in " ".join(trained[f"{kind}-{ds}"]["said"])
 
 
 def test_from_offloaded_shards_to_others(trained: dict[str, dict[str, Any]]) -> None:
-    goes_on(trained, "full", "offload-zero1", FIRST_STOP)
+    goes_on(trained, "full", "offload-zero1", SECOND)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_then_one_then_two(trained: dict[str, dict[str, Any]], kind: str) -> None:
-    goes_on(trained, kind, f"{kind}-one", FIRST_STOP)
+    goes_on(trained, kind, f"{kind}-one", FIRST)
     assert "world size 2 -> 1" in " ".join(trained[f"{kind}-one"]["said"])
-    goes_on(trained, kind, f"{kind}-two", SECOND_STOP)
+    goes_on(trained, kind, f"{kind}-two", SECOND)
     assert "1 rank is new" in " ".join(trained[f"{kind}-two"]["said"])
 
 
@@ -158,29 +167,30 @@ def goes_on(trained: dict[str, dict[str, Any]], kind: str, name: str, after: int
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_same_layout_goes_on_to_the_last_bit(trained: dict[str, dict[str, Any]], name: str) -> None:
-    whole, begun, rest = (trained[f"{name}-{part}"] for part in ("whole", "begun", "rest"))
-    assert begun["losses"] + rest["losses"] == whole["losses"]
+    whole, rest = trained[f"exact-{name}-whole"], trained[f"exact-{name}-rest"]
+    assert len(whole["losses"]) == STEPS
+    assert rest["losses"] == whole["losses"][SECOND:]
     assert rest["weights"] == whole["weights"]
     assert not [line for line in rest["said"] if line.startswith("note:")]
 
 
 def test_another_precision_goes_on_and_says_so(trained: dict[str, dict[str, Any]]) -> None:
     assert "precision fp32 -> bf16" in " ".join(trained["bf16"]["said"])
-    assert trained["bf16"]["losses"] == pytest.approx(trained["full-whole"]["losses"][FIRST_STOP:], rel=0.05)
+    assert trained["bf16"]["losses"] == pytest.approx(trained["full-whole"]["losses"][SECOND:], rel=0.05)
 
 
 def test_an_8_bit_optimizer_goes_on_only_as_it_was(trained: dict[str, dict[str, Any]]) -> None:
-    assert len(trained["eight-same"]["losses"]) == STEPS - FIRST_STOP
+    assert len(trained["eight-same"]["losses"]) == STEPS - SECOND
     refusal = trained["eight-zero1"]["refused"]
     assert "AdamW8bit" in refusal and "zero_stage 2" in refusal and "\n" not in refusal
 
 
 @pytest.mark.parametrize("kind", ["lora", "nf4", "int8"])
 def test_frozen_weights_are_not_saved_again(trained: dict[str, dict[str, Any]], kind: str) -> None:
-    checkpoint = Path(trained[f"{kind}-begun"]["run_dir"]) / "checkpoints" / name_of(FIRST_STOP)
-    saved = set()
+    checkpoint = Path(trained[f"{kind}-whole"]["run_dir"]) / "checkpoints" / name_of(FIRST)
+    names = set()
     for path in checkpoint.glob(RANK_FILES):
         with safe_open(path, framework="pt") as file:
-            saved |= {name for name in file.keys() if name.endswith("/weights")}  # noqa: SIM118 - it is no dict
-    assert any("lora_A" in name for name in saved) and any(name.startswith("pose_encoder") for name in saved)
-    assert all("lora_" in name for name in saved if name.startswith("backbone"))
+            names |= {name for name in file.keys() if name.endswith("/weights")}  # noqa: SIM118 - it is no dict
+    assert any("lora_A" in name for name in names) and any(name.startswith("pose_encoder") for name in names)
+    assert all("lora_" in name for name in names if name.startswith("backbone"))
