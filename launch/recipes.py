@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""List, show, copy and check recipes. Nothing is trained, downloaded or written but by `cp`.
+"""List, show, copy and check recipes, and ask what it takes to train a model. Nothing is trained or downloaded by it;
+only `cp` writes a recipe, and `docs` the tables of docs/models.md.
 
 python launch/recipes.py ls                                          all recipes: model, parameters, DeepSpeed JSON
 python launch/recipes.py show t5_small                               with every default filled in
 python launch/recipes.py show t5_small --ds zero3 --world-size 8 training.epochs=40
 python launch/recipes.py cp t5_small my_recipe                       the start of a recipe of your own
 python launch/recipes.py check my_recipe --ds my/zero.json --world-size 8
+python launch/recipes.py check-model google/mt5-small --card-gib 24 --world-size 2
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import exit_code_of
-from toolkit.recipe.catalogue import catalogue, copy_recipe
+from toolkit.errors import UserError, exit_code_of
+from toolkit.recipe.catalogue import catalogue, copy_recipe, millions
+from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.paths import shown
 from toolkit.recipe.resolve import ResolvedRun, missing_data, resolve_named
@@ -66,9 +69,21 @@ def _parse() -> argparse.Namespace:
         epilog=OVERRIDES,
     )
     check.set_defaults(run=_check)
+    model = commands.add_parser(
+        "check-model",
+        parents=[shared, as_json],
+        help="say whether a model of the hub or a folder can be trained here, and what it takes",
+        epilog=OVERRIDES,
+    )
+    model.add_argument("name", metavar="MODEL", help="a model card's name, a hub id, or a folder in HuggingFace form")
+    model.add_argument("--card-gib", type=float, default=24.0, metavar="G", help="memory of a GPU in GiB (default 24)")
+    model.add_argument("--world-size", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
+    model.set_defaults(run=_check_model)
+    docs = commands.add_parser("docs", parents=[shared], help="write the tables of docs/models.md anew")
+    docs.set_defaults(run=_docs)
     # Overrides may stand anywhere among the options, which argparse does not allow for a list of positionals.
     arguments, rest = parser.parse_known_args()
-    wrong = [word for word in rest if word.startswith("-") or arguments.run not in (_show, _check)]
+    wrong = [word for word in rest if word.startswith("-") or arguments.run not in (_show, _check, _check_model)]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     arguments.overrides = rest
@@ -76,16 +91,24 @@ def _parse() -> argparse.Namespace:
 
 
 def _ls(arguments: argparse.Namespace) -> None:
-    entries, problems = catalogue()
+    from toolkit.planning.overview import overview  # it imports torch
+
+    recipes, problems = catalogue()
+    entries = [overview(recipe) for recipe in recipes]
     if arguments.json:
         print(json.dumps({"recipes": [entry.to_dict() for entry in entries], "problems": problems}))
         return
-    rows = [("recipe", "model", "parameters", "deepspeed", "description")]
+    rows = [("recipe", "model", "parameters", "trainable", "deepspeed", "states", "description")]
     for entry in entries:
-        rows.append((entry.name, entry.model, _millions(entry.parameters), entry.deepspeed, entry.description))
-    wide = [max(len(row[column]) for row in rows) for column in range(4)]
-    for name, model, size, deepspeed, description in rows:
-        print(f"{name:<{wide[0]}}  {model:<{wide[1]}}  {size:>{wide[2]}}  {deepspeed:<{wide[3]}}  {description}")
+        sizes = (millions(entry.parameters), millions(entry.trainable))
+        rows.append((entry.name, entry.model, *sizes, entry.deepspeed, entry.states_in_words, entry.description))
+    wide = [max(len(row[column]) for row in rows) for column in range(6)]
+    for name, model, size, trainable, deepspeed, states, description in rows:
+        print(
+            f"{name:<{wide[0]}}  {model:<{wide[1]}}  {size:>{wide[2]}}  {trainable:>{wide[3]}}  "
+            f"{deepspeed:<{wide[4]}}  {states:>{wide[5]}}  {description}"
+        )
+    print("\nstates: model states on one GPU, estimated by arithmetic; activations come on top")
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
 
@@ -115,7 +138,7 @@ def _check(arguments: argparse.Namespace) -> None:
     model, training = run.recipe.model, run.recipe.training
     card = card_of(model)
     weights = "tiny, random weights" if model.tiny else "random weights" if model.from_scratch else "published weights"
-    size = f", {_millions(card.parameters)} parameters" if card and not model.tiny else ""
+    size = f", {millions(card.parameters)} parameters" if card and not model.tiny else ""
     placement = [f"ZeRO stage {run.zero_stage}", f"{run.precision} parameters"]
     if run.autocast:
         placement.append(f"{run.autocast} products")
@@ -130,8 +153,29 @@ def _check(arguments: argparse.Namespace) -> None:
         f"  batch      {training.global_batch_size} clips a step = {run.micro_batch_size} x {run.world_size} ranks x "
         f"{run.accumulation_steps} accumulation steps"
     )
+    print(f"  memory     {_memory(run)}")
     for line in (*run.notes, *missing):
         print(f"  note       {line}")
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    from toolkit.planning.candidates import examine, in_words
+
+    recipe = load_recipe("t5_small", [f"model.backbone={arguments.name}", *arguments.overrides])
+    candidate = examine(recipe, arguments.card_gib, arguments.world_size)
+    if arguments.json:
+        print(json.dumps(candidate.to_dict()))
+        return
+    for line in in_words(candidate, arguments.card_gib, arguments.world_size):
+        print(line)
+
+
+def _docs(arguments: argparse.Namespace) -> None:
+    from toolkit.planning.tables import write_tables
+
+    path = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+    write_tables(path)
+    print(f"{shown(path)} has its tables anew")
 
 
 def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
@@ -143,6 +187,18 @@ def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
         ds=arguments.ds,
         needs_data=False,
     )
+
+
+def _memory(run: ResolvedRun) -> str:
+    from toolkit.planning.counts import count
+    from toolkit.planning.states import GIB, model_states
+
+    try:
+        states = model_states(count(run.recipe), run.recipe, run.deepspeed, run.world_size)
+    except UserError as error:
+        return f"not estimated: {error}"
+    host = f", and {states.host / GIB:.1f} GiB of host memory a rank" if states.host else ""
+    return f"a GPU, by arithmetic: {states.sum_in_words()} of model states{host}; activations come on top"
 
 
 def _to_dict(run: ResolvedRun) -> dict[str, object]:
@@ -161,10 +217,6 @@ def _to_dict(run: ResolvedRun) -> dict[str, object]:
 
 def _ranks(run: ResolvedRun) -> str:
     return "1 rank" if run.world_size == 1 else f"{run.world_size} ranks"
-
-
-def _millions(parameters: int | None) -> str:
-    return "from the hub" if parameters is None else f"{parameters / 1e6:,.1f} M"
 
 
 if __name__ == "__main__":

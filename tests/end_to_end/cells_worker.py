@@ -6,14 +6,18 @@ that fails is written down with its reason, and the next one begins.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
-import shutil
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import torch
 from torch import distributed as dist
 
@@ -23,14 +27,21 @@ from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.load import load_translator
+from toolkit.models.weights import saved_state_dict
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
-from toolkit.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from toolkit.training import run_directory
+from toolkit.training.checkpoint_reader import load_checkpoint
+from toolkit.training.checkpoint_writer import CheckpointWriter
+from toolkit.training.checkpoints import Progress, SavedState, name_of, read_state
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
 from toolkit.training.guards import GradientWatch
+from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import token_loss
-from toolkit.training.run import seed_everything
+from toolkit.training.run import Start, open_trainer, seed_everything
 
 STEPS = 3
+NOBODY = SavedState(Progress(), {}, "", {}, {}, {})  # a checkpoint's identity, for nobody asks
 
 
 def main() -> None:
@@ -39,25 +50,36 @@ def main() -> None:
     ranks = read_ranks()
     quieten(None)
     join_process_group(ranks)
-    # DeepSpeed collects garbage several times an engine, over everything that the imports made.
+    # DeepSpeed collects garbage several times an engine, over everything that the imports made, and asks for the maker
+    # of the processor with every CPUAdam, in a process of its own.
     gc.freeze()
-    results = Path(plan["results"])
-    corpus = Corpus.open(plan["corpus"])
-    with results.open("w") as file:
-        for name, overrides in plan["cells"].items():
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    corpus, folder = Corpus.open(plan["corpus"]), Path(plan["folder"])
+    writer = CheckpointWriter(folder / "checkpoints", NOBODY, keep_last=1, say=print)
+    cases: dict[str, Callable[[int], dict[str, Any]]] = {
+        f"recipe {name}": functools.partial(train_recipe, name, overrides, corpus, folder / name, ranks)
+        for name, overrides in plan["recipes"].items()
+    }
+    for name, overrides in plan["cells"].items():
+        cases[name] = functools.partial(train_cell, overrides, corpus, writer, ranks)
+    with Path(plan["results"]).open("w") as results:
+        for number, (name, case) in enumerate(cases.items()):
             started = time.monotonic()
             try:
-                outcome = train(overrides, corpus, Path(plan["folder"]), ranks)
-            except Exception as error:  # whatever breaks a cell is that cell's result
-                outcome = {"error": f"{type(error).__name__}: {error}"}
-            outcome["seconds"] = round(time.monotonic() - started, 3)
+                outcome = case(number)
+            except Exception as error:  # whatever breaks a case is that case's result
+                outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            outcome |= {"case": name, "seconds": round(time.monotonic() - started, 3)}
             if ranks.is_main:
-                print(json.dumps({"cell": name, **outcome}), file=file, flush=True)
+                print(json.dumps(outcome), file=results, flush=True)
             gc.collect()
+    writer.close()
     leave_process_group()
 
 
-def train(overrides: list[str], corpus: Corpus, folder: Path, ranks: Ranks) -> dict[str, Any]:
+def train_cell(
+    overrides: list[str], corpus: Corpus, writer: CheckpointWriter, ranks: Ranks, number: int
+) -> dict[str, Any]:
     """Three steps on one batch, then a checkpoint, scrambled weights and the checkpoint again."""
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=torch.cuda.is_available())
     seed_everything(resolved.recipe.training.seed)
@@ -77,14 +99,37 @@ def train(overrides: list[str], corpus: Corpus, folder: Path, ranks: Ranks) -> d
         losses.append(mean_over_ranks(loss.detach()))
     engine.eval()
     before = logits_of(engine, batch)
-    checkpoint = save_checkpoint(engine, folder / "checkpoints", Progress(step=STEPS), layout={}, keep_last=1)
+    writer.identity = replace(NOBODY, layout=run_directory.layout_of(resolved))
+    writer.save(engine, Progress(step=number))
+    writer.wait()
     spoil(engine)
-    load_checkpoint(engine, checkpoint)
+    checkpoint = writer.folder / name_of(number)
+    load_checkpoint(engine, checkpoint, read_state(checkpoint), layout=writer.identity.layout, seed=0)
     after = logits_of(engine, batch)
     engine.destroy()
-    if ranks.is_main:
-        shutil.rmtree(checkpoint)
     return {"losses": losses, "restored": bool(torch.equal(before, after))}
+
+
+def train_recipe(
+    name: str, overrides: list[str], corpus: Corpus, run_dir: Path, ranks: Ranks, _: int
+) -> dict[str, Any]:
+    """A whole short run of a recipe by its own DeepSpeed JSON: training, evaluation, the best model on disk."""
+    resolved = resolve_named(name, [*overrides, f"run.dir={run_dir}"], ranks.world_size, has_gpu=False)
+    if ranks.is_main:
+        run_directory.start(resolved, corpus.path)
+    dist.barrier()
+    interruptions = Interruptions()
+    with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:
+        trainer.run()
+        saved = saved_state_dict(trainer.engine.module, keep=True)
+        trainer.engine.destroy()
+    interruptions.close()
+    loaded = load_translator(run_dir / "best")[0].state_dict()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {
+        "losses": [entry["loss"] for entry in map(json.loads, lines) if entry["kind"] == "train"],
+        "restored": all(torch.equal(loaded[name].to(tensor.dtype), tensor) for name, tensor in saved.items()),
+    }
 
 
 def first_batch(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any, ranks: Ranks) -> Batch:

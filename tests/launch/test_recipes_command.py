@@ -18,22 +18,34 @@ def recipes(*arguments, cwd):
     return subprocess.run([sys.executable, str(COMMAND), *arguments], cwd=cwd, capture_output=True, text=True)
 
 
+RECIPES = {
+    *("t5_small", "t5_base", "t5_large", "t5_3b", "t5_3b_lora", "t5_3b_lora_int8", "t5_3b_qlora", "t5_large_qlora"),
+    *("flan_t5_base", "byt5_small", "bart_large", "mbart50", "mt5_base", "mt5_large", "umt5_base", "m2m100"),
+    *("nllb_600m", "pegasus_large", "transformer", "demo"),
+}
+
+
 def test_ls_prints_one_row_a_recipe(tmp_path):
     done = recipes("ls", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     heading, *rows = done.stdout.splitlines()
-    assert heading.split() == ["recipe", "model", "parameters", "deepspeed", "description"]
+    assert heading.split() == ["recipe", "model", "parameters", "trainable", "deepspeed", "states", "description"]
     t5_small = next(row for row in rows if row.startswith("t5_small"))
     assert "60.5 M" in t5_small and "zero2" in t5_small
-    assert len({row.index("zero") for row in rows}) == 1, "the columns stand under each other"
+    lora = next(row for row in rows if row.startswith("t5_3b_lora "))
+    assert "2,851.6 M" in lora and "11.8 M" in lora
+    assert len({row.index("zero") for row in rows[: len(RECIPES)]}) == 1, "the columns stand under each other"
 
 
 def test_ls_json(tmp_path):
-    listed = json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]
-    t5_small = next(row for row in listed if row["name"] == "t5_small")
-    assert t5_small["parameters"] == t5_small["trainable"] == 60_506_624
-    assert t5_small["deepspeed"] == "zero2"
-    assert {"demo", "t5_small"} <= {row["name"] for row in listed}
+    listed = {row["name"]: row for row in json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]}
+    assert set(listed) >= RECIPES
+    assert listed["t5_small"]["parameters"] == listed["t5_small"]["trainable"] == 60_506_624
+    assert listed["t5_small"]["deepspeed"] == "zero2"
+    assert listed["t5_3b_lora"]["trainable"] == 144 * 16 * (1024 + 4096)
+    for name in RECIPES:
+        assert 0 < listed[name]["trainable"] <= listed[name]["parameters"]
+        assert 0 < listed[name]["states_gib"] < 16, "a 24 GiB card keeps a third for activations"
 
 
 def test_show_json_is_fully_resolved_and_overrides_stand_anywhere(tmp_path):
@@ -78,6 +90,8 @@ def test_check_says_what_would_run(tmp_path):
         (["show", "t5_smal"], "did you mean t5_small?"),
         (["show", "t5_small", "--ds", "zero9"], "'zero9' does not exist"),
         (["show", "t5_small", "training.epoch=3"], "did you mean training.epochs?"),
+        (["check", "t5_3b_lora_int8", "--ds", "zero3"], "int8 and ZeRO stage 3 exclude each other"),
+        (["check", "t5_3b_lora_int8", "--ds", "zero3"], "--ds zero2, or"),
         (["cp", "t5_small", "t5_small"], "exists already"),
         (["cp", "t5_small", "a b"], "is no recipe name"),
     ],

@@ -52,6 +52,8 @@ def write(path, value):
 def test_every_strategy_resolves_for_every_recipe(ds, world_size, has_gpu):
     for name in recipe_names():
         batch = ("training.global_batch_size=64", "training.micro_batch_size=8")
+        if name == "t5_3b_lora_int8" and ds.startswith("zero3"):
+            continue  # the compatibility table refuses it
         run = run_of(name, *batch, ds=ds, world_size=world_size, has_gpu=has_gpu)
         config = run.deepspeed
         assert '"auto"' not in json.dumps(config)

@@ -84,7 +84,8 @@ def add_lora(model: PoseTranslator, lora: Lora, targets: Iterable[str]) -> None:
     """
     from peft import LoraConfig  # it brings bitsandbytes along, which takes its time
 
-    left_out = sorted({name for name, layer in linear_layers(model) if _is_unreached(layer, model)})
+    unreached = _unreached_modules(model)
+    left_out = sorted({name for name, layer in linear_layers(model) if layer in unreached})
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -113,11 +114,12 @@ def unreached_parameters(model: PoseTranslator) -> list[tuple[str, nn.Parameter]
     The encoder reads poses, not tokens: its own word embeddings lie idle, unless the decoder shares them or a prefix is
     read by them. A BERT's pooler and a Longformer's global attention are not used either.
     """
+    unreached = _unreached_modules(model)
     return [
         (f"{name}.{own}" if name else own, parameter)
         for name, module in model.named_modules()
+        if module in unreached
         for own, parameter in module.named_parameters(recurse=False)
-        if _is_unreached(module, model)
     ]
 
 
@@ -151,12 +153,12 @@ def _part(model: PoseTranslator, part: str) -> list[nn.Parameter]:
     return [parameter for parameter in half.parameters() if id(parameter) not in kept]
 
 
-def _is_unreached(module: nn.Module, model: PoseTranslator) -> bool:
-    encoder = model.backbone.get_encoder()
-    if module in (encoder.get_input_embeddings(), model.backbone.get_input_embeddings()):
-        return all(module.weight is not table.weight for table in token_tables(model))
-    idle = [part for name, part in encoder.named_modules() if name.endswith(("pooler", "_global"))]
-    return any(module is inner for part in idle for inner in part.modules())
+def _unreached_modules(model: PoseTranslator) -> set[nn.Module]:
+    encoder, tables = model.backbone.get_encoder(), token_tables(model)
+    words = {encoder.get_input_embeddings(), model.backbone.get_input_embeddings()} - {None}
+    idle = {module for module in words if all(module.weight is not table.weight for table in tables)}
+    parts = [part for name, part in encoder.named_modules() if name.endswith(("pooler", "_global"))]
+    return idle | {inner for part in parts for inner in part.modules()}
 
 
 @contextlib.contextmanager

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.files import read_text, write_text_atomically
 from toolkit.recipe.load import find_recipe, load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.paths import is_clone, recipes_dir
+from toolkit.recipe.schema import Recipe
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the list of recipes."""
-
-    name: str
-    model: str
-    parameters: int | None  # of the backbone at full size; None = known only once the hub model is read
-    trainable: int | None  # of those, how many are trained
-    deepspeed: str
-    description: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return asdict(self)
-
-
-def catalogue() -> tuple[list[Entry], list[str]]:
+def catalogue() -> tuple[list[Recipe], list[str]]:
     """The recipes in ``recipes/``, and one sentence for each that cannot be read."""
-    entries, problems = [], []
+    recipes, problems = [], []
     for name in recipe_names():
         try:
             recipe = load_recipe(name)
-            card = card_of(recipe.model)
+            card_of(recipe.model)
         except UserError as error:
             problems.append(f"recipe {name}: {error}")
-            continue
-        parameters = card.parameters if card else None
-        entries.append(Entry(name, recipe.model.backbone, parameters, parameters, recipe.deepspeed, recipe.description))
-    return entries, problems
+        else:
+            recipes.append(recipe)
+    return recipes, problems
 
 
 def copy_recipe(name: str, new: str) -> Path:
@@ -73,3 +55,8 @@ def copy_recipe(name: str, new: str) -> Path:
     # The command at the top of the copy should run the copy.
     write_text_atomically(target, re.sub(rf"(--recipe +){re.escape(source.stem)}\b", rf"\g<1>{called}", text))
     return target
+
+
+def millions(parameters: int | None) -> str:
+    """A number of parameters as people say it."""
+    return "from the hub" if parameters is None else f"{parameters / 1e6:,.1f} M"

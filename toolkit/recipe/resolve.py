@@ -15,7 +15,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.cells import BFLOAT, HALF, autocast_type, cell_of, parameter_precision, refusal_in_words
-from toolkit.recipe.compatibility import GPU_ONLY
+from toolkit.recipe.compatibility import GPU_ONLY, ZERO_STAGES
 from toolkit.recipe.ds_json import json_place, read_deepspeed
 from toolkit.recipe.ds_keys import OWNED
 from toolkit.recipe.files import read_text, write_text_atomically
@@ -313,6 +313,8 @@ def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
 
 def _cell_problems(config: Tree, recipe: Recipe) -> list[str]:
     """What the compatibility table says against this model with this DeepSpeed JSON."""
+    if value_at(config, "zero_optimization.stage") not in (None, *ZERO_STAGES):
+        return []  # listed already
     try:
         architecture = architecture_of(recipe.model)
     except UserError:

@@ -1,0 +1,150 @@
+"""Every cell of the compatibility table that is claimed to work is trained on two ranks; every recipe, too.
+
+`make test` trains a pairwise cover, in which any two settings that go together stand together, and the recipes' own
+cells; `make test-nightly` trains all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.recipe.cells import cell_of
+from toolkit.recipe.compatibility import Cell, cells, needs_gpu, refusal
+from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.load import load_recipe, recipe_names
+from toolkit.recipe.model_cards import card_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import AXES, card_of_architecture, overrides_of, pairs, pairwise_cover
+
+CLAIMED = [cell for cell in cells() if refusal(cell) is None]
+ON_CPU = [cell for cell in CLAIMED if not needs_gpu(cell)]
+COVER = pairwise_cover(ON_CPU)
+
+
+def cell_of_recipe(name: str) -> Cell:
+    recipe = load_recipe(name)
+    card = card_of(recipe.model)
+    assert card
+    return cell_of(recipe, load_deepspeed(recipe.deepspeed, recipe.ds), card.architecture)
+
+
+RECIPES_OWN = [cell_of_recipe(name) for name in recipe_names()]
+BY_DAY = list(dict.fromkeys([*RECIPES_OWN, *COVER]))
+BY_NIGHT = [cell for cell in ON_CPU if cell not in BY_DAY]
+ON_GPU = [cell for cell in CLAIMED if needs_gpu(cell)]
+ONE_BATCH = [
+    "training.global_batch_size=4",
+    "training.micro_batch_size=2",
+    "model.dropout=0",
+    "model.pose_encoder.dropout=0",
+]
+WHOLE_RUN = [
+    "training.max_steps=4",
+    "training.warmup_ratio=0",
+    "training.global_batch_size=24",
+    "training.micro_batch_size=6",
+    "training.eval_every=99",
+    "evaluation.num_beams=2",
+    "evaluation.max_new_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def train_cells(
+    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Trains the cells and the recipes of a list in one start, and gives what each came to."""
+    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    shared = [
+        f"data.corpus={corpus}",
+        "model.tiny=true",
+        "training.learning_rate=3e-3",
+        "training.workers=0",
+    ]
+
+    def train(chosen: list[Cell], recipes: list[str], ranks: int) -> dict[str, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("cells")
+        results, plan = folder / "results.jsonl", folder / "plan.json"
+        run_dir = f"run.dir={folder / 'run'}"
+        plan.write_text(
+            json.dumps(
+                {
+                    "corpus": str(corpus),
+                    "folder": str(folder),
+                    "results": str(results),
+                    "cells": {str(cell): [*shared, run_dir, *ONE_BATCH, *overrides_of(cell)] for cell in chosen},
+                    "recipes": {name: [*shared, *WHOLE_RUN] for name in recipes},
+                }
+            )
+        )
+        done = run("tests/end_to_end/cells_worker.py", plan, ranks=ranks)
+        assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+        outcomes = [json.loads(line) for line in results.read_text().splitlines()]
+        return {outcome.pop("case"): outcome for outcome in outcomes}
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def by_day(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return train_cells(BY_DAY, recipe_names(), ranks=2)
+
+
+@pytest.mark.parametrize("cell", BY_DAY, ids=str)
+def test_a_cell_that_is_claimed_trains_saves_and_loads(by_day: dict[str, dict[str, Any]], cell: Cell) -> None:
+    check(by_day[str(cell)])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains_as_it_stands(by_day: dict[str, dict[str, Any]], name: str) -> None:
+    check(by_day[f"recipe {name}"])
+
+
+@pytest.mark.nightly
+def test_all_other_cells_train_save_and_load(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    outcomes = train_cells(BY_NIGHT, [], ranks=2)
+    wrong = {name: outcome for name, outcome in outcomes.items() if problem(outcome)}
+    assert not wrong, f"{len(wrong)} of {len(outcomes)}: {json.dumps(wrong, indent=1)[:8000]}"
+
+
+@pytest.mark.gpu
+def test_cells_that_need_a_gpu_train_save_and_load(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    outcomes = train_cells(pairwise_cover(ON_GPU), [], ranks=1)
+    wrong = {name: outcome for name, outcome in outcomes.items() if problem(outcome)}
+    assert not wrong, json.dumps(wrong, indent=1)[:8000]
+
+
+def test_what_is_claimed_is_what_is_tested() -> None:
+    assert sorted(map(str, [*BY_DAY, *BY_NIGHT, *ON_GPU])) == sorted(map(str, CLAIMED))
+    assert all(refusal(cell) is None for cell in RECIPES_OWN)
+    for cell in CLAIMED:
+        assert card_of_architecture(cell.architecture or "")
+        assert overrides_of(cell)
+
+
+def test_the_cover_holds_every_pair_that_goes_together() -> None:
+    wanted = set(itertools.chain.from_iterable(map(pairs, ON_CPU)))
+    assert wanted == set(itertools.chain.from_iterable(map(pairs, COVER)))
+    assert len(COVER) < 150 and len(AXES) == 6
+
+
+def problem(outcome: dict[str, Any]) -> str | None:
+    if "error" in outcome:
+        return str(outcome["traceback"])
+    losses = outcome["losses"]
+    if not losses[-1] < losses[0]:
+        return f"the loss did not fall: {losses}"
+    return None if outcome["restored"] else "loading did not bring the saved weights back"
+
+
+def check(outcome: dict[str, Any]) -> None:
+    assert problem(outcome) is None

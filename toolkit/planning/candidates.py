@@ -1,0 +1,164 @@
+"""Could this backbone be trained here, and how? Asked of its configuration alone: no weights, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.models.adapters import lora_targets
+from toolkit.models.backbone import empty_backbone, encoder_width, position_limit, takes_vectors
+from toolkit.models.backbone_config import backbone_config
+from toolkit.models.check import check_architecture
+from toolkit.planning.counts import count_with, empty_translator
+from toolkit.planning.states import GIB, model_states
+from toolkit.recipe.cells import cell_of
+from toolkit.recipe.compatibility import ARCHITECTURES, refusal
+from toolkit.recipe.ds_json import ds_config_names, read_deepspeed
+from toolkit.recipe.schema import Lora, Quantization, Recipe
+
+# Ways to train, from the one that learns most to the one that needs least.
+WAYS: dict[str, dict[str, Any]] = {
+    "every weight": {},
+    "LoRA": {"lora": Lora()},
+    "LoRA on int8": {"lora": Lora(), "quantization": Quantization(kind="int8")},
+    "LoRA on NF4": {"lora": Lora(), "quantization": Quantization(kind="nf4")},
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a backbone with one DeepSpeed JSON.
+
+    Attributes:
+        name: one of ``WAYS``.
+        deepspeed: a shipped JSON.
+        trainable: numbers that train, without the pose encoder.
+        device_gib: model states on each device, estimated by arithmetic.
+        host_gib: model states in the host's memory for each rank.
+        fits: whether a third of the card is left for activations.
+    """
+
+    name: str
+    deepspeed: str
+    trainable: int
+    device_gib: float
+    host_gib: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backbone that can be trained.
+
+    Attributes:
+        backbone: as the user calls it.
+        architecture: HuggingFace ``model_type``.
+        tested: whether the compatibility table, and so the tests, know this architecture.
+        hidden_size: width of the vectors that the encoder takes.
+        encoder_positions, decoder_positions: how many it tells apart; None = no limit.
+        parameters: of the backbone.
+        lora_targets: layers that LoRA would adapt; empty where they must be named.
+        ways: all allowed ways.
+    """
+
+    backbone: str
+    architecture: str
+    tested: bool
+    hidden_size: int
+    encoder_positions: int | None
+    decoder_positions: int | None
+    parameters: int
+    lora_targets: list[str]
+    ways: list[Way]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**asdict(self), "inputs_embeds": True}
+
+
+def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
+    """Look at the backbone of a recipe.
+
+    Args:
+        recipe: gives the model; its adapter and quantisation are left aside.
+        card_gib: memory of each GPU, GiB.
+        world_size: number of GPUs.
+
+    Raises:
+        UserError: it cannot be had, is no encoder-decoder, or reads no vectors.
+    """
+    model = recipe.model.model_copy(update={"lora": None, "quantization": None, "freeze": []})
+    recipe = recipe.model_copy(update={"model": model})
+    config = backbone_config(model)
+    check_architecture(config, model.backbone)
+    backbone = empty_backbone(config)
+    if not takes_vectors(backbone):
+        raise UserError(
+            f"model.backbone={model.backbone}: the encoder of a {config.model_type} reads token ids only (it takes no "
+            "inputs_embeds), and poses are none: choose another seq2seq model; `python launch/recipes.py ls` shows some"
+        )
+    return Candidate(
+        backbone=model.backbone,
+        architecture=config.model_type,
+        tested=config.model_type in ARCHITECTURES,
+        hidden_size=encoder_width(config),
+        encoder_positions=position_limit(backbone.get_encoder()),
+        decoder_positions=position_limit(backbone.get_decoder()),
+        parameters=sum(parameter.numel() for parameter in backbone.parameters()),
+        lora_targets=_targets(config, recipe),
+        ways=list(_ways(config, recipe, card_gib, world_size)),
+    )
+
+
+def _targets(config: Any, recipe: Recipe) -> list[str]:
+    model = recipe.model.model_copy(update={"lora": Lora()})
+    try:
+        return lora_targets(empty_translator(config, recipe), model)
+    except UserError:
+        return []  # not known: the recipe must name them
+
+
+def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iterator[Way]:
+    for name, settings in WAYS.items():
+        if settings and not _targets(config, recipe):
+            continue
+        model = recipe.model.model_copy(update=settings)
+        chosen = recipe.model_copy(update={"model": model})
+        counts = count_with(config, chosen)
+        for deepspeed in ds_config_names():
+            json, _ = read_deepspeed(deepspeed)
+            if refusal(cell_of(chosen, json, config.model_type)):
+                continue
+            states = model_states(counts, chosen, json, world_size)
+            yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, states.fits(card_gib))
+
+
+def in_words(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:
+    """What ``check-model`` prints."""
+    positions = (candidate.encoder_positions, candidate.decoder_positions)
+    poses, text = ("without limit" if limit is None else f"at most {limit:,}" for limit in positions)
+    tested = "in the compatibility table" if candidate.tested else "not in the compatibility table: may work, untested"
+    yield f"{candidate.backbone} can be trained behind poses"
+    yield f"  architecture  {candidate.architecture}, {tested}"
+    yield f"  takes         inputs_embeds of width {candidate.hidden_size:,}; poses {poses}, text {text}"
+    yield f"  parameters    {candidate.parameters / 1e6:,.1f} M"
+    targets = ", ".join(candidate.lora_targets) or "not known: name layers in model.lora.targets"
+    yield f"  LoRA targets  {targets}"
+    cards = f"{world_size} GPU{'s' if world_size > 1 else ''} of {card_gib:g} GiB"
+    yield f"  model states on {cards}, by arithmetic, where they leave a third of a card for activations:"
+    for name in WAYS:
+        ways = [way for way in candidate.ways if way.name == name]
+        if not ways:
+            continue
+        fitting = [_size(way) for way in ways if way.fits]
+        least = min(ways, key=lambda way: way.device_gib)
+        told = ", ".join(fitting) or f"none; the least is {_size(least)}"
+        yield f"    {name:<12}  {ways[0].trainable / 1e6:,.1f} M trained: {told}"
+    yield f"  next          a model card of your own, or model.backbone={candidate.backbone} in a copy of a recipe"
+
+
+def _size(way: Way) -> str:
+    host = f" + {way.host_gib:.1f} of host memory" if way.host_gib else ""
+    return f"{way.deepspeed} {way.device_gib:.1f}{host}"

@@ -1,0 +1,98 @@
+"""How many numbers a recipe's model holds, and how many of them train: counted on shapes alone, at full size.
+
+Nothing is downloaded and no weight is made. What trains is asked of the code that freezes and adapts in a real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from toolkit.models.adapters import adapt
+from toolkit.models.backbone import empty_backbone
+from toolkit.models.backbone_config import backbone_config
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.quantisation import packable
+from toolkit.models.translator import PoseTranslator
+from toolkit.poses.landmarks import load_landmark_set
+from toolkit.recipe.model_cards import card_of
+from toolkit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers held by a translator's parameters; tied ones count once.
+
+    Attributes:
+        backbone: of the backbone, without adapters: the published figure.
+        trainable: of backbone and adapters, those that train.
+        frozen: of the backbone, those that do not train and stay in the run's precision.
+        packed: of the backbone, those that do not train and are held in int8 or NF4.
+        pose_encoder: of the pose encoder and the CTC head, which always train.
+    """
+
+    backbone: int
+    trainable: int
+    frozen: int
+    packed: int
+    pose_encoder: int
+
+
+def count(recipe: Recipe) -> Counts:
+    """Count a recipe's model; a model card's own dimensions need no hub.
+
+    Raises:
+        UserError: the backbone's configuration cannot be had, or LoRA targets match nothing.
+    """
+    model = recipe.model
+    if card_of(model):
+        model = model.model_copy(update={"from_scratch": True})
+    return count_with(backbone_config(model), recipe)
+
+
+def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator:
+    """The recipe's translator around a backbone of this configuration, on the meta device, before any adapter."""
+    landmarks = load_landmark_set(recipe.data.landmarks)
+    with torch.device("meta"):
+        return PoseTranslator(
+            PoseTranslatorConfig(
+                backbone=config.to_dict(),
+                pose_encoder=recipe.model.pose_encoder.model_dump(),
+                num_points=landmarks.num_points,
+                num_channels=landmarks.num_channels,
+                landmark_set=landmarks.to_dict(),
+                ctc=recipe.training.ctc_weight > 0,
+                prefix_token_ids=[0] if recipe.model.prefix else [],
+            ),
+            empty_backbone(config),
+        )
+
+
+def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
+    """Count with a backbone of this configuration."""
+    model = recipe.model
+    translator = empty_translator(config, recipe)
+    backbone = translator.backbone
+    numbers = _sum(backbone.parameters())
+    paths = packable(backbone, model.quantization) if model.quantization else set()
+    packed = {id(weight) for path in paths for weight in backbone.get_submodule(path).parameters()}
+    with torch.device("meta"):
+        adapt(translator, model)
+    parameters = list(backbone.parameters())
+    trainable = _sum(parameter for parameter in parameters if parameter.requires_grad)
+    in_bits = _sum(parameter for parameter in parameters if id(parameter) in packed)
+    return Counts(
+        backbone=numbers,
+        trainable=trainable,
+        frozen=_sum(parameters) - trainable - in_bits,
+        packed=in_bits,
+        pose_encoder=_sum(translator.parameters()) - _sum(parameters),
+    )
+
+
+def _sum(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,163 @@
+"""The tables of docs/models.md, drawn from model cards, recipes, arithmetic and the compatibility rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from toolkit.planning.counts import count
+from toolkit.planning.overview import overview
+from toolkit.planning.states import GIB, model_states
+from toolkit.recipe.catalogue import catalogue, millions
+from toolkit.recipe.compatibility import (
+    ADAPTERS,
+    ARCHITECTURES,
+    OFFLOADS,
+    PRECISIONS,
+    QUANTIZATIONS,
+    ZERO_STAGES,
+    Cell,
+    needs_gpu,
+    refusal,
+)
+from toolkit.recipe.ds_json import read_deepspeed
+from toolkit.recipe.model_cards import load_model_yaml, model_names
+
+MEMORY_JSONS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+def write_tables(path: Path) -> None:
+    """Replace what stands between the marks of a document by the tables of today."""
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(text: str) -> str:
+    """``text`` with every table between ``<!-- NAME -->`` and ``<!-- /NAME -->`` drawn anew."""
+    for name, draw in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{draw()}\n\n{end}", text, flags=re.DOTALL)  # noqa: B023
+    return text
+
+
+def cards_table() -> str:
+    """All model cards."""
+    cards = [load_model_yaml(name) for name in model_names()]
+    rows = [
+        (
+            f"`{card.name}`",
+            f"`{card.hub_id}`" if card.hub_id else "from scratch only",
+            card.architecture,
+            millions(card.parameters),
+            card.license,
+            card.notes,
+        )
+        for card in sorted(cards, key=lambda card: (ARCHITECTURES.index(card.architecture), card.parameters))
+    ]
+    return _table(("card", "published weights", "architecture", "parameters", "licence", "good to know"), rows)
+
+
+def recipes_table() -> str:
+    """All recipes, with what trains and the model states on one GPU."""
+    rows = []
+    for recipe in catalogue()[0]:
+        entry = overview(recipe)
+        rows.append(
+            (
+                f"`{entry.name}`",
+                entry.description,
+                millions(entry.trainable),
+                f"`{entry.deepspeed}`",
+                entry.states_in_words,
+            )
+        )
+    return _table(("recipe", "what it is", "trained", "DeepSpeed JSON", "model states on one GPU"), rows)
+
+
+def memory_table() -> str:
+    """Model states of every recipe under the shipped JSONs, on one GPU and on eight."""
+    heading = ("recipe", *(f"`{name}`, 1 → 8 GPUs" for name in MEMORY_JSONS))
+    rows = []
+    for recipe in catalogue()[0]:
+        counts, cells = count(recipe), []
+        quantization = recipe.model.quantization.kind if recipe.model.quantization else "none"
+        for name in MEMORY_JSONS:
+            config, _ = read_deepspeed(name, recipe.ds)
+            if quantization == "int8" and name.startswith("zero3"):
+                cells.append("refused")
+                continue
+            sizes = [model_states(counts, recipe, config, ranks).device / GIB for ranks in (1, 8)]
+            cells.append(" → ".join(f"{size:.1f}" for size in sizes))
+        rows.append((f"`{recipe.name}`", *cells))
+    return _table(heading, rows)
+
+
+def placements_table() -> str:
+    """Quantisation and adapter × ZeRO stage and offload; ✓ where every architecture and precision but fp16 works."""
+    placements = [
+        (stage, offload)
+        for stage in ZERO_STAGES
+        for offload in OFFLOADS
+        if refusal(Cell("t5", zero_stage=stage, offload=offload)) is None
+    ]
+    notes: list[str] = []
+    rows = []
+    for quantization in QUANTIZATIONS:
+        for adapter in ADAPTERS:
+            row = [f"{quantization}, {adapter}"]
+            for stage, offload in placements:
+                row.append(_verdict(quantization, adapter, stage, offload, notes))
+            rows.append(tuple(row))
+    heading = (
+        "quantisation, adapter",
+        *(f"{stage}{f' + {offload}' if offload != 'none' else ''}" for stage, offload in placements),
+    )
+    listed = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, start=1))
+    return f"{_table(heading, rows)}\n\n{listed}"
+
+
+def _verdict(quantization: str, adapter: str, stage: int, offload: str, notes: list[str]) -> str:
+    """✓, or the numbers of the reasons; where architectures or precisions differ, the reason names them."""
+    reasons: dict[str, list[str]] = {}
+    cells = [
+        Cell(architecture, precision, adapter, quantization, stage, offload)
+        for architecture in ARCHITECTURES
+        for precision in PRECISIONS
+        if precision != "fp16"
+    ]
+    for cell in cells:
+        if reason := refusal(cell):
+            reasons.setdefault(reason, []).append(f"{cell.architecture} in {cell.precision}")
+    numbers = []
+    for reason, where in reasons.items():
+        note = reason if len(where) == len(cells) else f"{reason} ({', '.join(where)})"
+        if note not in notes:
+            notes.append(note)
+        numbers.append(str(notes.index(note) + 1))
+    return "no: " + ", ".join(numbers) if numbers else "✓"
+
+
+def precisions_table() -> str:
+    """Architecture × precision."""
+    rows = []
+    for architecture in ARCHITECTURES:
+        row = [architecture]
+        for precision in PRECISIONS:
+            cell = Cell(architecture, precision)
+            row.append("no" if refusal(cell) else "on a GPU" if needs_gpu(cell) else "✓")
+        rows.append(tuple(row))
+    return _table(("architecture", *PRECISIONS), rows)
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {
+    "cards": cards_table,
+    "recipes": recipes_table,
+    "memory": memory_table,
+    "placements": placements_table,
+    "precisions": precisions_table,
+}
