@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class JsonLines:
         keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, values: dict[str, float], kind: str) -> None:
+    def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
         """Write named figures of one step."""
         self._write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
 

@@ -29,7 +29,13 @@ class StepFigures:
         grad_norm: before clipping; None where the engine does not know it.
         clips_per_second: over all ranks.
         frames_per_second: over all ranks, padding not counted.
+        tokens_per_second: target tokens over all ranks.
         padding_share: share of padded frames in the batches, 0 to 1.
+        data_wait_share: share of the step's time that ranks waited for their batches, 0 to 1.
+        memory_gib: resident memory of this process.
+        tflops: model FLOPs a second of all ranks, in units of 10^12; None while they are not known.
+        mfu: their share of what the devices can do, 0 to 1.
+        gpu_memory_gib, gpu_peak_memory_gib: torch's on this GPU, now and at the highest; None without one.
     """
 
     step: int
@@ -39,7 +45,14 @@ class StepFigures:
     grad_norm: float | None
     clips_per_second: float
     frames_per_second: float
+    tokens_per_second: float
     padding_share: float
+    data_wait_share: float
+    memory_gib: float
+    tflops: float | None = None
+    mfu: float | None = None
+    gpu_memory_gib: float | None = None
+    gpu_peak_memory_gib: float | None = None
 
 
 class ProgressLine:
@@ -122,6 +135,8 @@ class ProgressLine:
             (f"{short(figures.clips_per_second)} clips/s", 5),
             (f"{short(figures.frames_per_second)} frames/s", 2),
             (f"pad {100 * figures.padding_share:.0f} %", 1),
+            (f"wait {100 * figures.data_wait_share:.0f} %", 2),
+            (f"MFU {100 * figures.mfu:.0f} %" if figures.mfu is not None else "", 3),
             (f"ETA {duration(remaining)}" if remaining is not None else "", 7),
         ]
         return [part for part in parts if part[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
-    def log(self, step: int, values: dict[str, float], kind: str) -> None:
+    def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
         """Write named figures of one step, grouped by kind."""
         for name, value in values.items():
             if isinstance(value, (int, float)):

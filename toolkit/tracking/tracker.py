@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ Kind = Literal["train", "eval", "event"]
 class Sink(Protocol):
     """A place that figures go to."""
 
-    def log(self, step: int, values: dict[str, float], kind: str) -> None: ...
+    def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None: ...
 
     def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None: ...
 
@@ -31,7 +32,7 @@ class Tracker:
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
-    def log(self, step: int, values: dict[str, float], kind: Kind = "train") -> None:
+    def log(self, step: int, values: Mapping[str, float | str], kind: Kind = "train") -> None:
         """Record named figures of one optimizer step.
 
         Args:

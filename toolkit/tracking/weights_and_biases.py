@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class WeightsAndBiases:
             _keep_offline(run_dir, f"W&B cannot be reached ({type(error).__name__})")
             return wandb.init(**arguments, resume="allow", mode="offline", dir=str(run_dir), settings=settings)
 
-    def log(self, step: int, values: dict[str, float], kind: str) -> None:
+    def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
         """Send named figures of one step, grouped by kind."""
         self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 

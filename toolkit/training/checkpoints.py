@@ -44,6 +44,7 @@ class Progress:
         kept: the models that are kept by score; see ``best_models.py``.
         seconds: spent in training steps.
         clips: trained on, each as often as it came.
+        evaluations_since_best: evaluations in a row that were no better.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class Progress:
     kept: Kept = field(default_factory=list)
     seconds: float = 0.0
     clips: int = 0
+    evaluations_since_best: int = 0
 
 
 @dataclass(frozen=True)

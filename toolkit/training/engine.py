@@ -63,11 +63,11 @@ def quieten(log: Path | None) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[float]]:
+def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
     """Hand the model to DeepSpeed.
 
     Returns:
-        the engine, and the peak learning rate of each of its parameter groups.
+        the engine, and the name and peak learning rate of each of its parameter groups.
     """
     import deepspeed
 
@@ -77,13 +77,13 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[flo
         optimizer=client_optimizer(resolved),
         config=resolved.deepspeed,
     )
-    return engine, [group["lr"] for group in engine.optimizer.param_groups]
+    return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
 
 
-def set_learning_rate(engine: Any, peaks: list[float], factor: float) -> None:
-    """Set every group's learning rate to its peak times ``factor``."""
-    for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * factor
+def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float, backbone_factor: float) -> None:
+    """Set every group's learning rate to its peak times the factor of what it belongs to."""
+    for group, (name, peak) in zip(engine.optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * (backbone_factor if name == "backbone" else factor)
 
 
 def use_threads(ranks: Ranks) -> None:

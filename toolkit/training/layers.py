@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -63,7 +64,7 @@ def stack_layers(stack: nn.Module) -> list[nn.Module]:
     return list(next(lists, []))
 
 
-def _embeddings(module: nn.Module) -> Iterator[nn.Parameter]:
+def _embeddings(module: nn.Module) -> Iterator[torch.Tensor]:
     for part in module.modules():
         if isinstance(part, nn.Embedding):
             yield part.weight

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "training.keep_best",
     "training.eval_every",
     "training.log_every",
+    "training.early_stopping",
     "training.workers",
     "training.time_limit",
 )

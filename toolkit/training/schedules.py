@@ -29,3 +29,19 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def backbone_factor(factor: float, step: int, frozen_steps: int, warmup_steps: int) -> float:
+    """The same for a backbone that waits for its pose encoder: nothing at first, then a warm-up of its own.
+
+    Args:
+        factor: what the rest of the model has.
+        step: optimizer steps done before this one, from 0.
+        frozen_steps: optimizer steps that the backbone waits; 0 = none.
+        warmup_steps: optimizer steps until it learns as the rest does.
+    """
+    if step < frozen_steps:
+        return 0.0
+    if not frozen_steps:
+        return factor
+    return min(factor, (step - frozen_steps + 1) / (warmup_steps + 1))

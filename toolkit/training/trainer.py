@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from toolkit.batching.collate import IGNORED_LABEL, Batch
+from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
 from toolkit.batching.order import steps_per_epoch
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
-from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import Scores, score
+from toolkit.evaluation.metrics import Scores
 from toolkit.evaluation.predictions import Prediction, write_predictions
-from toolkit.evaluation.table import choose_samples, format_score
-from toolkit.evaluation.whole_weights import whole_weights
+from toolkit.evaluation.table import choose_samples
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.models.weights import save_model, saved_state_dict
-from toolkit.planning.memory import fits_whole
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
+from toolkit.training.alarms import SpikeWatch
+from toolkit.training.averaging import averaged_weights, update_average
 from toolkit.training.best_models import Kept, admit, place_model
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
+from toolkit.training.evaluating import Evaluated, evaluate_split, warn_of_collapse
+from toolkit.training.freezing import BackboneFreeze
 from toolkit.training.guards import GradientWatch, TrainingStopped
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
-from toolkit.training.schedules import learning_rate_factor
+from toolkit.training.metering import StepMeter, Window
+from toolkit.training.run_directory import write_status
+from toolkit.training.schedules import backbone_factor, learning_rate_factor
+from toolkit.training.watch import RankWatch
 
-
-@dataclass(frozen=True)
-class Window:
-    """What all ranks together bring to one optimizer step."""
-
-    tokens: int  # target tokens that count
-    clips: int
-    frames: int
-    padded_frames: int
-    stop: bool  # whether any rank was asked to stop
+log = logging.getLogger("toolkit")
 
 
 class Trainer:
@@ -57,7 +53,7 @@ class Trainer:
 
     Args:
         engine: the DeepSpeed engine.
-        peaks: peak learning rate of each of its parameter groups.
+        peaks: name and peak learning rate of each of its parameter groups.
         resolved: the run.
         ranks: which rank this is.
         corpus: its ``train`` split is learnt, its ``dev`` split picks the best model.
@@ -72,7 +68,7 @@ class Trainer:
     def __init__(
         self,
         engine: Any,
-        peaks: list[float],
+        peaks: list[tuple[str, float]],
         *,
         resolved: ResolvedRun,
         ranks: Ranks,
@@ -96,16 +92,23 @@ class Trainer:
         self.interruptions = interruptions
         self.progress = progress
         self.target_loss = target_loss
+        training = self.recipe.training
         self.gradient_watch: GradientWatch | None = GradientWatch(engine.module)
+        self.freeze = BackboneFreeze(engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
+        self.spikes = SpikeWatch()
+        self.watch = RankWatch(ranks, lambda reason: write_status(resolved.run_dir, "failed", reason=reason))
+        self.meter = StepMeter(resolved, engine.device, ranks.world_size)
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = corpus.splits["train"]
-        self.epoch_steps = steps_per_epoch(len(self.train_split), self.recipe.training.global_batch_size)
-        self.total_steps = total_steps(self.recipe.training, self.epoch_steps)
+        self.epoch_steps = steps_per_epoch(len(self.train_split), training.global_batch_size)
+        self.total_steps = total_steps(training, self.epoch_steps)
+        if self._is_patience_over():
+            self.total_steps = progress.step
         self.line = ProgressLine(
             total_steps=self.total_steps,
             total_epochs=self.total_steps / self.epoch_steps,
             start_step=progress.step,
-            log_every=self.recipe.training.log_every,
+            log_every=training.log_every,
             enabled=ranks.is_main,
         )
         self.special_ids = torch.tensor(special_ids(processor.tokenizer), device=engine.device)
@@ -118,16 +121,21 @@ class Trainer:
             TrainingStopped: a guard found the run broken.
         """
         self.engine.train()
-        with self.line:
-            self._run()
-            if not (self.resolved.run_dir / "best").exists():
-                # Without a dev split nothing is ever compared: the last model is the best one known.
-                self.progress.best_step = self.progress.step
-                self.save_model([(self.progress.step, None)], None)
+        self.watch.start()
+        try:
+            with self.line:
+                self._run()
+                if not (self.resolved.run_dir / "best").exists():
+                    # Without a dev split nothing is ever compared: the last model is the best one known.
+                    self.progress.best_step = self.progress.step
+                    self.save_model([(self.progress.step, None)], None)
+        finally:
+            self.watch.close()
 
     def _run(self) -> None:
         training = self.recipe.training
         while self.progress.step < self.total_steps:
+            self.meter.restart()
             for batches in train_batches(
                 self.train_split,
                 self.processor.tokenizer,
@@ -162,57 +170,46 @@ class Trainer:
         Returns:
             whether the ranks agreed to stop after it.
         """
-        started = time.monotonic()
         training = self.recipe.training
-        window = self._agree(batches)
-        factor = learning_rate_factor(
-            training.schedule, self.progress.step, self.total_steps, int(training.warmup_ratio * self.total_steps)
-        )
-        set_learning_rate(self.engine, self.peaks, factor)
+        self.watch.begin(self.progress.step + 1)
+        window = self.meter.window(batches, self.interruptions.wanted())
+        factor = self._set_learning_rate()
         # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
         # fixed number of accumulation steps, too: that is turned off, as a frame budget makes their number vary.
         scale = self.ranks.world_size / max(window.tokens, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for number, batch in enumerate(batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            nll, ctc = self._losses(batch.to(self.engine.device))
+            with self.meter.forward(self.engine.module, batch):
+                nll, ctc = self._losses(batch.to(self.engine.device))
             sums += torch.stack([nll.detach(), ctc.detach()]).double()
             self.engine.backward((nll + training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
             if number == len(batches):
                 self._check(sums, batches)
             self.engine.step()
-        self._advance(window, sums, factor, time.monotonic() - started)
+        if training.ema:
+            update_average(self.engine, training.ema, self.progress.step + 1)
+        self.watch.end()
+        self._advance(window, sums, factor)
         return window.stop
 
-    def _agree(self, batches: Sequence[Batch]) -> Window:
-        """Sum up what all ranks are about to train on, and whether any of them wants to stop."""
-        sums = torch.tensor(
-            [
-                sum(batch.num_target_tokens for batch in batches),
-                sum(batch.num_clips for batch in batches),
-                sum(batch.num_frames for batch in batches),
-                sum(batch.frame_mask.numel() for batch in batches),
-                self.interruptions.wanted(),
-            ],
-            dtype=torch.float64,
-            device=self.engine.device,
-        )
-        dist.all_reduce(sums)
-        tokens, clips, frames, padded, stop = (int(value) for value in sums.tolist())
-        return Window(tokens, clips, frames, padded, stop > 0)
+    def _set_learning_rate(self) -> float:
+        """Set the rates of the step that begins, and let the backbone learn when its time has come."""
+        training, step = self.recipe.training, self.progress.step
+        warmup = int(training.warmup_ratio * self.total_steps)
+        factor = learning_rate_factor(training.schedule, step, self.total_steps, warmup)
+        if self.freeze and step == training.freeze_backbone_steps:
+            self.freeze.thaw(self.engine)
+            self.freeze = None
+        waiting = backbone_factor(factor, step, training.freeze_backbone_steps, warmup)
+        set_learning_rate(self.engine, self.peaks, factor, waiting)
+        return factor
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
         training = self.recipe.training
-        output = self.engine(
-            poses=batch.poses,
-            visible=batch.visible,
-            frame_mask=batch.frame_mask,
-            labels=batch.labels,
-            labelled_only=True,
-        )
-        counted = batch.labels[batch.labels != IGNORED_LABEL]
-        nll = token_loss(output.logits, counted, training.label_smoothing if self.engine.training else 0.0)
+        output = self.engine(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels)
+        nll = token_loss(output.logits, batch.labels, training.label_smoothing if self.engine.training else 0.0)
         if output.ctc_logits is None:
             return nll, torch.zeros_like(nll)
         return nll, ctc_loss(output.ctc_logits, output.encoder_mask, batch.labels, self.special_ids)
@@ -239,9 +236,10 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
 
-    def _advance(self, window: Window, sums: torch.Tensor, factor: float, seconds: float) -> None:
+    def _advance(self, window: Window, sums: torch.Tensor, factor: float) -> None:
         """Count the step and tell about it."""
         progress, training = self.progress, self.recipe.training
+        seconds, measured = self.meter.end(window)
         progress.step += 1
         progress.epoch_step += 1
         progress.seconds += seconds
@@ -257,15 +255,14 @@ class Trainer:
             loss=self.loss,
             learning_rate=training.learning_rate * factor,
             grad_norm=float(norm) if norm is not None else None,
-            clips_per_second=window.clips / seconds,
-            frames_per_second=window.frames / seconds,
-            padding_share=1 - window.frames / max(window.padded_frames, 1),
+            **measured,
         )
         self.line.update(figures)
         values = {key: value for key, value in asdict(figures).items() if key != "step" and value is not None}
         if training.ctc_weight:
             values["ctc_loss"] = ctc / max(window.tokens, 1)
         self.tracker.log(progress.step, values)
+        self._warn(self.spikes.see(progress.step, self.loss, figures.grad_norm))
 
     def _evaluation_is_due(self) -> bool:
         last = self.progress.step == self.total_steps
@@ -274,69 +271,67 @@ class Trainer:
         )
 
     def evaluate(self) -> Scores:
-        """Translate and score the dev split; keep the model when it is the best so far."""
-        epoch = self.progress.epoch + 1
-        predictions, scores = self.translate(self.corpus.splits["dev"])
-        self.tracker.log(
-            self.progress.step,
-            {f"dev_{name}": value for name, value in scores.values().items() if value is not None},
-            kind="eval",
-        )
-        if self.ranks.is_main:
-            write_predictions(self.resolved.run_dir / "predictions" / f"predictions_epoch_{epoch:03d}.csv", predictions)
-            shown = choose_samples(predictions, self.recipe.evaluation.samples, self.recipe.training.seed)
-            rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
-            self.tracker.table(self.progress.step, "dev_samples", rows)
-        name = self.recipe.evaluation.select_by
-        step = self.progress.step
-        kept = admit(self.progress.kept, step, scores, select_by=name, keep=self.recipe.training.keep_best)
-        is_better = kept[0][0] == step
-        named = ("bleu4", "chrf", "wer", "cer")
-        listed = "  ".join(f"{key} {format_score(key, scores.values()[key])}" for key in named)
-        self.line.say(f"dev after epoch {epoch}: {listed}" + (f"  (best {name} so far)" if is_better else ""))
-        if is_better:
-            self.progress.best = asdict(scores)
-            self.progress.best_step = step
-        if any(kept_step == step for kept_step, _ in kept):
-            self.save_model(kept, scores)
-        self.progress.kept = kept
+        """Translate and score the dev split; keep the model when it is the best so far, stop when patience is over."""
+        progress, settings = self.progress, self.recipe.evaluation
+        with self._aside():
+            evaluated = self._evaluated(self.corpus.splits["dev"])
+            scores, step = evaluated.scores, progress.step
+            kept = admit(progress.kept, step, scores, select_by=settings.select_by, keep=self.recipe.training.keep_best)
+            is_better = kept[0][0] == step
+            self._tell(evaluated, is_better)
+            if is_better:
+                progress.best = asdict(scores)
+                progress.best_step = step
+            progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
+            if any(kept_step == step for kept_step, _ in kept):
+                self.save_model(kept, scores)
+            progress.kept = kept
+        if self._is_patience_over() and progress.step < self.total_steps:
+            self.line.say(
+                f"stopping early: no better {settings.select_by} in {progress.evaluations_since_best} evaluations; "
+                f"the best model is that of step {progress.best_step}"
+            )
+            self.total_steps = progress.step
         return scores
 
+    def _is_patience_over(self) -> bool:
+        patience = self.recipe.training.early_stopping
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _tell(self, evaluated: Evaluated, is_better: bool) -> None:
+        """Scores, predictions, samples and warnings of an evaluation, to all who want them."""
+        progress, settings = self.progress, self.recipe.evaluation
+        epoch = progress.epoch + 1
+        values = {f"dev_{key}": value for key, value in evaluated.scores.values().items() if value is not None}
+        self.tracker.log(progress.step, values, kind="eval")
+        if self.ranks.is_main:
+            path = self.resolved.run_dir / "predictions" / f"predictions_epoch_{epoch:03d}.csv"
+            write_predictions(path, evaluated.predictions)
+            shown = choose_samples(evaluated.predictions, settings.samples, self.recipe.training.seed)
+            rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
+            self.tracker.table(progress.step, "dev_samples", rows)
+        best = f"  (best {settings.select_by} so far)" if is_better else ""
+        self.line.say(f"dev after epoch {epoch}: {evaluated.line()}{best}")
+        self._warn(warn_of_collapse(evaluated, self.corpus, epoch, settings))
+
     def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
-        """Translate and score a split with the weights as they are."""
-        settings = self.recipe.evaluation
-        gather = self.resolved.zero_stage == 3 and fits_whole(
-            self.engine,
-            frames=split.frames,
-            batch_frames=settings.batch_frames,
-            beams=settings.num_beams,
-            max_new_tokens=settings.max_new_tokens,
-        )
-        with evaluation_mode(self.engine.module), whole_weights(self.engine, gather=gather) as synced:
-            predictions = translate_split(
-                self.engine.module,
-                split,
-                self.processor,
-                batch_frames=settings.batch_frames,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                synced=synced,
-            )
-        scores = score(
-            [row.hypothesis for row in predictions],
-            [row.reference for row in predictions],
-            tokenize=settings.tokenize,
-            lowercase=settings.lowercase,
-        )
-        return predictions, scores
+        """Translate and score a split with the weights that would be kept."""
+        evaluated = self._evaluated(split)
+        return evaluated.predictions, evaluated.scores
+
+    def _evaluated(self, split: Split) -> Evaluated:
+        with self._kept_weights():
+            return evaluate_split(self.engine, split, self.processor, self.recipe.evaluation, self.ranks)
 
     def save(self) -> None:
         """Begin to write a checkpoint; ``self.checkpoints.wait()`` says when it is complete."""
-        self.checkpoints.save(self.engine, self.progress)
+        with self._aside():
+            self.checkpoints.save(self.engine, self.progress)
 
     def save_model(self, kept: Kept, scores: Scores | None) -> None:
-        """Write the model as it is to ``best/``, or beside it, where ``kept`` says that it belongs."""
-        weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
+        """Write the model as it is, or as its average is, to ``best/`` or beside it, where ``kept`` says it belongs."""
+        with self._kept_weights():
+            weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
         if self.ranks.is_main:
             place_model(
                 self.resolved.run_dir,
@@ -346,6 +341,26 @@ class Trainer:
                 lambda folder: save_model(folder, self.engine.module, self.processor, weights),
             )
         dist.barrier()
+
+    @contextmanager
+    def _kept_weights(self) -> Iterator[None]:
+        """The averaged weights where there are any, else those that are trained."""
+        with averaged_weights(self.engine) if self.recipe.training.ema else nullcontext():
+            yield
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Something that is no step, takes its time, and is in no step's figures."""
+        with self.watch.lifted():
+            yield
+        self.meter.restart()
+
+    def _warn(self, text: str | None) -> None:
+        """Tell the terminal, the log (and so the report) and the trackers."""
+        if text and self.ranks.is_main:
+            self.line.say(f"warning: {text}")
+            log.warning(text)
+            self.tracker.log(self.progress.step, {"warning": text}, kind="event")
 
 
 def total_steps(training: Any, epoch_steps: int) -> int:
