@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.errors import UserError
 from toolkit.evaluation.metrics import Scores, score
 from toolkit.training.best_models import EVALUATION, Kept, admit, place_model
 
@@ -77,3 +78,15 @@ def test_a_score_that_is_not_there_loses_to_any(tmp_path: Path) -> None:
     nothing = score([], [])
     kept = admit([], 10, nothing, select_by="bleu4", keep=2)
     assert admit(kept, 20, scores(9), select_by="bleu4", keep=2)[0][0] == 20
+
+
+def test_a_model_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
+    kept = evaluate(tmp_path, [], 10, 5, keep=1)
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    better = admit(kept, 20, scores(9), select_by="bleu4", keep=1)
+    with pytest.raises(UserError, match=r"step 20 cannot be written .*No space left"):
+        place_model(tmp_path, better, 20, scores(9), full)
+    assert models(tmp_path) == {"best": "10"}

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from toolkit.errors import UserError
 from toolkit.evaluation.metrics import Scores, better
 from toolkit.recipe.files import write_text_atomically
 
@@ -57,9 +60,15 @@ def place_model(run_dir: Path, kept: Kept, step: int, scores: Scores | None, sav
         step: optimizer steps that it has learnt.
         scores: on the dev split, where there is one.
         save: writes the model to a folder.
+
+    Raises:
+        UserError: it cannot be written; those that were there before still are.
     """
     folder, best = folder_of(run_dir, step), run_dir / BEST
-    save(folder)
+    try:
+        save(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the model of step {step} cannot be written to {folder}: {error}") from error
     content: dict[str, Any] = {"step": step, "scores": scores.values() if scores else None}
     write_text_atomically(folder / EVALUATION, json.dumps(content, indent=2) + "\n")
     if kept[0][0] == step:

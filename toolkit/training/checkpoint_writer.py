@@ -7,6 +7,7 @@ group of the threads' own that it could, rank 0 adds ``state.json`` and the mani
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import deque
@@ -100,8 +101,9 @@ class CheckpointWriter:
             raise UserError(problem)
 
     def close(self) -> None:
-        """Let what has been begun come to its end."""
-        self._finish_last()
+        """Let what has been begun come to its end; how that was, :meth:`wait` would have said."""
+        with contextlib.suppress(RuntimeError):  # another rank has died
+            self._finish_last()
         self._thread.shutdown()
 
     def _finish_last(self) -> str | None:
