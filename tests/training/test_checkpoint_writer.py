@@ -209,3 +209,29 @@ def test_a_file_that_is_gone_is_told(writer: CheckpointWriter, tmp_path: Path) -
     next(copy.glob("rank_*")).unlink()
     with pytest.raises(UserError, match="missing"):
         read_state(copy)
+
+
+def test_nodes_that_share_no_disk_are_told_so(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(everyone: list[Any], mine: Any, group: Any) -> None:
+        everyone[:] = [mine, ({"rank_01_00.safetensors": "0"}, None)]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", elsewhere)
+    writer.save(make_engine(), Progress(step=1))
+    with pytest.raises(UserError, match=r"does not see rank_01_00.*all nodes share"):
+        writer.wait()
+
+
+def test_the_loss_scale_of_fp16_goes_on(writer: CheckpointWriter) -> None:
+    def half(scale: float) -> Any:
+        engine = make_engine()
+        engine.fp16_enabled = lambda: True
+        engine.optimizer.loss_scaler = SimpleNamespace(cur_scale=scale, cur_iter=7)
+        return engine
+
+    writer.save(half(1024.0), Progress(step=1))
+    writer.wait()
+    again = half(2.0)
+    load(again, writer.folder / name_of(1))
+    assert again.optimizer.loss_scaler.cur_scale == 1024.0
+    load(make_engine(), writer.folder / name_of(1))  # another precision has no use for it

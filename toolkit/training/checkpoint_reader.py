@@ -126,8 +126,9 @@ def load_checkpoint(
         buffer.copy_(buffers[name])
     for name in COUNTERS:
         setattr(engine, name, state.counters[name])
-    for name, value in state.counters["loss_scaler"].items():
-        setattr(loss_scaler(engine), name, value)
+    if scaler := loss_scaler(engine):
+        for name, value in state.counters["loss_scaler"].items():
+            setattr(scaler, name, value)
     if rank in files.random:
         set_random_states(files.of_rank(rank, "random"), files.random[rank])
     else:

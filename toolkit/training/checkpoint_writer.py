@@ -138,6 +138,8 @@ class CheckpointWriter:
 
     def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
         """Make a checkpoint of files that are all there; returns what went wrong."""
+        if unseen := [name for name in checksums if not (partial / name).is_file()]:
+            return f"rank 0 does not see {unseen[0]}: run.dir must lie on a filesystem that all nodes share"
         try:
             write_text_atomically(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
             checksums[STATE] = checksum(partial / STATE)
@@ -225,7 +227,7 @@ def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
 def _loss_scaler(engine: Any) -> dict[str, float]:
     """Where fp16's dynamic loss scale stands; empty in other precisions."""
     scaler = loss_scaler(engine)
-    return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
+    return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def loss_scaler(engine: Any) -> Any:
