@@ -4,6 +4,8 @@
 python launch/export.py runs/demo --to exported/demo                      loads by AutoModel after `import toolkit`
 python launch/export.py runs/demo --to exported/demo --dtype bf16         half the size
 python launch/export.py runs/demo --to exported/demo --push-to-hub me/demo   and to the hub (log in first)
+python launch/export.py runs/t5_3b_lora --to exported/lora              with adapter/, which PEFT loads, too
+python launch/export.py runs/t5_3b_lora --to exported/lora --merge-lora      the adapter added to the weights
 
 What was written is loaded and compared with the trained model before it takes its name.
 """
@@ -61,23 +63,44 @@ def run(arguments: argparse.Namespace) -> None:
     check_target(folder, replace=arguments.replace)
     logging.disable_progress_bar()
     model, processor = load_translator(run_dir)
-    if arguments.merge_lora:
+    if arguments.merge_lora and not getattr(model, "peft_config", None):
         raise UserError(
             f"{run_dir} was not trained with adapters, so there is nothing to merge: leave out --merge-lora"
         )
     check_dtype(model, arguments.dtype)
-    card = model_card(run_dir, arguments.push_to_hub or folder.name, model, processor.feature_extractor)
-    difference = export_model(model, processor, folder, card=card, dtype=arguments.dtype, replace=arguments.replace)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    card = model_card(
+        run_dir, arguments.push_to_hub or folder.name, model, processor.feature_extractor, merged=arguments.merge_lora
+    )
+    quantization = (model.base.model["quantization"] if model.base else None) or {}
+    difference = export_model(
+        model,
+        processor,
+        folder,
+        card=card,
+        dtype=arguments.dtype,
+        replace=arguments.replace,
+        merge_adapter=arguments.merge_lora,
+    )
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
     summary: dict[str, Any] = {
         "folder": str(folder),
         "bytes": size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "largest_difference": difference,
+        "adapter": model.config.adapter,
+        "unpacked": quantization.get("kind"),
     }
     if not arguments.json:
-        changed = f"; a token's probability differs by at most {difference:.2g}" if difference else ""
-        print(f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared{changed}", flush=True)
+        told = [f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared"]
+        if quantization:
+            told.append(f"{quantization['kind']} layers are written as the numbers that they stand for")
+        if model.config.adapter:
+            told.append(f"the adapter lies apart in {folder / model.config.adapter}")
+        elif arguments.merge_lora:
+            told.append("the adapter is merged")
+        if difference:
+            told.append(f"a token's probability differs by at most {difference:.2g}")
+        print("; ".join(told), flush=True)
     if arguments.push_to_hub:
         summary["url"] = push(folder, arguments.push_to_hub)
         if not arguments.json:

@@ -13,11 +13,12 @@ from toolkit.evaluation.metrics import SCORE_NAMES
 from toolkit.evaluation.table import HEADINGS, NOT_APPLICABLE
 from toolkit.models.processor import PoseFeatureExtractor
 from toolkit.models.translator import PoseTranslator
+from toolkit.models.weights import count_weights
 from toolkit.recipe.files import read_text
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import ModelCard, card_of
 from toolkit.recipe.resolve import RECIPE_FILE
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
 
 SCORES_FILE = "scores.json"
@@ -87,7 +88,9 @@ python launch/translate.py --model {place} clip.pose
 """
 
 
-def model_card(run_dir: Path, name: str, model: PoseTranslator, extractor: PoseFeatureExtractor) -> str:
+def model_card(
+    run_dir: Path, name: str, model: PoseTranslator, extractor: PoseFeatureExtractor, *, merged: bool = False
+) -> str:
     """The README of the model that a run trained.
 
     Args:
@@ -95,6 +98,7 @@ def model_card(run_dir: Path, name: str, model: PoseTranslator, extractor: PoseF
         name: what the model is called: its folder's name, or its id on the hub.
         model: its size is told.
         extractor: says what it reads.
+        merged: whether an adapter that it trained is added to its weights.
 
     Raises:
         UserError: the run's files are not readable.
@@ -112,7 +116,7 @@ def model_card(run_dir: Path, name: str, model: PoseTranslator, extractor: PoseF
         data=_data(recipe, summary),
         scores=_scores(summary),
         limits="\n".join(f"- {limit}" for limit in _limits(recipe, extractor)),
-        size=_size(recipe, backbone, model),
+        size=_size(recipe, backbone, model) + _adaptation(recipe.model, name, merged=merged),
         recipe=dump_yaml(_without_places(recipe)),
     )
 
@@ -226,11 +230,38 @@ def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
 
 
 def _size(recipe: Recipe, backbone: ModelCard | None, model: PoseTranslator) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    parameters = count_weights(model.parameters()) / 1e6
     start = "random weights" if recipe.model.from_scratch or recipe.model.tiny else "published weights"
     licence = f" ({backbone.license})" if backbone else ""
     name = backbone.name if backbone else Path(recipe.model.backbone).name
     return f"{parameters:,.1f} M parameters; backbone {name}{licence}, from {start}"
+
+
+def _adaptation(settings: Model, name: str, *, merged: bool) -> str:
+    """How a frozen backbone was adapted, in sentences."""
+    told = ""
+    if settings.lora:
+        lora = settings.lora
+        kind = ("DoRA" if lora.dora else "LoRA") + (" (rsLoRA scaling)" if lora.rslora else "")
+        besides = f", {' and '.join(lora.train).replace('_', ' ')}" if lora.train else ""
+        told += (
+            f". Trained by {kind}, r = {lora.r}, alpha = {lora.alpha:g}: adapters in a frozen backbone; the pose "
+            f"encoder{besides} trained in full. "
+        )
+        told += (
+            "The adapter is merged into the weights"
+            if merged
+            else "The adapter lies apart in `adapter/`: `AutoModel` puts it on; for PEFT, "
+            f'`PeftModel.from_pretrained(AutoModel.from_pretrained("{name}", adapter=None), "{name}/adapter")`'
+        )
+    if settings.quantization:
+        told += (
+            f". The backbone was held in {settings.quantization.kind} during training; the weights here are the "
+            "numbers that those stood for"
+        )
+    if settings.extra_tokens:
+        told += f". Tokens added to the base model's: {', '.join(f'`{token}`' for token in settings.extra_tokens)}"
+    return told
 
 
 def _without_places(recipe: Recipe) -> dict[str, Any]:

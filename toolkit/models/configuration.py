@@ -21,6 +21,8 @@ class PoseTranslatorConfig(PreTrainedConfig):
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
         prefix_token_ids: a text prompt whose embeddings stand before the poses.
+        adapter: folder, beside the weights, of the PEFT adapter that belongs onto them; ``from_pretrained`` puts it on,
+            with ``adapter=None`` it leaves it off.
     """
 
     model_type = "pose_translator"
@@ -36,6 +38,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         ctc_search_weight: float = 0.0,
         special_token_ids: list[int] | None = None,
         prefix_token_ids: list[int] | None = None,
+        adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -47,6 +50,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.ctc_search_weight = ctc_search_weight
         self.special_token_ids = special_token_ids or []
         self.prefix_token_ids = prefix_token_ids or []
+        self.adapter = adapter
         # generate() and the tokenizer read these off the outer configuration.
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
             kwargs.setdefault(key, self.backbone.get(key))

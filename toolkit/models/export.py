@@ -12,7 +12,9 @@ from transformers import AutoModel, AutoProcessor
 
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.merge import Adapter, merge, put_on, stand_alone
 from toolkit.models.processor import PoseProcessor
+from toolkit.models.trained import ADAPTER_FOLDER, save_adapter
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.compatibility import OVERFLOWS_IN_FP16
 
@@ -43,21 +45,32 @@ def check_dtype(model: PoseTranslator, dtype: str | None) -> None:
 
 
 def export_model(
-    model: PoseTranslator, processor: PoseProcessor, folder: Path, *, card: str, dtype: str | None, replace: bool
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    folder: Path,
+    *,
+    card: str,
+    dtype: str | None,
+    replace: bool,
+    merge_adapter: bool = False,
 ) -> float:
-    """Write a model folder that transformers loads after ``import toolkit``.
+    """Write a model folder that transformers loads after ``import toolkit``, whatever trained it.
+
+    Quantised layers are written as the numbers that they stand for. An adapter is merged, or written beside the weights
+    as PEFT's own folder, which ``from_pretrained`` puts on.
 
     Args:
-        model: changed to ``dtype`` in place.
+        model: made to stand alone and changed to ``dtype`` in place.
         processor: goes beside it.
         folder: where it will be; until it is complete and read back it has another name.
         card: the text of its README.
         dtype: ``fp32``, ``bf16`` or ``fp16`` of the weights; None leaves them as they are.
         replace: whether a model that is there already gives way.
+        merge_adapter: add the adapter to the weights that it adapts.
 
     Returns:
-        the largest difference of a next-token probability between the model and what was written; 0 unless ``dtype``
-        changed it.
+        the largest difference of a next-token probability between the model and what was written; 0 unless ``dtype``,
+        merging, unpacking or new tokens changed it.
 
     Raises:
         UserError: the folder is taken, or the weights do not survive ``dtype``.
@@ -65,15 +78,17 @@ def export_model(
     check_target(folder, replace=replace)
     check_dtype(model, dtype)
     before = _probabilities(model)
-    if dtype:
-        model.to(DTYPES[dtype])
+    adapter = _make_plain(model, DTYPES[dtype] if dtype else None, merge_adapter=merge_adapter)
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
+        if adapter:
+            save_adapter(partial / ADAPTER_FOLDER, adapter.config, adapter.weights)
+            put_on(model, adapter)
         processor.save_pretrained(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
-        for file in partial.iterdir():  # weights are written for their owner alone, and this folder is to be shared
+        for file in partial.rglob("*.*"):  # weights are written for their owner alone, and this folder is to be shared
             file.chmod((partial / CARD).stat().st_mode)
         after = _probabilities(_read_back(partial, model))
         shutil.rmtree(old, ignore_errors=True)
@@ -86,6 +101,20 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return float((before - after).abs().max())
+
+
+def _make_plain(model: PoseTranslator, dtype: torch.dtype | None, *, merge_adapter: bool) -> Adapter | None:
+    """Leave a model of ordinary weights; give back its adapter where that stays apart."""
+    adapter = stand_alone(model)
+    if adapter and merge_adapter:
+        merge(model, adapter)
+        adapter = None
+    if dtype:
+        model.to(dtype)
+    model.config.adapter = ADAPTER_FOLDER if adapter else None
+    if adapter and dtype:
+        adapter = Adapter(adapter.config, {name: tensor.to(dtype) for name, tensor in adapter.weights.items()})
+    return adapter
 
 
 def _read_back(folder: Path, model: PoseTranslator) -> PoseTranslator:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
@@ -37,6 +38,7 @@ class NewRows(nn.Module):
         super().__init__()
         self.first = first
         self.names = list(names)
+        self.hooks: list[RemovableHandle] = []
         self.weight = nn.Parameter(values)
 
     def forward(self, seen: Tensor, result: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -117,7 +119,8 @@ def add_rows(model: PoseTranslator, settings: Model, tokenizer: PreTrainedTokeni
     if owners:
         model.new_rows = apart
         for module in token_tables(model):
-            module.register_forward_hook(owners[id(module.weight)].follow)
+            rows = owners[id(module.weight)]
+            rows.hooks.append(module.register_forward_hook(rows.follow))
 
 
 def tables_are_frozen(settings: Model) -> bool:
@@ -129,11 +132,25 @@ def tables_are_frozen(settings: Model) -> bool:
 
 def fold_rows(model: PoseTranslator, weights: dict[str, Tensor]) -> None:
     """Put trained rows into their tables, among the whole weights of the model; no trace of them apart stays."""
-    apart: dict[str, NewRows] = dict(getattr(model, "new_rows", {}).items())
-    for name, rows in apart.items():
+    for name, rows in _apart(model).items():
         trained = weights.pop(f"new_rows.{name}.weight")
         for table in rows.names:
             weights[table][rows.first : rows.first + len(trained)] = trained
+
+
+def settle_rows(model: PoseTranslator) -> None:
+    """Put trained rows into the tables of a whole model, for good."""
+    weights = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
+    fold_rows(model, weights)
+    for rows in _apart(model).values():
+        for hook in rows.hooks:
+            hook.remove()
+    if _apart(model):
+        del model.new_rows
+
+
+def _apart(model: PoseTranslator) -> dict[str, NewRows]:
+    return dict(getattr(model, "new_rows", {}).items())
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> int:

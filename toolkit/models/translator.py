@@ -167,13 +167,20 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder strictly.
+        """Load a folder strictly, with the adapter that its configuration names.
 
         Raises:
             UserError: the folder's tensors are not exactly those that the configuration asks for.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if model.config.adapter:
+            place = {key: kwargs[key] for key in ("token", "revision", "cache_dir") if kwargs.get(key)}
+            adapted = model.load_adapter(
+                str(pretrained_model_name_or_path), adapter_kwargs={"subfolder": model.config.adapter, **place}
+            )
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                info[kind] = {*info[kind], *getattr(adapted, kind)}
         problems = {
             kind: sorted(str(key) for key in info[kind])
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
