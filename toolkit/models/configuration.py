@@ -60,5 +60,6 @@ class PoseTranslatorConfig(PreTrainedConfig):
 
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's configuration as an object of its own class."""
-        values = dict(self.backbone)
+        # The type that its weights were published in is not the type of this model's.
+        values = {key: value for key, value in self.backbone.items() if key not in ("dtype", "torch_dtype")}
         return AutoConfig.for_model(values.pop("model_type"), **values)

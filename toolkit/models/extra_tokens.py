@@ -80,10 +80,20 @@ def make_room(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, toke
     if not tokens:
         return
     rows = _first_id(tokenizer, tokens) + len(tokens)
+    for part, key in _row_settings(config):
+        setattr(part, key, max(rows, getattr(part, key)))
+
+
+def table_rows(config: PreTrainedConfig) -> set[int]:
+    """How many rows the token tables of a backbone have."""
+    return {getattr(part, key) for part, key in _row_settings(config)}
+
+
+def _row_settings(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
     for part in (config, getattr(config, "encoder", None), getattr(config, "decoder", None)):
         for key in ROW_KEYS:
-            if part is not None and hasattr(part, key):
-                setattr(part, key, max(rows, getattr(part, key)))
+            if isinstance(part, PreTrainedConfig) and getattr(part, key, None) is not None:
+                yield part, key
 
 
 def widened(values: Tensor, like: Tensor) -> Tensor:

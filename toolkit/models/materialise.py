@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from toolkit.errors import UserError
 from toolkit.models.backbone import backbone_class
 from toolkit.models.base import Fingerprint
-from toolkit.models.extra_tokens import ROW_KEYS, widened
+from toolkit.models.extra_tokens import table_rows, widened
 from toolkit.models.quantisation import is_packed, packable, quantised
 from toolkit.models.random_weights import Skeleton, make_skeleton
 from toolkit.recipe.resolve import ResolvedRun
@@ -240,7 +240,7 @@ def _check_complete(
 ) -> None:
     """Raise UserError where transformers would fill gaps with random numbers or give up tying."""
     tied_to = {id(parameter): name for name, parameter in reversed(list(skeleton.named_parameters()))}
-    rows = {getattr(skeleton.config, key, None) for key in ROW_KEYS}
+    rows = table_rows(skeleton.config)
     problems = {
         "missing": [name for name in info["missing_keys"] if name in parameters],
         "of another shape": [

@@ -165,6 +165,20 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             **others,
         )
 
+    def _put_on(self, place: str, settings: dict[str, Any]) -> set[str]:
+        """Put on the adapter that lies beside the weights, and give the names of the tensors that it lacks."""
+        # transformers' own load_adapter leaves DoRA's magnitudes out (5.23).
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+        found = {key: settings[key] for key in ("token", "revision", "cache_dir") if settings.get(key)}
+        found["subfolder"] = self.config.adapter
+        adapter = PeftConfig.from_pretrained(place, **found)
+        adapter.inference_mode = True
+        self.add_adapter(adapter)
+        result = set_peft_model_state_dict(self, load_peft_weights(place, device="cpu", **found))
+        self.eval()
+        return {name for name in result.missing_keys if ".lora_" in name} | set(result.unexpected_keys)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a folder strictly, with the adapter that its configuration names.
@@ -175,12 +189,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if model.config.adapter:
-            place = {key: kwargs[key] for key in ("token", "revision", "cache_dir") if kwargs.get(key)}
-            adapted = model.load_adapter(
-                str(pretrained_model_name_or_path), adapter_kwargs={"subfolder": model.config.adapter, **place}
-            )
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                info[kind] = {*info[kind], *getattr(adapted, kind)}
+            info["missing_keys"] |= model._put_on(str(pretrained_model_name_or_path), kwargs)
         problems = {
             kind: sorted(str(key) for key in info[kind])
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
