@@ -1,4 +1,4 @@
-"""What trained, saved without the rest: it comes back the same, or not at all; and it becomes a model like any other."""
+"""What trained, saved without the rest: it comes back the same or not at all, and becomes a model like any other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSeq2SeqLM, BartConfig, BertConfig, GPT2Config, T5Config
-from transformers import EncoderDecoderConfig, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    EncoderDecoderConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    T5Config,
+)
 
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
 from toolkit.errors import UserError
