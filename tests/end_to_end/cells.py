@@ -27,8 +27,9 @@ QUANTIZATION = {
     name: [f"model.quantization={value}"] for name, value in (("none", "null"), ("int8", "int8"), ("nf4", "nf4"))
 }
 CPU = "{device: cpu}"
-OFFLOAD = {
+OFFLOAD: dict[str, list[str]] = {
     "none": [],
+    "nvme": [],  # a JSON of its own
     "optimizer": [f"ds.zero_optimization.offload_optimizer={CPU}"],
     "param": [f"ds.zero_optimization.offload_param={CPU}"],
     "optimizer+param": [
@@ -42,7 +43,7 @@ def overrides_of(cell: Cell) -> list[str]:
     """What makes recipe ``t5_small`` train in ``cell``, with a tiny model."""
     return [
         f"model.backbone={card_of_architecture(cell.architecture or '')}",
-        f"deepspeed=zero{cell.zero_stage}",
+        f"deepspeed=zero{cell.zero_stage}{'_nvme' if cell.offload == 'nvme' else ''}",
         *PRECISION[cell.precision],
         *(["ds.data_types=null"] if cell.zero_stage == 0 else []),
         *ADAPTER[cell.adapter],

@@ -12,7 +12,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.ranks import Ranks, read_ranks
+from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.load import load_translator
@@ -82,6 +84,27 @@ def train_cell(
 ) -> dict[str, Any]:
     """Three steps on one batch, then a checkpoint, scrambled weights and the checkpoint again."""
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=torch.cuda.is_available())
+    with swap_folders(resolved, ranks):
+        return train_resolved(resolved, corpus, writer, ranks, number)
+
+
+@contextmanager
+def swap_folders(resolved: ResolvedRun, ranks: Ranks) -> Iterator[None]:
+    """The folders that a cell with NVMe swaps to, as a run has them."""
+    folders = swap_to_this_node(resolved.deepspeed)
+    if ranks.is_main:
+        claim_swap_folders(folders)
+    dist.barrier()
+    try:
+        yield
+    finally:
+        if ranks.is_main:
+            remove_swap_folders(folders)
+
+
+def train_resolved(
+    resolved: ResolvedRun, corpus: Corpus, writer: CheckpointWriter, ranks: Ranks, number: int
+) -> dict[str, Any]:
     seed_everything(resolved.recipe.training.seed)
     tokenizer = build_processor(resolved.recipe, corpus).tokenizer
     model = build_translator(resolved, corpus, tokenizer)

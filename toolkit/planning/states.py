@@ -85,9 +85,8 @@ def model_states(counts: Counts, recipe: Recipe, config: Tree, world_size: int) 
 
     kind = recipe.model.quantization.kind if recipe.model.quantization else None
     parameters = (trained + counts.frozen) * number + counts.packed * (PACKED_BYTES[kind] if kind else 0)
-    gradient = number if lean else BYTES[value_at(config, "data_types.grad_accum_dtype") or "fp32"]
-    if value_at(config, "data_types.grad_accum_dtype") is None:
-        gradient = number
+    accumulated = value_at(config, "data_types.grad_accum_dtype")
+    gradient = BYTES[accumulated] if accumulated and not lean else number
     # Stage 0 in fp32 updates the parameters themselves; every other way keeps a copy to update.
     master = 0.0 if stage == 0 and number == BYTES["fp32"] else number if lean else BYTES["fp32"]
     moments, moment = MOMENTS[recipe.training.optimizer]

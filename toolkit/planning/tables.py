@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
-from toolkit.planning.counts import count
-from toolkit.planning.overview import overview
+from toolkit.planning.counts import Counts, count
 from toolkit.planning.states import GIB, model_states
 from toolkit.recipe.catalogue import catalogue, millions
+from toolkit.recipe.cells import cell_of
 from toolkit.recipe.compatibility import (
     ADAPTERS,
     ARCHITECTURES,
@@ -21,8 +22,9 @@ from toolkit.recipe.compatibility import (
     needs_gpu,
     refusal,
 )
-from toolkit.recipe.ds_json import read_deepspeed
-from toolkit.recipe.model_cards import load_model_yaml, model_names
+from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.model_cards import architecture_of, load_model_yaml, model_names
+from toolkit.recipe.schema import Recipe
 
 MEMORY_JSONS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
@@ -60,36 +62,34 @@ def cards_table() -> str:
 def recipes_table() -> str:
     """All recipes, with what trains and the model states on one GPU."""
     rows = []
-    for recipe in catalogue()[0]:
-        entry = overview(recipe)
-        rows.append(
-            (
-                f"`{entry.name}`",
-                entry.description,
-                millions(entry.trainable),
-                f"`{entry.deepspeed}`",
-                entry.states_in_words,
-            )
-        )
+    for recipe, counts in _recipes():
+        states = model_states(counts, recipe, load_deepspeed(recipe.deepspeed, recipe.ds), world_size=1)
+        host = f" + {states.host / GIB:.1f} of host memory" if states.host else ""
+        size = f"{states.device / GIB:.1f} GiB{host}"
+        name, trained = f"`{recipe.name}`", millions(counts.trainable)
+        rows.append((name, recipe.description, trained, f"`{recipe.deepspeed}`", size))
     return _table(("recipe", "what it is", "trained", "DeepSpeed JSON", "model states on one GPU"), rows)
 
 
 def memory_table() -> str:
     """Model states of every recipe under the shipped JSONs, on one GPU and on eight."""
-    heading = ("recipe", *(f"`{name}`, 1 → 8 GPUs" for name in MEMORY_JSONS))
     rows = []
-    for recipe in catalogue()[0]:
-        counts, cells = count(recipe), []
-        quantization = recipe.model.quantization.kind if recipe.model.quantization else "none"
+    for recipe, counts in _recipes():
+        cells = []
         for name in MEMORY_JSONS:
-            config, _ = read_deepspeed(name, recipe.ds)
-            if quantization == "int8" and name.startswith("zero3"):
+            config = load_deepspeed(name, recipe.ds)
+            if refusal(cell_of(recipe, config, architecture_of(recipe.model))):
                 cells.append("refused")
                 continue
             sizes = [model_states(counts, recipe, config, ranks).device / GIB for ranks in (1, 8)]
             cells.append(" → ".join(f"{size:.1f}" for size in sizes))
         rows.append((f"`{recipe.name}`", *cells))
-    return _table(heading, rows)
+    return _table(("recipe", *(f"`{name}`, 1 → 8 GPUs" for name in MEMORY_JSONS)), rows)
+
+
+@cache
+def _recipes() -> list[tuple[Recipe, Counts]]:
+    return [(recipe, count(recipe)) for recipe in catalogue()[0]]
 
 
 def placements_table() -> str:

@@ -31,7 +31,7 @@ PRECISIONS = ("fp32", "bf16", "autocast", "fp16")  # autocast: fp32 parameters, 
 ADAPTERS = ("none", "lora", "dora", "rslora")
 QUANTIZATIONS = ("none", "int8", "nf4")
 ZERO_STAGES = (0, 1, 2, 3)
-OFFLOADS = ("none", "optimizer", "param", "optimizer+param", "nvme")  # nvme: optimizer states and parameters
+OFFLOADS = ("none", "optimizer", "param", "optimizer+param", "nvme")  # nvme: optimizer states; parameters on the host
 
 # Architectures whose activations leave fp16's range and turn the loss into NaN.
 OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
