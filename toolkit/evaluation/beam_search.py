@@ -60,7 +60,8 @@ def beam_search(
     """
     beams = generation_config.num_beams
     search = _Search(generation_config, input_ids.view(-1, beams, input_ids.shape[1]), logits_processor)
-    hidden = model_kwargs["encoder_outputs"][0][::beams]
+    # In one piece, because GPT-2 looks at it through a view.
+    hidden = model_kwargs["encoder_outputs"][0][::beams].contiguous()
     mask = model_kwargs["attention_mask"][::beams]
     cache = model_kwargs["past_key_values"]
 

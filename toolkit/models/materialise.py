@@ -201,7 +201,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _values(name: str, tensor: Tensor, source: Source, placement: Placement) -> Tensor:
     """Values for one tensor of the skeleton, in the type and place of the run, on every rank."""
-    dtype = placement.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
+    # Buffers, too: M2M100 adds its table of positions to what the layer norms read.
+    dtype = placement.dtype if tensor.is_floating_point() else tensor.dtype
     if placement.fills:
         values = source(name, tensor).to(placement.device, dtype).contiguous()
     else:
