@@ -151,6 +151,17 @@ def position_limit(half: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
+def cast_position_tables(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let tables of positions that are no parameters (M2M100, NLLB) be of the type of what they are added to.
+
+    DeepSpeed casts parameters and leaves buffers as they are; the sum would be float32 and the next layer refuse it.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("embed_positions"):
+            for key, table in list(module.named_buffers(recurse=False)):
+                setattr(module, key, table.to(dtype))
+
+
 def takes_vectors(backbone: PreTrainedModel) -> bool:
     """Whether the encoder reads vectors in place of token ids."""
     return "inputs_embeds" in inspect.signature(backbone.get_encoder().forward).parameters

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.errors import UserError
-from toolkit.models.backbone import backbone_class
+from toolkit.models.backbone import backbone_class, cast_position_tables
 from toolkit.models.base import Fingerprint
 from toolkit.models.extra_tokens import table_rows, widened
 from toolkit.models.quantisation import is_packed, packable, quantised
@@ -156,6 +156,7 @@ def settle(model: PreTrainedModel, placement: Placement) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and not is_packed(parameter):
             parameter.data = parameter.data.to(placement.dtype)
+    cast_position_tables(model, placement.dtype)
     if placement.zero3 is not None:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -201,8 +202,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _values(name: str, tensor: Tensor, source: Source, placement: Placement) -> Tensor:
     """Values for one tensor of the skeleton, in the type and place of the run, on every rank."""
-    # Buffers, too: M2M100 adds its table of positions to what the layer norms read.
-    dtype = placement.dtype if tensor.is_floating_point() else tensor.dtype
+    dtype = placement.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
     if placement.fills:
         values = source(name, tensor).to(placement.device, dtype).contiguous()
     else:
