@@ -21,6 +21,7 @@ from toolkit.errors import Interrupted, UserError
 from toolkit.models.weights import trainable_state_dict
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training import run_directory
+from toolkit.training.averaging import averaged_weights
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.run import Start, find_start, open_trainer
@@ -73,6 +74,10 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
             except Interrupted:
                 result["interrupted"] = True
             weights = trainable_state_dict(trainer.engine.module, keep=ranks.is_main)
+            if trainer.recipe.training.ema:
+                with averaged_weights(trainer.engine):
+                    averages = trainable_state_dict(trainer.engine.module, keep=True)
+                result["average"] = sum(float(tensor.double().square().sum()) for tensor in averages.values()) ** 0.5
             digest = xxhash.xxh3_64()
             for _, tensor in sorted(weights.items()):
                 digest.update(tensor.float().numpy().tobytes())

@@ -36,7 +36,7 @@ TARGETS = {"zero0": ["full"], "zero1": ["full", "lora"], "zero3": ["full", "lora
 # What goes on to the last bit, with dropout and augmentation: DeepSpeed JSON and overrides.
 EXACT = {
     "zero0": ("zero0", []),
-    "zero2_offload": ("zero2_offload", []),
+    "zero2_offload": ("zero2_offload", ["training.ema=0.9", "training.freeze_backbone_steps=3"]),
     "zero3": ("zero3", SMALL),
     "lora": ("zero3", LORA),
     "nf4": ("zero2", KINDS["nf4"]),
@@ -46,7 +46,7 @@ EXACT = {
 
 def exactly(kind: str) -> list[str]:
     """Overrides under which a run's losses do not depend on its ranks."""
-    return [*FP32, *NO_DROPOUT, *KINDS[kind], *NO_LORA_DROPOUT * (kind != "full")]
+    return [*FP32, *NO_DROPOUT, *KINDS[kind], *NO_LORA_DROPOUT * (kind != "full"), "training.ema=0.9"]
 
 
 def saved(name: str, step: int) -> str:
@@ -68,7 +68,8 @@ def cases_of_two_ranks() -> list[Case]:
     full = exactly("full")
     cases.append({"name": "offload", "ds": "zero3_offload", "overrides": full, "stop_after": SECOND})
     cases.append({"name": "offload-zero1", "ds": "zero1", "overrides": full, "resume": saved("offload", SECOND)})
-    cases.append({"name": "bf16", "ds": "zero2", "overrides": NO_DROPOUT, "resume": saved("full-whole", SECOND)})
+    bf16 = [*NO_DROPOUT, "training.ema=0.9"]
+    cases.append({"name": "bf16", "ds": "zero2", "overrides": bf16, "resume": saved("full-whole", SECOND)})
     eight = [*FP32, "training.optimizer=adamw8bit"]
     cases.append({"name": "eight", "ds": "zero2", "overrides": eight, "stop_after": SECOND})
     cases.append({"name": "eight-same", "ds": "zero2", "overrides": eight, "resume": saved("eight", SECOND)})
@@ -163,6 +164,8 @@ def goes_on(trained: dict[str, dict[str, Any]], kind: str, name: str, after: int
     count = len(rest["losses"])
     assert count and rest["losses"] == pytest.approx(whole["losses"][after : after + count], rel=1e-4)
     assert rest["rates"] == whole["rates"][after : after + count]
+    if after + count == STEPS:
+        assert rest["average"] == pytest.approx(whole["average"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -171,6 +174,7 @@ def test_the_same_layout_goes_on_to_the_last_bit(trained: dict[str, dict[str, An
     assert len(whole["losses"]) == STEPS
     assert rest["losses"] == whole["losses"][SECOND:]
     assert rest["weights"] == whole["weights"]
+    assert rest.get("average") == whole.get("average")
     assert not [line for line in rest["said"] if line.startswith("note:")]
 
 

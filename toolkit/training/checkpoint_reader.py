@@ -105,7 +105,7 @@ def load_checkpoint(
     _check_optimizer(engine, state, checkpoint, changed=bool(notes))
     rank = dist.get_rank()
     same_optimizer = state.optimizer == type(base_optimizer(engine)).__name__
-    steps = 0
+    steps: set[int] = set()
     for number, shard in enumerate(rewrite_shards(engine)):
         for fragment in shard.fragments:
             for key in files.pieces[fragment.name]:
@@ -117,7 +117,7 @@ def load_checkpoint(
                 files.fill(part, fragment.name, key, fragment.start)
             scalars = files.scalars[fragment.name]
             set_scalars(engine, shard, scalars, same_optimizer=same_optimizer)
-            steps = max(steps, steps_of(scalars))
+            steps.add(steps_of(scalars))
         for key, tensor in files.of_rank(rank, f"shard_{number}").items():
             shard.state[key] = tensor.to(shard.values.device)
     replay_steps(engine, steps)

@@ -113,17 +113,22 @@ def steps_of(scalars: dict[str, Any]) -> int:
     return int(step[0] if isinstance(step, list) else step)
 
 
-def replay_steps(engine: Any, steps: int) -> None:
-    """Bring DeepSpeedCPUAdam's hidden powers of beta to where ``steps`` steps would have brought them.
+def replay_steps(engine: Any, steps: set[int]) -> None:
+    """Bring DeepSpeedCPUAdam's hidden powers of beta to where they were, to the last bit.
 
-    It multiplies them step by step in C++, and computes them afresh, to another last bit, where a step was left out.
+    It multiplies them step by step in C++, and computes them afresh, to another last bit, whenever the next count that
+    it is given does not follow the last one: which is always, where shards have different counts.
+
+    Args:
+        engine: the DeepSpeed engine.
+        steps: all counts that its shards have.
     """
     base: Any = base_optimizer(engine)
-    if not hasattr(base, "ds_opt_adam"):
+    if not hasattr(base, "ds_opt_adam") or len(steps) != 1:
         return
     group = base.param_groups[0]
     dummy = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, steps + 1):
+    for step in range(1, max(steps) + 1):
         base.ds_opt_adam.adam_update(
             base.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *dummy
         )
