@@ -77,7 +77,9 @@ def test_a_run_that_evaluates_a_step_again_keeps_it_once(tmp_path: Path) -> None
 def test_a_score_that_is_not_there_loses_to_any(tmp_path: Path) -> None:
     nothing = score([], [])
     kept = admit([], 10, nothing, select_by="bleu4", keep=2)
-    assert admit(kept, 20, scores(9), select_by="bleu4", keep=2)[0][0] == 20
+    kept = admit(kept, 20, scores(9), select_by="bleu4", keep=2)
+    assert [step for step, _ in kept] == [20, 10]
+    assert admit(kept, 30, nothing, select_by="bleu4", keep=3)[-1][0] == 30
 
 
 def test_a_model_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:

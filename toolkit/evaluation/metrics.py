@@ -28,7 +28,7 @@ from sacrebleu.metrics import CHRF
 
 from toolkit.evaluation.statistics import Measure, make_bleu, measure, rouge_l, rouge_tokens
 
-__all__ = ["SCORE_NAMES", "Scores", "better", "improves", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
+__all__ = ["SCORE_NAMES", "Scores", "better", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
 
 SCORE_NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "reduced_bleu", "chrf", "rouge_l", "wer", "cer")
 _LOWER_IS_BETTER = frozenset({"wer", "cer"})
@@ -71,17 +71,6 @@ def better(name: str) -> bool:
     if name not in SCORE_NAMES:
         raise ValueError(f"there is no score '{name}': choose one of {', '.join(SCORE_NAMES)}")
     return name not in _LOWER_IS_BETTER
-
-
-def improves(name: str, new: Scores, best: Scores | None) -> bool:
-    """Whether ``new`` beats ``best`` in one score; anything beats nothing, and a score that is n/a beats none."""
-    higher = better(name)
-    if best is None:
-        return True
-    new_value, best_value = new.values()[name], best.values()[name]
-    if new_value is None or best_value is None:
-        return new_value is not None
-    return new_value > best_value if higher else new_value < best_value
 
 
 def score(
