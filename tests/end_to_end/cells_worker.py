@@ -43,7 +43,7 @@ from toolkit.training.loss import token_loss
 from toolkit.training.run import Start, open_trainer, seed_everything
 
 STEPS = 3
-NOBODY = SavedState(Progress(), {}, "", {}, {}, {})  # a checkpoint's identity, for nobody asks
+NOBODY = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})  # nobody asks
 
 
 def main() -> None:
