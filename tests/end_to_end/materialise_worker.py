@@ -19,7 +19,7 @@ from toolkit.cluster.allocator import return_freed_memory
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.ranks import read_ranks
 from toolkit.models.materialise import Placement, published_backbone, random_backbone
-from toolkit.models.weights import whole_state_dict
+from toolkit.models.weights import count_weights, whole_state_dict
 from toolkit.recipe.schema import Quantization
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 
@@ -56,7 +56,9 @@ def main() -> None:
         )
         read = dequantised if quantization else (lambda model: whole_state_dict(model, keep=True))
         results[what] = same(read(whole), read(cut))
-    results["memory"] = memory(AutoConfig.for_model("t5", **plan["large"]), zero3)
+    large = AutoConfig.for_model("t5", **plan["large"])
+    results["memory"] = memory(large, Placement(torch.bfloat16, CPU, zero3))
+    results["memory nf4"] = memory(large, Placement(torch.bfloat16, CPU, None, nf4))
     if ranks.is_main:
         Path(plan["results"]).write_text(json.dumps(results))
     leave_process_group()
@@ -83,15 +85,14 @@ def dequantised(model: PreTrainedModel) -> dict[str, Tensor]:
     return weights
 
 
-def memory(config: Any, zero3: dict[str, Any]) -> dict[str, float]:
-    """MiB that all ranks together grow by at most while a model is built, and MiB of one copy of it."""
+def memory(config: Any, placement: Placement) -> dict[str, float]:
+    """MiB that all ranks together grow by at most while a model is built, and MiB of one whole copy in bf16."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
-    model = random_backbone(config, Placement(torch.bfloat16, CPU, zero3), seed=1)
+    model = random_backbone(config, placement, seed=1)
     grown = torch.tensor(resident("VmHWM") - before, dtype=torch.float64)
     distributed.all_reduce(grown)
-    copy = sum(parameter.ds_numel * 2 for parameter in model.parameters())  # type: ignore[attr-defined]
-    return {"grown": grown.item(), "copy": copy / 2**20}
+    return {"grown": grown.item(), "copy": count_weights(model.parameters()) * 2 / 2**20}
 
 
 def resident(key: str) -> float:

@@ -54,3 +54,8 @@ def test_all_ranks_together_hold_little_more_than_one_copy(results: dict[str, An
     grown, copy = results["memory"]["grown"], results["memory"]["copy"]
     assert copy > 300
     assert copy < grown < 1.5 * copy, "two copies would be 2, fp32 on one rank 3"
+
+
+def test_four_bits_take_little_more_than_a_quarter_on_each_rank(results: dict[str, Any]) -> None:
+    grown, copy = results["memory nf4"]["grown"] / 2, results["memory nf4"]["copy"]
+    assert copy / 4 < grown < copy / 2, "with the whole weights it would be more than a copy"

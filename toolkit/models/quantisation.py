@@ -70,6 +70,7 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         )
     packed.weight = weight.to(device)
     packed.bias = linear.bias
+    del linear.weight  # whoever still holds the layer holds no memory
     packed.requires_grad_(False)
     packed._is_hf_initialized = True  # transformers would draw random numbers into it
     return packed
