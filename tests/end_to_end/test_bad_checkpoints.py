@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -129,8 +130,19 @@ def test_the_one_before_goes_on_and_the_newer_one_is_kept(run: Run, arguments: l
     again = run("launch/train.py", *arguments, *few, "--resume", named)
     assert again.code == 75, again.out + again.err
     assert f"going on from {named}" in again.out and f"{NEWEST}.aside_1" in again.out
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["status"] == "interrupted"
     old, new = (read_state(run_dir / "checkpoints" / name) for name in (f"{NEWEST}.aside_1", NEWEST))
     assert (old.progress.epoch, old.progress.epoch_step) == (new.progress.epoch, new.progress.epoch_step)
+
+
+def test_a_run_that_begins_anew_sets_the_old_one_aside(run: Run, arguments: list[str], run_dir: Path) -> None:
+    before = contents(run_dir)
+    anew = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}", "--resume", "never")
+    assert anew.code == 75, anew.out + anew.err
+    assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE]
+    aside = run_dir.with_name(f"{run_dir.name}.1")
+    assert sorted(contents(aside).values()) == sorted(before.values())
 
 
 @pytest.fixture

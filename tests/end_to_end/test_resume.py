@@ -115,26 +115,3 @@ def test_a_killed_run_loses_only_what_came_after_its_last_checkpoint(
     assert again.code == 0, again.out + again.err
     assert "going on from" in again.out
     assert losses(run_dir) == undisturbed
-
-
-def test_a_damaged_checkpoint_is_refused_and_named(
-    run: Callable[..., Any], arguments: list[str], tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    few = [value for value in arguments if not value.startswith(("training.max_steps", "training.save_every"))]
-    limited = [*few, "training.max_steps=40", "training.save_every=1", "training.time_limit=0.0001"]
-    stopped = run("launch/train.py", *limited, f"run.dir={run_dir}")
-    assert stopped.code == 75, stopped.out + stopped.err
-    assert "the time limit" in stopped.err
-    shard = next((run_dir / "checkpoints" / "step_000001").glob("rank_*.safetensors"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    refused = run("launch/train.py", *limited, f"run.dir={run_dir}")
-    assert refused.code == 2
-    assert "damaged" in refused.errors[0] and shard.name in refused.errors[0]
-    other = run("launch/train.py", *limited, f"run.dir={run_dir}", ranks=2)
-    assert other.code == 2
-    anew = run("launch/train.py", *limited, "--new", f"run.dir={run_dir}")
-    assert anew.code == 75
-    assert (tmp_path / "run.1" / "checkpoints" / "step_000001").is_dir()

@@ -10,6 +10,7 @@ import pytest
 
 from toolkit.errors import UserError
 from toolkit.training.checkpoints import (
+    LATEST,
     MANIFEST,
     STATE,
     Progress,
@@ -18,6 +19,7 @@ from toolkit.training.checkpoints import (
     complete_checkpoints,
     name_of,
     read_state,
+    remove_checkpoint,
     remove_unfinished,
     set_newer_aside,
 )
@@ -93,8 +95,22 @@ def test_one_of_an_older_toolkit_is_refused(tmp_path: Path) -> None:
 def test_newer_ones_are_set_aside_and_never_lost(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step)
+    (tmp_path / LATEST).write_text("step_000015\n")
     assert [path.name for path in set_newer_aside(tmp_path, 5)] == ["step_000010.aside_1", "step_000015.aside_1"]
+    assert (tmp_path / LATEST).read_text() == "step_000005\n"
     write(tmp_path, 10)
     assert [path.name for path in set_newer_aside(tmp_path, 5)] == ["step_000010.aside_2"]
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000005"]
     assert choose_checkpoint(tmp_path, str(tmp_path / "step_000010.aside_2")) == tmp_path / "step_000010.aside_2"
+    set_newer_aside(tmp_path, 4)
+    assert not (tmp_path / LATEST).exists() and not complete_checkpoints(tmp_path)
+
+
+def test_one_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write(tmp_path, 5)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # the run dies before the first file is gone
+    remove_checkpoint(checkpoint)
+    assert not complete_checkpoints(tmp_path)
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -32,6 +32,8 @@ from toolkit.training.checkpoints import (
     complete_checkpoints,
     flush_folder,
     name_of,
+    partial_name_of,
+    remove_checkpoint,
     remove_unfinished,
 )
 from toolkit.training.random_states import random_states
@@ -73,7 +75,7 @@ class CheckpointWriter:
         up: training goes on, and the checkpoint before it stays.
         """
         self._finish_last()
-        partial = self.folder / f".{name_of(progress.step)}.partial"
+        partial = self.folder / partial_name_of(name_of(progress.step))
         files: dict[str, Future[str]] = {}
         waiting: deque[tuple[Future[str], int]] = deque()
         counters = {name: int(getattr(engine, name)) for name in COUNTERS} | {"loss_scaler": _loss_scaler(engine)}
@@ -151,12 +153,12 @@ class CheckpointWriter:
             flush_folder(self.folder)
             write_text_atomically(self.folder / LATEST, final.name + "\n")
             flush_folder(self.folder)
-            for old in complete_checkpoints(self.folder)[: -self.keep_last]:
-                shutil.rmtree(old)
         except OSError as error:
             return error.strerror or str(error)
         except UserError as error:
             return str(error)
+        for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+            remove_checkpoint(old)
         return None
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.recipe.files import write_text_atomically
 from toolkit.training.best_models import Kept
 from toolkit.training.tensor_files import checksum
 
@@ -161,20 +162,37 @@ def set_newer_aside(folder: Path, step: int) -> list[Path]:
     Returns:
         their new names; each is a path to give to ``--resume`` still.
     """
+    found = complete_checkpoints(folder)
+    older = [path for path in found if int(path.name[5:]) <= step]
+    newer = found[len(older) :]
+    if newer and older:
+        write_text_atomically(folder / LATEST, older[-1].name + "\n")
+    elif newer:
+        (folder / LATEST).unlink(missing_ok=True)
     aside = []
-    for path in complete_checkpoints(folder):
-        if int(path.name[5:]) > step:
-            number = 1
-            while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
-                number += 1
-            path.rename(target)
-            aside.append(target)
+    for path in newer:
+        number = 1
+        while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
+            number += 1
+        path.rename(target)
+        aside.append(target)
     return aside
 
 
+def partial_name_of(name: str) -> str:
+    """What a checkpoint is called while it is not whole."""
+    return f".{name}.partial"
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, which has lost its name before it has lost a file."""
+    partial = checkpoint.rename(checkpoint.with_name(partial_name_of(checkpoint.name)))
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that died while saving has left."""
-    for path in folder.glob(".step_*.partial"):
+    """Remove what a run that died while saving or removing has left."""
+    for path in folder.glob(partial_name_of("step_*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
