@@ -45,7 +45,7 @@ lint: setup ## ruff, mypy and the one-way rule between the rooms of the toolkit
 
 # Tests start ranks side by side; built beforehand, in one process, an op is there when two ask for it at once.
 ops: setup
-	@$(BIN)/python launch/doctor.py build-ops shm_comm cpu_adam
+	@$(BIN)/python launch/doctor.py build-ops shm_comm cpu_adam async_io
 
 clean: ## remove the environment, caches and build products; runs/ and corpora/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

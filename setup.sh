@@ -60,6 +60,12 @@ else
   printf '%s\n' "$wanted" > "$stamp"
 fi
 
+# zero3_nvme alone needs it; where it cannot be had, everything else works.
+if ! [ -e /usr/include/libaio.h ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  (export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && apt-get install -y -qq --no-install-recommends libaio-dev) >/dev/null 2>&1 ||
+    say "libaio-dev could not be installed: offload to NVMe (zero3_nvme) will not work, all else does"
+fi
+
 mkdir -p corpora runs
 
 # What DeepSpeed will run on. A GPU that torch cannot see is worth a line now rather than a slow run later.

@@ -30,4 +30,6 @@ if ! command -v deepspeed >/dev/null; then
   PATH=$clone/.venv/bin:$PATH
 fi
 
+# Ctrl-C reaches launch.py and the ranks, which save; deepspeed itself would only print a traceback over their last line.
+trap '' INT
 exec deepspeed --num_gpus "$ranks" "$clone/launch/train.py" --recipe "$recipe" "$@"

@@ -14,7 +14,7 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_TOO_MANY_REJECTS = 3
 EXIT_INTERRUPTED = 75
-EXIT_CTRL_C = 130  # as shells say it: stopped before there was anything to save
+EXIT_AT_ONCE = 130  # as shells say it: Ctrl-C where there is nothing to save, or a second one
 
 # Within this time the first rank of a node has printed and left, and the launcher has killed the others.
 OTHER_RANKS_WAIT_SECONDS = 15.0
@@ -73,7 +73,7 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, local_rank: int = 
             raise
         if local_rank == 0:
             print("interrupted: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        return EXIT_CTRL_C
+        return EXIT_AT_ONCE
     return EXIT_DONE
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from toolkit.training.interruptions import EXIT_AT_ONCE, SIGNALS, Interruptions
+from toolkit.errors import EXIT_AT_ONCE
+from toolkit.training.interruptions import SIGNALS, Interruptions
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from types import FrameType
 
 from toolkit.cluster.launchers import has_died, launcher_processes
+from toolkit.errors import EXIT_AT_ONCE
 
 # Ctrl-C, a scheduler's end, SLURM's warning, and a terminal that went away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_POLL_SECONDS = 1.0
 # One Ctrl-C can arrive twice, from the terminal and from a launcher; nobody changes their mind so soon.
 SECOND_THOUGHT_SECONDS = 1.0
-EXIT_AT_ONCE = 128 + signal.SIGINT
 
 
 class Interruptions:
