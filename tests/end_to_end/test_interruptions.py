@@ -1,0 +1,363 @@
+"""However a run is stopped, it goes on to the same losses, to the last bit, and leaves nothing behind.
+
+One run is stopped again and again and goes on each time, so that each way to stop costs one start; starts are made
+cheap by ``warm_launcher.py``, and some are DeepSpeed's own command.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TARGETS = ("runner", "launch", "one rank", "group")
+# What the shell sees. A rank's own code reaches it only when the ranks alone were signalled.
+CODES = {
+    ("runner", signal.SIGTERM): -15,
+    ("runner", signal.SIGUSR1): -10,
+    ("runner", signal.SIGINT): -2,
+    ("launch", signal.SIGTERM): 1,
+    ("launch", signal.SIGUSR1): 0,
+    ("launch", signal.SIGINT): 1,
+    ("one rank", signal.SIGTERM): 75,
+    ("one rank", signal.SIGUSR1): 75,
+    ("one rank", signal.SIGINT): 75,
+    ("group", signal.SIGTERM): -15,
+    ("group", signal.SIGUSR1): -10,
+    ("group", signal.SIGINT): -2,
+}
+WAYS = [(target, number) for target in TARGETS for number in SIGNALS]
+STEPS = 72  # more than all interruptions together let pass
+KILLS = 10
+KILLS_BY_NIGHT = 50
+
+Losses = Callable[[Path], list[float]]
+
+
+@dataclass
+class Run:
+    """A run under the launcher.
+
+    Attributes:
+        runner: the process that a user would have started.
+        folder: its run directory.
+        out: the file with all that it says.
+        wait: waits for the runner's exit code.
+    """
+
+    runner: psutil.Process
+    folder: Path
+    out: Path
+    wait: Callable[[], int]
+
+    def processes(self) -> list[psutil.Process]:
+        """The runner, launch.py and the ranks, as far as they live."""
+        try:
+            return [self.runner, *self.runner.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in self.processes() if any(word.startswith("--local_rank=") for word in p.cmdline())]
+
+    def said(self) -> str:
+        return self.out.read_text(errors="replace")
+
+
+class Warm:
+    """Starts runs by ``warm_launcher.py``."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], command: Callable[..., list[str]]) -> None:
+        self.folder, self.environment, self.command, self.count = folder, environment, command, 0
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "end_to_end" / "warm_launcher.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+        )
+        self.answer()
+
+    def answer(self, **order: Any) -> int:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if order:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, folder: Path, arguments: list[str]) -> Run:
+        self.count += 1
+        out = self.folder / f"out_{self.count:02d}.txt"
+        out.touch()
+        words = self.command("launch/train.py", *arguments, f"run.dir={folder}", ranks=2)[1:]
+        pid = self.answer(start=words, out=str(out), environment=self.environment)
+        return Run(psutil.Process(pid), folder, out, lambda: self.answer(wait=pid))
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for temporary files of all runs of this module, which they must leave empty."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def surroundings(temporary: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    ours = {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return kept | ours | {"TMPDIR": str(temporary)}
+
+
+@pytest.fixture(scope="module")
+def warm(
+    tmp_path_factory: pytest.TempPathFactory, surroundings: dict[str, str], command: Callable[..., list[str]]
+) -> Iterator[Warm]:
+    launcher = Warm(tmp_path_factory.mktemp("warm"), surroundings, command)
+    yield launcher
+    launcher.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def arguments(settings: list[str]) -> list[str]:
+    """A run with dropout and augmentation, so that every source of randomness must be taken up where it was."""
+    return [
+        *("--recipe", "t5_small", "--ds", "zero2", *settings, "ds.data_types=null"),
+        *("training.epochs=99", f"training.max_steps={STEPS}", "training.eval_every=99", "training.save_every=2"),
+        *("augmentation.noise=0.02", "augmentation.speed=0.2", "training.log_every=1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm: Warm, losses: Losses, arguments: list[str], tmp_path_factory: Any) -> list[float]:
+    run = warm.start(tmp_path_factory.mktemp("undisturbed") / "run", arguments)
+    assert run.wait() == 0, run.said()
+    return losses(run.folder)
+
+
+def steps_told(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+
+
+def wait_for_steps(run: Run, more: int) -> None:
+    """Wait until the run has done ``more`` steps since it began or went on."""
+    deadline, went_on = time.monotonic() + PATIENCE, None
+    while time.monotonic() < deadline:
+        if went_on is None and "training: " in run.said():
+            went_on = steps_told(run.folder)
+        if went_on is not None and steps_told(run.folder) >= went_on + more:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{more} steps did not come within {PATIENCE:.0f} s: {run.said()}")
+
+
+def wait_for_the_end(processes: list[psutil.Process]) -> None:
+    """Wait until none of them runs; who is left without a parent may stay unburied."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if not any(is_alive(process) for process in processes):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"still running: {[p.cmdline() for p in processes if is_alive(p)]}")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def signal_to(run: Run, target: str, number: signal.Signals) -> None:
+    if target == "group":
+        os.killpg(run.runner.pid, number)
+    elif target == "runner":
+        run.runner.send_signal(number)
+    elif target == "launch":
+        run.ranks()[0].parent().send_signal(number)
+    else:
+        run.ranks()[1].send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    warm: Warm, arguments: list[str], losses: Losses, tmp_path_factory: Any
+) -> tuple[dict[Any, dict[str, Any]], list[float]]:
+    """What was seen at each way to stop one and the same run, and the losses of that run in the end."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    seen: dict[Any, dict[str, Any]] = {}
+    for target, number in WAYS:
+        run = warm.start(folder, arguments)
+        wait_for_steps(run, 2)
+        processes = run.processes()
+        signal_to(run, target, number)
+        code = run.wait()
+        wait_for_the_end(processes)
+        seen[target, number] = {"code": code, "said": run.said(), "steps": steps_told(folder), **status_of(folder)}
+    run = warm.start(folder, [*arguments, "training.time_limit=0.02"])
+    code = run.wait()
+    seen["time limit"] = {"code": code, "said": run.said(), "steps": steps_told(folder), **status_of(folder)}
+    run = warm.start(folder, arguments)
+    assert run.wait() == 0, run.said()
+    return seen, losses(folder)
+
+
+@pytest.mark.parametrize(("target", "number"), WAYS, ids=lambda value: getattr(value, "name", value))
+def test_every_signal_to_every_process_saves_and_stops_all_of_them(
+    stopped: Any, target: str, number: signal.Signals
+) -> None:
+    seen = stopped[0][target, number]
+    assert seen["status"] == "interrupted", seen["said"]
+    assert seen["code"] == CODES[target, number], seen["said"]
+    assert len(re.findall(r"^interrupted: ", seen["said"], re.MULTILINE)) == 1, seen["said"]
+    assert f"after step {seen['steps']} of {STEPS}; everything is saved, the same command goes on" in seen["said"]
+    reason = "the launcher's death" if target in ("runner", "launch") else number.name
+    if target == "one rank":
+        reason = "another rank's signal"
+    if target == "launch" and number != signal.SIGUSR1:
+        reason = "SIGTERM"  # which launch.py passes on, to the first rank
+    assert f"interrupted: stopped by {reason} " in seen["said"]
+
+
+def test_the_time_limit_saves_and_stops(stopped: Any) -> None:
+    seen = stopped[0]["time limit"]
+    assert (seen["code"], seen["status"]) == (75, "interrupted"), seen["said"]
+    assert "interrupted: stopped by the time limit after step" in seen["said"]
+
+
+def test_nothing_that_was_done_before_a_stop_is_done_again(stopped: Any) -> None:
+    ways = list(stopped[0].values())
+    for before, after in itertools.pairwise(ways):
+        assert f"step_{before['steps']:06d}" in after["said"]
+        assert after["steps"] > before["steps"]
+
+
+def test_a_run_that_was_stopped_again_and_again_has_the_losses_of_one_that_was_not(
+    stopped: Any, undisturbed: list[float]
+) -> None:
+    assert stopped[1] == undisturbed
+
+
+def real_start(
+    how: str, folder: Path, arguments: list[str], surroundings: dict[str, str], command: Callable[..., list[str]]
+) -> Run:
+    """Start a run by the very commands that users type."""
+    words = command("launch/train.py", *arguments, f"run.dir={folder}", ranks=2)
+    if how == "script":
+        words = ["bash", str(ROOT / "launch" / "train_multi_gpu.sh"), arguments[1], "2", *words[words.index("--ds") :]]
+    out = folder.with_suffix(".txt")
+    with out.open("w") as said:
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=surroundings,
+            stdout=said,
+            stderr=said,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Run(psutil.Process(process.pid), folder, out, process.wait)
+
+
+def test_ctrl_c_of_the_real_launcher_is_told_in_one_line(
+    arguments: list[str],
+    surroundings: dict[str, str],
+    command: Callable[..., list[str]],
+    undisturbed: list[float],
+    losses: Losses,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    run = real_start("script", folder, arguments, surroundings, command)
+    wait_for_steps(run, 2)
+    processes = run.processes()
+    os.killpg(run.runner.pid, signal.SIGINT)
+    run.wait()
+    wait_for_the_end(processes)
+    assert status_of(folder)["status"] == "interrupted", run.said()
+    assert "Traceback" not in run.said()
+    assert len(re.findall(r"^interrupted: ", run.said(), re.MULTILINE)) == 1, run.said()
+    # SIGKILL to the real launcher and its ranks, and on to the end.
+    run = real_start("deepspeed", folder, arguments, surroundings, command)
+    wait_for_steps(run, 3)
+    processes = run.processes()
+    os.killpg(run.runner.pid, signal.SIGKILL)
+    wait_for_the_end(processes)
+    run = real_start("deepspeed", folder, arguments, surroundings, command)
+    assert run.wait() == 0, run.said()
+    assert losses(folder) == undisturbed
+
+
+def kill_and_go_on(
+    kills: int, warm: Warm, arguments: list[str], losses: Losses, folder: Path, seed: int
+) -> list[float]:
+    """Kill all processes of a run at a random moment, so many times, then let it end."""
+    moments = random.Random(seed)
+    for number in range(kills):
+        run = warm.start(folder, arguments)
+        if number % 5 == 0:  # at any moment of the start, too
+            time.sleep(moments.uniform(0, 3))
+        else:
+            wait_for_steps(run, moments.randint(1, 3))
+            time.sleep(moments.uniform(0, 0.3))
+        processes = run.processes()
+        os.killpg(run.runner.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, run.said()
+        wait_for_the_end(processes)
+        assert status_of(folder)["status"] == "running" if (folder / "status.json").exists() else number == 0
+    run = warm.start(folder, arguments)
+    assert run.wait() == 0, run.said()
+    return losses(folder)
+
+
+def leftovers(folder: Path, temporary: Path) -> list[str]:
+    """What no run may leave: unfinished checkpoints, files to swap, temporary files, shared memory."""
+    unfinished = [str(path) for path in folder.rglob("*partial*")]
+    swapped = [str(path) for path in folder.rglob("nvme_swap*")]
+    shared = [str(path) for path in Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*") if is_old_and_ours(path)]
+    return unfinished + swapped + [str(path) for path in temporary.rglob("*")] + shared
+
+
+def is_old_and_ours(path: Path) -> bool:
+    """Runs of others may start beside this test; a buffer lives for a moment only."""
+    time.sleep(2)
+    return path.exists()
+
+
+def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_losses(
+    warm: Warm, arguments: list[str], undisturbed: list[float], losses: Losses, tmp_path: Path, temporary: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert kill_and_go_on(KILLS, warm, arguments, losses, folder, seed=1) == undisturbed
+    assert leftovers(folder, temporary) == []
+
+
+@pytest.mark.nightly
+def test_fifty_kills(warm: Warm, arguments: list[str], losses: Losses, tmp_path: Path, temporary: Path) -> None:
+    longer = [f"training.max_steps={5 * STEPS}" if a.startswith("training.max_steps") else a for a in arguments]
+    alone = warm.start(tmp_path / "undisturbed", longer)
+    assert alone.wait() == 0, alone.said()
+    folder = tmp_path / "run"
+    assert kill_and_go_on(KILLS_BY_NIGHT, warm, longer, losses, folder, seed=2) == losses(alone.folder)
+    assert leftovers(folder, temporary) == []
