@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from toolkit.errors import UserError
-from toolkit.models.tokenizers import make_tokenizer, special_ids, train_tokenizer
+from toolkit.models.tokenizers import find_unknown, make_tokenizer, special_ids, train_tokenizer
 
 TEXTS = ["good morning to you all", "नमस्ते दुनिया", "你好世界", "Übung macht den Meister"] * 3
 
@@ -51,4 +52,37 @@ def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model\.tokenizer=bytes") as refusal:
         make_tokenizer(str(tmp_path / "nowhere"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_characters_that_cannot_be_written_are_counted() -> None:
+    tokenizer = train_tokenizer(["abc abd bcd"] * 9)
+    texts = ["abc ß", "good ßß", "abc", "abd"]
+    unknown = find_unknown(tokenizer, texts)
+    assert unknown is not None
+    assert unknown.characters[0] == ("ß", 3)
+    assert {character for character, _ in unknown.characters} == {"ß", "g", "o"}
+    assert unknown.text_share == 0.5
+    assert unknown.character_share == pytest.approx(6 / 16)
+    assert "ß U+00DF (3x)" in str(unknown) and "37.50%" in str(unknown) and "\n" not in str(unknown)
+
+
+def test_nothing_is_unknown_to_bytes_or_in_what_was_trained_on() -> None:
+    assert find_unknown(make_tokenizer("bytes"), TEXTS) is None
+    assert find_unknown(train_tokenizer(TEXTS), TEXTS) is None
+    assert find_unknown(train_tokenizer(TEXTS), []) is None
+
+
+def test_a_mark_that_is_unknown_only_by_itself_is_not_reported() -> None:
+    # NFC puts the letter and the combining mark together before the tokenizer looks at them.
+    tokenizer = train_tokenizer(["caf\u00e9 ole"] * 9)
+    assert find_unknown(tokenizer, ["cafe\u0301"]) is None
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-sentence token behind a text") as refusal:
+        make_tokenizer(str(tmp_path))
     assert "\n" not in str(refusal.value)

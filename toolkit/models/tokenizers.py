@@ -67,10 +67,10 @@ def _set_language(tokenizer: Any, language: str | None, kind: str) -> None:
         # Left alone it would call every text English, or fail at the first one.
         raise UserError(
             f"the tokenizer {kind!r} is multilingual and must know the language of the texts: set "
-            f"evaluation.forced_language, e.g. to {', '.join(_languages(tokenizer)[:12])}, ..."
+            f"evaluation.forced_language, e.g. to {', '.join(list(_languages(tokenizer))[:12])}, ..."
         )
     language_id(tokenizer, language)
-    tokenizer.tgt_lang = language.strip("_") if hasattr(tokenizer, "lang_code_to_token") else language
+    tokenizer.tgt_lang = language.strip("_")
 
 
 def _check_ends(tokenizer: Any, kind: str) -> None:
@@ -135,17 +135,21 @@ def language_id(tokenizer: Any, code: str) -> int:
     Raises:
         UserError: the tokenizer knows no such language; the message names those that it knows.
     """
-    token = getattr(tokenizer, "lang_code_to_token", {}).get(code, code)
     codes = _languages(tokenizer)
-    if token in codes:
-        return int(tokenizer.convert_tokens_to_ids(token))
-    known = f"it knows {', '.join(codes[:12])}{', ...' if len(codes) > 12 else ''}" if codes else "it has none at all"
+    if code.strip("_") in codes:
+        return int(tokenizer.convert_tokens_to_ids(codes[code.strip("_")]))
+    few = ", ".join(list(codes)[:12])
+    known = f"it knows {few}{', ...' if len(codes) > 12 else ''}" if codes else "it has none at all"
     raise UserError(f"evaluation.forced_language: the tokenizer has no language {code!r}: {known}")
 
 
-def _languages(tokenizer: Any) -> list[str]:
-    """The tokens that stand for languages; T5's and ByT5's <extra_id_0> are none."""
-    return sorted(token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<")
+def _languages(tokenizer: Any) -> dict[str, str]:
+    """The token of each language by its code, sorted; mostly they are the same."""
+    codes = getattr(tokenizer, "lang_code_to_token", None)
+    if codes is None:
+        # T5's and ByT5's <extra_id_0> are no languages.
+        codes = {token: token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<"}
+    return dict(sorted(codes.items()))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def quieten(log: Path | None) -> None:
     handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
-    for name in ("DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
+    for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

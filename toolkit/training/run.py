@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ from toolkit.evaluation.splits import score_splits, splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.load import load_translator
+from toolkit.models.tokenizers import find_unknown
 from toolkit.models.weights import count_weights
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
@@ -39,6 +41,8 @@ from toolkit.training.random_states import seed_everything
 from toolkit.training.trainer import Trainer
 
 PROCESSOR = "processor"  # folder in the run directory
+
+log = logging.getLogger("toolkit")
 
 Say = Callable[[str], None]
 
@@ -214,6 +218,8 @@ def open_trainer(
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
     processor = _shared_processor(resolved, ranks, corpus)
+    if ranks.is_main:
+        _warn_of_unknown(processor.tokenizer, corpus, say)
     model = build_translator(resolved, corpus, processor.tokenizer)
     say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
@@ -281,6 +287,14 @@ def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Po
         partial.rename(folder)
     dist.barrier()
     return PoseProcessor.from_pretrained(folder)
+
+
+def _warn_of_unknown(tokenizer: Any, corpus: Corpus, say: Say) -> None:
+    """Say, on the terminal and in the log, what of the texts the model will never be able to write."""
+    unknown = find_unknown(tokenizer, [text for split in corpus.splits.values() for text in split.texts])
+    if unknown:
+        say(f"warning: {unknown}")
+        log.warning(str(unknown))
 
 
 def _score_best(
