@@ -115,8 +115,8 @@ def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir
 def test_ranks_that_do_not_divide_the_batch(
     refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(key, value)
     assert "training.global_batch_size=8" in refused(run_dir, "training.micro_batch_size=8")
 
 
