@@ -9,6 +9,8 @@ usage: launch/train_multi_gpu.sh RECIPE N [ARGUMENT ...]
   RECIPE    a name that `python launch/recipes.py ls` lists, or a YAML file
   N         ranks: one per GPU, or one or more CPU cores each where there is no GPU
   ARGUMENT  anything that launch/train.py takes: --ds zero3, --json, training.epochs=40 ...
+
+MASTER_PORT=29501 launch/train_multi_gpu.sh ... lets a second run start beside one on this machine (default: 29500).
 USAGE
   exit 2
 fi
@@ -32,4 +34,4 @@ fi
 
 # Ctrl-C reaches launch.py and the ranks, which save; deepspeed itself would only print a traceback over their last line.
 trap '' INT
-exec deepspeed --num_gpus "$ranks" "$clone/launch/train.py" --recipe "$recipe" "$@"
+exec deepspeed --num_gpus "$ranks" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$clone/launch/train.py" --recipe "$recipe" "$@"

@@ -108,22 +108,9 @@ def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
 
 
 @pytest.fixture(scope="session")
-def start(command: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
-    """Start a script in a process group of its own and hand it over while it runs."""
-
-    def start(script: str, *arguments: object, ranks: int = 0) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command(script, *arguments, ranks=ranks),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-
-    return start
+def surroundings() -> dict[str, str]:
+    """The environment of a run, for tests that start one in their own way."""
+    return environment()
 
 
 @pytest.fixture(scope="session")

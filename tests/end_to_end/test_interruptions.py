@@ -113,23 +113,18 @@ class Warm:
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder for temporary files of all runs of this module, which they must leave empty."""
+    """The folder for temporary files of all runs under the warm launcher, which they must leave empty."""
     return tmp_path_factory.mktemp("temporary")
 
 
 @pytest.fixture(scope="module")
-def surroundings(temporary: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    ours = {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return kept | ours | {"TMPDIR": str(temporary)}
-
-
-@pytest.fixture(scope="module")
 def warm(
-    tmp_path_factory: pytest.TempPathFactory, surroundings: dict[str, str], command: Callable[..., list[str]]
+    tmp_path_factory: pytest.TempPathFactory,
+    temporary: Path,
+    surroundings: dict[str, str],
+    command: Callable[..., list[str]],
 ) -> Iterator[Warm]:
-    launcher = Warm(tmp_path_factory.mktemp("warm"), surroundings, command)
+    launcher = Warm(tmp_path_factory.mktemp("warm"), surroundings | {"TMPDIR": str(temporary)}, command)
     yield launcher
     launcher.process.communicate()
 
@@ -265,7 +260,9 @@ def real_start(
     """Start a run by the very commands that users type."""
     words = command("launch/train.py", *arguments, f"run.dir={folder}", ranks=2)
     if how == "script":
+        port = words[words.index("--master_port") + 1]
         words = ["bash", str(ROOT / "launch" / "train_multi_gpu.sh"), arguments[1], "2", *words[words.index("--ds") :]]
+        surroundings = surroundings | {"MASTER_PORT": port}
     out = folder.with_suffix(".txt")
     with out.open("w") as said:
         process = subprocess.Popen(
@@ -304,6 +301,16 @@ def test_ctrl_c_of_the_real_launcher_is_told_in_one_line(
     processes = run.processes()
     os.killpg(run.runner.pid, signal.SIGKILL)
     wait_for_the_end(processes)
+    changed = ["training.learning_rate=0.1", "training.label_smoothing=0.2", f"run.dir={folder}"]
+    refused = subprocess.run(
+        [sys.executable, "launch/train.py", *arguments, *changed],
+        cwd=ROOT,
+        env=surroundings,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert "training.label_smoothing 0.1 -> 0.2, training.learning_rate 0.0003 -> 0.1" in refused.stderr
     run = real_start("deepspeed", folder, arguments, surroundings, command)
     assert run.wait() == 0, run.said()
     assert losses(folder) == undisturbed
@@ -336,7 +343,9 @@ def leftovers(folder: Path, temporary: Path) -> list[str]:
     unfinished = [str(path) for path in folder.rglob("*partial*")]
     swapped = [str(path) for path in folder.rglob("nvme_swap*")]
     shared = [str(path) for path in Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*") if is_old_and_ours(path)]
-    return unfinished + swapped + [str(path) for path in temporary.rglob("*")] + shared
+    # torch keeps one cache for all runs of a user, named after them.
+    files = [str(path) for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+    return unfinished + swapped + files + shared
 
 
 def is_old_and_ours(path: Path) -> bool:

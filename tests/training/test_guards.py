@@ -57,3 +57,14 @@ def test_any_of_several_backward_passes_will_do() -> None:
     for name in ("first", "second"):
         model[name](torch.ones(1, 2)).sum().backward()
     watch.check(CPU)
+
+
+def test_fp16s_first_loss_scale_may_overflow_but_every_tensor_needs_a_gradient() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
+    watch = GradientWatch(model["used"], may_overflow=True)
+    (model["used"](torch.ones(1, 2)) * float("inf")).sum().backward()
+    watch.check(CPU)
+    watch = GradientWatch(model, may_overflow=True)
+    model["used"](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(TrainingStopped, match=r"no gradient: idle"):
+        watch.check(CPU)

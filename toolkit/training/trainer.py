@@ -93,7 +93,9 @@ class Trainer:
         self.progress = progress
         self.target_loss = target_loss
         training = self.recipe.training
-        self.gradient_watch: GradientWatch | None = GradientWatch(engine.module)
+        self.gradient_watch: GradientWatch | None = GradientWatch(
+            engine.module, may_overflow=resolved.precision == "fp16"
+        )
         self.freeze = BackboneFreeze(engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
         self.spikes = SpikeWatch()
         self.watch = RankWatch(ranks, lambda reason: write_status(resolved.run_dir, "failed", reason=reason))
