@@ -64,6 +64,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         metavar="NAME=CHECKPOINT",
         help="learnt metrics, where installed: comet, bleurt",
     )
+    parser.add_argument(
+        "--neural-python", metavar="PYTHON", help="the python of the environment that has them (default: this one)"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object, last")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
@@ -129,7 +132,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     check_ranks(ranks, gpus=gpus)
     check_meeting_place(ranks)
     find_model(arguments.model)
-    neural = parse_neural(arguments.neural)
+    neural = parse_neural(arguments.neural, arguments.neural_python)
     recipe = recipe_of(arguments.model, arguments.overrides)
     settings = settings_of(recipe, arguments.overrides)
     score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
@@ -187,7 +190,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     say(f"\n{for_people(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
     for name, split in summary["splits"].items():
         for metric, value in split["neural"].items():
-            say(f"{name}: {metric} {value:.4f} ({neural[metric]})")
+            say(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")
     if arguments.json:
         say(json.dumps(summary))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
 from toolkit.evaluation.floors import FLOOR_LABELS
 from toolkit.evaluation.metrics import Scores
-from toolkit.evaluation.neural import neural_score
+from toolkit.evaluation.neural import NeuralMetrics, neural_score
 from toolkit.evaluation.predictions import Prediction, read_predictions, write_predictions
 from toolkit.evaluation.resampling import Comparison, compare
 from toolkit.evaluation.splits import SplitResult, splits_to_test
@@ -146,7 +146,7 @@ def write_results(
     corpus: Corpus,
     results: dict[str, SplitResult],
     clips_per_second: float,
-    neural: Mapping[str, str],
+    neural: NeuralMetrics,
 ) -> dict[str, Any]:
     """Write ``scores.json``, one predictions file a split, and an n-best file where more than one text was asked for.
 
@@ -155,7 +155,7 @@ def write_results(
         model, corpus: what was evaluated on what.
         results: by split.
         clips_per_second: how fast.
-        neural: learnt metrics to add, name -> checkpoint.
+        neural: learnt metrics to add.
 
     Returns:
         what ``scores.json`` says; its ``scores`` are those of the first split.
@@ -182,14 +182,14 @@ def write_results(
     return summary
 
 
-def _summary(result: SplitResult, neural: Mapping[str, str]) -> dict[str, Any]:
+def _summary(result: SplitResult, neural: NeuralMetrics) -> dict[str, Any]:
     texts = [row.hypothesis for row in result.predictions], [row.reference for row in result.predictions]
     return {
         "clips": result.scores.clips,
         "scores": result.scores.values(),
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "floors": {kind: scores.values() for kind, scores in result.floors.items()},
-        "neural": {name: neural_score(name, checkpoint, *texts) for name, checkpoint in neural.items()},
+        "neural": {name: neural_score(neural, name, *texts) for name in neural.checkpoints},
         "against_control": {name: asdict(item) for name, item in result.against_control.items()},
     }
 
