@@ -48,6 +48,12 @@ def test_muon_has_its_momentum_and_whole_gradients() -> None:
         ("adamw8bit", "zero2_offload", (), "adamw8bit keeps its small states on the device"),
         ("adamw8bit", "zero3_offload", (), "use training.optimizer=adamw"),
         ("lion", "zero3", ("ds.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}",), "nvme"),
+        (
+            "adamw",
+            "zero3",
+            ("ds.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}", "training.ema=0.9"),
+            "training.ema averages in memory",
+        ),
         ("muon", "zero2", (), "clipped instead of the gradient: set training.gradient_clipping=0"),
         ("muon", "zero1", ("training.gradient_clipping=0",), "plain SGD in DeepSpeed: use --ds zero2"),
         (

@@ -23,12 +23,14 @@ def example(clips: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 1000), st.data())
-def test_token_loss_does_not_care_how_the_batch_is_cut(clips: int, tokens: int, seed: int, data: st.DataObject) -> None:
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 1000), st.sampled_from([0.0, 0.1, 0.4]), st.data())
+def test_token_loss_does_not_care_how_the_batch_is_cut(
+    clips: int, tokens: int, seed: int, smoothing: float, data: st.DataObject
+) -> None:
     logits, labels = example(clips, tokens, seed)
     cut = data.draw(st.integers(1, clips - 1))
-    parts = token_loss(logits[:cut], labels[:cut]) + token_loss(logits[cut:], labels[cut:])
-    torch.testing.assert_close(token_loss(logits, labels), parts, rtol=1e-5, atol=1e-5)
+    parts = sum(token_loss(logits[part], labels[part], smoothing) for part in (slice(cut), slice(cut, None)))
+    torch.testing.assert_close(token_loss(logits, labels, smoothing), parts, rtol=1e-5, atol=1e-5)
 
 
 def test_token_loss_counts_only_labels() -> None:

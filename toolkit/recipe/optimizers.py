@@ -99,6 +99,11 @@ def optimizer_problems(
         )
     if name == "muon":
         problems.extend(_muon_problems(training, config, stage, precision))
+    if training.ema and offload == "nvme":
+        problems.append(
+            "training.ema averages in memory what nvme would hold: set training.ema=null, or "
+            "ds.zero_optimization.offload_optimizer.device=cpu"
+        )
     return problems + _implementation_problems(name, config)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.tracking.secrets import RedactingFormatter
 from toolkit.training.optimizers import client_optimizer, parameter_groups
 
 
@@ -46,13 +47,16 @@ def leave_process_group() -> None:
 
 
 def quieten(log: Path | None) -> None:
-    """Send what DeepSpeed and transformers have to say to a file (or nowhere), so that the terminal shows the run."""
+    """Send what DeepSpeed, transformers and we log to a file (or nowhere), so that the terminal shows the run.
+
+    No secret of the environment reaches the file.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed  # it sets up its logging as it is imported
 
         deepspeed.accelerator.get_accelerator()
     handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
         logger = logging.getLogger(name)

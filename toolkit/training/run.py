@@ -180,8 +180,12 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
         if ranks.local_rank == 0:
             claim_swap_folders(swap)
         join_process_group(ranks)
+        if not ranks.is_main:  # by now the run directory is there, and is that of this run
+            quieten(run_dir / f"log_rank_{ranks.rank:02d}.txt")
         yield interruptions
     except BaseException as error:
+        if not isinstance(error, UserError | Interrupted):
+            logging.getLogger("toolkit").error("rank %d ends: %s", ranks.rank, error, exc_info=error)
         if ranks.is_main:
             status: run_directory.Status = "interrupted" if isinstance(error, Interrupted) else "failed"
             run_directory.write_status(run_dir, status, reason=f"{type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import leaves
+from toolkit.tracking.secrets import redact
 
 Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
@@ -58,7 +59,7 @@ def read_status(run_dir: Path) -> Status | None:
 def write_status(run_dir: Path, status: Status, **details: Any) -> None:
     """Say what becomes of the run, for people and schedulers that see no exit code."""
     content = {"status": status, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
-    write_text_atomically(run_dir / STATUS, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(run_dir / STATUS, redact(json.dumps(content, indent=2)) + "\n")
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -7,15 +7,16 @@ which the process group met. A rank whose step takes far longer than steps do lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from statistics import median
@@ -98,7 +99,7 @@ class RankWatch:
             self._durations.append(time.monotonic() - self._since)
             self._since = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Within it this rank saves or evaluates, and nobody holds against it how long that takes."""
         self._phase = "aside"
@@ -128,7 +129,7 @@ class RankWatch:
                 if since is None or limit is None or time.monotonic() - since < limit:
                     continue
                 lost = self._look()
-            except RuntimeError:  # the store is kept by rank 0, and does not answer
+            except (RuntimeError, queue.Empty):  # the store is kept by rank 0, and does not answer
                 lost = {0: "rank 0 gives no sign of life"}
             late = limit is not None and since is not None and self._since == since
             if lost is not None and late and not self._closed.is_set():
@@ -158,7 +159,16 @@ class RankWatch:
 
     def _signs(self) -> dict[int, Sign]:
         keys = [f"sign of rank {rank}" for rank in range(self._ranks.world_size)]
-        return {rank: Sign(**json.loads(value)) for rank, value in enumerate(self._store.multi_get(keys))}
+        answer: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answer.put(self._store.multi_get(keys))
+
+        # The store has a timeout of its own and does not keep it when its process is stopped (torch 2.13).
+        threading.Thread(target=ask, daemon=True).start()
+        values = answer.get(timeout=self.limits.silence)
+        return {rank: Sign(**json.loads(value)) for rank, value in enumerate(values)}
 
     def _leave(self, lost: dict[int, str]) -> None:
         """End this process. The first living rank tells the run, the first of each node the terminal."""
