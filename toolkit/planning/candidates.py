@@ -16,6 +16,7 @@ from toolkit.planning.states import GIB, model_states
 from toolkit.recipe.cells import cell_of
 from toolkit.recipe.compatibility import ARCHITECTURES, refusal
 from toolkit.recipe.ds_json import ds_config_names, read_deepspeed
+from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Lora, Quantization, Recipe
 
 # Ways to train, from the one that learns most to the one that needs least.
@@ -89,7 +90,8 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
     Raises:
         UserError: it cannot be had, is no encoder-decoder, or reads no vectors.
     """
-    model = recipe.model.model_copy(update={"lora": None, "quantization": None, "freeze": []})
+    own = {"from_scratch": True} if card_of(recipe.model) else {}  # a card's dimensions need no hub
+    model = recipe.model.model_copy(update={"lora": None, "quantization": None, "freeze": [], **own})
     recipe = recipe.model_copy(update={"model": model})
     config = backbone_config(model)
     check_architecture(config, model.backbone)
@@ -127,10 +129,14 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
         model = recipe.model.model_copy(update=settings)
         chosen = recipe.model_copy(update={"model": model})
         counts = count_with(config, chosen)
+        seen: set[tuple[int, str]] = set()
         for deepspeed in ds_config_names():
             json, _ = read_deepspeed(deepspeed)
-            if refusal(cell_of(chosen, json, config.model_type)):
+            cell = cell_of(chosen, json, config.model_type)
+            # Of those that place the states alike the first is the plain one.
+            if refusal(cell) or (cell.zero_stage, cell.offload) in seen:
                 continue
+            seen.add((cell.zero_stage, cell.offload))
             states = model_states(counts, chosen, json, world_size)
             yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, states.fits(card_gib))
 

@@ -20,6 +20,7 @@ from toolkit.recipe.compatibility import (
     ZERO_STAGES,
     Cell,
     needs_gpu,
+    reasons,
     refusal,
 )
 from toolkit.recipe.ds_json import load_deepspeed
@@ -118,7 +119,7 @@ def placements_table() -> str:
 
 def _verdict(quantization: str, adapter: str, stage: int, offload: str, notes: list[str]) -> str:
     """✓, or the numbers of the reasons; where architectures or precisions differ, the reason names them."""
-    reasons: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     cells = [
         Cell(architecture, precision, adapter, quantization, stage, offload)
         for architecture in ARCHITECTURES
@@ -126,10 +127,10 @@ def _verdict(quantization: str, adapter: str, stage: int, offload: str, notes: l
         if precision != "fp16"
     ]
     for cell in cells:
-        if reason := refusal(cell):
-            reasons.setdefault(reason, []).append(f"{cell.architecture} in {cell.precision}")
+        for reason in reasons(cell):
+            found.setdefault(reason, []).append(f"{cell.architecture} in {cell.precision}")
     numbers = []
-    for reason, where in reasons.items():
+    for reason, where in found.items():
         note = reason if len(where) == len(cells) else f"{reason} ({', '.join(where)})"
         if note not in notes:
             notes.append(note)

@@ -90,6 +90,20 @@ def _int8_divided(cell: Cell) -> str | None:
     return None
 
 
+def _dora_on_quantised(cell: Cell) -> str | None:
+    if cell.adapter == "dora" and cell.quantization == "int8":
+        return (
+            "DoRA looks at whole weights, and bitsandbytes' int8 layer has lost its scales once peft has unpacked it: "
+            "its forward pass fails"
+        )
+    if cell.adapter == "dora" and cell.quantization == "nf4" and cell.zero_stage == 3:
+        return (
+            "DoRA unpacks NF4 weights into copies that ZeRO stage 3 does not know and fails to gather in the backward "
+            "pass"
+        )
+    return None
+
+
 def _offload_without_its_stage(cell: Cell) -> str | None:
     if cell.offload == "optimizer" and cell.zero_stage == 0:
         return "optimizer states are offloaded by ZeRO stages 1, 2 and 3, not by stage 0"
@@ -104,14 +118,19 @@ RULES: tuple[Callable[[Cell], str | None], ...] = (
     _overflow,
     _quantised_without_adapter,
     _int8_divided,
+    _dora_on_quantised,
     _offload_without_its_stage,
 )
 
 
 def refusal(cell: Cell) -> str | None:
     """Why ``cell`` cannot be trained: every reason, in one line; None where it can."""
-    reasons = [reason for rule in RULES if (reason := rule(cell))]
-    return "; ".join(reasons) or None
+    return "; ".join(reasons(cell)) or None
+
+
+def reasons(cell: Cell) -> list[str]:
+    """Every reason why ``cell`` cannot be trained."""
+    return [reason for rule in RULES if (reason := rule(cell))]
 
 
 def alternatives(cell: Cell) -> list[Cell]:
