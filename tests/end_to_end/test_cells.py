@@ -112,6 +112,16 @@ def test_every_recipe_trains_as_it_stands(by_day: dict[str, dict[str, Any]], nam
     check(by_day[f"recipe {name}"])
 
 
+@pytest.mark.parametrize("name", ["t5_3b_lora", "nllb_600m"])
+def test_a_recipe_trains_by_its_command(
+    run: Callable[..., Any], settings: list[str], tmp_path: Path, name: str
+) -> None:
+    steps = ["training.max_steps=2", "training.epochs=9", "training.eval_every=99", f"run.dir={tmp_path / name}"]
+    done = run("launch/train.py", "--recipe", name, "--json", *settings, *steps, ranks=2)
+    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+    assert done.json["steps"] == 2
+
+
 @pytest.mark.nightly
 def test_all_other_cells_train_save_and_load(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> None:
     outcomes = train_cells([cell for cell in BY_NIGHT if can_run(cell)], [], ranks=2)

@@ -124,3 +124,53 @@ def test_cp_makes_a_recipe_of_your_own(tmp_path):
     checked = json.loads(recipes("check", "mine/first.yaml", "--json", cwd=tmp_path).stdout)
     assert checked["ok"] and checked["recipe"]["name"] == "first"
     assert not list((tmp_path / "mine").glob(".*"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a model folder that holds a configuration and no weights."""
+
+    def make(**config):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return str(tmp_path / "model")
+
+    return make
+
+
+def test_check_model_says_what_it_takes(tmp_path, folder):
+    sizes = {"d_model": 256, "encoder_layers": 4, "decoder_layers": 4, "max_position_embeddings": 512}
+    name = folder(model_type="bart", vocab_size=5000, **sizes)
+    done = recipes("check-model", name, "--json", "--card-gib", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["architecture"], found["hidden_size"], found["inputs_embeds"]) == ("bart", 256, True)
+    assert found["tested"] and found["encoder_positions"] == 512
+    assert found["lora_targets"] == ["q_proj", "v_proj"]
+    ways = {(way["name"], way["deepspeed"]): way for way in found["ways"]}
+    assert ways["every weight", "zero2"]["trainable"] == found["parameters"]
+    # 4 attentions of the encoder and 8 of the decoder, queries and values, rank 16.
+    assert ways["LoRA", "zero2"]["trainable"] == 12 * 2 * 16 * (256 + 256)
+    assert ("LoRA on int8", "zero3") not in ways and ("LoRA on NF4", "zero3") in ways
+    text = recipes("check-model", name, cwd=tmp_path).stdout
+    assert "can be trained behind poses" in text and "q_proj, v_proj" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "gpt2"}, "is a gpt2, not an encoder-decoder"),
+        ({"model_type": "bert"}, "is a bert, not an encoder-decoder"),
+        ({"model_type": "nothing_known"}, "holds no usable model"),
+    ],
+)
+def test_check_model_refuses_in_one_line(tmp_path, folder, config, part):
+    done = recipes("check-model", folder(**config), cwd=tmp_path)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and part in errors[0]
+
+
+def test_check_shows_the_memory_that_a_recipe_takes(tmp_path):
+    done = recipes("check", "t5_3b", "--world-size", "8", cwd=tmp_path)
+    assert "by arithmetic" in done.stdout and "GiB of host memory a rank" in done.stdout
