@@ -19,7 +19,7 @@ from toolkit.errors import UserError
 from toolkit.training.checkpoint_writer import COUNTERS, loss_scaler, persistent_buffers
 from toolkit.training.checkpoints import RANK_FILES, SavedState
 from toolkit.training.random_states import seed_everything, set_random_states
-from toolkit.training.shards import base_optimizer, replay_steps, rewrite_shards, set_scalars, steps_of
+from toolkit.training.shards import base_optimizer, replay_steps, rewrite_shards, set_scalars, state_dtype, steps_of
 from toolkit.training.tensor_files import read_metadata
 
 # Optimizers that keep the same state of the same method, so that one can go on where another left off.
@@ -111,7 +111,7 @@ def load_checkpoint(
             for key in files.pieces[fragment.name]:
                 target = shard.values if key == "weights" else shard.state.get(key)
                 if target is None:
-                    dtype = files.dtype(fragment.name, key)
+                    dtype = state_dtype(engine, shard, key, files.dtype(fragment.name, key))
                     target = shard.state[key] = torch.zeros_like(shard.values, dtype=dtype, requires_grad=False)
                 part = target.data.view(-1).narrow(0, fragment.offset, fragment.numel)
                 files.fill(part, fragment.name, key, fragment.start)

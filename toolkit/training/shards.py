@@ -113,6 +113,18 @@ def steps_of(scalars: dict[str, Any]) -> int:
     return int(step[0] if isinstance(step, list) else step)
 
 
+def state_dtype(engine: Any, shard: Shard, key: str, saved: torch.dtype) -> torch.dtype:
+    """The precision in which the optimizer of this run keeps a state that was saved in another, perhaps."""
+    base: Any = base_optimizer(engine)
+    if key not in ("exp_avg", "exp_avg_sq"):
+        return saved
+    if isinstance(base, torch.optim.Adam):
+        return shard.values.dtype
+    if hasattr(base, "fp32_optimizer_states"):  # DeepSpeedCPUAdam
+        return torch.float32 if base.fp32_optimizer_states else shard.values.dtype
+    return saved
+
+
 def replay_steps(engine: Any, steps: set[int]) -> None:
     """Bring DeepSpeedCPUAdam's hidden powers of beta to where they were, to the last bit.
 
