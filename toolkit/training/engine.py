@@ -16,7 +16,7 @@ from torch import nn
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
-from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.tracking.secrets import RedactingFormatter
 from toolkit.training.optimizers import client_optimizer, parameter_groups
 
@@ -81,6 +81,8 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         optimizer=client_optimizer(resolved),
         config=resolved.deepspeed,
     )
+    if value_at(resolved.deepspeed, "compile.deepcompile"):
+        engine.compile()  # asked for in the JSON alone, DeepSpeed compiles nothing and says so in its log
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
 
 
