@@ -124,12 +124,3 @@ def test_an_encoder_is_refused_before_any_weights_are_loaded(
     with pytest.raises(UserError, match="bert, not an encoder-decoder") as refusal:
         check_model(resolve(f"model.backbone={tmp_path / 'bert'}"))
     assert "\n" not in str(refusal.value)
-
-
-def test_a_model_that_is_not_there_while_offline(
-    monkeypatch: pytest.MonkeyPatch, resolve: Callable[..., ResolvedRun]
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HOME") as refusal:
-        check_model(resolve("model.backbone=somebody/some-model"))
-    assert "\n" not in str(refusal.value)

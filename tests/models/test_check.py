@@ -1,0 +1,214 @@
+"""What a backbone cannot do is one line, before any weights are read; what was published is what the card says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    GPT2Config,
+    MT5Config,
+    PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+)
+
+from toolkit.errors import UserError
+from toolkit.models import backbone_config as backbone_configs
+from toolkit.models.backbone import backbone_class, empty_backbone, new_backbone, note_output_matrix, position_limit
+from toolkit.models.backbone_config import backbone_config
+from toolkit.models.check import check_model, check_positions, encoder_positions
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.model_cards import ModelCard, load_model_yaml
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+BODY = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+SMALL_BART = BartConfig(
+    vocab_size=40,
+    d_model=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_ffn_dim=16,
+    decoder_ffn_dim=16,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    max_position_embeddings=600,
+)
+
+
+def resolve(*overrides: str) -> ResolvedRun:
+    return resolve_named("t5_small", list(overrides), 1, has_gpu=True, needs_data=False)
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as refusal:
+        check_model(resolve(*overrides))
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_embd=8, n_layer=1, n_head=1), WhisperConfig(d_model=16)])
+def test_what_does_not_write_text_from_text(config: PreTrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    message = refused(f"model.backbone={tmp_path}")
+    assert f"is a {config.model_type}, not a" in message and "recipes.py ls" in message
+
+
+def test_an_encoder_that_reads_words_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def forward(self: Any, input_ids: Any = None, attention_mask: Any = None) -> Any: ...
+
+    SMALL_BART.save_pretrained(tmp_path)
+    encoder = type(empty_backbone(SMALL_BART).get_encoder())
+    monkeypatch.setattr(encoder, "forward", forward)
+    assert "encoder of a bart reads token ids only (it takes no inputs_embeds)" in refused(f"model.backbone={tmp_path}")
+
+
+def test_code_from_elsewhere_runs_only_when_allowed(tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForSeq2SeqLM": "modeling_own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('it ran')")
+    assert "brings its own code: read it, and allow it with model.trust_remote_code=true" in refused(
+        f"model.backbone={tmp_path}"
+    )
+
+
+def test_a_hub_model_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = refused("model.backbone=t5_3b")
+    for part in (
+        str(tmp_path / "cache"),
+        "HF_HOME",
+        "models--google-t5--t5-3b",
+        "model.backbone=FOLDER",
+        "from_scratch",
+    ):
+        assert part in message
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    assert "the folder holds no usable model" in refused(f"model.backbone={tmp_path}")
+
+
+def test_fp16_with_a_t5_of_the_hub_is_found_out_here(tmp_path: Path) -> None:
+    MT5Config(**BODY).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="overflow"):
+        check_model(resolve(f"model.backbone={tmp_path}", "ds.bf16.enabled=false", "ds.fp16.enabled=true"))
+
+
+def test_more_frames_than_positions(tmp_path: Path) -> None:
+    SMALL_BART.save_pretrained(tmp_path)
+    here = f"model.backbone={tmp_path}"
+    check_model(resolve(here, "data.max_frames=1200", "model.pose_encoder.stride=2"))
+    message = refused(here, "data.max_frames=1201", "model.pose_encoder.stride=2")
+    assert "600 encoder positions; clips of 1201 frames take 601: set data.max_frames=1200" in message
+    message = refused(here, "data.max_frames=601", "model.pose_encoder=linear")
+    assert "set data.max_frames=600, or model.pose_encoder=conv" in message
+
+
+def test_a_prefix_takes_positions_too() -> None:
+    recipe = load_recipe("t5_small", ["model.pose_encoder.stride=2"])
+    backbone = empty_backbone(SMALL_BART)
+    check_positions(recipe, backbone, 1180, prefix=10)
+    with pytest.raises(UserError, match=r"behind a prefix of 11 tokens take 601: set data\.max_frames=1178"):
+        check_positions(recipe, backbone, 1180, prefix=11)
+
+
+def test_more_tokens_than_positions(tmp_path: Path) -> None:
+    SMALL_BART.save_pretrained(tmp_path)
+    here = f"model.backbone={tmp_path}"
+    message = refused(here, "evaluation.max_new_tokens=601")
+    assert "600 decoder positions, and texts take up to 601: set evaluation.max_new_tokens=600" in message
+    BartConfig(**{**SMALL_BART.to_dict(), "max_position_embeddings": 300}).save_pretrained(tmp_path)
+    assert "300 decoder positions, and texts take up to 512: choose another" in refused(here)
+
+
+# BART: two rows of the table are not positions. T5: relative. M2M100: computed for any length.
+LIMITS = {
+    **dict.fromkeys(("bart_large", "mbart50", "pegasus_large", "transformer"), (1024, 1024)),
+    **{"marian": (512, 512), "led_base": (16384, 1024)},
+    **dict.fromkeys(("t5_small", "mt5_base", "umt5_base", "longt5_base", "m2m100", "nllb_600m"), (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_positions_are_read_from_the_model(name: str) -> None:
+    backbone = empty_backbone(
+        backbone_config(load_recipe("t5_small", [f"model.backbone={name}", "model.tiny=true"]).model)
+    )
+    shrunk = 1024 if name == "led_base" else LIMITS[name][0]
+    assert (position_limit(backbone.get_encoder()), position_limit(backbone.get_decoder())) == (shrunk, LIMITS[name][1])
+
+
+def test_the_pose_encoder_shortens() -> None:
+    for kind, expected in (("linear", 301), ("conv", 151)):
+        settings = load_recipe("t5_small", [f"model.pose_encoder.kind={kind}"]).model.pose_encoder
+        assert encoder_positions(settings, 301) == expected
+
+
+@pytest.fixture
+def carded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModelCard]:
+    """Let the card t5_small mean a folder with the configuration that the card describes, but for some values."""
+
+    def carded(**others: Any) -> ModelCard:
+        card = load_model_yaml("t5_small")
+        T5Config(**{**card.config, **others}).save_pretrained(tmp_path / "published")
+        own = card.model_copy(update={"hub_id": str(tmp_path / "published")})
+        monkeypatch.setattr(backbone_configs, "card_of", lambda _: own)
+        return own
+
+    return carded
+
+
+def test_a_published_model_has_the_dimensions_of_its_card(carded: Callable[..., ModelCard]) -> None:
+    carded()
+    assert backbone_config(load_recipe("t5_small", []).model).d_model == 512
+
+
+@pytest.mark.parametrize(("key", "value"), [("d_model", 640), ("num_heads", 9), ("vocab_size", 32100)])
+def test_another_dimension_is_named_with_both_values(key: str, value: int, carded: Callable[..., ModelCard]) -> None:
+    card = carded(**{key: value})
+    message = refused()
+    assert f"{key}: {card.config[key]} on the card, {value} found" in message
+    assert "published" in message
+
+
+@pytest.mark.parametrize("architecture", ["t5", "mt5", "umt5"])
+def test_an_output_matrix_of_its_own_stays_one(architecture: str, tmp_path: Path) -> None:
+    published = {**BODY, "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(architecture, **published)
+    note_output_matrix(config, published)
+    torch.manual_seed(0)
+    model = new_backbone(config).eval()
+    model.tie_weights()
+    assert model.lm_head.weight is not model.shared.weight
+    assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
+    ids = torch.tensor([[0, 5]])
+    with torch.no_grad():
+        states = model.decoder(ids, encoder_hidden_states=torch.ones(1, 3, 16)).last_hidden_state
+        logits = model(encoder_outputs=(torch.ones(1, 3, 16),), decoder_input_ids=ids).logits
+    # Unscaled, and yet near zero at first.
+    torch.testing.assert_close(logits, model.lm_head(states))
+    assert logits.std() < 3
+
+    model.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    loaded = backbone_class(again).from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.shared.weight, model.shared.weight)
+
+
+def test_a_published_configuration_says_so(tmp_path: Path) -> None:
+    T5Config(**BODY).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    here = load_recipe("t5_small", [f"model.backbone={tmp_path}"]).model
+    assert backbone_class(backbone_config(here)) is T5ForConditionalGeneration
+    (tmp_path / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": False}))
+    assert backbone_class(backbone_config(here)) is not T5ForConditionalGeneration
