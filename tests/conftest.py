@@ -15,6 +15,7 @@ import pytest
 from toolkit.corpus.packed import Clip, write_corpus
 from toolkit.evaluation.metrics import score
 from toolkit.evaluation.predictions import make_predictions, write_predictions
+from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.yaml_text import dump_yaml
@@ -67,7 +68,7 @@ def make_run() -> Callable[..., Path]:
         clips = [Clip(uid, reference, features) for uid, (reference, _) in zip(uids, pairs, strict=True)]
         # Beside the run, by its name: two runs of one test may have different corpora.
         corpus = folder.parent / f"corpus-of-{folder.name}"
-        write_corpus(corpus, {"train": clips[:3], "test": clips}, landmark_set, fps=12.5)
+        write_corpus(corpus, {"train": clips[:3], "test": clips}, landmark_set, 12.5, NORMALISATION)
 
         folder.mkdir(parents=True)
         overrides = [f"{key}={value}" for key, value in settings.items()]

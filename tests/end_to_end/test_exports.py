@@ -1,0 +1,69 @@
+"""Runs of every ZeRO stage, with adapters and without, save and export folders of the same kinds that answer alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.recipe.load import load_recipe
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+TOKENS = "model.extra_tokens=['<loc>', '<per>']"
+LORA = ["model.lora.r=4", TOKENS]
+CASES: dict[str, dict[str, Any]] = {
+    **{f"full-{stage}": {"ds": stage, "overrides": []} for stage in STAGES},
+    **{f"lora-{stage}": {"ds": stage, "overrides": LORA} for stage in STAGES},
+    "tokens-zero3": {"ds": "zero3", "overrides": [TOKENS, "model.freeze=[embeddings]"]},
+    "dora-zero3": {"ds": "zero3", "overrides": ["model.lora={r: 4, dora: true, train: [layer_norms]}"]},
+    "qlora-zero3": {"ds": "zero3", "overrides": [*LORA, "model.quantization={kind: nf4, compute_dtype: fp32}"]},
+    "int8-zero2": {"ds": "zero2", "overrides": [*LORA, "model.quantization=int8"]},
+}
+# Largest difference of a token's probability. int8 rounds activations in training, which an export does not.
+TOLERANCES = {"int8-zero2": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def trained(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("exports")
+    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
+    shared += [f"data.corpus={corpus}", "training.max_steps=3", "training.learning_rate=1e-2", "training.eval_every=99"]
+    shared += [
+        "ds.bf16.enabled=false",
+        "ds.torch_autocast.enabled=false",
+        "training.epochs=9",
+        "evaluation.num_beams=1",
+    ]
+    plan = {"settings": shared, "cases": CASES, "folder": str(folder), "results": str(folder / "results.json")}
+    for case in CASES.values():
+        if case["ds"] == "zero3":
+            case["overrides"] = [*case["overrides"], "ds.zero_optimization.stage3_param_persistence_threshold=0"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    done = run("tests/end_to_end/exports_worker.py", folder / "plan.json", ranks=2)
+    assert done.code == 0, done.err[-3000:]
+    return dict(json.loads((folder / "results.json").read_text()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_loaded_and_exported_it_answers_as_it_did(trained: dict[str, Any], name: str) -> None:
+    case, tolerance = trained[name], TOLERANCES.get(name, 1e-5)
+    assert case["loaded"] < 1e-5
+    assert all(difference < tolerance for difference in case["exported"].values())
+    adapted = "lora" in name or "dora" in name or "int8" in name
+    assert case["exported"].keys() == ({"False", "True"} if adapted else {"False"})
+    files = ["adapter/adapter_model.safetensors", "trained.safetensors"] if adapted else ["model.safetensors"]
+    assert case["files"] == files
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if TOKENS in CASES[name]["overrides"]])
+def test_rows_of_new_tokens_train_and_no_other_row(trained: dict[str, Any], name: str) -> None:
+    assert trained[name]["changed_rows"] == [384, 385]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_stage_saves_the_same_tensors(trained: dict[str, Any], kind: str) -> None:
+    assert len({trained[f"{kind}-{stage}"]["elements"] for stage in STAGES}) == 1

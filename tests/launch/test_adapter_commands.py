@@ -1,0 +1,78 @@
+"""The commands on a run with adapters: they take it as they take any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.corpus.packed import Corpus
+from toolkit.models.build import build_processor, build_translator
+from toolkit.models.weights import save_model, saved_state_dict
+from toolkit.recipe.resolve import resolve_named
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
+WISHES = {"model.tiny": "true", "model.lora": "{r: 4}", "model.quantization": "nf4", "model.extra_tokens": "['<loc>']"}
+
+
+@pytest.fixture(scope="module")
+def run_dir(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "mine", **WISHES)
+    overrides = [f"{key}={value}" for key, value in WISHES.items()]
+    resolved = resolve_named("demo", overrides, 1, has_gpu=False, needs_data=False)
+    corpus = Corpus.open(folder.parent / "corpus-of-mine")
+    processor = build_processor(resolved.recipe, corpus)
+    torch.manual_seed(1)
+    model = build_translator(resolved, corpus, processor.tokenizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    letters = processor.tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)["input_ids"]
+    others = sorted(set(range(model.config.backbone["vocab_size"])) - set(letters))
+    model.generation_config.update(num_beams=2, max_new_tokens=8, suppress_tokens=others)
+    save_model(folder / "best", model, processor, saved_state_dict(model, keep=True))
+    return folder
+
+
+@pytest.fixture
+def done(command, monkeypatch, capsys) -> Callable[..., dict[str, Any]]:
+    """Runs a command in this process and gives its JSON line."""
+
+    def run(name: str, *arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as left:
+            command(name).main()
+        out, err = capsys.readouterr()
+        assert not left.value.code, err
+        return dict(json.loads([line for line in out.splitlines() if line.startswith("{")][-1]))
+
+    return run
+
+
+def test_exported_it_translates_and_scores_as_the_run_does(done, run_dir: Path, clip_files, tmp_path: Path) -> None:
+    for merge in (False, True):
+        folder = tmp_path / f"merged-{merge}"
+        summary = done("export", run_dir, "--to", folder, *(["--merge-lora"] if merge else []))
+        assert summary["adapter"] == (None if merge else "adapter") and summary["unpacked"] == "nf4"
+        assert summary["largest_difference"] < 0.02, "NF4 computes in bf16"
+        card = (folder / "README.md").read_text()
+        assert "Trained by LoRA, r = 4" in card and "held in nf4" in card and "`<loc>`" in card
+        assert ("merged into" in card) is merge and ("PeftModel" in card) is not merge
+    texts = {
+        done("translate", "--model", model, clip_files[0])["translations"][0]["text"] for model in (run_dir, folder)
+    }
+    assert len(texts) == 1
+
+
+def test_evaluate_takes_the_run_directory(run_dir: Path, tmp_path: Path) -> None:
+    corpus = run_dir.parent / "corpus-of-mine"
+    command = [sys.executable, str(SCRIPT), "--model", str(run_dir), "--corpus", str(corpus), "evaluation.num_beams=1"]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["splits"]["test"]["clips"] == 24
