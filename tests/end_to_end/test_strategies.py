@@ -20,6 +20,8 @@ NVME = [name for name in CONFIGS if name.endswith("nvme")]
 # What is the same in fp32, where no states are kept in bf16 and nothing is computed in it, has one case for all of it.
 IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autocast"))]
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
+AUTOCAST = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"]
+ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
 # Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
 KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
 
@@ -52,6 +54,11 @@ def trained(
         for name in names
         if name in here
     }
+    for kind in ENCODERS:
+        encoder = [f"model.pose_encoder={kind}", "model.pose_encoder.hidden=32"]
+        cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
+        cases[f"{kind}-cut"] = {"ds": "zero3", "overrides": [*FP32, *encoder, small]}
+        cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, small]}
     for micro in (1, 4):
         cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
     # Clips of 55 to 274 frames: a step needs two, three or four of these.
@@ -94,6 +101,16 @@ def test_memory_strategies_change_nothing_in_fp32(trained: dict[str, dict[str, A
     assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
     assert case["hypotheses"] == reference["hypotheses"]
     assert case["uids"] == reference["uids"]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_pose_encoder_learns_alike_with_its_weights_cut(trained: dict[str, dict[str, Any]], kind: str) -> None:
+    whole, cut, autocast = (trained[f"{kind}-{how}"] for how in ("whole", "cut", "autocast"))
+    assert whole["losses"][-1] < whole["losses"][0]
+    assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert cut["weights_norm"] == pytest.approx(whole["weights_norm"], rel=1e-6)
+    assert cut["restored"] and cut["best_is_last"]
+    assert autocast["losses"] == pytest.approx(whole["losses"], rel=0.05)
 
 
 @pytest.mark.parametrize("micro", [1, 4])

@@ -56,9 +56,9 @@ def parse_neural(words: Sequence[str], python: str | None = None) -> NeuralMetri
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise UserError(
-                f"--neural {name}: {metrics.python} cannot import {package} ({reason}): make an environment for it by "
-                f"`python -m venv neural-env` and `neural-env/bin/pip install {package} 'transformers<5' 'setuptools<81'`, then add "
-                "--neural-python neural-env/bin/python"
+                f"--neural {name}: {metrics.python} cannot import {package} ({reason}): make an environment for it "
+                f"by `python -m venv neural-env` and `neural-env/bin/pip install {package} 'transformers<5' "
+                "'setuptools<81'`, then add --neural-python neural-env/bin/python"
             )
     return metrics
 
