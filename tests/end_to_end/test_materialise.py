@@ -19,7 +19,7 @@ HALVES = {
 }
 MARIAN = {"d_model": 64, "vocab_size": 101, "pad_token_id": 1, "max_position_embeddings": 32, **HALVES}
 CONFIGS = {"t5": {**T5, "decoder_start_token_id": 0}, "marian": MARIAN}
-# 197 M weights, none of them large: one copy in bf16 is 376 MiB.
+# 177 M weights, none of them large: one copy in bf16 is 337 MiB.
 LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 6, "num_heads": 16, "vocab_size": 384}
 
 
@@ -56,6 +56,6 @@ def test_all_ranks_together_hold_little_more_than_one_copy(results: dict[str, An
     assert copy < grown < 1.5 * copy, "two copies would be 2, fp32 on one rank 3"
 
 
-def test_four_bits_take_little_more_than_a_quarter_on_each_rank(results: dict[str, Any]) -> None:
+def test_four_bits_are_built_in_less_than_the_memory_of_a_copy(results: dict[str, Any]) -> None:
     grown, copy = results["memory nf4"]["grown"] / 2, results["memory nf4"]["copy"]
-    assert copy / 4 < grown < copy / 2, "with the whole weights it would be more than a copy"
+    assert copy / 4 < grown < 0.75 * copy, "with what was packed still held it would be 1.25"
