@@ -25,6 +25,7 @@ from toolkit.training.checkpoints import Progress, read_state
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.run import Start, open_trainer
+from toolkit.training.shards import shards
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches = count_micro_batches(trainer)
+        gradients = keep_gradients(trainer) if case.get("gradients") else {}
         trainer.run()
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
@@ -69,6 +71,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     steps = [line for line in lines if line["kind"] == "train"]
     return {
         "micro_batches": micro_batches,
+        "gradients": gradients,
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line.get("grad_norm") for line in steps],
         "weights_norm": norm(weights),
@@ -90,6 +93,41 @@ def count_micro_batches(trainer: Any) -> list[int]:
 
     trainer.step = counted
     return counts
+
+
+def keep_gradients(trainer: Any) -> dict[str, tuple[float, float]]:
+    """A dictionary that the first step fills with every gradient's norm and its product with a fixed vector, by name.
+
+    AdamW's first moment after one step is the gradient that it was given, times 1 - beta1: at every stage and cut.
+    """
+    gradients: dict[str, tuple[float, float]] = {}
+    step = trainer.step
+
+    def looked_at(batches: Any) -> bool:
+        stop = step(batches)
+        if not gradients:
+            gradients.update(first_moments(trainer.engine, 1 - trainer.recipe.training.betas[0]))
+        return stop
+
+    trainer.step = looked_at
+    return gradients
+
+
+def first_moments(engine: Any, factor: float) -> dict[str, tuple[float, float]]:
+    shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in engine.module.named_parameters()}
+    whole = {name: torch.zeros(shape.numel(), dtype=torch.float64) for name, shape in shapes.items()}
+    for shard in shards(engine):
+        if shard.replicated and dist.get_rank() != 0:
+            continue
+        moments = shard.state["exp_avg"].flatten()
+        for part in shard.fragments:
+            whole[part.name][part.start : part.start + part.numel] = moments.narrow(0, part.offset, part.numel) / factor
+    for gradient in whole.values():
+        dist.all_reduce(gradient)
+    return {
+        name: (float(gradient.norm()), float(gradient @ torch.arange(len(gradient), dtype=torch.float64).cos()))
+        for name, gradient in whole.items()
+    }
 
 
 def norm(weights: dict[str, torch.Tensor]) -> float:

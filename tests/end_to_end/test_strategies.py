@@ -22,6 +22,16 @@ IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autoca
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 AUTOCAST = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"]
 ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
+UNCLIPPED = [*FP32, "training.max_steps=1", "training.gradient_clipping=0"]
+# What a run may do otherwise -> overrides, and the stages by which it must come out the same.
+VARIANTS = {
+    "lion": (["training.optimizer=lion", "training.learning_rate=3e-4"], ["zero0", "zero2_offload", "zero3"]),
+    "muon": (["training.optimizer=muon", "training.gradient_clipping=0"], ["zero0", "zero2", "zero3_offload"]),
+    "adafactor": (["training.optimizer=adafactor", "training.learning_rate=1e-2"], ["zero0"]),
+    "adamw8bit": (["training.optimizer=adamw8bit"], ["zero0", "zero3"]),
+    "ema": (["training.ema=0.5"], ["zero0", "zero3"]),
+    "freeze": (["training.freeze_backbone_steps=2"], ["zero0", "zero2", "zero3_offload"]),
+}
 # Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
 KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
 
@@ -67,12 +77,44 @@ def trained(
         if name not in here:
             continue
         cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([small] if name in stage3 else [])]}
-    results = folder / "results.json"
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(results)}))
-    done = run("tests/end_to_end/strategies_worker.py", plan, ranks=2)
-    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-    return json.loads(results.read_text())
+
+    def start(ranks: int, group: dict[str, Any]) -> dict[str, Any]:
+        results, plan = folder / f"results_{ranks}.json", folder / f"plan_{ranks}.json"
+        plan.write_text(
+            json.dumps({"cases": group, "settings": shared, "folder": str(folder), "results": str(results)})
+        )
+        done = run("tests/end_to_end/strategies_worker.py", plan, ranks=ranks)
+        assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+        return json.loads(results.read_text())
+
+    cases |= {name: case | {"gradients": True} for name, case in gradient_cases(small).items()}
+    cases |= optimizer_cases(small)
+    alone = {"gradients-alone": cases["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
+    return {name: found for ranks, group in ((2, cases), (1, alone)) for name, found in start(ranks, group).items()}
+
+
+def gradient_cases(small: str) -> dict[str, dict[str, Any]]:
+    """One step each, not clipped, by every stage and cut."""
+    cases = {
+        f"gradients-{ds}": {"ds": ds, "overrides": [*UNCLIPPED, *([small] if ds == "zero3" else [])]}
+        for ds in ("zero0", "zero1", "zero2", "zero3")
+    }
+    for micro in (1, 4):
+        cases[f"gradients-cut-{micro}"] = {
+            "ds": "zero1",
+            "overrides": [*UNCLIPPED, f"training.micro_batch_size={micro}"],
+        }
+    return cases
+
+
+def optimizer_cases(small: str) -> dict[str, dict[str, Any]]:
+    """Other optimisers, averaged weights and a backbone that waits, each by the stages that differ most."""
+    cases = {
+        f"{name}-{ds}": {"ds": ds, "overrides": [*FP32, *overrides, *([small] if ds.startswith("zero3") else [])]}
+        for name, (overrides, stages) in VARIANTS.items()
+        for ds in stages
+    }
+    return cases
 
 
 def case_of(trained: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
@@ -132,3 +174,32 @@ def test_a_frame_budget_changes_nothing_but_the_cut(trained: dict[str, dict[str,
 
 def test_the_losses_are_those_that_were_kept(trained: dict[str, dict[str, Any]]) -> None:
     assert trained["fp32-zero1"]["losses"] == pytest.approx(KEPT, rel=1e-4)
+
+
+def test_gradients_by_name_do_not_know_stages_ranks_and_cuts(trained: dict[str, dict[str, Any]]) -> None:
+    reference = trained["gradients-zero1"]["gradients"]
+    assert len(reference) > 50
+    others = [f"zero{stage}" for stage in (0, 2, 3)] + ["cut-1", "cut-4", "alone"]
+    for other in others:
+        found = trained[f"gradients-{other}"]["gradients"]
+        assert found.keys() == reference.keys()
+        for name, (norm, product) in reference.items():
+            assert found[name][0] == pytest.approx(norm, rel=1e-5), (other, name)
+            assert found[name][1] == pytest.approx(product, abs=2e-5 * norm), (other, name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_learn_save_and_do_not_know_the_stage(trained: dict[str, dict[str, Any]], variant: str) -> None:
+    stages = VARIANTS[variant][1]
+    reference = trained[f"{variant}-{stages[0]}"]
+    # Eight bits are rounded by blocks of what lies together, which depends on the stage.
+    tolerance = 1e-3 if variant == "adamw8bit" else 1e-4
+    for ds in stages:
+        case = trained[f"{variant}-{ds}"]
+        assert case["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+        assert case["restored"]
+        assert case["best_is_last"] == (variant != "ema"), "best/ holds the averaged weights where there are any"
+
+
+def test_averaging_does_not_touch_the_training(trained: dict[str, dict[str, Any]]) -> None:
+    assert trained["ema-zero3"]["losses"] == pytest.approx(trained["fp32-zero1"]["losses"], rel=1e-5)
