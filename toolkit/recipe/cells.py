@@ -93,11 +93,11 @@ def _as_settings(cell: Cell, other: Cell) -> str | None:
     return " ".join(given) if len(given) == len(words) else None
 
 
-# How to leave fp16, the only precision that is ever refused.
+# How to come from fp16 or autocast, the precisions that are ever refused, to another one.
 _PRECISION_SETTINGS = {
-    "bf16": "ds.fp16.enabled=false ds.bf16.enabled=true",
+    "bf16": "ds.fp16.enabled=false ds.torch_autocast.enabled=false ds.bf16.enabled=true",
     "autocast": "ds.fp16.enabled=false ds.torch_autocast.enabled=true ds.torch_autocast.dtype=bfloat16",
-    "fp32": "ds.fp16.enabled=false",
+    "fp32": "ds.fp16.enabled=false ds.torch_autocast.enabled=false",
 }
 
 

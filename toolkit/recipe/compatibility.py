@@ -104,6 +104,12 @@ def _dora_on_quantised(cell: Cell) -> str | None:
     return None
 
 
+def _led_packed_in_autocast(cell: Cell) -> str | None:
+    if cell.architecture == "led" and cell.quantization == "nf4" and cell.precision == "autocast":
+        return "the first gradients of a led with NF4 layers under autocast are NaN; use bf16 or fp32"
+    return None
+
+
 def _offload_without_its_stage(cell: Cell) -> str | None:
     if cell.offload == "optimizer" and cell.zero_stage == 0:
         return "optimizer states are offloaded by ZeRO stages 1, 2 and 3, not by stage 0"
@@ -119,6 +125,7 @@ RULES: tuple[Callable[[Cell], str | None], ...] = (
     _quantised_without_adapter,
     _int8_divided,
     _dora_on_quantised,
+    _led_packed_in_autocast,
     _offload_without_its_stage,
 )
 
