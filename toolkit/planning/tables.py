@@ -129,13 +129,16 @@ def _verdict(quantization: str, adapter: str, stage: int, offload: str, notes: l
     for cell in cells:
         for reason in reasons(cell):
             found.setdefault(reason, []).append(f"{cell.architecture} in {cell.precision}")
-    numbers = []
+    numbers: dict[bool, list[str]] = {True: [], False: []}  # of reasons against all of them, against some
     for reason, where in found.items():
-        note = reason if len(where) == len(cells) else f"{reason} ({', '.join(where)})"
+        against_all = len(where) == len(cells)
+        note = reason if against_all else f"{reason} ({', '.join(where)})"
         if note not in notes:
             notes.append(note)
-        numbers.append(str(notes.index(note) + 1))
-    return "no: " + ", ".join(numbers) if numbers else "✓"
+        numbers[against_all].append(str(notes.index(note) + 1))
+    if numbers[True]:
+        return "no: " + ", ".join(numbers[True])
+    return "✓ but " + ", ".join(numbers[False]) if numbers[False] else "✓"
 
 
 def precisions_table() -> str:
