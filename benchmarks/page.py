@@ -42,9 +42,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/positions.py",
         "The demo's recipe, shortened and without CTC, after the same number of steps.",
     ),
-    "data": ("Data", "python benchmarks/data.py", "Each figure beside the plain way in the same run; see [data.md](data.md)."),
+    "data": (
+        "Data",
+        "python benchmarks/data.py",
+        "Each figure beside the plain way in the same run; see [data.md](data.md).",
+    ),
     "demo": ("The demo", "python benchmarks/demo.py", "A bare clone of the repository, from nothing to scores."),
-}  # fmt: skip
+}
 HEAD = """# Benchmarks
 
 Every figure here was written by the command above it into `benchmarks/results`, and this page is drawn from there by
