@@ -58,4 +58,4 @@ def test_all_ranks_together_hold_little_more_than_one_copy(results: dict[str, An
 
 def test_four_bits_are_built_in_less_than_the_memory_of_a_copy(results: dict[str, Any]) -> None:
     grown, copy = results["memory nf4"]["grown"] / 2, results["memory nf4"]["copy"]
-    assert copy / 4 < grown < 0.75 * copy, "with what was packed still held it would be 1.25"
+    assert grown < 0.75 * copy, "with what was packed still held it would be 1.25"
