@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,7 +58,8 @@ def test_another_rank_waits_to_be_killed_and_speaks_only_if_it_is_not(
 
 def test_nobody_waits_for_a_launcher_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([os.getppid(), 1])
-    monkeypatch.setattr(errors.os, "getppid", lambda: next(parents))
+    # In this module alone: a thread of another test may ask for its parent, too.
+    monkeypatch.setattr(errors, "os", SimpleNamespace(getppid=lambda: next(parents)))
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: pytest.fail("it waits"))
     assert exit_code_of(lambda: failing(Interrupted("saved")), debug=False, local_rank=1) == 75
 
