@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 VIDEO = ["mediapipe>=0.10.14,<0.10.15"]
 RAY = ["ray>=2.40"]
 DEMO_APP = ["gradio>=6,<7"]
-NEURAL_METRICS = ["bleurt-pytorch>=0.0.1"]
 DEV = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -104,7 +103,6 @@ setup(
         "video": VIDEO,
         "ray": RAY,
         "demo_app": DEMO_APP,
-        "neural_metrics": NEURAL_METRICS,
         "dev": DEV,
     },
     classifiers=[
