@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def overrides_of(cell: Cell) -> list[str]:
     ]
 
 
+@functools.cache
 def card_of_architecture(architecture: str) -> str:
     """The first model card of an architecture."""
     return next(name for name in model_names() if load_model_yaml(name).architecture == architecture)

@@ -5,6 +5,7 @@ Starting two ranks costs more than filling small models, so one start serves all
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -89,6 +90,8 @@ def dequantised(model: PreTrainedModel) -> dict[str, Tensor]:
 def memory(config: Any, placement: Placement) -> dict[str, float]:
     """MiB that all ranks together grow by at most while a model is built, and MiB of one whole copy in bf16."""
     gc.collect()  # models before this one would give way during the build
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier cases have freed would be filled first, and nothing would grow
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     model = random_backbone(config, placement, seed=1)

@@ -227,12 +227,14 @@ def test_every_signal_to_every_process_saves_and_stops_all_of_them(
     assert seen["code"] == CODES[target, number], seen["said"]
     assert len(re.findall(r"^interrupted: ", seen["said"], re.MULTILINE)) == 1, seen["said"]
     assert f"after step {seen['steps']} of {STEPS}; everything is saved, the same command goes on" in seen["said"]
-    reason = "the launcher's death" if target in ("runner", "launch") else number.name
+    reasons = ["the launcher's death"] if target in ("runner", "launch") else [number.name]
     if target == "one rank":
-        reason = "another rank's signal"
+        reasons = ["another rank's signal"]
+    if target == "group":
+        reasons += ["another rank's signal"]  # the ranks may agree to stop before the first has got its own
     if target == "launch" and number != signal.SIGUSR1:
-        reason = "SIGTERM"  # which launch.py passes on, to the first rank
-    assert f"interrupted: stopped by {reason} " in seen["said"]
+        reasons = ["SIGTERM"]  # which launch.py passes on, to the first rank
+    assert any(f"interrupted: stopped by {reason} " in seen["said"] for reason in reasons), seen["said"]
 
 
 def test_the_time_limit_saves_and_stops(stopped: Any) -> None:
