@@ -104,6 +104,8 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
 def utilisation(run_dir: Path, steps: int) -> float:
     """Model-FLOPs utilisation over the last steps, as the run's own figures have it, weighted by their time."""
     rows = [row for row in read_lines(run_dir / METRICS_FILE) if "mfu" in row][-steps:]
+    if not rows:
+        return 0.0  # the first step of a run tells what the others cost
     seconds = [1 / row["clips_per_second"] for row in rows]  # of steps with equally many clips
     return sum(row["mfu"] * weight for row, weight in zip(rows, seconds, strict=True)) / sum(seconds)
 
@@ -219,6 +221,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
     quieten(None)
+    join_process_group(read_ranks())  # without one, accelerate looks for MPI
     processor, model = build(resolved, corpus)
     split, training = corpus.splits["train"], resolved.recipe.training
     whole_forward = model.forward

@@ -105,3 +105,23 @@ def test_a_dead_parent_is_noticed() -> None:
     os.close(writer)
     with os.fdopen(reader) as said:
         assert said.read().splitlines() == ["ready", "the launcher's death"]
+
+
+FORKS_AND_CLOSES = """
+import os, signal, time
+from toolkit.training.interruptions import Interruptions
+interruptions = Interruptions()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+signal.signal(signal.SIGALRM, lambda *_: (os.kill(child, signal.SIGKILL), os._exit(1)))
+signal.alarm(10)
+interruptions.close()
+os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_closing_does_not_wait_for_processes_that_were_forked_meanwhile() -> None:
+    """A loader's workers hold every pipe of their parent open."""
+    assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=60).returncode == 0

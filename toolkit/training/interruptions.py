@@ -22,6 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_POLL_SECONDS = 1.0
 # One Ctrl-C can arrive twice, from the terminal and from a launcher; nobody changes their mind so soon.
 SECOND_THOUGHT_SECONDS = 1.0
+NO_SIGNAL = 0  # the byte that ends the thread
 
 
 class Interruptions:
@@ -61,8 +62,10 @@ class Interruptions:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_writer)
-        os.close(self._writer)  # ends the thread
+        # Closing the pipe would not end the thread: loader processes, which are forked, hold its other end, too.
+        os.write(self._writer, bytes([NO_SIGNAL]))
         self._thread.join()
+        os.close(self._writer)
         os.close(self._reader)
 
     def _ask(self, reason: str) -> None:
@@ -79,7 +82,7 @@ class Interruptions:
             ready, _, _ = select.select([self._reader], [], [], LAUNCHER_POLL_SECONDS)
             if ready:
                 numbers = os.read(self._reader, 64)
-                if not numbers:
+                if NO_SIGNAL in numbers:
                     return
                 asked_before = self._asked_at is not None and (
                     time.monotonic() - self._asked_at > SECOND_THOUGHT_SECONDS
