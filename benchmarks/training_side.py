@@ -275,7 +275,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        logging_steps=training.log_every,
+        logging_strategy="no",  # it would print beside the answers
     )
     trainer = Seq2SeqTrainer(
         model=model,
