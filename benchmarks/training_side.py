@@ -22,19 +22,22 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch
+from torch.nn import functional
 from training_corpus import MAX_FRAMES
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
+from toolkit.cluster.allocator import keep_freed_memory
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted
 from toolkit.models.build import build_processor, build_translator
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
-from toolkit.tracking.jsonl import METRICS_FILE, read_lines
+from toolkit.training import engine
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
-from toolkit.training.loss import token_loss
+from toolkit.training.flops import measure_peak
+from toolkit.training.metering import product_type
 from toolkit.training.run import Start, living_run, open_trainer, seed_everything
 from toolkit.training.trainer import Trainer
 
@@ -49,15 +52,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="recipe keys, key=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each rank")
     parser.add_argument("--turns", type=int, nargs="+", metavar="STEPS", help="instead of orders on standard input")
-    parser.add_argument("--all-logits", action="store_true", help="score the vocabulary at padding, too")
+    parser.add_argument("--without", nargs="+", choices=WITHOUT, default=[], help="what makes our own side fast")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     if arguments.turns:
         sys.stdin = io.StringIO("\n".join(map(str, arguments.turns)))
-    if arguments.all_logits:
-        Trainer._losses = losses_of_all_logits
+    for name in arguments.without:
+        WITHOUT[name]()
     corpus = Corpus.open(arguments.folder / "corpus")
     with tempfile.TemporaryDirectory() as run_dir:
         settings = [
@@ -84,6 +87,7 @@ def answer(clips: int, seconds: float, **more: float) -> None:
 
 def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
     """The toolkit's own loop."""
+    keep_freed_memory()
     ranks = read_ranks()
     with (
         living_run(resolved, ranks, corpus) as interruptions,
@@ -98,23 +102,43 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
                 trainer.step(step)
             seconds = time.perf_counter() - started
             if ranks.is_main:
-                answer(trainer.progress.clips - clips, seconds, mfu=utilisation(resolved.run_dir, steps))
+                used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
+                answer(trainer.progress.clips - clips, seconds, mfu=used)
 
 
-def utilisation(run_dir: Path, steps: int) -> float:
-    """Model-FLOPs utilisation over the last steps, as the run's own figures have it, weighted by their time."""
-    rows = [row for row in read_lines(run_dir / METRICS_FILE) if "mfu" in row][-steps:]
-    if not rows:
-        return 0.0  # the first step of a run tells what the others cost
-    seconds = [1 / row["clips_per_second"] for row in rows]  # of steps with equally many clips
-    return sum(row["mfu"] * weight for row, weight in zip(rows, seconds, strict=True)) / sum(seconds)
+def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> float:
+    """Model-FLOPs utilisation of a turn, against a matrix product measured right after it."""
+    assert trainer.meter.cost
+    flops = sum(map(trainer.meter.cost.of, batches))
+    return flops / seconds / measure_peak(trainer.engine.device, product_type(trainer.resolved))
+
+
+def score_padding() -> None:
+    Trainer._losses = losses_of_all_logits
 
 
 def losses_of_all_logits(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :meth:`Trainer._losses` was when it scored padding, too."""
+    """What :meth:`Trainer._losses` was when it scored padding, too, in fp32 and all at once."""
     inputs = {key: getattr(batch, key) for key in ("poses", "visible", "frame_mask", "labels")}
-    loss = token_loss(trainer.engine(**inputs).logits, batch.labels)
+    loss = functional.cross_entropy(
+        trainer.engine(**inputs).logits.flatten(0, 1).float(),
+        batch.labels.flatten(),
+        label_smoothing=trainer.recipe.training.label_smoothing,
+        reduction="sum",
+    )
     return loss, torch.zeros_like(loss)
+
+
+def torch_dropout() -> None:
+    engine.use_quick_dropout = lambda model: None
+
+
+def freed_memory_goes() -> None:
+    global keep_freed_memory
+    keep_freed_memory = bool
+
+
+WITHOUT = {"label_scores": score_padding, "quick_dropout": torch_dropout, "kept_memory": freed_memory_goes}
 
 
 def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[list[Batch]]:
@@ -128,7 +152,11 @@ def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[l
 
 
 def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
-    """The ceiling: a DeepSpeed engine fed with ready batches that were sorted by length, and nothing else."""
+    """The ceiling: a DeepSpeed engine fed with ready batches that were sorted by length, and nothing else.
+
+    The process and the model are made as fast as ours, so that what is left is what the loop costs.
+    """
+    keep_freed_memory()
     quieten(None)
     join_process_group(read_ranks())
     processor, model = build(resolved, corpus)
@@ -137,15 +165,15 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
         ready.append(step)
         if len(ready) == 64:
             break
-    engine, _ = make_engine(model, resolved)
-    engine.train()
+    trained, _ = make_engine(model, resolved)
+    trained.train()
     done = 0
     for steps in orders():
         started, clips = time.perf_counter(), 0
         for _ in range(steps):
             for batch in ready[done % len(ready)]:
-                engine.backward(mean_loss(engine, batch))
-                engine.step()
+                trained.backward(mean_loss(trained, batch))
+                trained.step()
                 clips += batch.num_clips
             done += 1
         answer(clips, time.perf_counter() - started)
@@ -161,7 +189,7 @@ def build(resolved: ResolvedRun, corpus: Corpus) -> tuple[Any, Any]:
 def mean_loss(model: Any, batch: Batch) -> torch.Tensor:
     """What a plain loop takes for its loss: the mean over the micro-batch."""
     logits = model(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+    return functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 
 def padded(resolved: ResolvedRun, corpus: Corpus) -> None:
@@ -206,11 +234,11 @@ def plain_batch(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
 def pad_to_maximum(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
     batch = plain_batch(clips, tokenizer)
     more = MAX_FRAMES - batch.poses.shape[1]
-    batch.poses = torch.nn.functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
-    batch.visible = torch.nn.functional.pad(batch.visible, (0, 0, 0, more))
-    batch.frame_mask = torch.nn.functional.pad(batch.frame_mask, (0, more))
+    batch.poses = functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
+    batch.visible = functional.pad(batch.visible, (0, 0, 0, more))
+    batch.frame_mask = functional.pad(batch.frame_mask, (0, more))
     # Padding was learnt like any other token.
-    batch.labels = torch.nn.functional.pad(batch.labels, (0, MAX_TOKENS - batch.labels.shape[1]), value=-100)
+    batch.labels = functional.pad(batch.labels, (0, MAX_TOKENS - batch.labels.shape[1]), value=-100)
     batch.labels = batch.labels.masked_fill(batch.labels == -100, tokenizer.pad_token_id)
     return batch
 
@@ -228,7 +256,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
 
     def forward(**inputs: Any) -> Seq2SeqLMOutput:
         logits = whole_forward(**{key: inputs[key] for key in ("poses", "visible", "frame_mask", "labels")}).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten())
+        loss = functional.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten())
         return Seq2SeqLMOutput(loss=loss, logits=logits)
 
     model.forward = forward

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Everything that can be wrong with the input is found before the process group exists."""
     import torch
 
-    from toolkit.cluster.allocator import return_freed_memory
+    from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -97,8 +97,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
     check_needed_ops(resolved.deepspeed)
     check_model(resolved)
-    if not gpus and (resolved.zero_stage == 3 or resolved.recipe.model.quantization):
-        return_freed_memory()
+    if not gpus:
+        memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
+        return_freed_memory() if memory_is_short else keep_freed_memory()
     for note in resolved.notes:
         say(f"note: {note}")
 

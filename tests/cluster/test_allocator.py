@@ -36,19 +36,56 @@ print(resident() - before)
 """
 
 
+def outcome(script: str, choice: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, choice],
+        cwd=Path(__file__).parents[2],
+        env={},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_blocks_leave_the_process() -> None:
     def kept(choice: str) -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, choice],
-            cwd=Path(__file__).parents[2],
-            env={},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        return float(done.stdout)
+        return float(outcome(SCRIPT, choice))
 
     assert kept("set") < 8
     assert kept("leave") > 32, "without the settings glibc was to keep what was freed"
+
+
+# The same large blocks come and go twice.
+KEEP = """
+from toolkit.cluster.allocator import keep_freed_memory
+import ctypes, resource, sys
+
+if sys.argv[1] == "set":
+    assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def touch():
+    blocks = [libc.malloc(64 << 20) for _ in range(2)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 << 20)
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
+
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
+    def new_pages(choice: str) -> int:
+        return int(outcome(KEEP, choice))
+
+    assert new_pages("set") < 1000
+    assert new_pages("leave") > 30_000, "without the settings every large block was to get new pages"

@@ -43,6 +43,26 @@ def test_token_loss_counts_only_labels() -> None:
     torch.testing.assert_close(token_loss(logits, labels).double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_loss_and_its_gradient_are_torchs_cross_entropy(smoothing: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    vocabulary = 40_000  # a chunk holds a few rows
+    labels = torch.randint(vocabulary, (7, 13))
+    labels[2:4] = -100
+    ours = torch.randn(7, 13, vocabulary, dtype=dtype, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        theirs.flatten(0, 1).float(), labels.flatten(), label_smoothing=smoothing, reduction="sum"
+    )
+    loss = token_loss(ours, labels, smoothing)
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert not ours.grad[2:4].any()
+
+
 def test_a_batch_of_fillers_has_no_loss_and_a_gradient_of_zero() -> None:
     logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
     ctc_logits = torch.randn(2, 6, VOCABULARY + 1, requires_grad=True)

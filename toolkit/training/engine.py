@@ -16,6 +16,7 @@ from torch import nn
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
+from toolkit.models.dropout import use_quick_dropout
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.tracking.secrets import RedactingFormatter
 from toolkit.training.optimizers import client_optimizer, parameter_groups
@@ -68,13 +69,15 @@ def quieten(log: Path | None) -> None:
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
-    """Hand the model to DeepSpeed.
+    """Hand the model to DeepSpeed; on CPUs its dropout layers are made quick first.
 
     Returns:
         the engine, and the name and peak learning rate of each of its parameter groups.
     """
     import deepspeed
 
+    if not torch.cuda.is_available():
+        use_quick_dropout(module)
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameter_groups(module, resolved),

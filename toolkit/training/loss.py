@@ -6,6 +6,9 @@ once gives the same gradient however the global batch is cut into ranks, micro-b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,18 +19,54 @@ from toolkit.batching.collate import IGNORED_LABEL
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed negative log-likelihood of the labels, in nats.
 
+    Computed in fp32, a few rows at a time: the scores of a vocabulary are the largest tensors of a step, and fp32
+    copies of all of them would be twice to six times as large.
+
     Args:
         logits: [..., tokens, vocabulary].
         labels: [..., tokens], -100 where nothing counts.
         label_smoothing: share of the target mass spread over the vocabulary (Szegedy et al. 2016).
     """
-    return functional.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+    return _TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), label_smoothing)
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy that keeps the logits and a number per row, and makes the gradient from them."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        counts = labels != IGNORED_LABEL
+        targets = labels.where(counts, 0)[:, None]
+        norms = torch.empty(len(logits), device=logits.device)
+        losses = torch.empty_like(norms)
+        for rows in _chunks(logits):
+            scores = logits[rows].float()
+            norms[rows] = scores.logsumexp(dim=-1)
+            expected = (1 - smoothing) * scores.gather(-1, targets[rows]).squeeze(-1)
+            losses[rows] = norms[rows] - expected - (smoothing * scores.mean(dim=-1) if smoothing else 0.0)
+        context.save_for_backward(logits, counts, targets, norms)
+        context.smoothing = smoothing
+        return losses.where(counts, 0.0).sum()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, counts, targets, norms = context.saved_tensors
+        smoothing, result = context.smoothing, torch.empty_like(logits)
+        weights = (gradient * counts)[:, None]
+        for rows in _chunks(logits):
+            slopes = logits[rows].float().sub_(norms[rows, None]).exp_()
+            if smoothing:
+                slopes.sub_(smoothing / logits.shape[-1])
+            slopes.scatter_add_(-1, targets[rows], slopes.new_full((len(slopes), 1), smoothing - 1))
+            result[rows] = slopes.mul_(weights[rows])
+        return result, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows that together fit a CPU's cache, or keep a GPU busy."""
+    rows = max(1, (2**27 if logits.is_cuda else 2**19) // logits.shape[-1])
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
 
 
 def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: Tensor) -> Tensor:

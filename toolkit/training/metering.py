@@ -57,7 +57,7 @@ class StepMeter:
     def __init__(self, resolved: ResolvedRun, device: torch.device, world_size: int) -> None:
         self._device = device
         self._world_size = world_size
-        self._cost: Cost | None = None
+        self.cost: Cost | None = None  # of a batch, from the first forward pass on
         self._records = True
         peak = torch.tensor(measure_peak(device, product_type(resolved)), dtype=torch.float64, device=device)
         dist.all_reduce(peak)
@@ -77,7 +77,7 @@ class StepMeter:
                 sum(batch.num_clips for batch in batches),
                 sum(batch.num_frames for batch in batches),
                 sum(batch.frame_mask.numel() for batch in batches),
-                sum(map(self._cost.of, batches)) if self._cost else 0.0,
+                sum(map(self.cost.of, batches)) if self.cost else 0.0,
                 self._began - self._since,
                 wants_stop,
             ],
@@ -97,7 +97,7 @@ class StepMeter:
         self._records = False
         with CostRecorder(model, batch) as recorder:
             yield
-        self._cost = recorder.cost()
+        self.cost = recorder.cost()
 
     def end(self, window: Window) -> tuple[float, dict[str, float]]:
         """End a step.

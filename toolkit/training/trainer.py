@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.batching.collate import Batch
+from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import train_batches
 from toolkit.batching.order import steps_per_epoch
 from toolkit.cluster.ranks import Ranks
@@ -210,8 +210,15 @@ class Trainer:
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
         training = self.recipe.training
-        output = self.engine(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels)
-        nll = token_loss(output.logits, batch.labels, training.label_smoothing if self.engine.training else 0.0)
+        output = self.engine(
+            poses=batch.poses,
+            visible=batch.visible,
+            frame_mask=batch.frame_mask,
+            labels=batch.labels,
+            labelled_only=True,
+        )
+        counted = batch.labels[batch.labels != IGNORED_LABEL]
+        nll = token_loss(output.logits, counted, training.label_smoothing if self.engine.training else 0.0)
         if output.ctc_logits is None:
             return nll, torch.zeros_like(nll)
         return nll, ctc_loss(output.ctc_logits, output.encoder_mask, batch.labels, self.special_ids)
