@@ -154,7 +154,7 @@ def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[l
 def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     """The ceiling: a DeepSpeed engine fed with ready batches that were sorted by length, and nothing else.
 
-    The process and the model are made as fast as ours, so that what is left is what the loop costs.
+    The process and the model are made as fast as ours, so that what is left is what the loops cost.
     """
     keep_freed_memory()
     quieten(None)
@@ -166,6 +166,7 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
         if len(ready) == 64:
             break
     trained, _ = make_engine(model, resolved)
+    trained.enable_backward_allreduce = True  # as DeepSpeed has it
     trained.train()
     done = 0
     for steps in orders():

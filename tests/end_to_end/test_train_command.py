@@ -160,3 +160,12 @@ def test_a_corpus_that_is_ready_is_used_as_it_is(
     )
     assert done.code == 0, done.err
     assert done.json["splits"]["test"]["clips"] == len(Corpus.open(corpus).splits["test"])
+
+
+def test_a_run_whose_scores_stand_still_ends_early(run: Run, settings: list[str], tmp_path: Path) -> None:
+    still = ["training.learning_rate=1e-30", "training.epochs=9", "training.early_stopping=2"]
+    done = run("launch/train.py", "--recipe", "t5_small", "--json", *settings, *still, f"run.dir={tmp_path}/r")
+    assert done.code == 0, done.out + done.err
+    assert "stopping early: no better bleu4 in 2 evaluations; the best model is that of step 3" in done.out
+    assert done.json["steps"] == 9  # three epochs of three steps
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "finished"

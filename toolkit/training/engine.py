@@ -84,6 +84,10 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         optimizer=client_optimizer(resolved),
         config=resolved.deepspeed,
     )
+    sums_itself = hasattr(engine.optimizer, "reduce_gradients")
+    if resolved.world_size == 1 and resolved.zero_stage < 2 and not sums_itself:
+        # One rank has nobody to sum with, and would still copy all gradients into one tensor and back at every step.
+        engine.enable_backward_allreduce = False
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # asked for in the JSON alone, DeepSpeed compiles nothing and says so in its log
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
