@@ -125,9 +125,9 @@ def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def two_rank_speedup(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Two ranks of one thread against one rank of one thread, start by start."""
+    """Two ranks of one thread against one rank of one thread, start by start, with the recipe's own batches."""
     rates: dict[int, list[float]] = {1: [], 2: []}
-    command = [str(HERE / "training_side.py"), "ours", str(folder), *BATCH, "--threads", "1", "--turns", "1", "4", "4"]
+    command = [str(HERE / "training_side.py"), "ours", str(folder), "--threads", "1", "--turns", "1", "2", "2"]
     for _ in range(max(2, rounds // 2)):
         for ranks in rates:
             launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]

@@ -62,7 +62,10 @@ def main() -> None:
     for name in arguments.without:
         WITHOUT[name]()
     corpus = Corpus.open(arguments.folder / "corpus")
-    with tempfile.TemporaryDirectory() as run_dir:
+    with tempfile.TemporaryDirectory() as own:
+        # Ranks share the run directory of their launcher, which goes with the folder.
+        run_dir = arguments.folder / f"ranks_of_{os.getppid()}" if read_ranks().world_size > 1 else Path(own)
+        (run_dir / "run").mkdir(parents=True, exist_ok=True)
         settings = [
             f"data.corpus={corpus.path}",
             f"model.backbone={arguments.folder / 'backbone'}",
