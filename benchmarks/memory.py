@@ -129,7 +129,7 @@ def run_one(name: str) -> dict[str, Any]:
 def measure(name: str, out: Path) -> None:
     """One rank: build, train some steps, write down what it took."""
     from toolkit.batching.loader import train_batches
-    from toolkit.cluster.allocator import return_freed_memory
+    from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -141,8 +141,7 @@ def measure(name: str, out: Path) -> None:
     corpus = Corpus.open(ensure_corpus(load_recipe("demo").data, speaks=ranks.speaks))
     overrides = [*SETTINGS, f"data.corpus={corpus.path}", f"run.dir={out / 'run'}"]
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=name)
-    if resolved.zero_stage == 3:
-        return_freed_memory()  # as launch/train.py does
+    return_freed_memory() if resolved.zero_stage == 3 else keep_freed_memory()  # as launch/train.py does
     imports = memory_gib("VmRSS")
     with (
         living_run(resolved, ranks, corpus) as interruptions,

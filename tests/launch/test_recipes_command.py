@@ -31,7 +31,7 @@ def test_ls_prints_one_row_a_recipe(tmp_path):
     heading, *rows = done.stdout.splitlines()
     assert heading.split() == ["recipe", "model", "parameters", "trainable", "deepspeed", "states", "description"]
     t5_small = next(row for row in rows if row.startswith("t5_small"))
-    assert "60.5 M" in t5_small and "zero2" in t5_small
+    assert "60.5 M" in t5_small and "zero1" in t5_small
     lora = next(row for row in rows if row.startswith("t5_3b_lora "))
     assert "2,851.6 M" in lora and "11.8 M" in lora
     assert len({row.index("zero") for row in rows[: len(RECIPES)]}) == 1, "the columns stand under each other"
@@ -41,7 +41,7 @@ def test_ls_json(tmp_path):
     listed = {row["name"]: row for row in json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]}
     assert set(listed) >= RECIPES
     assert listed["t5_small"]["parameters"] == listed["t5_small"]["trainable"] == 60_506_624
-    assert listed["t5_small"]["deepspeed"] == "zero2"
+    assert listed["t5_small"]["deepspeed"] == "zero1"
     assert listed["t5_3b_lora"]["trainable"] == 144 * 16 * (1024 + 4096)
     for name in RECIPES:
         assert 0 < listed[name]["trainable"] <= listed[name]["parameters"]
