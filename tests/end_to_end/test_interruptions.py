@@ -346,8 +346,10 @@ def leftovers(folder: Path, temporary: Path) -> list[str]:
     unfinished = [str(path) for path in folder.rglob("*partial*")]
     swapped = [str(path) for path in folder.rglob("nvme_swap*")]
     shared = [str(path) for path in Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*") if is_old_and_ours(path)]
-    # torch keeps one cache for all runs of a user, named after them.
-    files = [str(path) for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+    # torch keeps one cache for all runs of a user, named after them, and fills it by gcc: killed while linking, that
+    # leaves files such as ccDrdgim.res.
+    torchs = re.compile(r"torchinductor_.*|cc\w{6}\..*")
+    files = [str(path) for path in temporary.iterdir() if not torchs.fullmatch(path.name)]
     return unfinished + swapped + files + shared
 
 
