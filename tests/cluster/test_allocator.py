@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+
 # Large blocks come and go, so that glibc raises its thresholds; then blocks are freed below others that stay.
 SCRIPT = """
 import ctypes, os, sys
@@ -49,7 +51,6 @@ def outcome(script: str, choice: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_blocks_leave_the_process() -> None:
     def kept(choice: str) -> float:
         return float(outcome(SCRIPT, choice))
@@ -82,7 +83,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
     def new_pages(choice: str) -> int:
         return int(outcome(KEEP, choice))

@@ -5,7 +5,7 @@ heap; a rank that gathers layer after layer grows until the machine has no memor
 block of 64 KiB or more a mapping of its own, which ends when the block does.
 
 Everywhere else it had better not: a step asks for the same large blocks as the one before, and pages that the system
-takes away and hands out anew, each filled with zeros, cost a fifth of the step (benchmarks/training.py).
+takes away and hands out anew, each filled with zeros, cost time: benchmarks/training.py says how much.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
     """Summed negative log-likelihood of the labels, in nats.
 
     Computed in fp32, a few rows at a time: the scores of a vocabulary are the largest tensors of a step, and fp32
-    copies of all of them would be twice to six times as large.
+    copies of all of them would be several times as large.
 
     Args:
         logits: [..., tokens, vocabulary].
