@@ -67,7 +67,8 @@ def settings(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 def environment() -> dict[str, str]:
     """Nothing of a surrounding run may reach the one under test; the environment's own tools are found."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    of_runs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MALLOC_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(of_runs)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

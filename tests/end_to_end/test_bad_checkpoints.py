@@ -55,6 +55,8 @@ def refused(
     assert specification and specification.loader
     command = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(command)
+    for name in ("keep_freed_memory", "return_freed_memory"):  # what they set outlives the test
+        monkeypatch.setattr(f"toolkit.cluster.allocator.{name}", lambda: True)
 
     def refused(run_dir: Path, *more: object) -> str:
         before = contents(run_dir)
