@@ -21,7 +21,7 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Full-size T5-Small, clips and sentences as long as iSign's. All ways of training take turns on the same "
         "machine, with the same model, clips, micro-batch and optimizer. Ours is what recipe `t5_small` does: ZeRO-1, "
         "which on one rank sums gradients without sending them; `ratio_both_zero2` is ours under the ZeRO-2 that "
-        "Seq2SeqTrainer gets. The bare loop has our ZeRO-1, dropout and allocator settings, ready batches and "
+        "Seq2SeqTrainer gets. The bare loop has our ZeRO-1, quick layers and allocator settings, ready batches and "
         "DeepSpeed's sum of gradients over ranks, which ours leaves out where there is one: loading, guards and "
         "figures are what ours has besides. MFU is model FLOPs over those of a matrix product "
         "measured after each turn in the same process; a row has all changes of those above it.",

@@ -41,14 +41,16 @@ TARGETS = {"vs_hf_trainer": 1.4, "vs_pad_to_max": 2.4, "vs_bare_deepspeed": 0.97
 STEPS = 4  # of a turn
 
 # What makes a step fast, one change after the other, each on top of those before it.
-WITHOUT = ["label_scores", "quick_dropout", "kept_memory"]
+WITHOUT = ["label_scores", "quick_dropout", "quick_attention", "quick_norm", "kept_memory"]
 CHANGES: dict[str, list[str]] = {
     "ZeRO-2, micro-batches of 8": ["deepspeed=zero2", *BATCH, "--without", *WITHOUT],
     "scores of labels alone, in chunks": ["deepspeed=zero2", *BATCH, "--without", *WITHOUT[1:]],
     "quick dropout": ["deepspeed=zero2", *BATCH, "--without", *WITHOUT[2:]],
-    "freed memory is kept": ["deepspeed=zero2", *BATCH],
+    "quick attention": ["deepspeed=zero2", *BATCH, "--without", *WITHOUT[3:]],
+    "quick normalisation": ["deepspeed=zero2", *BATCH, "--without", *WITHOUT[4:]],
+    "freed memory is kept, in huge pages": ["deepspeed=zero2", *BATCH],
     "ZeRO-1": [*BATCH],
-    "global batches of 128, micro-batches of 32": ["training.global_batch_size=128", "training.micro_batch_size=32"],
+    "global batches of 128, micro-batches of 64": ["training.global_batch_size=128", "training.micro_batch_size=64"],
 }
 
 
@@ -111,7 +113,7 @@ def throughput(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
 def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     """Model-FLOPs utilisation against a matrix product measured in the same process, change after change."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in CHANGES}
-    for number in range(max(2, rounds // 2)):
+    for number in range(max(3, rounds // 2)):
         for name, settings in CHANGES.items():  # one at a time: together they would not fit the memory
             with side_process("ours", folder, settings) as process:
                 take_turn(process, 1)

@@ -32,9 +32,9 @@ from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.quick import layers
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
-from toolkit.training import engine
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
 from toolkit.training.flops import measure_peak
 from toolkit.training.metering import product_type
@@ -133,7 +133,15 @@ def losses_of_all_logits(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, 
 
 
 def torch_dropout() -> None:
-    engine.use_quick_dropout = lambda model: None
+    layers.use_quick_dropout = lambda model: None
+
+
+def torch_attention() -> None:
+    layers.use_quick_attention = lambda model: None
+
+
+def transformers_norm() -> None:
+    layers.use_quick_rms_norm = lambda model: None
 
 
 def freed_memory_goes() -> None:
@@ -141,7 +149,13 @@ def freed_memory_goes() -> None:
     keep_freed_memory = bool
 
 
-WITHOUT = {"label_scores": score_padding, "quick_dropout": torch_dropout, "kept_memory": freed_memory_goes}
+WITHOUT = {
+    "label_scores": score_padding,
+    "quick_dropout": torch_dropout,
+    "quick_attention": torch_attention,
+    "quick_norm": transformers_norm,
+    "kept_memory": freed_memory_goes,
+}
 
 
 def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[list[Batch]]:

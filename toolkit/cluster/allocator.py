@@ -5,7 +5,8 @@ heap; a rank that gathers layer after layer grows until the machine has no memor
 block of 64 KiB or more a mapping of its own, which ends when the block does.
 
 Everywhere else it had better not: a step asks for the same large blocks as the one before, and pages that the system
-takes away and hands out anew, each filled with zeros, cost time: benchmarks/training.py says how much.
+takes away and hands out anew, each filled with zeros, cost time: benchmarks/training.py says how much. What is kept is
+made of huge pages where the system has them, of which there are few to hand out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _THRESHOLD_BYTES = 65536
 _NUMBERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_MMAP_MAX_": -4}
 _RETURN = {"MALLOC_TRIM_THRESHOLD_": _THRESHOLD_BYTES, "MALLOC_MMAP_THRESHOLD_": _THRESHOLD_BYTES}
 _KEEP = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": 0}  # never trim the heap, never map
+_MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
 
 
 def return_freed_memory() -> bool:
@@ -33,7 +35,26 @@ def return_freed_memory() -> bool:
 
 def keep_freed_memory() -> bool:
     """Keep freed blocks for the next ones of their size; else as :func:`return_freed_memory`."""
-    return _set(_KEEP)
+    held = _set(_KEEP)
+    if held and os.environ["MALLOC_MMAP_MAX_"] == "0" and os.environ["MALLOC_TRIM_THRESHOLD_"] == "-1":
+        _grow_heap_of_huge_pages()
+    return held
+
+
+def _grow_heap_of_huge_pages() -> None:
+    """Give the heap addresses for half of the machine's memory, to be filled by huge pages once they are written to.
+
+    glibc asks for huge pages by itself only where GLIBC_TUNABLES says so as the process starts.
+    """
+    glibc = ctypes.CDLL(None)
+    glibc.malloc.restype = ctypes.c_void_p
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2
+    block = glibc.malloc(ctypes.c_size_t(size))
+    if block:  # else there is a limit on addresses
+        start = -(-block // page) * page
+        glibc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((block + size - start) // page * page), _MADV_HUGEPAGE)
+        glibc.free(ctypes.c_void_p(block))  # nothing was written: the heap keeps the addresses, not the memory
 
 
 def _set(settings: dict[str, int]) -> bool:

@@ -16,9 +16,10 @@ from torch import nn
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
-from toolkit.models.dropout import use_quick_dropout
+from toolkit.models.quick.layers import use_quick_layers
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.tracking.secrets import RedactingFormatter
+from toolkit.training.cpu_communication import communicate_on_cpu
 from toolkit.training.optimizers import client_optimizer, parameter_groups
 
 
@@ -69,7 +70,7 @@ def quieten(log: Path | None) -> None:
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
-    """Hand the model to DeepSpeed; on CPUs its dropout layers are made quick first.
+    """Hand the model to DeepSpeed; on CPUs its layers take their quick forms first.
 
     Returns:
         the engine, and the name and peak learning rate of each of its parameter groups.
@@ -77,17 +78,15 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     import deepspeed
 
     if not torch.cuda.is_available():
-        use_quick_dropout(module)
+        use_quick_layers(module)
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameter_groups(module, resolved),
         optimizer=client_optimizer(resolved),
         config=resolved.deepspeed,
     )
-    sums_itself = hasattr(engine.optimizer, "reduce_gradients")
-    if resolved.world_size == 1 and resolved.zero_stage < 2 and not sums_itself:
-        # One rank has nobody to sum with, and would still copy all gradients into one tensor and back at every step.
-        engine.enable_backward_allreduce = False
+    if not torch.cuda.is_available():
+        communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # asked for in the JSON alone, DeepSpeed compiles nothing and says so in its log
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]

@@ -1,0 +1,72 @@
+"""Dropout that is quick on the CPU.
+
+torch draws a Bernoulli number for every element there, one after the other. One draw of 64 bits decides four elements
+here, and a generator of numpy's that is seeded from torch's draws it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LEVELS = 2**16  # of what one quarter of a draw can be
+
+
+class QuickDropout(nn.Dropout):
+    """What :class:`torch.nn.Dropout` computes, decided by torch's generator, with ``p`` rounded to 1/65,536."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of a tensor of any shape.
+
+        Args:
+            input: a floating-point tensor; on any other device than the CPU torch's own dropout takes it.
+        """
+        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
+            return super().forward(input)
+        dropped: Tensor = _Dropout.apply(input, self.p)
+        return dropped
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, input: Tensor, p: float) -> Tensor:
+        kept = draw_kept(input, p)
+        context.save_for_backward(kept)
+        context.p = p
+        return drop(input, kept, p)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = context.saved_tensors
+        return drop(gradient, kept, context.p), None
+
+
+def draw_kept(like: Tensor, p: float) -> Tensor:
+    """1 for each element of a tensor that stays, 0 for one that goes, in the tensor's own type and shape.
+
+    Args:
+        like: whose elements are decided about.
+        p: probability with which an element goes.
+    """
+    numel = like.numel()
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    generator = np.random.Generator(np.random.SFC64(seed))
+    draws = torch.from_numpy(generator.integers(-(2**63), 2**63, numel // 4 + 1, dtype=np.int64))
+    kept = torch.empty(numel, dtype=like.dtype)
+    torch.ge(draws.view(torch.int16)[:numel], round(p * _LEVELS) - _LEVELS // 2, out=kept)
+    return kept.view(like.shape)
+
+
+def drop(values: Tensor, kept: Tensor, p: float) -> Tensor:
+    """Values that stay, scaled so that their mean stays, too; the others become zero."""
+    return torch.addcmul(values.new_zeros(()), values, kept, value=1 / (1 - p))
+
+
+def use_quick_dropout(model: nn.Module) -> None:
+    """Turn a model's dropout layers into quick ones; what a backbone drops by a function call stays torch's."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = QuickDropout
