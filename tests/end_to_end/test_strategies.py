@@ -145,6 +145,13 @@ def test_memory_strategies_change_nothing_in_fp32(trained: dict[str, dict[str, A
     assert case["uids"] == reference["uids"]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_strategys_own_precision_follows_fp32(trained: dict[str, dict[str, Any]], name: str) -> None:
+    reference, case = trained["fp32-zero1"], case_of(trained, f"own-{name}")
+    assert case["losses"] == pytest.approx(reference["losses"], rel=0.02)
+    assert case["grad_norms"][0] == pytest.approx(reference["grad_norms"][0], rel=0.02), "a sum where a mean belongs?"
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_pose_encoder_learns_alike_with_its_weights_cut(trained: dict[str, dict[str, Any]], kind: str) -> None:
     whole, cut, autocast = (trained[f"{kind}-{how}"] for how in ("whole", "cut", "autocast"))

@@ -33,7 +33,7 @@ def quick_attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention (Vaswani et al. 2017), as transformers calls it.
 
-    What drops nothing, runs on a GPU or shares keys among heads is left to torch's own.
+    What drops nothing, runs on a GPU, shares keys among heads or has more to it is left to torch's own.
 
     Args:
         module: the attention layer.
@@ -51,11 +51,13 @@ def quick_attention(
     Returns:
         [clips, queries, heads, width], and None for the weights.
     """
-    if not dropout or query.device.type != "cpu" or query.shape[:2] != key.shape[:2] or more.get("cache") is not None:
+    is_special = query.shape[:2] != key.shape[:2] or any(more.get(name) is not None for name in ("cache", "softcap"))
+    if not dropout or query.device.type != "cpu" or is_special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **more
         )
-    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and is_causal and query.shape[2] > 1:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
