@@ -1,5 +1,6 @@
 """A small packed corpus and a resolved run, made with the toolkit's own writers."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return write_corpus(
         tmp_path_factory.mktemp("data") / "corpus", {"train": clips}, load_landmark_set("hands_body_50"), fps=12.5
     )
+
+
+@pytest.fixture(scope="session")
+def wordy_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Clips whose texts are so long that one batch fills the pipe between a worker and its parent."""
+    clips = [dataclasses.replace(make_clip(index, 30), text="word " * 50_000) for index in range(45)]
+    folder = tmp_path_factory.mktemp("data") / "wordy"
+    return write_corpus(folder, {"train": clips}, load_landmark_set("hands_body_50"), fps=12.5)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The stream of batches: the same whatever the number of workers and ranks, resumable, and leaving nothing behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -243,9 +244,10 @@ def test_a_process_that_ends_half_way_through_an_epoch_ends_at_once(corpus):
     assert time.monotonic() - start < 30
 
 
-@pytest.fixture
-def loading_process(corpus):
+@pytest.fixture(params=["corpus"])
+def loading_process(request):
     """A process of its own group in the midst of an evaluation with two workers."""
+    corpus = request.getfixturevalue(request.param)
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(corpus.path)],
         stdin=subprocess.PIPE,
@@ -256,8 +258,8 @@ def loading_process(corpus):
     )
     assert process.stdout.readline() == "started\n"
     yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, too, should they have outlived it
     process.communicate()
 
 
@@ -270,6 +272,8 @@ def test_workers_survive_a_request_to_stop_that_their_parent_handles(loading_pro
     assert loading_process.stdout.readline().endswith("more batches\n")
 
 
+# A worker that waits for its parent to read from a full pipe must end, too.
+@pytest.mark.parametrize("loading_process", ["corpus", "wordy_corpus"], indirect=True)
 def test_workers_do_not_outlive_a_parent_that_was_killed(loading_process):
     workers = children_of(loading_process.pid)
     assert len(workers) == 2

@@ -7,6 +7,7 @@ follows from the seed, the epoch and the clip alone.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -185,15 +186,22 @@ def _load(
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A request to stop often goes to all processes of a job, but only the main one decides what it means: it saves,
-    # then closes the workers. A worker whose parent died notices within seconds by itself.
+    # then closes the workers.
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent and parent.pid
+    threading.Thread(target=_end_with_the_parent, args=[parent.pid], daemon=True).start()
 
 
-def _end_when_the_parent_says_so() -> None:
-    """Obey SIGTERM from the parent alone: that is how Python ends the workers of an epoch that was left half-way."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with_the_parent(parent: int) -> None:
+    """End when the parent is dead, or says so by SIGTERM, by which Python ends the workers of an epoch left half-way.
+
+    torch's workers see by themselves that the parent died, but then wait for somebody to read what they have prepared.
+    """
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, 2.0)
+        if told and told.si_pid == parent:
+            break
     os._exit(0)
