@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast the toolkit trains, each figure beside its peer in the same run.
 
-python benchmarks/training.py                     all figures, about 25 minutes on two quiet cores
+python benchmarks/training.py                     all figures, about 40 minutes on two quiet cores
 python benchmarks/training.py --only throughput   one of them; the others stay as they were
 
 Full-size T5-Small on clips and sentences as long as iSign's, made here. The ways of training are processes that take

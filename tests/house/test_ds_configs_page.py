@@ -36,5 +36,6 @@ def test_every_json_that_runs_without_a_gpu_was_measured(benchmark: ModuleType) 
 
 def test_memory_falls_as_the_states_are_divided(benchmark: ModuleType) -> None:
     peaks = {row["ds"]: row["peak_gib"] for row in benchmark.read_results()}
-    assert peaks["zero3"] < peaks["zero2"] <= peaks["zero1"] * 1.02
+    assert peaks["zero3"] < min(peaks["zero1"], peaks["zero2"])
+    assert max(peaks["zero1"], peaks["zero2"]) < peaks["zero0"]
     assert peaks["zero2_bf16_states"] < peaks["zero2"]
