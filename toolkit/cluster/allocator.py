@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 _THRESHOLD_BYTES = 65536
 # Of the same settings, the variables by which glibc takes them at start-up, and the numbers of mallopt (malloc.h).
@@ -46,6 +47,8 @@ def _grow_heap_of_huge_pages() -> None:
 
     glibc asks for huge pages by itself only where GLIBC_TUNABLES says so as the process starts.
     """
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        return  # the system counts addresses as memory, and would have too little left for the other ranks
     glibc = ctypes.CDLL(None)
     glibc.malloc.restype = ctypes.c_void_p
     page = os.sysconf("SC_PAGE_SIZE")
