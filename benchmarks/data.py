@@ -33,6 +33,7 @@ from pose_format.utils.generic import reduce_holistic
 from toolkit.batching.collate import collate
 from toolkit.batching.loader import train_batches
 from toolkit.batching.order import epoch_order
+from toolkit.cluster.devices import own_device
 from toolkit.corpus.demo import find_lexicon
 from toolkit.corpus.packed import Clip, Corpus, Metadata, Split, finish_corpus, finish_split, shard_name, write_shard
 from toolkit.corpus.prepare import prepare
@@ -213,7 +214,7 @@ def _data_wait(clips: Path, folder: Path, quick: bool) -> dict[str, float]:
     overrides += [f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}", "training.workers=1"]
     resolved = resolve(load_recipe("t5_small", overrides), 1, has_gpu=torch.cuda.is_available())
     corpus = Corpus.open(folder / "corpus")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     processor = build_processor(resolved.recipe, corpus)
     model = build_translator(resolved, corpus, processor.tokenizer).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())

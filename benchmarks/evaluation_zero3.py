@@ -23,12 +23,12 @@ import deepspeed
 import torch
 from evaluation import BATCH_FRAMES, MICRO_BATCH, SEARCH, TARGETS, open_split
 from sacrebleu.metrics import BLEU
-from torch import distributed as dist
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from toolkit.batching.collate import collate
+from toolkit.cluster.devices import barrier
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Split
 from toolkit.evaluation.generate import evaluation_mode, translate_split
@@ -111,10 +111,10 @@ def main() -> None:
     texts: dict[str, list[str]] = {}
     for _ in range(arguments.repeats):
         for name, way in (("hf", theirs), ("ours", ours)):
-            dist.barrier()
+            barrier()
             start = time.perf_counter()
             texts[name] = way()
-            dist.barrier()
+            barrier()
             seconds[name].append(time.perf_counter() - start)
     hf, own = median(seconds["hf"]), median(seconds["ours"])
     result = {

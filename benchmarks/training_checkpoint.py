@@ -68,6 +68,7 @@ def one_rank(folder: Path) -> None:
     from torch import distributed as dist
 
     from toolkit.batching.loader import train_batches
+    from toolkit.cluster.devices import barrier
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -84,7 +85,7 @@ def one_rank(folder: Path) -> None:
     corpus = Corpus.open(ensure_corpus(resolved.recipe.data))
     if ranks.is_main:
         run_directory.start(resolved, corpus.path)
-    dist.barrier()
+    barrier()
     interruptions = Interruptions()
     times: dict[str, list[float]] = {"call": [], "next_step": [], "step": [], "complete": []}
     with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:
@@ -104,7 +105,7 @@ def one_rank(folder: Path) -> None:
         )
 
         def step() -> float:
-            dist.barrier()
+            barrier()
             started = time.perf_counter()
             trainer.step(next(batches))
             return time.perf_counter() - started
@@ -114,7 +115,7 @@ def one_rank(folder: Path) -> None:
         trainer.checkpoints.wait()
         for _ in range(SAVES):
             times["step"].append(step())
-            dist.barrier()
+            barrier()
             started = time.perf_counter()
             trainer.save()
             times["call"].append(time.perf_counter() - started)

@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
     from toolkit.evaluation.demo_app import build_app, check_gradio, serve
 
     check_gradio()
-    import torch
-
+    from toolkit.cluster.devices import choose_device
     from toolkit.models.load import load_translator
 
+    device = choose_device(arguments.device)
     model, processor = load_translator(arguments.model)
-    model.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.to(device)
     title = f"sign language translation: {Path(arguments.model).name}"
     app = build_app(model, processor, title=title, n_best=arguments.n_best, most_seconds=arguments.max_seconds)
     url = serve(app, host=arguments.host, port=arguments.port, most_megabytes=arguments.max_megabytes)

@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import numpy as np
     import torch
 
+    from toolkit.cluster.devices import use_device
     from toolkit.evaluation.evaluate import (
         check_fit,
         find_corpus,
@@ -128,8 +129,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
-    gpus = torch.cuda.device_count()
-    check_ranks(ranks, gpus=gpus)
+    check_ranks(ranks, gpus=torch.cuda.device_count())
+    device = use_device(ranks)
     check_meeting_place(ranks)
     find_model(arguments.model)
     neural = parse_neural(arguments.neural, arguments.neural_python)
@@ -160,7 +161,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.world_size > 1 or arguments.zero3:
         join_process_group(ranks)
     try:
-        device = torch.device("cuda", ranks.local_rank) if gpus else torch.device("cpu")
         total = sum(len(corpus.splits[name]) for name in names)
         say(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
         started = time.monotonic()

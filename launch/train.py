@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
+    from toolkit.cluster.devices import use_device
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
+    use_device(ranks)
     check_meeting_place(ranks)
     check_locks()
     overrides = arguments.overrides

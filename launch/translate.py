@@ -145,17 +145,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, on its device, and its processor."""
-    import torch
     from transformers.utils import logging
 
+    from toolkit.cluster.devices import choose_device
     from toolkit.models.load import load_translator
 
     logging.disable_progress_bar()  # of loading weights; ours are shown where waiting is long
+    device = choose_device(arguments.device)
     model, processor = load_translator(arguments.model)
     try:
-        return model.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))), processor
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+        return model.to(device), processor
+    except RuntimeError as error:  # it is full, or torch was built without its kind
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def watched(translations: Iterable[Translation], total: int) -> Iterator[Translation]:

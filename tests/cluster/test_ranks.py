@@ -36,6 +36,26 @@ def test_launchers_are_understood(environment):
     assert not ranks.is_main and not ranks.speaks
 
 
+@pytest.mark.parametrize(
+    ("variable", "one_each"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, True),  # srun --gpus-per-task=1
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, False),  # torchrun or deepspeed as a task of srun
+        ({}, False),
+    ],
+)
+def test_several_ranks_see_one_gpu_only_where_each_can_have_its_own(variable, one_each):
+    ranks = Ranks(rank=3, local_rank=3, world_size=8, local_world_size=4)
+    if one_each:
+        check_ranks(ranks, gpus=1, environment=variable)
+    else:
+        with pytest.raises(UserError, match="it has 1 GPU; start at most 1 here"):
+            check_ranks(ranks, gpus=1, environment=variable)
+    with pytest.raises(UserError, match="it has 2 GPUs"):
+        check_ranks(ranks, gpus=2, environment=variable)
+
+
 def test_a_batch_script_outside_srun_is_a_lone_process():
     assert read_ranks({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}) == Ranks()
 

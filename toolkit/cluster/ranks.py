@@ -79,17 +79,22 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks()
 
 
-def check_ranks(ranks: Ranks, *, gpus: int, cores: int | None = None) -> None:
+def check_ranks(
+    ranks: Ranks, *, gpus: int, cores: int | None = None, environment: Mapping[str, str] = os.environ
+) -> None:
     """Refuse more ranks on this node than it has devices.
 
     Args:
         ranks: this process's place in the run.
-        gpus: GPUs that DeepSpeed can see on this node; 0 runs on the CPU.
+        gpus: GPUs that this process sees; 0 runs on the CPU.
         cores: CPU cores of this node; None counts them.
+        environment: says whether srun or mpirun started the ranks, which can bind a GPU to each.
 
     Raises:
         UserError: more ranks than GPUs, or than cores where the CPU does the work.
     """
+    if gpus == 1 and _are_tasks(environment):
+        return  # `--gpus-per-task=1`: the one GPU that a rank sees is its own
     cores = cores or os.cpu_count() or 1
     devices, kind = (gpus, "GPU") if gpus else (cores, "CPU core")
     if ranks.local_world_size > devices:
@@ -111,6 +116,12 @@ def check_meeting_place(ranks: Ranks, environment: Mapping[str, str] = os.enviro
             f"{ranks.world_size} ranks were started and none is told where rank 0 is: start the run by `deepspeed` or "
             "by launch/train_slurm.sh, or set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port of it"
         )
+
+
+def _are_tasks(environment: Mapping[str, str]) -> bool:
+    """Whether the ranks of this node are tasks of srun or mpirun, not processes of a launcher that is one itself."""
+    sizes = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return any(_number(environment, name) > 1 for name in sizes if name in environment)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

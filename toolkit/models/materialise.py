@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from toolkit.cluster.devices import own_device
 from toolkit.errors import UserError
 from toolkit.models.backbone import backbone_class, cast_position_tables
 from toolkit.models.base import Fingerprint
@@ -68,10 +69,10 @@ def placement_for(
 ) -> Placement:
     """The placement of a model that trains, or was trained, in this precision and quantisation."""
     # Whole weights wait on the CPU until DeepSpeed takes them; what is packed or cut stays where that happens.
-    on_gpu = torch.cuda.is_available() and (zero3 is not None or quantization is not None)
+    stays = zero3 is not None or quantization is not None
     return Placement(
         dtype=DTYPES[precision],
-        device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+        device=own_device() if stays else torch.device("cpu"),
         zero3=zero3,
         quantization=quantization,
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from toolkit.cluster.devices import barrier
 from toolkit.errors import UserError
 from toolkit.recipe.files import write_text_atomically
 from toolkit.training.checkpoints import (
@@ -66,7 +67,7 @@ class CheckpointWriter:
         self._last: Future[str | None] | None = None
         if dist.get_rank() == 0:
             remove_unfinished(folder)
-        dist.barrier()
+        barrier()
 
     def save(self, engine: Any, progress: Progress) -> None:
         """Begin to write a checkpoint; returns when all that it needs has been copied.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.cluster.devices import barrier, check_bound, use_device
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
 from toolkit.models.quick.layers import use_quick_layers
@@ -24,19 +25,22 @@ from toolkit.training.optimizers import client_optimizer, parameter_groups
 
 
 def join_process_group(ranks: Ranks) -> None:
-    """Bring the ranks together; a lone process becomes a group of one."""
+    """Bring the ranks together, each on its device; a lone process becomes a group of one."""
     import deepspeed
-    from torch import distributed as dist
 
+    device = use_device(ranks)
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.local_rank), "WORLD_SIZE": str(ranks.world_size)}
+    # DeepSpeed takes LOCAL_RANK for the number of a GPU: that of the only one that a rank sees is 0.
+    number = ranks.local_rank if device.index is None else device.index
+    os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks.world_size)}
     os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
     if ranks.local_rank == 0:
         remove_orphaned_buffers()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its op
         deepspeed.init_distributed(verbose=False)
-    dist.barrier()
+    check_bound()
+    barrier()
     release_own_buffer(ranks.rank)
 
 

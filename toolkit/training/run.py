@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from toolkit.cluster.devices import barrier, own_device
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
@@ -289,7 +290,7 @@ def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Po
         partial = folder.with_name(".processor.partial")
         build_processor(resolved.recipe, corpus).save_pretrained(partial)
         partial.rename(folder)
-    dist.barrier()
+    barrier()
     return PoseProcessor.from_pretrained(folder)
 
 
@@ -306,9 +307,8 @@ def _score_best(
 ) -> dict[str, Any]:
     """Load ``best/`` as its user will, and score it."""
     folder = resolved.run_dir / "best"
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model, processor = load_translator(folder)
-    model = model.to(device)
+    model = model.to(own_device())
     names = splits_to_test(corpus)
     say(f"scoring the best model (step {progress.best_step}) on {', '.join(names)}")
     results = score_splits(

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import train_batches
 from toolkit.batching.order import steps_per_epoch
+from toolkit.cluster.devices import barrier
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
@@ -349,7 +350,7 @@ class Trainer:
                 scores,
                 lambda folder: save_model(folder, self.engine.module, self.processor, weights),
             )
-        dist.barrier()
+        barrier()
 
     @contextmanager
     def _kept_weights(self) -> Iterator[None]:

@@ -1,0 +1,85 @@
+"""The one device on which a rank computes.
+
+torch keeps a current GPU for each thread, number 0 until told otherwise, and all that names no GPU goes there: NCCL's
+object collectives and bare barriers, bitsandbytes, what ZeRO-3 gathers. So a command makes the rank's GPU the current
+one as soon as it knows its ranks, before anything is built, and whatever places a tensor asks :func:`own_device`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed as dist
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.errors import UserError
+
+
+def use_device(ranks: Ranks) -> torch.device:
+    """Make the rank's device the current one; to be called in the main thread, before anything is built.
+
+    Args:
+        ranks: this process's place in the run, which :func:`toolkit.cluster.ranks.check_ranks` has accepted.
+
+    Returns:
+        the GPU of the rank's number on its node, or the only one that it sees (srun and mpirun can bind one to each
+        rank); the CPU where there is none.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(0 if gpus == 1 else ranks.local_rank)
+    return own_device()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Make the device that a user named the current one, for a command without ranks.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return own_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if (device.index or 0) >= gpus:
+            raise UserError(f"--device {name}: torch sees {gpus} GPUs here, numbered from 0: leave --device out")
+        torch.cuda.set_device(device.index or 0)
+        return own_device()
+    return device
+
+
+def own_device() -> torch.device:
+    """The device of this process: the current GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks of the default process group.
+
+    NCCL waits by an all-reduce, which needs a device; told of none, it guesses one by the global rank, which is another
+    rank's where nodes differ in their number of ranks.
+    """
+    device = own_device()
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def check_bound() -> None:
+    """See that the default process group of several ranks is bound to the rank's GPU.
+
+    DeepSpeed binds it by LOCAL_RANK, and does not bind that of a lone rank, which has nobody to hang with.
+
+    Raises:
+        RuntimeError: it is bound to another GPU, or to none.
+    """
+    device = own_device()
+    bound = getattr(dist.group.WORLD, "bound_device_id", None)
+    if device.type == "cuda" and dist.get_world_size() > 1 and bound != device:
+        raise RuntimeError(f"rank {dist.get_rank()} computes on {device}, and its process group is bound to {bound}")
