@@ -110,17 +110,16 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     new = arguments.resume == "never" or arguments.overfit is not None
     if new and ranks.is_main and (aside := run_directory.set_aside(resolved.run_dir)):
         say(f"the run that was in {resolved.run_dir} is now in {aside}")
-    if arguments.resume == "auto" and not new and run_directory.read_status(resolved.run_dir) == "finished":
+    start = Start() if new else find_start(resolved, arguments.resume, verify=ranks.is_main)
+    corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
+    check_corpus(corpus, None if new else resolved.run_dir, start)
+    if start.finished:
         say(f"{resolved.run_dir} is finished; --new trains again")
         summary = read_scores(resolved.run_dir)
+    elif arguments.overfit is not None:
+        summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
     else:
-        start = Start() if new else find_start(resolved, arguments.resume, verify=ranks.is_main)
-        corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
-        check_corpus(corpus, None if new else resolved.run_dir, start)
-        if arguments.overfit is not None:
-            summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
-        else:
-            summary = train(resolved, ranks, corpus, start, say)
+        summary = train(resolved, ranks, corpus, start, say)
     if not ranks.is_main:
         return
     if arguments.overfit is None:

@@ -114,6 +114,30 @@ def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir
         table.write_text(before)
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.backbone=bart_large", "model.backbone t5_small -> bart_large"),
+        ("evaluation.select_by=cer", "evaluation.select_by bleu4 -> cer"),
+        ("data.fps=5", "data.fps 12.5 -> 5.0"),
+        (None, "other clips"),
+    ],
+)
+def test_a_finished_run_has_no_scores_for_other_settings(
+    refused: Callable[..., str], clips: Path, run_dir: Path, setting: str | None, told: str
+) -> None:
+    (run_dir / "status.json").write_text('{"status": "finished"}')
+    (run_dir / "scores.json").write_text("{}")
+    table = clips / "table.csv"
+    before = table.read_text()
+    try:
+        table.write_text(before if setting else "".join(before.splitlines(keepends=True)[:-3]))
+        line = refused(run_dir, *([setting] if setting else []))
+    finally:
+        table.write_text(before)
+    assert told in line and str(run_dir) in line and "--new" in line
+
+
 def test_ranks_that_do_not_divide_the_batch(
     refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

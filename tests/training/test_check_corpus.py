@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training import run_directory
 from toolkit.training.run import PROCESSOR, check_corpus
 
 
@@ -70,3 +74,33 @@ def test_no_training_clips(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", {"test": []}, landmarks, 12.5, NORMALISATION)
     with pytest.raises(UserError, match="has no training clips"):
         check_corpus(corpus, None)
+
+
+def clips_of(folder: Path, *clips: Clip) -> Corpus:
+    return write_corpus(folder, {"train": list(clips)}, load_landmark_set("hands_body_50"), 12.5, NORMALISATION)
+
+
+def test_the_same_clips_may_lie_elsewhere_and_others_not_in_their_place(
+    resolve: Callable[..., ResolvedRun], tmp_path: Path
+) -> None:
+    landmarks = load_landmark_set("hands_body_50")
+    one = Clip("a", "text", np.zeros((3, landmarks.num_points, landmarks.num_channels), np.float32))
+    began = clips_of(tmp_path / "here", one)
+    run_dir = resolve().run_dir
+    run_directory.start(resolve(), began.path)
+    check_corpus(clips_of(tmp_path / "there", one), run_dir)
+    shutil.rmtree(tmp_path / "here")
+    for other in (replace(one, uid="b"), replace(one, text="another text"), replace(one, features=one.features[:2])):
+        with pytest.raises(UserError, match=r"learnt from other clips .* --new .* run\.dir") as refusal:
+            check_corpus(clips_of(tmp_path / "here", other), run_dir)
+        assert "\n" not in str(refusal.value)
+        shutil.rmtree(tmp_path / "here")
+    check_corpus(clips_of(tmp_path / "here", replace(one, text="another text")), None)
+
+
+def test_other_lengths_are_other_features(resolve: Callable[..., ResolvedRun], tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path / "corpus", load_landmark_set("hands_body_50"))
+    run_directory.start(resolve(), corpus.path)
+    cut = replace(corpus, metadata=replace(corpus.metadata, too_long="cut"))
+    with pytest.raises(UserError, match="learnt from other clips"):
+        check_corpus(cut, resolve().run_dir)

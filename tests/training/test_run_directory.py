@@ -10,6 +10,7 @@ import pytest
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.recipe.load import recipe_keys
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training import run_directory
 
@@ -38,6 +39,12 @@ def test_the_same_settings_may_go_on(resolve: Resolve, corpus: Corpus) -> None:
         "tracking.wandb=offline",
         "deepspeed=zero3",
         "ds.wall_clock_breakdown=true",
+        "training.micro_batch_frames=900",
+        "training.keep_best=3",
+        "training.eval_every=2",
+        "training.early_stopping=4",
+        "evaluation.samples=3",
+        "evaluation.batch_frames=100",
     ],
 )
 def test_how_it_is_run_and_watched_may_change(resolve: Resolve, corpus: Corpus, override: str) -> None:
@@ -52,15 +59,47 @@ def test_how_it_is_run_and_watched_may_change(resolve: Resolve, corpus: Corpus, 
         ("training.global_batch_size=64", "training.global_batch_size 32 -> 64"),
         ("model.pose_encoder=linear", "model.pose_encoder.kind conv -> linear"),
         ("augmentation.noise=0", "augmentation.noise"),
+        ("training.epochs=7", "training.epochs 10.0 -> 7.0"),
+        ("evaluation.select_by=bleu4", "evaluation.select_by cer -> bleu4"),
+        ("evaluation.tokenize=char", "evaluation.tokenize 13a -> char"),
+        ("evaluation.lowercase=true", "evaluation.lowercase False -> True"),
+        ("evaluation.max_new_tokens=3", "evaluation.max_new_tokens 32 -> 3"),
+        ("evaluation.num_beams=9", "evaluation.num_beams"),
+        ("evaluation.length_penalty=0.1", "evaluation.length_penalty"),
+        ("evaluation.no_repeat_ngram_size=7", "evaluation.no_repeat_ngram_size"),
+        ("data.fps=20", "data.fps"),
     ],
 )
-def test_what_it_learns_may_not_change(resolve: Resolve, corpus: Corpus, override: str, told: str) -> None:
+def test_neither_what_it_learns_nor_how_the_best_is_chosen_may_change(
+    resolve: Resolve, corpus: Corpus, override: str, told: str
+) -> None:
     run_directory.start(resolve(), corpus.path)
     with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve(override))
     message = str(refusal.value)
     assert told in message and "--new" in message and "run.dir" in message
     assert "\n" not in message
+
+
+def test_another_search_is_for_evaluate(resolve: Resolve, corpus: Corpus) -> None:
+    run_directory.start(resolve(), corpus.path)
+    with pytest.raises(UserError, match=r"launch/evaluate\.py"):
+        run_directory.check_same_run(resolve("evaluation.num_beams=9"))
+    with pytest.raises(UserError) as refusal:
+        run_directory.check_same_run(resolve("evaluation.num_beams=9", "training.seed=9"))
+    assert "evaluate.py" not in str(refusal.value)
+
+
+def test_what_may_change_exists() -> None:
+    """A key that was renamed would be refused without a word."""
+    keys = recipe_keys()
+    for name in (*run_directory.MAY_CHANGE, *run_directory.OF_PREPARATION):
+        assert any(key == name or key.startswith(f"{name}.") for key in keys), name
+
+
+def test_how_clips_are_prepared_means_nothing_where_they_are(resolve: Resolve, corpus: Corpus) -> None:
+    run_directory.start(resolve(), corpus.path)
+    run_directory.check_same_run(resolve("data.source=table", f"data.corpus={corpus.path}", "data.fps=20"))
 
 
 def test_an_empty_folder_is_free(resolve: Resolve) -> None:

@@ -50,11 +50,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: afresh, or from a verified checkpoint."""
+    """How a run begins: afresh, from a verified checkpoint, or not at all."""
 
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
     state: SavedState | None = None  # of the checkpoint
+    finished: bool = False  # it has its scores already
 
 
 def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool) -> Start:
@@ -69,6 +70,8 @@ def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool) -> Start:
         UserError: another run lives there; the checkpoint is damaged or of another experiment.
     """
     run_directory.check_same_run(resolved)
+    if wanted == "auto" and run_directory.read_status(resolved.run_dir) == "finished":
+        return Start(finished=True)
     checkpoint = choose_checkpoint(resolved.run_dir / "checkpoints", wanted)
     if checkpoint is None:
         return Start()
@@ -104,7 +107,9 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
             check_fit(corpus, PoseProcessor.from_pretrained(run_dir / PROCESSOR))
         except UserError as error:
             raise UserError(f"{run_dir}: {error}; or start anew with --new or another run.dir") from error
-    if start and start.state and start.state.corpus != run_directory.corpus_identity(corpus):
+    if run_dir:
+        run_directory.check_same_corpus(corpus, run_dir)
+    if start and start.state and not run_directory.is_same_corpus(start.state.corpus, corpus):
         raise UserError(
             f"{start.checkpoint} was saved while learning from other clips than those of {corpus.path}: go on with the "
             "corpus that it was saved with, or start anew with --new"

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
+
 from toolkit.cluster.environment import describe_environment
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
@@ -19,9 +21,11 @@ from toolkit.tracking.secrets import redact
 
 Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
+CORPUS_FILE = "corpus.json"
 
-# What may change between two starts of one run: how long and how it is watched, not what is learnt. The DeepSpeed JSON
-# is among them, because swapping it for one that fits the memory is what one does with a run that did not fit.
+# What may change between two starts of one run: where, how fast and how often, not what is learnt and not how the best
+# model is chosen. The DeepSpeed JSON is among them, because swapping it for one that fits the memory is what one does
+# with a run that did not fit. A key that is not named here may not change.
 MAY_CHANGE = (
     "name",
     "description",
@@ -29,9 +33,16 @@ MAY_CHANGE = (
     "ds",
     "run",
     "tracking",
-    "evaluation",
+    "evaluation.samples",
+    "evaluation.batch_frames",
+    # Where the clips lie; check_same_corpus compares the clips themselves.
+    "data.source",
+    "data.corpus",
+    "data.table",
+    "data.poses",
     "data.cache",
     "data.workers",
+    "data.max_rejects",
     "training.micro_batch_size",
     "training.micro_batch_frames",
     "training.gradient_checkpointing",
@@ -43,6 +54,19 @@ MAY_CHANGE = (
     "training.early_stopping",
     "training.workers",
     "training.time_limit",
+)
+# How clips are prepared. A corpus that is prepared already has its own settings, and these mean nothing.
+OF_PREPARATION = (
+    "data.landmarks",
+    "data.fps",
+    "data.min_frames",
+    "data.too_long",
+    "data.no_hands",
+    "data.shared_texts",
+    "data.columns",
+    "data.dev_share",
+    "data.test_share",
+    "data.split_seed",
 )
 
 
@@ -81,8 +105,30 @@ def check_same_run(resolved: ResolvedRun) -> None:
     """
     stored = resolved.run_dir / RECIPE_FILE
     if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe)):
+        of_search = all(key.startswith("evaluation.") for key in differences)
         raise UserError(
             f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): go on with those settings, "
+            "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+            + ("; launch/evaluate.py scores a model with another search" if of_search else "")
+        )
+
+
+def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
+    """Refuse other clips than those which the run in ``run_dir`` began with, wherever they lie.
+
+    Raises:
+        UserError: they are others.
+    """
+    path = run_dir / CORPUS_FILE
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable: start anew with --new or another run.dir") from error
+    if not is_same_corpus(stored, corpus):
+        raise UserError(
+            f"{run_dir} holds a run that learnt from other clips than those of {corpus.path}: go on with its corpus, "
             "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
         )
 
@@ -114,11 +160,12 @@ def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and that a run may not change: key -> (old value, new value)."""
     before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
     after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
+    is_prepared = bool(old.data.corpus or new.data.corpus)
+    free = (*MAY_CHANGE, *OF_PREPARATION) if is_prepared else MAY_CHANGE
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        if before.get(key) != after.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     }
 
 
@@ -129,11 +176,28 @@ def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:
     """What makes a corpus the same, wherever it lies: a position in the order of its clips means nothing in another."""
-    return {"splits": corpus.metadata.splits, "checksums": corpus.metadata.checksums}
+    metadata = corpus.metadata
+    texts = xxhash.xxh3_64()
+    for split in corpus.splits.values():
+        for uid, text in zip(split.uids, split.texts, strict=True):
+            texts.update(f"{uid}\0{text}\0".encode())
+    return {
+        "splits": metadata.splits,
+        "checksums": metadata.checksums,  # of table and pose files: they do not know which column holds the texts,
+        "texts": texts.hexdigest(),
+        # nor how poses became features. Landmark set and frame rate are the processor's, which is compared, too.
+        "lengths": {"max_frames": metadata.max_frames, "too_long": metadata.too_long},
+    }
+
+
+def is_same_corpus(identity: dict[str, Any], corpus: Corpus) -> bool:
+    """Whether a corpus is the one that :func:`corpus_identity` has told of."""
+    found = corpus_identity(corpus)
+    return all(found.get(key) == value for key, value in identity.items())
 
 
 def start(resolved: ResolvedRun, corpus: Path) -> None:
-    """Write down what is about to run: recipe, DeepSpeed JSON, environment, and where the corpus is."""
+    """Write down what is about to run: recipe, DeepSpeed JSON, environment, which corpus it is and where it lies."""
     try:
         resolved.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,6 +205,8 @@ def start(resolved: ResolvedRun, corpus: Path) -> None:
             f"{resolved.run_dir}: cannot be made ({error.strerror}): choose another folder by run.dir=FOLDER"
         ) from error
     resolved.save(resolved.run_dir)
+    identity = corpus_identity(Corpus.open(corpus))
+    write_text_atomically(resolved.run_dir / CORPUS_FILE, json.dumps(identity, indent=2) + "\n")
     environment = describe_environment() | {"corpus": str(corpus.resolve())}
     write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")
     write_status(resolved.run_dir, "running")
