@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from toolkit.errors import UserError
 from toolkit.recipe import ds_keys
 from toolkit.recipe.ds_json import ds_config_names, load_deepspeed
+from toolkit.recipe.ds_refusals import REFUSED
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import resolve
 
@@ -59,7 +60,7 @@ def test_every_unknown_key_and_wrong_type_is_named_at_once(tmp_path):
             "steps_per_print": True,
             "prescale_gradients": 1,
             "comms_logger": [],
-            "compression_training": {},
+            "compression_training": {"weight_quantization": {}, "layer_reduction": {"enabled": True}},
             "optimizer": {"params": {"momentum": 0.9}},
         },
     )
@@ -73,7 +74,7 @@ def test_every_unknown_key_and_wrong_type_is_named_at_once(tmp_path):
         "steps_per_print=True must be a whole number",
         "prescale_gradients=1 must be true or false",
         "comms_logger=[] must be a section",
-        "compression_training has no place here: DeepSpeed removed it",
+        "compression_training is refused: DeepSpeed has removed it (DeepSpeed#8489); set ds.compression_training=null",
         "optimizer.params.momentum is no DeepSpeed key",
         "ds.zero_optimization.reduce_bucket_size='big' must be a whole number",
     ):
@@ -84,10 +85,19 @@ def test_every_unknown_key_and_wrong_type_is_named_at_once(tmp_path):
     ("text", "part"),
     [
         ('{"bf16": {"enabled": true},\n "zero_optimization": {"stage": 2,}\n}', "line 2, column"),
-        ('{\n  // a comment\n  "bf16": {}\n}', "line 2, column 3: not JSON"),
+        ('{\n  // a comment\n  "bf16": {}\n}', "line 2, column 3: not JSON: JSON has no comments"),
         ("[]", "one object"),
         ('{"bf16": {}, "bf16": {}}', "bf16 stands twice"),
-        ('{"gradient_clipping": NaN}', "NaN is not JSON"),
+        ('{"steps_per_print": NaN}', "steps_per_print: NaN is not JSON: write a whole number, or take the key out"),
+        ('{"steps_per_print": Infinity}', "steps_per_print: Infinity is not JSON"),
+        ('{"leaf": 1,\n// why\n"bf16": {}}', 'JSON has no comments: take it out, or make it a key: "_comment"'),
+        ('{"bf16": {"enabled": true,}}', "a comma stands before the closing bracket"),
+        ('{"bf16": {"enabled": "True"}}', "bf16.enabled='True' must be true or false: write true without quotes"),
+        ('{"zero_optimization": {"stage": "3"}}', "one of 0, 1, 2, 3: write 3 without quotes"),
+        ('{"zero_optimization": {"reduce_bucket_size": "5e8"}}', "write 500000000 without quotes"),
+        ('{"offload_optimizer": {}}', "; it belongs at zero_optimization.offload_optimizer"),
+        ('{"zero_optimization": {"aio": {}}}', "zero_optimization.aio is no DeepSpeed key; it belongs at aio"),
+        ('{"aio": {"nvme_path": "x"}}', "it belongs at zero_optimization.offload_param.nvme_path or"),
         ("", "line 1, column 1"),
     ],
 )
@@ -95,6 +105,30 @@ def test_broken_json_is_named_with_its_place(tmp_path, text, part):
     message = message_of(write(tmp_path / "z.json", text))
     assert part in message
     assert "z.json" in message
+
+
+def test_a_byte_order_mark_and_comments_as_keys_are_read_over(tmp_path):
+    path = write(tmp_path / "z.json", {"_comment": "for two cards", "bf16": {"enabled": True, "//": "not fp16"}})
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    assert load_deepspeed(path) == {"bf16": {"enabled": True}}
+
+
+def test_auto_is_explained_once_and_counts_as_absent(tmp_path):
+    """What the Hugging Face documentation recommends for ZeRO-3."""
+    half = {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16}
+    sizes = {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    config = {"fp16": half, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, **sizes}}
+    config |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "train_batch_size": "auto"}
+    path = write(tmp_path / "hf.json", config)
+    message = message_of(path)
+    assert message.count("drops without a word") == 1
+    keys = "fp16.enabled, bf16.enabled, zero_optimization.reduce_bucket_size, zero_optimization.stage3_prefetch_bucket_"
+    assert f'hf.json: {keys}size are "auto"' in message
+    with pytest.raises(UserError) as caught:
+        resolve(load_recipe("t5_small", ds=path), 1, has_gpu=False, needs_data=False)
+    assert "problems in recipe" not in str(caught.value)  # it is the only one
+    mended = [f"ds.zero_optimization.{key}=null" for key in sizes] + ["ds.fp16=null", "ds.bf16.enabled=true"]
+    assert resolve(load_recipe("t5_small", mended, ds=path), 1, has_gpu=False, needs_data=False).precision == "bf16"
 
 
 def test_a_json_that_does_not_exist():
@@ -182,7 +216,9 @@ def test_sections_have_the_keys_and_types_of_the_installed_deepspeed():
 class Recording(dict):
     """A configuration that notes which of its keys are asked for."""
 
-    asked: typing.ClassVar[set[str]] = set()
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = set()
 
     def get(self, key, default=None):
         self.asked.add(key)
@@ -203,12 +239,19 @@ class Recording(dict):
         return self
 
 
-def test_the_top_level_keys_are_those_that_the_installed_deepspeed_asks_for():
+def test_every_key_that_the_installed_deepspeed_asks_for_is_known_or_refused():
+    """A DeepSpeed that reads one more key fails this, until someone says what it does here."""
     config = pytest.importorskip("deepspeed.runtime.config")
-    config.DeepSpeedConfig(Recording(train_batch_size=4, train_micro_batch_size_per_gpu=4))
-    refused = {key for key in ds_keys.REFUSED if "." not in key}
+    sections = {name: Recording() for name in ("data_types", "aio", "flops_profiler", "torch_autocast")}
+    sections["torch_autocast"]["lower_precision_safe_modules"] = []
+    read = Recording(train_batch_size=4, train_micro_batch_size_per_gpu=4, **sections)
+    config.DeepSpeedConfig(read)
     # The last one is asked for only where a model-parallel unit is given.
-    assert Recording.asked == (set(ds_keys.KNOWN) | refused) - {"sequence_parallel_size"}
+    assert read.asked == (set(ds_keys.KNOWN) | {key for key in REFUSED if "." not in key}) - {"sequence_parallel_size"}
+    for name, section in sections.items():
+        assert section.asked == set(ds_keys.KNOWN[name]), name
+    removed = {f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS}
+    assert removed | set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= REFUSED
 
 
 @pytest.mark.parametrize("name", ds_config_names())

@@ -131,7 +131,7 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
         counts = count_with(config, chosen)
         seen: set[tuple[int, str]] = set()
         for deepspeed in ds_config_names():
-            json, _ = read_deepspeed(deepspeed)
+            json = read_deepspeed(deepspeed).config
             cell = cell_of(chosen, json, config.model_type)
             # Of those that place the states alike the first is the plain one.
             if refusal(cell) or (cell.zero_stage, cell.offload) in seen:

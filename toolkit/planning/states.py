@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit.planning.counts import Counts
-from toolkit.recipe.cells import offload_of, parameter_precision
+from toolkit.recipe.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 
@@ -35,7 +35,7 @@ class States:
         gradients: on its device.
         optimizer: master copy and moments on its device.
         buckets: on its device, for communication.
-        host: in the host's memory, for this rank: what is offloaded there.
+        host: in the host's memory, for this rank: what is offloaded there, not what goes to a disk.
     """
 
     parameters: float
@@ -78,7 +78,7 @@ def model_states(counts: Counts, recipe: Recipe, config: Tree, world_size: int) 
         world_size: number of ranks.
     """
     stage = int(value_at(config, "zero_optimization.stage") or 0)
-    offload = offload_of(config)
+    states_on, parameters_on = offload_device(config, "optimizer"), offload_device(config, "param")
     number = BYTES[parameter_precision(config)]
     lean = bool(value_at(config, "bf16.bf16_master_weights_and_grads"))
     trained = counts.trainable + counts.pose_encoder
@@ -106,16 +106,11 @@ def model_states(counts: Counts, recipe: Recipe, config: Tree, world_size: int) 
         buckets = (
             sum(min(float(value_at(config, f"zero_optimization.{size}") or 5e8), trained) for size in sizes) * number
         )
-    host = 0.0
-    if offload in ("optimizer", "optimizer+param"):
-        host += gradients + optimizer
-    if offload in ("param", "optimizer+param"):
-        host += parameters
     return States(
-        parameters=0.0 if offload in ("param", "optimizer+param", "nvme") else parameters,
+        parameters=0.0 if parameters_on else parameters,
         gathered=gathered,
-        gradients=0.0 if offload in ("optimizer", "optimizer+param", "nvme") else gradients,
-        optimizer=0.0 if offload in ("optimizer", "optimizer+param", "nvme") else optimizer,
+        gradients=0.0 if states_on else gradients,
+        optimizer=0.0 if states_on else optimizer,
         buckets=buckets,
-        host=host,
+        host=(parameters if parameters_on == "cpu" else 0.0) + (gradients + optimizer if states_on == "cpu" else 0.0),
     )

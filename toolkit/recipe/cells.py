@@ -36,8 +36,8 @@ def cell_of(recipe: Recipe, config: Tree, architecture: str | None) -> Cell:
 
 def parameter_precision(config: Tree) -> str:
     """The type of the model's parameters: ``fp32``, ``bf16`` or ``fp16``."""
-    for name, section in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
-        if value_at(config, f"{section}.enabled"):
+    for name in ("bf16", "fp16"):
+        if value_at(config, f"{name}.enabled"):
             return name
     return "fp32"
 
@@ -59,13 +59,16 @@ def training_precision(config: Tree) -> str:
 
 def offload_of(config: Tree) -> str:
     """One of ``compatibility.OFFLOADS``."""
-    devices = {
-        what: value_at(config, f"zero_optimization.{section}.device") or "none"
-        for what, section in (("optimizer", "offload_optimizer"), ("param", "offload_param"))
-    }
+    devices = {what: offload_device(config, what) for what in ("optimizer", "param")}
     if "nvme" in devices.values():
         return "nvme"
-    return "+".join(what for what, device in devices.items() if device != "none") or "none"
+    return "+".join(what for what, device in devices.items() if device) or "none"
+
+
+def offload_device(config: Tree, what: str) -> str | None:
+    """Where ``optimizer`` states or parameters (``param``) are offloaded to: ``cpu``, ``nvme``, or None."""
+    device = value_at(config, f"zero_optimization.offload_{what}.device") or "none"
+    return None if device == "none" else str(device)
 
 
 def refusal_in_words(cell: Cell) -> str | None:
@@ -104,7 +107,7 @@ _PRECISION_SETTINGS = {
 def _json_for(cell: Cell) -> str | None:
     """The shipped JSON of that stage and offload."""
     for name in ds_config_names():
-        config, _ = read_deepspeed(name)
+        config = read_deepspeed(name).config
         if (value_at(config, "zero_optimization.stage"), offload_of(config)) == (cell.zero_stage, cell.offload):
             return f"--ds {name}"
     return None

@@ -1,8 +1,8 @@
-"""The keys of a DeepSpeed JSON as data: what exists, of which type, who owns it, and what does not belong here.
+"""The keys of a DeepSpeed JSON as data: what exists, of which type, and who owns it.
 
 DeepSpeed itself ignores a misspelt key at the top level, and importing it takes seconds, so the names live here; a test
-compares this table with the installed DeepSpeed's own. A leaf is a type name (``int float bool str list dict any``) or
-the tuple of its allowed values; a dictionary is a section.
+compares this table, and that of ``ds_refusals.py``, with the installed DeepSpeed's own. A leaf is a type name
+(``int float bool str list dict any``) or the tuple of its allowed values; a dictionary is a section.
 """
 
 from __future__ import annotations
@@ -202,35 +202,6 @@ KNOWN: dict[str, Any] = {
     "vocabulary_size": "int",
 }
 
-# Keys that DeepSpeed knows and this toolkit does not honour: an answer is better than silence.
-REFUSED: dict[str, str] = {
-    "activation_checkpointing": "training.gradient_checkpointing turns activation checkpointing on",
-    "autotuning": "run DeepSpeed's autotuner on its own; here the recipe owns the batch sizes",
-    "curriculum_learning": "DeepSpeed removed it",
-    "data_efficiency": "the recipe owns the order and the sampling of clips",
-    "dataloader_drop_last": "batches are the recipe's; no clip is dropped",
-    "elasticity": "DeepSpeed removed it; the batch is the recipe's on any number of ranks",
-    "expert_parallel": "the backbones have no experts",
-    "hybrid_engine": "it serves reinforcement learning only",
-    "managed_gradient_accumulation": "the training loop marks the accumulation boundaries",
-    "pipeline": "the model is not a pipeline of layers",
-    "sequence_parallel_size": "sequences are not split over ranks",
-    "tensor_parallel": "tensors are not split over ranks; ZeRO stage 3 divides parameters",
-    "use_data_before_expert_parallelism": "the backbones have no experts",
-    "amp": "DeepSpeed removed it; use bf16 or torch_autocast",
-    "compression_training": "DeepSpeed removed it",
-    "eigenvalue": "DeepSpeed removed it",
-    "graph_harvesting": "DeepSpeed removed it",
-    "nebula": "DeepSpeed removed it",
-    "progressive_layer_drop": "DeepSpeed removed it",
-    "quantize_training": "DeepSpeed removed it",
-    "sparse_attention": "DeepSpeed removed it",
-    "sparse_gradients": "DeepSpeed removed it",
-    "zero_optimization.mics_shard_size": "DeepSpeed removed it",
-    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed it",
-    "zero_optimization.zeropp_loco_param": "DeepSpeed removed it",
-}
-
 # Keys whose values the recipe owns, and the recipe key that owns each: a value is a conflict, "auto" is replaced.
 OWNED: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
@@ -251,6 +222,9 @@ OPTIMIZER_IMPLEMENTATION: dict[str, Any] = {
     "fused": "bool",
     "foreach": "bool",
     "fp32_optimizer_states": "bool",
+    "adam_w_mode": "bool",
+    "amsgrad": "bool",
+    "bias_correction": "bool",
 }
 
 # "auto" is DeepSpeed's own word at these keys; everywhere else it silently drops the setting.

@@ -31,13 +31,13 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of ``path``.
+    """The text of ``path``, without the byte order mark that some editors put before it.
 
     Raises:
         UserError: it is missing, a folder, unreadable or not UTF-8; ``what`` says in the message what it should be.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {what} must be UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:

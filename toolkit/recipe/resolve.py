@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.cells import BFLOAT, HALF, autocast_type, cell_of, parameter_precision, refusal_in_words
+from toolkit.recipe.cells import (
+    BFLOAT,
+    HALF,
+    autocast_type,
+    cell_of,
+    offload_device,
+    parameter_precision,
+    refusal_in_words,
+)
 from toolkit.recipe.compatibility import GPU_ONLY, ZERO_STAGES
 from toolkit.recipe.ds_json import json_place, read_deepspeed
 from toolkit.recipe.ds_keys import OWNED
@@ -29,7 +37,7 @@ from toolkit.recipe.yaml_text import dump_yaml
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
-PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def resolve_named(
     config_name, over = text.tree.get("deepspeed"), text.tree.get("ds", {})
     if isinstance(config_name, str) and isinstance(over, dict):
         try:
-            problems += read_deepspeed(config_name, over)[1]
+            problems += read_deepspeed(config_name, over, world_size=world_size).problems
         except UserError as error:
             problems.append(str(error))
     raise UserError(one_line(problems, f"recipe {text.name}"))
@@ -132,10 +140,12 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     problems.extend(_model_problems(recipe))
     problems.extend(_search_problems(recipe))
     try:
-        config, json_problems = read_deepspeed(recipe.deepspeed, recipe.ds)
+        read = read_deepspeed(recipe.deepspeed, recipe.ds, world_size=world_size)
     except UserError as error:
         raise UserError(one_line([*problems, str(error)], f"recipe {recipe.name}")) from error
-    problems.extend(json_problems)
+    config = read.config
+    problems.extend(read.problems)
+    notes.extend(read.notes)
     _take_ownership(config, recipe, problems, notes)
     problems.extend(_engine_problems(config, has_gpu, world_size))
     problems.extend(_cell_problems(config, recipe))
@@ -145,7 +155,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
             config,
             stage=value_at(config, "zero_optimization.stage") or 0,
             precision=parameter_precision(config),
-            offload=_offload(config),
+            offload=offload_device(config, "optimizer"),
         )
     )
     if recipe.training.optimizer == "adamw8bit" and not has_gpu:
@@ -162,12 +172,6 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         run_dir=run_dir,
         notes=tuple(notes),
     )
-
-
-def _offload(config: Tree) -> str | None:
-    """The device that optimiser states are offloaded to, or None."""
-    device = value_at(config, "zero_optimization.offload_optimizer.device") or "none"
-    return None if device == "none" else str(device)
 
 
 def _accumulation_steps(training: Training, world_size: int, problems: list[str]) -> int:
@@ -246,35 +250,45 @@ def _model_problems(recipe: Recipe) -> list[str]:
 def _take_ownership(config: Tree, recipe: Recipe, problems: list[str], notes: list[str]) -> None:
     """Empty ``config`` of what the recipe owns; a value there is a problem, "auto" gives way."""
     over = {".".join(path) for path, _ in leaves(recipe.ds)}
-    scheduler = config.pop("scheduler", None)
-    if isinstance(scheduler, dict) and scheduler:
-        given = [
-            (key, value) for key, value in leaves({"scheduler": scheduler}) if value != "auto" and key[-1] != "type"
-        ]
-        if given:
-            problems.append(_two_owners(".".join(given[0][0]), given[0][1], "scheduler", over, recipe))
-        else:
-            notes.append(
-                f"{json_place(recipe.deepspeed)} leaves the scheduler to the recipe: "
-                f"training.schedule={recipe.training.schedule}"
-            )
-    for dotted in OWNED:
+    given: dict[str, list[str]] = {}  # place -> keys with their values and owners
+    for dotted, owner in OWNED.items():
         *sections, key = dotted.split(".")
         section = value_at(config, ".".join(sections)) if sections else config
-        if dotted == "scheduler" or not isinstance(section, dict) or key not in section:
+        if not isinstance(section, dict) or key not in section:
             continue
         value = section.pop(key)
-        same_optimizer = dotted == "optimizer.type" and str(value).lower() == recipe.training.optimizer
-        if value != "auto" and not same_optimizer:
-            problems.append(_two_owners(dotted, value, dotted, over, recipe))
+        if dotted == "scheduler":
+            value = _schedule(value, recipe, notes)
+        if value == "auto" or (dotted == "optimizer.type" and _same_optimizer(value, recipe)):
+            continue
+        is_over = any(path == dotted or path.startswith(f"{dotted}.") for path in over)
+        shown_key = f"{'ds.' if is_over else ''}{dotted}={json.dumps(value)}"
+        given.setdefault("" if is_over else f"{json_place(recipe.deepspeed)}: ", []).append(f"{shown_key} ({owner})")
+    for place, values in given.items():
+        problems.append(
+            f"{place}{', '.join(values)}: recipe {recipe.name} owns what the DeepSpeed JSON gives here: take it out of "
+            'the JSON (or write "auto") and set the key in brackets'
+        )
 
 
-def _two_owners(dotted: str, value: Any, owned: str, over: set[str], recipe: Recipe) -> str:
-    place = f"ds.{dotted}" if dotted in over else f"{json_place(recipe.deepspeed)}: {dotted}"
-    return (
-        f"{place}={json.dumps(value)} and recipe {recipe.name}: {OWNED[owned]} both set this; the recipe owns it: "
-        f'take it out of the DeepSpeed JSON (or write "auto") and set {OWNED[owned]}'
+def _same_optimizer(value: Any, recipe: Recipe) -> bool:
+    """Whether DeepSpeed's name is that of the recipe's optimizer; its "Adam" decouples the decay as AdamW does."""
+    name = str(value).lower()
+    return recipe.training.optimizer == ("adamw" if name == "adam" else name)
+
+
+def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
+    """What a scheduler section sets itself; "auto" where that is nothing, with a note."""
+    if not isinstance(scheduler, dict) or not scheduler:
+        return "auto"
+    given = {".".join(path): value for path, value in leaves(scheduler) if value != "auto" and path[-1] != "type"}
+    if given:
+        return given
+    notes.append(
+        f"{json_place(recipe.deepspeed)} leaves the scheduler to the recipe: "
+        f"training.schedule={recipe.training.schedule}"
     )
+    return "auto"
 
 
 def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
@@ -286,6 +300,12 @@ def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
         problems.append(f"{' and '.join(enabled)} are enabled together: keep one, e.g. ds.{enabled[-1]}.enabled=false")
     if enabled == ["torch_autocast"] and autocast_type(config) not in (*BFLOAT, *HALF):
         problems.append("torch_autocast.enabled=true needs torch_autocast.dtype=bfloat16 (or float16)")
+    held = value_at(config, "data_types.param_dtype")
+    if held and held != parameter_precision(config):
+        problems.append(
+            f"data_types.param_dtype={held} and the run holds its parameters in {parameter_precision(config)}: "
+            f"set ds.data_types.param_dtype=null, or enable {held}"
+        )
     accumulated = value_at(config, "data_types.grad_accum_dtype")
     if stage == 0 and accumulated and accumulated != parameter_precision(config):
         problems.append(
@@ -341,7 +361,7 @@ def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Pat
             zero[section] = {**zero[section], "nvme_path": str(swap_folder(run_dir, zero[section].get("nvme_path")))}
     if training.optimizer == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False  # Muon orthogonalises whole gradients
-    offloaded = _offload(config) is not None
+    offloaded = offload_device(config, "optimizer") is not None
     # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is switched off, so what is off goes altogether.
     config = {key: value for key, value in config.items() if not (key in PRECISIONS and not value.get("enabled"))}
     return {

@@ -45,6 +45,16 @@ def value_at(tree: Tree, dotted: str) -> Any:
     return value
 
 
+def without(tree: Tree, dotted: str) -> Tree:
+    """A copy of ``tree`` without the value at a dotted key; of its sections those that are left empty go, too."""
+    key, _, below = dotted.partition(".")
+    rest = {name: value for name, value in tree.items() if name != key}
+    section = tree.get(key)
+    if below and isinstance(section, dict) and (kept := without(section, below)):
+        rest[key] = kept
+    return rest
+
+
 def without_nulls(tree: Tree) -> Tree:
     """A copy of ``tree`` without the keys whose value is null, at any depth."""
     return {
