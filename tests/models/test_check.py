@@ -125,9 +125,11 @@ def test_more_tokens_than_positions(tmp_path: Path) -> None:
     SMALL_BART.save_pretrained(tmp_path)
     here = f"model.backbone={tmp_path}"
     message = refused(here, "evaluation.max_new_tokens=601")
-    assert "600 decoder positions, and texts take up to 601: set evaluation.max_new_tokens=600" in message
-    BartConfig(**{**SMALL_BART.to_dict(), "max_position_embeddings": 300}).save_pretrained(tmp_path)
-    assert "300 decoder positions, and texts take up to 512: choose another" in refused(here)
+    assert message.endswith("600 decoder positions, and texts take up to 601: set evaluation.max_new_tokens=600")
+    assert refused(here, "training.max_target_tokens=999").endswith("999: set training.max_target_tokens=600")
+    BartConfig(**{**SMALL_BART.to_dict(), "max_position_embeddings": 100}).save_pretrained(tmp_path)
+    remedy = "set training.max_target_tokens=100 evaluation.max_new_tokens=100"
+    assert refused(here).endswith(f"100 decoder positions, and texts take up to 128: {remedy}")
 
 
 # BART: two rows of the table are not positions. T5: relative. M2M100: computed for any length.

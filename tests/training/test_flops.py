@@ -29,7 +29,6 @@ def batch_of(clips: int, frames: int, tokens: int, corpus: Corpus) -> Batch:
         is_filler=torch.zeros(clips, dtype=torch.bool),
         num_frames=clips * frames,
         num_target_tokens=clips * tokens,
-        num_truncated=0,
     )
 
 

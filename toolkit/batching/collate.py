@@ -36,7 +36,6 @@ class Batch:
         is_filler: bool [clips]; what a filler gives is to be thrown away.
         num_frames: real frames (neither padding nor fillers).
         num_target_tokens: labels that count.
-        num_truncated: texts that were cut to fit ``max_target_tokens``.
     """
 
     uids: list[str]
@@ -49,7 +48,6 @@ class Batch:
     is_filler: Tensor
     num_frames: int
     num_target_tokens: int
-    num_truncated: int
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -101,7 +99,7 @@ def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, ma
     positions = np.asarray(indices, dtype=np.int64)
     is_filler = torch.from_numpy(positions < 0)
     texts = [clip.text for clip in clips]
-    labels, num_truncated = target_labels(texts, tokenizer, max_target_tokens)
+    labels = target_labels(texts, tokenizer, max_target_tokens)
     labels[is_filler] = IGNORED_LABEL
     return Batch(
         uids=[clip.uid for clip in clips],
@@ -114,26 +112,19 @@ def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, ma
         is_filler=is_filler,
         num_frames=int(frame_mask[~is_filler].sum()),
         num_target_tokens=int((labels != IGNORED_LABEL).sum()),
-        num_truncated=num_truncated,
     )
 
 
-def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> tuple[Tensor, int]:
-    """Tokenise target texts.
-
-    Returns:
-        labels, int64 [texts, tokens] padded with -100, and how many texts were cut.
-    """
+def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> Tensor:
+    """Tokenise target texts: int64 [texts, tokens], padded with -100; what is longer is cut."""
     encoded: Mapping[str, list[list[int]]] = tokenizer(text_target=list(texts))
     rows = []
-    num_truncated = 0
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if len(ids) > max_target_tokens:
-            num_truncated += 1
             # The tokenizer cuts the words and keeps its own frame of special tokens, the end of sentence among them.
             ids = tokenizer(text_target=text, truncation=True, max_length=max_target_tokens)["input_ids"]
         rows.append(ids)
     labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, np.int64)
     for row, ids in enumerate(rows):
         labels[row, : len(ids)] = ids
-    return torch.from_numpy(labels), num_truncated
+    return torch.from_numpy(labels)

@@ -29,7 +29,6 @@ from toolkit.batching.order import (
     share_of_rank,
 )
 from toolkit.poses.augmentation import augment, draw_lengths, is_off
-from toolkit.recipe.schema import MAX_TARGET_TOKENS
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Split
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
 # Batches that each worker keeps ready: enough to ride out a slow read, few enough to bound memory.
 PREFETCHED_BATCHES = 4
+MAX_REFERENCE_TOKENS = 512
 
 
 def train_batches(
@@ -53,7 +53,7 @@ def train_batches(
 ) -> Iterator[list[Batch]]:
     """One rank's share of an epoch, from ``start_step`` to its end.
 
-    Targets are cut to ``evaluation.max_new_tokens``: the model could never write more than that.
+    Targets are cut to ``training.max_target_tokens``; ``collate.find_cut_texts`` says how many that are.
 
     Args:
         split: the training split.
@@ -84,7 +84,7 @@ def train_batches(
     # The loader runs ahead of the steps, so each follows the cuts at its own pace.
     cuts, cuts_ahead = itertools.tee(map(cut, order))
     shares = itertools.chain.from_iterable(cuts_ahead)
-    batches = _load(split, tokenizer, shares, recipe.evaluation.max_new_tokens, training.workers, augmenter)
+    batches = _load(split, tokenizer, shares, training.max_target_tokens, training.workers, augmenter)
     for step in cuts:
         yield [next(batches) for _ in step]
 
@@ -96,7 +96,7 @@ def evaluation_batches(
     *,
     rank: int = 0,
     world_size: int = 1,
-    max_target_tokens: int = MAX_TARGET_TOKENS,
+    max_target_tokens: int = MAX_REFERENCE_TOKENS,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Every clip of a split exactly once over all ranks, longest first, nothing augmented.

@@ -10,7 +10,7 @@ from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, positi
 from toolkit.models.backbone_config import backbone_config
 from toolkit.recipe.cells import cell_of, refusal_in_words
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import MAX_TARGET_TOKENS, PoseEncoder, Recipe
+from toolkit.recipe.schema import PoseEncoder, Recipe
 
 
 def check_model(resolved: ResolvedRun) -> None:
@@ -86,10 +86,16 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
             f"or model.{shorter}"
         )
     limit = position_limit(backbone.get_decoder())
-    needed = max(recipe.evaluation.max_new_tokens, MAX_TARGET_TOKENS)
+    lengths = {
+        "training.max_target_tokens": recipe.training.max_target_tokens,
+        "evaluation.max_new_tokens": recipe.evaluation.max_new_tokens,
+    }
+    needed = max(lengths.values())
     if limit is not None and needed > limit:
-        remedy = f"set evaluation.max_new_tokens={limit}" if limit >= MAX_TARGET_TOKENS else "choose another backbone"
-        raise UserError(f"model.backbone={name} has {limit} decoder positions, and texts take up to {needed}: {remedy}")
+        remedy = " ".join(f"{key}={limit}" for key, length in lengths.items() if length > limit)
+        raise UserError(
+            f"model.backbone={name} has {limit} decoder positions, and texts take up to {needed}: set {remedy}"
+        )
 
 
 def encoder_positions(pose_encoder: PoseEncoder, frames: int) -> int:

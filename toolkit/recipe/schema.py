@@ -15,7 +15,6 @@ Strength = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
-MAX_TARGET_TOKENS = 512  # longer texts are cut in training
 ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"]
 
 
@@ -181,6 +180,7 @@ class Training(Section):
     gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_target_tokens: Count = 128  # longer texts are cut, and end where they are cut
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
     freeze_backbone_steps: CountOrZero = 0  # first optimizer steps, in which only what has random weights learns
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (

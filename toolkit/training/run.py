@@ -34,6 +34,7 @@ from toolkit.training import run_directory
 from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import Progress, SavedState, choose_checkpoint, read_state, set_newer_aside
+from toolkit.training.cut_texts import warn_of_cut_texts
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
@@ -270,6 +271,8 @@ def open_trainer(
             f"{recipe.training.global_batch_size} = {resolved.micro_batch_size} clips x {ranks.world_size} ranks x "
             f"{resolved.accumulation_steps} accumulation steps{_budget(recipe.training.micro_batch_frames)}"
         )
+        if ranks.is_main:
+            warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, say)
         yield trainer
 
 
