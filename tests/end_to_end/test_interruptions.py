@@ -163,6 +163,13 @@ def wait_for_steps(run: Run, more: int) -> None:
     pytest.fail(f"{more} steps did not come within {PATIENCE:.0f} s: {run.said()}")
 
 
+def wait_until_it_says(run: Run, words: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while words not in run.said():
+        assert time.monotonic() < deadline, run.said()
+        time.sleep(0.02)
+
+
 def wait_for_the_end(processes: list[psutil.Process]) -> None:
     """Wait until none of them runs; who is left without a parent may stay unburied."""
     deadline = time.monotonic() + PATIENCE
@@ -365,6 +372,30 @@ def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_losses(
     folder = tmp_path / "run"
     assert kill_and_go_on(KILLS, warm, arguments, losses, folder, seed=1) == undisturbed
     assert leftovers(folder, temporary) == []
+
+
+def test_a_run_that_is_killed_behind_an_evaluation_scores_the_model_that_it_calls_the_best(
+    warm: Warm, arguments: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    often = ["training.eval_every=1", "training.save_every=4", "training.max_steps=14", "evaluation.select_by=cer"]
+    for epoch in (1, 3):  # after steps 3 and 9; checkpoints are those of steps 4, 8, ...
+        run = warm.start(folder, [*arguments, *often])
+        wait_until_it_says(run, f"dev after epoch {epoch}: ")
+        processes = run.processes()
+        os.killpg(run.runner.pid, signal.SIGKILL)
+        run.wait()
+        wait_for_the_end(processes)
+    run = warm.start(folder, [*arguments, *often])
+    assert run.wait() == 0, run.said()
+    best = json.loads((folder / "best" / "evaluation.json").read_text())
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["best_step"] == best["step"]
+    evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    errors = {entry["step"]: entry["dev_cer"] for entry in evaluations if entry["kind"] == "eval"}
+    assert list(errors) == [3, 6, 9, 12, 14]
+    assert best["scores"]["cer"] == min(errors.values()) == errors[best["step"]]
+    assert sorted(path.name for path in folder.iterdir() if "best" in path.name) == ["best"]
 
 
 @pytest.mark.nightly

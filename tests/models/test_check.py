@@ -129,7 +129,7 @@ def test_more_tokens_than_positions(tmp_path: Path) -> None:
     assert refused(here, "training.max_target_tokens=999").endswith("999: set training.max_target_tokens=600")
     BartConfig(**{**SMALL_BART.to_dict(), "max_position_embeddings": 100}).save_pretrained(tmp_path)
     remedy = "set training.max_target_tokens=100 evaluation.max_new_tokens=100"
-    assert refused(here).endswith(f"100 decoder positions, and texts take up to 128: {remedy}")
+    assert refused(here, "data.max_frames=99").endswith(f"100 decoder positions, and texts take up to 128: {remedy}")
 
 
 # BART: two rows of the table are not positions. T5: relative. M2M100: computed for any length.

@@ -153,6 +153,26 @@ def test_a_full_disk_leaves_the_last_one_intact(writer: CheckpointWriter, said: 
     read_state(writer.folder / name_of(4))
 
 
+def test_it_knows_which_models_a_run_would_look_for(writer: CheckpointWriter) -> None:
+    engine = make_engine()
+    train(engine)
+    assert writer.remembered == set()
+    writer.save(engine, Progress(step=1, kept=[(1, 5.0)]))
+    writer.wait()
+    writer.save(engine, Progress(step=2, kept=[(2, 6.0), (1, 5.0)]))
+    assert writer.remembered == {1, 2}  # the new one may come to nothing
+    writer.wait()
+    with small_disk(100_000):
+        writer.save(engine, Progress(step=3, kept=[(3, 7.0)]))
+        assert writer.remembered == {1, 2, 3}
+        with pytest.raises(UserError):
+            writer.wait()
+    assert writer.remembered == {1, 2}
+    writer.save(engine, Progress(step=4, kept=[(4, 8.0)]))
+    writer.wait()
+    assert writer.remembered == {4}
+
+
 def test_what_died_while_saving_is_removed(tmp_path: Path, said: list[str]) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".step_000005.partial").mkdir(parents=True)

@@ -65,6 +65,8 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last: Future[str | None] | None = None
+        # What the newest complete checkpoint remembers of the models, and the one that is being written.
+        self._kept = [identity.progress.kept]
         if dist.get_rank() == 0:
             remove_unfinished(folder)
         barrier()
@@ -93,6 +95,12 @@ class CheckpointWriter:
             counters=counters,
         )
         self._last = self._thread.submit(self._complete, partial, state, files)
+        self._kept.append(progress.kept)
+
+    @property
+    def remembered(self) -> set[int]:
+        """Steps of the models that a run may find in its checkpoint when it goes on."""
+        return {step for kept in self._kept for step, _ in kept}
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete.
@@ -111,7 +119,11 @@ class CheckpointWriter:
 
     def _finish_last(self) -> str | None:
         last, self._last = self._last, None
-        return last.result() if last else None
+        if last is None:
+            return None
+        problem = last.result()
+        self._kept = self._kept[-1:] if problem is None else self._kept[:-1]
+        return problem
 
     def _complete(self, partial: Path, state: SavedState, files: dict[str, Future[str]]) -> str | None:
         """Runs in the thread: agree with the other ranks' threads, and name the checkpoint; returns what went wrong."""

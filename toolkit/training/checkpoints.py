@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ class Progress:
         step: optimizer steps done.
         epoch: the epoch that goes on, from 0.
         epoch_step: optimizer steps of it that are done.
-        best: the best dev scores so far, as ``dataclasses.asdict`` of ``Scores``; None before the first evaluation.
-        best_step: optimizer steps done when they were reached.
-        kept: the models that are kept by score; see ``best_models.py``.
+        kept: the models that are kept by score, the best one first; see ``best_models.py``.
         seconds: spent in training steps.
         clips: trained on, each as often as it came.
         evaluations_since_best: evaluations in a row that were no better.
@@ -51,12 +49,15 @@ class Progress:
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
-    best: dict[str, Any] | None = None
-    best_step: int | None = None
     kept: Kept = field(default_factory=list)
     seconds: float = 0.0
     clips: int = 0
     evaluations_since_best: int = 0
+
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer steps that the best model has learnt; None before the first evaluation."""
+        return self.kept[0][0] if self.kept else None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
 
 
 def _progress(content: dict[str, Any]) -> Progress:
-    return Progress(**content | {"kept": [(step, value) for step, value in content["kept"]]})
+    known = {item.name: content[item.name] for item in fields(Progress) if item.name in content}
+    return Progress(**known | {"kept": [(step, value) for step, value in content["kept"]]})
 
 
 def _damaged(checkpoint: Path, what: str) -> UserError:

@@ -67,5 +67,5 @@ def warn_of_cut_texts(
     say(f"warning: {text}")
     log.warning(text)
     if step == 0:
-        figures = {"warning": text, "texts_cut": cut.count, "longest_text_tokens": cut.longest}
+        figures: dict[str, float | str] = {"warning": text, "texts_cut": cut.count, "longest_text_tokens": cut.longest}
         tracker.log(step, figures, kind="event")

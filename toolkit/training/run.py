@@ -31,9 +31,17 @@ from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training import run_directory
+from toolkit.training.best_models import restore_models
 from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoint_writer import CheckpointWriter
-from toolkit.training.checkpoints import Progress, SavedState, choose_checkpoint, read_state, set_newer_aside
+from toolkit.training.checkpoints import (
+    Progress,
+    SavedState,
+    choose_checkpoint,
+    complete_checkpoints,
+    read_state,
+    set_newer_aside,
+)
 from toolkit.training.cut_texts import warn_of_cut_texts
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
 from toolkit.training.interruptions import Interruptions
@@ -238,12 +246,15 @@ def open_trainer(
     layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
     checkpoints = resolved.run_dir / "checkpoints"
     fingerprint = model.base.fingerprint if model.base else ""
+    lost = _restore_kept(resolved.run_dir, progress, ranks)
     if start.checkpoint and start.state:
         _check_base(fingerprint, start)
         say(f"going on from {start.checkpoint}")
         notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
         for path in set_newer_aside(checkpoints, progress.step) if ranks.is_main else ():
             notes.append(f"a newer checkpoint is set aside as {path}")
+        if lost:
+            notes.append(f"the models kept at step {', '.join(map(str, lost))} are not in {resolved.run_dir} any more")
         for note in notes:
             say(f"note: {note}")
     identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), fingerprint, {})
@@ -274,6 +285,21 @@ def open_trainer(
         if ranks.is_main:
             warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, say)
         yield trainer
+
+
+def _restore_kept(run_dir: Path, progress: Progress, ranks: Ranks) -> list[int]:
+    """Agree on the kept models that are still there; all ranks call this.
+
+    Returns:
+        the steps of those that are not.
+    """
+    remembered, kept = progress.kept, [progress.kept]
+    if ranks.is_main:
+        newest = [int(path.name[5:]) for path in complete_checkpoints(run_dir / "checkpoints")[-1:]]
+        kept = [restore_models(run_dir, remembered, progress.step, max(newest, default=0))]
+    dist.broadcast_object_list(kept, src=0)
+    progress.kept = kept[0]
+    return [step for step, _ in remembered if step not in dict(progress.kept)]
 
 
 def _check_base(fingerprint: str, start: Start) -> None:

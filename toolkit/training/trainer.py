@@ -30,7 +30,7 @@ from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
 from toolkit.training.alarms import SpikeWatch
 from toolkit.training.averaging import averaged_weights, update_average
-from toolkit.training.best_models import Kept, admit, place_model
+from toolkit.training.best_models import Kept, admit, keep_only, place_model
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
@@ -128,10 +128,9 @@ class Trainer:
         try:
             with self.line:
                 self._run()
-                if not (self.resolved.run_dir / "best").exists():
-                    # Without a dev split nothing is ever compared: the last model is the best one known.
-                    self.progress.best_step = self.progress.step
-                    self.save_model([(self.progress.step, None)], None)
+                self._keep_the_last()
+                if self.ranks.is_main:
+                    keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept])
         finally:
             self.watch.close()
 
@@ -152,6 +151,8 @@ class Trainer:
                 ends = self.progress.epoch_step == self.epoch_steps or self.progress.step == self.total_steps
                 if ends and self._evaluation_is_due():
                     self.evaluate()
+                if self.progress.step == self.total_steps:
+                    self._keep_the_last()
                 if stop or self.progress.step % training.save_every == 0 or self.progress.step == self.total_steps:
                     self.save()
                 if stop and self.progress.step < self.total_steps:
@@ -289,9 +290,6 @@ class Trainer:
             kept = admit(progress.kept, step, scores, select_by=settings.select_by, keep=self.recipe.training.keep_best)
             is_better = kept[0][0] == step
             self._tell(evaluated, is_better)
-            if is_better:
-                progress.best = asdict(scores)
-                progress.best_step = step
             progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
             if any(kept_step == step for kept_step, _ in kept):
                 self.save_model(kept, scores)
@@ -303,6 +301,16 @@ class Trainer:
             )
             self.total_steps = progress.step
         return scores
+
+    def _keep_the_last(self) -> None:
+        """Where nothing is ever compared, for want of a dev split, the last model is the best one known."""
+        progress = self.progress
+        if progress.kept and (self.corpus.splits.get("dev") or progress.best_step == progress.step):
+            return
+        kept: Kept = [(progress.step, None)]
+        with self._aside():
+            self.save_model(kept, None)
+        progress.kept = kept
 
     def _is_patience_over(self) -> bool:
         patience = self.recipe.training.early_stopping
@@ -349,6 +357,7 @@ class Trainer:
                 self.progress.step,
                 scores,
                 lambda folder: save_model(folder, self.engine.module, self.processor, weights),
+                remembered=self.checkpoints.remembered,
             )
         barrier()
 
