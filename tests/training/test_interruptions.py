@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from torch.utils.data import DataLoader
 
 from toolkit.errors import EXIT_AT_ONCE
 from toolkit.training.interruptions import SIGNALS, Interruptions
@@ -28,6 +30,39 @@ def test_a_signal_is_a_reason_to_stop(interruptions: Interruptions, number: sign
     os.kill(os.getpid(), number)
     assert interruptions.wanted()
     assert interruptions.reason == number.name
+
+
+def close_when_heard(watched: Interruptions) -> str | None:
+    """The reason to stop, once every signal so far has been heard."""
+    while select.select([watched._reader], [], [], 0)[0]:
+        time.sleep(0.01)
+    watched.close()
+    return watched.reason
+
+
+@pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGWINCH, signal.SIGALRM, signal.SIGPIPE, signal.SIGUSR2])
+@pytest.mark.parametrize("wish", [None, signal.SIGTERM])
+def test_signals_of_others_are_no_wish_to_stop(number: signal.Signals, wish: signal.Signals | None) -> None:
+    """Each has a handler in Python, so the pipe tells of it like of those that ask to stop."""
+    watched = Interruptions()
+    before = signal.signal(number, lambda *_: None)
+    try:
+        for sent in [number, number, *([wish] if wish else [])]:
+            os.kill(os.getpid(), sent)
+    finally:
+        reason = close_when_heard(watched)
+        signal.signal(number, before)
+    assert reason == (wish and wish.name)
+
+
+def test_workers_that_leave_at_the_end_of_an_epoch_are_no_wish_to_stop() -> None:
+    watched = Interruptions()
+    try:
+        for _ in range(2):
+            assert [int(item) for item in DataLoader(range(4), batch_size=None, num_workers=2)] == [0, 1, 2, 3]
+    finally:
+        reason = close_when_heard(watched)
+    assert reason is None
 
 
 # As in a collective that waits for another rank: one long call outside Python, in which no Python handler runs.

@@ -84,14 +84,18 @@ class Interruptions:
                 numbers = os.read(self._reader, 64)
                 if NO_SIGNAL in numbers:
                     return
+                # Whatever has a handler in Python is written to the pipe, by whomever it was put there: a loader's
+                # SIGCHLD at the end of each epoch, a progress bar's SIGWINCH. Only these are a wish to stop.
+                numbers = bytes(number for number in numbers if number in self._previous)
                 asked_before = self._asked_at is not None and (
                     time.monotonic() - self._asked_at > SECOND_THOUGHT_SECONDS
                 )
                 if asked_before and signal.SIGINT in numbers:
                     self._at_once()
                     os._exit(EXIT_AT_ONCE)
-                # The main thread's handler says the same as soon as that thread is back in Python.
-                self._ask(signal.Signals(numbers[0]).name)
-            elif self._launcher and has_died(self._launcher):
+                if numbers:
+                    # The main thread's handler says the same as soon as that thread is back in Python.
+                    self._ask(signal.Signals(numbers[0]).name)
+            if self._launcher and has_died(self._launcher):
                 self._ask("the launcher's death")
                 self._launcher = []
