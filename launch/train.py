@@ -7,7 +7,7 @@ deepspeed --hostfile hosts launch/train.py --recipe t5_3b_lora training.epochs=4
 python launch/train.py --recipe demo --overfit 8                                   new data? first learn 8 clips
 
 The run lives in runs/RECIPE. The same command goes on with a run that was interrupted, and shows the scores of one
-that is finished.
+that is finished; with --extend and more training.epochs or training.max_steps it trains either one longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import os
 
 from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
-from toolkit.errors import exit_code_of
+from toolkit.errors import UserError, exit_code_of
 
 
 def main() -> None:
@@ -58,6 +58,12 @@ def parse() -> argparse.Namespace:
         help="the same as --resume never: set an earlier run of this name aside and begin anew",
     )
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="make a run longer, finished or not, by more training.epochs or training.max_steps; the learning rate "
+        "follows the longer schedule from there, and rises to it without a jump",
+    )
+    parser.add_argument(
         "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart, say whether it worked"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object, last")
@@ -79,6 +85,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.models.check import check_model
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run_directory
+    from toolkit.training.extending import extend_schedule
     from toolkit.training.last_words import for_people, read_scores
     from toolkit.training.overfit import few_clips, overfit_overrides
     from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
@@ -108,13 +115,19 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     # Ranks share no process group yet. They come to the same answer because only rank 0 changes the run directory, and
     # where it does, by --new, the others need not look.
     new = arguments.resume == "never" or arguments.overfit is not None
+    if new and arguments.extend:
+        raise UserError("--extend goes on with a run, and --new and --overfit begin one: leave one of them out")
     if new and ranks.is_main and (aside := run_directory.set_aside(resolved.run_dir)):
         say(f"the run that was in {resolved.run_dir} is now in {aside}")
-    start = Start() if new else find_start(resolved, arguments.resume, verify=ranks.is_main)
+    start = Start()
+    if not new:
+        start = find_start(resolved, arguments.resume, verify=ranks.is_main, extend=arguments.extend)
     corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
     check_corpus(corpus, None if new else resolved.run_dir, start)
+    if note := extend_schedule(resolved, corpus, start):
+        say(f"note: {note}")
     if start.finished:
-        say(f"{resolved.run_dir} is finished; --new trains again")
+        say(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
         summary = read_scores(resolved.run_dir)
     elif arguments.overfit is not None:
         summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)

@@ -23,6 +23,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.recipe.files import write_text_atomically
 from toolkit.training.best_models import Kept
+from toolkit.training.schedules import Extension
 from toolkit.training.tensor_files import checksum
 
 LATEST = "latest"
@@ -44,6 +45,7 @@ class Progress:
         seconds: spent in training steps.
         clips: trained on, each as often as it came.
         evaluations_since_best: evaluations in a row that were no better.
+        extension: where the run was made longer, if it was.
     """
 
     step: int = 0
@@ -53,6 +55,7 @@ class Progress:
     seconds: float = 0.0
     clips: int = 0
     evaluations_since_best: int = 0
+    extension: Extension | None = None
 
     @property
     def best_step(self) -> int | None:
@@ -148,6 +151,8 @@ def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
 
 
 def _progress(content: dict[str, Any]) -> Progress:
+    extension = content.get("extension")
+    content = content | {"extension": Extension(**extension) if extension else None}
     known = {item.name: content[item.name] for item in fields(Progress) if item.name in content}
     return Progress(**known | {"kept": [(step, value) for step, value in content["kept"]]})
 

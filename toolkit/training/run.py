@@ -67,25 +67,34 @@ class Start:
     finished: bool = False  # it has its scores already
 
 
-def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool) -> Start:
+def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool, extend: bool = False) -> Start:
     """Look at the run directory, before any process group exists.
 
     Args:
         resolved: the run.
         wanted: "auto" for the newest complete checkpoint of the run, or the path of one.
         verify: read all files of the checkpoint to see that none has changed; one rank does this for all.
+        extend: whether the run is to be longer than it was; see ``extending.py``.
 
     Raises:
-        UserError: another run lives there; the checkpoint is damaged or of another experiment.
+        UserError: another run lives there; the checkpoint is damaged or of another experiment; there is nothing to
+            extend.
     """
-    run_directory.check_same_run(resolved)
-    if wanted == "auto" and run_directory.read_status(resolved.run_dir) == "finished":
+    run_directory.check_same_run(resolved, extend=extend)
+    status = run_directory.read_status(resolved.run_dir)
+    is_finished = wanted == "auto" and status == "finished"
+    if is_finished and not (extend and run_directory.is_to_be_extended(resolved)):
         return Start(finished=True)
     checkpoint = choose_checkpoint(resolved.run_dir / "checkpoints", wanted)
     if checkpoint is None:
+        if is_finished:
+            raise UserError(f"{resolved.run_dir} has no checkpoint left from which --extend could go on")
+        if extend and status is None:
+            raise UserError(f"{resolved.run_dir} holds no run to --extend: leave it out, or name the run by run.dir")
         return Start()
     state = read_state(checkpoint, verify=verify)
-    run_directory.check_same_experiment(resolved, state.recipe, checkpoint)
+    # A run that was being extended, and has saved nothing since, goes on from a checkpoint of the shorter one.
+    run_directory.check_same_experiment(resolved, state.recipe, checkpoint, extend=extend or status is not None)
     return Start(state.progress, checkpoint, state)
 
 

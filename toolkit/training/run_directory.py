@@ -55,6 +55,8 @@ MAY_CHANGE = (
     "training.workers",
     "training.time_limit",
 )
+# How long a run is: --extend makes it longer.
+LENGTH = ("training.epochs", "training.max_steps")
 # How clips are prepared. A corpus that is prepared already has its own settings, and these mean nothing.
 OF_PREPARATION = (
     "data.landmarks",
@@ -97,18 +99,23 @@ def set_aside(run_dir: Path) -> Path | None:
     return aside
 
 
-def check_same_run(resolved: ResolvedRun) -> None:
+def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
     """Refuse to mix two experiments in one directory.
+
+    Args:
+        resolved: the run that would go on there.
+        extend: whether it may be longer.
 
     Raises:
         UserError: the run in the directory was started with other settings; they are listed.
     """
     stored = resolved.run_dir / RECIPE_FILE
-    if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe)):
+    if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe, extend=extend)):
         of_search = all(key.startswith("evaluation.") for key in differences)
+        longer = "add --extend to make that run longer, " if differences.keys() <= set(LENGTH) else ""
         raise UserError(
-            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): go on with those settings, "
-            "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): {longer}go on with those "
+            "settings, add --new to set that run aside, or choose another folder by run.dir=FOLDER"
             + ("; launch/evaluate.py scores a model with another search" if of_search else "")
         )
 
@@ -133,18 +140,30 @@ def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
         )
 
 
-def check_same_experiment(resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path) -> None:
+def is_to_be_extended(resolved: ResolvedRun) -> bool:
+    """Whether the run in the directory was to end by other rules than it is now."""
+    stored = resolved.run_dir / RECIPE_FILE
+    if not stored.is_file():
+        return False
+    before, now = load_recipe(str(stored)).training, resolved.recipe.training
+    return any(getattr(before, key) != getattr(now, key) for key in ("epochs", "max_steps", "early_stopping"))
+
+
+def check_same_experiment(
+    resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path, *, extend: bool = False
+) -> None:
     """Refuse a checkpoint that another experiment has saved.
 
     Args:
         resolved: the run that would go on from it.
         recipe: the one that the checkpoint holds.
         checkpoint: its folder.
+        extend: whether the run may be longer.
 
     Raises:
         UserError: it was saved with other settings; they are listed.
     """
-    if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe):
+    if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe, extend=extend):
         raise UserError(
             f"{checkpoint} was saved with other settings ({_listed(differences)}): go on with those settings, or "
             "begin anew without it"
@@ -156,12 +175,17 @@ def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
     return listed + (f" and {len(differences) - 5} more" if len(differences) > 5 else "")
 
 
-def changed_settings(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ and that a run may not change: key -> (old value, new value)."""
+def changed_settings(old: Recipe, new: Recipe, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and that a run may not change: key -> (old value, new value).
+
+    Args:
+        old, new: the recipes.
+        extend: whether the run may be longer.
+    """
     before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
     after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
     is_prepared = bool(old.data.corpus or new.data.corpus)
-    free = (*MAY_CHANGE, *OF_PREPARATION) if is_prepared else MAY_CHANGE
+    free = (*MAY_CHANGE, *(OF_PREPARATION if is_prepared else ()), *(LENGTH if extend else ()))
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -3,6 +3,68 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from toolkit.recipe.schema import Training
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Where a run was made longer than it was to be.
+
+    Attributes:
+        step: optimizer steps done by then.
+        ratio: learning rate at which it stood, over that which the longer schedule has there, 0..1.
+        warmup_steps: optimizer steps of the run's first warm-up, which is not repeated and becomes no longer.
+    """
+
+    step: int
+    ratio: float
+    warmup_steps: int
+
+
+def total_steps(training: Training, epoch_steps: int) -> int:
+    """Optimizer steps of a whole run; ``epoch_steps`` are those of an epoch."""
+    steps = math.ceil(training.epochs * epoch_steps)
+    return min(steps, training.max_steps) if training.max_steps else steps
+
+
+def warmup_steps(training: Training, total: int, extension: Extension | None) -> int:
+    """Optimizer steps until the peak."""
+    return extension.warmup_steps if extension else int(training.warmup_ratio * total)
+
+
+def scheduled_factor(training: Training, step: int, total: int, extension: Extension | None) -> float:
+    """What the peak learning rate is multiplied by in a run that may have been extended.
+
+    A run that was made longer goes on by the schedule of the longer run. Where that stands higher than the run did, the
+    rate rises to it over a warm-up of its own: ``training.warmup_ratio`` of the steps from there to the new end.
+
+    Args:
+        training: the recipe's section.
+        step: optimizer steps done before this one, from 0.
+        total: optimizer steps of the whole run, the extension's included.
+        extension: the last one; None where the run was never extended.
+    """
+    factor = learning_rate_factor(training.schedule, step, total, warmup_steps(training, total, extension))
+    if extension is None:
+        return factor
+    rise = int(training.warmup_ratio * (total - extension.step))
+    share = min(1.0, (step - extension.step + 1) / (rise + 1))
+    return factor * (extension.ratio + (1.0 - extension.ratio) * share)
+
+
+def extended(training: Training, step: int, before: int, after: int, extension: Extension | None) -> Extension:
+    """The extension of a run from ``before`` to ``after`` optimizer steps, of which ``step`` are done.
+
+    Args:
+        training: the recipe's section.
+        step, before, after: optimizer steps.
+        extension: an earlier one of the same run.
+    """
+    warmup = warmup_steps(training, before, extension)
+    stood = scheduled_factor(training, step, before, extension)
+    return Extension(step, min(1.0, stood / learning_rate_factor(training.schedule, step, after, warmup)), warmup)
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:

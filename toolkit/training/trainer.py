@@ -41,7 +41,7 @@ from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
 from toolkit.training.metering import StepMeter, Window
 from toolkit.training.run_directory import write_status
-from toolkit.training.schedules import backbone_factor, learning_rate_factor
+from toolkit.training.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
 from toolkit.training.watch import RankWatch
 
 log = logging.getLogger("toolkit")
@@ -200,8 +200,9 @@ class Trainer:
     def _set_learning_rate(self) -> float:
         """Set the rates of the step that begins, and let the backbone learn when its time has come."""
         training, step = self.recipe.training, self.progress.step
-        warmup = int(training.warmup_ratio * self.total_steps)
-        factor = learning_rate_factor(training.schedule, step, self.total_steps, warmup)
+        extension = self.progress.extension
+        warmup = warmup_steps(training, self.total_steps, extension)
+        factor = scheduled_factor(training, step, self.total_steps, extension)
         if self.freeze and step == training.freeze_backbone_steps:
             self.freeze.thaw(self.engine)
             self.freeze = None
@@ -380,9 +381,3 @@ class Trainer:
             self.line.say(f"warning: {text}")
             log.warning(text)
             self.tracker.log(self.progress.step, {"warning": text}, kind="event")
-
-
-def total_steps(training: Any, epoch_steps: int) -> int:
-    """Optimizer steps of a whole run."""
-    steps = math.ceil(training.epochs * epoch_steps)
-    return min(steps, training.max_steps) if training.max_steps else steps

@@ -1,0 +1,58 @@
+"""A run that was finished is made longer, and goes on to the same losses however it is stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+Losses = Callable[[Path], list[float]]
+
+
+@pytest.fixture(scope="module")
+def arguments(settings: list[str]) -> list[str]:
+    small = ["model.pose_encoder.hidden=32", "training.warmup_ratio=0.5", "evaluation.select_by=cer"]
+    return ["--recipe", "t5_small", "--ds", "zero2", *settings, *small, "ds.data_types=null"]
+
+
+@pytest.fixture(scope="module")
+def finished(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    done = run("launch/train.py", *arguments, "training.epochs=2", f"run.dir={run_dir}")
+    assert done.code == 0, done.out + done.err
+    return run_dir
+
+
+def figures(run_dir: Path, name: str) -> list[float]:
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in entries if entry["kind"] == "train"]
+
+
+def test_an_extended_run_goes_on_and_is_taken_up_again_to_the_last_bit(
+    run: Run, arguments: list[str], finished: Path, losses: Losses, tmp_path: Path
+) -> None:
+    straight, stopped = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("straight", "stopped"))
+    longer = [*arguments, "training.epochs=4"]
+    done = run("launch/train.py", *longer, f"run.dir={straight}", "--extend", "--json")
+    assert done.code == 0, done.out + done.err
+    assert "note: the run is extended from 6 to 12 steps; from step 6 on " in done.out
+    assert done.json["steps"] == 12
+    assert losses(straight)[:6] == losses(finished) and len(losses(straight)) == 12
+    rates = figures(straight, "learning_rate")
+    assert rates[6] > rates[5] and rates[9] == max(rates[6:])  # a rise over half of the six steps, then down
+    assert json.loads((straight / "best" / "evaluation.json").read_text())["step"] == done.json["best_step"]
+
+    early = [*longer, f"run.dir={stopped}", "training.time_limit=0.0001"]
+    for step, more in ((7, ["--extend"]), (8, [])):
+        part = run("launch/train.py", *early, *more)
+        assert part.code == 75, part.out + part.err
+        assert f"after step {step} of 12" in part.err
+    rest = run("launch/train.py", *longer, f"run.dir={stopped}")
+    assert rest.code == 0, rest.out + rest.err
+    assert losses(stopped) == losses(straight)
+    assert figures(stopped, "learning_rate") == rates

@@ -1,0 +1,120 @@
+"""What --extend takes, and what it refuses in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training import run_directory
+from toolkit.training.checkpoints import Progress, SavedState
+from toolkit.training.extending import extend_schedule
+from toolkit.training.run import Start, find_start
+from toolkit.training.schedules import Extension
+
+Resolve = Callable[..., ResolvedRun]
+SHORT = ("training.global_batch_size=2", "training.micro_batch_size=2", "training.warmup_ratio=0.5")  # 3 steps an epoch
+
+
+def start_of(resolved: ResolvedRun, step: int, **progress: Any) -> Start:
+    recipe = resolved.recipe.model_dump(mode="json")
+    state = SavedState(Progress(step=step, **progress), {}, "AdamW", recipe, {}, "", {})
+    return Start(state.progress, Path("checkpoints/step"), state)
+
+
+@pytest.fixture
+def begun(resolve: Resolve, corpus: Corpus) -> ResolvedRun:
+    """A run of four epochs, 12 steps, in its directory."""
+    resolved = resolve(*SHORT, "training.epochs=4")
+    run_directory.start(resolved, corpus.path)
+    return resolved
+
+
+def test_more_epochs_extend_the_schedule(begun: ResolvedRun, resolve: Resolve, corpus: Corpus) -> None:
+    start = start_of(begun, 12)
+    note = extend_schedule(resolve(*SHORT, "training.epochs=8"), corpus, start)
+    assert note and "from 12 to 24 steps" in note
+    assert start.progress.extension == Extension(step=12, ratio=0.0, warmup_steps=6)
+
+
+def test_a_run_that_is_as_long_as_it_was_is_left_alone(begun: ResolvedRun, corpus: Corpus) -> None:
+    start = start_of(begun, 12, evaluations_since_best=9)
+    assert extend_schedule(begun, corpus, start) is None
+    assert extend_schedule(begun, corpus, Start()) is None
+    assert start.progress.extension is None
+
+
+def test_an_extension_that_was_begun_goes_on_from_a_checkpoint_of_the_shorter_run(
+    begun: ResolvedRun, resolve: Resolve, corpus: Corpus
+) -> None:
+    longer = resolve(*SHORT, "training.epochs=8")
+    run_directory.start(longer, corpus.path)  # and it was killed before its first checkpoint
+    run_directory.check_same_run(longer)
+    run_directory.check_same_experiment(longer, begun.recipe.model_dump(mode="json"), Path("c"), extend=True)
+    start = start_of(begun, 9)
+    assert extend_schedule(longer, corpus, start)
+    assert start.progress.extension and start.progress.extension.step == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "progress", "told"),
+    [
+        (["training.epochs=2"], {}, "of a run of 12 steps, of which 12 are done, .* end it after 6: .* only be made"),
+        (
+            ["training.epochs=8", "training.max_steps=12"],
+            {},
+            "has done all of its 12 steps; raise training.epochs",
+        ),
+        (
+            ["training.epochs=8", "training.early_stopping=2"],
+            {"evaluations_since_best": 2},
+            "has stopped early, after 2 evaluations .* raise training.early_stopping",
+        ),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(
+    begun: ResolvedRun, resolve: Resolve, corpus: Corpus, settings: list[str], progress: dict[str, Any], told: str
+) -> None:
+    start = start_of(begun, 12, **progress)
+    with pytest.raises(UserError, match=told) as refusal:
+        extend_schedule(resolve(*SHORT, *settings), corpus, start)
+    assert "\n" not in str(refusal.value)
+    assert start.progress.extension is None
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(
+    begun: ResolvedRun, resolve: Resolve, corpus: Corpus
+) -> None:
+    start = start_of(begun, 6, evaluations_since_best=2)
+    assert extend_schedule(resolve(*SHORT, "training.epochs=4", "training.early_stopping=3"), corpus, start) is None
+
+
+def test_without_extend_a_longer_run_is_refused_and_the_word_is_named(begun: ResolvedRun, resolve: Resolve) -> None:
+    for longer in ("training.epochs=8", "training.max_steps=99"):
+        with pytest.raises(UserError, match=rf"{longer.partition('=')[0]} .* add --extend to make that run longer, "):
+            find_start(resolve(*SHORT, "training.epochs=4", longer), "auto", verify=False)
+    other = resolve(*SHORT, "training.epochs=8", "training.seed=9")
+    with pytest.raises(UserError, match=r"training.epochs 4.0 -> 8.0, training.seed 42 -> 9") as refusal:
+        find_start(other, "auto", verify=False)
+    assert "--extend" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"other settings \(training.seed 42 -> 9\)"):
+        find_start(other, "auto", verify=False, extend=True)
+
+
+def test_a_finished_run_shows_its_scores_unless_it_is_to_be_longer(begun: ResolvedRun, resolve: Resolve) -> None:
+    run_directory.write_status(begun.run_dir, "finished")
+    assert find_start(begun, "auto", verify=False).finished
+    assert find_start(begun, "auto", verify=False, extend=True).finished
+    with pytest.raises(UserError, match="no checkpoint left"):
+        find_start(resolve(*SHORT, "training.epochs=8"), "auto", verify=False, extend=True)
+
+
+def test_there_must_be_a_run_to_extend(resolve: Resolve) -> None:
+    with pytest.raises(UserError, match="holds no run to --extend"):
+        find_start(resolve(), "auto", verify=False, extend=True)
+    assert find_start(resolve(), "auto", verify=False) == Start()
