@@ -56,3 +56,24 @@ def test_an_extended_run_goes_on_and_is_taken_up_again_to_the_last_bit(
     assert rest.code == 0, rest.out + rest.err
     assert losses(stopped) == losses(straight)
     assert figures(stopped, "learning_rate") == rates
+
+
+def test_without_a_dev_split_the_best_model_is_the_last_one_of_the_longer_run(
+    run: Run, settings: list[str], arguments: list[str], finished: Path, tmp_path: Path
+) -> None:
+    cache = next(value for value in settings if value.startswith("data.cache=")).partition("=")[2]
+    prepared = next(path.parent for path in Path(cache).glob("*/corpus.json"))
+    corpus = Path(shutil.copytree(prepared, tmp_path / "corpus"))
+    metadata = json.loads((corpus / "corpus.json").read_text())
+    del metadata["splits"]["dev"]
+    (corpus / "corpus.json").write_text(json.dumps(metadata))
+    others = [value for value in arguments if not value.startswith("data.")]
+    for steps, more in ((1, []), (2, ["--extend"])):
+        done = run(
+            *("launch/train.py", *others, f"data.corpus={corpus}", f"run.dir={tmp_path / 'run'}", "--json"),
+            *(f"training.max_steps={steps}", *more),
+        )
+        assert done.code == 0, done.out + done.err
+        assert json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())["step"] == steps
+        assert done.json["best_step"] == steps
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if "best" in path.name) == ["best"]

@@ -28,8 +28,10 @@ def scores(right_words: int) -> Scores:
 
 def writer(text: str) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "model").write_text(text)
+        partial = folder.with_name(f".{folder.name}.partial")  # as save_model does
+        partial.mkdir()
+        (partial / "model").write_text(text)
+        partial.rename(folder)
 
     return save
 
@@ -187,6 +189,7 @@ def test_wherever_a_run_is_killed_its_best_model_is_the_one_that_it_remembers(
         with contextlib.suppress(Killed):
             run.go_on(FIRST, saved)
         killer.deadline = -1
+        assert all((path / "model").exists() for path in folder.glob("best*")), "a model has its name and lacks a file"
         remembered = run.checkpoint[1]
         kept = run.go_on(again, saved)
         values = {step: FIRST[step] if step in dict(remembered) else again[step] for step, _ in kept}
