@@ -124,8 +124,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         start = find_start(resolved, arguments.resume, verify=ranks.is_main, extend=arguments.extend)
     corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
     check_corpus(corpus, None if new else resolved.run_dir, start)
-    if note := extend_schedule(resolved, corpus, start):
-        say(f"note: {note}")
+    if extension := extend_schedule(resolved, corpus, start):
+        say(f"note: {extension}")
     if start.finished:
         say(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
         summary = read_scores(resolved.run_dir)
