@@ -8,7 +8,7 @@ their own, which trains: an ordinary parameter that ZeRO-3 cuts and DeepSpeed sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,40 @@ def fold_rows(model: PoseTranslator, weights: dict[str, Tensor]) -> None:
         trained = weights.pop(f"new_rows.{name}.weight")
         for table in rows.names:
             weights[table][rows.first : rows.first + len(trained)] = trained
+
+
+def unfolded(model: PoseTranslator, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """The inverse of :func:`fold_rows`, for weights that are read one by one.
+
+    Args:
+        model: has its new rows apart, or none.
+        read: gives the weight of a name, new rows in their tables.
+
+    Returns:
+        what gives the weight of a name as the model holds it.
+    """
+    apart = _apart(model)
+
+    def count(rows: NewRows) -> int:
+        return int(getattr(rows.weight, "ds_shape", rows.weight.shape)[0])  # whole, where ZeRO-3 has cut it
+
+    def read_apart(name: str) -> Tensor:
+        if is_new_row(name):
+            rows = apart[name.split(".")[1]]
+            return read(rows.names[0]).narrow(0, rows.first, count(rows))
+        values = read(name)
+        for rows in apart.values():
+            if name in rows.names:
+                values = values.clone()
+                values.narrow(0, rows.first, count(rows)).zero_()
+        return values
+
+    return read_apart
+
+
+def is_new_row(name: str) -> bool:
+    """Whether a weight holds new rows apart from their table."""
+    return name.startswith("new_rows.")
 
 
 def settle_rows(model: PoseTranslator) -> None:

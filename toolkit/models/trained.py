@@ -10,13 +10,13 @@ Reading is strict: every tensor that trains must be there with its shape, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
@@ -66,19 +66,34 @@ def load_trained(folder: Path, model: PoseTranslator) -> None:
     Raises:
         UserError: a tensor is missing, unexpected or of another shape; they are named.
     """
-    parameters = _trainable(model)
+    read = trained_weights(folder, model)
+    for name, parameter in _trainable(model).items():
+        parameter.copy_(read(name))
+
+
+def trained_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
+    """What trained, to be read tensor by tensor, by the model's names.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape; they are named.
+    """
     try:
-        found = _shapes_in(folder)
-        problems = _differences(found, {name: _shape(parameter) for name, parameter in parameters.items()})
-        if problems:
-            raise UserError(
-                f"{folder} does not hold what this model trains ({problems}): copy the folder again, or train anew"
-            )
-        for file in _files(folder):
-            for key, tensor in load_file(file).items():
-                parameters[_name(key)].copy_(tensor)
+        files = [safe_open(path, "pt") for path in _files(folder)]
+        places = {_name(key): (file, key) for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
         raise UserError(f"the trained weights in {folder} cannot be read: {error}") from error
+    found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
+    problems = _differences(found, {name: _shape(parameter) for name, parameter in _trainable(model).items()})
+    if problems:
+        raise UserError(
+            f"{folder} does not hold what this model trains ({problems}): copy the folder again, or train anew"
+        )
+
+    def read(name: str) -> Tensor:
+        file, key = places[name]
+        return file.get_tensor(key)
+
+    return read
 
 
 def is_adapter(name: str) -> bool:

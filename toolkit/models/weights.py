@@ -1,18 +1,21 @@
-"""Whole weights out of a model that ZeRO may have cut into pieces, and a model folder written in one stroke."""
+"""Whole weights out of a model that ZeRO may have cut into pieces, and back; a model folder written in one stroke."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from toolkit.models.extra_tokens import fold_rows
+from toolkit.errors import UserError
+from toolkit.models.extra_tokens import fold_rows, is_new_row, unfolded
 from toolkit.models.processor import PoseProcessor
-from toolkit.models.trained import save_trained
+from toolkit.models.trained import save_trained, trained_weights
 from toolkit.models.translator import PoseTranslator
 
 
@@ -26,7 +29,7 @@ def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         module: the model, as DeepSpeed holds it.
         keep: whether this rank wants the result; the others get an empty dict.
     """
-    return _gathered(module.state_dict(keep_vars=True).items(), keep=keep)
+    return _gathered(module.state_dict(keep_vars=True), keep=keep)
 
 
 def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
     Args and ranks as for :func:`whole_state_dict`.
     """
-    return _gathered([item for item in module.named_parameters() if item[1].requires_grad], keep=keep)
+    return _gathered(_trainable(module), keep=keep)
 
 
 def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
@@ -45,11 +48,15 @@ def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
     return trainable_state_dict(model, keep=keep) if model.base else whole_state_dict(model, keep=keep)
 
 
-def _gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+def _trainable(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     import deepspeed
 
     weights: dict[str, Tensor] = {}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         partitioned = [tensor] if hasattr(tensor, "ds_id") else []
         with deepspeed.zero.GatheredParameters(partitioned):
             if keep:
@@ -94,6 +101,66 @@ def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, we
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: PoseTranslator) -> None:
+    """Put the weights that :func:`save_model` wrote into the model that wrote them, whatever the ZeRO stage.
+
+    All ranks must call this: the first one reads, the others receive, and none ever holds a second weight whole.
+
+    Args:
+        folder: a model folder, which only the first rank needs to see.
+        model: as DeepSpeed holds it.
+
+    Raises:
+        UserError: the folder cannot be read, or holds other weights; all ranks raise it.
+    """
+    import deepspeed
+
+    reads = dist.get_rank() == 0
+    problem: list[str | None] = [None]
+    if reads:
+        try:
+            read = _saved_weights(folder, model)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+    tensors = _trainable(model) if model.base else model.state_dict(keep_vars=True)
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
+        is_cut = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor] if is_cut else [], modifier_rank=0):
+            if reads:
+                tensor.copy_(read(name))
+            if not is_cut:
+                dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
+
+
+def _saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
+    """The weights in ``folder``, to be read tensor by tensor, by the names that they have in ``model``."""
+    if model.base:
+        return trained_weights(folder, model)
+    try:
+        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        places = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read: {error}") from error
+    tensors = model.state_dict(keep_vars=True)
+    # Of weights that are tied the folder holds one.
+    keys = {id(tensors[key]): key for key in places if key in tensors}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in keys and not is_new_row(name)]
+    problems = {"missing": missing, "unexpected": sorted(places.keys() - tensors.keys())}
+    told = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+    if told:
+        raise UserError(f"{folder} does not hold the weights of this model ({told}): train anew with --new")
+
+    def read(name: str) -> Tensor:
+        key = keys[id(tensors[name])]
+        return places[key].get_tensor(key)
+
+    return unfolded(model, read)
 
 
 def device_of(module: nn.Module) -> torch.device:

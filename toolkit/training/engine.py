@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.tracking.secrets import RedactingFormatter
 from toolkit.training.cpu_communication import communicate_on_cpu
 from toolkit.training.optimizers import client_optimizer, parameter_groups
+from toolkit.training.shards import base_optimizer
 
 
 def join_process_group(ranks: Ranks) -> None:
@@ -100,6 +103,40 @@ def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float
     """Set every group's learning rate to its peak times the factor of what it belongs to."""
     for group, (name, peak) in zip(engine.optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * (backbone_factor if name == "backbone" else factor)
+
+
+def release_training_states(engine: Any) -> None:
+    """Give back the memory that only training needs: gradients, master weights, moments and buckets.
+
+    The weights stay, cut or whole, and so does what gathers them: the engine goes on to evaluate, and trains no more.
+    DeepSpeed's ``destroy`` would take the hooks that gather and leave the memory, which closures hold on to (0.19.8).
+    """
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+    tensors = (*engine.module.parameters(), *engine.module.buffers())
+    pieces = (parameter.ds_tensor for parameter in tensors if hasattr(parameter, "ds_tensor"))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, *pieces)}
+    for tensor in _tensors_in([vars(engine.optimizer), vars(base_optimizer(engine))], set()):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.resizable():
+            storage.resize_(0)  # whoever else holds the tensor, or a view of it, holds no memory
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor in nested dictionaries, sequences and dataclasses."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item, seen)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors_in(item, seen)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors_in(vars(value), seen)
 
 
 def use_threads(ranks: Ranks) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
@@ -36,18 +41,34 @@ class Evaluated:
         return "  ".join(f"{name} {format_score(name, values[name])}" for name in names)
 
 
-def evaluate_split(
-    engine: Any, split: Split, processor: PoseProcessor, settings: Evaluation, ranks: Ranks
-) -> Evaluated:
-    """Translate and score a split with the engine's weights as they are; all ranks must call this."""
+@contextmanager
+def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: Evaluation) -> Iterator[bool]:
+    """Within it the engine's model translates; all ranks must enter.
+
+    Args:
+        engine: the DeepSpeed engine, at any ZeRO stage.
+        frames: of each clip that is to be translated.
+        settings: of the search, and how large a batch may be.
+
+    Yields:
+        whether ranks must generate in step, because there is no room for whole weights.
+    """
     gather = engine.zero_optimization_stage() == 3 and fits_whole(
         engine,
-        frames=split.frames,
+        frames=frames,
         batch_frames=settings.batch_frames,
         beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,
     )
     with evaluation_mode(engine.module), whole_weights(engine, gather=gather) as synced:
+        yield synced
+
+
+def evaluate_split(
+    engine: Any, split: Split, processor: PoseProcessor, settings: Evaluation, ranks: Ranks
+) -> Evaluated:
+    """Translate and score a split with the engine's weights as they are; all ranks must call this."""
+    with ready_to_translate(engine, split.frames, settings) as synced:
         predictions = translate_split(
             engine.module,
             split,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -14,24 +13,23 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.cluster.devices import barrier, own_device
+from toolkit.cluster.devices import barrier
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
 from toolkit.evaluation.evaluate import check_fit
 from toolkit.evaluation.report import write_report
-from toolkit.evaluation.splits import score_splits, splits_to_test
+from toolkit.evaluation.splits import splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator
-from toolkit.models.load import load_translator
 from toolkit.models.tokenizers import find_unknown
 from toolkit.models.weights import count_weights
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training import run_directory
-from toolkit.training.best_models import restore_models
+from toolkit.training.best_models import BEST, restore_models
 from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import (
@@ -44,6 +42,7 @@ from toolkit.training.checkpoints import (
 )
 from toolkit.training.cut_texts import warn_of_cut_texts
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
+from toolkit.training.final_scores import score_best
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
 from toolkit.training.overfit import TARGET_LOSS, verdict
@@ -159,11 +158,12 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
     ):
         trainer.run()
         memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
-        # The scores are those of the folder that the user gets, so the trained copy gives its memory back first.
-        trainer.engine.destroy()
-        del trainer.engine
-        gc.collect()
-        summary = _score_best(resolved, ranks, corpus, start.progress, memory, say)
+        names = splits_to_test(corpus)
+        say(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
+        results = score_best(
+            trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.recipe.evaluation, ranks
+        )
+        summary = write_scores(resolved, start.progress, results, memory) if ranks.is_main else {}
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
         say(draw_report(resolved.run_dir))
@@ -343,21 +343,6 @@ def _warn_of_unknown(tokenizer: Any, corpus: Corpus, say: Say) -> None:
     if unknown:
         say(f"warning: {unknown}")
         log.warning(str(unknown))
-
-
-def _score_best(
-    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress, memory: float, say: Say
-) -> dict[str, Any]:
-    """Load ``best/`` as its user will, and score it."""
-    folder = resolved.run_dir / "best"
-    model, processor = load_translator(folder)
-    model = model.to(own_device())
-    names = splits_to_test(corpus)
-    say(f"scoring the best model (step {progress.best_step}) on {', '.join(names)}")
-    results = score_splits(
-        model, processor, corpus, names, resolved.recipe.evaluation, rank=ranks.rank, world_size=ranks.world_size
-    )
-    return write_scores(resolved, progress, results, memory) if ranks.is_main else {}
 
 
 def draw_report(run_dir: Path) -> str:

@@ -1,0 +1,63 @@
+"""The last scores of a run: those of ``best/``, by the engine that trained it.
+
+The engine stays for it. A run that cuts its model over the ranks, or moves parts of it aside, may have no room for a
+second one beside it, nor to load it whole. What only training needs goes; the weights of ``best/`` then take the place
+of those that were trained last, and are gathered where there is room for them now.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.evaluation.splits import SplitResult, score_splits
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.weights import load_weights
+from toolkit.recipe.schema import Evaluation
+from toolkit.training.engine import release_training_states
+from toolkit.training.evaluating import ready_to_translate
+
+
+def score_best(
+    engine: Any,
+    folder: Path,
+    processor: PoseProcessor,
+    corpus: Corpus,
+    names: list[str],
+    settings: Evaluation,
+    ranks: Ranks,
+) -> dict[str, SplitResult]:
+    """Translate and score splits as whoever loads the model folder does; all ranks call this, and all get the result.
+
+    Args:
+        engine: the DeepSpeed engine that wrote the folder, at any ZeRO stage; it trains no more afterwards.
+        folder: ``best/`` of the run.
+        processor: goes with the model.
+        corpus: has the splits.
+        names: which splits.
+        settings: of the run.
+        ranks: which rank this is.
+
+    Raises:
+        UserError: the folder does not hold the weights of the engine's model.
+    """
+    release_training_states(engine)
+    gc.collect()
+    load_weights(folder, engine.module)
+    frames = np.concatenate([corpus.splits[name].frames for name in names])
+    with ready_to_translate(engine, frames, settings) as synced:
+        return score_splits(
+            engine.module,
+            processor,
+            corpus,
+            names,
+            settings,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            synced=synced,
+        )
