@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from toolkit.models.encoders.convolution import Conv1d
 from toolkit.models.encoders.layers import (
     MaskedConvolution,
     PoseEncoder,
@@ -131,7 +132,7 @@ class ConvolutionModule(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.gated = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.depthwise = Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
         self.depthwise_norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from toolkit.models.encoders.convolution import Conv2d
 from toolkit.models.encoders.layers import PoseEncoder, halvings, to_backbone
 from toolkit.models.encoders.parts import Part, part_groups
 from toolkit.poses.landmarks import LandmarkSet
@@ -180,7 +181,7 @@ class GraphBlock(nn.Module):
         self.adjacency = nn.Parameter(torch.empty(part.num_nodes, part.num_nodes))
         self.space = nn.Linear(2 * width, width)
         # One filter a channel, alike for all nodes: [clips, channels, frames, nodes].
-        self.time = nn.Conv2d(
+        self.time = Conv2d(
             width, width, (kernel, 1), stride=(stride, 1), padding=(kernel // 2, 0), groups=width, bias=False
         )
         self.time_norm = nn.LayerNorm(width)

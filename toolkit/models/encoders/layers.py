@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from toolkit.models.encoders.convolution import Conv1d
+
 
 class PoseEncoder(nn.Module):
     """The interface of every kind; a kind says how to :meth:`encode`.
@@ -101,7 +103,7 @@ class MaskedConvolution(nn.Module):
         super().__init__()
         self.stride = stride
         self.norm = nn.LayerNorm(width)
-        self.convolution = nn.Conv1d(width, 2 * width, kernel, stride=stride, padding=kernel // 2)
+        self.convolution = Conv1d(width, 2 * width, kernel, stride=stride, padding=kernel // 2)
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
