@@ -27,7 +27,9 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         gated: repositories whose files only those get who have been granted access.
-        cut: names of files whose next answer breaks off half-way; each is cut once.
+        cut: names of files, with how much of what is asked for comes before the connection breaks: for 0.5 once the
+            first half, after which it is whole; for 0 never anything.
+        answers: an error code that all requests get, or None.
         pause: seconds before every piece of a large file.
         asked: ``METHOD /path`` of every request, as they came.
         bytes_sent: of large files.
@@ -39,7 +41,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Conversation)
         self.root = root
         self.gated: set[str] = set()
-        self.cut: set[str] = set()
+        self.cut: dict[str, float] = {}
+        self.answers: int | None = None
         self.pause = 0.0
         self.asked: list[str] = []
         self.bytes_sent = 0
@@ -92,7 +95,9 @@ class Conversation(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
-        if words[:2] == ["api", "models"]:
+        if self.server.answers:
+            self.refuse(self.server.answers, "", "")
+        elif words[:2] == ["api", "models"]:
             self.tell_of(words[2:])
         elif len(words) > 4 and words[2] == "resolve":
             self.resolve("/".join(words[:2]), words[3], "/".join(words[4:]))
@@ -164,8 +169,10 @@ class Conversation(BaseHTTPRequestHandler):
             return
         end = len(data)
         if path.name in self.server.cut:
-            self.server.cut.remove(path.name)
-            end = first + (end - first) // 2
+            share = self.server.cut[path.name]
+            if share:
+                del self.server.cut[path.name]
+            end = first + int((end - first) * share)
             self.close_connection = True
         for start in range(first, end, PIECE):
             if path.suffix in LARGE:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
+from toolkit.models.hub import NOT_LOADED, hub_trouble
 from toolkit.models.tokenizers import text_frame
 from toolkit.recipe.model_cards import ModelCard, card_of, tiny_config, tokenizer_of
 from toolkit.recipe.schema import Model
@@ -51,7 +51,7 @@ def backbone_config(model: Model) -> PreTrainedConfig:
     try:
         values, _ = PreTrainedConfig.get_config_dict(source_of(model))
         config = AutoConfig.from_pretrained(source_of(model), trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise not_loadable(model, error) from error
     if card:
         _check_against_card(card, {**config.to_dict(), **values}, source_of(model))
@@ -100,12 +100,11 @@ def not_loadable(model: Model, error: Exception) -> UserError:
         )
     if Path(source).is_dir():
         return UserError(f"model.backbone={model.backbone}: the folder holds no usable model: {reason[:200]}")
-    if isinstance(error, OSError):
-        cache = Path(constants.HF_HUB_CACHE)
+    trouble = hub_trouble(error, source)
+    if trouble:
         return UserError(
-            f"model.backbone={model.backbone}: {source} is neither in the cache ({cache}) nor to be had from the hub: "
-            f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it, name a folder with "
-            "model.backbone=FOLDER, or train from random weights with model.from_scratch=true"
+            f"model.backbone={model.backbone}: {source} {trouble}; or name a folder with model.backbone=FOLDER, or "
+            "train from random weights with model.from_scratch=true"
         )
     return UserError(f"model.backbone={model.backbone}: {source} cannot be loaded: {reason[:200]}")
 

@@ -15,6 +15,7 @@ from toolkit.models.base import Base, Fingerprint
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.extra_tokens import add_rows, add_tokens, make_room
+from toolkit.models.hub import NOT_LOADED
 from toolkit.models.materialise import (
     Placement,
     placement_for,
@@ -176,7 +177,7 @@ def _backbone(
             trust_remote_code=model.trust_remote_code,
             fingerprint=fingerprint,
         )
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise not_loadable(model, error) from error
 
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from toolkit.errors import UserError
 from toolkit.models.base import Base, check_same, read_base
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.hub import NOT_LOADED, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 
@@ -38,9 +39,9 @@ def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, 
     try:
         model = PoseTranslator.from_pretrained(source, **settings).eval()
         processor = PoseProcessor.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"the model {source} cannot be loaded: {first_line}") from error
+    except (*NOT_LOADED, SafetensorError) as error:
+        reason = hub_trouble(error, source) or f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"the model {source} {reason}") from error
     return model, processor
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,6 +124,9 @@ def published_backbone(
         OSError, ValueError: there is no such model.
         UserError: its files lack weights, or hold them in other shapes.
     """
+    # For a repository without safetensors, transformers would ask a service on the internet, in a thread that outlives
+    # the loading, to open a pull request with some.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
     with contextlib.suppress(OSError):  # where none was published, the one made from the configuration stays
         skeleton.model.generation_config = GenerationConfig.from_pretrained(source)

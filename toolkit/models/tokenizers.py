@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from toolkit.errors import UserError
+from toolkit.models.hub import NOT_LOADED, hub_trouble
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
 TRAINED_VOCABULARY = 8000
@@ -49,11 +50,11 @@ def make_tokenizer(
 def _load_tokenizer(kind: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(kind, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (*NOT_LOADED, ImportError) as error:
+        reason = hub_trouble(error, kind) or f"cannot be loaded ({str(error).strip().splitlines()[0]})"
         raise UserError(
-            f"the tokenizer {kind!r} cannot be loaded ({first_line}): name a folder that holds it, set HF_HOME to a "
-            "cache that does, or use model.tokenizer=bytes, which needs no download"
+            f"the tokenizer {kind!r} {reason}; or name a folder that holds it, or use model.tokenizer=bytes, which "
+            "needs no download"
         ) from error
 
 
