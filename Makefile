@@ -11,10 +11,8 @@ export PATH := $(BIN):$(PATH)
 # C++ ops live and die with the environment, as launch/ has it too.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-# Ranks of the demo: one per GPU, at most a power of two, which divides the recipe's batch; on the CPU two, or its one core.
-RANKS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); cores=$$(getconf _NPROCESSORS_ONLN); \
-	limit=$$(( gpus > 0 ? gpus : (cores > 1 ? 2 : 1) )); ranks=1; \
-	while [ $$(( ranks * 2 )) -le $$limit ]; do ranks=$$(( ranks * 2 )); done; echo $$ranks)
+# Ranks of the demo: one for each GPU that torch sees; on the CPU two, or its one core.
+RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-nightly lint ops clean

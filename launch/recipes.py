@@ -135,7 +135,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"ok": True, **_to_dict(run), "missing": missing}))
         return
-    model, training = run.recipe.model, run.recipe.training
+    model = run.recipe.model
     card = card_of(model)
     weights = "tiny, random weights" if model.tiny else "random weights" if model.from_scratch else "published weights"
     size = f", {millions(card.parameters)} parameters" if card and not model.tiny else ""
@@ -149,10 +149,7 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"recipe {run.recipe.name} can run on {_ranks(run)}")
     print(f"  model      {model.backbone}{size}, {weights}, tokenizer {tokenizer_of(model)}")
     print(f"  DeepSpeed  {run.recipe.deepspeed}: {', '.join(placement)}")
-    print(
-        f"  batch      {training.global_batch_size} clips a step = {run.micro_batch_size} x {run.world_size} ranks x "
-        f"{run.accumulation_steps} accumulation steps"
-    )
+    print(f"  batch      a step of {run.batch}")
     print(f"  memory     {_memory(run)}")
     for line in (*run.notes, *missing):
         print(f"  note       {line}")

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Train a translator by a recipe and score it.
 
-deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora
-deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora --ds zero3_offload      fits more by another DeepSpeed JSON
-deepspeed --hostfile hosts launch/train.py --recipe t5_3b_lora training.epochs=40  many nodes, one setting changed
-python launch/train.py --recipe demo --overfit 8                                   new data? first learn 8 clips
+deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora data.corpus=corpora/mine
+deepspeed --num_gpus 8 launch/train.py --recipe my_recipe --ds zero3_offload         fits more by another DeepSpeed JSON
+deepspeed --hostfile hosts launch/train.py --recipe my_recipe training.epochs=40     many nodes, one setting changed
+python launch/train.py --recipe my_recipe --overfit 8                                new data? first learn 8 clips
+
+my_recipe is a copy that says where the clips are (launch/recipes.py cp t5_3b_lora my_recipe).
 
 The run lives in runs/RECIPE. The same command goes on with a run that was interrupted, and shows the scores of one
 that is finished; with --extend and more training.epochs or training.max_steps it trains either one longer.
@@ -24,9 +26,13 @@ use_extensions_dir()  # before anything imports DeepSpeed
 import argparse
 import json
 import os
+from typing import TYPE_CHECKING
 
 from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
 from toolkit.errors import UserError, exit_code_of
+
+if TYPE_CHECKING:
+    from toolkit.recipe.resolve import ResolvedRun
 
 
 def main() -> None:
@@ -73,6 +79,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def resolve(arguments: argparse.Namespace, world_size: int, *, has_gpu: bool) -> ResolvedRun:
+    """The run that a command line asks for on so many ranks."""
+    from toolkit.recipe.resolve import resolve_named
+    from toolkit.training.overfit import overfit_overrides
+
+    overrides = arguments.overrides
+    if arguments.overfit is not None:
+        overrides = [*overfit_overrides(arguments.overfit, world_size, Path(arguments.recipe).stem), *overrides]
+    return resolve_named(arguments.recipe, overrides, world_size, has_gpu=has_gpu, ds=arguments.ds)
+
+
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Everything that can be wrong with the input is found before the process group exists."""
     import torch
@@ -83,11 +100,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.models.check import check_model
-    from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run_directory
     from toolkit.training.extending import extend_schedule
     from toolkit.training.last_words import for_people, read_scores
-    from toolkit.training.overfit import few_clips, overfit_overrides
+    from toolkit.training.overfit import few_clips
     from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
 
     def say(text: str) -> None:
@@ -99,11 +115,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     use_device(ranks)
     check_meeting_place(ranks)
     check_locks()
-    overrides = arguments.overrides
-    if arguments.overfit is not None:
-        name = Path(arguments.recipe).stem
-        overrides = [*overfit_overrides(arguments.overfit, ranks.world_size, name), *overrides]
-    resolved = resolve_named(arguments.recipe, overrides, ranks.world_size, has_gpu=gpus > 0, ds=arguments.ds)
+    resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     check_model(resolved)
     if not gpus:

@@ -10,7 +10,7 @@ usage: launch/train_multi_gpu.sh RECIPE N [ARGUMENT ...]
   N         ranks: one per GPU, or one or more CPU cores each where there is no GPU
   ARGUMENT  anything that launch/train.py takes: --ds zero3, --json, training.epochs=40 ...
 
-MASTER_PORT=29501 launch/train_multi_gpu.sh ... lets a second run start beside one on this machine (default: 29500).
+MASTER_PORT=29501 launch/train_multi_gpu.sh RECIPE N   lets a second run start beside one on this machine (default: 29500).
 USAGE
   exit 2
 fi

@@ -15,6 +15,7 @@ from toolkit.batching.order import (
     share_of_rank,
     steps_per_epoch,
 )
+from toolkit.recipe.batches import batch_in_words, micro_batch_sizes
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=200).map(lambda values: np.array(values, np.int32))
 
@@ -60,31 +61,56 @@ def test_partial_batch_may_hold_clips_of_any_length():
     assert min(longest_of_partial) < 40 < 80 < max(longest_of_partial)
 
 
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.data())
-def test_ranks_partition_a_global_batch_into_equally_many_steps(world_size, accumulation, micro, data):
-    clips = data.draw(st.integers(1, world_size * accumulation * micro))
+@given(clips=st.integers(1, 300), world_size=st.integers(1, 40), limit=st.integers(1, 40))
+def test_any_number_of_ranks_shares_a_global_batch(clips: int, world_size: int, limit: int) -> None:
     batch = np.random.default_rng(0).permutation(1000)[:clips]
-    shares = [micro_batches(batch, rank, world_size, accumulation, micro) for rank in range(world_size)]
-    assert all(len(rank_shares) == accumulation for rank_shares in shares)
-    seats = [share for rank_shares in shares for share in rank_shares]
-    assert all(1 <= len(share) <= micro for share in seats)
+    ranks = [micro_batches(batch, rank, world_size, limit) for rank in range(world_size)]
+    seats = [share for shares in ranks for share in shares]
     real = [clip for share in seats for clip in share if clip >= 0]
     assert sorted(real) == sorted(batch.tolist())
+
+    assert len({len(shares) for shares in ranks}) == 1, "ranks with fewer micro-batches would leave the others waiting"
+    clips_of_rank = [sum(int((share >= 0).sum()) for share in shares) for shares in ranks]
+    assert max(clips_of_rank) - min(clips_of_rank) <= 1
+    assert len(ranks[0]) == -(-max(clips_of_rank) // limit), "as few micro-batches as the limit allows"
+    real_sizes = [int((share >= 0).sum()) for share in seats]
+    assert max(real_sizes) <= limit and max(real_sizes) - min(real_sizes) <= 1
+    if clips >= world_size:
+        assert micro_batch_sizes(clips, world_size, limit) == (min(real_sizes), max(real_sizes))
+
     # Fillers come only alone, only where clips ran short, and stand for a clip of this very batch.
     fillers = [share for share in seats if (share < 0).any()]
     assert all(len(share) == 1 and ~share[0] in batch for share in fillers)
-    assert len(fillers) == max(0, world_size * accumulation - clips)
-    real_sizes = [int((share >= 0).sum()) for share in seats]
-    assert max(real_sizes) - min(real_sizes) <= 1
+    assert len(fillers) == max(0, len(seats) - clips)
 
 
-def test_ranks_of_one_accumulation_step_have_similar_lengths():
+@pytest.mark.parametrize(
+    ("clips", "world_size", "limit", "words"),
+    [
+        (128, 8, 16, "128 clips = 8 ranks x 1 micro-batch of 16"),
+        (32, 8, 16, "32 clips = 8 ranks x 1 micro-batch of 4"),
+        (128, 6, 16, "128 clips = 6 ranks x 2 micro-batches of 10 or 11"),
+        (8, 1, 3, "8 clips = 1 rank x 3 micro-batches of 2 or 3"),
+        (7, 2, 1, "7 clips = 2 ranks x 4 micro-batches of 0 or 1"),
+    ],
+)
+def test_the_arithmetic_in_words_is_what_happens(clips: int, world_size: int, limit: int, words: str) -> None:
+    assert batch_in_words(clips, world_size, limit, None) == words
+    ranks = [micro_batches(np.arange(clips), rank, world_size, limit) for rank in range(world_size)]
+    sizes = {int((share >= 0).sum()) for shares in ranks for share in shares}
+    assert words.endswith(
+        f"{len(ranks[0])} micro-batch{'es' * (len(ranks[0]) > 1)} of {' or '.join(map(str, sorted(sizes)))}"
+    )
+
+
+@pytest.mark.parametrize(("world_size", "limit"), [(4, 8), (6, 8), (3, 16)])
+def test_ranks_of_one_accumulation_step_have_similar_lengths(world_size: int, limit: int) -> None:
     frames = log_normal_lengths(20_000)
     spread = []
     for batch in epoch_order(frames, 64, 0, 0)[:100]:
-        shares = [micro_batches(batch, rank, 4, 2, 8) for rank in range(4)]
-        for step in range(2):
-            longest = [int(frames[shares[rank][step]].max()) for rank in range(4)]
+        shares = [micro_batches(batch, rank, world_size, limit) for rank in range(world_size)]
+        for step in range(len(shares[0])):
+            longest = [int(frames[shares[rank][step]].max()) for rank in range(world_size)]
             spread.append(1 - min(longest) / max(longest))
     assert np.mean(spread) < 0.05
 
@@ -107,11 +133,15 @@ def test_a_million_clips_are_ordered_within_a_second():
     assert min(seconds) <= 1.0
 
 
-def test_no_clips_and_too_many_clips_are_refused():
+def test_no_clips_are_refused():
     with pytest.raises(ValueError, match="0 clips"):
         epoch_order(np.array([], np.int32), 8, 0, 0)
-    with pytest.raises(ValueError, match="9 clips do not fit 2 ranks x 2 accumulation steps x 2 clips"):
-        micro_batches(np.arange(9), 0, 2, 2, 2)
+    for cut in (
+        micro_batches,
+        lambda *arguments: micro_batches_by_frames(arguments[0], np.array([], int), *arguments[1:], 9),
+    ):
+        with pytest.raises(ValueError, match="at least one clip"):
+            cut(np.array([], int), 0, 2, 2)
 
 
 @given(lengths, st.integers(1, 2000), st.integers(1, 5))

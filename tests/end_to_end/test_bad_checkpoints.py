@@ -138,12 +138,12 @@ def test_a_finished_run_has_no_scores_for_other_settings(
     assert told in line and str(run_dir) in line and "--new" in line
 
 
-def test_ranks_that_do_not_divide_the_batch(
+def test_more_ranks_than_clips_of_a_step(
     refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(key, value)
-    assert "training.global_batch_size=8" in refused(run_dir, "training.micro_batch_size=8")
+    assert "has fewer clips than the 2 ranks" in refused(run_dir, "training.global_batch_size=1")
 
 
 def test_a_folder_that_cannot_be_written(refused: Callable[..., str]) -> None:

@@ -32,15 +32,20 @@ VARIANTS = {
     "ema": (["training.ema=0.5"], ["zero0", "zero3"]),
     "freeze": (["training.freeze_backbone_steps=2"], ["zero0", "zero2", "zero3_offload"]),
 }
+# Seven clips a step, three in the last one of an epoch: of two ranks one has four, of three ranks one has three.
+UNEVEN = [*FP32, "training.global_batch_size=7"]
+UNEVEN_ON = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
+SMALL = "ds.zero_optimization.stage3_param_persistence_threshold=0"
 # Losses of those steps in fp32, kept so that a change that is not meant to be numeric shows when it is.
 KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
 
 
+Start = Callable[[int, dict[str, Any]], dict[str, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def trained(
-    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    """What each case gave, by name."""
+def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Runs cases on so many ranks, one after the other in one start; what each gave, by name."""
     folder = tmp_path_factory.mktemp("strategies")
     corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
     shared = [value for value in settings if not value.startswith(("data.", "ds."))]
@@ -55,28 +60,6 @@ def trained(
         "model.pose_encoder.dropout=0",
         "training.ctc_weight=0.5",
     ]
-    small = "ds.zero_optimization.stage3_param_persistence_threshold=0"
-    here = [name for name in CONFIGS if name not in NVME or is_built("async_io")]
-    stage3 = [name for name in here if name.startswith("zero3")]
-    cases = {
-        f"{precision}-{name}": {"ds": name, "overrides": [*extra, *([small] if name in stage3 else [])]}
-        for precision, extra, names in (("own", [], CONFIGS), ("fp32", FP32, IN_FP32))
-        for name in names
-        if name in here
-    }
-    for kind in ENCODERS:
-        encoder = [f"model.pose_encoder={kind}", "model.pose_encoder.hidden=32"]
-        cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
-        cases[f"{kind}-cut"] = {"ds": "zero3", "overrides": [*FP32, *encoder, small]}
-        cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, small]}
-    for micro in (1, 4):
-        cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
-    # Clips of 55 to 274 frames: a step needs two, three or four of these.
-    budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
-    for name in IN_FP32:
-        if name not in here:
-            continue
-        cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([small] if name in stage3 else [])]}
 
     def start(ranks: int, group: dict[str, Any]) -> dict[str, Any]:
         results, plan = folder / f"results_{ranks}.json", folder / f"plan_{ranks}.json"
@@ -87,16 +70,51 @@ def trained(
         assert done.code == 0, done.out[-4000:] + done.err[-4000:]
         return json.loads(results.read_text())
 
-    cases |= {name: case | {"gradients": True} for name, case in gradient_cases(small).items()}
-    cases |= optimizer_cases(small)
+    return start
+
+
+@pytest.fixture(scope="module")
+def trained(start: Start) -> dict[str, dict[str, Any]]:
+    """What each case gave, by name."""
+    here = [name for name in CONFIGS if name not in NVME or is_built("async_io")]
+    stage3 = [name for name in here if name.startswith("zero3")]
+    cases = {
+        f"{precision}-{name}": {"ds": name, "overrides": [*extra, *([SMALL] if name in stage3 else [])]}
+        for precision, extra, names in (("own", [], CONFIGS), ("fp32", FP32, IN_FP32))
+        for name in names
+        if name in here
+    }
+    for kind in ENCODERS:
+        encoder = [f"model.pose_encoder={kind}", "model.pose_encoder.hidden=32"]
+        cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
+        cases[f"{kind}-cut"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
+        cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, SMALL]}
+    for micro in (1, 4):
+        cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
+    # Clips of 55 to 274 frames: a step needs two, three or four of these.
+    budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
+    for name in IN_FP32:
+        if name not in here:
+            continue
+        cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([SMALL] if name in stage3 else [])]}
+
+    cases |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
+    cases |= optimizer_cases()
+    cases |= {f"uneven-{ds}": uneven(ds) for ds in UNEVEN_ON}
     alone = {"gradients-alone": cases["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
+    alone["uneven-alone"] = uneven("zero1")
     return {name: found for ranks, group in ((2, cases), (1, alone)) for name, found in start(ranks, group).items()}
 
 
-def gradient_cases(small: str) -> dict[str, dict[str, Any]]:
+def uneven(ds: str) -> dict[str, Any]:
+    """A global batch that ranks cannot share alike."""
+    return {"ds": ds, "overrides": [*UNEVEN, *([SMALL] if ds == "zero3" else [])]}
+
+
+def gradient_cases() -> dict[str, dict[str, Any]]:
     """One step each, not clipped, by every stage and cut."""
     cases = {
-        f"gradients-{ds}": {"ds": ds, "overrides": [*UNCLIPPED, *([small] if ds == "zero3" else [])]}
+        f"gradients-{ds}": {"ds": ds, "overrides": [*UNCLIPPED, *([SMALL] if ds == "zero3" else [])]}
         for ds in ("zero0", "zero1", "zero2", "zero3")
     }
     for micro in (1, 4):
@@ -107,10 +125,10 @@ def gradient_cases(small: str) -> dict[str, dict[str, Any]]:
     return cases
 
 
-def optimizer_cases(small: str) -> dict[str, dict[str, Any]]:
+def optimizer_cases() -> dict[str, dict[str, Any]]:
     """Other optimisers, averaged weights and a backbone that waits, each by the stages that differ most."""
     cases = {
-        f"{name}-{ds}": {"ds": ds, "overrides": [*FP32, *overrides, *([small] if ds.startswith("zero3") else [])]}
+        f"{name}-{ds}": {"ds": ds, "overrides": [*FP32, *overrides, *([SMALL] if ds.startswith("zero3") else [])]}
         for name, (overrides, stages) in VARIANTS.items()
         for ds in stages
     }
@@ -177,6 +195,28 @@ def test_a_frame_budget_changes_nothing_but_the_cut(trained: dict[str, dict[str,
     assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
     assert len(set(case["micro_batches"])) > 1, "the number of micro-batches was to vary from step to step"
     assert case["restored"]
+
+
+@pytest.mark.parametrize("name", UNEVEN_ON)
+def test_unequal_shares_change_nothing(trained: dict[str, dict[str, Any]], name: str) -> None:
+    case = trained[f"uneven-{name}"]
+    assert_as_alone(case, trained["uneven-alone"])
+    assert case["micro_batches"] == [2, 2, 2, 1, 2, 2], "of at most two clips, as few as a step needs"
+    assert case["restored"]
+
+
+@pytest.mark.nightly
+def test_unequal_shares_change_nothing_on_three_ranks(start: Start) -> None:
+    alone = start(1, {"three-alone": uneven("zero1")})["three-alone"]
+    for name, case in start(3, {ds: uneven(ds) for ds in UNEVEN_ON}).items():
+        assert_as_alone(case, alone)
+        assert case["micro_batches"] == [2, 2, 2, 1, 2, 2], name
+
+
+def assert_as_alone(case: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert case["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert case["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-3)
+    assert case["weights_norm"] == pytest.approx(alone["weights_norm"], rel=1e-6)
 
 
 def test_the_losses_are_those_that_were_kept(trained: dict[str, dict[str, Any]]) -> None:

@@ -76,7 +76,7 @@ def test_check_says_what_would_run(tmp_path):
         "60.5 M",
         "ZeRO stage 3",
         "optimizer states on cpu",
-        "16 x 8 ranks x 1",
+        "128 clips = 8 ranks x 1 micro-batch of 16",
         "data.table=",
     ):
         assert part in done.stdout
@@ -85,7 +85,7 @@ def test_check_says_what_would_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["check", "t5_small", "--world-size", "3"], "nearest that are"),
+        (["check", "t5_small", "--world-size", "129"], "start at most 128, or set training.global_batch_size=129"),
         (["check", "t5_small", "ds.fp16.enabled=true"], "overflows to NaN"),
         (["show", "t5_smal"], "did you mean t5_small?"),
         (["show", "t5_small", "--ds", "zero9"], "'zero9' does not exist"),

@@ -130,35 +130,53 @@ def test_an_empty_json_is_stage_0_in_fp32(tmp_path):
     assert (run.zero_stage, run.precision) == (0, "fp32")
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 16))
-def test_batch_sizes_divide_or_the_suggested_ones_do(total, micro, world_size):
-    recipe = load_recipe("demo", [f"training.global_batch_size={total}", f"training.micro_batch_size={micro}"])
+@given(total=st.integers(1, 300), limit=st.integers(1, 40), world_size=st.integers(1, 40))
+def test_any_number_of_ranks_up_to_the_clips_of_a_step_resolves(total, limit, world_size):
+    recipe = load_recipe("demo", [f"training.global_batch_size={total}", f"training.micro_batch_size={limit}"])
     try:
         run = resolve(recipe, world_size, has_gpu=False)
     except UserError as error:
-        assert total % (micro * world_size) != 0
+        assert total < world_size
         message = str(error)
-        for suggested in numbers_after("training.global_batch_size=", message.split("nearest")[1]):
-            assert suggested % (micro * world_size) == 0
-            assert abs(suggested - total) < micro * world_size
-        for suggested in numbers_after("training.micro_batch_size=", message.split("nearest")[1]):
-            assert total % (suggested * world_size) == 0
-        for suggested in re.findall(r"(\d+) ranks$", message):
-            assert total % (micro * int(suggested)) == 0
-    else:
-        assert run.micro_batch_size * run.world_size * run.accumulation_steps == total
+        assert f"training.global_batch_size={total} has fewer clips than the {world_size} ranks" in message
+        most, least = re.search(r"start at most (\d+), or set training.global_batch_size=(\d+)", message).groups()
+        assert (int(most), int(least)) == (total, world_size)
+        return
+    assert total >= world_size
+    share = math.ceil(total / world_size)
+    assert run.accumulation_steps == math.ceil(share / limit), "as few as the limit allows"
+    assert run.micro_batch_size == math.ceil(share / run.accumulation_steps) <= limit, "as equal as possible"
+    config = run.deepspeed
+    product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * world_size
+    assert config["train_batch_size"] == product >= total, "DeepSpeed asserts it"
+    told = [note for note in run.notes if note.startswith(f"training.micro_batch_size={limit} is an upper limit: ")]
+    equal = total == limit * run.accumulation_steps * world_size
+    assert len(told) == (not equal), "one note, where not all micro-batches are what was asked for"
+    assert all(note.endswith(run.batch) for note in told)
 
 
-def numbers_after(key, text):
-    match = re.search(rf"{re.escape(key)}(\d+)(?: or (\d+))?", text)
-    return [int(number) for number in match.groups() if number] if match else []
+def test_what_came_out_of_the_limit_is_said():
+    assert run_of("t5_small", world_size=8).notes == ()
+    six = run_of("t5_small", world_size=6)
+    words = "128 clips = 6 ranks x 2 micro-batches of 10 or 11"
+    assert six.notes == (f"training.micro_batch_size=16 is an upper limit: {words}",)
+    assert (six.micro_batch_size, six.accumulation_steps) == (11, 2)
+    budget = run_of("t5_small", "training.micro_batch_frames=4000", world_size=6)
+    assert budget.notes == ()
+    assert budget.batch == "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
-    message = message_of("t5_small", "training.global_batch_size=30", "training.micro_batch_size=8", world_size=3)
-    assert "training.global_batch_size=30 is not training.micro_batch_size=8 x 3 ranks" in message
-    assert "training.global_batch_size=24 or 48" in message
-    assert "training.micro_batch_size=5 or 10" in message
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 16, 32, 64])
+def test_every_recipe_resolves_on_as_many_ranks_as_a_step_has_clips(world_size):
+    for name in recipe_names():
+        total = load_recipe(name).training.global_batch_size
+        if total < world_size:
+            assert f"start at most {total}, or set" in message_of(name, world_size=world_size, has_gpu=True)
+        else:
+            assert run_of(name, world_size=world_size, has_gpu=True).world_size == world_size
+
+
+def test_fewer_than_one_rank():
     assert "at least 1, not 0" in message_of(world_size=0)
 
 
@@ -258,15 +276,16 @@ def test_recipe_and_json_problems_are_listed_together():
 def test_conflicts_of_every_kind_are_listed_together():
     message = message_of(
         "t5_small",
-        "training.global_batch_size=30",
+        "training.global_batch_size=1",
         "ds.train_batch_size=4",
         "ds.gradient_cliping=1",
         "ds.fp16.enabled=true",
         "model.tokenizer=bytes",
+        world_size=2,
         needs_data=True,
     )
     for part in (
-        "nearest that are",
+        "training.global_batch_size=1 has fewer clips than the 2 ranks",
         "is not told where its clips are: add data.table=FILE.csv data.poses=FOLDER",
         "speak the vocabulary of google-t5/t5-small",
         "did you mean gradient_clipping?",
@@ -345,18 +364,18 @@ def test_a_backbone_that_does_not_exist():
 
 def test_a_run_directory_brings_the_run_back(tmp_path):
     run = run_of(
-        "t5_small", "model.prefix=translate to English:", "ds.zero_optimization.stage=1", ds="zero2", world_size=4
+        "t5_small", "model.prefix=translate to English:", "ds.zero_optimization.stage=1", ds="zero2", world_size=6
     )
     run.save(tmp_path / "deep" / "run")
     again = ResolvedRun.load(tmp_path / "deep" / "run")
     assert again.recipe == run.recipe
     assert again.deepspeed == run.deepspeed
-    assert (again.world_size, again.micro_batch_size, again.accumulation_steps) == (4, 16, 2)
+    assert (again.world_size, again.micro_batch_size, again.accumulation_steps) == (6, 11, 2)
     assert again.run_dir == tmp_path / "deep" / "run"
     assert sorted(path.name for path in again.run_dir.iterdir()) == ["deepspeed.json", "recipe.yaml"]
     # The stored recipe is a recipe: it can be run again.
     assert (
-        resolve_named(str(again.run_dir / "recipe.yaml"), [], 4, has_gpu=False, needs_data=False).deepspeed
+        resolve_named(str(again.run_dir / "recipe.yaml"), [], 6, has_gpu=False, needs_data=False).deepspeed
         == run.deepspeed
     )
 

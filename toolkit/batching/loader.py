@@ -65,8 +65,8 @@ def train_batches(
         rank: which of ``resolved.world_size`` ranks this is.
 
     Yields:
-        for each optimizer step a list of batches: ``accumulation_steps`` of them or, with a frame budget, as many as
-        this step needs; on every rank the same number.
+        for each optimizer step a list of batches: as many as its clips need under the limits of the recipe, on every
+        rank the same number.
     """
     recipe = resolved.recipe
     training = recipe.training
@@ -76,9 +76,9 @@ def train_batches(
     order = epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]
 
     def cut(clips: Indices) -> list[Indices]:
-        world_size, size, budget = resolved.world_size, resolved.micro_batch_size, training.micro_batch_frames
+        world_size, size, budget = resolved.world_size, training.micro_batch_size, training.micro_batch_frames
         if budget is None:
-            return micro_batches(clips, rank, world_size, resolved.accumulation_steps, size)
+            return micro_batches(clips, rank, world_size, size)
         return micro_batches_by_frames(clips, frames, rank, world_size, size, budget)
 
     # The loader runs ahead of the steps, so each follows the cuts at its own pace.

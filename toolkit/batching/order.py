@@ -15,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.recipe.batches import num_micro_batches
+
 Indices = NDArray[np.int64]
 
 # Clips are sorted by length within pools of at most this many global batches: at 100 about 2.4 % of the frames of a
@@ -72,27 +74,30 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
 
 
 def micro_batches(
-    global_batch: Sequence[int] | Indices, rank: int, world_size: int, accumulation_steps: int, micro_batch_size: int
+    global_batch: Sequence[int] | Indices, rank: int, world_size: int, micro_batch_size: int
 ) -> list[Indices]:
-    """Cut one rank's share out of a global batch.
+    """Cut one rank's share out of a global batch, into as few micro-batches as the limit allows.
 
     The batch is sorted by length, so consecutive clips go to the ranks of one accumulation step: little padding within
-    a micro-batch, and ranks that work on similar lengths at the same time wait little for each other. A partial batch
-    is spread evenly; where clips run short a rank gets one filler.
+    a micro-batch, and ranks that work on similar lengths at the same time wait little for each other. Ranks' shares
+    differ by at most one clip, and so do micro-batches; where clips run short a rank gets one filler.
+
+    Args:
+        global_batch: indices of clips, longest clip first.
+        rank, world_size: which of how many ranks this is.
+        micro_batch_size: most clips in a micro-batch.
 
     Returns:
-        ``accumulation_steps`` arrays of 1 to ``micro_batch_size`` clip indices; fillers are negative (``~i``).
+        Arrays of clip indices, on every rank the same number of them; fillers are negative (``~i``).
 
     Raises:
-        ValueError: the batch is empty or does not fit into the seats.
+        ValueError: the batch is empty.
     """
     clips = np.asarray(global_batch, dtype=np.int64)
+    if not len(clips):
+        raise ValueError("a global batch holds at least one clip")
+    accumulation_steps = num_micro_batches(len(clips), world_size, micro_batch_size)
     seats = world_size * accumulation_steps
-    if not 0 < len(clips) <= seats * micro_batch_size:
-        raise ValueError(
-            f"{len(clips)} clips do not fit {world_size} ranks x {accumulation_steps} accumulation steps "
-            f"x {micro_batch_size} clips"
-        )
     smaller, larger_shares = divmod(len(clips), seats)
     shares = []
     for step in range(accumulation_steps):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.recipe.batches import batch_in_words, micro_batch_sizes, num_micro_batches
 from toolkit.recipe.cells import (
     BFLOAT,
     HALF,
@@ -51,8 +52,10 @@ class ResolvedRun:
     recipe: Recipe
     deepspeed: Tree
     world_size: int  # ranks
-    micro_batch_size: int  # clips per forward pass of one rank
-    accumulation_steps: int  # forward passes per optimizer step
+    micro_batch_size: int  # clips in the largest forward pass; training.micro_batch_size is the limit that led to it
+    accumulation_steps: (
+        int  # forward passes per optimizer step; without training.micro_batch_frames, which may add some
+    )
     run_dir: Path
     notes: tuple[str, ...] = ()  # what the user should know and need not change
 
@@ -70,6 +73,14 @@ class ResolvedRun:
     def autocast(self) -> str | None:
         """The type in which matrix products of fp32 parameters are computed (torch_autocast), or None."""
         return autocast_type(self.deepspeed)
+
+    @property
+    def batch(self) -> str:
+        """The batch arithmetic in words."""
+        training = self.recipe.training
+        return batch_in_words(
+            training.global_batch_size, self.world_size, training.micro_batch_size, training.micro_batch_frames
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.yaml`` and ``deepspeed.json`` into ``folder``, each whole or not at all."""
@@ -130,11 +141,11 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         needs_data: whether the recipe must say where its data is; false to look at a recipe without training it.
 
     Raises:
-        UserError: conflicts, unknown keys, and numbers that do not divide: all of them.
+        UserError: conflicts, unknown keys, and fewer clips in a step than ranks: all of them.
     """
     problems: list[str] = []
     notes: list[str] = []
-    accumulation = _accumulation_steps(recipe.training, world_size, problems)
+    problems.extend(_batch_problems(recipe.training, world_size))
     if needs_data:
         problems.extend(missing_data(recipe))
     problems.extend(_model_problems(recipe))
@@ -163,44 +174,33 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     if problems:
         raise UserError(one_line(problems, f"recipe {recipe.name} with {recipe.deepspeed}"))
     run_dir = Path(recipe.run.dir or f"runs/{recipe.name}")
-    return ResolvedRun(
+    training = recipe.training
+    arithmetic = (training.global_batch_size, world_size, training.micro_batch_size)
+    smallest, largest = micro_batch_sizes(*arithmetic)
+    accumulation = num_micro_batches(*arithmetic)
+    run = ResolvedRun(
         recipe=recipe,
-        deepspeed=_filled_in(config, recipe.training, accumulation, run_dir),
+        deepspeed=_filled_in(config, training, world_size, largest, accumulation, run_dir),
         world_size=world_size,
-        micro_batch_size=recipe.training.micro_batch_size,
+        micro_batch_size=largest,
         accumulation_steps=accumulation,
         run_dir=run_dir,
-        notes=tuple(notes),
     )
+    if smallest != training.micro_batch_size and training.micro_batch_frames is None:
+        notes.append(f"training.micro_batch_size={training.micro_batch_size} is an upper limit: {run.batch}")
+    return replace(run, notes=tuple(notes))
 
 
-def _accumulation_steps(training: Training, world_size: int, problems: list[str]) -> int:
-    """global_batch_size / (micro_batch_size x world_size), or a problem that names the nearest numbers that divide."""
-    total, micro = training.global_batch_size, training.micro_batch_size
+def _batch_problems(training: Training, world_size: int) -> list[str]:
+    total = training.global_batch_size
     if world_size < 1:
-        problems.append(f"the number of ranks must be at least 1, not {world_size}")
-        return 1
-    chunk = micro * world_size
-    if total % chunk == 0:
-        return total // chunk
-    below = total // chunk * chunk
-    ways = [f"training.global_batch_size={' or '.join(str(n) for n in (below, below + chunk) if n)}"]
-    if total % world_size == 0:
-        ways.append(f"training.micro_batch_size={_nearest_divisors(total // world_size, micro)}")
-    if total % micro == 0:
-        ways.append(f"{_nearest_divisors(total // micro, world_size)} ranks")
-    problems.append(
-        f"training.global_batch_size={total} is not training.micro_batch_size={micro} x {world_size} ranks x a whole "
-        f"number of accumulation steps; nearest that are: {', or '.join(ways)}"
-    )
-    return 1
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wanted]
-    above = [n for n in divisors if n > wanted]
-    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+        return [f"the number of ranks must be at least 1, not {world_size}"]
+    if total < world_size:
+        return [
+            f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them: start at "
+            f"most {total}, or set training.global_batch_size={world_size} or more"
+        ]
+    return []
 
 
 def missing_data(recipe: Recipe) -> list[str]:
@@ -351,7 +351,9 @@ def _cell_problems(config: Tree, recipe: Recipe) -> list[str]:
     return problems
 
 
-def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Path) -> Tree:
+def _filled_in(
+    config: Tree, training: Training, world_size: int, micro_batch_size: int, accumulation: int, run_dir: Path
+) -> Tree:
     """``config`` with the recipe's values and with the defaults that DeepSpeed would choose otherwise."""
     zero = {"stage": 0, **config.get("zero_optimization", {})}
     # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
@@ -367,8 +369,10 @@ def _filled_in(config: Tree, training: Training, accumulation: int, run_dir: Pat
     return {
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were
+        # alike. It counts samples by it, in its log alone: the loop marks the boundaries and scales the loss by tokens.
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.gradient_clipping,
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),

@@ -164,7 +164,7 @@ class Training(Section):
     epochs: Positive = 20.0
     max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
     global_batch_size: Count = 32  # clips per optimizer step over all ranks
-    micro_batch_size: Count = 8  # clips per forward pass of one rank; with micro_batch_frames at most so many
+    micro_batch_size: Count = 8  # clips per forward pass of one rank, at most; a step has as few passes as that allows
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4

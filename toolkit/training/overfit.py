@@ -63,13 +63,17 @@ def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
     """Overrides of a recipe that turn it into a test of memory.
 
     Raises:
-        UserError: the clips cannot be divided among the ranks.
+        UserError: there are no clips, or fewer than ranks.
     """
-    if clips < 1 or clips % world_size:
-        raise UserError(f"--overfit {clips} cannot be divided among {world_size} ranks: use a multiple of {world_size}")
+    if clips < 1:
+        raise UserError(f"--overfit {clips}: the number of clips must be at least 1")
+    if clips < world_size:
+        raise UserError(
+            f"--overfit {clips} has fewer clips than the {world_size} ranks that share them: start at most {clips}, "
+            f"or use --overfit {world_size} or more"
+        )
     return [
         f"training.global_batch_size={clips}",
-        f"training.micro_batch_size={clips // world_size}",
         f"training.max_steps={MAX_STEPS}",
         f"training.epochs={MAX_STEPS}",
         f"training.eval_every={MAX_STEPS}",

@@ -286,11 +286,7 @@ def open_trainer(
             progress=progress,
             target_loss=target_loss,
         )
-        say(
-            f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of "
-            f"{recipe.training.global_batch_size} = {resolved.micro_batch_size} clips x {ranks.world_size} ranks x "
-            f"{resolved.accumulation_steps} accumulation steps{_budget(recipe.training.micro_batch_frames)}"
-        )
+        say(f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of {resolved.batch}")
         if ranks.is_main:
             warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, say)
         yield trainer
@@ -320,10 +316,6 @@ def _check_base(fingerprint: str, start: Start) -> None:
             f"{start.checkpoint} was trained on other frozen weights than those that are here now: get the backbone "
             "back that it was trained on (for a hub id its revision, for random weights this toolkit's version)"
         )
-
-
-def _budget(micro_batch_frames: int | None) -> str:
-    return f" or more: at most {micro_batch_frames} frames a forward pass" if micro_batch_frames else ""
 
 
 def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:

@@ -179,7 +179,7 @@ class Trainer:
         window = self.meter.window(batches, self.interruptions.wanted())
         factor = self._set_learning_rate()
         # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
-        # fixed number of accumulation steps, too: that is turned off, as a frame budget makes their number vary.
+        # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
         scale = self.ranks.world_size / max(window.tokens, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for number, batch in enumerate(batches, start=1):
