@@ -43,6 +43,13 @@ def test_offloading_moves_states_to_the_host() -> None:
     assert both.host == pytest.approx(16e9 / 2)
 
 
+def test_each_offload_counts_by_itself() -> None:
+    parameters_on_disk = states_of(3, 2, offload_param={"device": "nvme"})
+    assert (parameters_on_disk.device, parameters_on_disk.host) == (pytest.approx(14e9 / 2, rel=1e-6), 0)
+    states_on_disk = states_of(3, 2, offload_optimizer={"device": "nvme"}, offload_param={"device": "cpu"})
+    assert (states_on_disk.device, states_on_disk.host) == (pytest.approx(0, abs=100), pytest.approx(2e9 / 2))
+
+
 def test_frozen_and_packed_weights_cost_themselves_alone() -> None:
     frozen = Counts(10**9, 0, 10**9, 0, 0)
     assert states_of(2, 1, counts=frozen).device == pytest.approx(2e9, rel=1e-6)

@@ -125,6 +125,11 @@ def test_keys_of_another_stage_or_device_are_told_in_one_line():
         "ds.zero_optimization.offload_optimizer.buffer_count, fast_init have no effect without nvme"
     ]
     assert not read_deepspeed("zero3_nvme", offload).notes
+    logged = {"steps_per_print": 10, "dump_state": True}
+    assert read_deepspeed("zero2", logged).notes == [
+        "ds.steps_per_print, dump_state have no effect without log_level=info, which logs into log.txt"
+    ]
+    assert not read_deepspeed("zero2", logged | {"log_level": "info"}).notes
     compiled = {"compile": {"double_buffer": True}}
     assert read_deepspeed("zero3", compiled).notes == [
         "ds.compile.double_buffer has no effect without compile.deepcompile"

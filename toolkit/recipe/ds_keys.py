@@ -197,7 +197,7 @@ KNOWN: dict[str, Any] = {
     "memory_breakdown": "bool",
     "dump_state": "bool",
     "disable_python_gc": "bool",
-    "log_level": "str",
+    "log_level": ("debug", "info", "warning", "error", "critical"),
     "weight_quantization": "dict",
     "vocabulary_size": "int",
 }

@@ -261,6 +261,7 @@ STAGES_1_AND_2 = (
     "round_robin_gradients",
     "parameter_alignment",
 )
+LOGGED = ("steps_per_print", "dump_state")  # DeepSpeed logs these on a level that is off by default
 NVME = {
     "offload_optimizer": ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
     "offload_param": ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
@@ -333,6 +334,10 @@ def _idle_here(config: Tree, place_of: Callable[[Path], str]) -> Iterator[str]:
             if isinstance(given, dict) and given.get("device") != "nvme" and any(key in names for key in given):
                 listed = _listed([key for key in given if key in names], f"zero_optimization.{section}", place_of)
                 yield f"{listed} no effect without nvme"
+    if config.get("log_level") not in ("info", "debug"):
+        keys = [key for key in LOGGED if config.get(key) not in (None, False)]
+        if keys:
+            yield f"{_listed(keys, '', place_of)} no effect without log_level=info, which logs into log.txt"
     compiled = config.get("compile")
     if isinstance(compiled, dict) and not compiled.get("deepcompile"):
         keys = [".".join(path) for path, value in leaves(compiled) if value not in (False, {}) and path[0] != "passes"]
@@ -341,5 +346,5 @@ def _idle_here(config: Tree, place_of: Callable[[Path], str]) -> Iterator[str]:
 
 
 def _listed(keys: list[str], section: str, place_of: Callable[[Path], str]) -> str:
-    first = _where(f"{section}.{keys[0]}", place_of)
+    first = _where(f"{section}.{keys[0]}" if section else keys[0], place_of)
     return f"{', '.join([first, *keys[1:]])} {'has' if len(keys) == 1 else 'have'}"

@@ -40,6 +40,7 @@ from toolkit.training.checkpoints import (
     read_state,
     set_newer_aside,
 )
+from toolkit.training.communication import tell_communication
 from toolkit.training.cut_texts import warn_of_cut_texts
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
 from toolkit.training.final_scores import score_best
@@ -289,7 +290,11 @@ def open_trainer(
         say(f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of {resolved.batch}")
         if ranks.is_main:
             warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, say)
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            if ranks.is_main:
+                tell_communication(resolved, say)
 
 
 def _restore_kept(run_dir: Path, progress: Progress, ranks: Ranks) -> list[int]:
