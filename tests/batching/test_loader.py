@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from transformers import ByT5Tokenizer
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import evaluation_batches, train_batches
 from toolkit.batching.order import steps_per_epoch
+from toolkit.batching.workers import AwaitedTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 ALL_ON = {
@@ -167,12 +171,10 @@ def test_slowed_clips_stay_within_the_longest_length(resolve, train):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_gives_each_clip_once_over_all_ranks(corpus, tokenizer, world_size, workers):
+def test_evaluation_gives_each_clip_once_over_all_ranks(corpus, tokenizer, world_size):
     split = corpus.splits["train"]
     ranks = [
-        list(evaluation_batches(split, tokenizer, 120, rank=rank, world_size=world_size, workers=workers))
-        for rank in range(world_size)
+        list(evaluation_batches(split, tokenizer, 120, rank=rank, world_size=world_size)) for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for batches in ranks for batch in batches]
@@ -181,17 +183,32 @@ def test_evaluation_gives_each_clip_once_over_all_ranks(corpus, tokenizer, world
     assert all(batch.frame_mask.numel() <= 120 or len(batch) == 1 for batch in batches)
 
 
-def test_an_exception_in_a_worker_reaches_the_caller_with_its_message(corpus, resolve, tokenizer):
-    class BrokenTokenizer:
-        def __call__(self, text_target, **_):
-            raise ValueError(f"cannot tokenise {len(text_target)} texts")
+class BrokenTokenizer:
+    def __call__(self, text_target, **_):
+        raise ValueError(f"cannot tokenise {len(text_target)} texts")
 
-    resolved = resolve(training={"workers": 2})
-    stream = train_batches(
-        corpus.splits["train"], BrokenTokenizer(), resolved, landmark_set=corpus.landmark_set, epoch=0
-    )
-    with pytest.raises(ValueError, match="cannot tokenise 4 texts"):
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_reaches_the_caller_with_its_message_and_the_clips(corpus, resolve, workers):
+    resolved = resolve(training={"workers": workers})
+    stream = train_batches(corpus.splits["train"], BrokenTokenizer(), resolved, landmark_set=corpus.landmark_set)
+    with pytest.raises(ValueError, match="cannot tokenise 4 texts") as error:
         next(stream)
+    stream.close()
+    told = "".join(traceback.format_exception(error.value))
+    assert re.search(r"in a batch of these clips: clip\d{3}, clip\d{3}, clip\d{3}, clip\d{3}", told)
+    assert told.count("ValueError: cannot tokenise 4 texts") == 1
+
+
+def test_a_clip_that_cannot_be_read_is_named(corpus, resolve, tokenizer, monkeypatch):
+    def broken(index):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(corpus.splits["train"], "clip", broken)
+    stream = train_batches(corpus.splits["train"], tokenizer, resolve(), landmark_set=corpus.landmark_set)
+    with pytest.raises(OSError, match="Input/output") as error:
+        next(stream)
+    assert re.search(r"while clip \d+ of split train was read", error.value.__notes__[0])
 
 
 def children_of(pid: int) -> set[int]:
@@ -205,32 +222,94 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
-def test_closing_the_stream_ends_its_workers(corpus, resolve, tokenizer):
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_epochs_follow_each_other_in_the_same_workers(corpus, resolve, tokenizer, train, workers):
+    resolved = resolve(training={"workers": workers}, augmentation=ALL_ON)
     before = children_of(os.getpid())
     stream = train_batches(
         corpus.splits["train"],
         tokenizer,
-        resolve(training={"workers": 2}),
+        resolved,
         landmark_set=corpus.landmark_set,
-        epoch=0,
+        epoch=1,
+        start_step=4,
+        epochs=None,
     )
-    next(stream)
-    workers = children_of(os.getpid()) - before
-    assert len(workers) >= 2
+    started = children_of(os.getpid()) - before
+    assert len(started) == workers
+    plain = resolve(augmentation=ALL_ON)
+    for expected in [*train(plain, epoch=1, start_step=4), *train(plain, epoch=2), *train(plain, epoch=3)]:
+        for one, other in zip(expected, next(stream), strict=True):
+            assert_same(one, other)
+        assert children_of(os.getpid()) - before == started
     stream.close()
-    assert wait_until(lambda: not any(_is_alive(pid) for pid in workers), 10)
+    assert wait_until(lambda: not any(_is_alive(pid) for pid in started), 10)
+
+
+def test_a_run_that_goes_on_from_the_end_of_an_epoch_begins_the_next_one(corpus, resolve, tokenizer, train):
+    resolved = resolve()
+    done = steps_per_epoch(len(corpus.splits["train"]), 8)
+    stream = train_batches(
+        corpus.splits["train"], tokenizer, resolved, landmark_set=corpus.landmark_set, start_step=done, epochs=None
+    )
+    for one, other in zip(train(resolved, epoch=1)[0], next(stream), strict=True):
+        assert_same(one, other)
+
+
+def test_workers_wait_for_a_tokenizer_that_comes_later(corpus, resolve, tokenizer, train, tmp_path):
+    def load():
+        (tmp_path / f"loaded by {os.getpid()}").touch()
+        return tokenizer
+
+    resolved = resolve(training={"workers": 2})
+    before = children_of(os.getpid())
+    awaited = AwaitedTokenizer(load)
+    stream = train_batches(corpus.splits["train"], awaited, resolved, landmark_set=corpus.landmark_set, epochs=None)
+    workers = children_of(os.getpid()) - before
+    assert not list(tmp_path.iterdir())
+    awaited.announce()
+    for expected in [*train(resolve(), epoch=0), *train(resolve(), epoch=1)]:
+        for one, other in zip(expected, next(stream), strict=True):
+            assert_same(one, other)
+    stream.close()
+    assert {path.name for path in tmp_path.iterdir()} == {f"loaded by {pid}" for pid in workers}
+
+
+def test_more_workers_than_cores_are_no_matter_for_the_terminal(corpus, resolve, tokenizer):
+    resolved = resolve(training={"workers": 2 * len(os.sched_getaffinity(0)) + 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream = train_batches(corpus.splits["train"], tokenizer, resolved, landmark_set=corpus.landmark_set)
+    next(stream)
+    stream.close()
+
+
+def test_a_gpu_gets_its_batches_in_page_locked_memory(corpus, resolve, tokenizer, train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pinned = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: (pinned.append(batch), batch)[1])
+    steps = train(resolve(training={"workers": 2}))
+    assert pinned == [batch for step in steps for batch in step]
 
 
 SCRIPT = """
     import signal, sys, time
     from pathlib import Path
     from transformers import ByT5Tokenizer
-    from toolkit.batching.loader import evaluation_batches
+    from toolkit.batching.loader import train_batches
     from toolkit.corpus.packed import Corpus
+    from toolkit.recipe.resolve import ResolvedRun
+    from toolkit.recipe.schema import Recipe
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: print("asked to stop", flush=True))
-    stream = evaluation_batches(Corpus.open(sys.argv[1]).splits["train"], ByT5Tokenizer(), 60, workers=2)
+    corpus = Corpus.open(sys.argv[1])
+    training = {"global_batch_size": 2, "micro_batch_size": 2, "workers": 2}
+    recipe = Recipe.model_validate({"name": "test", "model": {"backbone": "t5_small"}, "training": training})
+    stream = train_batches(
+        corpus.splits["train"], ByT5Tokenizer(), ResolvedRun(recipe, {}, 1, 2, 1, Path("unused")),
+        landmark_set=corpus.landmark_set,
+    )
     next(stream)
     print("started", flush=True)
     for line in sys.stdin:

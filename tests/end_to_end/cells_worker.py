@@ -40,7 +40,7 @@ from toolkit.training.engine import join_process_group, leave_process_group, mak
 from toolkit.training.guards import GradientWatch
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import token_loss
-from toolkit.training.run import Start, open_trainer, seed_everything
+from toolkit.training.run import Start, all_batches, open_trainer, seed_everything
 
 STEPS = 3
 NOBODY = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})  # nobody asks
@@ -143,7 +143,7 @@ def train_recipe(
     dist.barrier()
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:
-        trainer.run()
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
         saved = saved_state_dict(trainer.engine.module, keep=True)
         trainer.engine.destroy()
     interruptions.close()

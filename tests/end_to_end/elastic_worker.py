@@ -24,7 +24,7 @@ from toolkit.training import run_directory
 from toolkit.training.averaging import averaged_weights
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
-from toolkit.training.run import Start, find_start, open_trainer
+from toolkit.training.run import Start, all_batches, find_start, open_trainer
 
 
 class StopAfter(Interruptions):
@@ -70,7 +70,7 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
         dist.barrier()
         with open_trainer(resolved, ranks, corpus, start, interruptions, said.append) as trainer:
             try:
-                trainer.run()
+                trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
             except Interrupted:
                 result["interrupted"] = True
             weights = trainable_state_dict(trainer.engine.module, keep=ranks.is_main)

@@ -26,7 +26,7 @@ from toolkit.training import run_directory
 from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
-from toolkit.training.run import Start, open_trainer
+from toolkit.training.run import Start, all_batches, open_trainer
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         first = table(trainer.engine.module)
-        trainer.run()
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
         last = table(trainer.engine.module)
         batch = next(
             iter(

@@ -24,7 +24,7 @@ from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoints import Progress, read_state
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
-from toolkit.training.run import Start, open_trainer
+from toolkit.training.run import Start, all_batches, open_trainer
 from toolkit.training.shards import shards
 
 
@@ -53,7 +53,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches = count_micro_batches(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
-        trainer.run()
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions, _ = trainer.translate(corpus.splits["test"])

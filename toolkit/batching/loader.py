@@ -7,17 +7,14 @@ follows from the seed, the epoch and the clip alone.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.order import (
@@ -28,17 +25,54 @@ from toolkit.batching.order import (
     micro_batches_by_frames,
     share_of_rank,
 )
+from toolkit.batching.workers import start_workers
 from toolkit.poses.augmentation import augment, draw_lengths, is_off
 
 if TYPE_CHECKING:
-    from toolkit.corpus.packed import Split
+    from toolkit.corpus.packed import Clip, Split
     from toolkit.poses.landmarks import LandmarkSet
     from toolkit.recipe.resolve import ResolvedRun
     from toolkit.recipe.schema import Recipe
 
-# Batches that each worker keeps ready: enough to ride out a slow read, few enough to bound memory.
-PREFETCHED_BATCHES = 4
 MAX_REFERENCE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a batch is made of.
+
+    Attributes:
+        clips: indices in the split; a filler is written ``~i``.
+        epoch: decides, with the seed, how each clip is augmented.
+        lengths: rows of :func:`draw_lengths` of these clips; None where nothing is augmented.
+    """
+
+    clips: Indices
+    epoch: int = 0
+    lengths: NDArray[np.int64] | None = None
+
+
+class TrainBatches:
+    """One rank's batches, step by step; its workers, if any, have started by the time it is made.
+
+    Iterating gives for each optimizer step a list of batches: as many as its clips need under the limits of the recipe,
+    on every rank the same number.
+    """
+
+    def __init__(self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch]) -> None:
+        self._steps = steps
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        return [next(self._batches) for _ in next(self._steps)]
+
+    def close(self) -> None:
+        """End the workers; safe to call twice."""
+        self._steps = iter(())
+        self._batches = iter(())  # torch ends the workers of an iterator that nobody holds
 
 
 def train_batches(
@@ -47,46 +81,65 @@ def train_batches(
     resolved: ResolvedRun,
     *,
     landmark_set: LandmarkSet,
-    epoch: int,
+    epoch: int = 0,
     start_step: int = 0,
+    epochs: int | None = 1,
     rank: int = 0,
-) -> Iterator[list[Batch]]:
-    """One rank's share of an epoch, from ``start_step`` to its end.
+) -> TrainBatches:
+    """One rank's share of one or many epochs, from ``start_step`` of the first on.
 
     Targets are cut to ``training.max_target_tokens``; ``collate.find_cut_texts`` says how many that are.
 
     Args:
         split: the training split.
-        tokenizer: a HuggingFace tokenizer.
+        tokenizer: a HuggingFace tokenizer, or one that is still awaited.
         resolved: batch arithmetic, seed, augmentation and number of workers.
         landmark_set: the corpus's landmarks; augmentation needs to know hands and mirror images.
-        epoch: which epoch, from 0.
+        epoch: the first one, from 0.
         start_step: optimizer steps of this epoch that are done already.
+        epochs: so many, one after the other; None without end.
         rank: which of ``resolved.world_size`` ranks this is.
-
-    Yields:
-        for each optimizer step a list of batches: as many as its clips need under the limits of the recipe, on every
-        rank the same number.
     """
     recipe = resolved.recipe
-    training = recipe.training
-    augmenter = None if is_off(recipe.augmentation) else Augmenter(split.frames, recipe, landmark_set, epoch)
+    wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
+    steps = itertools.chain.from_iterable(
+        _steps_of_epoch(split, resolved, number, start_step if number == epoch else 0, rank) for number in wanted
+    )
+    # The workers run ahead of the steps, so each follows the plan at its own pace.
+    steps, steps_ahead = itertools.tee(steps)
+    augmenter = None if is_off(recipe.augmentation) else Augmenter(recipe, landmark_set)
+    dataset = _Batches(split, tokenizer, recipe.training.max_target_tokens, augmenter)
+    tasks = itertools.chain.from_iterable(steps_ahead)
+    workers = recipe.training.workers
+    return TrainBatches(steps, start_workers(dataset, tasks, workers) if workers else map(dataset.__getitem__, tasks))
+
+
+def _steps_of_epoch(
+    split: Split, resolved: ResolvedRun, epoch: int, start_step: int, rank: int
+) -> Iterator[list[MicroBatch]]:
+    """What each optimizer step of an epoch learns on this rank."""
+    recipe = resolved.recipe
+    training, world_size = recipe.training, resolved.world_size
+    lengths = None if is_off(recipe.augmentation) else _lengths_of_epoch(split, recipe, epoch)
     # Clips meet others that are as long as they are once augmented: a changed speed costs no padding.
-    frames = augmenter.lengths[:, 1] if augmenter else split.frames
-    order = epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]
-
-    def cut(clips: Indices) -> list[Indices]:
-        world_size, size, budget = resolved.world_size, training.micro_batch_size, training.micro_batch_frames
+    frames = split.frames if lengths is None else lengths[:, 1]
+    for clips in epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]:
+        size, budget = training.micro_batch_size, training.micro_batch_frames
         if budget is None:
-            return micro_batches(clips, rank, world_size, size)
-        return micro_batches_by_frames(clips, frames, rank, world_size, size, budget)
+            shares = micro_batches(clips, rank, world_size, size)
+        else:
+            shares = micro_batches_by_frames(clips, frames, rank, world_size, size, budget)
+        yield [
+            MicroBatch(share, epoch, None if lengths is None else lengths[np.where(share < 0, ~share, share)])
+            for share in shares
+        ]
 
-    # The loader runs ahead of the steps, so each follows the cuts at its own pace.
-    cuts, cuts_ahead = itertools.tee(map(cut, order))
-    shares = itertools.chain.from_iterable(cuts_ahead)
-    batches = _load(split, tokenizer, shares, training.max_target_tokens, training.workers, augmenter)
-    for step in cuts:
-        yield [next(batches) for _ in step]
+
+
+def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.int64]:
+    # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
+    rng = np.random.default_rng((recipe.training.seed, epoch, 1))
+    return draw_lengths(split.frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)
 
 
 def evaluation_batches(
@@ -97,12 +150,11 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     max_target_tokens: int = MAX_REFERENCE_TOKENS,
-    workers: int = 0,
 ) -> Iterator[Batch]:
     """Every clip of a split exactly once over all ranks, longest first, nothing augmented.
 
     The batches are the same for every number of ranks, which deal them out among themselves; every rank gets the same
-    number of batches, the last of which may be one filler.
+    number of batches, the last of which may be one filler. They are made in this process: a search takes far longer.
 
     Args:
         split: any split.
@@ -110,98 +162,59 @@ def evaluation_batches(
         batch_frames: largest number of padded frames in a batch (a longer clip comes alone).
         rank, world_size: which of how many ranks this is.
         max_target_tokens: longer references are cut in ``labels``; ``texts`` keeps them whole.
-        workers: loader processes; 0 loads in this one.
     """
-    shares = share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size)
-    yield from _load(split, tokenizer, shares, max_target_tokens, workers, None)
+    dataset = _Batches(split, tokenizer, max_target_tokens, None)
+    for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
+        yield dataset[MicroBatch(share)]
 
 
 class Augmenter:
     """Augments a batch such that what happens to a clip follows from (seed, epoch, clip), whichever batch it is in."""
 
-    def __init__(self, frames: NDArray[np.integer], recipe: Recipe, landmark_set: LandmarkSet, epoch: int) -> None:
+    def __init__(self, recipe: Recipe, landmark_set: LandmarkSet) -> None:
         self.settings = recipe.augmentation
+        self.seed = recipe.training.seed
         self.landmark_set = landmark_set
-        self.key = (recipe.training.seed, epoch)
-        # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
-        rng = np.random.default_rng((*self.key, 1))
-        self.lengths = draw_lengths(frames, self.settings, rng, max_frames=recipe.data.max_frames)
 
-    def __call__(self, batch: Batch) -> Batch:
-        generators = [np.random.default_rng((*self.key, 2, clip)) for clip in batch.clips.tolist()]
+    def __call__(self, batch: Batch, epoch: int, lengths: NDArray[np.int64]) -> Batch:
         batch.poses, batch.visible, batch.frame_mask = augment(
             batch.poses,
             batch.visible,
             batch.frame_mask,
             self.settings,
             self.landmark_set,
-            self.lengths[batch.clips.numpy()],
-            generators,
+            lengths,
+            [np.random.default_rng((self.seed, epoch, 2, clip)) for clip in batch.clips.tolist()],
         )
         batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
         return batch
 
 
 class _Batches(Dataset[Batch]):
-    """Maps the indices of a micro-batch to the batch; this is what runs in the worker processes."""
+    """Makes batches; this is what runs in the worker processes."""
 
     def __init__(self, split: Split, tokenizer: Any, max_target_tokens: int, augmenter: Augmenter | None) -> None:
+        # Small batches are tokenised, and workers are as many as the cores can feed: threads gain nothing. Without a
+        # word from us the tokenizers library prints a warning for every worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.split = split
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
         self.augmenter = augmenter
 
-    def __getitem__(self, indices: Indices) -> Batch:
-        clips = [self.split.clip(i if i >= 0 else ~i) for i in indices.tolist()]
-        batch = collate(clips, indices.tolist(), self.tokenizer, max_target_tokens=self.max_target_tokens)
-        return self.augmenter(batch) if self.augmenter else batch
-
-
-def _load(
-    split: Split,
-    tokenizer: Any,
-    shares: Iterable[Indices],
-    max_target_tokens: int,
-    workers: int,
-    augmenter: Augmenter | None,
-) -> Iterator[Batch]:
-    # Forked workers tokenise small batches, each alone; threads gain nothing there, and without a word from us the
-    # tokenizers library prints a warning for every worker.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader: DataLoader[Batch] = DataLoader(
-        _Batches(split, tokenizer, max_target_tokens, augmenter),
-        batch_size=None,
-        sampler=shares,
-        num_workers=workers,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=PREFETCHED_BATCHES if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        # By default every new iterator draws from the global generator, and a resumed run, which makes one in the
-        # middle of an epoch, would drop out other units than the run that it continues.
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # A request to stop often goes to all processes of a job, but only the main one decides what it means: it saves,
-    # then closes the workers.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()
-    assert parent and parent.pid
-    threading.Thread(target=_end_with_the_parent, args=[parent.pid], daemon=True).start()
-
-
-def _end_with_the_parent(parent: int) -> None:
-    """End when the parent is dead, or says so by SIGTERM, by which Python ends the workers of an epoch left half-way.
-
-    torch's workers see by themselves that the parent died, but then wait for somebody to read what they have prepared.
-    """
-    while os.getppid() == parent:
-        told = signal.sigtimedwait({signal.SIGTERM}, 2.0)
-        if told and told.si_pid == parent:
-            break
-    os._exit(0)
+    def __getitem__(self, wanted: MicroBatch) -> Batch:
+        clips: list[Clip] = []
+        try:
+            for index in wanted.clips.tolist():
+                clips.append(self.split.clip(index if index >= 0 else ~index))
+            batch = collate(clips, wanted.clips.tolist(), self.tokenizer, max_target_tokens=self.max_target_tokens)
+            if self.augmenter and wanted.lengths is not None:
+                batch = self.augmenter(batch, wanted.epoch, wanted.lengths)
+        except Exception as error:
+            if len(clips) < len(wanted.clips):
+                index = int(wanted.clips[len(clips)])
+                error.add_note(f"while clip {index if index >= 0 else ~index} of split {self.split.name} was read")
+            else:
+                error.add_note(f"in a batch of these clips: {', '.join(clip.uid for clip in clips)}")
+            raise
+        return batch

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from toolkit.batching.collate import IGNORED_LABEL, Batch
-from toolkit.batching.loader import train_batches
+from toolkit.batching.loader import TrainBatches
 from toolkit.batching.order import steps_per_epoch
 from toolkit.cluster.devices import barrier
 from toolkit.cluster.ranks import Ranks
@@ -116,8 +116,11 @@ class Trainer:
         )
         self.special_ids = torch.tensor(special_ids(processor.tokenizer), device=engine.device)
 
-    def run(self) -> None:
+    def run(self, batches: TrainBatches) -> None:
         """Train to the end.
+
+        Args:
+            batches: this rank's, without end, from where the progress stands.
 
         Raises:
             Interrupted: asked to stop; everything is saved.
@@ -127,46 +130,37 @@ class Trainer:
         self.watch.start()
         try:
             with self.line:
-                self._run()
+                self._run(batches)
                 self._keep_the_last()
                 if self.ranks.is_main:
                     keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept])
         finally:
             self.watch.close()
 
-    def _run(self) -> None:
+    def _run(self, stream: TrainBatches) -> None:
         training = self.recipe.training
+        self.meter.restart()
         while self.progress.step < self.total_steps:
-            self.meter.restart()
-            for batches in train_batches(
-                self.train_split,
-                self.processor.tokenizer,
-                self.resolved,
-                landmark_set=self.corpus.landmark_set,
-                epoch=self.progress.epoch,
-                start_step=self.progress.epoch_step,
-                rank=self.ranks.rank,
-            ):
-                stop = self.step(batches)
-                ends = self.progress.epoch_step == self.epoch_steps or self.progress.step == self.total_steps
-                if ends and self._evaluation_is_due():
-                    self.evaluate()
-                if self.progress.step == self.total_steps:
-                    self._keep_the_last()
-                if stop or self.progress.step % training.save_every == 0 or self.progress.step == self.total_steps:
-                    self.save()
-                if stop and self.progress.step < self.total_steps:
-                    self.checkpoints.wait()
-                    reason = self.interruptions.reason or "another rank's signal"
-                    raise Interrupted(
-                        f"stopped by {reason} after step {self.progress.step} of {self.total_steps}; "
-                        "everything is saved, the same command goes on"
-                    )
-                if self.progress.step == self.total_steps:
-                    self.checkpoints.wait()
-                    return
-            self.progress.epoch += 1
-            self.progress.epoch_step = 0
+            batches = next(stream)
+            if self.progress.epoch_step == self.epoch_steps:  # an epoch ends where the next one begins
+                self.progress.epoch += 1
+                self.progress.epoch_step = 0
+            stop = self.step(batches)
+            ends = self.progress.epoch_step == self.epoch_steps or self.progress.step == self.total_steps
+            if ends and self._evaluation_is_due():
+                self.evaluate()
+            if self.progress.step == self.total_steps:
+                self._keep_the_last()
+            if stop or self.progress.step % training.save_every == 0 or self.progress.step == self.total_steps:
+                self.save()
+            if stop and self.progress.step < self.total_steps:
+                self.checkpoints.wait()
+                reason = self.interruptions.reason or "another rank's signal"
+                raise Interrupted(
+                    f"stopped by {reason} after step {self.progress.step} of {self.total_steps}; "
+                    "everything is saved, the same command goes on"
+                )
+        self.checkpoints.wait()
 
     def step(self, batches: Sequence[Batch]) -> bool:
         """One optimizer step over this rank's micro-batches.
