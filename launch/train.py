@@ -95,7 +95,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
-    from toolkit.cluster.devices import use_device
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -112,7 +111,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
-    use_device(ranks)
     check_meeting_place(ranks)
     check_locks()
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
