@@ -13,7 +13,6 @@ from torch import distributed as dist
 from toolkit.cluster.ranks import read_ranks
 from toolkit.training.watch import Limits, RankWatch
 
-LIMITS = Limits(shortest=1.5, median_steps=3, silence=3.0, poll=0.1)
 LOST_AT = 5
 
 
@@ -21,7 +20,9 @@ def main() -> None:
     lost_rank, how = int(sys.argv[1]), sys.argv[2]
     ranks = read_ranks()
     dist.init_process_group("gloo")
-    watch = RankWatch(ranks, lambda reason: print(f"told: {reason}", flush=True), LIMITS)
+    data = 4.0 if how == "starves" else 60.0
+    limits = Limits(shortest=1.5, median_steps=3, data=data, silence=3.0, poll=0.1)
+    watch = RankWatch(ranks, lambda reason: print(f"told: {reason}", flush=True), limits)
     watch.start()
     for step in range(1, 8):
         if step == LOST_AT and ranks.rank == lost_rank:
@@ -29,6 +30,16 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif how == "lags":
                 time.sleep(60)
+            elif how == "waits for data":
+                with watch.waiting_for_data():
+                    time.sleep(7)
+            elif how == "starves":
+                with watch.waiting_for_data():
+                    time.sleep(60)
+            elif how == "stops while it waits for data":
+                with watch.waiting_for_data():
+                    time.sleep(1)
+                    os.kill(os.getpid(), signal.SIGSTOP)
             else:  # an evaluation or a save takes its time
                 with watch.lifted():
                     time.sleep(5)

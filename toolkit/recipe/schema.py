@@ -194,6 +194,8 @@ class Training(Section):
     eval_every: Count = 1  # epochs
     log_every: Count = 10  # optimizer steps
     workers: CountOrZero = 2  # loader processes per rank; 0 = load in the training process
+    rank_timeout: Positive = 60.0  # seconds; a step that takes longer, and ten usual ones, looks for the missing rank
+    data_timeout: Positive = 900.0  # seconds for which a rank may wait for a batch, and the others for that rank
     time_limit: Positive | None = None  # minutes, after which the run saves and leaves with exit code 75
 
 

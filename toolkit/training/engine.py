@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,21 @@ from toolkit.training.cpu_communication import communicate_on_cpu
 from toolkit.training.optimizers import client_optimizer, parameter_groups
 from toolkit.training.shards import base_optimizer
 
+# A collective ends this much later than the longest permitted wait, so that the rank that is late says why first.
+GRACE_SECONDS = 60.0
 
-def join_process_group(ranks: Ranks) -> None:
-    """Bring the ranks together, each on its device; a lone process becomes a group of one."""
+
+def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
+    """Bring the ranks together, each on its device; a lone process becomes a group of one.
+
+    Args:
+        ranks: which rank this is.
+        longest_wait: seconds for which a rank may be late for a collective; never fewer than DeepSpeed grants.
+    """
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
-    device = use_device(ranks)
+    device = use_device(ranks)  # not before: a GPU brings threads, and a run has forked its loader's workers by now
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # DeepSpeed takes LOCAL_RANK for the number of a GPU: that of the only one that a rank sees is 0.
@@ -41,7 +51,9 @@ def join_process_group(ranks: Ranks) -> None:
     if ranks.local_rank == 0:
         remove_orphaned_buffers()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its op
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(
+            verbose=False, timeout=max(default_pg_timeout, timedelta(seconds=longest_wait + GRACE_SECONDS))
+        )
     check_bound()
     barrier()
     release_own_buffer(ranks.rank)

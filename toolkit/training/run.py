@@ -241,7 +241,8 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
     try:
         if ranks.local_rank == 0:
             claim_swap_folders(swap)
-        join_process_group(ranks)
+        training = resolved.recipe.training
+        join_process_group(ranks, max(training.data_timeout, training.rank_timeout))
         if not ranks.is_main:  # by now the run directory is there, and is that of this run
             quieten(run_dir / f"log_rank_{ranks.rank:02d}.txt")
         yield interruptions

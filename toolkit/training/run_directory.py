@@ -53,6 +53,8 @@ MAY_CHANGE = (
     "training.log_every",
     "training.early_stopping",
     "training.workers",
+    "training.rank_timeout",
+    "training.data_timeout",
     "training.time_limit",
 )
 # How long a run is: --extend makes it longer.

@@ -42,7 +42,7 @@ from toolkit.training.loss import ctc_loss, token_loss
 from toolkit.training.metering import StepMeter, Window
 from toolkit.training.run_directory import write_status
 from toolkit.training.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
-from toolkit.training.watch import RankWatch
+from toolkit.training.watch import Limits, RankWatch
 
 log = logging.getLogger("toolkit")
 
@@ -99,7 +99,11 @@ class Trainer:
         )
         self.freeze = BackboneFreeze(engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
         self.spikes = SpikeWatch()
-        self.watch = RankWatch(ranks, lambda reason: write_status(resolved.run_dir, "failed", reason=reason))
+        self.watch = RankWatch(
+            ranks,
+            lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
+            Limits(shortest=training.rank_timeout, data=training.data_timeout),
+        )
         self.meter = StepMeter(resolved, engine.device, ranks.world_size)
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = corpus.splits["train"]
@@ -141,7 +145,8 @@ class Trainer:
         training = self.recipe.training
         self.meter.restart()
         while self.progress.step < self.total_steps:
-            batches = next(stream)
+            with self.watch.waiting_for_data():
+                batches = next(stream)
             if self.progress.epoch_step == self.epoch_steps:  # an epoch ends where the next one begins
                 self.progress.epoch += 1
                 self.progress.epoch_step = 0

@@ -3,12 +3,16 @@
 A collective that waits for a dead rank says at best that a connection closed, and DeepSpeed's all-reduce over shared
 memory waits for ever. So every rank shows a sign of life once a second, and how far it has come, in the store over
 which the process group met. A rank whose step takes far longer than steps do looks there for whom it is waiting.
+
+A rank whose batches are late is not lost. It says that it waits for them, the others wait for it, and it gives up by
+itself when that takes too long.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import socket
@@ -28,7 +32,9 @@ from toolkit.cluster.ranks import Ranks
 
 EXIT_RANK_LOST = 1
 REMEMBERED_STEPS = 50
-Phase = Literal["step", "aside"]
+Phase = Literal["step", "data", "aside"]
+
+log = logging.getLogger("toolkit")
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,16 @@ class Limits:
     """When waiting becomes too long, in seconds.
 
     Attributes:
-        shortest: no step is too long before this.
+        shortest: no step is too long before this, and no wait for data worth a word.
         median_steps: nor before so many median steps.
+        data: a rank that waits for a batch so long gives up.
         silence: without a sign of life for so long a rank counts as dead.
         poll: between two signs of life.
     """
 
     shortest: float = 60.0
     median_steps: float = 10.0
+    data: float = 900.0
     silence: float = 10.0
     poll: float = 1.0
 
@@ -63,7 +71,7 @@ class RankWatch:
     """Watches the ranks from a thread of its own; all ranks of the default process group have one.
 
     It only watches during steps, from the second on: the first may compile, and saving and evaluating take as long as
-    they take.
+    they take. Waits for data have a limit of their own, from the first on.
 
     Args:
         ranks: which rank this is.
@@ -80,6 +88,8 @@ class RankWatch:
         self._step = 0
         self._phase: Phase = "step"
         self._since: float | None = None  # when the step that goes on began
+        self._data_since: float | None = None  # when the wait for data that goes on began
+        self._has_told_of_data = False
         self._count = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="rank watch")
@@ -98,6 +108,15 @@ class RankWatch:
         if self._since is not None:
             self._durations.append(time.monotonic() - self._since)
             self._since = None
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Within it this rank waits for its batches, and the others wait for it."""
+        self._phase, self._data_since = "data", time.monotonic()
+        try:
+            yield
+        finally:
+            self._phase, self._data_since = "step", None
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -126,6 +145,7 @@ class RankWatch:
             lost: dict[int, str] | None
             try:
                 self._show()
+                self._mind_the_data()
                 if since is None or limit is None or time.monotonic() - since < limit:
                     continue
                 lost = self._look()
@@ -134,6 +154,29 @@ class RankWatch:
             late = limit is not None and since is not None and self._since == since
             if lost is not None and late and not self._closed.is_set():
                 self._leave(lost)
+
+    def _mind_the_data(self) -> None:
+        """Say once that this rank waits for its data; give up when nothing has come for too long."""
+        since = self._data_since
+        if since is None or time.monotonic() - since < self.limits.shortest:
+            return
+        seconds = time.monotonic() - since
+        who = f"rank {self._ranks.rank} ({socket.gethostname()}, process {os.getpid()})"
+        if seconds > self.limits.data and self._data_since == since and not self._closed.is_set():
+            self._give_up(f"{who} has waited for its data for {seconds:.0f} s, the limit of training.data_timeout")
+        if not self._has_told_of_data:
+            self._has_told_of_data = True
+            told = f"{who} waits for its data for {seconds:.0f} s: is the disk of the corpus slow, or its server away?"
+            log.warning(told)
+            print(f"note: {told}", file=sys.stderr, flush=True)
+
+    def _give_up(self, reason: str) -> None:
+        """End this process, and so the run, for a reason of its own."""
+        try:
+            self._on_loss(reason)
+        finally:
+            self._say_why(reason)
+            os._exit(EXIT_RANK_LOST)
 
     def _show(self) -> None:
         self._count += 1
@@ -154,7 +197,9 @@ class RankWatch:
                 lost[rank] = f"{who} gives no sign of life"
             elif sign.phase == "step" and sign.step < self._step:
                 lost[rank] = f"{who} lives, and has not come to step {self._step}"
-        busy = any(sign.phase == "aside" for sign in after.values())
+        busy = any(
+            sign.phase == "aside" or (sign.phase == "data" and sign.step < self._step) for sign in after.values()
+        )
         return lost if lost or not busy else None
 
     def _signs(self) -> dict[int, Sign]:
@@ -182,9 +227,13 @@ class RankWatch:
                 self._on_loss(reason)
         finally:
             if self._ranks.rank == next((rank for rank in alive if rank in here), None):
-                hint = "the last checkpoint is intact, the same command goes on from it"
-                print(f"error: {reason}; {hint}", file=sys.stderr, flush=True)
+                self._say_why(reason)
             os._exit(EXIT_RANK_LOST)
+
+    @staticmethod
+    def _say_why(reason: str) -> None:
+        hint = "the last checkpoint is intact, the same command goes on from it"
+        print(f"error: {reason}; {hint}", file=sys.stderr, flush=True)
 
 
 def _own_connection(timeout: timedelta) -> Any:
