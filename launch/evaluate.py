@@ -27,7 +27,7 @@ import os
 import time
 from dataclasses import asdict
 
-from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
+from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_local_rank, read_ranks
 from toolkit.errors import UserError, exit_code_of
 
 PROGRESS_SECONDS = 5.0
@@ -36,12 +36,11 @@ PROGRESS_SECONDS = 5.0
 def main() -> None:
     comparing = sys.argv[1:2] == ["compare"]
     arguments = parse_comparison(sys.argv[2:]) if comparing else parse(sys.argv[1:])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
 
     def work() -> None:
         compare(arguments) if comparing else run(arguments, read_ranks())
 
-    code = exit_code_of(work, debug=arguments.debug, local_rank=local_rank)
+    code = exit_code_of(work, debug=arguments.debug, local_rank=read_local_rank())
     sys.stdout.flush()
     # Threads of gloo may linger; everything is written, so none may hold up the exit code.
     os._exit(code)
@@ -140,7 +139,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     corpus = find_corpus(arguments.model, recipe, arguments.corpus, speaks=ranks.speaks)
     names = find_splits(corpus, arguments.split)
     quieten(None)
-    use_threads(ranks)
     model, processor = load_translator(arguments.model)
     check_fit(corpus, processor)
     search = {
@@ -160,6 +158,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     if ranks.world_size > 1 or arguments.zero3:
         join_process_group(ranks)
+    use_threads(ranks)
     try:
         total = sum(len(corpus.splits[name]) for name in names)
         say(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")

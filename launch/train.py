@@ -28,7 +28,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
+from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_local_rank, read_ranks
 from toolkit.errors import UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parse()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, local_rank=local_rank)
+    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, local_rank=read_local_rank())
     sys.stdout.flush()
     # Threads of gloo may linger; everything is saved, so none may hold up the exit code.
     os._exit(code)

@@ -1,8 +1,17 @@
 """The ranks that launchers announce, and the refusal of more ranks than devices."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_ranks
+from toolkit.cluster.ranks import (
+    Ranks,
+    check_meeting_place,
+    check_ranks,
+    read_local_rank,
+    read_ranks,
+    tasks_per_node,
+)
 from toolkit.errors import UserError
 
 
@@ -22,18 +31,101 @@ def test_a_lone_process_is_rank_0_of_1():
             "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
         },
         {
+            "MV2_COMM_WORLD_RANK": "5",
+            "MV2_COMM_WORLD_LOCAL_RANK": "1",
+            "MV2_COMM_WORLD_SIZE": "8",
+            "MV2_COMM_WORLD_LOCAL_SIZE": "4",
+        },
+        {
+            "PMI_RANK": "5",
+            "MPI_LOCALRANKID": "1",
+            "PMI_SIZE": "8",
+            "MPI_LOCALNRANKS": "4",
+            # Its daemons are tasks of srun, one a node.
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        },
+        {
             "SLURM_PROCID": "5",
             "SLURM_LOCALID": "1",
             "SLURM_STEP_NUM_TASKS": "8",
             "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+            "SLURM_NODEID": "1",
+            "PMI_RANK": "5",  # `srun --mpi=pmi2` sets these two as well
+            "PMI_SIZE": "8",
         },
     ],
-    ids=["deepspeed", "torchrun", "openmpi", "slurm"],
+    ids=["deepspeed", "torchrun", "openmpi", "mvapich2", "hydra", "slurm"],
 )
 def test_launchers_are_understood(environment):
     ranks = read_ranks(environment)
     assert ranks == Ranks(rank=5, local_rank=1, world_size=8, local_world_size=4)
     assert not ranks.is_main and not ranks.speaks
+    assert read_local_rank(environment) == 1
+
+
+def of_slurm(rank: int, local_rank: int, tasks: str, node: int | None) -> dict[str, str]:
+    environment = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_STEP_TASKS_PER_NODE": tasks}
+    if node is not None:
+        environment["SLURM_NODEID"] = str(node)
+    return environment | {"SLURM_STEP_NUM_TASKS": "12"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "tasks", "node", "here"),
+    [(7, 7, "8,4", 0, 8), (11, 3, "8,4", 1, 4), (9, 1, "4(x2),3,1", 2, 3), (11, 0, "4(x2),3,1", 3, 1)],
+)
+def test_nodes_of_a_slurm_step_may_differ(rank, local_rank, tasks, node, here):
+    ranks = read_ranks(of_slurm(rank, local_rank, tasks, node))
+    assert ranks == Ranks(rank, local_rank, 12, here)
+    check_ranks(ranks, gpus=here, environment={})
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (of_slurm(11, 5, "8,4", 1), "SLURM_LOCALID=5 does not fit"),
+        (of_slurm(11, 3, "8,4", 2), "SLURM_NODEID=2 is not one of the 2 nodes"),
+        (of_slurm(11, 3, "8,4", None), "no SLURM_NODEID says which node this is"),
+        (of_slurm(11, 3, "eight", 0), "'eight', not a list as 8\\(x2\\),4"),
+    ],
+)
+def test_a_slurm_step_that_contradicts_itself_is_told_in_one_line(environment, said):
+    with pytest.raises(UserError, match=said) as error:
+        read_ranks(environment)
+    assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 20)), min_size=1, max_size=6))
+def test_slurms_short_form_of_tasks_is_written_out(runs):
+    text = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else str(tasks) for tasks, nodes in runs)
+    assert tasks_per_node(text) == [tasks for tasks, nodes in runs for _ in range(nodes)]
+
+
+@given(st.text("0123456789(x), ", max_size=12))
+def test_what_slurm_does_not_write_is_refused_or_read_to_its_end(text):
+    try:
+        tasks = tasks_per_node(text)
+    except ValueError:
+        return
+    assert len(tasks) >= text.count(",") + 1 or "(x0" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 0),
+        ({"RANK": "x", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 2),
+        ({"RANK": "3", "LOCAL_RANK": "two", "WORLD_SIZE": "4"}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "-1", "WORLD_SIZE": "4"}, 0),
+        (of_slurm(11, 3, "nonsense", 7), 3),
+    ],
+)
+def test_who_prints_an_error_is_known_whatever_the_environment_says(environment, local_rank):
+    assert read_local_rank(environment) == local_rank
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,17 @@ No process group is needed, so that wrong input is reported, once per node, befo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolkit.errors import UserError
 
-# rank, local rank, world size, ranks on this node: DeepSpeed's and torch's launchers, Open MPI, SLURM's srun.
-# DeepSpeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
-LAUNCHERS = (
+SLURM_TASKS, SLURM_NODE = "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"
+# rank, local rank, world size, ranks on this node: DeepSpeed's and torch's launchers (one says LOCAL_SIZE, the other
+# LOCAL_WORLD_SIZE), Open MPI, MVAPICH2, Hydra (mpiexec of MPICH and Intel MPI), SLURM's srun. srun comes last: the
+# others may start their daemons by it, and SLURM counts those.
+LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     (
         "OMPI_COMM_WORLD_RANK",
@@ -21,7 +24,9 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_SIZE",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_LOCAL_SIZE",)),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", ("MPI_LOCALNRANKS",)),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", (SLURM_TASKS,)),
 )
 
 
@@ -58,25 +63,49 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         UserError: a launcher's variable is not a number, or the ranks do not fit each other.
     """
-    for rank, local_rank, world_size, local_sizes in LAUNCHERS:
-        if rank in environment and world_size in environment:
-            size = _number(environment, world_size)
-            ranks = Ranks(
-                rank=_number(environment, rank),
-                local_rank=_number(environment, local_rank) if local_rank in environment else 0,
-                world_size=size,
-                local_world_size=next(
-                    (_number(environment, name) for name in local_sizes if name in environment), size
-                ),
-            )
-            if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size):
-                raise UserError(
-                    f"{rank}={ranks.rank} does not fit {world_size}={ranks.world_size} "
-                    f"with {ranks.local_world_size} on this node: "
-                    "start the run by `deepspeed`, or unset these variables to run a single process"
-                )
-            return ranks
-    return Ranks()
+    names = _launcher(environment)
+    if names is None:
+        return Ranks()
+    rank, local_rank, world_size, local_sizes = names
+    size = _number(environment, world_size)
+    ranks = Ranks(
+        rank=_number(environment, rank),
+        local_rank=_number(environment, local_rank) if local_rank in environment else 0,
+        world_size=size,
+        local_world_size=next((_on_this_node(environment, name) for name in local_sizes if name in environment), size),
+    )
+    fits_node = 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size
+    if not (0 <= ranks.rank < ranks.world_size and fits_node):
+        raise UserError(
+            f"{rank}={ranks.rank}, {local_rank}={ranks.local_rank} does not fit {world_size}={ranks.world_size} "
+            f"with {ranks.local_world_size} on this node: "
+            "start the run by `deepspeed`, or unset these variables to run a single process"
+        )
+    return ranks
+
+
+def read_local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Number of this process on its node, for those who must print an error: it never raises; 0 where it is unknown."""
+    names = _launcher(environment)
+    try:
+        return max(0, int(environment[names[1]])) if names else 0
+    except (KeyError, ValueError):
+        return 0
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Tasks of each node of a SLURM step: ``8(x2),4`` means 8, 8 and 4.
+
+    Raises:
+        ValueError: this is not how SLURM writes it.
+    """
+    tasks = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if not found:
+            raise ValueError(f"not a number of tasks: {part!r}")
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks
 
 
 def check_ranks(
@@ -120,16 +149,42 @@ def check_meeting_place(ranks: Ranks, environment: Mapping[str, str] = os.enviro
 
 def _are_tasks(environment: Mapping[str, str]) -> bool:
     """Whether the ranks of this node are tasks of srun or mpirun, not processes of a launcher that is one itself."""
-    sizes = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return any(_number(environment, name) > 1 for name in sizes if name in environment)
+    sizes = (SLURM_TASKS, "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    return any(_on_this_node(environment, name) > 1 for name in sizes if name in environment)
+
+
+def _launcher(environment: Mapping[str, str]) -> tuple[str, str, str, tuple[str, ...]] | None:
+    """The variables of the launcher that started this process."""
+    for names in LAUNCHERS:
+        rank, local_rank, world_size, _ = names
+        # A number on the node is a launcher's own; RANK and WORLD_SIZE alone may be set by hand.
+        if rank in environment and world_size in environment and (local_rank in environment or rank == "RANK"):
+            return names
+    return None
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    # SLURM writes "4(x2)" for four tasks on each of two nodes.
-    value = environment[name].split("(")[0].split(",")[0]
     try:
-        return int(value)
+        return int(environment[name])
     except ValueError:
         raise UserError(
             f"environment variable {name} is {environment[name]!r}, not a number: unset it or start by `deepspeed`"
         ) from None
+
+
+def _on_this_node(environment: Mapping[str, str], name: str) -> int:
+    """How many ranks this node has; SLURM says it of all nodes of the step."""
+    if name != SLURM_TASKS:
+        return _number(environment, name)
+    try:
+        tasks = tasks_per_node(environment[name])
+    except ValueError:
+        raise UserError(
+            f"environment variable {name} is {environment[name]!r}, not a list as 8(x2),4: unset it or start by srun"
+        ) from None
+    node = _number(environment, SLURM_NODE) if SLURM_NODE in environment else 0
+    if SLURM_NODE not in environment and len(set(tasks)) > 1:
+        raise UserError(f"{name}={environment[name]}, and no {SLURM_NODE} says which node this is: start by srun")
+    if not 0 <= node < len(tasks):
+        raise UserError(f"{SLURM_NODE}={node} is not one of the {len(tasks)} nodes of {name}={environment[name]}")
+    return tasks[node]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.devices import barrier, check_bound, use_device
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
@@ -152,9 +153,20 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def use_threads(ranks: Ranks) -> None:
-    """Share the cores of a machine without GPUs among its ranks."""
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    """Share the cores of a machine without GPUs among its ranks; all of them call this, in the group if there is one.
+
+    OMP_NUM_THREADS, which `deepspeed --bind_cores_to_rank` and torchrun set, decides where it is set.
+    """
+    if torch.cuda.is_available():
+        return
+    from torch import distributed as dist
+
+    own = usable_cores()
+    everybody: list[Any] = [own] * ranks.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(everybody, own)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(own, everybody)))
 
 
 def peak_memory_gib() -> float:

@@ -44,7 +44,14 @@ from toolkit.training.checkpoints import (
 )
 from toolkit.training.communication import tell_communication
 from toolkit.training.cut_texts import warn_of_cut_texts
-from toolkit.training.engine import join_process_group, leave_process_group, make_engine, peak_memory_gib, quieten
+from toolkit.training.engine import (
+    join_process_group,
+    leave_process_group,
+    make_engine,
+    peak_memory_gib,
+    quieten,
+    use_threads,
+)
 from toolkit.training.final_scores import score_best
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
@@ -243,6 +250,7 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
             claim_swap_folders(swap)
         training = resolved.recipe.training
         join_process_group(ranks, max(training.data_timeout, training.rank_timeout))
+        use_threads(ranks)
         if not ranks.is_main:  # by now the run directory is there, and is that of this run
             quieten(run_dir / f"log_rank_{ranks.rank:02d}.txt")
         yield interruptions
