@@ -39,8 +39,9 @@ from toolkit.training.checkpoints import Progress, SavedState, name_of, read_sta
 from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
 from toolkit.training.guards import GradientWatch
 from toolkit.training.interruptions import Interruptions
+from toolkit.training.loading import all_batches
 from toolkit.training.loss import token_loss
-from toolkit.training.run import Start, all_batches, open_trainer, seed_everything
+from toolkit.training.run import Start, open_trainer, seed_everything
 
 STEPS = 3
 NOBODY = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})  # nobody asks

@@ -24,7 +24,8 @@ from toolkit.training import run_directory
 from toolkit.training.averaging import averaged_weights
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
-from toolkit.training.run import Start, all_batches, find_start, open_trainer
+from toolkit.training.loading import all_batches
+from toolkit.training.run import Start, find_start, open_trainer
 
 
 class StopAfter(Interruptions):

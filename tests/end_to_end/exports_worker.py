@@ -26,7 +26,8 @@ from toolkit.training import run_directory
 from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.interruptions import Interruptions
-from toolkit.training.run import Start, all_batches, open_trainer
+from toolkit.training.loading import all_batches
+from toolkit.training.run import Start, open_trainer
 
 
 def main() -> None:

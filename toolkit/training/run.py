@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.batching.loader import TrainBatches, train_batches
-from toolkit.batching.workers import AwaitedTokenizer
 from toolkit.cluster.devices import barrier
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
@@ -55,11 +53,10 @@ from toolkit.training.engine import (
 from toolkit.training.final_scores import score_best
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
+from toolkit.training.loading import PROCESSOR, loading
 from toolkit.training.overfit import TARGET_LOSS, verdict
 from toolkit.training.random_states import seed_everything
 from toolkit.training.trainer import Trainer
-
-PROCESSOR = "processor"  # folder in the run directory
 
 log = logging.getLogger("toolkit")
 
@@ -163,7 +160,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
         UserError: a guard stopped the run.
     """
     with (
-        _workers_of_run(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
+        loading(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
         living_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
     ):
@@ -191,7 +188,7 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
     """
     start = Start()
     with (
-        _workers_of_run(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
+        loading(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
         living_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, say, target_loss=TARGET_LOSS) as trainer,
     ):
@@ -205,35 +202,6 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
         run_directory.write_status(resolved.run_dir, "finished", step=steps)
         say(draw_report(resolved.run_dir))
     return {"run_dir": str(resolved.run_dir), "steps": steps, "loss": loss, "learned": learned}
-
-
-def all_batches(
-    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress, tokenizer: Any
-) -> TrainBatches:
-    """What this rank learns from, from where the run stands on without end: more than any run takes."""
-    return train_batches(
-        corpus.splits["train"],
-        tokenizer,
-        resolved,
-        landmark_set=corpus.landmark_set,
-        epoch=progress.epoch,
-        start_step=progress.epoch_step,
-        epochs=None,
-        rank=ranks.rank,
-    )
-
-
-@contextmanager
-def _workers_of_run(
-    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress
-) -> Iterator[tuple[TrainBatches, AwaitedTokenizer]]:
-    """The same, from workers that start now, before this process has threads; the run's tokenizer comes later."""
-    tokenizer = AwaitedTokenizer(lambda: PoseProcessor.from_pretrained(resolved.run_dir / PROCESSOR).tokenizer)
-    with closing(all_batches(resolved, ranks, corpus, progress, tokenizer)) as batches:
-        try:
-            yield batches, tokenizer
-        finally:
-            tokenizer.announce()  # a worker that waits for it does not hear that it is over
 
 
 @contextmanager
