@@ -135,7 +135,6 @@ def _steps_of_epoch(
         ]
 
 
-
 def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.int64]:
     # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))
