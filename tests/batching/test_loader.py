@@ -19,7 +19,6 @@ from transformers import ByT5Tokenizer
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import evaluation_batches, train_batches
 from toolkit.batching.order import steps_per_epoch
-from toolkit.batching.workers import AwaitedTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 ALL_ON = {
@@ -189,7 +188,7 @@ class BrokenTokenizer:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_exception_reaches_the_caller_with_its_message_and_the_clips(corpus, resolve, workers):
+def test_a_text_that_cannot_be_tokenised_is_told_with_the_clips(corpus, resolve, workers):
     resolved = resolve(training={"workers": workers})
     stream = train_batches(corpus.splits["train"], BrokenTokenizer(), resolved, landmark_set=corpus.landmark_set)
     with pytest.raises(ValueError, match="cannot tokenise 4 texts") as error:
@@ -197,7 +196,24 @@ def test_an_exception_reaches_the_caller_with_its_message_and_the_clips(corpus, 
     stream.close()
     told = "".join(traceback.format_exception(error.value))
     assert re.search(r"in a batch of these clips: clip\d{3}, clip\d{3}, clip\d{3}, clip\d{3}", told)
-    assert told.count("ValueError: cannot tokenise 4 texts") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_in_a_worker_reaches_the_caller_with_its_message_and_the_clips(
+    corpus, resolve, tokenizer, monkeypatch, workers
+):
+    def broken(*_):
+        raise ValueError("no such rotation")
+
+    monkeypatch.setattr("toolkit.batching.loader.augment", broken)
+    resolved = resolve(training={"workers": workers}, augmentation=ALL_ON)
+    stream = train_batches(corpus.splits["train"], tokenizer, resolved, landmark_set=corpus.landmark_set)
+    with pytest.raises(ValueError, match="no such rotation") as error:
+        next(stream)
+    stream.close()
+    told = "".join(traceback.format_exception(error.value))
+    assert re.search(r"in a batch of these clips: clip\d{3}, clip\d{3}, clip\d{3}, clip\d{3}", told)
+    assert told.count("ValueError: no such rotation") == 1
 
 
 def test_a_clip_that_cannot_be_read_is_named(corpus, resolve, tokenizer, monkeypatch):
@@ -256,23 +272,14 @@ def test_a_run_that_goes_on_from_the_end_of_an_epoch_begins_the_next_one(corpus,
         assert_same(one, other)
 
 
-def test_workers_wait_for_a_tokenizer_that_comes_later(corpus, resolve, tokenizer, train, tmp_path):
-    def load():
-        (tmp_path / f"loaded by {os.getpid()}").touch()
-        return tokenizer
-
+def test_a_tokenizer_may_come_after_the_workers_have_started(corpus, resolve, tokenizer, train):
     resolved = resolve(training={"workers": 2})
-    before = children_of(os.getpid())
-    awaited = AwaitedTokenizer(load)
-    stream = train_batches(corpus.splits["train"], awaited, resolved, landmark_set=corpus.landmark_set, epochs=None)
-    workers = children_of(os.getpid()) - before
-    assert not list(tmp_path.iterdir())
-    awaited.announce()
+    stream = train_batches(corpus.splits["train"], None, resolved, landmark_set=corpus.landmark_set, epochs=None)
+    stream.tokenise_by(tokenizer)
     for expected in [*train(resolve(), epoch=0), *train(resolve(), epoch=1)]:
         for one, other in zip(expected, next(stream), strict=True):
             assert_same(one, other)
     stream.close()
-    assert {path.name for path in tmp_path.iterdir()} == {f"loaded by {pid}" for pid in workers}
 
 
 def test_more_workers_than_cores_are_no_matter_for_the_terminal(corpus, resolve, tokenizer):

@@ -144,7 +144,7 @@ def train_recipe(
     dist.barrier()
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
         saved = saved_state_dict(trainer.engine.module, keep=True)
         trainer.engine.destroy()
     interruptions.close()

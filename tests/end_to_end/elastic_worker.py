@@ -71,7 +71,7 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
         dist.barrier()
         with open_trainer(resolved, ranks, corpus, start, interruptions, said.append) as trainer:
             try:
-                trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
+                trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
             except Interrupted:
                 result["interrupted"] = True
             weights = trainable_state_dict(trainer.engine.module, keep=ranks.is_main)

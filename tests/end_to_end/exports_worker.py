@@ -54,7 +54,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         first = table(trainer.engine.module)
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
         last = table(trainer.engine.module)
         batch = next(
             iter(

@@ -54,7 +54,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches = count_micro_batches(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress, trainer.processor.tokenizer))
+        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions, _ = trainer.translate(corpus.splits["test"])

@@ -76,13 +76,16 @@ class Batch:
 
 
 def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, max_target_tokens: int) -> Batch:
-    """Pad clips to the longest among them and turn their texts into labels.
+    """Pad clips to the longest among them and turn their texts into labels; see :func:`pad` and :func:`add_labels`."""
+    return add_labels(pad(clips, indices), tokenizer, max_target_tokens)
+
+
+def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
+    """Pad clips to the longest among them; the batch has no labels yet.
 
     Args:
         clips: features are float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
         indices: each clip's index in its split; ``~i`` marks a filler.
-        tokenizer: a HuggingFace tokenizer.
-        max_target_tokens: longer targets are cut at their end, the end-of-sentence token stays.
     """
     longest = max(len(clip.features) for clip in clips)
     # Padding starts as NaN so that one look finds both what is padded and what is missing.
@@ -98,21 +101,32 @@ def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, ma
 
     positions = np.asarray(indices, dtype=np.int64)
     is_filler = torch.from_numpy(positions < 0)
-    texts = [clip.text for clip in clips]
-    labels = target_labels(texts, tokenizer, max_target_tokens)
-    labels[is_filler] = IGNORED_LABEL
     return Batch(
         uids=[clip.uid for clip in clips],
-        texts=texts,
+        texts=[clip.text for clip in clips],
         clips=torch.from_numpy(np.where(positions < 0, ~positions, positions)),
         poses=poses,
         visible=visible,
         frame_mask=frame_mask,
-        labels=labels,
+        labels=torch.empty(len(clips), 0, dtype=torch.int64),
         is_filler=is_filler,
         num_frames=int(frame_mask[~is_filler].sum()),
-        num_target_tokens=int((labels != IGNORED_LABEL).sum()),
+        num_target_tokens=0,
     )
+
+
+def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
+    """Turn a batch's texts into its labels.
+
+    Args:
+        batch: as :func:`pad` gives it.
+        tokenizer: a HuggingFace tokenizer.
+        max_target_tokens: longer targets are cut at their end, the end-of-sentence token stays.
+    """
+    labels = target_labels(batch.texts, tokenizer, max_target_tokens)
+    labels[batch.is_filler] = IGNORED_LABEL
+    batch.labels, batch.num_target_tokens = labels, int((labels != IGNORED_LABEL).sum())
+    return batch
 
 
 def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> Tensor:

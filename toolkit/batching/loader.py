@@ -1,4 +1,4 @@
-"""The stream of batches of one rank: worker processes read the memory map, augment and collate ahead of the model.
+"""The stream of batches of one rank: worker processes read the memory map, augment and pad ahead of the model.
 
 Nothing here depends on the number of workers: the order is fixed before they start, and whatever is random about a clip
 follows from the seed, the epoch and the clip alone.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from toolkit.batching.collate import Batch, collate
+from toolkit.batching.collate import Batch, add_labels, pad
 from toolkit.batching.order import (
     Indices,
     epoch_order,
@@ -49,7 +49,7 @@ class MicroBatch:
 
     clips: Indices
     epoch: int = 0
-    lengths: NDArray[np.int64] | None = None
+    lengths: NDArray[np.integer] | None = None
 
 
 class TrainBatches:
@@ -59,9 +59,14 @@ class TrainBatches:
     on every rank the same number.
     """
 
-    def __init__(self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch]) -> None:
+    def __init__(self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch], labeller: Labeller) -> None:
         self._steps = steps
         self._batches = batches
+        self._labeller = labeller
+
+    def tokenise_by(self, tokenizer: Any) -> None:
+        """Turn texts into labels by this tokenizer, from the next batch on."""
+        self._labeller.tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -92,7 +97,8 @@ def train_batches(
 
     Args:
         split: the training split.
-        tokenizer: a HuggingFace tokenizer, or one that is still awaited.
+        tokenizer: a HuggingFace tokenizer; None where it comes later, by :meth:`TrainBatches.tokenise_by`. It works in
+            this process: a large vocabulary takes half a gigabyte and seconds to load, and texts are short.
         resolved: batch arithmetic, seed, augmentation and number of workers.
         landmark_set: the corpus's landmarks; augmentation needs to know hands and mirror images.
         epoch: the first one, from 0.
@@ -102,16 +108,20 @@ def train_batches(
     """
     recipe = resolved.recipe
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
-    steps = itertools.chain.from_iterable(
+    plan = itertools.chain.from_iterable(
         _steps_of_epoch(split, resolved, number, start_step if number == epoch else 0, rank) for number in wanted
     )
     # The workers run ahead of the steps, so each follows the plan at its own pace.
-    steps, steps_ahead = itertools.tee(steps)
+    steps, steps_ahead = itertools.tee(plan)
     augmenter = None if is_off(recipe.augmentation) else Augmenter(recipe, landmark_set)
-    dataset = _Batches(split, tokenizer, recipe.training.max_target_tokens, augmenter)
+    dataset, labeller = _Padded(split, augmenter), Labeller(tokenizer, recipe.training.max_target_tokens)
     tasks = itertools.chain.from_iterable(steps_ahead)
-    workers = recipe.training.workers
-    return TrainBatches(steps, start_workers(dataset, tasks, workers) if workers else map(dataset.__getitem__, tasks))
+    batches: Iterator[Batch]
+    if recipe.training.workers:
+        batches = start_workers(dataset, tasks, recipe.training.workers, labeller)
+    else:
+        batches = map(labeller, map(dataset.__getitem__, tasks))
+    return TrainBatches(steps, batches, labeller)
 
 
 def _steps_of_epoch(
@@ -135,7 +145,7 @@ def _steps_of_epoch(
         ]
 
 
-def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.int64]:
+def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.integer]:
     # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))
     return draw_lengths(split.frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)
@@ -162,9 +172,9 @@ def evaluation_batches(
         rank, world_size: which of how many ranks this is.
         max_target_tokens: longer references are cut in ``labels``; ``texts`` keeps them whole.
     """
-    dataset = _Batches(split, tokenizer, max_target_tokens, None)
+    dataset, labeller = _Padded(split, None), Labeller(tokenizer, max_target_tokens)
     for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
-        yield dataset[MicroBatch(share)]
+        yield labeller(dataset[MicroBatch(share)])
 
 
 class Augmenter:
@@ -175,7 +185,8 @@ class Augmenter:
         self.seed = recipe.training.seed
         self.landmark_set = landmark_set
 
-    def __call__(self, batch: Batch, epoch: int, lengths: NDArray[np.int64]) -> Batch:
+    def __call__(self, batch: Batch, epoch: int, lengths: NDArray[np.integer] | None) -> Batch:
+        assert lengths is not None
         batch.poses, batch.visible, batch.frame_mask = augment(
             batch.poses,
             batch.visible,
@@ -189,16 +200,33 @@ class Augmenter:
         return batch
 
 
-class _Batches(Dataset[Batch]):
-    """Makes batches; this is what runs in the worker processes."""
+class Labeller:
+    """Gives a batch its labels.
 
-    def __init__(self, split: Split, tokenizer: Any, max_target_tokens: int, augmenter: Augmenter | None) -> None:
-        # Small batches are tokenised, and workers are as many as the cores can feed: threads gain nothing. Without a
-        # word from us the tokenizers library prints a warning for every worker.
+    Args:
+        tokenizer: a HuggingFace tokenizer; it must be there by the first batch.
+        max_target_tokens: longer targets are cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_target_tokens: int) -> None:
+        # Texts of a batch are few and short: threads gain nothing, and the library warns of every fork after them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.split = split
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
+
+    def __call__(self, batch: Batch) -> Batch:
+        try:
+            return add_labels(batch, self.tokenizer, self.max_target_tokens)
+        except Exception as error:
+            error.add_note(_of_these(batch.uids))
+            raise
+
+
+class _Padded(Dataset[Batch]):
+    """Makes batches without labels; this is what runs in the worker processes."""
+
+    def __init__(self, split: Split, augmenter: Augmenter | None) -> None:
+        self.split = split
         self.augmenter = augmenter
 
     def __getitem__(self, wanted: MicroBatch) -> Batch:
@@ -206,14 +234,16 @@ class _Batches(Dataset[Batch]):
         try:
             for index in wanted.clips.tolist():
                 clips.append(self.split.clip(index if index >= 0 else ~index))
-            batch = collate(clips, wanted.clips.tolist(), self.tokenizer, max_target_tokens=self.max_target_tokens)
-            if self.augmenter and wanted.lengths is not None:
-                batch = self.augmenter(batch, wanted.epoch, wanted.lengths)
+            batch = pad(clips, wanted.clips.tolist())
+            return self.augmenter(batch, wanted.epoch, wanted.lengths) if self.augmenter else batch
         except Exception as error:
             if len(clips) < len(wanted.clips):
                 index = int(wanted.clips[len(clips)])
                 error.add_note(f"while clip {index if index >= 0 else ~index} of split {self.split.name} was read")
             else:
-                error.add_note(f"in a batch of these clips: {', '.join(clip.uid for clip in clips)}")
+                error.add_note(_of_these([clip.uid for clip in clips]))
             raise
-        return batch
+
+
+def _of_these(uids: list[str]) -> str:
+    return f"in a batch of these clips: {', '.join(uids)}"

@@ -2,7 +2,7 @@
 
 They are forked, so that corpus, libraries and code cost no worker anything: before the process group, the GPU and all
 threads, because a process that is forked beside a thread inherits the locks which that thread holds, and a copy of all
-that is written later. What is not there yet by then, the tokenizer, each worker loads when it is told to.
+that is written later.
 """
 
 from __future__ import annotations
@@ -28,31 +28,16 @@ PREFETCHED_BATCHES = 4
 FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
-class AwaitedTokenizer:
-    """Stands for a tokenizer that is not there yet when the workers start.
+def start_workers(
+    dataset: Dataset[Batch], tasks: Iterable[Any], workers: int, finish: Callable[[Batch], Batch]
+) -> Iterator[Batch]:
+    """Start processes that make ``dataset[task]`` of each task; they end with what is returned, or with this process.
 
     Args:
-        load: called once in each process that tokenises, after :meth:`announce`.
-    """
-
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self._load = load
-        self._is_there = multiprocessing.get_context("fork").Event()
-        self._tokenizer: Any = None
-
-    def announce(self) -> None:
-        """Whoever waits for the tokenizer may load it."""
-        self._is_there.set()
-
-    def __call__(self, **texts: Any) -> Any:
-        if self._tokenizer is None:
-            self._is_there.wait()
-            self._tokenizer = self._load()
-        return self._tokenizer(**texts)
-
-
-def start_workers(dataset: Dataset[Batch], tasks: Iterable[Any], workers: int) -> Iterator[Batch]:
-    """Start processes that make ``dataset[task]`` of each task; they end with what is returned, or with this process.
+        dataset: makes a batch of a task, in the workers.
+        tasks: what to make; read ahead in this process.
+        workers: number of processes.
+        finish: does the rest to a batch, in this process.
 
     Returns:
         the batches, in the order of the tasks; on a machine with GPUs in page-locked memory.
@@ -78,7 +63,8 @@ def start_workers(dataset: Dataset[Batch], tasks: Iterable[Any], workers: int) -
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _pinned_ahead(batches) if torch.cuda.is_available() else batches
+    finished = map(finish, batches)
+    return _pinned_ahead(finished) if torch.cuda.is_available() else finished
 
 
 def _pinned_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -53,10 +53,12 @@ from toolkit.training.engine import (
 from toolkit.training.final_scores import score_best
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
-from toolkit.training.loading import PROCESSOR, loading
+from toolkit.training.loading import all_batches
 from toolkit.training.overfit import TARGET_LOSS, verdict
 from toolkit.training.random_states import seed_everything
 from toolkit.training.trainer import Trainer
+
+PROCESSOR = "processor"  # folder in the run directory
 
 log = logging.getLogger("toolkit")
 
@@ -160,11 +162,10 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
         UserError: a guard stopped the run.
     """
     with (
-        loading(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
+        closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
         living_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
     ):
-        tokenizer.announce()
         trainer.run(batches)
         batches.close()
         memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
@@ -188,11 +189,10 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
     """
     start = Start()
     with (
-        loading(resolved, ranks, corpus, start.progress) as (batches, tokenizer),
+        closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
         living_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, say, target_loss=TARGET_LOSS) as trainer,
     ):
-        tokenizer.announce()
         trainer.run(batches)
         predictions, _ = trainer.translate(corpus.splits["train"])
         steps, loss = trainer.progress.step, trainer.loss

@@ -124,12 +124,13 @@ class Trainer:
         """Train to the end.
 
         Args:
-            batches: this rank's, without end, from where the progress stands.
+            batches: this rank's, without end, from where the progress stands; the run's tokenizer makes their labels.
 
         Raises:
             Interrupted: asked to stop; everything is saved.
             TrainingStopped: a guard found the run broken.
         """
+        batches.tokenise_by(self.processor.tokenizer)
         self.engine.train()
         self.watch.start()
         try:
