@@ -2,7 +2,8 @@
 """List, show, copy and check recipes, and ask what it takes to train a model. Nothing is trained or downloaded by it;
 only `cp` writes a recipe, and `docs` the tables of docs/models.md.
 
-python launch/recipes.py ls                                          all recipes: model, parameters, DeepSpeed JSON
+python launch/recipes.py ls                                          all recipes: model, what trains, DeepSpeed JSON
+python launch/recipes.py ls --memory                                 the same with what trains and its states counted
 python launch/recipes.py show t5_small                               with every default filled in
 python launch/recipes.py show t5_small --ds zero3 --world-size 8 training.epochs=40
 python launch/recipes.py cp t5_small my_recipe                       the start of a recipe of your own
@@ -15,12 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_code_of
-from toolkit.recipe.catalogue import catalogue, copy_recipe, millions
+from toolkit.recipe.catalogue import catalogue, copy_recipe, glance, millions
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.paths import shown
@@ -32,6 +34,9 @@ OVERRIDES = (
     "Further arguments key=value change the recipe, e.g. training.epochs=40 model.tiny=true; "
     "ds.KEY=value reaches into the DeepSpeed JSON, e.g. ds.zero_optimization.stage=1."
 )
+
+
+_NUMBERS = ("parameters", "trainable", "states")  # columns that are set to the right
 
 
 def main() -> None:
@@ -53,6 +58,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ls = commands.add_parser("ls", parents=[shared, as_json], help="list the recipes")
+    ls.add_argument("--memory", action="store_true", help="count what trains, and the model states on one GPU")
     ls.set_defaults(run=_ls)
     show = commands.add_parser(
         "show", parents=[shared, as_json, resolving], help="print a recipe, fully resolved", epilog=OVERRIDES
@@ -91,24 +97,30 @@ def _parse() -> argparse.Namespace:
 
 
 def _ls(arguments: argparse.Namespace) -> None:
-    from toolkit.planning.overview import overview  # it imports torch
-
     recipes, problems = catalogue()
-    entries = [overview(recipe) for recipe in recipes]
+    entries = [glance(recipe) for recipe in recipes]
+    rows = [[entry.name, entry.model, millions(entry.parameters), entry.trains, entry.deepspeed] for entry in entries]
+    headings = ["recipe", "model", "parameters", "trains", "deepspeed"]
+    shown = [asdict(entry) for entry in entries]
+    if arguments.memory:
+        from toolkit.planning.overview import overview  # it imports torch
+
+        counted = [overview(recipe) for recipe in recipes]
+        shown = [entry | one.to_dict() for entry, one in zip(shown, counted, strict=True)]
+        rows = [[*row, millions(one.trainable), one.states_in_words] for row, one in zip(rows, counted, strict=True)]
+        headings += ["trainable", "states"]
     if arguments.json:
-        print(json.dumps({"recipes": [entry.to_dict() for entry in entries], "problems": problems}))
+        print(json.dumps({"recipes": shown, "problems": problems}))
         return
-    rows = [("recipe", "model", "parameters", "trainable", "deepspeed", "states", "description")]
-    for entry in entries:
-        sizes = (millions(entry.parameters), millions(entry.trainable))
-        rows.append((entry.name, entry.model, *sizes, entry.deepspeed, entry.states_in_words, entry.description))
-    wide = [max(len(row[column]) for row in rows) for column in range(6)]
-    for name, model, size, trainable, deepspeed, states, description in rows:
-        print(
-            f"{name:<{wide[0]}}  {model:<{wide[1]}}  {size:>{wide[2]}}  {trainable:>{wide[3]}}  "
-            f"{deepspeed:<{wide[4]}}  {states:>{wide[5]}}  {description}"
-        )
-    print("\nstates: model states on one GPU, estimated by arithmetic; activations come on top")
+    wide = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row, last in zip([headings, *rows], ["description", *(entry.description for entry in entries)], strict=True):
+        cells = [
+            f"{cell:>{width}}" if heading in _NUMBERS else f"{cell:<{width}}"
+            for heading, cell, width in zip(headings, row, wide, strict=True)
+        ]
+        print("  ".join([*cells, last]))
+    if arguments.memory:
+        print("\nstates: model states on one GPU, estimated by arithmetic; activations come on top")
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_memory_of_the_recipes_is_what_the_planner_says() -> None:
-    command = [sys.executable, "launch/recipes.py", "ls", "--json"]
+    command = [sys.executable, "launch/recipes.py", "ls", "--memory", "--json"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     last = next(line for line in reversed(told.splitlines()) if line.startswith("{"))
     recipes = {row["name"]: row for row in json.loads(last)["recipes"]}

@@ -29,23 +29,50 @@ def test_ls_prints_one_row_a_recipe(tmp_path):
     done = recipes("ls", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     heading, *rows = done.stdout.splitlines()
-    assert heading.split() == ["recipe", "model", "parameters", "trainable", "deepspeed", "states", "description"]
+    assert heading.split() == ["recipe", "model", "parameters", "trains", "deepspeed", "description"]
     t5_small = next(row for row in rows if row.startswith("t5_small"))
-    assert "60.5 M" in t5_small and "zero1" in t5_small
+    assert "60.5 M  all" in t5_small and "zero1" in t5_small
+    assert "LoRA r=16 on nf4" in next(row for row in rows if row.startswith("t5_3b_qlora"))
+    assert len({row.index(" zero") for row in rows}) == 1, "the columns stand under each other"
+
+
+def test_ls_with_memory_counts_what_trains(tmp_path):
+    done = recipes("ls", "--memory", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    heading, *rows = done.stdout.splitlines()
+    assert heading.split()[-3:] == ["trainable", "states", "description"]
     lora = next(row for row in rows if row.startswith("t5_3b_lora "))
     assert "2,851.6 M" in lora and "11.8 M" in lora
-    assert len({row.index("zero") for row in rows[: len(RECIPES)]}) == 1, "the columns stand under each other"
 
 
 def test_ls_json(tmp_path):
-    listed = {row["name"]: row for row in json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]}
-    assert set(listed) >= RECIPES
+    plain = {row["name"]: row for row in json.loads(recipes("ls", "--json", cwd=tmp_path).stdout)["recipes"]}
+    done = recipes("ls", "--memory", "--json", cwd=tmp_path)
+    listed = {row["name"]: row for row in json.loads(done.stdout)["recipes"]}
+    assert set(listed) == set(plain) >= RECIPES
     assert listed["t5_small"]["parameters"] == listed["t5_small"]["trainable"] == 60_506_624
     assert listed["t5_small"]["deepspeed"] == "zero1"
     assert listed["t5_3b_lora"]["trainable"] == 144 * 16 * (1024 + 4096)
     for name in RECIPES:
+        assert plain[name].items() <= listed[name].items()
         assert 0 < listed[name]["trainable"] <= listed[name]["parameters"]
         assert 0 < listed[name]["states_gib"] < 16, "a 24 GiB card keeps a third for activations"
+
+
+@pytest.mark.parametrize("command", sorted(COMMAND.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_help_and_ls_import_no_heavy_library(command, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = ('torch', 'transformers', 'deepspeed', 'datasets', 'bitsandbytes')\n"
+        "print([name for name in heavy if name in sys.modules], file=open('heavy', 'w'))\n"
+    )
+    for arguments in (["--help"], ["ls"]) if command == COMMAND else (["--help"],):
+        given = f"import sys; sys.argv = {[str(command), *arguments]!r}\n"
+        done = subprocess.run([sys.executable, "-c", given + code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "heavy").read_text(encoding="utf-8").strip() == "[]"
 
 
 def test_show_json_is_fully_resolved_and_overrides_stand_anywhere(tmp_path):

@@ -1,4 +1,4 @@
-"""One line of `launch/recipes.py ls`: what a recipe trains, and what its model states take."""
+"""One line of `launch/recipes.py ls --memory`: what a recipe trains, and what its model states take."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.errors import UserError
@@ -11,6 +12,35 @@ from toolkit.recipe.load import find_recipe, load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.paths import is_clone, recipes_dir
 from toolkit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a recipe says of itself, read without a model.
+
+    Attributes:
+        name, model, deepspeed, description: as the recipe says.
+        parameters: of the backbone at full size; None = known only once the hub model is read.
+        trains: of the backbone: all, or which adapter on which weights.
+    """
+
+    name: str
+    model: str
+    parameters: int | None
+    trains: str
+    deepspeed: str
+    description: str
+
+
+def glance(recipe: Recipe) -> Glance:
+    """A recipe at a glance; nothing is counted."""
+    model, card = recipe.model, card_of(recipe.model)
+    trains = "all"
+    if model.lora:
+        kind = "DoRA" if model.lora.dora else "rsLoRA" if model.lora.rslora else "LoRA"
+        trains = f"{kind} r={model.lora.r}" + (f" on {model.quantization.kind}" if model.quantization else "")
+    size = card.parameters if card else None
+    return Glance(recipe.name, model.backbone, size, trains, recipe.deepspeed, recipe.description)
 
 
 def catalogue() -> tuple[list[Recipe], list[str]]:
