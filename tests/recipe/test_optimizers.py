@@ -76,3 +76,41 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 def test_eight_bits_on_a_cpu_come_with_a_note() -> None:
     assert any("made for GPUs" in note for note in run_of("adamw8bit", "zero2").notes)
+
+
+@pytest.mark.parametrize(
+    ("ds", "overrides", "reason", "way"),
+    [
+        (
+            "zero1",
+            ["ds.bf16.bf16_master_weights_and_grads=true", "ds.zero_optimization.stage=0", "ds.data_types=null"],
+            "need ZeRO stage 1, 2 or 3",
+            ["ds.zero_optimization.stage=2", "ds.bf16.bf16_optimizer_states=true"],
+        ),
+        (
+            "zero2",
+            ["ds.bf16.bf16_optimizer_states=true"],
+            "needs bf16.bf16_master_weights_and_grads=true",
+            ["ds.bf16.bf16_master_weights_and_grads=true"],
+        ),
+        (
+            "zero2",
+            ["ds.bf16.bf16_master_weights_and_grads=true"],
+            "with moments in fp32 needs them offloaded",
+            ["ds.zero_optimization.offload_optimizer.device=cpu"],
+        ),
+        (
+            "zero2_bf16_states",
+            ["ds.zero_optimization.offload_optimizer.device=cpu"],
+            "with offloaded moments needs optimizer.params.fp32_optimizer_states=false",
+            ["ds.optimizer.params.fp32_optimizer_states=false"],
+        ),
+    ],
+)
+def test_master_weights_in_16_bits_where_deepspeed_would_assert(
+    ds: str, overrides: list[str], reason: str, way: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_of("adamw", ds, *overrides)
+    assert reason in str(caught.value) and way[0] in str(caught.value)
+    assert run_of("adamw", ds, *overrides, *way).precision == "bf16"

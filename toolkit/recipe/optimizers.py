@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from toolkit.recipe.schema import Training
-from toolkit.recipe.tree import Tree
+from toolkit.recipe.tree import Tree, value_at
 
 # The recipe's name -> the ``type`` in the DeepSpeed JSON.
 OPTIMIZER_TYPES = {
@@ -104,7 +104,7 @@ def optimizer_problems(
             "training.ema averages in memory what nvme would hold: set training.ema=null, or "
             "ds.zero_optimization.offload_optimizer.device=cpu"
         )
-    return problems + _implementation_problems(name, config)
+    return problems + _implementation_problems(name, config) + _half_precision_problems(config, stage, offload)
 
 
 def _muon_problems(training: Training, config: Tree, stage: int, precision: str) -> list[str]:
@@ -137,3 +137,30 @@ def _implementation_problems(name: str, config: Tree) -> list[str]:
         f"set ds.optimizer.params.{key}=null"
         for key in given
     ]
+
+
+def _half_precision_problems(config: Tree, stage: int, offload: str | None) -> list[str]:
+    """Where DeepSpeed asserts, once the model is there, that it cannot hold master weights or moments in 16 bits."""
+    master, states = "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"
+    half = "fp16.fp16_master_weights_and_grads"
+    asked = [
+        key
+        for key in (master, states, half)
+        if value_at(config, key) and value_at(config, f"{key.split('.')[0]}.enabled")
+    ]
+    if not asked:
+        return []
+    if stage == 0:
+        return [f"{' and '.join(asked)} need ZeRO stage 1, 2 or 3: set ds.zero_optimization.stage=2"]
+    problems = []
+    on_host = "ds.zero_optimization.offload_optimizer.device=cpu"
+    if states in asked and master not in asked:
+        problems.append(f"{states}=true needs {master}=true: set ds.{master}=true")
+    if states not in asked and master in asked and not offload:
+        problems.append(f"{master}=true with moments in fp32 needs them offloaded: set {on_host}, or ds.{states}=true")
+    if states in asked and offload and value_at(config, "optimizer.params.fp32_optimizer_states") is not False:
+        moments = "optimizer.params.fp32_optimizer_states"
+        problems.append(f"{states}=true with offloaded moments needs {moments}=false: set ds.{moments}=false")
+    if half in asked and not offload:
+        problems.append(f"{half}=true needs offloaded moments: set {on_host}")
+    return problems
