@@ -15,7 +15,7 @@ from toolkit.batching.order import (
     share_of_rank,
     steps_per_epoch,
 )
-from toolkit.recipe.batches import batch_in_words, micro_batch_sizes
+from toolkit.recipe.batches import micro_batch_sizes
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=200).map(lambda values: np.array(values, np.int32))
 
@@ -82,25 +82,6 @@ def test_any_number_of_ranks_shares_a_global_batch(clips: int, world_size: int, 
     fillers = [share for share in seats if (share < 0).any()]
     assert all(len(share) == 1 and ~share[0] in batch for share in fillers)
     assert len(fillers) == max(0, len(seats) - clips)
-
-
-@pytest.mark.parametrize(
-    ("clips", "world_size", "limit", "words"),
-    [
-        (128, 8, 16, "128 clips = 8 ranks x 1 micro-batch of 16"),
-        (32, 8, 16, "32 clips = 8 ranks x 1 micro-batch of 4"),
-        (128, 6, 16, "128 clips = 6 ranks x 2 micro-batches of 10 or 11"),
-        (8, 1, 3, "8 clips = 1 rank x 3 micro-batches of 2 or 3"),
-        (7, 2, 1, "7 clips = 2 ranks x 4 micro-batches of 0 or 1"),
-    ],
-)
-def test_the_arithmetic_in_words_is_what_happens(clips: int, world_size: int, limit: int, words: str) -> None:
-    assert batch_in_words(clips, world_size, limit, None) == words
-    ranks = [micro_batches(np.arange(clips), rank, world_size, limit) for rank in range(world_size)]
-    sizes = {int((share >= 0).sum()) for shares in ranks for share in shares}
-    assert words.endswith(
-        f"{len(ranks[0])} micro-batch{'es' * (len(ranks[0]) > 1)} of {' or '.join(map(str, sorted(sizes)))}"
-    )
 
 
 @pytest.mark.parametrize(("world_size", "limit"), [(4, 8), (6, 8), (3, 16)])

@@ -61,6 +61,7 @@ def settings(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         "training.workers=0",
         "evaluation.num_beams=2",
         "evaluation.max_new_tokens=8",
+        "training.max_target_tokens=8",
         "ds.bf16.enabled=false",
     ]
 

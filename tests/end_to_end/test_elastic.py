@@ -23,7 +23,7 @@ SMALL = ["ds.zero_optimization.stage3_param_persistence_threshold=0"]
 LORA = ["model.lora.r=4"]
 KINDS = {
     "full": [],
-    "lora": LORA,
+    "lora": [*LORA, "training.global_batch_size=7"],  # clips that two ranks cannot share alike
     "nf4": [*LORA, "model.quantization=nf4"],
     "int8": [*LORA, "model.quantization=int8"],
 }

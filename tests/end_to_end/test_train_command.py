@@ -131,8 +131,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(
 
 def test_learning_by_heart_says_whether_it_worked(run: Run, settings: list[str], tmp_path: Path) -> None:
     learning = ["training.learning_rate=3e-3", "training.pose_encoder_learning_rate=3e-3", "training.max_steps=400"]
-    unneeded = ("training.global_batch_size", "training.micro_batch_size", "evaluation.max_new_tokens")
-    given = [setting for setting in settings if not setting.startswith(unneeded)]
+    sizes = ("training.global_batch_size", "training.micro_batch_size")
+    lengths = ("training.max_target_tokens", "evaluation.max_new_tokens")
+    given = [setting for setting in settings if not setting.startswith((*sizes, *lengths))]
     done = run(
         "launch/train.py", "--recipe", "demo", "--overfit", 4, "--json", *given, *learning, f"run.dir={tmp_path}/r"
     )
