@@ -34,7 +34,7 @@ BROWSER_OPTIONS = (
 
 
 # Folders whose tests start whole commands; they come last, so that a mistake in a small part shows within a minute.
-SLOW_FOLDERS = ("house", "launch", "as_users_do", "end_to_end")
+SLOW_FOLDERS = ("house", "launch", "gpu", "as_users_do", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,100 @@
+"""Run commands one after the other, each on two ranks with pretended GPUs, for the price of one start.
+
+    python tests/gpu/forked_ranks.py PLAN.json
+
+The plan is a list of ``{"name": ..., "words": [script, argument, ...], "environment": {...}, "out": file}``. This
+process imports everything and forks the ranks of each command, as ``tests/end_to_end/warm_launcher.py`` does for CPU
+ranks; both write into ``out``. It prints a JSON object: the exit codes of each command's ranks by its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pretend_gpus
+
+RANKS = 2
+LONGEST = 300.0  # seconds of a command
+ALONE = 5.0  # seconds that a rank is given when the other has failed; it waits three times as long to be ended
+EVERYTHING = (
+    "deepspeed.ops.adam",
+    "peft",
+    "transformers.models.auto",
+    "transformers.models.t5.modeling_t5",
+    "toolkit.evaluation.report",
+    "toolkit.training.last_words",
+    "toolkit.training.overfit",
+    "toolkit.training.run",
+)
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    for module in EVERYTHING:
+        importlib.import_module(module)
+    print(json.dumps({command["name"]: codes_of(command) for command in plan}), flush=True)
+
+
+def codes_of(command: dict[str, Any]) -> list[int]:
+    """Run a command to its end; the exit codes of its ranks."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = [fork(rank, port, command) for rank in range(RANKS)]
+    codes: dict[int, int] = {}
+    end = time.monotonic() + LONGEST
+    while len(codes) < RANKS:
+        for rank, process in enumerate(ranks):
+            if rank not in codes and (ended := os.waitpid(process, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+                if codes[rank]:
+                    end = min(end, time.monotonic() + ALONE)
+        if time.monotonic() > end:
+            for rank in set(range(RANKS)) - codes.keys():
+                os.kill(ranks[rank], signal.SIGKILL)
+        time.sleep(0.05)
+    return [codes[rank] for rank in range(RANKS)]
+
+
+def fork(rank: int, port: int, command: dict[str, Any]) -> int:
+    """Start a rank; its process id."""
+    process = os.fork()
+    if process == 0:
+        be(rank, port, command)
+    return process
+
+
+def be(rank: int, port: int, command: dict[str, Any]) -> NoReturn:
+    """Be a rank, to its end."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= command.get("environment", {})
+    out = os.open(command["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    code = 1
+    try:
+        pretend_gpus.run(command["words"])
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
