@@ -125,6 +125,7 @@ def test_keys_of_another_stage_or_device_are_told_in_one_line():
         "ds.zero_optimization.offload_optimizer.buffer_count, fast_init have no effect without nvme"
     ]
     assert not read_deepspeed("zero3_nvme", offload).notes
+    assert read_deepspeed("zero3", {"aio": {"block_size": 262_144}}).notes == ["ds.aio has no effect without nvme"]
     logged = {"steps_per_print": 10, "dump_state": True}
     assert read_deepspeed("zero2", logged).notes == [
         "ds.steps_per_print, dump_state have no effect without log_level=info, which logs into log.txt"

@@ -39,12 +39,9 @@ OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {
     "compile.deepcompile": "DeepCompile",
-    "zero_optimization.zenflow": "ZenFlow",
-    "zero_optimization.offload_optimizer.super_offload": "SuperOffload",
     "zero_optimization.zero_hpz_partition_size": "ZeRO++ parameters kept whole on each node",
     "zero_optimization.zero_quantized_weights": "ZeRO++ quantised weights",
     "zero_optimization.zero_quantized_gradients": "ZeRO++ quantised gradients",
-    "zero_optimization.zero_quantized_nontrainable_weights": "ZeRO++ quantised weights",
 }
 
 

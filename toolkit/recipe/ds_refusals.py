@@ -68,10 +68,6 @@ def _scatters(config: Tree, world_size: int) -> bool:
     return scatters and value_at(config, "zero_optimization.stage") in (2, 3)
 
 
-def _deepcompile(config: Tree, world_size: int) -> bool:
-    return bool(value_at(config, "compile.deepcompile"))
-
-
 def _installed(package: str) -> tuple[int, ...]:
     """The version of an installed package, as far as it is numbers."""
     try:
@@ -93,7 +89,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("compression_training", REMOVED),
     Refusal("curriculum_learning", REMOVED),
     Refusal("eigenvalue", REMOVED),
-    Refusal("elasticity", f"{REMOVED}; the batch is the recipe's on any number of ranks"),
+    Refusal("elasticity", "DeepSpeed has removed it; the batch is the recipe's on any number of ranks"),
     Refusal("graph_harvesting", REMOVED),
     Refusal("nebula", REMOVED),
     Refusal("progressive_layer_drop", REMOVED),
@@ -113,11 +109,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "managed_gradient_accumulation", "the training loop marks the accumulation boundaries itself", default=True
     ),
-    Refusal(
-        "wandb",
-        "the engine would start a W&B run of its own in the same process, and hold nothing but the learning rate",
-        ("tracking.wandb=offline",),
-    ),
+    Refusal("wandb", "the engine would start a W&B run of its own in the same process", ("tracking.wandb=offline",)),
     Refusal("optimizer.params.adam_w_mode", "the recipe's optimizer is AdamW", default=True),
     Refusal("optimizer.params.amsgrad", "the recipe's optimizer is AdamW"),
     Refusal("optimizer.params.bias_correction", "the recipe's optimizer is AdamW", default=True),
@@ -334,6 +326,8 @@ def _idle_here(config: Tree, place_of: Callable[[Path], str]) -> Iterator[str]:
             if isinstance(given, dict) and given.get("device") != "nvme" and any(key in names for key in given):
                 listed = _listed([key for key in given if key in names], f"zero_optimization.{section}", place_of)
                 yield f"{listed} no effect without nvme"
+    if config.get("aio") and "nvme" not in (value_at(config, f"zero_optimization.{name}.device") for name in NVME):
+        yield f"{_where('aio', place_of)} has no effect without nvme"
     if config.get("log_level") not in ("info", "debug"):
         keys = [key for key in LOGGED if config.get(key) not in (None, False)]
         if keys:
