@@ -28,6 +28,7 @@ from training_corpus import MAX_FRAMES
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
 from toolkit.cluster.allocator import keep_freed_memory
+from toolkit.cluster.devices import own_device
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted
@@ -179,7 +180,7 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     processor, model = build(resolved, corpus)
     ready = []
     for step in endless(resolved, corpus, processor.tokenizer):
-        ready.append(step)
+        ready.append([batch.to(own_device()) for batch in step])
         if len(ready) == 64:
             break
     trained, _ = make_engine(model, resolved)

@@ -110,6 +110,21 @@ def check(results: Results) -> None:
     assert not wrong, "\n\n".join(f"{name}: {told}" for name, told in wrong.items())
 
 
+def test_the_stand_in_notices_what_is_in_the_wrong_place() -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/gpu/pretend_gpus.py", "tests/gpu/wrong_places.py"],
+        cwd=ROOT,
+        env=environment(LOCAL_RANK="1"),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    noticed = json.loads(done.stdout.splitlines()[-1])
+    assert noticed.pop("right") == "cuda:1 cuda:1 2"
+    assert noticed and all(noticed.values()), noticed
+
+
 def test_every_rank_keeps_to_its_own_device(run_cases: RunCases) -> None:
     check(run_cases(BY_DAY))
 
