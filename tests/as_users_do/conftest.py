@@ -29,11 +29,13 @@ class User:
         clone: the folder in which commands are typed; runs and corpora come to lie there.
         environment: of their shell.
         data: overrides that name their clips.
+        hub: where models come from.
     """
 
     clone: Path
     environment: dict[str, str]
     data: list[str]
+    hub: Hub
 
     def words(self, script: str, *arguments: object, ranks: int = 0) -> list[str]:
         """The command line of a script under so many ranks; 0 starts it without a launcher."""
@@ -61,13 +63,6 @@ def shelves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return hub, clone
 
 
-@pytest.fixture
-def hub(shelves: tuple[Path, Path]) -> Iterator[Hub]:
-    """The hub, without faults."""
-    with serving(shelves[0]) as hub:
-        yield hub
-
-
 @pytest.fixture(scope="session")
 def many_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``table.csv`` and ``poses/``: enough for three steps of the recipes' batch an epoch."""
@@ -76,10 +71,20 @@ def many_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def user(hub: Hub, shelves: tuple[Path, Path], many_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
-    """A user who has never downloaded anything."""
+def hub(shelves: tuple[Path, Path]) -> Iterator[Hub]:
+    """The hub, without faults."""
+    with serving(shelves[0]) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def at_first_contact(
+    shelves: tuple[Path, Path], many_clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[User]:
+    """A user who has never downloaded anything, and keeps what they download, and their runs, from test to test."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(NOT_A_USERS)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    own = {"PATH": path, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
     data = ["data.source=table", f"data.table={many_clips / 'table.csv'}", f"data.poses={many_clips / 'poses'}"]
-    return User(shelves[1], kept | own, data)
+    with serving(shelves[0]) as hub:
+        own = {"PATH": path, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
+        yield User(shelves[1], kept | own, data, hub)

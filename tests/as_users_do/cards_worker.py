@@ -1,0 +1,97 @@
+"""One rank of test_cards.py: loads one card's published model after another, and writes down what came of it.
+
+It runs in a user's clone, by whose cards and toolkit it goes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, distributed
+
+from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.ranks import Ranks, read_ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.models.build import build_translator
+from toolkit.models.check import check_model
+from toolkit.models.materialise import DTYPES
+from toolkit.models.weights import whole_state_dict
+from toolkit.recipe.model_cards import load_model_yaml, model_names
+from toolkit.recipe.resolve import resolve_named
+from toolkit.training.engine import join_process_group, leave_process_group, quieten
+from toolkit.training.run import _shared_processor, seed_everything
+
+STRATEGIES = ("zero1", "zero3")  # whole on each rank, and cut over both
+
+
+def main() -> None:
+    use_extensions_dir()
+    plan = json.loads(Path(sys.argv[-1]).read_text())
+    ranks = read_ranks()
+    quieten(None)
+    join_process_group(ranks)
+    corpus = Corpus.open(plan["corpus"])
+    outcomes: dict[str, Any] = {}
+    for card in map(load_model_yaml, model_names()):
+        for ds in STRATEGIES if card.hub_id else ():
+            try:
+                outcomes[f"{card.name} {ds}"] = load(card.name, ds, corpus, Path(plan["hub"]) / str(card.hub_id), ranks)
+            except Exception:  # whatever breaks a card is that card's result
+                outcomes[f"{card.name} {ds}"] = {"error": traceback.format_exc()}
+            gc.collect()
+    if ranks.is_main:
+        Path(plan["results"]).write_text(json.dumps(outcomes))
+    leave_process_group()
+
+
+def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> dict[str, Any]:
+    overrides = [f"model.backbone={name}", f"data.corpus={corpus.path}", f"run.dir=runs/cards/{name}_{ds}"]
+    resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=ds)
+    check_model(resolved)
+    seed_everything(resolved.recipe.training.seed)
+    if ranks.is_main:
+        resolved.run_dir.mkdir(parents=True)
+    tokenizer = _shared_processor(resolved, ranks, corpus).tokenizer
+    model = build_translator(resolved, corpus, tokenizer)
+    is_cut = all(hasattr(parameter, "ds_id") for parameter in model.backbone.parameters())
+    found, expected = whole_state_dict(model, keep=True), weights_in(published)
+    names = {f"backbone.{name}" for name, _ in model.backbone.named_parameters()}
+    differing = [
+        name
+        for name in names
+        if not torch.equal(found[name], expected[name.removeprefix("backbone.")].to(DTYPES[resolved.precision]))
+    ]
+    ids = tokenizer(text_target="good day")["input_ids"]
+    return {
+        "cut": is_cut,
+        "differing": everywhere(differing),
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+        "unknown": tokenizer.unk_token_id in ids,
+        "forced": model.generation_config.forced_bos_token_id,
+        "beams": model.generation_config.num_beams,
+    }
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """All that the published files hold, by the names that it has there."""
+    if (folder / "pytorch_model.bin").is_file():
+        return dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def everywhere(names: list[str]) -> list[str]:
+    """The names that any rank has."""
+    all_names: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(all_names, names)
+    return sorted({name for names in all_names for name in names})
+
+
+if __name__ == "__main__":
+    main()
