@@ -18,6 +18,27 @@ from toolkit.corpus.demo import DemoSizes, make_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600.0
+# All that the tests here set so that a run takes seconds, and what of a user's run each hides. Recipes as they are
+# shipped run in tests/as_users_do, which sets none of it; a fault that only shows there belongs there.
+FOR_SPEED = {
+    "model.from_scratch=true": "published weights: what the hub says, and how files become a backbone",
+    "model.tiny=true": "parameters above ZeRO-3's thresholds and DeepSpeed's buckets, and the memory of it all",
+    "training.global_batch_size=8": "steps of many micro-batches; the last step of an epoch, which fillers fill up",
+    "training.micro_batch_size=2": "as above",
+    "training.workers=0": "loader processes: their forks beside threads, their signals, their end after each epoch",
+    "evaluation.num_beams=2": "beams that swap places often, and the memory of five",
+    "evaluation.max_new_tokens=8": "outputs that end by themselves",
+    "training.max_target_tokens=8": "whole texts as targets",
+    "ds.bf16.enabled=false": "bf16: its rounding, its kernels, DeepSpeed's fp32 copies of what trains",
+}
+# The same of the environment.
+SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",  # hides that a hub is asked for each file, also for those that it does not have
+    "OMP_NUM_THREADS": "1",  # hides ranks whose threads take each other's cores, and sums in another order
+}
+# Single tests set more: evaluations only at the end (`training.eval_every=99` hides their turns with training), few
+# steps (`training.max_steps` hides whole epochs), one beam, DeepSpeed's `data_types`, and dropout or augmentation off
+# where losses are compared. `test_cells.py` shrinks the rest (its ONE_BATCH and WHOLE_RUN).
 
 
 @dataclass(frozen=True)
@@ -54,15 +75,7 @@ def settings(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         f"data.poses={clips / 'poses'}",
         "data.source=table",
         f"data.cache={tmp_path_factory.mktemp('corpora')}",
-        "model.from_scratch=true",
-        "model.tiny=true",
-        "training.global_batch_size=8",
-        "training.micro_batch_size=2",
-        "training.workers=0",
-        "evaluation.num_beams=2",
-        "evaluation.max_new_tokens=8",
-        "training.max_target_tokens=8",
-        "ds.bf16.enabled=false",
+        *FOR_SPEED,
     ]
 
 
@@ -71,7 +84,7 @@ def environment() -> dict[str, str]:
     of_runs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MALLOC_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(of_runs)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), **SURROUNDINGS}
 
 
 def launcher(ranks: int) -> list[str]:
