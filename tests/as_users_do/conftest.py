@@ -65,8 +65,8 @@ def shelves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def many_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``table.csv`` and ``poses/``: enough for three steps of the recipes' batch an epoch."""
-    sizes = DemoSizes(train=300, dev=8, test=8, test_unseen_languages=4)
+    """A folder with ``table.csv`` and ``poses/``: enough for two steps of most recipes an epoch."""
+    sizes = DemoSizes(train=136, dev=8, test=8, test_unseen_languages=4)
     return make_demo(tmp_path_factory.mktemp("clips") / "made", sizes, seed=1, workers=2)
 
 

@@ -78,11 +78,15 @@ def refusal(way: Callable[[str], Any], source: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize("source", [WHOLE, SHARDS])
-def test_a_full_cache_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_a_full_cache_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, source: str, offline: bool) -> None:
     check_whole(hub, source, weights(source))
     words = make_tokenizer(source)("good day")["input_ids"]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if offline:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        reach(monkeypatch, "http://127.0.0.1:9")
     hub.asked.clear()
     check_whole(hub, source, weights(source))
     assert make_tokenizer(source)("good day")["input_ids"] == words

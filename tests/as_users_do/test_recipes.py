@@ -9,6 +9,7 @@ from __future__ import annotations
 from tests.as_users_do.conftest import User
 
 
-def test_t5_small_trains_over_epochs(user: User) -> None:
+def test_t5_small_trains_over_epochs(at_first_contact: User) -> None:
+    user = at_first_contact
     run = user.run("launch/train.py", "--recipe", "t5_small", *user.data, "training.epochs=3", ranks=2)
     assert run.code == 0, run.out + run.err
