@@ -31,6 +31,9 @@ VARIANTS = {
     "adamw8bit": (["training.optimizer=adamw8bit"], ["zero0", "zero3"]),
     "ema": (["training.ema=0.5"], ["zero0", "zero3"]),
     "freeze": (["training.freeze_backbone_steps=2"], ["zero0", "zero2", "zero3_offload"]),
+    # Keys of a DeepSpeed JSON that change how gradients are kept or sent, and not what they are.
+    "aligned": (["ds.zero_optimization.parameter_alignment=true"], ["zero2"]),
+    "prescaled": (["ds.prescale_gradients=true", "ds.zero_optimization.reduce_scatter=false"], ["zero1", "zero3"]),
 }
 # Seven clips a step, three in the last one of an epoch: of two ranks one has four, of three ranks one has three.
 UNEVEN = [*FP32, "training.global_batch_size=7"]
@@ -248,5 +251,6 @@ def test_variants_learn_save_and_do_not_know_the_stage(trained: dict[str, dict[s
         assert case["best_is_last"] == (variant != "ema"), "best/ holds the averaged weights where there are any"
 
 
-def test_averaging_does_not_touch_the_training(trained: dict[str, dict[str, Any]]) -> None:
-    assert trained["ema-zero3"]["losses"] == pytest.approx(trained["fp32-zero1"]["losses"], rel=1e-5)
+@pytest.mark.parametrize("name", ["ema-zero3", "aligned-zero2", "prescaled-zero1", "prescaled-zero3"])
+def test_what_does_not_touch_the_training(trained: dict[str, dict[str, Any]], name: str) -> None:
+    assert trained[name]["losses"] == pytest.approx(trained["fp32-zero1"]["losses"], rel=1e-5)

@@ -260,6 +260,16 @@ def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
         ("zero2", "ds.gradient_allreduce_op=sum", "must be mean"),
         ("zero3", "ds.zero_optimization.zero_quantized_weights=true", "(ZeRO++ quantised weights) needs a GPU"),
         ("zero3", "ds.compile.deepcompile=true", "(DeepCompile) needs a GPU"),
+        (
+            "zero3",
+            "ds.zero_optimization.stage3_module_granularity_threshold=9",
+            "(modules gathered as a whole) needs a",
+        ),
+        (
+            "zero3",
+            "ds.zero_optimization.leaf_module.names=[encoder]",
+            "leaf_module (modules gathered as a whole) needs",
+        ),
     ],
 )
 def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, part):

@@ -39,6 +39,8 @@ OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {
     "compile.deepcompile": "DeepCompile",
+    "zero_optimization.leaf_module": "modules gathered as a whole",  # their gradients are told to a CUDA stream
+    "zero_optimization.stage3_module_granularity_threshold": "modules gathered as a whole",
     "zero_optimization.zero_hpz_partition_size": "ZeRO++ parameters kept whole on each node",
     "zero_optimization.zero_quantized_weights": "ZeRO++ quantised weights",
     "zero_optimization.zero_quantized_gradients": "ZeRO++ quantised gradients",
