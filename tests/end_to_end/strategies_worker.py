@@ -5,6 +5,7 @@ Starting two ranks costs more than training a tiny model for some steps, so one 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,17 +17,21 @@ from torch import distributed as dist
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.models import PoseTranslator
+from toolkit.models.load import load_translator
 from toolkit.models.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training import run_directory
+from toolkit.training import gradient_reduction, run_directory
 from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoints import Progress, read_state
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
+from toolkit.training.gradient_reduction import LARGEST_WHOLE_GRADIENT
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loading import all_batches
 from toolkit.training.run import Start, open_trainer
 from toolkit.training.shards import shards
+
+# DeepSpeed's functions by which gradients are summed over ranks, and small numbers besides.
+SUMS = ("all_reduce", "inference_all_reduce", "reduce", "reduce_scatter_fn")
 
 
 def main() -> None:
@@ -51,8 +56,11 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
         run_directory.start(resolved, corpus.path)
     dist.barrier()
     interruptions = Interruptions()
+    # The tiny models here stand for those of the usual size, whose gradients nobody holds whole, unless a case is about
+    # small ones.
+    gradient_reduction.LARGEST_WHOLE_GRADIENT = LARGEST_WHOLE_GRADIENT if case.get("small") else 0
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
-        micro_batches = count_micro_batches(trainer)
+        micro_batches, sent = count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
         trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
         trainer.save()
@@ -67,11 +75,12 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
         restored = whole_state_dict(trainer.engine.module, keep=True)
         trainer.engine.destroy()
     interruptions.close()
-    best = PoseTranslator.from_pretrained(run_dir / "best").state_dict()
+    best = load_translator(run_dir / "best")[0].state_dict()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
     steps = [line for line in lines if line["kind"] == "train"]
     return {
         "micro_batches": micro_batches,
+        "sent": sent,
         "gradients": gradients,
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line.get("grad_norm") for line in steps],
@@ -91,6 +100,37 @@ def count_micro_batches(trainer: Any) -> list[int]:
     def counted(batches: Any) -> bool:
         counts.append(len(batches))
         return step(batches)
+
+    trainer.step = counted
+    return counts
+
+
+def count_sent(trainer: Any) -> list[int]:
+    """A list that grows by the number of elements that DeepSpeed gives to be summed over ranks, with every step."""
+    import deepspeed.comm
+
+    counts: list[int] = []
+    step = trainer.step
+
+    def counted(batches: Any) -> bool:
+        counts.append(0)
+        own = {name: getattr(deepspeed.comm, name) for name in SUMS}
+
+        def counting(function: Any) -> Any:
+            @functools.wraps(function)
+            def count(tensor: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+                counts[-1] += tensor.numel()
+                return function(tensor, *arguments, **settings)
+
+            return count
+
+        for name, function in own.items():
+            setattr(deepspeed.comm, name, counting(function))
+        try:
+            return step(batches)
+        finally:
+            for name, function in own.items():
+                setattr(deepspeed.comm, name, function)
 
     trainer.step = counted
     return counts
@@ -136,10 +176,11 @@ def norm(weights: dict[str, torch.Tensor]) -> float:
 
 
 def spoil(engine: Any) -> None:
-    """Change the weights that the next forward pass would use."""
+    """Change the trained weights that the next forward pass would use."""
     for parameter in engine.module.parameters():
-        pieces = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-        pieces.data.add_(1.0)
+        if parameter.requires_grad:
+            pieces = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+            pieces.data.add_(1.0)
 
 
 if __name__ == "__main__":

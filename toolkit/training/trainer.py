@@ -36,6 +36,7 @@ from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
 from toolkit.training.evaluating import Evaluated, evaluate_split, warn_of_collapse
 from toolkit.training.freezing import BackboneFreeze
+from toolkit.training.gradient_reduction import sent_once
 from toolkit.training.guards import GradientWatch, TrainingStopped
 from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
@@ -182,15 +183,15 @@ class Trainer:
         # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
         scale = self.ranks.world_size / max(window.tokens, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        for number, batch in enumerate(batches, start=1):
-            self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            with self.meter.forward(self.engine.module, batch):
-                nll, ctc = self._losses(batch.to(self.engine.device))
-            sums += torch.stack([nll.detach(), ctc.detach()]).double()
-            self.engine.backward((nll + training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
-            if number == len(batches):
-                self._check(sums, batches)
-            self.engine.step()
+        with sent_once(self.engine, len(batches)):
+            for number, batch in enumerate(batches, start=1):
+                self.engine.set_gradient_accumulation_boundary(number == len(batches))
+                with self.meter.forward(self.engine.module, batch):
+                    nll, ctc = self._losses(batch.to(self.engine.device))
+                sums += torch.stack([nll.detach(), ctc.detach()]).double()
+                self.engine.backward((nll + training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
+        self._check(sums, batches)
+        self.engine.step()
         if training.ema:
             update_average(self.engine, training.ema, self.progress.step + 1)
         self.watch.end()

@@ -1,0 +1,76 @@
+"""Gradients that are small enough are sent once a step, and are those which every micro-batch would have sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.recipe.load import load_recipe
+
+STEPS = 3
+FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
+LORA = ["model.lora.r=4", "model.lora.dropout=0", "training.ctc_weight=0"]
+# Clips of 55 to 274 frames: a step needs two, three or four micro-batches.
+BUDGET = ["training.micro_batch_size=4", "training.micro_batch_frames=400"]
+CUT = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+# JSON and overrides; all that trains in these tiny models is small.
+CASES: dict[str, tuple[str, list[str]]] = {
+    "zero2": ("zero2", FP32),
+    "zero2_offload": ("zero2_offload", FP32),
+    "zero3": ("zero3", [*FP32, CUT]),
+    "frames": ("zero2", [*FP32, *BUDGET]),
+    "frames, offload": ("zero3_offload", [*FP32, *BUDGET, CUT]),
+    "uneven": ("zero3", [*FP32, "training.global_batch_size=7", CUT]),  # one rank has four clips, the other three
+    "freeze": ("zero3_offload", [*FP32, "training.freeze_backbone_steps=2", CUT]),
+    "ema": ("zero2", [*FP32, "training.ema=0.5"]),
+    "lora": ("zero3", [*FP32, *LORA, CUT]),
+    "lora, autocast": ("zero2_autocast", LORA),
+    "bf16": ("zero2", LORA),
+    "bf16, cut": ("zero3", [*LORA, CUT]),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What each case gave, as a large model's and as a small one's."""
+    folder = tmp_path_factory.mktemp("reduction")
+    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
+    shared += [f"data.corpus={corpus}", f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
+    shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
+    shared += ["model.dropout=0", "model.pose_encoder.dropout=0"]
+    cases = {
+        f"{size}: {name}": {"ds": ds, "overrides": overrides, "small": size == "once"}
+        for name, (ds, overrides) in CASES.items()
+        for size in ("each", "once")
+    }
+    results, plan = folder / "results.json", folder / "plan.json"
+    plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(results)}))
+    done = run("tests/end_to_end/strategies_worker.py", plan, ranks=2)
+    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+    return json.loads(results.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_sent_once_a_step_and_is_the_same(trained: dict[str, dict[str, Any]], name: str) -> None:
+    each, once = trained[f"each: {name}"], trained[f"once: {name}"]
+    assert len(each["sent"]) == STEPS
+    assert once["micro_batches"] == each["micro_batches"] and min(once["micro_batches"]) > 1
+    for count, before, now in zip(each["micro_batches"], each["sent"], once["sent"], strict=True):
+        # Sums of bf16 gradients over micro-batches would not be fp32.
+        assert now == before if name.startswith("bf16") else now == pytest.approx(before / count, rel=0.02)
+    tolerance = 1e-3 if name.endswith("autocast") else 1e-5
+    assert once["losses"] == pytest.approx(each["losses"], rel=tolerance)
+    assert once["grad_norms"] == pytest.approx(each["grad_norms"], rel=10 * tolerance)
+    assert once["weights_norm"] == pytest.approx(each["weights_norm"], rel=tolerance)
+    assert once["restored"]
+
+
+def test_a_frame_budget_has_steps_of_different_numbers_of_micro_batches(trained: dict[str, dict[str, Any]]) -> None:
+    assert len(set(trained["once: frames"]["micro_batches"])) > 1
