@@ -23,27 +23,22 @@ use_extensions_dir()  # before anything imports DeepSpeed
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict
 
-from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_local_rank, read_ranks
+from toolkit.cluster.failures import run_rank
+from toolkit.cluster.ranks import Ranks, check_ranks
 from toolkit.errors import UserError, exit_code_of
 
 PROGRESS_SECONDS = 5.0
 
 
 def main() -> None:
-    comparing = sys.argv[1:2] == ["compare"]
-    arguments = parse_comparison(sys.argv[2:]) if comparing else parse(sys.argv[1:])
-
-    def work() -> None:
-        compare(arguments) if comparing else run(arguments, read_ranks())
-
-    code = exit_code_of(work, debug=arguments.debug, local_rank=read_local_rank())
-    sys.stdout.flush()
-    # Threads of gloo may linger; everything is written, so none may hold up the exit code.
-    os._exit(code)
+    if sys.argv[1:2] == ["compare"]:
+        words = parse_comparison(sys.argv[2:])
+        sys.exit(exit_code_of(lambda: compare(words), debug=words.debug))
+    arguments = parse(sys.argv[1:])
+    run_rank(lambda ranks: run(arguments, ranks), debug=arguments.debug)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -105,6 +100,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.devices import use_device
+    from toolkit.cluster.meeting import on_each_node
     from toolkit.evaluation.evaluate import (
         check_fit,
         find_corpus,
@@ -119,7 +115,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.evaluation.neural import parse_neural
     from toolkit.evaluation.splits import score_splits
     from toolkit.evaluation.whole_weights import cut, whole_weights
-    from toolkit.models.load import find_model, load_translator
+    from toolkit.models.load import fetch_translator, load_translator
     from toolkit.models.tokenizers import language_id
     from toolkit.planning.memory import fits_whole
     from toolkit.training.engine import join_process_group, leave_process_group, quieten, use_threads
@@ -130,8 +126,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     check_ranks(ranks, gpus=torch.cuda.device_count())
     device = use_device(ranks)
-    check_meeting_place(ranks)
-    find_model(arguments.model)
+    on_each_node(lambda: fetch_translator(arguments.model))
     neural = parse_neural(arguments.neural, arguments.neural_python)
     recipe = recipe_of(arguments.model, arguments.overrides)
     settings = settings_of(recipe, arguments.overrides)
@@ -159,30 +154,28 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.world_size > 1 or arguments.zero3:
         join_process_group(ranks)
     use_threads(ranks)
-    try:
-        total = sum(len(corpus.splits[name]) for name in names)
-        say(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
-        started = time.monotonic()
-        progress = Progress(corpus, ranks) if ranks.is_main else None
-        how = {"rank": ranks.rank, "world_size": ranks.world_size, "n_best": arguments.n_best, "on_batch": progress}
-        if arguments.zero3:
-            engine = cut(model, ranks.world_size)
-            gather = fits_whole(
-                engine,
-                frames=np.concatenate([corpus.splits[name].frames for name in names]),
-                batch_frames=settings.batch_frames,
-                beams=beams,
-                max_new_tokens=search.get("max_new_tokens") or model.generation_config.max_new_tokens,
+    total = sum(len(corpus.splits[name]) for name in names)
+    say(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
+    started = time.monotonic()
+    progress = Progress(corpus, ranks) if ranks.is_main else None
+    how = {"rank": ranks.rank, "world_size": ranks.world_size, "n_best": arguments.n_best, "on_batch": progress}
+    if arguments.zero3:
+        engine = cut(model, ranks.world_size)
+        gather = fits_whole(
+            engine,
+            frames=np.concatenate([corpus.splits[name].frames for name in names]),
+            batch_frames=settings.batch_frames,
+            beams=beams,
+            max_new_tokens=search.get("max_new_tokens") or model.generation_config.max_new_tokens,
+        )
+        with whole_weights(engine, gather=gather) as synced:
+            results = score_splits(
+                engine.module, processor, corpus, names, settings, search=search, synced=synced, **how
             )
-            with whole_weights(engine, gather=gather) as synced:
-                results = score_splits(
-                    engine.module, processor, corpus, names, settings, search=search, synced=synced, **how
-                )
-        else:
-            results = score_splits(model.to(device), processor, corpus, names, settings, search=search, **how)
-        seconds = time.monotonic() - started
-    finally:
-        leave_process_group()
+    else:
+        results = score_splits(model.to(device), processor, corpus, names, settings, search=search, **how)
+    seconds = time.monotonic() - started
+    leave_process_group()
     if not ranks.is_main:
         return
     summary = write_results(out, arguments.model, corpus, results, total / seconds, neural)

@@ -25,11 +25,11 @@ use_extensions_dir()  # before anything imports DeepSpeed
 
 import argparse
 import json
-import os
 from typing import TYPE_CHECKING
 
-from toolkit.cluster.ranks import Ranks, check_meeting_place, check_ranks, read_local_rank, read_ranks
-from toolkit.errors import UserError, exit_code_of
+from toolkit.cluster.failures import run_rank
+from toolkit.cluster.ranks import Ranks, check_ranks
+from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.recipe.resolve import ResolvedRun
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parse()
-    code = exit_code_of(lambda: run(arguments, read_ranks()), debug=arguments.debug, local_rank=read_local_rank())
-    sys.stdout.flush()
-    # Threads of gloo may linger; everything is saved, so none may hold up the exit code.
-    os._exit(code)
+    run_rank(lambda ranks: run(arguments, ranks), debug=arguments.debug)
 
 
 def parse() -> argparse.Namespace:
@@ -94,6 +91,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
+    from toolkit.cluster.meeting import on_rank_0
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
@@ -110,34 +108,42 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
-    check_meeting_place(ranks)
     check_locks()
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
-    check_model(resolved)
+    on_rank_0(lambda: check_model(resolved))
     if not gpus:
         memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
         return_freed_memory() if memory_is_short else keep_freed_memory()
     for note in resolved.notes:
         say(f"note: {note}")
 
-    # Ranks share no process group yet. They come to the same answer because only rank 0 changes the run directory, and
-    # where it does, by --new, the others need not look.
     new = arguments.resume == "never" or arguments.overfit is not None
     if new and arguments.extend:
         raise UserError("--extend goes on with a run, and --new and --overfit begin one: leave one of them out")
-    if new and ranks.is_main and (aside := run_directory.set_aside(resolved.run_dir)):
-        say(f"the run that was in {resolved.run_dir} is now in {aside}")
-    start = Start()
-    if not new:
-        start = find_start(resolved, arguments.resume, verify=ranks.is_main, extend=arguments.extend)
+
+    def look() -> Start:
+        """Where the run begins."""
+        if not new:
+            return find_start(resolved, arguments.resume, extend=arguments.extend)
+        if aside := run_directory.set_aside(resolved.run_dir):
+            say(f"the run that was in {resolved.run_dir} is now in {aside}")
+        return Start()
+
+    def check() -> tuple[Start, str | None]:
+        """The same for this corpus, and what the user should know of it."""
+        check_corpus(corpus, None if new else resolved.run_dir, start)
+        return start, extend_schedule(resolved, corpus, start)
+
+    # Rank 0 looks for all: on a shared file system others may see the run directory as it was half a minute ago.
+    start = on_rank_0(look)
     corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
-    check_corpus(corpus, None if new else resolved.run_dir, start)
-    if extension := extend_schedule(resolved, corpus, start):
+    start, extension = on_rank_0(check)
+    if extension:
         say(f"note: {extension}")
     if start.finished:
         say(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
-        summary = read_scores(resolved.run_dir)
+        summary = read_scores(resolved.run_dir) if ranks.is_main else {}
     elif arguments.overfit is not None:
         summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
     else:

@@ -26,7 +26,8 @@ from toolkit.models.weights import whole_state_dict
 from toolkit.recipe.model_cards import load_model_yaml, model_names
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training.engine import join_process_group, leave_process_group, quieten
-from toolkit.training.run import _shared_processor, seed_everything
+from toolkit.training.processor import shared_processor
+from toolkit.training.run import seed_everything
 
 STRATEGIES = ("zero1", "zero3")  # whole on each rank, and cut over both
 
@@ -58,7 +59,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
     seed_everything(resolved.recipe.training.seed)
     if ranks.is_main:
         resolved.run_dir.mkdir(parents=True)
-    tokenizer = _shared_processor(resolved, ranks, corpus).tokenizer
+    tokenizer = shared_processor(resolved, ranks, corpus).tokenizer
     model = build_translator(resolved, corpus, tokenizer)
     is_cut = all(hasattr(parameter, "ds_id") for parameter in model.backbone.parameters())
     found, expected = whole_state_dict(model, keep=True), weights_in(published)

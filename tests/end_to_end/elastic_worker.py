@@ -65,7 +65,7 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
     try:
         resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
         corpus = Corpus.open(resolved.recipe.data.corpus or "")
-        start = find_start(resolved, str(folder / case["resume"]), verify=True) if case.get("resume") else Start()
+        start = find_start(resolved, str(folder / case["resume"])) if case.get("resume") else Start()
         if ranks.is_main:
             run_directory.start(resolved, corpus.path)
         dist.barrier()

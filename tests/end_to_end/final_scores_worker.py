@@ -98,7 +98,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
             run_directory.write_status(run_dir, "failed")
             (run_dir / "predictions" / "test.csv").unlink()
         dist.barrier()
-        start = training_run.find_start(resolved, "auto", verify=False)
+        start = training_run.find_start(resolved, "auto")
         training_run.train(resolved, ranks, corpus, start, lambda _: None)
     if ranks.is_main:
         model, processor = load_translator(run_dir / "best")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.two_nodes import INTERFACE, NODES, TwoNodes, why_not
+from tests.end_to_end.two_nodes import NODES, TwoNodes, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0
@@ -46,7 +46,7 @@ def test_two_nodes_have_the_losses_of_two_ranks_on_one(
     home, run_dir = tmp_path / "home", tmp_path / "run"
     home.mkdir()
     # Neither comments nor blank lines: DeepSpeed's launcher takes every line for KEY=VALUE.
-    (home / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+    (home / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
     (tmp_path / "hosts").write_text("".join(f"{node} slots=1\n" for node in NODES))
     deepspeed = command("launch/train.py", ranks=1)[0]
     with TwoNodes(tmp_path / "nodes") as nodes:

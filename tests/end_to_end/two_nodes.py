@@ -14,7 +14,7 @@ from pathlib import Path
 
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount", "ssh", "ssh-keygen", "pdsh", "sshd")
 NODES = {"node-a": "10.99.0.1", "node-b": "10.99.0.2"}
-INTERFACE = "eth0"  # the same name on both, for GLOO_SOCKET_IFNAME
+INTERFACE = "eth0"
 DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 SSHD = "/usr/sbin/sshd"
 

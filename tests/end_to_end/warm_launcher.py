@@ -26,6 +26,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import faults  # it lies beside this script
+
 ROOM_FOR_A_COMMAND_LINE = 16384
 RealPopen = subprocess.Popen
 EVERYTHING = (
@@ -76,6 +78,7 @@ def run(command: list[str], environment: dict[str, str] | None) -> NoReturn:
         else:
             subprocess.Popen = RealPopen  # type: ignore[misc]
             sys.argv = words
+            faults.install()
             runpy.run_path(words[0], run_name="__main__")
         code = 0
     except SystemExit as ending:

@@ -97,24 +97,24 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(
 def test_without_extend_a_longer_run_is_refused_and_the_word_is_named(begun: ResolvedRun, resolve: Resolve) -> None:
     for longer in ("training.epochs=8", "training.max_steps=99"):
         with pytest.raises(UserError, match=rf"{longer.partition('=')[0]} .* add --extend to make that run longer, "):
-            find_start(resolve(*SHORT, "training.epochs=4", longer), "auto", verify=False)
+            find_start(resolve(*SHORT, "training.epochs=4", longer), "auto")
     other = resolve(*SHORT, "training.epochs=8", "training.seed=9")
     with pytest.raises(UserError, match=r"training.epochs 4.0 -> 8.0, training.seed 42 -> 9") as refusal:
-        find_start(other, "auto", verify=False)
+        find_start(other, "auto")
     assert "--extend" not in str(refusal.value)
     with pytest.raises(UserError, match=r"other settings \(training.seed 42 -> 9\)"):
-        find_start(other, "auto", verify=False, extend=True)
+        find_start(other, "auto", extend=True)
 
 
 def test_a_finished_run_shows_its_scores_unless_it_is_to_be_longer(begun: ResolvedRun, resolve: Resolve) -> None:
     run_directory.write_status(begun.run_dir, "finished")
-    assert find_start(begun, "auto", verify=False).finished
-    assert find_start(begun, "auto", verify=False, extend=True).finished
+    assert find_start(begun, "auto").finished
+    assert find_start(begun, "auto", extend=True).finished
     with pytest.raises(UserError, match="no checkpoint left"):
-        find_start(resolve(*SHORT, "training.epochs=8"), "auto", verify=False, extend=True)
+        find_start(resolve(*SHORT, "training.epochs=8"), "auto", extend=True)
 
 
 def test_there_must_be_a_run_to_extend(resolve: Resolve) -> None:
     with pytest.raises(UserError, match="holds no run to --extend"):
-        find_start(resolve(), "auto", verify=False, extend=True)
-    assert find_start(resolve(), "auto", verify=False) == Start()
+        find_start(resolve(), "auto", extend=True)
+    assert find_start(resolve(), "auto") == Start()

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from toolkit import __version__
+from toolkit.cluster.meeting import on_each_node, on_rank_0
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import METADATA_FILE, UNFINISHED, Corpus, Metadata, finish_corpus, finish_split
@@ -31,6 +32,8 @@ from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
 from toolkit.recipe.schema import Data
 
 MESSAGE_WHILE_WAITING = 30.0  # seconds
+# A shared file system may say for so long that something is not there which another node has made.
+SHARED_SECONDS = 60.0
 
 
 Build = Callable[[Work, Sequence[Shard]], Iterator[Record]]
@@ -53,8 +56,22 @@ class Prepared:
 
 
 def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
-    """The folder of the prepared corpus that the settings mean; see ``find_or_prepare``."""
-    return find_or_prepare(data, speaks=speaks).path
+    """The folder of the prepared corpus that the settings mean; see ``find_or_prepare``. All ranks call this.
+
+    Rank 0 prepares it. A node that does not see it within a minute has a cache of its own, and prepares it there.
+    """
+    path = on_rank_0(lambda: find_or_prepare(data, speaks=speaks).path)
+    return on_each_node(lambda: path if _appears(path) else find_or_prepare(data, speaks=speaks).path)
+
+
+def _appears(corpus: Path) -> bool:
+    """Whether a corpus that another node has prepared is to be seen from here, at once or soon."""
+    end = time.monotonic() + SHARED_SECONDS
+    while not (corpus / METADATA_FILE).exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
 
 
 def find_or_prepare(data: Data, *, speaks: bool = True, ray: str | None = None) -> Prepared:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from toolkit.cluster.meeting import on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
@@ -69,7 +70,7 @@ def settings_of(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
 
 
 def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, speaks: bool) -> Corpus:
-    """The corpus that was asked for, else the one that the model was trained on.
+    """The corpus that was asked for, else the one that the model was trained on; all ranks call this.
 
     Raises:
         UserError: there is none.
@@ -79,12 +80,17 @@ def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *,
     run = run_of(model)
     if recipe is None or run is None:
         raise UserError(f"{model} lies in no run directory, so its corpus is not known: add --corpus FOLDER")
+    place = on_rank_0(lambda: _corpus_of(run, recipe))
+    return Corpus.open(place or ensure_corpus(recipe.data, speaks=speaks))
+
+
+def _corpus_of(run: Path, recipe: Recipe) -> Path | None:
+    """The corpus that a run was trained on, where it still lies there."""
     try:
         trained_on = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8")).get("corpus")
     except (OSError, ValueError):
         trained_on = None
-    place = next((Path(path) for path in (trained_on, recipe.data.corpus) if path and Path(path).is_dir()), None)
-    return Corpus.open(place or ensure_corpus(recipe.data, speaks=speaks))
+    return next((Path(path) for path in (trained_on, recipe.data.corpus) if path and Path(path).is_dir()), None)
 
 
 def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:

@@ -15,7 +15,7 @@ from toolkit.models.base import Base, Fingerprint
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.extra_tokens import add_rows, add_tokens, make_room
-from toolkit.models.hub import NOT_LOADED
+from toolkit.models.hub import NOT_LOADED, fetch_weights
 from toolkit.models.materialise import (
     Placement,
     placement_for,
@@ -161,6 +161,21 @@ def _described(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedCo
     fit_config(config, model, tokenizer)
     make_room(config, tokenizer, model.extra_tokens)
     return config
+
+
+def fetch_backbone(model: Model) -> None:
+    """Bring a backbone's published files into this machine's cache, where they are not there yet; builds nothing.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    if has_random_weights(model):
+        return
+    backbone_config(model)
+    try:
+        fetch_weights(source_of(model))
+    except NOT_LOADED as error:
+        raise not_loadable(model, error) from error
 
 
 def _backbone(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -18,11 +19,30 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import httpx
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 # What transformers' `from_pretrained` raises where a model cannot be had; a download that breaks off is no OSError.
 NOT_LOADED = (OSError, ValueError, httpx.HTTPError)
 ELSEWHERE = "set HF_HOME to a folder whose hub/ holds it"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def fetch_weights(source: str) -> None:
+    """Bring a model's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
+
+    Args:
+        source: a hub id; a folder has its weights already.
+
+    Raises: one of ``NOT_LOADED``.
+    """
+    if Path(source).is_dir():
+        return
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+            if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+                get_checkpoint_shard_files(source, path)
+            return
 
 
 def hub_trouble(error: BaseException, source: str) -> str | None:

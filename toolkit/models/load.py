@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -13,12 +14,29 @@ from transformers import GenerationConfig
 from toolkit.errors import UserError
 from toolkit.models.base import Base, check_same, read_base
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.hub import NOT_LOADED, hub_trouble
+from toolkit.models.hub import NOT_LOADED, fetch_weights, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
+from toolkit.recipe.schema import Model
 
 BEST = "best"  # where a run directory keeps its best model
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def fetch_translator(name: str | Path) -> None:
+    """Bring a translator's weights, or those that it stands on, into this machine's cache, where the hub has them.
+
+    Raises:
+        UserError: there is no such model, or what it stands on cannot be had; the rest :func:`load_translator` says.
+    """
+    source = find_model(name)
+    if base := read_base(Path(source)):
+        from toolkit.models.build import fetch_backbone  # as for _load_adapted
+
+        fetch_backbone(Model.model_validate(base.model))
+        return
+    with contextlib.suppress(*NOT_LOADED):
+        fetch_weights(source)
 
 
 def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, PoseProcessor]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +46,7 @@ from toolkit.training.tensor_files import checksum, write_tensors
 FILE_BYTES = 1 << 29  # a rank's state goes into files of about this size
 COPIED_BYTES = 1 << 31  # at most so much of it waits in memory to be written; beyond that training waits
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+SETTLE_SECONDS = 6.0  # after a failure a checkpoint has so long to become complete
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -67,6 +70,8 @@ class CheckpointWriter:
         self._last: Future[str | None] | None = None
         # What the newest complete checkpoint remembers of the models, and the one that is being written.
         self._kept = [identity.progress.kept]
+        self._naming = threading.Lock()
+        self._given_up = False
         if dist.get_rank() == 0:
             remove_unfinished(folder)
         barrier()
@@ -117,6 +122,20 @@ class CheckpointWriter:
             self._finish_last()
         self._thread.shutdown()
 
+    def settle(self) -> None:
+        """After a failure on any rank: let what has been begun come to its end if it does so soon, else discard it.
+
+        Any thread may call this. Later calls of other methods find nothing to do.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            futures.wait([last], timeout=SETTLE_SECONDS)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._naming:  # a checkpoint that has its name keeps it
+            self._given_up = True
+        if dist.get_rank() == 0:
+            remove_unfinished(self.folder)
+
     def _finish_last(self) -> str | None:
         last, self._last = self._last, None
         if last is None:
@@ -153,6 +172,10 @@ class CheckpointWriter:
 
     def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
         """Make a checkpoint of files that are all there; returns what went wrong."""
+        with self._naming:
+            return "the run has ended" if self._given_up else self._name_now(partial, state, checksums)
+
+    def _name_now(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
         if unseen := [name for name in checksums if not (partial / name).is_file()]:
             return f"rank 0 does not see {unseen[0]}: run.dir must lie on a filesystem that all nodes share"
         try:

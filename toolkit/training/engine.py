@@ -19,6 +19,8 @@ from torch import nn
 
 from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.devices import barrier, check_bound, use_device
+from toolkit.cluster.interfaces import name_interface
+from toolkit.cluster.meeting import meet, part
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
 from toolkit.models.quick.layers import use_quick_layers
@@ -42,6 +44,8 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
     import deepspeed
     from deepspeed.constants import default_pg_timeout
 
+    meet(ranks)
+    name_interface(ranks)
     device = use_device(ranks)  # not before: a GPU brings threads, and a run has forked its loader's workers by now
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -61,11 +65,19 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one; never on the way out of an error, because it waits for the other ranks."""
     from torch import distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    part()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, on a full disk, buries nothing that the terminal says."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def quieten(log: Path | None) -> None:
@@ -77,7 +89,7 @@ def quieten(log: Path | None) -> None:
         import deepspeed  # it sets up its logging as it is imported
 
         deepspeed.accelerator.get_accelerator()
-    handler = logging.FileHandler(log, encoding="utf-8") if log else logging.NullHandler()
+    handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):

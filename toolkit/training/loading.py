@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from toolkit.batching.loader import TrainBatches, train_batches
+from toolkit.cluster.failures import unwatched
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.recipe.resolve import ResolvedRun
@@ -14,13 +15,14 @@ def all_batches(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: P
 
     The workers start here, so a run calls it before it has threads; the run's tokenizer comes later.
     """
-    return train_batches(
-        corpus.splits["train"],
-        None,
-        resolved,
-        landmark_set=corpus.landmark_set,
-        epoch=progress.epoch,
-        start_step=progress.epoch_step,
-        epochs=None,
-        rank=ranks.rank,
-    )
+    with unwatched():
+        return train_batches(
+            corpus.splits["train"],
+            None,
+            resolved,
+            landmark_set=corpus.landmark_set,
+            epoch=progress.epoch,
+            start_step=progress.epoch_step,
+            epochs=None,
+            rank=ranks.rank,
+        )

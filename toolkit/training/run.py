@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.cluster.devices import barrier
+from toolkit.cluster import failures
+from toolkit.cluster.meeting import meet, on_each_node, on_rank_0
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
@@ -22,14 +24,14 @@ from toolkit.evaluation.evaluate import check_fit
 from toolkit.evaluation.report import write_report
 from toolkit.evaluation.splits import splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
-from toolkit.models.build import build_processor, build_translator
+from toolkit.models.build import build_translator, fetch_backbone
 from toolkit.models.tokenizers import find_unknown
 from toolkit.models.weights import count_weights
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training import run_directory
-from toolkit.training.best_models import BEST, restore_models
+from toolkit.training.best_models import BEST, Kept, restore_models
 from toolkit.training.checkpoint_reader import load_checkpoint
 from toolkit.training.checkpoint_writer import CheckpointWriter
 from toolkit.training.checkpoints import (
@@ -55,10 +57,9 @@ from toolkit.training.interruptions import Interruptions
 from toolkit.training.last_words import write_scores
 from toolkit.training.loading import all_batches
 from toolkit.training.overfit import TARGET_LOSS, verdict
+from toolkit.training.processor import PROCESSOR, shared_processor
 from toolkit.training.random_states import seed_everything
 from toolkit.training.trainer import Trainer
-
-PROCESSOR = "processor"  # folder in the run directory
 
 log = logging.getLogger("toolkit")
 
@@ -75,13 +76,12 @@ class Start:
     finished: bool = False  # it has its scores already
 
 
-def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool, extend: bool = False) -> Start:
-    """Look at the run directory, before any process group exists.
+def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> Start:
+    """Look at the run directory and verify the checkpoint, before any process group exists; one rank does so for all.
 
     Args:
         resolved: the run.
         wanted: "auto" for the newest complete checkpoint of the run, or the path of one.
-        verify: read all files of the checkpoint to see that none has changed; one rank does this for all.
         extend: whether the run is to be longer than it was; see ``extending.py``.
 
     Raises:
@@ -100,14 +100,14 @@ def find_start(resolved: ResolvedRun, wanted: str, *, verify: bool, extend: bool
         if extend and status is None:
             raise UserError(f"{resolved.run_dir} holds no run to --extend: leave it out, or name the run by run.dir")
         return Start()
-    state = read_state(checkpoint, verify=verify)
+    state = read_state(checkpoint)
     # A run that was being extended, and has saved nothing since, goes on from a checkpoint of the shorter one.
     run_directory.check_same_experiment(resolved, state.recipe, checkpoint, extend=extend or status is not None)
     return Start(state.progress, checkpoint, state)
 
 
 def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = None) -> None:
-    """Refuse a corpus from which nothing can be learnt, or not what a run began to learn.
+    """Refuse a corpus from which nothing can be learnt, or not what a run began to learn; one rank looks for all.
 
     Args:
         corpus: what is to be learnt.
@@ -206,35 +206,54 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
 
 @contextmanager
 def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
-    """A run directory whose status is right and a process group that is left, however what is inside ends."""
+    """A run directory whose status is right, however what is inside ends, and where it ends well, a group that is left.
+
+    After an error no rank leaves the process group: that would wait for collectives in which nobody else will be.
+    """
     run_dir = resolved.run_dir
-    if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
-    quieten(run_dir / "log.txt" if ranks.is_main else None)
+    meet(ranks)
+    on_rank_0(lambda: run_directory.start(resolved, corpus.path))
+    # The other ranks see the run directory for the first time when it is there: a shared file system that has once
+    # answered "not there" says so for half a minute.
+    quieten(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
     swap = swap_to_this_node(resolved.deepspeed)
-    interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _given_up(run_dir, ranks))
-    try:
-        if ranks.local_rank == 0:
-            claim_swap_folders(swap)
-        training = resolved.recipe.training
-        join_process_group(ranks, max(training.data_timeout, training.rank_timeout))
-        use_threads(ranks)
-        if not ranks.is_main:  # by now the run directory is there, and is that of this run
-            quieten(run_dir / f"log_rank_{ranks.rank:02d}.txt")
-        yield interruptions
-    except BaseException as error:
-        if not isinstance(error, UserError | Interrupted):
-            logging.getLogger("toolkit").error("rank %d ends: %s", ranks.rank, error, exc_info=error)
-        if ranks.is_main:
-            status: run_directory.Status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            run_directory.write_status(run_dir, status, reason=f"{type(error).__name__}: {error}")
-            draw_report(run_dir)
-        raise
-    finally:
-        interruptions.close()
-        leave_process_group()
+
+    def fail(rank: int, host: str, reason: str) -> None:
+        run_directory.write_status(run_dir, "failed", rank=rank, host=host, reason=reason)
+
+    def tidy_up() -> None:
         if ranks.local_rank == 0:
             remove_swap_folders(swap)
+        if ranks.is_main:
+            draw_report(run_dir)
+
+    interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _given_up(run_dir, ranks))
+    with failures.recorded_by(fail), failures.at_failure(tidy_up):
+        try:
+            on_each_node(lambda: claim_swap_folders(swap))
+            training = resolved.recipe.training
+            join_process_group(ranks, max(training.data_timeout, training.rank_timeout))
+            use_threads(ranks)
+            yield interruptions
+            leave_process_group()
+        except Interrupted as error:
+            if ranks.is_main:
+                run_directory.write_status(run_dir, "interrupted", reason=f"{type(error).__name__}: {error}")
+                draw_report(run_dir)
+            leave_process_group()
+            raise
+        except BaseException as error:
+            told = failures.tell(error)
+            if not isinstance(error, UserError):
+                log.error("rank %d ends: %s", ranks.rank, error, exc_info=error)
+            if ranks.is_main and not told:
+                fail(ranks.rank, platform.node(), f"{type(error).__name__}: {error}")
+                draw_report(run_dir)
+            raise
+        finally:
+            interruptions.close()
+            if ranks.local_rank == 0:
+                remove_swap_folders(swap)
 
 
 def _given_up(run_dir: Path, ranks: Ranks) -> None:
@@ -260,9 +279,10 @@ def open_trainer(
     recipe, progress = resolved.recipe, start.progress
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
-    processor = _shared_processor(resolved, ranks, corpus)
+    processor = shared_processor(resolved, ranks, corpus)
     if ranks.is_main:
         _warn_of_unknown(processor.tokenizer, corpus, say)
+    on_each_node(lambda: fetch_backbone(recipe.model))  # may take hours, so nobody waits for it in a collective
     model = build_translator(resolved, corpus, processor.tokenizer)
     say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
@@ -270,12 +290,12 @@ def open_trainer(
     layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
     checkpoints = resolved.run_dir / "checkpoints"
     fingerprint = model.base.fingerprint if model.base else ""
-    lost = _restore_kept(resolved.run_dir, progress, ranks)
+    lost = _restore_kept(resolved.run_dir, progress)
     if start.checkpoint and start.state:
         _check_base(fingerprint, start)
         say(f"going on from {start.checkpoint}")
         notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
-        for path in set_newer_aside(checkpoints, progress.step) if ranks.is_main else ():
+        for path in on_rank_0(lambda: set_newer_aside(checkpoints, progress.step)):
             notes.append(f"a newer checkpoint is set aside as {path}")
         if lost:
             notes.append(f"the models kept at step {', '.join(map(str, lost))} are not in {resolved.run_dir} any more")
@@ -286,7 +306,10 @@ def open_trainer(
         open_tracker(
             resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
         ) as tracker,
+        failures.at_failure(tracker.close),
         closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, say=say)) as writer,
+        failures.at_failure(writer.settle),
+        failures.told(),
     ):
         trainer = Trainer(
             engine,
@@ -311,41 +334,30 @@ def open_trainer(
                 tell_communication(resolved, say)
 
 
-def _restore_kept(run_dir: Path, progress: Progress, ranks: Ranks) -> list[int]:
+def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
     """Agree on the kept models that are still there; all ranks call this.
 
     Returns:
         the steps of those that are not.
     """
-    remembered, kept = progress.kept, [progress.kept]
-    if ranks.is_main:
+    remembered = progress.kept
+
+    def restore() -> Kept:
         newest = [int(path.name[5:]) for path in complete_checkpoints(run_dir / "checkpoints")[-1:]]
-        kept = [restore_models(run_dir, remembered, progress.step, max(newest, default=0))]
-    dist.broadcast_object_list(kept, src=0)
-    progress.kept = kept[0]
+        return restore_models(run_dir, remembered, progress.step, max(newest, default=0))
+
+    progress.kept = on_rank_0(restore)
     return [step for step, _ in remembered if step not in dict(progress.kept)]
 
 
 def _check_base(fingerprint: str, start: Start) -> None:
     """Refuse frozen weights that are not those which the checkpoint was trained on; all ranks call this."""
-    same = [start.state is None or fingerprint == start.state.base]
-    dist.broadcast_object_list(same, src=0)  # rank 0 has seen the weights, others may have received them
-    if not same[0]:
+    # Rank 0 has seen the weights, others may have received them.
+    if not on_rank_0(lambda: start.state is None or fingerprint == start.state.base):
         raise UserError(
             f"{start.checkpoint} was trained on other frozen weights than those that are here now: get the backbone "
             "back that it was trained on (for a hub id its revision, for random weights this toolkit's version)"
         )
-
-
-def _shared_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:
-    """The run's processor, made once: a tokenizer trained twice need not come out the same."""
-    folder = resolved.run_dir / PROCESSOR
-    if ranks.is_main and not folder.exists():
-        partial = folder.with_name(".processor.partial")
-        build_processor(resolved.recipe, corpus).save_pretrained(partial)
-        partial.rename(folder)
-    barrier()
-    return PoseProcessor.from_pretrained(folder)
 
 
 def _warn_of_unknown(tokenizer: Any, corpus: Corpus, say: Say) -> None:

@@ -15,7 +15,8 @@ from torch import distributed as dist
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import TrainBatches
 from toolkit.batching.order import steps_per_epoch
-from toolkit.cluster.devices import barrier
+from toolkit.cluster import failures
+from toolkit.cluster.meeting import on_rank_0
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
@@ -135,11 +136,10 @@ class Trainer:
         self.engine.train()
         self.watch.start()
         try:
-            with self.line:
+            with self.line, failures.told():
                 self._run(batches)
                 self._keep_the_last()
-                if self.ranks.is_main:
-                    keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept])
+                on_rank_0(lambda: keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept]))
         finally:
             self.watch.close()
 
@@ -352,8 +352,8 @@ class Trainer:
         """Write the model as it is, or as its average is, to ``best/`` or beside it, where ``kept`` says it belongs."""
         with self._kept_weights():
             weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
-        if self.ranks.is_main:
-            place_model(
+        on_rank_0(
+            lambda: place_model(
                 self.resolved.run_dir,
                 kept,
                 self.progress.step,
@@ -361,7 +361,7 @@ class Trainer:
                 lambda folder: save_model(folder, self.engine.module, self.processor, weights),
                 remembered=self.checkpoints.remembered,
             )
-        barrier()
+        )
 
     @contextmanager
     def _kept_weights(self) -> Iterator[None]:

@@ -28,9 +28,11 @@ from typing import Any, Literal
 
 from torch import distributed as dist
 
+from toolkit.cluster import failures
 from toolkit.cluster.ranks import Ranks
 
 EXIT_RANK_LOST = 1
+HINT = "the last checkpoint is intact, the same command goes on from it"
 REMEMBERED_STEPS = 50
 Phase = Literal["step", "data", "aside"]
 
@@ -91,6 +93,7 @@ class RankWatch:
         self._data_since: float | None = None  # when the wait for data that goes on began
         self._has_told_of_data = False
         self._count = 0
+        self._hosts: dict[int, str] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="rank watch")
 
@@ -172,6 +175,7 @@ class RankWatch:
 
     def _give_up(self, reason: str) -> None:
         """End this process, and so the run, for a reason of its own."""
+        self._tell(self._ranks.rank, reason)
         try:
             self._on_loss(reason)
         finally:
@@ -213,7 +217,9 @@ class RankWatch:
         # The store has a timeout of its own and does not keep it when its process is stopped (torch 2.13).
         threading.Thread(target=ask, daemon=True).start()
         values = answer.get(timeout=self.limits.silence)
-        return {rank: Sign(**json.loads(value)) for rank, value in enumerate(values)}
+        signs = {rank: Sign(**json.loads(value)) for rank, value in enumerate(values)}
+        self._hosts = {rank: sign.host for rank, sign in signs.items()}
+        return signs
 
     def _leave(self, lost: dict[int, str]) -> None:
         """End this process. The first living rank tells the run, the first of each node the terminal."""
@@ -222,6 +228,7 @@ class RankWatch:
         alive = [rank for rank in range(self._ranks.world_size) if rank not in lost]
         first_here = self._ranks.rank - self._ranks.local_rank
         here = range(first_here, first_here + self._ranks.local_world_size)
+        self._tell(min(lost, default=self._ranks.rank), reason)
         try:
             if alive and self._ranks.rank == alive[0]:
                 self._on_loss(reason)
@@ -230,10 +237,13 @@ class RankWatch:
                 self._say_why(reason)
             os._exit(EXIT_RANK_LOST)
 
+    def _tell(self, rank: int, reason: str) -> None:
+        """End this process where the ranks tell each other of failures; else it has to see to that itself."""
+        failures.lose(rank, self._hosts.get(rank, socket.gethostname()), reason, f"error: {reason}; {HINT}")
+
     @staticmethod
     def _say_why(reason: str) -> None:
-        hint = "the last checkpoint is intact, the same command goes on from it"
-        print(f"error: {reason}; {hint}", file=sys.stderr, flush=True)
+        print(f"error: {reason}; {HINT}", file=sys.stderr, flush=True)
 
 
 def _own_connection(timeout: timedelta) -> Any:

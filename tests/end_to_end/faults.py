@@ -1,0 +1,156 @@
+"""Faults on order, put into one rank by the test that starts it; the toolkit knows nothing of them.
+
+The variable FAULT says what and where: ``step_5 1`` is an error in the fifth step that rank 1 takes after its start.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "FAULT"
+LARGEST_FILE = 100_000  # bytes; logs and settings are smaller, states and models are larger
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+class Injected(Exception):
+    """What an error in the code, or in a library, may look like."""
+
+
+def install() -> None:
+    """Arm the fault that the environment asks for, if this is its rank."""
+    what, _, rank = os.environ.get(VARIABLE, "").partition(" ")
+    if what:
+        os.cpu_count = lambda: 64  # so that four ranks may share two cores
+    if what and rank == os.environ["RANK"]:
+        FAULTS[what]()
+
+
+def fail() -> None:
+    raise Injected("injected")
+
+
+def run_out_of_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk() -> None:
+    """From now on files of this process cannot grow, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+
+
+def at_call(holder: Any, name: str, number: int, act: Callable[[], None]) -> None:
+    """Act in place of the so-many-th call of a function, or before it where the act returns."""
+    calls, original = 0, getattr(holder, name)
+
+    def called(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return original(*arguments, **settings)
+
+    setattr(holder, name, called)
+
+
+def in_step(number: int, act: Callable[[], None]) -> None:
+    from toolkit.training.trainer import Trainer
+
+    at_call(Trainer, "step", number, lambda: at_call(Trainer, "_losses", 1, act))
+
+
+def in_build() -> None:
+    from toolkit.training import run
+
+    at_call(run, "build_translator", 1, fail)
+
+
+def in_evaluation(act: Callable[[], None]) -> None:
+    from toolkit.training import trainer
+
+    at_call(trainer, "evaluate_split", 1, act)
+
+
+def in_saving(act: Callable[[], None]) -> None:
+    from toolkit.training.checkpoint_writer import CheckpointWriter
+
+    at_call(CheckpointWriter, "save", 2, act)
+
+
+def in_loader() -> None:
+    from toolkit.batching.loader import _Padded
+
+    at_call(_Padded, "__getitem__", 6, fail)
+
+
+def in_final_scores() -> None:
+    from toolkit.training import final_scores
+
+    at_call(final_scores, "score_splits", 1, fail)
+
+
+def lag() -> None:
+    """See the run directory as over NFS: what was looked for in vain stays away, and all in it, whoever has made it.
+
+    NFS does so for half a minute, here it is for ever. What this process makes itself it sees.
+    """
+    run_dir = next(Path(word.removeprefix("run.dir=")) for word in sys.argv if word.startswith("run.dir="))
+    missing: set[Path] = set()
+
+    def looks(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(path: Any, *arguments: Any, **settings: Any) -> Any:
+            place = (
+                Path(path) if isinstance(path, str | Path) and run_dir in [Path(path), *Path(path).parents] else None
+            )
+            if place and missing & {place, *place.parents}:
+                raise FileNotFoundError(errno.ENOENT, "not there, says the cache", path)
+            try:
+                return function(path, *arguments, **settings)
+            except FileNotFoundError:
+                missing.update([place] if place else [])
+                raise
+
+        return called
+
+    def makes(function: Callable[..., Any], which: int) -> Callable[..., Any]:
+        def called(*arguments: Any, **settings: Any) -> Any:
+            value = function(*arguments, **settings)
+            missing.discard(Path(arguments[which]))
+            return value
+
+        return called
+
+    for name in ("stat", "lstat", "scandir", "listdir"):
+        setattr(os, name, looks(getattr(os, name)))
+    io.open = builtins.open = looks(open)  # type: ignore[assignment]
+    os.mkdir = makes(os.mkdir, 0)
+    os.rename, os.replace = makes(os.rename, 1), makes(os.replace, 1)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "build": in_build,
+    "step_1": lambda: in_step(1, fail),
+    "step_5": lambda: in_step(5, fail),
+    "memory": lambda: in_step(1, run_out_of_memory),
+    "loader": in_loader,
+    "evaluation": lambda: in_evaluation(fail),
+    "saving": lambda: in_saving(fail),
+    "disk": lambda: in_saving(fill_the_disk),
+    "killed": lambda: in_step(3, kill),
+    "final_scores": in_final_scores,
+    "lag": lag,
+}
