@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 from toolkit.cluster.ops import use_extensions_dir
 
 use_extensions_dir()  # before anything imports DeepSpeed
-os.environ["DS_ACCELERATOR"] = "cuda"
+os.environ |= {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""}  # real GPUs stay out of it
 
 import bitsandbytes  # noqa: F401 - it looks for its CUDA library as soon as torch says that there is a GPU
 import torch

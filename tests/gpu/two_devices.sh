@@ -4,7 +4,7 @@
 #   tests/gpu/two_devices.sh                       two GPUs; three minutes
 #   CASES="zero3 nf4" tests/gpu/two_devices.sh     some of its cases
 #   DEVICES=pretend tests/gpu/two_devices.sh       no GPU at all: pretend_gpus.py says what that shows
-#   DEVICES=cpu tests/gpu/two_devices.sh           two ranks on CPU cores: tries the script itself
+#   DEVICES=cpu tests/gpu/two_devices.sh           a machine without a GPU: two ranks on CPU cores, to try the script itself
 #
 # Needs no network: models are tiny and from scratch, clips come from the demo's letters. Everything lies in a folder
 # that is removed when all is well, and named when it is not.
@@ -21,7 +21,7 @@ ranks=(-m deepspeed.launcher.runner --num_gpus 2)
 case $devices in
   gpu) ;;
   pretend) ranks_on=(tests/gpu/pretend_gpus.py) jobs=${JOBS:-1} ;;
-  cpu) export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu jobs=${JOBS:-1} ;;
+  cpu) jobs=${JOBS:-1} ;;
   *) echo "DEVICES=$devices: gpu, pretend or cpu" >&2; exit 2 ;;
 esac
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -36,7 +36,8 @@ PYTHON
 
 settings=(
   "data.table=$folder/clips/table.csv" "data.poses=$folder/clips/poses" data.source=table "data.cache=$folder/corpora"
-  model.from_scratch=true model.tiny=true ds.bf16.enabled=false model.dropout=0 model.pose_encoder.dropout=0
+  model.from_scratch=true model.tiny=true ds.bf16.enabled=false ds.torch_autocast.enabled=false
+  model.dropout=0 model.pose_encoder.dropout=0
   training.max_steps=3 training.global_batch_size=8 training.micro_batch_size=2 training.workers=0
   evaluation.num_beams=2 evaluation.max_new_tokens=8
 )
