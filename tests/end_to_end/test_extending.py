@@ -44,8 +44,8 @@ def test_an_extended_run_goes_on_and_is_taken_up_again_to_the_last_bit(
     assert done.json["steps"] == 12
     assert losses(straight)[:6] == losses(finished) and len(losses(straight)) == 12
     rates = figures(straight, "learning_rate")
-    rise, longer = [0.25, 0.5, 0.75, 1, 1, 1], [1 - (step - 3) / (12 - 3) for step in range(6, 12)]
-    assert rates[6:] == pytest.approx([3e-4 * share * factor for share, factor in zip(rise, longer, strict=True)])
+    rise, factors = [0.25, 0.5, 0.75, 1, 1, 1], [1 - (step - 3) / (12 - 3) for step in range(6, 12)]
+    assert rates[6:] == pytest.approx([3e-4 * share * factor for share, factor in zip(rise, factors, strict=True)])
     assert json.loads((straight / "best" / "evaluation.json").read_text())["step"] == done.json["best_step"]
 
     early = [*longer, f"run.dir={stopped}", "training.time_limit=0.0001"]
