@@ -292,6 +292,7 @@ def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_losses(
     assert leftovers(folder, temporary) == []
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_behind_an_evaluation_scores_the_model_that_it_calls_the_best(
     warm: Warm, arguments: list[str], tmp_path: Path
 ) -> None:
