@@ -1,15 +1,68 @@
-"""Recipes as they are shipped, typed as README has it, on clips of one's own.
+"""Recipes as they are shipped, typed as README has it, on clips of one's own, over epochs, with a stop in the middle.
 
 Nothing is set for speed: workers, threads, precision, beams, evaluation and augmentation are the recipes'. What shrinks
-is the model's weights, which come from a hub on loopback, the data, the epochs and how often a checkpoint is written.
+is the model, which comes from a hub on loopback (``published.py`` says what that hides), the data, the epochs, and how
+often a checkpoint is written.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+
 from tests.as_users_do.conftest import User
+from tests.as_users_do.life import live, use
+from toolkit.recipe.load import recipe_names
+
+BY_DAY = ("demo", "t5_small")
+MAY_SHRINK = {"data.source", "data.table", "data.poses", "training.epochs", "training.save_every", "training.max_steps"}
 
 
-def test_t5_small_trains_over_epochs(at_first_contact: User) -> None:
-    user = at_first_contact
-    run = user.run("launch/train.py", "--recipe", "t5_small", *user.data, "training.epochs=3", ranks=2)
-    assert run.code == 0, run.out + run.err
+@pytest.fixture
+def user(at_first_contact: User) -> User:
+    return at_first_contact
+
+
+def test_t5_small_on_two_ranks(user: User) -> None:
+    use(user, live(user, "t5_small", ranks=2))
+
+
+def test_demo_on_two_ranks(user: User) -> None:
+    live(user, "demo", ranks=2)
+
+
+def test_a_recipe_of_ones_own_first_learns_eight_clips(user: User) -> None:
+    """README, "Your own data"; forty steps of its four hundred, each an epoch with loader processes of its own."""
+    assert user.run("launch/recipes.py", "cp", "t5_small", "my_recipe").code == 0
+    recipe = user.clone / "recipes" / "my_recipe.yaml"
+    table, poses = (word.partition("=")[2] for word in user.data[-2:])
+    recipe.write_text(f"{recipe.read_text()}\ndata:\n  table: {table}\n  poses: {poses}\n")
+    try:
+        checked = user.run("launch/recipes.py", "check", "my_recipe")
+        assert checked.code == 0, checked.out + checked.err
+        steps = ("training.max_steps=40", "--json")
+        learned = user.run("launch/train.py", "--recipe", "my_recipe", "--overfit", "8", *steps, ranks=1)
+    finally:
+        recipe.unlink()
+    assert learned.code == 0, learned.out + learned.err
+    assert learned.json["steps"] == 40
+    assert learned.json["loss"] < 6  # of some 8 nats a token at first
+
+
+def test_nothing_is_set_for_speed() -> None:
+    sources = [Path(__file__).with_name(name).read_text() for name in ("conftest.py", "life.py", "test_recipes.py")]
+    assert set(re.findall(r'"([a-z_]+\.[a-z_.]+)=', "".join(sources))) == MAY_SHRINK
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in BY_DAY])
+def test_every_other_recipe_on_two_ranks(user: User, name: str) -> None:
+    use(user, live(user, name, ranks=2), ranks=2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", BY_DAY)
+def test_what_two_ranks_do_one_does(user: User, name: str) -> None:
+    use(user, live(user, name, ranks=1))

@@ -1,0 +1,131 @@
+"""The life of a run: it is started, stopped in the middle, goes on to its end, and its model is used.
+
+Only what makes no other path shrinks: data, epochs, how often a checkpoint is written. Everything else is the recipe's.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.as_users_do.conftest import TIMEOUT, User
+from toolkit.errors import EXIT_INTERRUPTED
+from toolkit.recipe.load import load_recipe
+
+EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Life:
+    """What a run left behind.
+
+    Attributes:
+        folder: the run directory.
+        recipe: its name.
+        stopped_at: the step after which it was stopped.
+        entries: all that it told, ``metrics.jsonl``.
+    """
+
+    folder: Path
+    recipe: str
+    stopped_at: int
+    entries: list[dict[str, Any]]
+
+    def steps(self) -> list[int]:
+        return [entry["step"] for entry in self.entries if entry["kind"] == "train"]
+
+    def evaluated_at(self) -> list[int]:
+        return [entry["step"] for entry in self.entries if entry["kind"] == "eval"]
+
+
+def live(user: User, recipe: str, ranks: int) -> Life:
+    """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation."""
+    # Two evaluations at least, three epochs at least.
+    epochs = max(EPOCHS, 2 * load_recipe(recipe).training.eval_every)
+    arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2"]
+    folder = user.clone / "runs" / recipe
+    said = user.clone / f"{recipe}.txt"
+    with said.open("w") as out:
+        run = subprocess.Popen(
+            user.words("launch/train.py", *arguments, ranks=ranks),
+            cwd=user.clone, env=user.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            wait_for_a_step_after_an_evaluation(run, folder)
+            for rank in ranks_of(run):
+                rank.send_signal(signal.SIGTERM)
+            code = run.wait(TIMEOUT)
+        finally:
+            run.kill()
+    assert code == EXIT_INTERRUPTED, said.read_text()
+    stopped_at = entries_of(folder)[-1]["step"]
+    assert f"after step {stopped_at} of " in said.read_text()
+    done = user.run("launch/train.py", *arguments, "--json", ranks=ranks)
+    assert done.code == 0, done.out + done.err
+    assert f"checkpoints/step_{stopped_at:06d}" in done.out
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    life = Life(folder, recipe, stopped_at, entries_of(folder))
+    total = done.json["steps"]
+    assert life.steps() == list(range(1, total + 1))
+    an_epoch = total // epochs * load_recipe(recipe).training.eval_every
+    assert life.evaluated_at() == list(range(an_epoch, total + 1, an_epoch))
+    return life
+
+
+def use(user: User, life: Life, ranks: int = 0) -> None:
+    """Type the commands that come after training, and hold what they say to what the run says."""
+    run = f"runs/{life.recipe}"
+    scores = json.loads((life.folder / "scores.json").read_text())
+    with (life.folder / "predictions" / "test.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+
+    evaluated = user.run("launch/evaluate.py", "--model", run, "--json", ranks=ranks)
+    assert evaluated.code == 0, evaluated.err
+    found = evaluated.json["splits"]["test"]["scores"]
+    assert found == scores["splits"]["test"]["scores"]
+
+    poses = Path(user.data[-1].partition("=")[2])
+    translated = user.run("launch/translate.py", "--model", run, poses / f"{first['uid']}.pose")
+    assert translated.code == 0, translated.err
+    assert translated.out.strip() == first["hypothesis"].strip()
+
+    exported = user.run("launch/export.py", run, "--to", f"exported/{life.recipe}")
+    assert exported.code == 0, exported.err
+    assert (user.clone / "exported" / life.recipe / "README.md").is_file()
+
+    (life.folder / "report.html").unlink()
+    reported = user.run("launch/report.py", run)
+    assert reported.code == 0, reported.err
+    assert (life.folder / "report.html").is_file()
+
+
+def entries_of(folder: Path) -> list[dict[str, Any]]:
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def wait_for_a_step_after_an_evaluation(run: subprocess.Popen[bytes], folder: Path) -> None:
+    """Return early where the run ends before; its exit code then says why."""
+    deadline = time.monotonic() + TIMEOUT
+    while run.poll() is None:
+        kinds = [entry["kind"] for entry in entries_of(folder)]
+        if "eval" in kinds and "train" in kinds[kinds.index("eval") :]:
+            return
+        assert time.monotonic() < deadline, f"no step after an evaluation within {TIMEOUT:.0f} s"
+        time.sleep(0.05)
+
+
+def ranks_of(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The ranks' processes below a launcher; their loaders' workers have the same command line."""
+    below = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
+    told = [process for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
+    return [process for process in told if process.parent() not in told]
