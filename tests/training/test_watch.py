@@ -54,9 +54,9 @@ def ended() -> Ended:
     try:
         for (lost_rank, how), processes in started.items():
             witness, lost = processes[1 - int(lost_rank)], processes[int(lost_rank)]
-            out, err = witness.communicate(timeout=120)
+            out, err = witness.communicate(timeout=600)
             if how in ("waits for data", "starves"):
-                lost.wait(timeout=120)
+                lost.wait(timeout=600)
             lost.kill()
             results[lost_rank, how] = End(witness.returncode, out, err, lost.pid, lost.communicate()[1])
     finally:
