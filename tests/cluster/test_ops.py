@@ -1,6 +1,7 @@
 """Ops are built in the environment's own folder, and a lock that a killed build left is named instead of waited for."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,21 @@ def test_tools_of_an_environment_that_was_not_activated_are_found(monkeypatch, e
     monkeypatch.setenv("PATH", "/nonexistent")
     ops.use_extensions_dir()
     assert os.environ["PATH"].split(os.pathsep) == [tools, "/nonexistent"]
+    ops.use_extensions_dir()
+    assert os.environ["PATH"].split(os.pathsep) == [tools, "/nonexistent"], "once is enough"
+
+
+def test_the_environments_own_ninja_comes_before_the_systems(monkeypatch, extensions, tmp_path):
+    """Two versions of ninja do not know each other's builds: each would build every op again, for minutes."""
+    own = Path(sys.executable).parent / "ninja"
+    if not own.exists():
+        pytest.skip("this environment has no ninja of its own")
+    systems = tmp_path / "ninja"
+    systems.write_text("#!/bin/sh\n")
+    systems.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ops.use_extensions_dir()
+    assert shutil.which("ninja") == str(own)
 
 
 def test_no_lock_no_complaint(extensions):

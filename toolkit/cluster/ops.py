@@ -33,15 +33,15 @@ def use_extensions_dir() -> Path | None:
     """Point torch's extension builds into this Python environment; call before DeepSpeed is imported.
 
     A folder of the environment's own is never shared between two torch versions and is removed with the environment.
-    Tools that a build needs (ninja) are found in the environment even where it was not activated.
+    The environment's own ninja comes first, activated or not: another version would build every op again.
 
     Returns:
         The folder, or None where the environment is read-only and torch's default in the user's cache is used.
     """
     tools = str(Path(sys.executable).parent)
-    path = os.environ.get("PATH", "")
-    if shutil.which("ninja") is None and shutil.which("ninja", path=tools):
-        os.environ["PATH"] = f"{tools}{os.pathsep}{path}"
+    own = shutil.which("ninja", path=tools)
+    if own and shutil.which("ninja") != own:
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen)
