@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a run directory, a model folder or a hub id")
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="file, folder, zip, tar, archive.zip:member, or -")
+    parser.add_argument("--fps", type=float, metavar="N", help="frames per second of the clips, when files are wrong")
     parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search (default: the model's own)")
     parser.add_argument("--n-best", type=int, default=1, metavar="N", help="so many texts, with their scores")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text (default: the model's own)")
@@ -80,6 +81,8 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.num_beams and arguments.n_best > arguments.num_beams:
         parser.error(f"--n-best {arguments.n_best} needs at least as many beams: --num-beams {arguments.n_best}")
+    if arguments.fps is not None and not 1 <= arguments.fps <= 1000:
+        parser.error("--fps is frames per second: 1 to 1000")
     if not 0 <= arguments.max_rejects <= 1:
         parser.error("--max-rejects is a share: 0 to 1")
     for name in ("srt", "vtt"):
@@ -94,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     from toolkit.evaluation.clip_sources import find_clips
     from toolkit.poses.video import check_video_support
 
-    sources = find_clips(arguments.clips)
+    sources = find_clips(arguments.clips, arguments.fps)
     if (arguments.srt or arguments.vtt) and len(sources) != 1:
         raise UserError(f"--srt and --vtt are for one clip, and there are {len(sources):,}: translate it by itself")
     if any(source.is_video for source in sources):

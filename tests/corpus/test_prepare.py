@@ -1,6 +1,8 @@
+import csv
 import json
 import multiprocessing
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -273,6 +275,32 @@ def test_metadata_tells_how_the_features_were_made(clips, tmp_path) -> None:
         "shortened": 0,
         "normalised_without_shoulders": 0,
         "without_hands": 0,
+        "points_without_place": 0,
+        "unusual_fps": 0,
         "lacking_landmarks": 0,
     }
     assert str(clips) not in json.dumps(metadata), "a corpus is the same wherever its sources lay"
+
+
+def test_the_table_overrules_what_a_file_says_of_its_rate(clips, tmp_path) -> None:
+    """Rates of 0 and 1000 in the files: rejects as they are, ordinary clips where the table knows."""
+    poses = tmp_path / "rates"
+    shutil.copytree(clips / "poses", poses)
+    files = sorted(poses.glob("*.pose"))
+    for file, claimed in zip(files, [0.0, float("nan"), 1000.0], strict=False):
+        content = file.read_bytes()
+        raw = read_pose(content)
+        sizes = len(content) - raw.data.nbytes - raw.confidence.nbytes - 10  # the rate comes first
+        file.write_bytes(content[:sizes] + struct.pack("<f", claimed) + content[sizes + 4 :])
+    told = tmp_path / "told.csv"
+    with open(clips / "table.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(told, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], "fps"])
+        writer.writeheader()
+        writer.writerows(row | {"fps": "25"} for row in rows)
+    data = _data(clips, tmp_path).model_copy(update={"poses": str(poses)})
+    with pytest.raises(TooManyRejects, match="frames per second, which no camera has: the table's fps column"):
+        ensure_corpus(data)
+    corpus = Corpus.open(ensure_corpus(data.model_copy(update={"table": str(told)})))
+    assert corpus.metadata.counts["rejects"] == 0 and corpus.metadata.counts["unusual_fps"] == 0

@@ -57,7 +57,9 @@ class PoseFile:
         if version == 0.0:
             return head + struct.pack("<HH", int(fps), claimed) + self._sparse(data, confidence)
         sizes = (
-            struct.pack("<fIH", fps, claimed, people) if version == 0.2 else struct.pack("<HHH", int(fps), 0, people)
+            struct.pack("<fIH", fps, claimed, people)
+            if version == 0.2
+            else struct.pack("<HHH", int(fps), claimed % (1 << 16), people)
         )
         return head + sizes + data.astype("<f4").tobytes() + confidence.astype("<f4").tobytes()
 

@@ -54,6 +54,39 @@ def test_v01_counts_its_frames_by_its_length(pose_file) -> None:
     assert read_pose(pose_file.bytes(data, confidence, version=0.1)).num_frames == 9
 
 
+@pytest.mark.parametrize(("frames", "claimed"), [(65_537, 1), (65_536, 0)])
+def test_v01_files_of_more_frames_than_they_can_count(pose_file, frames: int, claimed: int) -> None:
+    data, confidence = pose_file.body(frames=1, dims=2)
+    content = pose_file.bytes(data.repeat(frames, 0), confidence.repeat(frames, 0), version=0.1, claimed_frames=claimed)
+    assert read_pose(content).num_frames == frames
+
+
+@pytest.mark.parametrize("cut", [0.7, 0.9, 0.999])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_file_that_broke_off_is_no_shorter_clip(pose_file, version: float, cut: float) -> None:
+    content = pose_file.bytes(*pose_file.body(frames=100), version=version)
+    with pytest.raises(PoseError, match="truncated"):
+        read_pose(content[: int(cut * len(content))])
+    header = len(content) - 4 * 100 * 53 * 4
+    with pytest.raises(PoseError, match="truncated"):  # 70 of 100 frames, exactly
+        read_pose(content[: header + 4 * 70 * 53 * 4])
+
+
+@pytest.mark.parametrize("padding", [1, 4, 512, 4 * 53 * 4, 4 * 53 * 4 * 7])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_bytes_left_over_are_a_reason(pose_file, version: float, padding: int) -> None:
+    content = pose_file.bytes(*pose_file.body(), version=version)
+    with pytest.raises(PoseError, match=r"left over|longer than it says"):
+        read_pose(content + bytes(padding))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_wrong_number_of_frames_never_reads_confidences_out_of_coordinates(pose_file, version: float) -> None:
+    for claimed in (1, 5, 9, 11, 20):
+        with pytest.raises(PoseError, match=r"left over|truncated|longer than it says"):
+            read_pose(pose_file.bytes(*pose_file.body(frames=10), version=version, claimed_frames=claimed))
+
+
 def test_v00_keeps_the_most_visible_person(pose_file) -> None:
     data, confidence = pose_file.body(frames=4, people=2)
     data[:, 0], confidence[:, 0] = 0, 0
@@ -85,10 +118,14 @@ def test_no_frames_and_no_people_say_so(pose_file, version: float) -> None:
         read_pose(pose_file.bytes(data[:, :0], confidence[:, :0], version=version))
 
 
-@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), -25.0, 1e9])
-def test_impossible_frame_rates_are_refused(pose_file, fps: float) -> None:
-    with pytest.raises(PoseError, match="frames per second"):
-        read_pose(pose_file.bytes(*pose_file.body(), fps=fps))
+@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), -25.0, 0.04, 1000, 90_000, 1e9])
+def test_what_no_camera_has_is_refused_unless_somebody_knows_better(pose_file, fps: float) -> None:
+    content = pose_file.bytes(*pose_file.body(), fps=fps)
+    with pytest.raises(PoseError, match=r"frames per second, which no camera has: the table's fps column .* --fps"):
+        read_pose(content)
+    assert read_pose(content, 25).fps == 25
+    with pytest.raises(PoseError, match="fps column says 0 frames per second, wanted 1 to 1,000"):
+        read_pose(content, 0)
 
 
 def test_a_claim_of_a_billion_frames_allocates_nothing(pose_file) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.features import extract_features, read_clip
 from toolkit.poses.landmarks import LandmarkSet
-from toolkit.poses.pose_file import PoseError, checked_fps
+from toolkit.poses.pose_file import USUAL_FPS, PoseError
 from toolkit.recipe.schema import Data
 
 LEAST_CLIPS = 256
@@ -89,7 +89,8 @@ class Record:
     Attributes:
         split, number: which shard.
         rejects: line in the table, uid and reason.
-        counts: clips that were shortened, normalised without shoulders, show no hands, or lack landmarks of the set.
+        counts: clips that were shortened, normalised without shoulders, show no hands, hold landmarks that
+            claim a confidence but have no place, are of an unusual frame rate, or lack landmarks of the set.
         lacking: of each landmark that files lack, how many clips.
         checksum: xxh3 of the pose files that went in, in order.
     """
@@ -164,9 +165,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
         try:
             content = work.poses.read(file)
             checksum.update(content)
-            raw = read_clip(content)
-            if row.fps is not None:
-                raw = replace(raw, fps=checked_fps(row.fps))
+            raw = read_clip(content, row.fps)
             features = extract_features(
                 raw.between(row.start, row.end),
                 work.landmark_set,
@@ -183,6 +182,8 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
         counts["shortened"] += features.shortened
         counts["normalised_without_shoulders"] += features.normalised_by == "spread"
         counts["without_hands"] += features.hands_visible == 0
+        counts["points_without_place"] += features.without_place > 0
+        counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
         counts["lacking_landmarks"] += bool(features.lacking)
         lacking.update("/".join(point) for point in features.lacking)
         clips.append(Clip(row.uid, row.text, features.values, source_video(row), row.language, features.hands_visible))

@@ -43,35 +43,38 @@ class ClipSource:
     is_video: bool = False
 
 
-def find_clips(names: Iterable[str]) -> list[ClipSource]:
+def find_clips(names: Iterable[str], fps: float | None = None) -> list[ClipSource]:
     """All clips that the names stand for, in their order; those of a folder or archive by name.
 
     Args:
         names: files, videos, folders, zips and tars, ``archive.zip:member``, or ``-`` for standard input.
+        fps: frames per second of all of them; overrules what the files say.
 
     Raises:
         UserError: one of them is not there, or holds no clip.
     """
-    clips = [clip for name in names for clip in _find(name)]
+    clips = [clip for name in names for clip in _find(name, fps)]
     if not clips:
         raise UserError("no clip is named: give .pose files, folders, archives, or - for standard input")
     times = Counter(clip.uid for clip in clips)
     return [replace(clip, uid=clip.where) if times[clip.uid] > 1 else clip for clip in clips]
 
 
-def _find(name: str) -> Iterable[ClipSource]:
+def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
     if name == STDIN:
-        return [ClipSource("stdin", "standard input", _read_stdin)]
+        return [ClipSource("stdin", "standard input", partial(_read_stdin, fps))]
     path = Path(name)
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, fps)
     if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and path.is_file():
-        return [_file(path, path.stem)]
+        return [_file(path, path.stem, fps)]
     if _is_archive(path):
-        return _in_archive(path)
+        return _in_archive(path, fps)
     archive, _, member = name.rpartition(":")
     if archive and _is_archive(Path(archive)):
-        found = [clip for clip in _in_archive(Path(archive)) if member in (clip.uid, clip.where.rpartition(":")[2])]
+        found = [
+            clip for clip in _in_archive(Path(archive), fps) if member in (clip.uid, clip.where.rpartition(":")[2])
+        ]
         if not found:
             raise UserError(f"{archive} holds no clip {member}")
         return found
@@ -86,13 +89,13 @@ def _is_archive(path: Path) -> bool:
     return path.is_file() and any(f"{suffix}." in f"{path.name.lower()}." for suffix in (".zip", ".tar"))
 
 
-def _file(path: Path, uid: str) -> ClipSource:
+def _file(path: Path, uid: str, fps: float | None) -> ClipSource:
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        return ClipSource(uid, str(path), partial(read_video, path), is_video=True)
-    return ClipSource(uid, str(path), partial(_read_file, path))
+        return ClipSource(uid, str(path), partial(read_video, path, fps), is_video=True)
+    return ClipSource(uid, str(path), partial(_read_file, path, fps))
 
 
-def _in_folder(folder: Path) -> Iterator[ClipSource]:
+def _in_folder(folder: Path, fps: float | None) -> Iterator[ClipSource]:
     found = sorted(
         Path(root, name)
         for root, _, names in os.walk(folder)
@@ -102,10 +105,10 @@ def _in_folder(folder: Path) -> Iterator[ClipSource]:
     if not found:
         raise UserError(f"{folder} holds no clip ({', '.join((*SUFFIXES, *VIDEO_SUFFIXES))})")
     for path in found:
-        yield _file(path, path.relative_to(folder).with_suffix("").as_posix())
+        yield _file(path, path.relative_to(folder).with_suffix("").as_posix(), fps)
 
 
-def _in_archive(path: Path) -> list[ClipSource]:
+def _in_archive(path: Path, fps: float | None) -> list[ClipSource]:
     try:
         poses = open_poses(path)
     except UserError as error:
@@ -113,28 +116,28 @@ def _in_archive(path: Path) -> list[ClipSource]:
         raise UserError(str(error).removesuffix(": is data.poses right?")) from error
     entries = sorted(poses.container.entries(), key=lambda entry: entry[0])
     return [
-        ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", partial(_read_member, poses, key))
+        ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", partial(_read_member, poses, key, fps))
         for name, key, _ in entries
     ]
 
 
-def _read_file(path: Path) -> RawPose:
+def _read_file(path: Path, fps: float | None) -> RawPose:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size >= MAP_FROM and path.suffix.lower() == ".pose":
-                return read_pose(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-            return read_clip(_bounded(file))
+                return read_pose(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), fps)
+            return read_clip(_bounded(file), fps)
     except OSError as error:
         raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
 
 
-def _read_member(poses: PoseFiles, key: Any) -> RawPose:
-    return read_clip(poses.read(key))
+def _read_member(poses: PoseFiles, key: Any, fps: float | None) -> RawPose:
+    return read_clip(poses.read(key), fps)
 
 
-def _read_stdin() -> RawPose:
-    return read_clip(_bounded(sys.stdin.buffer))
+def _read_stdin(fps: float | None) -> RawPose:
+    return read_clip(_bounded(sys.stdin.buffer), fps)
 
 
 def _bounded(file: Any) -> bytes:

@@ -12,6 +12,7 @@ import pickletools
 import warnings
 import zipfile
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def is_array_file(content: bytes) -> bool:
     return content[:6] == b"\x93NUMPY" or content[:4] == b"PK\x03\x04" or content[:1] == b"\x80"
 
 
-def read_arrays(content: bytes) -> RawPose:
+def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
     """Read keypoints.
 
     The arrays are keypoints [frames, points, 2..4] or [frames, people, points, 2..4] and, where the file holds more
@@ -58,7 +59,7 @@ def read_arrays(content: bytes) -> RawPose:
         # Damaged files make the readers of numbers and of pickles warn of what is a reject anyway.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            return _to_pose(_read(content), len(content))
+            return _to_pose(_read(content), len(content), fps)
     except PoseError:
         raise
     except Exception as error:  # a damaged array file fails in too many ways to name, and each is only this clip's
@@ -157,10 +158,12 @@ def _size(value: Any, most: int, depth: int) -> int:
 
 @lru_cache(maxsize=16)
 def _header(num_points: int, dims: int) -> PoseHeader:
-    return PoseHeader(0.0, nameless_layouts()[num_points], ((num_points, dims),))
+    points = nameless_layouts()[num_points]
+    sizes = tuple((len(list(group)), dims) for _, group in groupby(points, key=lambda point: point[0]))
+    return PoseHeader(0.0, points, sizes)
 
 
-def _to_pose(found: dict[str, Any], size: int) -> RawPose:
+def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPose:
     """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
     name = next((name for name in _KEYPOINTS if name in found), None)
     if name is None:
@@ -186,12 +189,15 @@ def _to_pose(found: dict[str, Any], size: int) -> RawPose:
         confidence = np.asarray(values.any(axis=3), np.float32)
     if flat_layout:
         values = values[..., :2]
-    told = found.get("fps", DEFAULT_FPS)
-    _size(told, most_bytes, depth=0)
-    fps = float(np.asarray(told).reshape(()))
     return RawPose(
-        checked_fps(fps),
+        checked_fps(_claimed_fps(found, most_bytes) if told_fps is None else DEFAULT_FPS, told_fps),
         _header(len(points), values.shape[3]),
         np.ascontiguousarray(values),
         np.ascontiguousarray(confidence),
     )
+
+
+def _claimed_fps(found: dict[str, Any], most_bytes: int) -> float:
+    told = found.get("fps", DEFAULT_FPS)
+    _size(told, most_bytes, depth=0)
+    return float(np.asarray(told).reshape(()))

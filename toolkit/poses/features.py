@@ -7,7 +7,7 @@ from it. Values are told in shoulder widths from the middle of the shoulders: wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from toolkit.poses.arrays import is_array_file, read_arrays
 from toolkit.poses.landmarks import LandmarkSet
+from toolkit.poses.missing import may_lack_place, without_place
+from toolkit.poses.people import follow_signer
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, read_pose
 
-FEATURES_VERSION = 1  # counts up when the same file would give other features
+FEATURES_VERSION = 2  # counts up when the same file would give other features
 TooLong = Literal["subsample", "cut", "reject"]
 NORMALISATION = "shoulders: origin = median mid-shoulder of the clip, unit = median shoulder width of the clip"
 _SHOULDERS = (("POSE_LANDMARKS", "LEFT_SHOULDER"), ("POSE_LANDMARKS", "RIGHT_SHOULDER"))
@@ -42,6 +44,7 @@ class ClipFeatures:
         shortened: the clip was longer than allowed and was subsampled or cut.
         hands_visible: share of frames that show a landmark of at least one hand; 1.0 for sets without hands.
         lacking: the landmarks of the set that the file does not have at all; they are missing in every frame.
+        without_place: how many landmarks, over all frames, claimed a confidence but had no place; they are missing.
     """
 
     values: FloatArray
@@ -49,6 +52,7 @@ class ClipFeatures:
     shortened: bool
     hands_visible: float
     lacking: tuple[tuple[str, str], ...]
+    without_place: int
 
 
 def extract_features(
@@ -79,7 +83,7 @@ def extract_features(
     raw = read_clip(pose) if isinstance(pose, bytes) else pose
     positions, shortened = _sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
     columns, shoulders = _columns(raw.header, landmark_set)
-    person = _most_visible_person(raw.confidence, columns)
+    data, all_confidence = _signer(raw, columns)
     coordinates = 3 if "z" in landmark_set.channels else 2
     if raw.data.shape[3] < coordinates:
         raise PoseError(
@@ -87,24 +91,35 @@ def extract_features(
             "isign_76 and unisign_69 do not, nor need a set of your own"
         )
 
-    def seen_at(frames: slice, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-        values = _gather(raw.data[frames, person], columns)
-        confidence = _gather(raw.confidence[frames, person, :, None], columns)[..., 0]
+    @cache
+    def placeless() -> npt.NDArray[np.bool_]:
+        return without_place(data, all_confidence, raw.header)
+
+    def seen_at(frames: slice, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, npt.NDArray[np.bool_], int]:
+        values = _gather(data[frames], columns)
+        confidence = _gather(all_confidence[frames, :, None], columns)[..., 0]
         visible = _visible(values[..., :coordinates], confidence, landmark_set.min_confidence)
+        visible &= columns >= 0
+        num_placeless = 0
+        if may_lack_place(values, visible):
+            taken = visible & placeless()[frames][:, columns]
+            num_placeless = int(taken.sum())
+            visible &= ~taken
         if "confidence" in landmark_set.channels:
-            return np.concatenate([values[..., :coordinates], confidence[..., None].clip(0, 1)], axis=2), visible
-        return np.ascontiguousarray(values[..., :coordinates]), visible
+            values = np.concatenate([values[..., :coordinates], confidence[..., None].clip(0, 1)], axis=2)
+        else:
+            values = np.ascontiguousarray(values[..., :coordinates])
+        return values, visible, num_placeless
 
     step = _whole_step(positions)
     with np.errstate(all="ignore"):  # what is not visible may hold anything, and is NaN in the end
-        values, visible = seen_at(slice(None, None, step), columns)
-        visible &= columns >= 0
+        values, visible, num_placeless = seen_at(slice(None, None, step), columns)
         values, visible = (
             (values[: len(positions)], visible[: len(positions)]) if step else resample(values, visible, positions)
         )
         if not visible.any():
             raise PoseError("no landmark of the set is visible in any frame")
-        scale = _shoulder_scale(*seen_at(slice(None), shoulders)) if len(shoulders) else None
+        scale = _shoulder_scale(*seen_at(slice(None), shoulders)[:2]) if len(shoulders) else None
         origin, unit = scale or _spread_scale(values[..., :coordinates], visible)
         values[..., :coordinates] -= origin[:coordinates]
         values[..., :coordinates] /= unit
@@ -116,12 +131,17 @@ def extract_features(
             values[~visible] = np.nan
     lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
     normalised_by: Literal["shoulders", "spread"] = "shoulders" if scale else "spread"
-    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking)
+    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking, num_placeless)
 
 
-def read_clip(content: bytes) -> RawPose:
-    """Parse the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file; raises PoseError."""
-    return read_arrays(content) if is_array_file(content) else read_pose(content)
+def read_clip(content: bytes, fps: float | None = None) -> RawPose:
+    """Parse the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file; raises PoseError.
+
+    Args:
+        content: the whole file.
+        fps: frames per second as the table or the user says; overrules the file.
+    """
+    return read_arrays(content, fps) if is_array_file(content) else read_pose(content, fps)
 
 
 def recorded_points(raw: RawPose, landmark_set: LandmarkSet) -> FloatArray:
@@ -131,10 +151,11 @@ def recorded_points(raw: RawPose, landmark_set: LandmarkSet) -> FloatArray:
         PoseError: the file lacks more than half of the set.
     """
     columns, _ = _columns(raw.header, landmark_set)
-    person = _most_visible_person(raw.confidence, columns)
-    values = _gather(raw.data[:, person], columns)[..., :2]
-    confidence = _gather(raw.confidence[:, person, :, None], columns)[..., 0]
+    data, all_confidence = _signer(raw, columns)
+    values = _gather(data, columns)[..., :2]
+    confidence = _gather(all_confidence[:, :, None], columns)[..., 0]
     visible = _visible(values, confidence, landmark_set.min_confidence) & (columns >= 0)
+    visible &= ~without_place(data, all_confidence, raw.header)[:, columns]
     return np.where(visible[..., None], values, np.float32(np.nan))
 
 
@@ -161,13 +182,20 @@ def _columns(header: PoseHeader, landmark_set: LandmarkSet) -> tuple[npt.NDArray
     )
 
 
-def _most_visible_person(confidence: FloatArray, columns: npt.NDArray[np.intp]) -> int:
-    """Of several people the one whose chosen landmarks are seen most."""
-    if confidence.shape[1] == 1:
-        return 0
-    with np.errstate(invalid="ignore"):
-        seen = np.nan_to_num(confidence[:, :, columns], nan=0.0, posinf=0.0, neginf=0.0).clip(0, 1)
-    return int(seen.sum(axis=(0, 2)).argmax())
+def _signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
+    """Data [frames, points, dims] and confidence [frames, points] of the person who is seen most."""
+    if raw.data.shape[1] == 1:
+        return raw.data[:, 0], raw.confidence[:, 0]
+    columns = columns[columns >= 0]
+    values, confidence = raw.data[:, :, columns], raw.confidence[:, :, columns]
+    with np.errstate(all="ignore"):
+        seen = (confidence > 0) & (confidence < np.inf) & (np.abs(values) < _FARTHEST).all(axis=3)
+    for person in range(raw.data.shape[1]):
+        taken = without_place(raw.data[:, person], raw.confidence[:, person], raw.header)
+        seen[:, person] &= ~taken[:, columns]
+    places = follow_signer(values, confidence, seen)
+    frames = np.arange(len(places))
+    return raw.data[frames, places], np.where(places[:, None] >= 0, raw.confidence[frames, places], np.float32(0))
 
 
 def _sample_positions(
@@ -208,7 +236,7 @@ def _gather(data: FloatArray, columns: npt.NDArray[np.intp]) -> FloatArray:
 
 def _visible(values: FloatArray, confidence: FloatArray, min_confidence: float) -> npt.NDArray[np.bool_]:
     """Which landmarks [frames, points] have a place; files hold NaN and infinities, also with confidence 1."""
-    visible = confidence > min_confidence
+    visible = (confidence > min_confidence) & (confidence < np.inf)
     if not np.abs(values).max(initial=0.0) < _FARTHEST:  # true for NaN, and rare: a look at every point is slow
         visible &= (np.abs(values) < _FARTHEST).all(axis=2)
     return visible

@@ -19,6 +19,11 @@ FloatArray = npt.NDArray[np.float32]
 
 _MAX_COMPONENTS = 64
 _MAX_POINTS = 10_000
+# Frames per second. Cameras of phones reach 240; a user who says more has filmed with another, a file has not.
+_FASTEST_CLAIMED = 300
+_FASTEST_TOLD = 1000
+USUAL_FPS = (10, 120)
+"""What cameras that record sign language have; clips of other rates are counted."""
 
 
 class PoseError(ValueError):
@@ -113,13 +118,18 @@ class _Reader:
 
 _FLOAT = struct.Struct("<f")
 _V02_SIZES = struct.Struct("<fIH")
+_V01_OVERFLOW = 1 << 16
 
 # The files of one corpus share their header, and its hundreds of names cost more to parse than a clip's body to read.
 _recent_headers: dict[bytes, PoseHeader] = {}
 
 
-def read_pose(content: bytes | memoryview) -> RawPose:
+def read_pose(content: bytes | memoryview, fps: float | None = None) -> RawPose:
     """Parse a ``.pose`` file.
+
+    Args:
+        content: the whole file.
+        fps: frames per second, when something else than the file tells them; then the file is not asked.
 
     Raises:
         PoseError: the bytes are not a usable pose file; the message says why.
@@ -127,25 +137,41 @@ def read_pose(content: bytes | memoryview) -> RawPose:
     reader = _Reader(content)
     header = _read_header(reader)
     if round(header.version, 3) == 0.2:
-        fps, frames, people = reader.unpack(_V02_SIZES)
+        claimed_fps, frames, people = reader.unpack(_V02_SIZES)
         data, confidence = _read_dense(reader, header, int(frames), int(people))
     elif round(header.version, 3) == 0.1:
-        # The file's 16-bit frame count overflows after 65,535 frames: only the length of the file tells the truth.
-        fps, _, people = reader.ushorts(3)
-        frame_bytes = 4 * people * len(header.points) * (header.dims + 1)
-        frames = (len(content) - reader.offset) // frame_bytes if frame_bytes else 0
+        claimed_fps, claimed_frames, people = reader.ushorts(3)
+        frames = _v01_frames(reader, header, int(claimed_frames), int(people))
         data, confidence = _read_dense(reader, header, frames, int(people))
     else:
-        fps, frames = reader.ushorts(2)
+        claimed_fps, frames = reader.ushorts(2)
         data, confidence = _read_sparse(reader, header, frames)
-    return RawPose(checked_fps(fps), header, data, confidence)
+    if reader.offset != len(content):
+        # A count that is too small would read confidences out of coordinates.
+        raise PoseError(f"{len(content) - reader.offset:,} bytes are left over after the frames that the file claims")
+    return RawPose(checked_fps(claimed_fps, fps), header, data, confidence)
 
 
-def checked_fps(fps: float) -> float:
-    """A frame rate that a camera may have had; raises PoseError for any other."""
-    if not (np.isfinite(fps) and 1 <= fps <= 1000):
-        raise PoseError(f"the file claims {fps:g} frames per second")
-    return float(fps)
+def checked_fps(claimed: float, told: float | None = None) -> float:
+    """The frame rate of a file.
+
+    Args:
+        claimed: what the file says.
+        told: what the table or the user says, who know better; None when they do not.
+
+    Raises:
+        PoseError: a file claims a rate that no camera has, or nothing could have been told.
+    """
+    if told is not None:
+        if not 1 <= told <= _FASTEST_TOLD:
+            raise PoseError(f"the table's fps column says {told:g} frames per second, wanted 1 to {_FASTEST_TOLD:,}")
+        return float(told)
+    if not 1 <= claimed <= _FASTEST_CLAIMED:  # true for NaN
+        raise PoseError(
+            f"the file claims {claimed:g} frames per second, which no camera has: the table's fps column "
+            "(translate.py: --fps) can tell the right number"
+        )
+    return float(claimed)
 
 
 def _read_header(reader: _Reader) -> PoseHeader:
@@ -179,6 +205,25 @@ def _read_header(reader: _Reader) -> PoseHeader:
         _recent_headers.pop(next(iter(_recent_headers)))
     _recent_headers[bytes(content[: reader.offset])] = header
     return header
+
+
+def _v01_frames(reader: _Reader, header: PoseHeader, claimed: int, people: int) -> int:
+    """How many frames follow. The 16-bit count of v0.1 overflows: only with the length of the file it tells them.
+
+    Raises:
+        PoseError: count and length disagree, so the file was cut, or its sizes are wrong.
+    """
+    frame_bytes = 4 * people * len(header.points) * (header.dims + 1)
+    if not frame_bytes:
+        return 0
+    frames, rest = divmod(len(reader.content) - reader.offset, frame_bytes)
+    if rest or (frames - claimed) % _V01_OVERFLOW:
+        what = "is truncated" if frames < claimed else "is longer than it says"
+        raise PoseError(
+            f"the file {what}: its length is that of {frames + rest / frame_bytes:g} frames, its header claims "
+            f"{claimed}"
+        )
+    return frames
 
 
 def _read_dense(reader: _Reader, header: PoseHeader, frames: int, people: int) -> tuple[FloatArray, FloatArray]:

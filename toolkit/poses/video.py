@@ -48,8 +48,12 @@ def check_video_support() -> None:
         raise UserError(f"this release of MediaPipe brings no Holistic, which reading a video needs: {how}")
 
 
-def read_video(path: Path) -> RawPose:
+def read_video(path: Path, fps: float | None = None) -> RawPose:
     """Find the landmarks of the signer in every frame; some 20 frames a second on one core.
+
+    Args:
+        path: the video.
+        fps: frames per second, when the video is known to be wrong about its times.
 
     Returns:
         a pose of 543 points: x and y in pixels, z in widths of the picture, as pose files have it.
@@ -94,8 +98,8 @@ def read_video(path: Path) -> RawPose:
     if not confidence.any():
         raise PoseError("no person is seen in the video")
     # Phones record at a varying rate and claim another: the time of the last frame tells the mean.
-    fps = checked_fps((len(frames) - 1) / last_seen if last_seen > 0 and len(frames) > 1 else claimed)
-    return RawPose(fps, PoseHeader(0.0, _POINTS, _SIZES, width), data, confidence)
+    own_fps = (len(frames) - 1) / last_seen if last_seen > 0 and len(frames) > 1 else claimed
+    return RawPose(checked_fps(own_fps, fps), PoseHeader(0.0, _POINTS, _SIZES, width), data, confidence)
 
 
 def _landmarks(found: Any, width: int, height: int) -> FloatArray:
