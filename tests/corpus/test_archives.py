@@ -77,7 +77,7 @@ def test_links_in_circles_are_followed_once(clips, tmp_path) -> None:
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "b" / "x.pose").symlink_to(clips / "poses" / "train-00000.pose")
     (tmp_path / "a" / "gone.pose").symlink_to(tmp_path / "nowhere")
-    assert sorted(open_poses(tmp_path / "a").files) == ["b/x", "x"]
+    assert sorted(open_poses(tmp_path / "a").files) == ["b/x.pose"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -198,6 +198,105 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path) -> None
     assert poses.find(Row("x", "t")) is None
     assert poses.read(poses.find(Row("b/x", "t"))) == b"b"
     assert poses.read(poses.find(Row("u", "t", pose="a/x.pose"))) == b"a"
+    assert poses.why_not(Row("x", "t")) == (
+        "several pose files have its name: 'x' may be a/x.pose or b/x.pose: "
+        "write the one that is meant as the uid or into a column pose"
+    )
+
+
+_FORMS = ["folder", "zip", "tar"]
+
+
+def _hold(form: str, members: dict[str, bytes], tmp_path: Path) -> Path:
+    """A folder, zip or tar with these members under these very names."""
+    path = tmp_path / f"p.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+    elif form == "tar":
+        with tarfile.open(path, "w") as archive:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    else:
+        for name, content in members.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize(
+    "looked_up",
+    [
+        Row("\u00dcbung", "t"),
+        Row("U\u0308bung", "t"),
+        Row("\u00dcbung.pose", "t"),
+        Row("day 1\\\u00dcbung.Pose", "t"),
+        Row("u", "t", pose="D:\\poses\\day 1\\\u00dcbung.pose"),
+        Row("u", "t", pose="/mnt/elsewhere/\u00dcbung.pose"),
+        Row("cut", "t", video="./day 1/U\u0308bung.POSE", start=0.0),
+    ],
+    ids=lambda row: row.pose or row.video or row.uid,
+)
+def test_one_name_is_found_in_every_place(tmp_path, form: str, looked_up: Row) -> None:
+    members = {"./day 1/U\u0308bung.POSE": b"it", "./day 1/\u00dcbung2.pose": b"other", "./day 1/._x.pose": b"no pose"}
+    poses = open_poses(_hold(form, members, tmp_path))
+    assert len(poses.files) == 2 and poses.read(poses.find(looked_up)) == b"it"
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize(
+    "stem", ["50 %", "100%25", "a b  c", "x" * 240, "-rf", "~", "a.b.c", "o'clock\"", "\U0001f44b"]
+)
+def test_unusual_names_are_names(tmp_path, form: str, stem: str) -> None:
+    poses = open_poses(_hold(form, {f"{stem}.pose": b"it", "b.pose": b"other"}, tmp_path))
+    assert [poses.read(poses.find(Row(name, "t"))) for name in (stem, f"/data/{stem}.pose")] == [b"it", b"it"]
+    reason = poses.why_not(Row(f"{stem}_", "t"))
+    assert f"looked up '{stem}_' (uid), the nearest is {stem}.pose" in reason and "\n" not in reason
+
+
+def test_members_of_a_windows_archive(tmp_path) -> None:
+    poses = open_poses(_hold("zip", {"train\\x.pose": b"train", "test\\x.pose": b"test"}, tmp_path))
+    assert [poses.read(poses.find(Row(f"{name}/x", "t"))) for name in ("train", "test")] == [b"train", b"test"]
+    assert poses.find(Row("x", "t")) is None
+
+
+def test_a_zip_whose_names_are_utf8_and_do_not_say_so(tmp_path) -> None:
+    """As the Finder of macOS makes them."""
+    path = _hold("zip", {"U\u0308bung.pose": b"it"}, tmp_path)
+    content = path.read_bytes()
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.index(signature) + flags
+        assert content[place + 1] & 0x08, "zipfile marks it"
+        content = content[: place + 1] + bytes([content[place + 1] & ~0x08]) + content[place + 2 :]
+    path.write_bytes(content)
+    poses = open_poses(path)
+    assert list(poses.files) == ["U\u0308bung.pose"] and poses.read(poses.find(Row("\u00dcbung", "t"))) == b"it"
+
+
+def test_of_a_member_that_a_tar_holds_twice_the_later_one_counts(tmp_path) -> None:
+    path = _hold("tar", {"./x.pose": b"old", "x.pose": b"new"}, tmp_path)
+    poses = open_poses(path)
+    assert poses.read(poses.find(Row("x", "t"))) == b"new"
+
+
+def test_a_pose_column_is_not_passed_over(tmp_path) -> None:
+    """Another file that has the uid's name may be another clip."""
+    poses = open_poses(_hold("folder", {"u.pose": b"another", "w1.pose": b"another"}, tmp_path))
+    row = Row("u", "t", pose="w.pose")
+    assert poses.find(row) is None and "looked up 'w.pose' (pose), the nearest is w1.pose" in poses.why_not(row)
+
+
+def test_names_that_are_not_utf8_can_be_told(tmp_path) -> None:
+    (tmp_path / "p").mkdir()
+    with open(bytes(tmp_path / "p") + b"/\xdcbung.pose", "wb"):
+        pass
+    poses = open_poses(tmp_path / "p")
+    reason = poses.why_not(Row("\u00dcbung", "t"))
+    assert "the nearest is \\udcdcbung.pose" in reason and reason.encode("utf-8")
 
 
 def _fuzz(tmp_path: Path, examples: int) -> None:

@@ -5,7 +5,7 @@ from toolkit.corpus.archives import open_poses
 from toolkit.corpus.card import write_card
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import prepare
-from toolkit.corpus.show import animate
+from toolkit.corpus.show import animate, find_clip
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Data
 
@@ -54,3 +54,10 @@ def test_a_clip_that_is_not_there(corpus: Corpus, own_clips, tmp_path) -> None:
     (own_clips / "poses" / "again.pose").unlink()
     with pytest.raises(UserError, match="hold no recording of 'again'"):
         animate(corpus, "again", tmp_path / "clip.gif", open_poses(own_clips / "poses"))
+
+
+def test_a_clip_is_found_by_any_spelling_of_its_uid(corpus: Corpus) -> None:
+    uid = corpus.splits["dev"].uids[0]
+    assert {find_clip(corpus, name)[1].uid for name in (uid, f"{uid}.POSE", f"/data/poses/{uid}.pose")} == {uid}
+    with pytest.raises(UserError, match=f"has no clip '{uid}_', the nearest is '{uid}'"):
+        find_clip(corpus, f"{uid}_")

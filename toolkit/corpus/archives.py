@@ -8,8 +8,10 @@ lead anywhere.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 import os
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -20,12 +22,12 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
+from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, shown
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
 from toolkit.poses.zip_entries import read_entry
 
-SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
 LARGEST_FILE = 1 << 30
 """Bytes of one pose file; an hour of full holistic poses is 850 MB."""
 
@@ -51,22 +53,45 @@ class PoseFiles:
 
     Attributes:
         container: reads a file by its key.
-        files: key of each file, by its path without suffix, and by its bare name where that is unique.
+        files: key of each file, by its name: the path that leads there.
+        names: finds a file by what a table calls it.
         identity: hash of all names, sizes and times of change or checksums.
     """
 
     container: _Container
     files: dict[str, Any]
+    names: Names
     identity: str
 
+    def match(self, row: Row) -> tuple[str, list[str]]:
+        """The files that may hold a row's clip.
+
+        Returns:
+            the name that was looked up, and the files that it may mean: one, or none, or several if it is ambiguous.
+        """
+        found = [(name, self.names.match(name)) for _, name in _looked_up(row)]
+        unique = (match for match in found if len(match[1]) == 1)
+        ambiguous = (match for match in found if match[1])
+        return next(unique, None) or next(ambiguous, None) or found[0]
+
     def find(self, row: Row) -> Any | None:
-        """The key of the file that holds a row's clip, None if there is none."""
-        names = [row.pose, row.uid, row.video if row.start is not None or row.end is not None else ""]
-        for name in filter(None, names):
-            key = self.files.get(_without_suffix(name))
-            if key is not None:
-                return key
-        return None
+        """The key of the file that holds a row's clip, None if there is none or its name is ambiguous."""
+        _, files = self.match(row)
+        return self.files[files[0]] if len(files) == 1 else None
+
+    def why_not(self, row: Row) -> str:
+        """Why ``find`` finds nothing, and what would help."""
+        name, files = self.match(row)
+        if files:
+            return (
+                f"several pose files have its name: '{shown(name)}' may be {' or '.join(map(shown, files))}: "
+                "write the one that is meant as the uid or into a column pose"
+            )
+        names = " and ".join(f"'{shown(name)}' ({column})" for column, name in _looked_up(row))
+        return (
+            f"no pose file has its name: looked up {names}, the nearest is {shown(self.names.nearest(name))}: "
+            "if that is the one, write it into a column pose"
+        )
 
     def read(self, key: Any) -> bytes:
         """The bytes of a file that ``find`` named.
@@ -96,24 +121,22 @@ def open_poses(path: Path) -> PoseFiles:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}): is data.poses right?") from error
     if not entries:
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file: is data.poses right?")
-    by_bare_name: dict[str, Any] = {}
-    twice: set[str] = set()
     digest = xxhash.xxh3_64()
+    last: dict[str, tuple[str, Any]] = {}
     for name, key, mark in entries:
-        bare = _without_suffix(os.path.basename(name))
-        if bare in by_bare_name:
-            twice.add(bare)
-        by_bare_name[bare] = key
+        # Who unpacks an archive that holds a name twice (tar -r) has the later one.
+        last[posixpath.normpath(name)] = name, key
         digest.update(repr((name, mark)).encode())
-    files = {bare: key for bare, key in by_bare_name.items() if bare not in twice}
-    files |= {_without_suffix(name): key for name, key, _ in entries}
-    return PoseFiles(container, files, digest.hexdigest())
+    files = dict(last.values())
+    return PoseFiles(container, files, Names(files, str(path.absolute())), digest.hexdigest())
 
 
-def _without_suffix(name: str) -> str:
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+def _looked_up(row: Row) -> list[tuple[str, str]]:
+    """Column and value of each name that a row's pose file may have."""
+    if row.pose:
+        return [("pose", row.pose)]
+    cut = row.start is not None or row.end is not None
+    return [("uid", row.uid)] + ([("video", row.video)] if cut and row.video else [])
 
 
 class _Folder:
@@ -133,7 +156,7 @@ class _Folder:
                     # A link to a folder above would lead around in circles.
                     if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                         yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
-                elif entry.name.endswith(SUFFIXES) and entry.is_file():
+                elif is_pose_file(entry.name) and entry.is_file():
                     status = entry.stat()
                     yield prefix + entry.name, entry.path, (status.st_size, status.st_mtime_ns)
 
@@ -282,12 +305,21 @@ class _Zip:
 
     def entries(self) -> Iterator[tuple[str, zipfile.ZipInfo, object]]:
         for entry in self._archive.infolist():
-            if entry.filename.endswith(SUFFIXES):
-                yield entry.filename, entry, (entry.file_size, entry.CRC)
+            name = _zip_name(entry)
+            if is_pose_file(name):
+                yield name, entry, (entry.file_size, entry.CRC)
 
     def read(self, key: zipfile.ZipInfo) -> bytes:
         _refuse_too_large(key.file_size)
         return read_entry(self._archive, key)
+
+
+def _zip_name(entry: zipfile.ZipInfo) -> str:
+    """The name of a member; macOS writes UTF-8 without saying so, which is then taken for the code page of DOS."""
+    if not entry.flag_bits & 0x800 and not entry.filename.isascii():
+        with contextlib.suppress(UnicodeError):
+            return entry.filename.encode("cp437").decode("utf-8")
+    return entry.filename
 
 
 class _Tar:
@@ -297,11 +329,11 @@ class _Tar:
         self._path = path
         self._file, self._joined = file, joined  # the buffered file would close the other with itself
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             self._members: list[tuple[str, tuple[int, int], object]] = [
                 (member.name, (member.offset_data, member.size), (member.size, member.mtime))
                 for member in archive
-                if member.isreg() and not member.issparse() and member.name.endswith(SUFFIXES)
+                if member.isreg() and not member.issparse() and is_pose_file(member.name)
             ]
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -6,13 +6,16 @@ Everything that can be wrong before a single clip is read is found here.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles, open_poses
+from toolkit.corpus.names import contradict, shared_tail, shown
 from toolkit.corpus.packed import FORMAT_VERSION
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
 from toolkit.corpus.table import PRESETS, Row, read_table
@@ -22,6 +25,7 @@ from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.schema import Data
 
 MOST_FILES_MISSING = 0.5  # share of the clips beyond which the folder, not the clips, must be wrong
+MOST_EXAMPLES = 20  # lost rows that are looked at to tell what they have most in common
 
 # The settings that a corpus depends on; the landmark set, table and poses count by their content.
 _SETTINGS_THAT_MATTER = {
@@ -107,29 +111,81 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
     """Rows that have a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
 
     Raises:
-        UserError: so many files are missing that the folder must be the wrong one.
+        UserError: so many files are missing or ambiguous that the folder or the names must be wrong.
     """
-    located: list[tuple[Row, Any]] = []
+    found: list[tuple[Row, str, str]] = []  # with what was looked up and the file that it means
+    lost: list[Row] = []
     rejects: list[tuple[int, str, str]] = []
     first_line: dict[str, int] = {}
-    missing: list[Row] = []
     for row in inputs.rows:
-        file = inputs.poses.find(row)
         if not row.uid:
             rejects.append((row.line, "", f"line {row.line} has no uid"))
         elif row.uid in first_line:
             rejects.append((row.line, row.uid, f"duplicate uid: line {first_line[row.uid]} has it too"))
         elif not row.text:
             rejects.append((row.line, row.uid, "the text is empty"))
-        elif file is None:
-            missing.append(row)
-            rejects.append((row.line, row.uid, "no pose file has its name"))
         else:
-            located.append((row, file))
+            name, files = inputs.poses.match(row)
+            if len(files) == 1:
+                found.append((row, name, files[0]))
+            else:
+                lost.append(row)
         first_line.setdefault(row.uid, row.line)
-    if len(missing) > MOST_FILES_MISSING * len(inputs.rows):
-        raise UserError(
-            f"{len(missing)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
-            f"in {inputs.data.poses} (for instance {missing[0].uid}.pose): is data.poses right?"
-        )
-    return located, rejects
+    reasons = {row.line: reason for row, reason in _claimed_twice(found)}
+    if len(lost) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
+        _refuse(inputs, lost, reasons)
+    rejects += [(row.line, row.uid, inputs.poses.why_not(row)) for row in lost]
+    rejects += [(row.line, row.uid, reasons[row.line]) for row, _, _ in found if row.line in reasons]
+    return [(row, inputs.poses.files[file]) for row, _, file in found if row.line not in reasons], rejects
+
+
+def _refuse(inputs: Inputs, lost: Sequence[Row], reasons: Mapping[int, str]) -> NoReturn:
+    """Refuse a table most of whose clips have no file of their own, with the reason of the most frequent kind."""
+    examples = [(row.line, inputs.poses.why_not(row)) for row in lost[:MOST_EXAMPLES]]
+    examples += list(reasons.items())[:MOST_EXAMPLES]
+    (kind, _), *_ = Counter(reason.partition(":")[0] for _, reason in examples).most_common(1)
+    line, reason = next(example for example in examples if example[1].startswith(kind))
+    raise UserError(
+        f"{len(lost) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
+        f"of their own in {inputs.data.poses}: is data.poses right? Line {line}: {reason}"
+    )
+
+
+def _claimed_twice(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, str]]:
+    """Rows that may not have their file, because another row has it by right, and why.
+
+    Several clips may be cut from one file, and say so by one name. But ``/data/train/7.pose`` and
+    ``/data/test/7.pose`` are two files, even where only one 7 is there.
+    """
+    claims: dict[str, list[tuple[Row, str]]] = {}
+    for row, name, file in found:
+        claims.setdefault(file, []).append((row, name))
+    for file, rows in claims.items():
+        if len(rows) > 1:
+            yield from _losers(file, rows)
+
+
+def _losers(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+    rank = {name: shared_tail(name, file) for _, name in rows}
+    owner, best = max(rows, key=lambda claim: rank[claim[1]])
+    rivals = [claim for claim in rows if contradict(claim[1], best)]
+    undecided = next(((row, name) for row, name in rivals if rank[name] == rank[best]), None)
+    by_uid: Row | None = None
+    for row, name in rows:
+        other, others_name = (owner, best) if contradict(name, best) else (undecided or (owner, best))
+        if undecided and rank[name] == rank[best]:
+            yield (
+                row,
+                f"two names lead to one pose file: '{shown(name)}' and '{shown(others_name)}' (line {other.line}) both "
+                f"to {shown(file)}: give data.poses the folder that holds those of both",
+            )
+        elif contradict(name, best):
+            yield (
+                row,
+                f"no pose file has its name: looked up '{shown(name)}', the nearest is {shown(file)}, "
+                f"but that is '{shown(best)}' of line {owner.line}: the file is missing",
+            )
+        elif by_uid is not None and name == row.uid:
+            yield row, f"duplicate uid: line {by_uid.line} has it too, written '{shown(by_uid.uid)}'"
+        elif name == row.uid:
+            by_uid = row

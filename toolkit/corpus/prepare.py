@@ -315,7 +315,9 @@ def _too_many_rejects(inputs: Inputs, rejects: list[tuple[int, str, str]], out: 
     """The error for a preparation that lost too much; the list of what was lost and why is kept beside ``out``."""
     listed = _rejects_beside(out)
     _write_reasons(listed, rejects)
-    (reason, number), *_ = Counter(reason for _, _, reason in rejects).most_common(1)
+    # What follows a colon is about the one clip.
+    (kind, number), *_ = Counter(reason.partition(":")[0] for _, _, reason in rejects).most_common(1)
+    reason = next(reason for _, _, reason in rejects if reason.partition(":")[0] == kind)
     share = 100 * len(rejects) / len(inputs.rows)
     empty = [line for line, _, reason in rejects if reason == "the text is empty"]
     if len(empty) > inputs.data.max_rejects * len(inputs.rows):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.corpus.archives import PoseFiles
+from toolkit.corpus.names import Names, shown
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
@@ -22,13 +23,18 @@ def find_clip(corpus: Corpus, uid: str) -> tuple[str, Clip]:
     """The clip of that name and its split.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several could be meant.
     """
-    for name, split in corpus.splits.items():
-        for index, candidate in enumerate(split.uids):
-            if candidate == uid:
-                return name, split.clip(index)
-    raise UserError(f"{corpus.path} has no clip '{uid}': rejects.csv may say why")
+    places = {name: (split, index) for split, clips in corpus.splits.items() for index, name in enumerate(clips.uids)}
+    names = Names(places)
+    meant = [uid] if uid in places else names.match(uid)
+    if not meant:
+        near = f", the nearest is '{shown(names.nearest(uid))}'" if places else ""
+        raise UserError(f"{corpus.path} has no clip '{shown(uid)}'{near}: rejects.csv may say why")
+    if len(meant) > 1:
+        raise UserError(f"'{shown(uid)}' may be any of {', '.join(map(shown, meant))}: name one of them")
+    split, index = places[meant[0]]
+    return split, corpus.splits[split].clip(index)
 
 
 def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None) -> None:
@@ -45,17 +51,19 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
     """
     split, clip = find_clip(corpus, uid)
     features = np.asarray(clip.features, np.float32)
-    shown = [(f"normalised, {corpus.metadata.fps:g} fps", features, corpus.metadata.fps)]
+    panels = [(f"normalised, {corpus.metadata.fps:g} fps", features, corpus.metadata.fps)]
     if poses is not None:
-        key = poses.find(Row(uid, clip.text, clip.video, start=0.0))
+        row = Row(clip.uid, clip.text, clip.video, start=0.0)
+        key = poses.find(row)
         if key is None:
-            raise UserError(f"the poses hold no recording of '{uid}': is --poses right?")
+            reason = poses.why_not(row).rpartition(":")[0]  # its advice is for tables
+            raise UserError(f"the poses hold no recording of '{shown(clip.uid)}' ({reason}): is --poses right?")
         try:
             raw = read_clip(poses.read(key))
-            shown.insert(0, (f"recorded, {raw.fps:g} fps", recorded_points(raw, corpus.landmark_set), raw.fps))
+            panels.insert(0, (f"recorded, {raw.fps:g} fps", recorded_points(raw, corpus.landmark_set), raw.fps))
         except PoseError as error:
             raise UserError(f"the recording of '{uid}' cannot be shown: {error}") from error
-    _animate(shown, corpus.landmark_set, f"{uid} ({split}): {clip.text}", len(features), corpus.metadata.fps, out)
+    _animate(panels, corpus.landmark_set, f"{clip.uid} ({split}): {clip.text}", len(features), corpus.metadata.fps, out)
 
 
 def _animate(

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from toolkit.corpus.archives import LARGEST_FILE, SUFFIXES, PoseFiles, open_poses
+from toolkit.corpus.archives import LARGEST_FILE, PoseFiles, open_poses
+from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, shown
 from toolkit.errors import UserError
 from toolkit.poses.features import read_clip
 from toolkit.poses.pose_file import PoseError, RawPose, read_pose
@@ -70,18 +71,28 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
         return [_file(path, path.stem, fps)]
     if _is_archive(path):
         return _in_archive(path, fps)
-    archive, _, member = name.rpartition(":")
-    if archive and _is_archive(Path(archive)):
-        found = [
-            clip for clip in _in_archive(Path(archive), fps) if member in (clip.uid, clip.where.rpartition(":")[2])
-        ]
-        if not found:
-            raise UserError(f"{archive} holds no clip {member}")
-        return found
+    for place, letter in enumerate(name):
+        if letter == ":" and _is_archive(Path(name[:place])):
+            return [_member(Path(name[:place]), name[place + 1 :], fps)]
     if path.exists():
         known = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
         raise UserError(f"{name} is no clip ({known}), folder, zip or tar")
-    raise UserError(f"there is no file or folder {name}")
+    return [_spelled_otherwise(path, fps)]
+
+
+def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
+    """A file that is not called just so, but is meant: another spelling of its letters or suffix, or none."""
+    folder = path.parent
+    files = [entry.name for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+    beside = Names(filter(is_pose_file, files))
+    found = beside.match(path.name)
+    if len(found) == 1:
+        file = folder / found[0]
+        return _file(file, file.stem, fps)
+    if found:
+        raise UserError(f"{shown(str(path))} may be any of {', '.join(map(shown, found))}: name one of them")
+    near = f": the nearest is {shown(str(folder / beside.nearest(path.name)))}" if beside.names else ""
+    raise UserError(f"there is no file or folder {shown(str(path))}{near}")
 
 
 def _is_archive(path: Path) -> bool:
@@ -100,7 +111,7 @@ def _in_folder(folder: Path, fps: float | None) -> Iterator[ClipSource]:
         Path(root, name)
         for root, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES))
+        if is_pose_file(name) or name.lower().endswith(VIDEO_SUFFIXES)
     )
     if not found:
         raise UserError(f"{folder} holds no clip ({', '.join((*SUFFIXES, *VIDEO_SUFFIXES))})")
@@ -109,16 +120,31 @@ def _in_folder(folder: Path, fps: float | None) -> Iterator[ClipSource]:
 
 
 def _in_archive(path: Path, fps: float | None) -> list[ClipSource]:
+    poses = _open_archive(path)
+    return [_clip_of(path, poses, name, fps) for name in sorted(poses.files)]
+
+
+def _member(path: Path, name: str, fps: float | None) -> ClipSource:
+    poses = _open_archive(path)
+    found = poses.names.match(name)
+    if not found:
+        raise UserError(f"{path} holds no clip {shown(name)}: the nearest is {shown(poses.names.nearest(name))}")
+    if len(found) > 1:
+        raise UserError(f"several clips in {path} may be {shown(name)}: name one of {', '.join(map(shown, found))}")
+    return _clip_of(path, poses, found[0], fps)
+
+
+def _open_archive(path: Path) -> PoseFiles:
     try:
-        poses = open_poses(path)
+        return open_poses(path)
     except UserError as error:
         # Its advice is for recipes.
         raise UserError(str(error).removesuffix(": is data.poses right?")) from error
-    entries = sorted(poses.container.entries(), key=lambda entry: entry[0])
-    return [
-        ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", partial(_read_member, poses, key, fps))
-        for name, key, _ in entries
-    ]
+
+
+def _clip_of(path: Path, poses: PoseFiles, name: str, fps: float | None) -> ClipSource:
+    read = partial(_read_member, poses, poses.files[name], fps)
+    return ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", read)
 
 
 def _read_file(path: Path, fps: float | None) -> RawPose:

@@ -1,0 +1,193 @@
+"""One notion of a name: which file, archive member or clip is meant by what a table or a user wrote.
+
+Names are compared by their folders and their stem: in NFC, with any of the suffixes of pose files or none, in any case
+of it, with ``/`` or ``\\``, without ``./``. A name may leave out folders from the left, and may have more of them, as
+an absolute path of another machine has.
+"""
+
+from __future__ import annotations
+
+import bisect
+import posixpath
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
+
+MOST_MATCHES = 8  # beyond that many nobody reads which files an ambiguous name may mean
+LONGEST_SHOWN = 300  # characters of a name in a message
+
+# file:///data/x, s3://bucket/x, C:/data/x, ~/x
+_ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:(?=/)|~(?=/)")
+
+
+def is_pose_file(name: str) -> bool:
+    """Whether a file is one of poses by its name; the companions (``._x.pose``) that macOS adds to archives are not."""
+    return name.lower().endswith(SUFFIXES) and not posixpath.basename(name.replace("\\", "/")).startswith("._")
+
+
+def canonical(name: str) -> str:
+    """What two names have in common that mean the same: folders and stem, joined by ``/``."""
+    return _parse(name)[1]
+
+
+def contradict(first: str, second: str) -> bool:
+    """Whether two names cannot mean the same file: neither is the other with more folders to the left."""
+    return not (_ends_with(first, second) or _ends_with(second, first))
+
+
+def shared_tail(first: str, second: str) -> int:
+    """How many parts of two names are the same, counted from the right."""
+    return _common(canonical(first).split("/")[::-1], canonical(second).split("/")[::-1])
+
+
+def shown(name: str) -> str:
+    """A name for a message: on one line, printable, and not endless."""
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    half = LONGEST_SHOWN // 2
+    return name if len(name) <= LONGEST_SHOWN else f"{name[:half]}...{name[-half:]}"
+
+
+class Names:
+    """Names that are there, to be found by what somebody calls them."""
+
+    def __init__(self, names: Iterable[str], root: str = "") -> None:
+        """Index names.
+
+        Args:
+            names: files or members with the folders that lead to them, or clips.
+            root: the folder that they lie in; a path below it means exactly the file that lies there.
+        """
+        self.names = list(names)
+        self._root = canonical(root) + "/" if root else ""
+        self._by_path: dict[str, list[str]] = {}
+        # By stem, anywhere ("") and within each of the folders above it. Corpora with one file name in a folder for
+        # each clip (clip17/keypoints.npy) are large, so no list of all files of one stem may be gone through.
+        self._within: dict[tuple[str, str], list[str]] = {}
+        self._folders: set[str] = set()
+        for name in self.names:
+            path = canonical(name)
+            *folders, stem = path.split("/")
+            self._by_path.setdefault(path, []).append(name)
+            for folder in ("", *set(folders)):
+                self._within.setdefault((folder, stem), []).append(name)
+            self._folders.update(folders)
+
+    def match(self, name: str) -> list[str]:
+        """The names that are meant: one, none, or several (no more than ``MOST_MATCHES``) when it is ambiguous.
+
+        A name that equals a whole path means that one. Else folders may be missing on either side, but a folder that
+        is there is never passed over: ``/data/test/7`` does not mean ``train/7`` where there is a folder ``test``.
+        """
+        absolute, path = self._locate(name)
+        if path in self._by_path:
+            return _narrow(name, self._by_path[path])
+        *folders, stem = path.split("/")
+        known = [folder for folder in folders if folder in self._folders]
+        if known:
+            candidates = self._within.get((known[-1], stem), [])
+        elif folders and not absolute:
+            candidates = self._by_path.get(stem, [])
+        else:
+            candidates = self._within.get(("", stem), [])
+        found: list[str] = []
+        for candidate in candidates:
+            there = canonical(candidate)
+            more = absolute or f"/{path}".endswith(f"/{there}")
+            if f"/{there}".endswith(f"/{path}") or (more and set(known) <= set(there.split("/")[:-1])):
+                found.append(candidate)
+                if len(found) == MOST_MATCHES:
+                    break
+        return _narrow(name, found)
+
+    def nearest(self, name: str) -> str:
+        """The most similar name that is there: by what both begin and end with, in any case."""
+        path = self._locate(name)[1].casefold()
+        around: set[str] = set()
+        for key, (spelled, names) in zip((path, path[::-1], posixpath.basename(path)), self._sorted, strict=True):
+            place = bisect.bisect(spelled, key)
+            around.update(names[max(place - 2, 0) : place + 2])
+        return max(
+            sorted(around),
+            key=lambda near: (_similarity(path, canonical(near).casefold()), _suffix(near) == _suffix(name)),
+            default="",
+        )
+
+    @cached_property
+    def _sorted(self) -> list[tuple[list[str], list[str]]]:
+        """Spellings in their order, beside their names: of the path, of the path backwards, of the stem."""
+        paths = [canonical(name).casefold() for name in self.names]
+        orders = []
+        for spelled in (paths, [path[::-1] for path in paths], [posixpath.basename(path) for path in paths]):
+            pairs = sorted(zip(spelled, self.names, strict=True))
+            orders.append(([key for key, _ in pairs], [name for _, name in pairs]))
+        return orders
+
+    def _locate(self, name: str) -> tuple[bool, str]:
+        absolute, path = _parse(name)
+        return absolute, path.removeprefix(self._root) if absolute and self._root else path
+
+
+def _parse(name: str) -> tuple[bool, str]:
+    """Whether a name begins outside of the folder it is looked up in, and its canonical form."""
+    name = name.replace("\\", "/")
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    rest = _ROOT.sub("", name, count=1) if _ROOT.match(name) else name
+    absolute = rest != name or rest.startswith("/")
+    parts: list[str] = []
+    for part in map(str.strip, rest.split("/")):
+        if part == ".." and parts:
+            parts.pop()
+        elif part == "..":
+            absolute = True
+        elif part not in ("", "."):
+            parts.append(part)
+    if parts:
+        parts[-1] = _without_suffix(parts[-1])
+    return absolute, "/".join(parts)
+
+
+def _without_suffix(name: str) -> str:
+    while True:
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or dot + suffix.lower() not in SUFFIXES:
+            return name.rstrip()
+        name = stem
+
+
+def _suffix(name: str) -> str:
+    """Its suffix as one of ours, if it has any of them."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def _narrow(name: str, found: Sequence[str]) -> list[str]:
+    """Of files that differ in suffix or spelling alone, those that are written just as the name is, if there are any.
+
+    ``x.npy`` beside ``x.pose``, or one ``é`` beside another that looks the same: both may lie in one folder.
+    """
+    spellings: list[Callable[[str], str]] = [_suffix]
+    if len({canonical(candidate) for candidate in found}) == 1:
+        spellings += [posixpath.normpath, posixpath.basename, lambda name: _without_suffix(posixpath.basename(name))]
+    for spelling in spellings:
+        found = [candidate for candidate in found if spelling(candidate) == spelling(name)] or found
+    return list(found)
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return f"/{canonical(name)}".endswith(f"/{canonical(end)}")
+
+
+def _similarity(first: str, second: str) -> tuple[int, int]:
+    stems = [posixpath.basename(name) for name in (first, second)]
+    same = _common(first, second) + _common(first[::-1], second[::-1]) + _common(*stems)
+    return same, -abs(len(stems[0]) - len(stems[1]))
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many elements are the same from the first on."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
