@@ -65,16 +65,17 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
     if name == STDIN:
         return [ClipSource("stdin", "standard input", partial(_read_stdin, fps))]
     path = Path(name)
-    if path.is_dir():
+    # os.path, since pathlib's questions raise where a name is too long to be a file's.
+    if os.path.isdir(path):
         return _in_folder(path, fps)
-    if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and path.is_file():
+    if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and os.path.isfile(path):
         return [_file(path, path.stem, fps)]
     if _is_archive(path):
         return _in_archive(path, fps)
     for place, letter in enumerate(name):
         if letter == ":" and _is_archive(Path(name[:place])):
             return [_member(Path(name[:place]), name[place + 1 :], fps)]
-    if path.exists():
+    if os.path.exists(path):
         known = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
         raise UserError(f"{name} is no clip ({known}), folder, zip or tar")
     return [_spelled_otherwise(path, fps)]
@@ -83,7 +84,7 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
 def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
     """A file that is not called just so, but is meant: another spelling of its letters or suffix, or none."""
     folder = path.parent
-    files = [entry.name for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+    files = [entry.name for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
     beside = Names(filter(is_pose_file, files))
     found = beside.match(path.name)
     if len(found) == 1:
@@ -97,7 +98,7 @@ def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
 
 def _is_archive(path: Path) -> bool:
     """Whether this is a zip or tar by its name, or a part of one (``x.zip.part_aa``)."""
-    return path.is_file() and any(f"{suffix}." in f"{path.name.lower()}." for suffix in (".zip", ".tar"))
+    return os.path.isfile(path) and any(f"{suffix}." in f"{path.name.lower()}." for suffix in (".zip", ".tar"))
 
 
 def _file(path: Path, uid: str, fps: float | None) -> ClipSource:
