@@ -24,7 +24,6 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 # What transformers' `from_pretrained` raises where a model cannot be had; a download that breaks off is no OSError.
 NOT_LOADED = (OSError, ValueError, httpx.HTTPError)
-ELSEWHERE = "set HF_HOME to a folder whose hub/ holds it"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -56,6 +55,7 @@ def hub_trouble(error: BaseException, source: str) -> str | None:
         None where the hub has nothing to do with it.
     """
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    elsewhere = f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it"
     for cause in _causes(error):
         match cause:
             case GatedRepoError():
@@ -69,9 +69,9 @@ def hub_trouble(error: BaseException, source: str) -> str | None:
             case HfHubHTTPError():
                 return f"was not to be had: the hub ({hub}) answers {cause.response.status_code}; try again later"
             case LocalEntryNotFoundError() if constants.is_offline_mode():
-                return f"is not in the cache ({cache}), and HF_HUB_OFFLINE forbids to ask the hub; {ELSEWHERE}"
+                return f"is not in the cache ({cache}), and HF_HUB_OFFLINE forbids to ask the hub; {elsewhere}"
             case httpx.ConnectError() | httpx.ConnectTimeout():
-                return f"is not in the cache ({cache}), and the hub ({hub}) cannot be reached ({cause}); {ELSEWHERE}"
+                return f"is not in the cache ({cache}), and the hub ({hub}) cannot be reached ({cause}); {elsewhere}"
             case httpx.HTTPError():
                 told = str(cause) or type(cause).__name__
                 return f"was not downloaded whole from the hub ({hub}: {told}): run the same command again"
