@@ -51,6 +51,12 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/data.py",
         "Each figure beside the plain way in the same run; see [data.md](data.md).",
     ),
+    "failures": (
+        "Failures",
+        "python benchmarks/failures.py",
+        "Seconds from a fault in the last rank until its reason is on the terminal, and until no process of the run is "
+        "left; the worst of all faults, then each by itself. The bare script meets the error of `step_1` on two ranks.",
+    ),
     "demo": ("The demo", "python benchmarks/demo.py", "A bare clone of the repository, from nothing to scores."),
 }
 HEAD = """# Benchmarks

@@ -12,11 +12,13 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "FAULT"
+TIMES = "FAULT_TIME"  # names the file to which the time of the fault goes, for those who measure what follows
 LARGEST_FILE = 100_000  # bytes; logs and settings are smaller, states and models are larger
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -34,17 +36,26 @@ def install() -> None:
         FAULTS[what]()
 
 
+def note_time() -> None:
+    """Write down when the fault happens, where somebody asked for it."""
+    if place := os.environ.get(TIMES):
+        Path(place).write_text(str(time.time()))
+
+
 def fail() -> None:
+    note_time()
     raise Injected("injected")
 
 
 def run_out_of_memory() -> None:
     import torch
 
+    note_time()
     raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
 
 def kill() -> None:
+    note_time()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
