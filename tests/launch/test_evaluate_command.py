@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.errors import exit_code_of
 from toolkit.evaluation.predictions import Prediction, write_predictions
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
@@ -95,13 +97,14 @@ def test_mistakes_are_one_line(model_folder, corpus, tmp_path, command, capsys, 
 
 
 def run_in_process(command, arguments: list[object], monkeypatch) -> int:
-    """The exit code of a command that ends by ``os._exit``."""
-    script = command("evaluate")
-    codes: list[int] = []
-    monkeypatch.setattr(script.os, "_exit", codes.append)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    script.main()
-    return codes[0]
+    """The exit code of a command, but for ``run_rank``, which would end this process."""
+    script, words = command("evaluate"), list(map(str, arguments))
+    if words[0] != "compare":
+        return exit_code_of(lambda: script.run(script.parse(words), Ranks()), debug=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    return ended.value.code
 
 
 def test_only_files_about_the_same_clips_are_compared(tmp_path, command, capsys, monkeypatch) -> None:
