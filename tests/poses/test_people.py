@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from toolkit.poses.features import extract_features
 from toolkit.poses.landmarks import load_landmark_set
-from toolkit.poses.people import follow_signer
+from toolkit.poses.people import follow_signer, look_at
 
 SET = load_landmark_set("hands_body_50")
 
@@ -32,7 +32,7 @@ def test_whoever_changes_places_is_followed(frames: list[tuple[bool, bool, bool]
         confidence[frame, ~there] = 0
         if swapped and frame:
             values[frame], confidence[frame] = values[frame, ::-1], confidence[frame, ::-1]
-    found = follow_signer(values, confidence, confidence > 0)
+    found = follow_signer(look_at(values, confidence, confidence > 0))
     score = (values[np.arange(len(frames)), found].mean(axis=(1, 2)) < 500)[found >= 0]
     expected = [i for i, (_, first, _) in enumerate(frames) if first or not i]
     others = [i for i, (_, _, second) in enumerate(frames) if second or not i]
@@ -47,12 +47,12 @@ def test_who_jumps_alone_stays_the_same_person() -> None:
     values, confidence = _two(10)
     values[5:, 0] += 700  # the camera is turned
     confidence[:, 1] = 0
-    assert follow_signer(values, confidence, confidence > 0).tolist() == [0] * 10
+    assert follow_signer(look_at(values, confidence, confidence > 0)).tolist() == [0] * 10
 
 
 def test_people_in_one_place_keep_their_places() -> None:
     values, confidence = _two(10, apart=0)
-    assert follow_signer(values, confidence, confidence > 0).tolist() == [0] * 10
+    assert follow_signer(look_at(values, confidence, confidence > 0)).tolist() == [0] * 10
 
 
 @pytest.mark.parametrize("version", [0.1, 0.2])
@@ -77,4 +77,4 @@ def test_a_crowd_costs_no_square_of_it() -> None:
     confidence = np.ones(values.shape[:3], np.float32)
     seen = np.zeros(values.shape[:3], bool)
     seen[:, 31_000] = True
-    assert follow_signer(values, confidence, seen).tolist() == [31_000]
+    assert follow_signer(look_at(values, confidence, seen)).tolist() == [31_000]

@@ -1,56 +1,44 @@
-"""Keypoints in ``.npy``, ``.npz`` and ``.pkl`` files: arrays whose points have no names, read without trusting them.
+"""Keypoints in ``.npy``, ``.npz`` and ``.pkl`` files: arrays whose points have no names, as people write them.
 
-A pickle is a program, and a stranger's is not run: only plain containers and numpy arrays come out of one, and whatever
-else it asks for is a reason to reject it. Sizes that a file claims are compared with its length before memory is taken.
+One array of all frames, or a list with one array a frame, in which the number of people may change or be none.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
 import warnings
-import zipfile
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from toolkit.poses.array_files import KEYPOINTS, SCORES, read_named_arrays
 from toolkit.poses.layouts import FACE_68, nameless_layouts
+from toolkit.poses.people import People, follow_signer, look_at
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
-from toolkit.poses.zip_entries import read_entry
 
 DEFAULT_FPS = 25.0
 """Of arrays that do not tell: neither the file (``fps``) nor the table."""
 
-_KEYPOINTS = ("keypoints", "landmarks", "poses", "pose", "data")
-_SCORES = ("scores", "confidence", "confidences", "conf")
-_NUMPY_GLOBALS = {
-    (module, name)
-    for core in ("numpy.core", "numpy._core")
-    for module, name in (
-        (f"{core}.multiarray", "_reconstruct"),
-        (f"{core}.multiarray", "scalar"),
-        (f"{core}.numeric", "_frombuffer"),
-    )
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 _DEEPEST = 4  # frames, people, points, coordinates
-_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
-
-
-def is_array_file(content: bytes) -> bool:
-    """Whether this is an ``.npy``, ``.npz`` or ``.pkl`` file rather than a ``.pose`` file, by its first bytes."""
-    return content[:6] == b"\x93NUMPY" or content[:4] == b"PK\x03\x04" or content[:1] == b"\x80"
+_LARGEST_GROUP = 8  # beyond it more people than frames are taken for a wrong order of the axes
+_WANTED = "wanted [frames, points, 2..4] or [frames, people, points, 2..4]"
+Frames = FloatArray | list[FloatArray]
+"""[frames, ...] where all are alike, else one array a frame."""
 
 
 def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
     """Read keypoints.
 
     The arrays are keypoints [frames, points, 2..4] or [frames, people, points, 2..4] and, where the file holds more
-    than one, scores without the last axis and ``fps``. The number of points tells their names. The third of three
+    than one, scores without the last axis and ``fps``. Lists hold one array a frame, [points, 2..4] or
+    [people, points, 2..4]; nobody is an empty one, or None. The number of points tells their names. The third of three
     coordinates is a score for OpenPose and COCO-WholeBody, else z; the fourth of four is a score. Without scores a
     point at the origin is missing.
+
+    Args:
+        content: the whole file.
+        fps: frames per second, when something else than the file tells them; then the file is not asked.
 
     Raises:
         PoseError: the bytes are no such file.
@@ -59,101 +47,44 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
         # Damaged files make the readers of numbers and of pickles warn of what is a reject anyway.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            return _to_pose(_read(content), len(content), fps)
+            return _to_pose(*read_named_arrays(content), fps)
     except PoseError:
         raise
     except Exception as error:  # a damaged array file fails in too many ways to name, and each is only this clip's
         raise PoseError(f"the arrays cannot be read: {type(error).__name__}") from error
 
 
-def _read(content: bytes) -> dict[str, Any]:
-    if content[:6] == b"\x93NUMPY":
-        return {_KEYPOINTS[0]: _read_npy(content)}
-    return _read_npz(content) if content[:4] == b"PK\x03\x04" else _read_pickle(content)
+def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPose:
+    """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
+    name = next((name for name in KEYPOINTS if name in found), None)
+    if name is None:
+        held = ", ".join(key[:40] for key in list(found)[:8]) or "nothing"
+        raise PoseError(f"none of the arrays is called {', '.join(KEYPOINTS)}: the file holds {held}")
+    most_bytes = 4 * size + (1 << 20)
+    values = _frames(found[name], name, most_bytes)
+    score_name = next((name for name in SCORES if found.get(name) is not None), None)
+    scores = None if score_name is None else _frames(found[score_name], score_name, most_bytes)
+    if isinstance(values, np.ndarray) and isinstance(scores, np.ndarray | None):
+        values, scores = _all_alike(values, name, scores, score_name)
+    else:
+        values, scores = _one_by_one(values, name, scores, score_name)
 
-
-def _read_npy(content: bytes) -> np.ndarray[Any, Any]:
-    file = io.BytesIO(content)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(file)
-    if version not in read_header:
-        raise PoseError("the .npy file is of an unknown version")
-    shape, fortran_order, dtype = read_header[version](file)
-    if dtype.kind not in "fiu":
-        raise PoseError(f"the array holds {dtype}, wanted numbers")
-    count = int(np.prod(shape, dtype=object))
-    if count * dtype.itemsize > len(content) - file.tell():
-        raise PoseError("the array is truncated")
-    flat = np.frombuffer(content, dtype, count, file.tell())
-    return flat.reshape(shape, order="F" if fortran_order else "C")
-
-
-def _read_npz(content: bytes) -> dict[str, Any]:
-    found = {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for entry in archive.infolist():
-            if entry.filename.endswith(".npy"):
-                found[entry.filename.removesuffix(".npy")] = _read_npy(read_entry(archive, entry))
-    return found
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Admits what numpy arrays are made of and nothing else; containers and numbers need no admission."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NUMPY_GLOBALS:
-            raise PoseError(
-                f"the pickle asks for {f'{module}.{name}'[:80]!r}: only arrays and plain containers are read"
-            )
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise PoseError("the pickle asks for an object outside of it: only arrays and plain containers are read")
-
-
-def _read_pickle(content: bytes) -> dict[str, Any]:
-    # Reading the instructions without following them finds lengths beyond the end and absurd numbers of remembered
-    # objects, for either of which the real reader would take memory first.
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in _MEMO_OPCODES and int(argument or 0) > len(content):
-            raise PoseError("the pickle claims an impossible size")
-    found = _ArraysOnly(io.BytesIO(content)).load()
-    if not isinstance(found, dict):
-        raise PoseError(
-            f"the pickle holds a {type(found).__name__}, wanted a dict with {_KEYPOINTS[0]} and {_SCORES[0]}"
-        )
-    return {str(key): value for key, value in found.items()}
-
-
-def _numbers(value: Any, most_bytes: int) -> FloatArray:
-    """An array, or lists of numbers or of one array a frame, as float32."""
-    if _size(value, most_bytes, depth=0) > most_bytes:
-        raise PoseError("the arrays are larger than the file")
-    together = np.asarray(value)
-    if together.dtype.kind not in "fiu":
-        raise PoseError("the frames do not all hold the same number of points")
-    return together.astype(np.float32)
-
-
-def _size(value: Any, most: int, depth: int) -> int:
-    """Bytes that the array of some nested lists would take; any number above ``most`` when that is exceeded.
-
-    A list may hold another one many times over, or itself, so a small file could ask for an array without end.
-    """
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if isinstance(value, int | float | np.number):
-        return 4
-    if not isinstance(value, list | tuple):
-        raise PoseError(f"the arrays hold a {type(value).__name__}, wanted numbers")
-    if depth == _DEEPEST:
-        raise PoseError("the lists are nested too deep")
-    size = 0
-    for item in value:
-        size += _size(item, most - size, depth + 1)
-        if size > most:
-            break
-    return size
+    points = nameless_layouts()[values.shape[2]]
+    flat_layout = any(component == FACE_68 for component, _ in points)
+    if scores is not None:
+        confidence = scores
+    elif values.shape[3] == 4 or (values.shape[3] == 3 and flat_layout):
+        values, confidence = values[..., :-1], values[..., -1]
+    else:
+        confidence = np.asarray(values.any(axis=3), np.float32)
+    if flat_layout:
+        values = values[..., :2]
+    return RawPose(
+        checked_fps(_claimed_fps(found) if told_fps is None else DEFAULT_FPS, told_fps),
+        _header(len(points), values.shape[3]),
+        np.ascontiguousarray(values),
+        np.ascontiguousarray(confidence),
+    )
 
 
 @lru_cache(maxsize=16)
@@ -163,41 +94,173 @@ def _header(num_points: int, dims: int) -> PoseHeader:
     return PoseHeader(0.0, points, sizes)
 
 
-def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPose:
-    """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
-    name = next((name for name in _KEYPOINTS if name in found), None)
-    if name is None:
-        raise PoseError(f"none of the arrays is called {', '.join(_KEYPOINTS)}")
-    most_bytes = 100 * size
-    values = _numbers(found[name], most_bytes)
+def _frames(value: Any, name: str, most_bytes: int) -> Frames:
+    """An array of all frames, or lists of numbers or of one array a frame, as float32."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    _check_size(value, name, most_bytes)
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float32)
+    if not isinstance(value, list | tuple):
+        raise PoseError(f"{name} holds a {type(value).__name__}, wanted numbers")
+    frames = [_frame(item, f"{name}, frame {number}") for number, item in enumerate(value)]
+    if len({frame.shape for frame in frames}) == 1 and frames[0].size:
+        return np.stack(frames)
+    return frames
+
+
+def _frame(value: Any, where: str) -> FloatArray:
+    if value is None:
+        return np.zeros(0, np.float32)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    try:
+        together = np.asarray(value)
+    except ValueError:
+        together = np.asarray(None)
+    if together.dtype.kind not in "fiu":
+        raise PoseError(f"{where}: the people do not all hold the same number of points")
+    return together.astype(np.float32)
+
+
+def _check_size(value: Any, name: str, most_bytes: int) -> None:
+    if _size(value, name, most_bytes, depth=0) > most_bytes:
+        raise PoseError(f"{name}: the arrays are larger than the file")
+
+
+def _size(value: Any, name: str, most: int, depth: int) -> int:
+    """Bytes that the float32 array of some nested lists takes; any number above ``most`` when that is exceeded.
+
+    A list may hold another one many times over, or itself, so a small file could ask for an array without end.
+    """
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        if value.dtype.kind not in "fiu":
+            raise PoseError(f"{name} holds {value.dtype}, wanted numbers")
+        return 4 * value.size
+    if value is None or isinstance(value, int | float | np.number):
+        return 4
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise PoseError(f"{name}: the arrays hold a {type(value).__name__}, wanted numbers")
+    if depth == _DEEPEST:
+        raise PoseError(f"{name}: the lists are nested too deep")
+    size = 0
+    for item in value:
+        size += 4 + _size(item, name, most - size, depth + 1)
+        if size > most:
+            break
+    return size
+
+
+def _all_alike(
+    values: FloatArray, name: str, scores: FloatArray | None, score_name: str | None
+) -> tuple[FloatArray, FloatArray | None]:
+    """Keypoints [frames, people, points, values] and scores [frames, people, points] where all frames are alike."""
+    shape = values.shape
     if values.ndim == 3:
         values = values[:, None]
     if values.ndim != 4 or not 2 <= values.shape[3] <= 4 or 0 in values.shape:
-        raise PoseError(f"the keypoints have shape {values.shape}, wanted [frames, points, 2..4]")
-    points = nameless_layouts().get(values.shape[2])
-    if points is None:
+        raise PoseError(f"the {name} have shape {shape}, {_WANTED}{_advice(shape)}")
+    frames, people = values.shape[:2]
+    if people > max(frames, _LARGEST_GROUP):
+        raise PoseError(f"the {name} have shape {shape}, which is {people} people in {frames} frames: {_WANTED}")
+    _check_points(values.shape[2], name)
+    if scores is not None:
+        if scores.size != values[..., 0].size or len(scores) != frames:
+            raise PoseError(f"the {score_name} have shape {scores.shape}, the {name} {shape}")
+        scores = scores.reshape(values.shape[:3])
+    return values, scores
+
+
+def _advice(shape: tuple[int, ...]) -> str:
+    """What may have been meant by another order or number of axes."""
+    known = nameless_layouts()
+    if len(shape) == 3 and 2 <= shape[0] <= 4 and shape[2] in known:
+        return ": are the coordinates the first axis? They belong last"
+    if len(shape) == 2:
+        for points in known:
+            if shape[1] in (2 * points, 3 * points, 4 * points):
+                return f": are these {points} points of {shape[1] // points} values? Give them an axis of their own"
+    return ""
+
+
+def _check_points(points: int, where: str) -> None:
+    if points not in nameless_layouts():
         known = ", ".join(map(str, sorted(nameless_layouts())))
-        raise PoseError(f"an array of {values.shape[2]} points without names: known are {known}")
-
-    score_name = next((name for name in _SCORES if name in found), None)
-    flat_layout = any(component == FACE_68 for component, _ in points)
-    if score_name is not None:
-        confidence = _numbers(found[score_name], most_bytes).reshape(values.shape[:3])
-    elif values.shape[3] == 4 or (values.shape[3] == 3 and flat_layout):
-        values, confidence = values[..., :-1], values[..., -1]
-    else:
-        confidence = np.asarray(values.any(axis=3), np.float32)
-    if flat_layout:
-        values = values[..., :2]
-    return RawPose(
-        checked_fps(_claimed_fps(found, most_bytes) if told_fps is None else DEFAULT_FPS, told_fps),
-        _header(len(points), values.shape[3]),
-        np.ascontiguousarray(values),
-        np.ascontiguousarray(confidence),
-    )
+        raise PoseError(f"{where}: an array of {points} points without names: known are {known}")
 
 
-def _claimed_fps(found: dict[str, Any], most_bytes: int) -> float:
-    told = found.get("fps", DEFAULT_FPS)
-    _size(told, most_bytes, depth=0)
-    return float(np.asarray(told).reshape(()))
+def _one_by_one(
+    values: Frames, name: str, scores: Frames | None, score_name: str | None
+) -> tuple[FloatArray, FloatArray | None]:
+    """The signer alone, in the form of ``_all_alike``, of a file whose frames hold other numbers of people."""
+    if scores is not None and len(scores) != len(values):
+        raise PoseError(f"{name} holds {len(values)} frames, {score_name} {len(scores)}")
+    people = [_people_of_frame(frame, f"{name}, frame {number}") for number, frame in enumerate(values)]
+    shape = next((frame.shape[1:] for frame in people if len(frame)), None)
+    if shape is None:
+        raise PoseError("the file holds no people" if people else "the file holds no frames")
+    _check_points(shape[0], name)
+    confidences: list[FloatArray] = []
+    for number, frame in enumerate(people):
+        where = f"{name}, frame {number}"
+        if len(frame) and frame.shape[1:] != shape:
+            raise PoseError(
+                f"{where}: {frame.shape[1]} points of {frame.shape[2]} values, before {shape[0]} of {shape[1]}"
+            )
+        if scores is None:
+            seen = np.asarray((frame != 0).any(axis=2), np.float32)
+        elif scores[number].size != len(frame) * shape[0]:
+            raise PoseError(f"{score_name}, frame {number}: {scores[number].size} scores for {len(frame)} people")
+        else:
+            seen = scores[number].reshape(len(frame), shape[0])
+        confidences.append(seen)
+
+    places = follow_signer(_people(people, confidences))
+    data = np.zeros((len(people), 1, *shape), np.float32)
+    confidence = np.zeros((len(people), 1, shape[0]), np.float32)
+    for number, place in enumerate(places):
+        if place >= 0:
+            data[number, 0] = people[number][place]
+            confidence[number, 0] = confidences[number][place]
+    return data, None if scores is None else confidence
+
+
+def _people_of_frame(frame: FloatArray, where: str) -> FloatArray:
+    """[people, points, values]; an empty array is nobody."""
+    if frame.ndim == 2 and frame.size:
+        frame = frame[None]
+    if not frame.size:
+        return np.zeros((0, 1, 2), np.float32)
+    if frame.ndim != 3 or not 2 <= frame.shape[2] <= 4:
+        raise PoseError(f"{where} has shape {frame.shape}, wanted [points, 2..4] or [people, points, 2..4]")
+    return frame
+
+
+def _people(frames: list[FloatArray], confidences: list[FloatArray]) -> People:
+    """Who is where in each frame, the places of shorter lists filled up with nobody."""
+    most = max(map(len, frames))
+    if most * len(frames) > 16 * (sum(map(len, frames)) + (1 << 16)):
+        raise PoseError(f"a frame holds {most} people, most others hold none")
+    score, reach = np.zeros((2, len(frames), most), np.float32)
+    middle = np.zeros((len(frames), most, 2), np.float32)
+    for number, (values, confidence) in enumerate(zip(frames, confidences, strict=True)):
+        if len(values):
+            seen = (confidence > 0) & (confidence < np.inf) & np.isfinite(values).all(axis=2)
+            seen &= (values != 0).any(axis=2)
+            found = look_at(values[None], confidence[None], seen[None])
+            here = slice(len(values))
+            score[number, here], reach[number, here], middle[number, here] = found.score, found.reach, found.middle
+    return People(score, middle, reach)
+
+
+def _claimed_fps(found: dict[str, Any]) -> float:
+    value = found.get("fps")
+    if value is None:
+        return DEFAULT_FPS
+    _check_size(value, "fps", most_bytes=1 << 20)
+    rates = np.unique(np.asarray(value, np.float64))
+    if len(rates) != 1:
+        raise PoseError(f"fps holds {rates.size} different numbers, wanted one")
+    return float(rates[0])

@@ -13,10 +13,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.poses.arrays import is_array_file, read_arrays
+from toolkit.poses.array_files import is_array_file
+from toolkit.poses.arrays import read_arrays
+from toolkit.poses.compressed import unpacked
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.missing import may_lack_place, without_place
-from toolkit.poses.people import follow_signer
+from toolkit.poses.people import follow_signer, look_at
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, read_pose
 
 FEATURES_VERSION = 2  # counts up when the same file would give other features
@@ -138,9 +140,10 @@ def read_clip(content: bytes, fps: float | None = None) -> RawPose:
     """Parse the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file; raises PoseError.
 
     Args:
-        content: the whole file.
+        content: the whole file, perhaps compressed by gzip.
         fps: frames per second as the table or the user says; overrules the file.
     """
+    content = unpacked(content)
     return read_arrays(content, fps) if is_array_file(content) else read_pose(content, fps)
 
 
@@ -193,7 +196,7 @@ def _signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, Fl
     for person in range(raw.data.shape[1]):
         taken = without_place(raw.data[:, person], raw.confidence[:, person], raw.header)
         seen[:, person] &= ~taken[:, columns]
-    places = follow_signer(values, confidence, seen)
+    places = follow_signer(look_at(values, confidence, seen))
     frames = np.arange(len(places))
     return raw.data[frames, places], np.where(places[:, None] >= 0, raw.confidence[frames, places], np.float32(0))
 

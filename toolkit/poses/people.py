@@ -7,6 +7,8 @@ elsewhere, it is followed. People who stand closer to each other than a quarter 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,39 +19,57 @@ _NEAR = 0.25  # of a person's size
 _MOST_FOLLOWED = 32
 
 
-def follow_signer(values: FloatArray, confidence: FloatArray, seen: BoolArray) -> npt.NDArray[np.intp]:
-    """Where in the list of each frame the signer stands.
+@dataclass(frozen=True)
+class People:
+    """The people that each frame lists.
+
+    Attributes:
+        score: how well each is seen, [frames, people]; 0 where nobody is in that place of the list.
+        middle: the middle of their points, [frames, people, 2].
+        reach: how far they may move from one frame to the next, [frames, people].
+    """
+
+    score: FloatArray
+    middle: FloatArray
+    reach: FloatArray
+
+
+def look_at(values: FloatArray, confidence: FloatArray, seen: BoolArray) -> People:
+    """Where people are.
 
     Args:
         values: coordinates [frames, people, points, 2 or more].
         confidence: [frames, people, points].
         seen: which points have a place, [frames, people, points].
-
-    Returns:
-        [frames]; -1 where the signer is in no place of the list.
     """
-    if values.shape[1] > _MOST_FOLLOWED:
-        # A crowd: only the places of the list that hold somebody most often.
-        kept = np.sort(np.argsort(-seen.sum(axis=(0, 2)), kind="stable")[:_MOST_FOLLOWED])
-        found = follow_signer(values[:, kept], confidence[:, kept], seen[:, kept])
-        return np.where(found >= 0, kept[found], -1)
     with np.errstate(all="ignore"):
-        score = np.where(seen, confidence.clip(0, 1), 0).sum(axis=2)
+        # What is seen at all counts a little, so that a person of tiny scores is there, too.
+        score = np.where(seen, confidence.clip(1e-6, 1), 0).sum(axis=2)
         flat, where = values[..., :2], seen[..., None]
         low = np.min(flat, axis=2, where=where, initial=np.inf)
         high = np.max(flat, axis=2, where=where, initial=-np.inf)
         middle = np.where(where, flat, 0).sum(axis=2) / np.maximum(where.sum(axis=2), 1)
-    reach = _NEAR * (high - low).max(axis=2)
-    there: BoolArray = np.asarray(seen.any(axis=2))
-    places = np.full(there.shape, -1, np.intp)  # of each person in each frame
-    last = np.full((there.shape[1], 2), np.nan)
-    for frame in range(len(values)):
-        listed = np.flatnonzero(there[frame])
-        taken = _assign(last, middle[frame], reach[frame], listed)
+        reach = _NEAR * (high - low).max(axis=2)
+    return People(*(np.asarray(found, np.float32) for found in (score, middle, reach)))
+
+
+def follow_signer(people: People) -> npt.NDArray[np.intp]:
+    """Where in the list of each frame the signer stands, [frames]; -1 where the signer is in no place of the list."""
+    score, middle, reach = people.score, people.middle, people.reach
+    there = score > 0
+    if there.shape[1] > _MOST_FOLLOWED:
+        # A crowd: only the places of the list that hold somebody most often.
+        kept = np.sort(np.argsort(-there.sum(axis=0), kind="stable")[:_MOST_FOLLOWED])
+        found = follow_signer(People(score[:, kept], middle[:, kept], reach[:, kept]))
+        return np.where(found >= 0, kept[found], -1)
+    places = np.full(there.shape, -1, np.intp)  # of each person in each frame; the last columns may be nobody's
+    last = np.full((int(there.sum(axis=1).max(initial=1)), 2), np.nan)  # no more people than were seen together
+    for frame in range(len(there)):
+        taken = _assign(last, middle[frame], reach[frame], np.flatnonzero(there[frame]))
         for person, place in taken.items():
             places[frame, person] = place
             last[person] = middle[frame, place]
-    rows = np.arange(len(values))[:, None]
+    rows = np.arange(len(there))[:, None]
     totals = np.where(places >= 0, score[rows, places], 0).sum(axis=0)
     signer: npt.NDArray[np.intp] = places[:, int(totals.argmax())]
     return signer
@@ -61,7 +81,7 @@ def _assign(
     """Person -> place in the list of a frame, given where each person was last (NaN: nowhere yet)."""
     distance = np.hypot(*(last[:, None] - middle[None]).transpose(2, 0, 1))
     distance = np.where(distance <= reach, distance, np.inf)  # NaN is not near, either
-    taken = {int(place): int(place) for place in listed if np.isfinite(distance[place, place])}
+    taken = {int(place): int(place) for place in listed if place < len(last) and np.isfinite(distance[place, place])}
     near = sorted(
         (distance[person, place], person, int(place))
         for place in listed
@@ -74,8 +94,9 @@ def _assign(
             taken[person] = place
             free.discard(place)
     for place in sorted(free):
-        # Somebody new, or somebody who jumped: the camera may have been moved.
+        # Somebody new, or, where everybody is known, somebody who jumped: the camera may have been moved.
         left = [person for person in range(len(last)) if person not in taken]
         new = [person for person in left if np.isnan(last[person, 0])]
-        taken[place if place in left else (new or left)[0]] = place
+        candidates = new or left
+        taken[place if place in candidates else candidates[0]] = place
     return taken
