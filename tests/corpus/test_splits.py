@@ -99,14 +99,13 @@ def test_splits_as_given() -> None:
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], "first in line 3"),
-        ([Row("a", "x", split="../up", line=2)], "cannot be the name of a split"),
-        (_rows(2, 5), "too few to split by video"),
+        ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], r"t\.csv, line 3 names no split while others"),
+        (_rows(2, 5), r"t\.csv: all 10 .* too few to split by video"),
     ],
 )
 def test_splits_that_cannot_be(rows: list[Row], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        assign_splits(rows, 0.1, 0.1, seed=0)
+        assign_splits(rows, 0.1, 0.1, seed=0, table="t.csv")
 
 
 def test_few_videos_still_fill_every_split() -> None:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolkit.corpus.table import LONGEST_LINE, PRESETS, read_table
+from toolkit.corpus.table import PRESETS, read_table
+from toolkit.corpus.table_lines import LONGEST_LINE
 from toolkit.errors import UserError
 
 
@@ -61,15 +62,90 @@ def test_the_how2sign_preset(tmp_path) -> None:
         ("uid,text,text\na,b,c\n", "names a column twice"),
         ("uid,text\na,b,c\n", "line 2 has 3 values for 2 columns"),
         ("uid,text\na,\0\n", "NUL"),
-        (b"uid,text\na,\xff\xfe\n", "not UTF-8"),
+        (b"uid,text\na,\xff\xfe\n", "line 2 is not UTF-8"),
         ("uid,text\na," + "x" * (LONGEST_LINE + 1), "longer than"),
-        ('uid,text\na,"' + "x\n" * 200_000, "not readable as CSV"),
+        ('uid,text\na,"' + "x\n" * 600_000, "line 2: a quote that opens here is never closed"),
     ],
 )
 def test_what_is_no_table_is_one_line(tmp_path, content, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as raised:
         read_table(_table(tmp_path, content))
     assert "\n" not in str(raised.value) and "table.csv" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ({"uid": "a", "text": ["x"]}, "text is .* of type list"),
+        ({"uid": "a", "text": {"en": "x"}}, "text is .* of type dict"),
+        ({"uid": "a", "text": True}, "text is 'True' of type bool"),
+        ({"uid": "a", "text": 7}, "text is '7' of type int"),
+        ({"uid": "a", "text": float("nan")}, "text is 'nan' of type float"),
+        ({"uid": 7.0, "text": "x"}, "uid is '7.0' of type float"),
+        ({"uid": "a", "text": "x", "fps": True}, "fps is 'True' of type bool"),
+        ({"uid": "a", "text": "half \ud83d of it"}, r"text holds '\\ud83d'"),
+        ({"uid": "a", "text": "x\0"}, r"text holds '\\x00'"),
+        ({"uid": "a\nb", "text": "x"}, "the uid runs over a line end"),
+        ('{"uid": "a", "text": "x", "text": "y"}', "names 'text' twice"),
+    ],
+)
+def test_a_json_value_that_is_no_text_is_refused_with_its_line(tmp_path, line, complaint: str) -> None:
+    content = '{"uid": "s", "text": "fine"}\n\n' + (line if isinstance(line, str) else json.dumps(line))
+    with pytest.raises(UserError, match=f"line 3.*{complaint}"):
+        read_table(_table(tmp_path, content, "t.jsonl"))
+
+
+def test_json_needs_no_suffix_and_other_columns_may_hold_anything(tmp_path) -> None:
+    content = '{"uid": 7, "text": "x", "fps": 25, "boxes": [[1, 2]], "ok": true}\n'
+    row = read_table(_table(tmp_path, content, "t.json"))[0]
+    assert (row.uid, row.text, row.fps) == ("7", "x", 25.0)
+    for content in ('[{"uid": "a", "text": "b"}]', '[\n{"uid": "a", "text": "b"}\n]'):
+        with pytest.raises(UserError, match="is one JSON list"):
+            read_table(_table(tmp_path, content, "t.json"))
+
+
+@pytest.mark.parametrize(
+    ("written", "split"),
+    [
+        ("Train", "train"),
+        ("TRAIN set", "train"),
+        ("training-set", "train"),
+        ("trainset", "train"),
+        ("Validation", "dev"),
+        ("dev_split", "dev"),
+        ("Testing data", "test"),
+        ("test_unseen", "test_unseen"),
+        ("Fold_1", "fold_1"),
+        ("", ""),
+    ],
+)
+def test_the_names_of_splits_as_people_write_them(tmp_path, written: str, split: str) -> None:
+    assert read_table(_table(tmp_path, f"uid,text,split\na,b,{written}\n"))[0].split == split
+
+
+@pytest.mark.parametrize("written", ["../up", "..", "my part", "corpus.json", "progress", "ä"])
+def test_what_cannot_be_the_folder_of_a_split(tmp_path, written: str) -> None:
+    with pytest.raises(UserError, match=r"line 2: .* cannot be the name of a split: write train"):
+        read_table(_table(tmp_path, f"uid,text,split\na,b,{written}\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "fps"),
+    [
+        ("uid;text;fps\na;b;29,97\n", 29.97),
+        ("uid;text;fps\na;b;1,234\n", 1.234),
+        ('uid,text,fps\na,b,"25,0"\n', 25.0),
+        ("uid\ttext\tfps\na\tb\t12,5\n", 12.5),
+        ("uid,text,fps\na,b,2.5e1\n", 25.0),
+    ],
+)
+def test_decimal_commas(tmp_path, content: str, fps: float) -> None:
+    assert read_table(_table(tmp_path, content))[0].fps == fps
+
+
+def test_a_comma_before_three_digits_is_not_guessed(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"line 2: fps is '1,234', wanted frames per second as 12.5"):
+        read_table(_table(tmp_path, 'uid,text,fps\na,b,"1,234"\n'))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +156,7 @@ def test_what_is_no_jsonl_is_one_line(tmp_path, line: str, complaint: str) -> No
         read_table(_table(tmp_path, line, "t.jsonl"))
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", "1_0", "1e999", "00:01"])
 def test_impossible_times(tmp_path, value: str) -> None:
     with pytest.raises(UserError, match="line 2: start is"):
         read_table(_table(tmp_path, f"uid,text,start\na,b,{value}\n"), {"start": "start"})

@@ -100,7 +100,8 @@ def make_plan(inputs: Inputs) -> Plan:
     """
     located, rejects = _locate(inputs)
     data = inputs.data
-    splits = assign_splits([row for row, _ in located], data.dev_share, data.test_share, data.split_seed)
+    rows = [row for row, _ in located]
+    splits = assign_splits(rows, data.dev_share, data.test_share, data.split_seed, str(data.table))
     splits, removed = remove_shared_texts(splits, data.shared_texts)
     files = {row.uid: file for row, file in located}
     dealt = {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}

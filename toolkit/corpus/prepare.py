@@ -227,6 +227,7 @@ def _finish(plan: Plan, work: Work, out: Path) -> None:
     splits = {name: [row for row, _ in rows] for name, rows in plan.splits.items()}
     rejects = sorted(plan.rejects + [reject for record in records for reject in record.rejects])
     used = sum(record.clips for record in records)
+    assert used + len(rejects) + len(plan.removed) == len(inputs.rows), "every row is a clip, a reject or removed"
     if len(rejects) > inputs.data.max_rejects * len(inputs.rows) or used == 0:
         shutil.rmtree(unfinished)
         raise _too_many_rejects(inputs, rejects, out)

@@ -38,11 +38,19 @@ def source_video(row: Row) -> str:
     return row.uid
 
 
-def assign_splits(rows: Sequence[Row], dev_share: float, test_share: float, seed: int) -> dict[str, list[Row]]:
+def assign_splits(
+    rows: Sequence[Row], dev_share: float, test_share: float, seed: int, table: str = "the table"
+) -> dict[str, list[Row]]:
     """Deal rows out to splits: as the table says, or by source video in an order that only the seed decides.
 
     Whole videos go to dev until it holds its share of the clips, then to test, and the rest to train; a video's place
-    does not depend on the order of the table.
+    does not depend on the order of the table. Every row comes to be in exactly one split.
+
+    Args:
+        rows: those that are to be clips.
+        dev_share, test_share: of the clips, where the table names no splits.
+        seed: decides which videos.
+        table: for messages.
 
     Raises:
         UserError: some rows name their split and others do not, or there are too few videos to split.
@@ -52,14 +60,11 @@ def assign_splits(rows: Sequence[Row], dev_share: float, test_share: float, seed
         if named < len(rows):
             line = next(row.line for row in rows if not row.split)
             raise UserError(
-                f"{len(rows) - named} rows name no split while others do (first in line {line}): fill the column"
+                f"{table}, line {line} names no split while others do ({len(rows) - named} such rows): "
+                "fill its split column in every row, or in none"
             )
         given: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
-            if not re.fullmatch(r"[a-z0-9_.-]{1,64}", row.split):
-                raise UserError(
-                    f"line {row.line}: '{row.split[:40]}' cannot be the name of a split (a-z, 0-9, _ and - only)"
-                )
             given[row.split].append(row)
         return _in_usual_order(given)
 
@@ -68,7 +73,7 @@ def assign_splits(rows: Sequence[Row], dev_share: float, test_share: float, seed
     wanted = {"dev": dev_share, "test": test_share}
     if len(order) < 1 + sum(share > 0 for share in wanted.values()):
         raise UserError(
-            f"all {len(rows)} clips come from {len(order)} source videos, too few to split by video: "
+            f"{table}: all {len(rows)} clips come from {len(order)} source videos, too few to split by video: "
             "give the table a `split` column, or set data.dev_share=0 data.test_share=0"
         )
     split_of: dict[str, str] = {}

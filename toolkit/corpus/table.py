@@ -1,21 +1,20 @@
 """Read the table that pairs clips with texts: CSV, TSV or JSONL, from whoever made it.
 
-Nothing in a table is trusted: lines have a largest length, columns are looked up by name, and every complaint says
-which file, which line and what to do.
+Nothing in a table is trusted, and nothing of it is lost: each of its records is one row, whose text has all of the
+characters (spacing apart), or the table is refused. Every complaint says which file, which line and what to do.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from toolkit.corpus.table_lines import table_lines
+from toolkit.corpus.table_records import read_records
 from toolkit.errors import UserError
-
-LONGEST_LINE = 1 << 20
-"""Characters; no sentence is that long, but a binary file that was given by mistake may be."""
 
 COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
@@ -27,7 +26,20 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 """What the public tables of some corpora call their columns."""
 
-SPLIT_NAMES = {"training": "train", "val": "dev", "valid": "dev", "validation": "dev", "development": "dev"}
+SPLIT_NAMES = {
+    "training": "train",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "development": "dev",
+    "testing": "test",
+}
+_KNOWN_SPLITS = {"train", "dev", "test", *SPLIT_NAMES}
+_SPLIT_WORDS = re.compile(r"[\s_-]*(set|split|data)")  # "Train set", "dev_split"
+_NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE | re.ASCII)
+_DECIMAL_COMMA = re.compile(r"\d+,\d+", re.ASCII)
+_THOUSANDS = re.compile(r"\d{1,3},\d{3}", re.ASCII)
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class Row:
         pose: name of the pose file, when it is neither the uid nor the video.
         start, end: seconds of the clip within its pose file.
         fps: frames per second of the pose file, for arrays that do not tell; it overrules the file.
-        line: where it stands, counted from 1 as an editor does.
+        line: where it begins, counted from 1 as an editor does.
     """
 
     uid: str
@@ -60,8 +72,10 @@ class Row:
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Read a table; its format is told by the suffix (.jsonl) or by its first line (comma, tab, semicolon or bar).
 
+    Lines without any value are no rows; every other is one, or an error.
+
     Args:
-        path: the table; UTF-8, with or without a byte order mark.
+        path: the table; UTF-8, or UTF-16 with a byte order mark.
         columns: our name of a column -> the table's, for those that differ.
 
     Raises:
@@ -75,103 +89,92 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row
         )
     if not path.is_file():
         raise UserError(f"there is no table {path}: data.table wants a CSV, TSV or JSONL file")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = _bounded_lines(file, path)
-            records = _json_records(lines, path) if path.suffix in (".jsonl", ".ndjson") else _csv_records(lines, path)
-            rows = list(_rows(records, columns, path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{path} is not readable as CSV: {error}") from error
+    required = [columns.get(name, name) for name in REQUIRED]
+    records, separator = read_records(table_lines(path), path, required)
+    rows = list(_rows(records, columns, path, decimal_comma=separator == ";"))
     if not rows:
         raise UserError(f"{path} holds no rows: a header line and one line a clip are wanted")
     return rows
 
 
-def _bounded_lines(file: Iterable[str], path: Path) -> Iterator[str]:
-    """The lines of a file, none of them read further than the longest that makes sense."""
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):  # type: ignore[attr-defined]
-        number += 1
-        if len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number} is longer than {LONGEST_LINE:,} characters: is this a table?")
-        if "\0" in line:
-            raise UserError(f"{path}, line {number} holds a NUL character: is this a text file?")
-        yield line
-
-
-def _csv_records(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """Line number and values by column name; the header's most frequent separator is the separator."""
-    header_line = next(lines, "")
-    separator = max("\t,;|", key=header_line.count)
-    names = [name.strip() for name in next(csv.reader([header_line], delimiter=separator), [])]
-    if len(set(names)) != len(names):
-        raise UserError(f"{path} names a column twice: {', '.join(names)}")
-    reader = csv.reader(lines, delimiter=separator, strict=False)
-    for values in reader:
-        if not values:
-            continue
-        if len(values) > len(names):
-            raise UserError(
-                f"{path}, line {reader.line_num + 1} has {len(values)} values for {len(names)} columns: "
-                "quote texts that hold the separator"
-            )
-        yield reader.line_num + 1, dict(zip(names, values + [""] * (len(names) - len(values)), strict=True))
-
-
-def _json_records(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object")
-        yield number, {str(key): "" if value is None else str(value) for key, value in record.items()}
-
-
-def _rows(records: Iterable[tuple[int, Mapping[str, str]]], columns: Mapping[str, str], path: Path) -> Iterator[Row]:
+def _rows(
+    records: Iterable[tuple[int, Mapping[str, Any]]], columns: Mapping[str, str], path: Path, decimal_comma: bool
+) -> Iterator[Row]:
     """Records become rows under our names of the columns."""
-    for number, record in records:
+    for line, record in records:
         values = {}
         for name in COLUMNS:
             source = columns.get(name, "" if name in ONLY_WHEN_MAPPED else name)
             if source not in record and (name in REQUIRED or name in columns):
                 raise UserError(
-                    f"{path}, line {number} has no column '{source}' (it has {_few(record)}): "
+                    f"{path}, line {line} has no column '{source}' (it has {_few(record)}): "
                     f"say which holds the {name} with data.columns.{name}=NAME"
                 )
-            values[name] = record.get(source, "").strip()
-        split = values["split"].lower()
+            values[name] = _text(record.get(source, ""), name, path, line)
         yield Row(
             uid=values["uid"],
             text=" ".join(values["text"].split()),
             video=values["video"],
-            split=SPLIT_NAMES.get(split, split),
+            split=_split(values["split"], path, line),
             language=values["language"],
             pose=values["pose"],
-            start=_number(values["start"], "start", "seconds from the beginning of the file", path, number),
-            end=_number(values["end"], "end", "seconds from the beginning of the file", path, number),
-            fps=_number(values["fps"], "fps", "frames per second", path, number),
-            line=number,
+            start=_number(
+                values["start"], "start", "seconds from the beginning of the file", path, line, decimal_comma
+            ),
+            end=_number(values["end"], "end", "seconds from the beginning of the file", path, line, decimal_comma),
+            fps=_number(values["fps"], "fps", "frames per second", path, line, decimal_comma),
+            line=line,
         )
 
 
-def _number(value: str, name: str, wanted: str, path: Path, line: int) -> float | None:
+def _text(value: object, name: str, path: Path, line: int) -> str:
+    """A value as text; of those that JSON has beside texts only the ones that can be written in one way."""
+    if value is None or value == "":
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (name in ("start", "end", "fps") or (isinstance(value, int) and name != "text")):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(
+            f"{path}, line {line}: {name} is {str(value)[:40]!r} of type {type(value).__name__}, "
+            "wanted one text in quotes, or null"
+        )
+    if found := _NO_CHARACTER.search(value):
+        raise UserError(f"{path}, line {line}: {name} holds {found[0]!a}, which is no character: take it out")
+    value = value.strip()
+    if name != "text" and len(value.splitlines()) > 1:
+        raise UserError(f"{path}, line {line}: the {name} runs over a line end: keep it on one line")
+    return value
+
+
+def _split(value: str, path: Path, line: int) -> str:
+    """The name of a split as we write it: "TRAIN set" is train, and "Validation" dev."""
+    name = value.lower()
+    bare = _SPLIT_WORDS.sub("", name)
+    name = bare if bare in _KNOWN_SPLITS else name
+    name = SPLIT_NAMES.get(name, name)
+    # A split is a folder of the corpus, and `progress` is one that preparation itself makes and removes.
+    if name == "progress" or (name and not re.fullmatch("[a-z0-9_-]{1,64}", name)):
+        raise UserError(
+            f"{path}, line {line}: '{value[:40]}' cannot be the name of a split: write train, dev, test or another "
+            "name of a-z, 0-9, _ and - only"
+        )
+    return name
+
+
+def _number(value: str, name: str, wanted: str, path: Path, line: int, decimal_comma: bool) -> float | None:
     if not value:
         return None
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise UserError(f"{path}, line {line}: {name} is '{value[:40]}', wanted {wanted}")
+    # 1,234 is one and a bit where semicolons part the values, and elsewhere nobody knows.
+    if _DECIMAL_COMMA.fullmatch(value) and (decimal_comma or not _THOUSANDS.fullmatch(value)):
+        value = value.replace(",", ".")
+    number = float(value) if _NUMBER.fullmatch(value) else float("inf")
+    if number == float("inf"):
+        raise UserError(f"{path}, line {line}: {name} is '{value[:40]}', wanted {wanted} as 12.5, or nothing")
     return number
 
 
-def _few(record: Mapping[str, str]) -> str:
-    names = [name if len(name) <= 40 else name[:40] + "..." for name in list(record)[:8]]
+def _few(record: Mapping[str, Any]) -> str:
+    names = [" ".join(name.split()) for name in list(record)[:8]]
+    names = [name if len(name) <= 40 else name[:40] + "..." for name in names]
     return ", ".join(names) + (", ..." if len(record) > 8 else "")

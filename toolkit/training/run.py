@@ -121,7 +121,7 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
     if "train" not in corpus.splits or not len(corpus.splits["train"]):
         raise UserError(
             f"the corpus {corpus.path} has no training clips (its splits: {', '.join(corpus.splits) or 'none'}): "
-            "prepare it again with smaller data.dev_share and data.test_share"
+            "write train into the split column of its table for the clips to learn from, and prepare it again"
         )
     if corpus.metadata.normalisation != NORMALISATION:
         raise UserError(
