@@ -22,7 +22,6 @@ DEFAULT_FPS = 25.0
 
 _DEEPEST = 4  # frames, people, points, coordinates
 _LARGEST_GROUP = 8  # beyond it more people than frames are taken for a wrong order of the axes
-_WANTED = "wanted [frames, points, 2..4] or [frames, people, points, 2..4]"
 Frames = FloatArray | list[FloatArray]
 """[frames, ...] where all are alike, else one array a frame."""
 
@@ -161,10 +160,13 @@ def _all_alike(
     if values.ndim == 3:
         values = values[:, None]
     if values.ndim != 4 or not 2 <= values.shape[3] <= 4 or 0 in values.shape:
-        raise PoseError(f"the {name} have shape {shape}, {_WANTED}{_advice(shape)}")
+        raise PoseError(
+            f"the {name} have shape {shape}, wanted [frames, points, 2..4] or [frames, people, points, 2..4]"
+            f"{_advice(shape)}"
+        )
     frames, people = values.shape[:2]
     if people > max(frames, _LARGEST_GROUP):
-        raise PoseError(f"the {name} have shape {shape}, which is {people} people in {frames} frames: {_WANTED}")
+        raise PoseError(f"the {name} have shape {shape}, which is {people} people in {frames} frames")
     _check_points(values.shape[2], name)
     if scores is not None:
         if scores.size != values[..., 0].size or len(scores) != frames:
