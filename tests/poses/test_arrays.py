@@ -218,6 +218,7 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
         (pickle.dumps({"keypoints": [np.ones((2, 133, 2)), []], "conf": [[]]}), "keypoints holds 2 frames, conf 1"),
         (pickle.dumps({"keypoints": _keypoints(), "fps": [25, 30]}), "fps holds 2 different numbers"),
         (pickle.dumps({"keypoints": "a" * 99}), "keypoints: the arrays hold a str"),
+        (pickle.dumps({"keypoints": [np.ones((1, 133, 2)), *[None] * 99_999]}), "far more frames than people"),
         (b"BZh91AY", "compressed by bzip2"),
         (gzip.compress(_npy(np.zeros((60_000, 133, 2)))), "unpacks to more than"),
         (gzip.compress(_npy(_keypoints()))[:-30], "cannot be unpacked"),

@@ -55,7 +55,7 @@ def test_people_in_one_place_keep_their_places() -> None:
     assert follow_signer(look_at(values, confidence, confidence > 0)).tolist() == [0] * 10
 
 
-@pytest.mark.parametrize("version", [0.1, 0.2])
+@pytest.mark.parametrize("version", [0.0, 0.1, 0.2])
 def test_features_of_a_person_that_changes_places(pose_file, version: float) -> None:
     alone, _ = pose_file.body()
     data, confidence = pose_file.body(people=2)

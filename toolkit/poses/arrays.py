@@ -14,7 +14,7 @@ import numpy as np
 
 from toolkit.poses.array_files import KEYPOINTS, SCORES, read_named_arrays
 from toolkit.poses.layouts import FACE_68, nameless_layouts
-from toolkit.poses.people import People, follow_signer, look_at
+from toolkit.poses.people import follow_signer, line_up
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
 
 DEFAULT_FPS = 25.0
@@ -66,7 +66,7 @@ def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPos
     if isinstance(values, np.ndarray) and isinstance(scores, np.ndarray | None):
         values, scores = _all_alike(values, name, scores, score_name)
     else:
-        values, scores = _one_by_one(values, name, scores, score_name)
+        values, scores = _one_by_one(values, name, scores, score_name, most_bytes)
 
     points = nameless_layouts()[values.shape[2]]
     flat_layout = any(component == FACE_68 for component, _ in points)
@@ -194,7 +194,7 @@ def _check_points(points: int, where: str) -> None:
 
 
 def _one_by_one(
-    values: Frames, name: str, scores: Frames | None, score_name: str | None
+    values: Frames, name: str, scores: Frames | None, score_name: str | None, most_bytes: int
 ) -> tuple[FloatArray, FloatArray | None]:
     """The signer alone, in the form of ``_all_alike``, of a file whose frames hold other numbers of people."""
     if scores is not None and len(scores) != len(values):
@@ -219,7 +219,9 @@ def _one_by_one(
             seen = scores[number].reshape(len(frame), shape[0])
         confidences.append(seen)
 
-    places = follow_signer(_people(people, confidences))
+    if 4 * len(people) * shape[0] * (shape[1] + 1) > 2 * most_bytes:
+        raise PoseError(f"{name} holds far more frames than people")
+    places = follow_signer(line_up([*map(len, people)], lambda number: (people[number], confidences[number])))
     data = np.zeros((len(people), 1, *shape), np.float32)
     confidence = np.zeros((len(people), 1, shape[0]), np.float32)
     for number, place in enumerate(places):
@@ -238,23 +240,6 @@ def _people_of_frame(frame: FloatArray, where: str) -> FloatArray:
     if frame.ndim != 3 or not 2 <= frame.shape[2] <= 4:
         raise PoseError(f"{where} has shape {frame.shape}, wanted [points, 2..4] or [people, points, 2..4]")
     return frame
-
-
-def _people(frames: list[FloatArray], confidences: list[FloatArray]) -> People:
-    """Who is where in each frame, the places of shorter lists filled up with nobody."""
-    most = max(map(len, frames))
-    if most * len(frames) > 16 * (sum(map(len, frames)) + (1 << 16)):
-        raise PoseError(f"a frame holds {most} people, most others hold none")
-    score, reach = np.zeros((2, len(frames), most), np.float32)
-    middle = np.zeros((len(frames), most, 2), np.float32)
-    for number, (values, confidence) in enumerate(zip(frames, confidences, strict=True)):
-        if len(values):
-            seen = (confidence > 0) & (confidence < np.inf) & np.isfinite(values).all(axis=2)
-            seen &= (values != 0).any(axis=2)
-            found = look_at(values[None], confidence[None], seen[None])
-            here = slice(len(values))
-            score[number, here], reach[number, here], middle[number, here] = found.score, found.reach, found.middle
-    return People(score, middle, reach)
 
 
 def _claimed_fps(found: dict[str, Any]) -> float:

@@ -7,6 +7,7 @@ elsewhere, it is followed. People who stand closer to each other than a quarter 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 _NEAR = 0.25  # of a person's size
 _MOST_FOLLOWED = 32
+_MOST_LISTED = 64  # detectors list those first of whom they are surest
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,30 @@ def look_at(values: FloatArray, confidence: FloatArray, seen: BoolArray) -> Peop
         middle = np.where(where, flat, 0).sum(axis=2) / np.maximum(where.sum(axis=2), 1)
         reach = _NEAR * (high - low).max(axis=2)
     return People(*(np.asarray(found, np.float32) for found in (score, middle, reach)))
+
+
+def line_up(counts: Sequence[int], frame: Callable[[int], tuple[FloatArray, FloatArray]]) -> People:
+    """Where people are in frames that list different numbers of them, the places of shorter lists left empty.
+
+    Args:
+        counts: how many people each frame lists.
+        frame: of a frame the coordinates [people, points, 2 or more] and confidences [people, points].
+    """
+    # One frame of a crowd among many of nobody must not cost as if all were crowds.
+    affordable = 16 * (sum(counts) + (1 << 16)) // len(counts)
+    most = max(min(max(counts), _MOST_LISTED, affordable), 1)
+    score, reach = np.zeros((2, len(counts), most), np.float32)
+    middle = np.zeros((len(counts), most, 2), np.float32)
+    for number, count in enumerate(counts):
+        here = slice(min(count, most))
+        if count:
+            values, confidence = (found[None, here] for found in frame(number))
+            with np.errstate(all="ignore"):
+                seen = (confidence > 0) & (confidence < np.inf) & np.isfinite(values).all(axis=3)
+                seen &= (values != 0).any(axis=3)
+            found = look_at(values, confidence, seen)
+            score[number, here], reach[number, here], middle[number, here] = found.score, found.reach, found.middle
+    return People(score, middle, reach)
 
 
 def follow_signer(people: People) -> npt.NDArray[np.intp]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.poses.layouts import in_our_words
+from toolkit.poses.people import follow_signer, line_up
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -237,39 +238,47 @@ def _read_dense(reader: _Reader, header: PoseHeader, frames: int, people: int) -
 def _read_sparse(reader: _Reader, header: PoseHeader, frames: int) -> tuple[FloatArray, FloatArray]:
     """The body of v0.0: a count of people in every frame, each with its own block of every component.
 
-    Only the most visible position in the list of people is kept: a dense array over all of them could be as large as
-    frames x people although the file is small.
+    Only the signer is kept: a dense array over all people could be as large as frames x people although the file is
+    small.
     """
     if frames == 0:
         raise PoseError("the file holds no frames")
-    widths = [points * (dims + 1) for points, dims in header.component_sizes]
-    found: list[dict[int, FloatArray]] = []
+    width = sum(points * (dims + 1) for points, dims in header.component_sizes)
+    found: list[list[FloatArray]] = []
     for _ in range(frames):
         (people,) = reader.ushorts(1)
-        blocks = {}
-        for person in range(people):
+        blocks = []
+        for _ in range(people):
             reader.take(2)  # the person's id
-            blocks[person] = reader.floats(sum(widths))
+            blocks.append(reader.floats(width))
         found.append(blocks)
-
-    points, dims = len(header.points), header.dims
-    visible: dict[int, float] = {}
-    for blocks in found:
-        for person, block in blocks.items():
-            visible[person] = visible.get(person, 0) + float(np.count_nonzero(block))
-    if not visible:
+    if not any(found):
         raise PoseError("the file holds no people")
-    chosen = max(visible, key=lambda person: (visible[person], -person))
+    points, dims = len(header.points), header.dims
     if 4 * frames * points * (dims + 1) > 8 * len(reader.content) + (1 << 20):
         raise PoseError("the file claims far more frames than it holds people")
+
+    places = [min(len(blocks), 1) - 1 for blocks in found]
+    if any(len(blocks) > 1 for blocks in found):
+        places = follow_signer(
+            line_up([len(blocks) for blocks in found], lambda frame: _unpack_people(found[frame], header))
+        ).tolist()
     data, confidence = np.zeros((frames, 1, points, dims), np.float32), np.zeros((frames, 1, points), np.float32)
-    for frame, blocks in enumerate(found):
-        if chosen not in blocks:
-            continue
+    for frame, place in enumerate(places):
+        if place >= 0:
+            data[frame], confidence[frame] = _unpack_people(found[frame][place : place + 1], header)
+    return data, confidence
+
+
+def _unpack_people(blocks: list[FloatArray], header: PoseHeader) -> tuple[FloatArray, FloatArray]:
+    """Coordinates [people, points, dims] and confidences [people, points] of some people of a v0.0 file."""
+    data = np.zeros((len(blocks), len(header.points), header.dims), np.float32)
+    confidence = np.zeros(data.shape[:2], np.float32)
+    for person, block in enumerate(blocks):
         offset = point = 0
-        for (count, component_dims), width in zip(header.component_sizes, widths, strict=True):
-            block = blocks[chosen][offset : offset + width].reshape(count, component_dims + 1)
-            data[frame, 0, point : point + count, :component_dims] = block[:, :-1]
-            confidence[frame, 0, point : point + count] = block[:, -1]
-            offset, point = offset + width, point + count
+        for count, dims in header.component_sizes:
+            part = block[offset : offset + count * (dims + 1)].reshape(count, dims + 1)
+            data[person, point : point + count, :dims] = part[:, :-1]
+            confidence[person, point : point + count] = part[:, -1]
+            offset, point = offset + count * (dims + 1), point + count
     return data, confidence
