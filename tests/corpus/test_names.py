@@ -88,6 +88,8 @@ def test_folders_that_are_there_are_not_passed_over() -> None:
     assert names.match("/data/other/7.pose") == names.match("7") == ["train/7.pose"]
     assert names.match("/data/test/8.pose") == ["test/8.pose"]
     assert names.match("/data/8.pose") == names.match("8") == ["train/8.pose", "test/8.pose"]
+    assert names.match("/data/train/monday/7.pose") == names.match("train/monday/7") == []
+    assert Names(["poses/train/7.pose"]).match("corpus/train/7.pose") == ["poses/train/7.pose"]
 
 
 def test_a_path_below_the_folder_is_the_file_that_lies_there() -> None:

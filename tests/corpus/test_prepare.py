@@ -204,6 +204,19 @@ def test_a_name_in_two_folders_is_told_and_its_remedy_works(clips, tmp_path, row
     assert Corpus.open(out).summary()["clips"] == 3
 
 
+def test_one_uid_for_files_of_two_folders_is_told_and_its_remedy_works(clips, tmp_path, rows_of) -> None:
+    poses = str(_in_two_folders(clips, tmp_path, ["a", "b"]))
+    paths = ["train/a.pose", "train/b.pose", "test/a.pose", "test/b.pose"]
+    rows = [(path[-6], path, f"text {path}", "train") for path in paths]
+    table = _table(tmp_path / "t.csv", rows)
+    with pytest.raises(
+        TooManyRejects, match=r"line 2 has it too, with another pose file: .* take the path .* as the uid"
+    ):
+        prepare(_data(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
+    data = _data(clips, tmp_path, table=table, poses=poses, columns={"uid": "pose"})
+    assert Corpus.open(prepare(data, tmp_path / "out").path).summary()["clips"] == 4
+
+
 def test_when_most_names_are_ambiguous_the_line_says_so(clips, tmp_path) -> None:
     poses = str(_in_two_folders(clips, tmp_path, ["a", "b"]))
     table = _table(tmp_path / "t.csv", [("a", "", "one", "train"), ("b", "", "two", "train")])

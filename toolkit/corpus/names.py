@@ -80,7 +80,8 @@ class Names:
         """The names that are meant: one, none, or several (no more than ``MOST_MATCHES``) when it is ambiguous.
 
         A name that equals a whole path means that one. Else folders may be missing on either side, but a folder that
-        is there is never passed over: ``/data/test/7`` does not mean ``train/7`` where there is a folder ``test``.
+        is there is never passed over: ``/data/test/7`` does not mean ``train/7`` where there is a folder ``test``, and
+        ``/data/train/monday/7`` does not mean ``train/tuesday/7``.
         """
         absolute, path = self._locate(name)
         if path in self._by_path:
@@ -88,7 +89,8 @@ class Names:
         *folders, stem = path.split("/")
         known = [folder for folder in folders if folder in self._folders]
         if known:
-            candidates = self._within.get((known[-1], stem), [])
+            foreign_below = folders[-len(known) :] != known
+            candidates = [] if foreign_below else self._within.get((known[-1], stem), [])
         elif folders and not absolute:
             candidates = self._by_path.get(stem, [])
         else:
@@ -96,7 +98,7 @@ class Names:
         found: list[str] = []
         for candidate in candidates:
             there = canonical(candidate)
-            more = absolute or f"/{path}".endswith(f"/{there}")
+            more = absolute or known or f"/{path}".endswith(f"/{there}")
             if f"/{there}".endswith(f"/{path}") or (more and set(known) <= set(there.split("/")[:-1])):
                 found.append(candidate)
                 if len(found) == MOST_MATCHES:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles, open_poses
-from toolkit.corpus.names import contradict, shared_tail, shown
+from toolkit.corpus.names import canonical, contradict, shared_tail, shown
 from toolkit.corpus.packed import FORMAT_VERSION
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
 from toolkit.corpus.table import PRESETS, Row, read_table
@@ -117,12 +117,12 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
     found: list[tuple[Row, str, str]] = []  # with what was looked up and the file that it means
     lost: list[Row] = []
     rejects: list[tuple[int, str, str]] = []
-    first_line: dict[str, int] = {}
+    first: dict[str, Row] = {}
     for row in inputs.rows:
         if not row.uid:
             rejects.append((row.line, "", f"line {row.line} has no uid"))
-        elif row.uid in first_line:
-            rejects.append((row.line, row.uid, f"duplicate uid: line {first_line[row.uid]} has it too"))
+        elif row.uid in first:
+            rejects.append((row.line, row.uid, _duplicate(row, first[row.uid])))
         elif not row.text:
             rejects.append((row.line, row.uid, "the text is empty"))
         else:
@@ -131,13 +131,20 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
                 found.append((row, name, files[0]))
             else:
                 lost.append(row)
-        first_line.setdefault(row.uid, row.line)
+        first.setdefault(row.uid, row)
     reasons = {row.line: reason for row, reason in _claimed_twice(found)}
     if len(lost) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
         _refuse(inputs, lost, reasons)
     rejects += [(row.line, row.uid, inputs.poses.why_not(row)) for row in lost]
     rejects += [(row.line, row.uid, reasons[row.line]) for row, _, _ in found if row.line in reasons]
     return [(row, inputs.poses.files[file]) for row, _, file in found if row.line not in reasons], rejects
+
+
+def _duplicate(row: Row, first: Row) -> str:
+    reason = f"duplicate uid: line {first.line} has it too"
+    if not row.pose or canonical(row.pose) == canonical(first.pose):
+        return reason
+    return f"{reason}, with another pose file: a uid may hold folders, so take the path of the file as the uid"
 
 
 def _refuse(inputs: Inputs, lost: Sequence[Row], reasons: Mapping[int, str]) -> NoReturn:
