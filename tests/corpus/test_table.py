@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -169,6 +170,7 @@ def test_a_missing_table_and_an_unknown_column(tmp_path) -> None:
         read_table(_table(tmp_path, "uid,text\na,b\n"), {"txt": "text"})
 
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _PIECES = st.sampled_from(
     ["uid", "text", ",", "\t", '"', "\n", "\r\n", "\r", "\0", "a", "é", "\ufeff", "'", ";", "|", " "]
 )
@@ -198,3 +200,47 @@ def test_any_bytes_are_rows_or_one_line(tmp_path) -> None:
 @pytest.mark.nightly
 def test_many_bytes_are_rows_or_one_line(tmp_path) -> None:
     _fuzz(tmp_path, 20_000)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def _check_json(tmp_path, examples: int) -> None:
+    path = tmp_path / "table.jsonl"
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.lists(_JSON, min_size=1, max_size=4), st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+    def run(texts: list, escaped: bool, encoding: str) -> None:
+        lines = [
+            json.dumps({"uid": number, "text": text, "extra": text}, ensure_ascii=escaped)
+            for number, text in enumerate(texts)
+        ]
+        path.write_bytes("\n".join(lines).encode(encoding, "surrogatepass"))
+        wrong = [
+            n for n, text in enumerate(texts, 1) if not isinstance(text, str | None) or _NO_TEXT.search(text or "")
+        ]
+        try:
+            found = read_table(path)
+        except UserError as error:
+            assert wrong and f"line {wrong[0]}" in str(error)
+            assert len(str(error).splitlines()) == 1
+            return
+        assert not wrong
+        assert [(row.uid, row.text.split()) for row in found] == [
+            (str(number), (text or "").split()) for number, text in enumerate(texts)
+        ]
+
+    run()
+
+
+def test_json_texts_are_whole_or_refused_with_their_line(tmp_path) -> None:
+    _check_json(tmp_path, 200)
+
+
+@pytest.mark.nightly
+def test_many_json_texts_are_whole_or_refused_with_their_line(tmp_path) -> None:
+    _check_json(tmp_path, 20_000)

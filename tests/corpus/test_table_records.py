@@ -78,6 +78,12 @@ def test_quotes_in_csv(tmp_path, content: str, text: str) -> None:
     assert _texts(_read(tmp_path, content)) == [("a", text), ("b", "x")]
 
 
+def test_separators_that_excel_leaves_out_at_the_end_of_lines(tmp_path) -> None:
+    content = "uid,text,language\ns-1,x,ase\n" + "".join(f"s-{number},y\n" for number in range(2, 20))
+    rows = _read(tmp_path, content)
+    assert len(rows) == 19 and rows[0].language == "ase" and (rows[-1].text, rows[-1].language) == ("y", "")
+
+
 def test_lines_of_prose_are_no_rows(tmp_path) -> None:
     content = 'uid,text\na-1,"Well, you\nand, too\nof course, and so on"\na-2,"x\nno"\n'
     assert _texts(_read(tmp_path, content)) == [("a-1", "Well, you and, too of course, and so on"), ("a-2", "x no")]

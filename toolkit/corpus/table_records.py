@@ -105,6 +105,12 @@ def _shape(name: str) -> str:
     return re.sub(r"[^\W_]+", lambda run: "0" if any(map(str.isdigit, run[0])) else "a", name.strip(' "'))
 
 
+def _alike(values: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lines begin with names of clips, as numbered ones can be told from words."""
+    shape = _shape(values[0])
+    return shape == _shape(others[0]) and "0" in shape
+
+
 def _delimited_records(lines: Lines, separator: str, path: Path, required: Sequence[str]) -> Records:
     number, line = next(lines)
     # With a quoted header, all is quoted (csv.QUOTE_ALL), with tabs as well.
@@ -114,7 +120,8 @@ def _delimited_records(lines: Lines, separator: str, path: Path, required: Seque
     names = _names(header, number, path)
     form = replace(form, columns=len(names))
     reaches = max((names.index(name) + 1 for name in required if name in names), default=0)
-    short, beyond = (0, 0), None
+    short: list[str] = []  # the line before, if it was
+    beyond = None
     for number, line in lines:
         values = _values(number, line, lines, form)
         filled = max((index + 1 for index, value in enumerate(values) if value.strip()), default=0)
@@ -132,11 +139,12 @@ def _delimited_records(lines: Lines, separator: str, path: Path, required: Seque
             )
         if not quotes and len(values) < len(header) and values[-1].count('"') % 2 and values[-1].startswith('"'):
             raise _broken(number, len(values), form)
-        if len(values) < len(names):
-            # A writer may leave out separators at the end of a line; a line end within a text looks much like it.
-            if len(values) < reaches or short == (number - 1, len(names) + 1 - len(values)):
-                raise _broken(number, len(values), form)
-            short = (number, len(values))
+        # A writer may leave out separators at the end of lines; a line end within a text looks much like it.
+        if len(values) < reaches or (
+            short and len(values) + len(short) == len(names) + 1 and not _alike(short, values)
+        ):
+            raise _broken(number, len(values), form)
+        short = values if len(values) < len(names) else []
         yield number, dict(itertools.zip_longest(names, values[: len(names)], fillvalue=""))
 
 
