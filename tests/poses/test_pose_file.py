@@ -87,6 +87,43 @@ def test_a_wrong_number_of_frames_never_reads_confidences_out_of_coordinates(pos
             read_pose(pose_file.bytes(*pose_file.body(frames=10), version=version, claimed_frames=claimed))
 
 
+def _hold(pose_file, examples: int) -> None:
+    """Whatever is cut off, appended or counted wrongly: a file is read as it was written, or not at all."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        st.sampled_from(VERSIONS),
+        st.tuples(st.integers(1, 12), st.integers(1, 3), st.sampled_from([2, 3])),
+        st.integers(-60_000, 60_000) | st.integers(-16, 16) | st.just(0),
+        st.integers(-12, 12) | st.just(0),
+    )
+    def run(version: float, shape: tuple[int, int, int], length: int, miscount: int) -> None:
+        frames, people, dims = shape
+        data, confidence = pose_file.body(frames, people, dims)
+        claimed = frames if length else max(frames + miscount, 0)  # both together may happen to agree
+        content = pose_file.bytes(data, confidence, version=version, claimed_frames=claimed)
+        changed = content + bytes(length) if length > 0 else content[: len(content) + length]
+        try:
+            raw = read_pose(changed)
+        except PoseError:
+            assert changed != content or claimed != frames
+            return
+        assert raw.num_frames == claimed and (raw.confidence == 1).all()
+        if version != 0.0:
+            np.testing.assert_array_equal(raw.data, data)
+
+    run()
+
+
+def test_wrong_lengths_and_counts_never_pass(pose_file) -> None:
+    _hold(pose_file, 300)
+
+
+@pytest.mark.nightly
+def test_many_wrong_lengths_and_counts_never_pass(pose_file) -> None:
+    _hold(pose_file, 20_000)
+
+
 def test_v00_keeps_the_most_visible_person(pose_file) -> None:
     data, confidence = pose_file.body(frames=4, people=2)
     data[:, 0], confidence[:, 0] = 0, 0
