@@ -69,6 +69,7 @@ def train_cells(
     shared = [
         f"data.corpus={corpus}",
         "model.tiny=true",
+        "model.pose_encoder.hidden=64",  # tiny leaves it as it is, and it would take most of the time
         "training.learning_rate=3e-3",
         "training.workers=0",
     ]
