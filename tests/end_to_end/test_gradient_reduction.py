@@ -44,7 +44,7 @@ def trained(
     shared = [value for value in settings if not value.startswith(("data.", "ds."))]
     shared += [f"data.corpus={corpus}", f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
     shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
-    shared += ["model.dropout=0", "model.pose_encoder.dropout=0"]
+    shared += ["model.dropout=0", "model.pose_encoder.dropout=0", "model.pose_encoder.hidden=64"]
     cases = {
         f"{size}: {name}": {"ds": ds, "overrides": overrides, "small": size == "once"}
         for name, (ds, overrides) in CASES.items()
