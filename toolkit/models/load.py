@@ -17,7 +17,6 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.hub import NOT_LOADED, fetch_weights, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
-from toolkit.recipe.schema import Model
 
 BEST = "best"  # where a run directory keeps its best model
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -31,7 +30,9 @@ def fetch_translator(name: str | Path) -> None:
     """
     source = find_model(name)
     if base := read_base(Path(source)):
-        from toolkit.models.build import fetch_backbone  # as for _load_adapted
+        # As for _load_adapted; and the recipe's schema brings pydantic.
+        from toolkit.models.build import fetch_backbone
+        from toolkit.recipe.schema import Model
 
         fetch_backbone(Model.model_validate(base.model))
         return
