@@ -1,6 +1,6 @@
 """Convolutions that are fast in bf16 also on processors that know no bf16.
 
-Without AVX-512 torch convolves bf16 by its reference code, some thirty times slower than fp32. There they compute in
+Without AVX-512 torch convolves bf16 by its reference code, far slower than fp32. There they compute in
 fp32, which loses nothing, and give what they would have given: weights, gradients and names stay.
 """
 
