@@ -31,11 +31,11 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.corpus.packed import Corpus, Split
+from toolkit.decoding.decode_split import evaluation_mode, translate_split
 from toolkit.evaluation.evaluate import find_corpus, recipe_of
-from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import score
-from toolkit.evaluation.statistics import frequent_words
-from toolkit.models.load import load_translator
+from toolkit.models.loading.load import load_translator
+from toolkit.scoring.addends import frequent_words
+from toolkit.scoring.metrics import score
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "evaluation.json"

@@ -111,7 +111,7 @@ def _timed(command: list[str]) -> tuple[float, float]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figures = translate_vs_bare()
-    from toolkit.recipe.files import write_text_atomically
+    from toolkit.files import write_text_atomically
 
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     write_text_atomically(RESULTS, json.dumps(known | {"translate_vs_bare": figures}, indent=2) + "\n")

@@ -29,14 +29,15 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from toolkit.batching.collate import collate
 from toolkit.cluster.devices import barrier
+from toolkit.cluster.logs import quieten
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Split
-from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import score
-from toolkit.evaluation.whole_weights import whole_weights
+from toolkit.decoding.decode_split import evaluation_mode, translate_split
+from toolkit.decoding.whole_weights import whole_weights
 from toolkit.models import PoseTranslator
-from toolkit.models.load import find_model, load_translator
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
+from toolkit.models.loading.load import find_model, load_translator
+from toolkit.scoring.metrics import score
 
 
 class ForTrainer(PoseTranslator):

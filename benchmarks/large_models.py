@@ -163,11 +163,11 @@ def train_as_rank(plan: dict[str, Any]) -> None:
     import torch
 
     from toolkit.batching.loader import train_batches
-    from toolkit.cluster.allocator import return_freed_memory
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
-    from toolkit.models.weights import count_weights
+    from toolkit.cpu.allocator import return_freed_memory
+    from toolkit.models.loading.weights import count_weights
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run as training_run
     from toolkit.training.overfit import few_clips

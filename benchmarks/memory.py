@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from toolkit.cluster.environment import describe_environment
 from toolkit.cluster.ops import is_built, use_extensions_dir
-from toolkit.recipe.ds_json import ds_config_names
+from toolkit.recipe.deepspeed.json_file import ds_config_names
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 README = ROOT / "ds_configs" / "README.md"
@@ -129,10 +129,10 @@ def run_one(name: str) -> dict[str, Any]:
 def measure(name: str, out: Path) -> None:
     """One rank: build, train some steps, write down what it took."""
     from toolkit.batching.loader import train_batches
-    from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
+    from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.recipe.load import load_recipe
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training.run import Start, living_run, open_trainer

@@ -69,13 +69,14 @@ def one_rank(folder: Path) -> None:
 
     from toolkit.batching.loader import train_batches
     from toolkit.cluster.devices import barrier
+    from toolkit.cluster.logs import quieten
+    from toolkit.cluster.process_group import join_process_group, leave_process_group
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run_directory
-    from toolkit.training.engine import join_process_group, leave_process_group, quieten
-    from toolkit.training.interruptions import Interruptions
+    from toolkit.training.monitoring.interruptions import Interruptions
     from toolkit.training.run import Start, open_trainer
 
     ranks = read_ranks()

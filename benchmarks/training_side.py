@@ -27,18 +27,20 @@ from training_corpus import MAX_FRAMES
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
-from toolkit.cluster.allocator import keep_freed_memory
 from toolkit.cluster.devices import own_device
+from toolkit.cluster.logs import quieten
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
+from toolkit.cpu import layers
+from toolkit.cpu.allocator import keep_freed_memory
 from toolkit.errors import Interrupted
 from toolkit.models.build import build_processor, build_translator
-from toolkit.models.quick import layers
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
-from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
-from toolkit.training.flops import measure_peak
-from toolkit.training.metering import product_type
+from toolkit.training.engine import make_engine
+from toolkit.training.monitoring.flops import measure_peak
+from toolkit.training.monitoring.metering import product_type
 from toolkit.training.run import Start, living_run, open_trainer, seed_everything
 from toolkit.training.trainer import Trainer
 

@@ -47,11 +47,11 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import: it would ask the network for news
-    from toolkit.evaluation.demo_app import build_app, check_gradio, serve
+    from toolkit.inference.demo_app import build_app, check_gradio, serve
 
     check_gradio()
     from toolkit.cluster.devices import choose_device
-    from toolkit.models.load import load_translator
+    from toolkit.models.loading.load import load_translator
 
     device = choose_device(arguments.device)
     model, processor = load_translator(arguments.model)

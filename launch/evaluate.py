@@ -100,7 +100,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.devices import use_device
+    from toolkit.cluster.logs import quieten
     from toolkit.cluster.meeting import on_each_node
+    from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
+    from toolkit.decoding.whole_weights import cut, whole_weights
     from toolkit.evaluation.evaluate import (
         check_fit,
         find_corpus,
@@ -111,14 +114,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         settings_of,
         write_results,
     )
-    from toolkit.evaluation.metrics import score
-    from toolkit.evaluation.neural import parse_neural
     from toolkit.evaluation.splits import score_splits
-    from toolkit.evaluation.whole_weights import cut, whole_weights
-    from toolkit.models.load import fetch_translator, load_translator
+    from toolkit.models.loading.load import fetch_translator, load_translator
     from toolkit.models.tokenizers import language_id
     from toolkit.planning.memory import fits_whole
-    from toolkit.training.engine import join_process_group, leave_process_group, quieten, use_threads
+    from toolkit.scoring.metrics import score
+    from toolkit.scoring.neural import parse_neural
 
     def say(text: str) -> None:
         if ranks.is_main:

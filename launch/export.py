@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging
 
-    from toolkit.evaluation.model_card import model_card
-    from toolkit.models.export import check_dtype, check_target, export_model
-    from toolkit.models.load import load_translator
+    from toolkit.models.adaptation.export import check_dtype, check_target, export_model
+    from toolkit.models.loading.load import load_translator
+    from toolkit.reporting.model_card import model_card
 
     check_target(folder, replace=arguments.replace)
     logging.disable_progress_bar()

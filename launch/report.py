@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_code_of
-from toolkit.evaluation.report import COMPARISON, write_comparison, write_report
+from toolkit.reporting.report import COMPARISON, write_comparison, write_report
 
 
 def main() -> None:

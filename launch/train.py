@@ -90,16 +90,16 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Everything that can be wrong with the input is found before the process group exists."""
     import torch
 
-    from toolkit.cluster.allocator import keep_freed_memory, return_freed_memory
+    from toolkit.checkpointing import run_directory
     from toolkit.cluster.meeting import on_rank_0
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
+    from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.models.check import check_model
-    from toolkit.training import run_directory
     from toolkit.training.extending import extend_schedule
-    from toolkit.training.last_words import for_people, read_scores
     from toolkit.training.overfit import few_clips
+    from toolkit.training.results import for_people, read_scores
     from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
 
     def say(text: str) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toolkit.errors import TooManyRejects, UserError, exit_code_of
 
 if TYPE_CHECKING:
-    from toolkit.evaluation.translation import Translation
+    from toolkit.inference.translate_files import Translation
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong with the names is found before the seconds that loading a model takes."""
-    from toolkit.evaluation.clip_sources import find_clips
+    from toolkit.inference.clip_sources import find_clips
     from toolkit.poses.video import check_video_support
 
     sources = find_clips(arguments.clips, arguments.fps)
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_video_support()
 
     model, processor = load(arguments)
-    from toolkit.evaluation.translation import BATCH_FRAMES, Windowing, translate_clips
+    from toolkit.inference.translate_files import BATCH_FRAMES, Windowing, translate_clips
 
     search: dict[str, Any] = {}
     if arguments.max_new_tokens:
@@ -151,7 +151,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from toolkit.cluster.devices import choose_device
-    from toolkit.models.load import load_translator
+    from toolkit.models.loading.load import load_translator
 
     logging.disable_progress_bar()  # of loading weights; ours are shown where waiting is long
     device = choose_device(arguments.device)
@@ -172,7 +172,7 @@ def watched(translations: Iterable[Translation], total: int) -> Iterator[Transla
 
 def as_lines(translation: Translation, *, several: bool, n_best: int) -> str:
     """One line for each window and hypothesis; columns that would say the same everywhere are left out."""
-    from toolkit.evaluation.subtitles import printable, timestamp
+    from toolkit.inference.subtitles import printable, timestamp
 
     lines = []
     for window, text in zip(translation.windows, translation.texts, strict=True):
@@ -209,8 +209,8 @@ def write_subtitles(translation: Translation, arguments: argparse.Namespace) -> 
     """The subtitle files that were asked for."""
     if translation.reason or not (arguments.srt or arguments.vtt):
         return
-    from toolkit.evaluation.subtitles import to_srt, to_vtt
-    from toolkit.recipe.files import write_text_atomically
+    from toolkit.files import write_text_atomically
+    from toolkit.inference.subtitles import to_srt, to_vtt
 
     for path, make in ((arguments.srt, to_srt), (arguments.vtt, to_vtt)):
         if path:

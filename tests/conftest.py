@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from toolkit.corpus.packed import Clip, write_corpus
-from toolkit.evaluation.metrics import score
-from toolkit.evaluation.predictions import make_predictions, write_predictions
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.yaml_text import dump_yaml
+from toolkit.scoring.metrics import score
+from toolkit.scoring.predictions import make_predictions, write_predictions
+
+# Small translators, a corpus of invented clips and two processes, for tests of several rooms.
+pytest_plugins = ["tests.small_translators"]
 
 BROWSER_OPTIONS = (
     "--headless",

@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_translator
 from toolkit.models.check import check_model
-from toolkit.models.materialise import DTYPES
-from toolkit.models.weights import whole_state_dict
+from toolkit.models.loading.materialise import DTYPES
+from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.model_cards import load_model_yaml, model_names
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
 from toolkit.training.processor import shared_processor
 from toolkit.training.run import seed_everything
 

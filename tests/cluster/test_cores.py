@@ -88,7 +88,7 @@ TWO_RANKS = """
     import torch
     from torch import distributed as dist
     from toolkit.cluster.ranks import read_ranks
-    from toolkit.training.engine import use_threads
+    from toolkit.cluster.process_group import use_threads
     before = torch.get_num_threads()
     dist.init_process_group("gloo")
     use_threads(read_ranks())

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import fields
 
-from toolkit.recipe.compatibility import Cell
+from toolkit.recipe.deepspeed.compatibility import Cell
 from toolkit.recipe.model_cards import load_model_yaml, model_names
 
 AXES = tuple(field.name for field in fields(Cell))

@@ -24,23 +24,25 @@ from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
+from toolkit.checkpointing import run_directory
+from toolkit.checkpointing.checkpoints import Progress, SavedState, name_of, read_state
+from toolkit.checkpointing.reader import load_checkpoint
+from toolkit.checkpointing.writer import CheckpointWriter
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
-from toolkit.models.load import load_translator
-from toolkit.models.weights import saved_state_dict
+from toolkit.models.loading.load import load_translator
+from toolkit.models.loading.weights import saved_state_dict
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
-from toolkit.training import run_directory
-from toolkit.training.checkpoint_reader import load_checkpoint
-from toolkit.training.checkpoint_writer import CheckpointWriter
-from toolkit.training.checkpoints import Progress, SavedState, name_of, read_state
-from toolkit.training.engine import join_process_group, leave_process_group, make_engine, quieten
-from toolkit.training.guards import GradientWatch
-from toolkit.training.interruptions import Interruptions
+from toolkit.training.engine import make_engine
 from toolkit.training.loading import all_batches
 from toolkit.training.loss import token_loss
+from toolkit.training.monitoring.guards import GradientWatch
+from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import Start, open_trainer, seed_everything
 
 STEPS = 3

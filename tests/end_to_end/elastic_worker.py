@@ -14,17 +14,18 @@ from typing import Any
 import xxhash
 from torch import distributed as dist
 
+from toolkit.checkpointing import run_directory
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
-from toolkit.models.weights import trainable_state_dict
+from toolkit.models.loading.weights import trainable_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training import run_directory
-from toolkit.training.averaging import averaged_weights
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
-from toolkit.training.interruptions import Interruptions
 from toolkit.training.loading import all_batches
+from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.optimization.averaging import averaged_weights
 from toolkit.training.run import Start, find_start, open_trainer
 
 

@@ -15,18 +15,19 @@ from transformers import AutoModel
 
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
+from toolkit.checkpointing import run_directory
+from toolkit.checkpointing.checkpoints import Progress
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.models.export import export_model
-from toolkit.models.load import load_translator
-from toolkit.models.weights import whole_state_dict
+from toolkit.models.adaptation.export import export_model
+from toolkit.models.loading.load import load_translator
+from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training import run_directory
-from toolkit.training.checkpoints import Progress
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
-from toolkit.training.interruptions import Interruptions
 from toolkit.training.loading import all_batches
+from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import Start, open_trainer
 
 

@@ -97,7 +97,7 @@ def in_evaluation(act: Callable[[], None]) -> None:
 
 
 def in_saving(act: Callable[[], None]) -> None:
-    from toolkit.training.checkpoint_writer import CheckpointWriter
+    from toolkit.checkpointing.writer import CheckpointWriter
 
     at_call(CheckpointWriter, "save", 2, act)
 

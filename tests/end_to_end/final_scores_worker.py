@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.cluster.allocator import return_freed_memory
+from toolkit.checkpointing import run_directory
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.evaluation.generate import translate_split
-from toolkit.evaluation.predictions import write_predictions
-from toolkit.models.load import load_translator
+from toolkit.cpu.allocator import return_freed_memory
+from toolkit.decoding.decode_split import translate_split
+from toolkit.models.loading.load import load_translator
 from toolkit.planning import memory
 from toolkit.recipe.resolve import resolve_named
+from toolkit.scoring.predictions import write_predictions
 from toolkit.training import run as training_run
-from toolkit.training import run_directory
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
-from toolkit.training.interruptions import Interruptions
+from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.trainer import Trainer
 
 

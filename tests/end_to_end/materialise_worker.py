@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.cluster.allocator import return_freed_memory
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
-from toolkit.models.materialise import Placement, published_backbone, random_backbone
-from toolkit.models.weights import count_weights, whole_state_dict
+from toolkit.cpu.allocator import return_freed_memory
+from toolkit.models.loading.materialise import Placement, published_backbone, random_backbone
+from toolkit.models.loading.weights import count_weights, whole_state_dict
 from toolkit.recipe.schema import Quantization
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
 
 CPU = torch.device("cpu")
 

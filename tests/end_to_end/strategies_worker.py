@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from toolkit.checkpointing import run_directory
+from toolkit.checkpointing.checkpoints import Progress, read_state
+from toolkit.checkpointing.reader import load_checkpoint
+from toolkit.checkpointing.zero_shards import shards
+from toolkit.cluster.logs import quieten
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.models.load import load_translator
-from toolkit.models.weights import whole_state_dict
+from toolkit.models.loading.load import load_translator
+from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training import gradient_reduction, run_directory
-from toolkit.training.checkpoint_reader import load_checkpoint
-from toolkit.training.checkpoints import Progress, read_state
-from toolkit.training.engine import join_process_group, leave_process_group, quieten
-from toolkit.training.gradient_reduction import LARGEST_WHOLE_GRADIENT
-from toolkit.training.interruptions import Interruptions
 from toolkit.training.loading import all_batches
+from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.optimization import gradient_reduction
+from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT
 from toolkit.training.run import Start, open_trainer
-from toolkit.training.shards import shards
 
 # DeepSpeed's functions by which gradients are summed over ranks, and small numbers besides.
 SUMS = ("all_reduce", "inference_all_reduce", "reduce", "reduce_scatter_fn")

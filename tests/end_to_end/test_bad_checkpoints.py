@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import xxhash
 
+from toolkit.checkpointing.checkpoints import complete_checkpoints, read_state
 from toolkit.cluster.ranks import read_ranks
 from toolkit.errors import exit_code_of
-from toolkit.training.checkpoints import complete_checkpoints, read_state
 
 Run = Callable[..., Any]
 BEFORE, NEWEST = "step_000001", "step_000002"
@@ -56,7 +56,7 @@ def refused(
     command = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(command)
     for name in ("keep_freed_memory", "return_freed_memory"):  # what they set outlives the test
-        monkeypatch.setattr(f"toolkit.cluster.allocator.{name}", lambda: True)
+        monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
 
     def refused(run_dir: Path, *more: object) -> str:
         before = contents(run_dir)

@@ -17,9 +17,9 @@ import pytest
 
 from toolkit.cluster.ops import is_built, use_extensions_dir
 from toolkit.corpus.prepare import ensure_corpus
-from toolkit.recipe.cells import cell_of
-from toolkit.recipe.compatibility import Cell, cells, needs_gpu, refusal
-from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.deepspeed.cells import cell_of
+from toolkit.recipe.deepspeed.compatibility import Cell, cells, needs_gpu, refusal
+from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
 

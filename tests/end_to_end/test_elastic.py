@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from toolkit.checkpointing.checkpoints import RANK_FILES, name_of
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.load import load_recipe
-from toolkit.training.checkpoints import RANK_FILES, name_of
 
 Case = dict[str, Any]
 STEPS, SAVE_EVERY = 6, 2  # an epoch has three steps, so that runs go on in the middle of one

@@ -17,8 +17,8 @@ import pytest
 
 from tests.end_to_end.faults import OUT_OF_MEMORY, VARIABLE
 from tests.end_to_end.warm_runs import Warm, status_of, wait_for_the_end
+from toolkit.checkpointing.checkpoints import complete_checkpoints, read_state
 from toolkit.errors import UserError
-from toolkit.training.checkpoints import complete_checkpoints, read_state
 
 INJECTED = "Injected: injected"
 STEPS = 30  # more than all faults together let pass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.evaluation.report import write_comparison, write_report
+from toolkit.reporting.report import write_comparison, write_report
 
 PHONE = {"width": 390, "height": 844}
 HOSTILE = [

@@ -10,7 +10,7 @@ import pytest
 
 from toolkit.cluster.ops import is_built
 from toolkit.corpus.prepare import ensure_corpus
-from toolkit.recipe.ds_json import ds_config_names
+from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.load import load_recipe
 
 STEPS = 6

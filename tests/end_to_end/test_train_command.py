@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoProcessor
 
 import toolkit.models  # noqa: F401 (registers the translator)
 from toolkit.corpus.packed import Corpus
-from toolkit.evaluation.predictions import read_predictions
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.scoring.predictions import read_predictions
 
 Run = Callable[..., Any]
 

@@ -36,8 +36,8 @@ EVERYTHING = (
     "deepspeed.ops.adam",
     "transformers.models.auto",
     "transformers.models.t5.modeling_t5",
-    "toolkit.evaluation.report",
-    "toolkit.training.last_words",
+    "toolkit.reporting.report",
+    "toolkit.training.results",
     "toolkit.training.overfit",
     "toolkit.training.run",
 )

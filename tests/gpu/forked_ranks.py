@@ -32,8 +32,8 @@ EVERYTHING = (
     "peft",
     "transformers.models.auto",
     "transformers.models.t5.modeling_t5",
-    "toolkit.evaluation.report",
-    "toolkit.training.last_words",
+    "toolkit.reporting.report",
+    "toolkit.training.results",
     "toolkit.training.overfit",
     "toolkit.training.run",
 )

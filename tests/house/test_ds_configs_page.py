@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from toolkit.recipe.ds_json import ds_config_names
+from toolkit.recipe.deepspeed.json_file import ds_config_names
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -125,7 +125,7 @@ def test_a_wheel_carries_recipes_and_jsons_inside_the_package_and_nothing_beside
     code = (
         "import toolkit, pathlib\n"
         "from toolkit.recipe.load import load_recipe, recipe_names\n"
-        "from toolkit.recipe.ds_json import ds_config_names, load_deepspeed\n"
+        "from toolkit.recipe.deepspeed.json_file import ds_config_names, load_deepspeed\n"
         "from toolkit.poses.landmarks import load_landmark_set\n"
         "print(pathlib.Path(toolkit.__file__).parent)\n"
         "print(*recipe_names()); print(*ds_config_names())\n"

@@ -14,7 +14,7 @@ import torch
 
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
-from toolkit.models.weights import save_model, saved_state_dict
+from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.recipe.resolve import resolve_named
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"

@@ -16,7 +16,7 @@ from transformers import T5Config
 
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.errors import UserError
-from toolkit.evaluation.demo_app import Reading, accepted_suffixes, confidences, frame, read_clip_file
+from toolkit.inference.demo_app import Reading, accepted_suffixes, confidences, frame, read_clip_file
 from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import read_clip

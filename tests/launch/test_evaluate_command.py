@@ -15,9 +15,9 @@ import pytest
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
 from toolkit.errors import exit_code_of
-from toolkit.evaluation.predictions import Prediction, write_predictions
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.scoring.predictions import Prediction, write_predictions
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 

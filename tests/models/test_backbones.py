@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
-from toolkit.evaluation.beam_search import beam_search
+from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width
 from toolkit.models.build import build_processor, build_translator

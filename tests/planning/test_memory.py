@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BartConfig, PreTrainedConfig, T5Config
 
-from toolkit.evaluation.beam_search import beam_search
+from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.planning.memory import translation_memory
 

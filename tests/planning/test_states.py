@@ -9,7 +9,7 @@ import pytest
 from toolkit.planning.counts import Counts, count
 from toolkit.planning.overview import overview
 from toolkit.planning.states import GIB, model_states
-from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.model_cards import load_model_yaml
 from toolkit.recipe.paths import recipes_dir

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
-from toolkit.recipe.ds_json import ds_config_names
-from toolkit.recipe.ds_keys import KNOWN, OWNED
+from toolkit.recipe.deepspeed.json_file import ds_config_names
+from toolkit.recipe.deepspeed.keys import KNOWN, OWNED
 from toolkit.recipe.load import load_recipe, recipe_keys, recipe_names
 from toolkit.recipe.resolve import ResolvedRun, resolve, resolve_named
 from toolkit.recipe.tree import merge, nested

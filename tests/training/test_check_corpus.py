@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toolkit.checkpointing import run_directory
 from toolkit.corpus.packed import Clip, Corpus, write_corpus
 from toolkit.errors import UserError
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
@@ -17,7 +18,6 @@ from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training import run_directory
 from toolkit.training.processor import PROCESSOR
 from toolkit.training.run import check_corpus
 

@@ -6,8 +6,8 @@ import pytest
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.evaluation.predictions import Prediction
 from toolkit.recipe.load import load_recipe
+from toolkit.scoring.predictions import Prediction
 from toolkit.training.overfit import few_clips, overfit_overrides, verdict
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from toolkit.cluster.environment import GIB, gpus
 from toolkit.cluster.ops import MENDING, OPS, is_built, stale_locks, use_extensions_dir
-from toolkit.cluster.shared_memory import SHARED_MEMORY, orphaned_buffers
+from toolkit.cpu.shared_memory import SHARED_MEMORY, orphaned_buffers
 
 # DeepSpeed's all-reduce buffer of one rank on the CPU.
 BUFFER_GIB = 0.07

@@ -13,19 +13,19 @@ from toolkit.cluster.meeting import on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
-from toolkit.evaluation.floors import FLOOR_LABELS
-from toolkit.evaluation.metrics import Scores
-from toolkit.evaluation.neural import NeuralMetrics, neural_score
-from toolkit.evaluation.predictions import Prediction, read_predictions, write_predictions
-from toolkit.evaluation.resampling import Comparison, compare
 from toolkit.evaluation.splits import SplitResult, splits_to_test
-from toolkit.evaluation.statistics import frequent_words, measure
-from toolkit.evaluation.table import HEADINGS, SIGNIFICANT, comparison_table, scores_table
+from toolkit.files import write_text_atomically
 from toolkit.models.processor import PoseProcessor
 from toolkit.poses.landmarks import LandmarkSet
-from toolkit.recipe.files import write_text_atomically
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Evaluation, Recipe
+from toolkit.scoring.addends import frequent_words, measure
+from toolkit.scoring.floors import FLOOR_LABELS
+from toolkit.scoring.metrics import Scores
+from toolkit.scoring.neural import NeuralMetrics, neural_score
+from toolkit.scoring.predictions import Prediction, read_predictions, write_predictions
+from toolkit.scoring.resampling import Comparison, compare
+from toolkit.scoring.table import HEADINGS, SIGNIFICANT, comparison_table, scores_table
 
 RECIPE, ENVIRONMENT, SCORES = "recipe.yaml", "environment.json", "scores.json"
 # Scores that say whether a model looks at the signing, the first of them that is applicable: where words are single,

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 from toolkit.corpus.packed import Corpus, Split
-from toolkit.evaluation.floors import floors, other_clips
-from toolkit.evaluation.generate import best_predictions, evaluation_mode, translate_clips
-from toolkit.evaluation.metrics import Scores, add_up
-from toolkit.evaluation.predictions import Prediction
-from toolkit.evaluation.resampling import Comparison, Interval, compare, intervals
-from toolkit.evaluation.search import Hypothesis
-from toolkit.evaluation.statistics import frequent_words, measure
+from toolkit.decoding.decode_split import best_predictions, evaluation_mode, translate_clips
+from toolkit.decoding.search import Hypothesis
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.schema import Evaluation
+from toolkit.scoring.addends import frequent_words, measure
+from toolkit.scoring.floors import floors, other_clips
+from toolkit.scoring.metrics import Scores, add_up
+from toolkit.scoring.predictions import Prediction
+from toolkit.scoring.resampling import Comparison, Interval, compare, intervals
 
 
 @dataclass(frozen=True)

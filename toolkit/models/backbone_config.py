@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
-from toolkit.models.hub import NOT_LOADED, hub_trouble
+from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
 from toolkit.models.tokenizers import text_frame
 from toolkit.recipe.model_cards import ModelCard, card_of, tiny_config, tokenizer_of
 from toolkit.recipe.schema import Model

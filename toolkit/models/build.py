@@ -8,15 +8,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.corpus.packed import Corpus
-from toolkit.models.adapters import adapt
+from toolkit.models.adaptation.adapters import adapt
+from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, make_room
+from toolkit.models.adaptation.quantisation import mark
 from toolkit.models.backbone import empty_backbone, is_known
 from toolkit.models.backbone_config import backbone_config, fit_config, has_random_weights, not_loadable, source_of
-from toolkit.models.base import Base, Fingerprint
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.extra_tokens import add_rows, add_tokens, make_room
-from toolkit.models.hub import NOT_LOADED, fetch_weights
-from toolkit.models.materialise import (
+from toolkit.models.loading.base import Base, Fingerprint
+from toolkit.models.loading.hub import NOT_LOADED, fetch_weights
+from toolkit.models.loading.materialise import (
     Placement,
     placement_for,
     placement_of,
@@ -25,7 +26,6 @@ from toolkit.models.materialise import (
     settle,
 )
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
-from toolkit.models.quantisation import mark
 from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.model_cards import card_of, language_of, tokenizer_of

@@ -8,7 +8,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
-from toolkit.recipe.cells import cell_of, refusal_in_words
+from toolkit.recipe.deepspeed.cells import cell_of, refusal_in_words
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import PoseEncoder, Recipe
 

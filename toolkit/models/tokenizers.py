@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from toolkit.errors import UserError
-from toolkit.models.hub import NOT_LOADED, hub_trouble
+from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
 TRAINED_VOCABULARY = 8000

@@ -20,11 +20,11 @@ from transformers.utils import ModelOutput
 
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, new_backbone, vocabulary_size
-from toolkit.models.base import Base
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
 from toolkit.models.encoders import make_pose_encoder
 from toolkit.models.encoders.graph import reset_graph_parameters
+from toolkit.models.loading.base import Base
 from toolkit.poses.landmarks import LandmarkSet
 
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.models.adapters import lora_targets
+from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, encoder_width, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.check import check_architecture
 from toolkit.planning.counts import count_with, empty_translator
 from toolkit.planning.states import GIB, model_states
-from toolkit.recipe.cells import cell_of
-from toolkit.recipe.compatibility import ARCHITECTURES, refusal
-from toolkit.recipe.ds_json import ds_config_names, read_deepspeed
+from toolkit.recipe.deepspeed.cells import cell_of
+from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, refusal
+from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Lora, Quantization, Recipe
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from toolkit.models.adapters import adapt
+from toolkit.models.adaptation.adapters import adapt
+from toolkit.models.adaptation.quantisation import packable
 from toolkit.models.backbone import empty_backbone
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.quantisation import packable
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import card_of

@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.planning.counts import count
 from toolkit.planning.states import GIB, model_states
-from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.schema import Recipe
 
 

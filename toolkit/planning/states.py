@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit.planning.counts import Counts
-from toolkit.recipe.cells import offload_device, parameter_precision
+from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from toolkit.planning.counts import Counts, count
 from toolkit.planning.states import GIB, model_states
 from toolkit.recipe.catalogue import catalogue, millions
-from toolkit.recipe.cells import cell_of
-from toolkit.recipe.compatibility import (
+from toolkit.recipe.deepspeed.cells import cell_of
+from toolkit.recipe.deepspeed.compatibility import (
     ADAPTERS,
     ARCHITECTURES,
     OFFLOADS,
@@ -23,7 +23,7 @@ from toolkit.recipe.compatibility import (
     reasons,
     refusal,
 )
-from toolkit.recipe.ds_json import load_deepspeed
+from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.model_cards import architecture_of, load_model_yaml, model_names
 from toolkit.recipe.schema import Recipe
 

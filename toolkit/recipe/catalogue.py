@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.errors import UserError
-from toolkit.recipe.files import read_text, write_text_atomically
+from toolkit.files import read_text, write_text_atomically
 from toolkit.recipe.load import find_recipe, load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.paths import is_clone, recipes_dir

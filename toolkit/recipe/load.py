@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from toolkit.errors import UserError
-from toolkit.recipe.files import read_text
+from toolkit.files import read_text
 from toolkit.recipe.model_cards import ModelCard, load_model_yaml, model_names
 from toolkit.recipe.paths import recipes_dir, shown
 from toolkit.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError
-from toolkit.recipe.files import read_text
+from toolkit.files import read_text
 from toolkit.recipe.paths import models_dir, shown
 from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.tree import did_you_mean, nearest

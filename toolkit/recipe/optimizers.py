@@ -25,7 +25,7 @@ OPTIMIZER_TYPES = {
     "lion": "Lion",
     "muon": "Muon",
 }
-# Those that DeepSpeed itself makes from its JSON; the others are made by ``toolkit/training/optimizers.py``.
+# Those that DeepSpeed itself makes from its JSON; the others are made by ``toolkit/training/optimization``.
 MADE_BY_DEEPSPEED = ("AdamW", "Adafactor")
 MUON_MOMENTUM = 0.95  # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 

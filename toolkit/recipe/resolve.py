@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.files import read_text, write_text_atomically
 from toolkit.recipe.batches import batch_in_words, micro_batch_sizes, num_micro_batches
-from toolkit.recipe.cells import (
+from toolkit.recipe.deepspeed.cells import (
     BFLOAT,
     HALF,
     autocast_type,
@@ -24,10 +25,9 @@ from toolkit.recipe.cells import (
     parameter_precision,
     refusal_in_words,
 )
-from toolkit.recipe.compatibility import GPU_ONLY, ZERO_STAGES
-from toolkit.recipe.ds_json import json_place, read_deepspeed
-from toolkit.recipe.ds_keys import OWNED
-from toolkit.recipe.files import read_text, write_text_atomically
+from toolkit.recipe.deepspeed.compatibility import GPU_ONLY, ZERO_STAGES
+from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
+from toolkit.recipe.deepspeed.keys import OWNED
 from toolkit.recipe.load import load_recipe, one_line, read_recipe
 from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section

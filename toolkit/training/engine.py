@@ -2,103 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from toolkit.cluster.cores import share_of_cores, usable_cores
-from toolkit.cluster.devices import barrier, check_bound, use_device
-from toolkit.cluster.interfaces import name_interface
-from toolkit.cluster.meeting import meet, part
-from toolkit.cluster.ranks import Ranks
-from toolkit.cluster.shared_memory import release_own_buffer, remove_orphaned_buffers
-from toolkit.models.quick.layers import use_quick_layers
+from toolkit.checkpointing.zero_shards import base_optimizer
+from toolkit.cpu.communication import communicate_on_cpu
+from toolkit.cpu.layers import use_quick_layers
 from toolkit.recipe.resolve import ResolvedRun, value_at
-from toolkit.tracking.secrets import RedactingFormatter
-from toolkit.training.cpu_communication import communicate_on_cpu
-from toolkit.training.optimizers import client_optimizer, parameter_groups
-from toolkit.training.shards import base_optimizer
-
-# A collective ends this much later than the longest permitted wait, so that the rank that is late says why first.
-GRACE_SECONDS = 60.0
-
-
-def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
-    """Bring the ranks together, each on its device; a lone process becomes a group of one.
-
-    Args:
-        ranks: which rank this is.
-        longest_wait: seconds for which a rank may be late for a collective; never fewer than DeepSpeed grants.
-    """
-    import deepspeed
-    from deepspeed.constants import default_pg_timeout
-
-    meet(ranks)
-    name_interface(ranks)
-    device = use_device(ranks)  # not before: a GPU brings threads, and a run has forked its loader's workers by now
-    if "MASTER_ADDR" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    # DeepSpeed takes LOCAL_RANK for the number of a GPU: that of the only one that a rank sees is 0.
-    number = ranks.local_rank if device.index is None else device.index
-    os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks.world_size)}
-    os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
-    if ranks.local_rank == 0:
-        remove_orphaned_buffers()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its op
-        deepspeed.init_distributed(
-            verbose=False, timeout=max(default_pg_timeout, timedelta(seconds=longest_wait + GRACE_SECONDS))
-        )
-    check_bound()
-    barrier()
-    release_own_buffer(ranks.rank)
-
-
-def leave_process_group() -> None:
-    """Leave the group, if there is one; never on the way out of an error, because it waits for the other ranks."""
-    from torch import distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    part()
-
-
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written, on a full disk, buries nothing that the terminal says."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-def quieten(log: Path | None) -> None:
-    """Send what DeepSpeed, transformers and we log to a file (or nowhere), so that the terminal shows the run.
-
-    No secret of the environment reaches the file.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        import deepspeed  # it sets up its logging as it is imported
-
-        deepspeed.accelerator.get_accelerator()
-    handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logging.captureWarnings(True)
-    for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
@@ -162,36 +77,3 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item, seen)
     elif is_dataclass(value) and not isinstance(value, type):
         yield from _tensors_in(vars(value), seen)
-
-
-def use_threads(ranks: Ranks) -> None:
-    """Share the cores of a machine without GPUs among its ranks; all of them call this, in the group if there is one.
-
-    OMP_NUM_THREADS, which `deepspeed --bind_cores_to_rank` and torchrun set, decides where it is set.
-    """
-    if torch.cuda.is_available():
-        return
-    from torch import distributed as dist
-
-    own = usable_cores()
-    everybody: list[Any] = [own] * ranks.world_size
-    if dist.is_initialized():
-        dist.all_gather_object(everybody, own)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(own, everybody)))
-
-
-def peak_memory_gib() -> float:
-    """Largest memory that this rank has held: of its GPU, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    # Linux counts KiB, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -12,16 +12,16 @@ import numpy.typing as npt
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
-from toolkit.evaluation.floors import typical_sentence
-from toolkit.evaluation.generate import evaluation_mode, translate_split
-from toolkit.evaluation.metrics import Scores, score
-from toolkit.evaluation.predictions import Prediction
-from toolkit.evaluation.table import format_score
-from toolkit.evaluation.whole_weights import whole_weights
+from toolkit.decoding.decode_split import evaluation_mode, translate_split
+from toolkit.decoding.whole_weights import whole_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.planning.memory import fits_whole
 from toolkit.recipe.schema import Evaluation
-from toolkit.training.alarms import collapse_warning
+from toolkit.scoring.floors import typical_sentence
+from toolkit.scoring.metrics import Scores, score
+from toolkit.scoring.predictions import Prediction
+from toolkit.scoring.table import format_score
+from toolkit.training.monitoring.alarms import collapse_warning
 
 # Scores that a line has room for.
 SHOWN_SCORES = ("bleu4", "chrf", "wer", "cer")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from toolkit.batching.order import steps_per_epoch
+from toolkit.checkpointing.run_directory import is_to_be_extended
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe
+from toolkit.training.optimization.schedules import extended, total_steps
 from toolkit.training.run import Start
-from toolkit.training.run_directory import is_to_be_extended
-from toolkit.training.schedules import extended, total_steps
 
 
 def extend_schedule(resolved: ResolvedRun, corpus: Corpus, start: Start) -> str | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from toolkit.batching.loader import TrainBatches, train_batches
+from toolkit.checkpointing.checkpoints import Progress
 from toolkit.cluster.failures import unwatched
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.checkpoints import Progress
 
 
 def all_batches(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress) -> TrainBatches:

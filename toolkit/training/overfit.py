@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from toolkit.corpus.packed import Clip, Corpus, Split
 from toolkit.errors import UserError
-from toolkit.evaluation.predictions import Prediction
-from toolkit.evaluation.table import samples_text
 from toolkit.recipe.schema import Augmentation
+from toolkit.scoring.predictions import Prediction
+from toolkit.scoring.table import samples_text
 
 MAX_STEPS = 400
 # Nats per token at which every token is as good as certain.

@@ -14,27 +14,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.cluster import failures
-from toolkit.cluster.meeting import meet, on_each_node, on_rank_0
-from toolkit.cluster.ranks import Ranks
-from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
-from toolkit.corpus.packed import Corpus
-from toolkit.errors import Interrupted, UserError
-from toolkit.evaluation.evaluate import check_fit
-from toolkit.evaluation.report import write_report
-from toolkit.evaluation.splits import splits_to_test
-from toolkit.models import PoseProcessor, PoseTranslator
-from toolkit.models.build import build_translator, fetch_backbone
-from toolkit.models.tokenizers import find_unknown
-from toolkit.models.weights import count_weights
-from toolkit.poses.features import NORMALISATION
-from toolkit.recipe.resolve import ResolvedRun
-from toolkit.tracking.tracker import open_tracker
-from toolkit.training import run_directory
-from toolkit.training.best_models import BEST, Kept, restore_models
-from toolkit.training.checkpoint_reader import load_checkpoint
-from toolkit.training.checkpoint_writer import CheckpointWriter
-from toolkit.training.checkpoints import (
+from toolkit.checkpointing import run_directory
+from toolkit.checkpointing.checkpoints import (
     Progress,
     SavedState,
     choose_checkpoint,
@@ -42,24 +23,39 @@ from toolkit.training.checkpoints import (
     read_state,
     set_newer_aside,
 )
-from toolkit.training.communication import tell_communication
-from toolkit.training.cut_texts import warn_of_cut_texts
-from toolkit.training.engine import (
-    join_process_group,
-    leave_process_group,
-    make_engine,
-    peak_memory_gib,
-    quieten,
-    use_threads,
-)
+from toolkit.checkpointing.kept_models import BEST, Kept, restore_models
+from toolkit.checkpointing.random_states import seed_everything
+from toolkit.checkpointing.reader import load_checkpoint
+from toolkit.checkpointing.writer import CheckpointWriter
+from toolkit.cluster import failures
+from toolkit.cluster.logs import quieten
+from toolkit.cluster.meeting import meet, on_each_node, on_rank_0
+from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
+from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import Interrupted, UserError
+from toolkit.evaluation.evaluate import check_fit
+from toolkit.evaluation.splits import splits_to_test
+from toolkit.models import PoseProcessor, PoseTranslator
+from toolkit.models.build import build_translator, fetch_backbone
+from toolkit.models.loading.weights import count_weights
+from toolkit.models.tokenizers import find_unknown
+from toolkit.poses.features import NORMALISATION
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.reporting.report import write_report
+from toolkit.tracking.tracker import open_tracker
+from toolkit.training.engine import make_engine
 from toolkit.training.final_scores import score_best
-from toolkit.training.interruptions import Interruptions
-from toolkit.training.last_words import write_scores
 from toolkit.training.loading import all_batches
+from toolkit.training.monitoring.communication import tell_communication
+from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.monitoring.metering import peak_memory_gib
 from toolkit.training.overfit import TARGET_LOSS, verdict
 from toolkit.training.processor import PROCESSOR, shared_processor
-from toolkit.training.random_states import seed_everything
+from toolkit.training.results import write_scores
 from toolkit.training.trainer import Trainer
+from toolkit.training.truncated_texts import warn_of_cut_texts
 
 log = logging.getLogger("toolkit")
 

@@ -15,36 +15,36 @@ from torch import distributed as dist
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import TrainBatches
 from toolkit.batching.order import steps_per_epoch
+from toolkit.checkpointing.checkpoints import Progress
+from toolkit.checkpointing.kept_models import Kept, admit, keep_only, place_model
+from toolkit.checkpointing.run_directory import write_status
+from toolkit.checkpointing.writer import CheckpointWriter
 from toolkit.cluster import failures
 from toolkit.cluster.meeting import on_rank_0
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
-from toolkit.evaluation.metrics import Scores
-from toolkit.evaluation.predictions import Prediction, write_predictions
-from toolkit.evaluation.table import choose_samples
+from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
-from toolkit.models.weights import save_model, saved_state_dict
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.scoring.metrics import Scores
+from toolkit.scoring.predictions import Prediction, write_predictions
+from toolkit.scoring.table import choose_samples
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
-from toolkit.training.alarms import SpikeWatch
-from toolkit.training.averaging import averaged_weights, update_average
-from toolkit.training.best_models import Kept, admit, keep_only, place_model
-from toolkit.training.checkpoint_writer import CheckpointWriter
-from toolkit.training.checkpoints import Progress
 from toolkit.training.engine import set_learning_rate
 from toolkit.training.evaluating import Evaluated, evaluate_split, warn_of_collapse
-from toolkit.training.freezing import BackboneFreeze
-from toolkit.training.gradient_reduction import sent_once
-from toolkit.training.guards import GradientWatch, TrainingStopped
-from toolkit.training.interruptions import Interruptions
 from toolkit.training.loss import ctc_loss, token_loss
-from toolkit.training.metering import StepMeter, Window
-from toolkit.training.run_directory import write_status
-from toolkit.training.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
-from toolkit.training.watch import Limits, RankWatch
+from toolkit.training.monitoring.alarms import SpikeWatch
+from toolkit.training.monitoring.guards import GradientWatch, TrainingStopped
+from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.monitoring.metering import StepMeter, Window
+from toolkit.training.monitoring.watch import Limits, RankWatch
+from toolkit.training.optimization.averaging import averaged_weights, update_average
+from toolkit.training.optimization.freezing import BackboneFreeze
+from toolkit.training.optimization.gradient_reduction import sent_once
+from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
 
 log = logging.getLogger("toolkit")
 

@@ -1,0 +1,124 @@
+"""A run directory holds one run: which, what became of it, and whether this command may go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from toolkit.checkpointing import run_directory
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.recipe.load import recipe_keys
+from toolkit.recipe.resolve import ResolvedRun
+
+Resolve = Callable[..., ResolvedRun]
+
+
+def test_a_run_that_starts_writes_down_what_it_is(resolve: Resolve, corpus: Corpus) -> None:
+    resolved = resolve()
+    run_directory.start(resolved, corpus.path)
+    assert run_directory.read_status(resolved.run_dir) == "running"
+    assert ResolvedRun.load(resolved.run_dir).deepspeed == resolved.deepspeed
+    environment = json.loads((resolved.run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+
+
+def test_the_same_settings_may_go_on(resolve: Resolve, corpus: Corpus) -> None:
+    run_directory.start(resolve(), corpus.path)
+    run_directory.check_same_run(resolve())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.save_every=7",
+        "training.micro_batch_size=8",
+        "tracking.wandb=offline",
+        "deepspeed=zero3",
+        "ds.wall_clock_breakdown=true",
+        "training.micro_batch_frames=900",
+        "training.keep_best=3",
+        "training.eval_every=2",
+        "training.early_stopping=4",
+        "evaluation.samples=3",
+        "evaluation.batch_frames=100",
+    ],
+)
+def test_how_it_is_run_and_watched_may_change(resolve: Resolve, corpus: Corpus, override: str) -> None:
+    run_directory.start(resolve(), corpus.path)
+    run_directory.check_same_run(resolve(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.learning_rate=0.5", "training.learning_rate 0.001 -> 0.5"),
+        ("training.global_batch_size=64", "training.global_batch_size 32 -> 64"),
+        ("model.pose_encoder=linear", "model.pose_encoder.kind conv -> linear"),
+        ("augmentation.noise=0", "augmentation.noise"),
+        ("training.epochs=7", "training.epochs 10.0 -> 7.0"),
+        ("evaluation.select_by=bleu4", "evaluation.select_by cer -> bleu4"),
+        ("evaluation.tokenize=char", "evaluation.tokenize 13a -> char"),
+        ("evaluation.lowercase=true", "evaluation.lowercase False -> True"),
+        ("evaluation.max_new_tokens=3", "evaluation.max_new_tokens 32 -> 3"),
+        ("evaluation.num_beams=9", "evaluation.num_beams"),
+        ("evaluation.length_penalty=0.1", "evaluation.length_penalty"),
+        ("evaluation.no_repeat_ngram_size=7", "evaluation.no_repeat_ngram_size"),
+        ("data.fps=20", "data.fps"),
+    ],
+)
+def test_neither_what_it_learns_nor_how_the_best_is_chosen_may_change(
+    resolve: Resolve, corpus: Corpus, override: str, told: str
+) -> None:
+    run_directory.start(resolve(), corpus.path)
+    with pytest.raises(UserError) as refusal:
+        run_directory.check_same_run(resolve(override))
+    message = str(refusal.value)
+    assert told in message and "--new" in message and "run.dir" in message
+    assert "\n" not in message
+
+
+def test_another_search_is_for_evaluate(resolve: Resolve, corpus: Corpus) -> None:
+    run_directory.start(resolve(), corpus.path)
+    with pytest.raises(UserError, match=r"launch/evaluate\.py"):
+        run_directory.check_same_run(resolve("evaluation.num_beams=9"))
+    with pytest.raises(UserError) as refusal:
+        run_directory.check_same_run(resolve("evaluation.num_beams=9", "training.seed=9"))
+    assert "evaluate.py" not in str(refusal.value)
+
+
+def test_what_may_change_exists() -> None:
+    """A key that was renamed would be refused without a word."""
+    keys = recipe_keys()
+    for name in (*run_directory.MAY_CHANGE, *run_directory.OF_PREPARATION):
+        assert any(key == name or key.startswith(f"{name}.") for key in keys), name
+
+
+def test_how_clips_are_prepared_means_nothing_where_they_are(resolve: Resolve, corpus: Corpus) -> None:
+    run_directory.start(resolve(), corpus.path)
+    run_directory.check_same_run(resolve("data.source=table", f"data.corpus={corpus.path}", "data.fps=20"))
+
+
+def test_an_empty_folder_is_free(resolve: Resolve) -> None:
+    run_directory.check_same_run(resolve())
+    assert run_directory.read_status(resolve().run_dir) is None
+
+
+def test_setting_aside_never_loses_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in range(3):
+        run.mkdir()
+        (run / "notes").write_text(str(number))
+        run_directory.set_aside(run)
+    assert not run.exists()
+    assert [(tmp_path / f"run.{number}" / "notes").read_text() for number in (1, 2, 3)] == ["0", "1", "2"]
+    assert run_directory.set_aside(run) is None
+
+
+def test_a_broken_status_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / run_directory.STATUS).write_text("{")
+    with pytest.raises(UserError, match="--new"):
+        run_directory.read_status(tmp_path)

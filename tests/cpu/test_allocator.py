@@ -1,0 +1,91 @@
+"""The allocator settings do what they are for, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+
+# Large blocks come and go, so that glibc raises its thresholds; then blocks are freed below others that stay.
+SCRIPT = """
+import ctypes, os, sys
+from toolkit.cpu.allocator import return_freed_memory
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+if sys.argv[1] == "set":
+    assert return_freed_memory()
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "65536"
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.free(libc.malloc(30 << 20))
+before = resident()
+blocks = []
+for _ in range(64):
+    block = libc.malloc(1 << 20)
+    ctypes.memset(block, 1, 1 << 20)
+    blocks.append(block)
+    libc.malloc(1024)
+for block in blocks:
+    libc.free(ctypes.c_void_p(block))
+print(resident() - before)
+"""
+
+
+def outcome(script: str, choice: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, choice],
+        cwd=Path(__file__).parents[2],
+        env={},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def test_freed_blocks_leave_the_process() -> None:
+    def kept(choice: str) -> float:
+        return float(outcome(SCRIPT, choice))
+
+    assert kept("set") < 8
+    assert kept("leave") > 32, "without the settings glibc was to keep what was freed"
+
+
+# The same large blocks come and go twice.
+KEEP = """
+from toolkit.cpu.allocator import keep_freed_memory
+import ctypes, resource, sys
+
+if sys.argv[1] == "set":
+    assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def touch():
+    blocks = [libc.malloc(64 << 20) for _ in range(2)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 << 20)
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
+
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
+    def new_pages(choice: str) -> int:
+        return int(outcome(KEEP, choice))
+
+    assert new_pages("set") < 1000
+    assert new_pages("leave") > 30_000, "without the settings every large block was to get new pages"

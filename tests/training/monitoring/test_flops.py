@@ -1,0 +1,71 @@
+"""FLOPs counted from the modules agree with torch's own counter; MFU needs a peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from toolkit.batching.collate import Batch
+from toolkit.corpus.packed import Corpus
+from toolkit.models.build import build_processor, build_translator
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.monitoring.flops import CostRecorder, measure_peak
+
+
+def batch_of(clips: int, frames: int, tokens: int, corpus: Corpus) -> Batch:
+    points, channels = corpus.landmark_set.num_points, corpus.landmark_set.num_channels
+    return Batch(
+        uids=["x"] * clips,
+        texts=["x"] * clips,
+        clips=torch.arange(clips),
+        poses=torch.randn(clips, frames, points, channels),
+        visible=torch.ones(clips, frames, points, dtype=torch.bool),
+        frame_mask=torch.ones(clips, frames, dtype=torch.bool),
+        labels=torch.full((clips, tokens), 5),
+        is_filler=torch.zeros(clips, dtype=torch.bool),
+        num_frames=clips * frames,
+        num_target_tokens=clips * tokens,
+    )
+
+
+def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+    output = model(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels)
+    return output.logits.square().sum()
+
+
+@pytest.mark.parametrize("backbone", ["demo", "mbart50"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_cost_of_other_batches_follows_from_one(
+    resolve: Callable[..., ResolvedRun], corpus: Corpus, backbone: str, frozen: bool
+) -> None:
+    # Eager attention is made of products that torch's counter knows on a CPU.
+    resolved = resolve(
+        f"model.backbone={backbone}",
+        "model.tokenizer=bytes",
+        "model.tiny=true",
+        "training.ctc_weight=0",
+        "evaluation.ctc_weight=0",
+    )
+    processor = build_processor(resolved.recipe, corpus)
+    model = build_translator(resolved, corpus, processor.tokenizer)
+    model.backbone.set_attn_implementation("eager")
+    if frozen:
+        model.backbone.requires_grad_(False)
+    first = batch_of(2, 16, 9, corpus)
+    with CostRecorder(model, first) as recorder:
+        loss_of(model, first)
+    cost = recorder.cost()
+    assert cost is not None
+    for shape in ((2, 16, 9), (3, 64, 12), (1, 128, 40)):
+        batch = batch_of(*shape, corpus)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model, batch).backward()
+        assert cost.of(batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_peak_is_a_speed() -> None:
+    assert 1e8 < measure_peak(torch.device("cpu"), torch.float32) < 1e14

@@ -1,0 +1,162 @@
+"""Signals, the time limit and a dead parent raise a flag and do nothing else."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from torch.utils.data import DataLoader
+
+from toolkit.errors import EXIT_AT_ONCE
+from toolkit.training.monitoring.interruptions import SIGNALS, Interruptions
+
+
+@pytest.fixture
+def interruptions() -> Iterator[Interruptions]:
+    watched = Interruptions()
+    yield watched
+    watched.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_reason_to_stop(interruptions: Interruptions, number: signal.Signals) -> None:
+    assert not interruptions.wanted()
+    os.kill(os.getpid(), number)
+    assert interruptions.wanted()
+    assert interruptions.reason == number.name
+
+
+def close_when_heard(watched: Interruptions) -> str | None:
+    """The reason to stop, once every signal so far has been heard."""
+    while select.select([watched._reader], [], [], 0)[0]:
+        time.sleep(0.01)
+    watched.close()
+    return watched.reason
+
+
+@pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGWINCH, signal.SIGALRM, signal.SIGPIPE, signal.SIGUSR2])
+@pytest.mark.parametrize("wish", [None, signal.SIGTERM])
+def test_signals_of_others_are_no_wish_to_stop(number: signal.Signals, wish: signal.Signals | None) -> None:
+    """Each has a handler in Python, so the pipe tells of it like of those that ask to stop."""
+    watched = Interruptions()
+    before = signal.signal(number, lambda *_: None)
+    try:
+        for sent in [number, number, *([wish] if wish else [])]:
+            os.kill(os.getpid(), sent)
+    finally:
+        reason = close_when_heard(watched)
+        signal.signal(number, before)
+    assert reason == (wish and wish.name)
+
+
+def test_workers_that_leave_at_the_end_of_an_epoch_are_no_wish_to_stop() -> None:
+    watched = Interruptions()
+    try:
+        for _ in range(2):
+            assert [int(item) for item in DataLoader(range(4), batch_size=None, num_workers=2)] == [0, 1, 2, 3]
+    finally:
+        reason = close_when_heard(watched)
+    assert reason is None
+
+
+# As in a collective that waits for another rank: one long call outside Python, in which no Python handler runs.
+STUCK = """
+import ctypes, os, signal, time
+from toolkit.training.monitoring.interruptions import SECOND_THOUGHT_SECONDS, Interruptions
+watched = Interruptions(at_once=lambda: print("at once", flush=True))
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+print(watched.reason, flush=True)
+time.sleep(SECOND_THOUGHT_SECONDS + 0.2)
+print("locks", flush=True)
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once_whatever_the_rank_waits_for() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline().strip() for _ in range(2)] == ["SIGINT", "locks"]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "at once\n"
+        assert process.wait(timeout=60) == EXIT_AT_ONCE
+
+
+def test_ctrl_c_and_then_the_launchers_sigterm_is_one_wish_to_stop(interruptions: Interruptions) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interruptions.reason == "SIGINT"
+
+
+def test_the_time_limit() -> None:
+    watched = Interruptions(time_limit=0.2 / 60)
+    try:
+        assert not watched.wanted()
+        time.sleep(0.25)
+        assert watched.wanted()
+        assert watched.reason == "the time limit"
+    finally:
+        watched.close()
+
+
+def test_close_gives_the_signals_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    Interruptions().close()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watched = Interruptions()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not watched.wanted()
+    finally:
+        watched.close()
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_dead_parent_is_noticed() -> None:
+    child = (
+        "import time\n"
+        "from toolkit.training.monitoring.interruptions import Interruptions\n"
+        "watched = Interruptions()\n"
+        "print('ready', flush=True)\n"
+        "while not watched.wanted(): time.sleep(0.05)\n"
+        "print(watched.reason, flush=True)\n"
+    )
+    # The parent outlives the child's start, then dies and leaves it behind. The pipe ends when the child does.
+    reader, writer = os.pipe()
+    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(3)"
+    subprocess.run([sys.executable, "-c", parent, child], stdout=writer, check=True)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert said.read().splitlines() == ["ready", "the launcher's death"]
+
+
+FORKS_AND_CLOSES = """
+import os, signal, time
+from toolkit.training.monitoring.interruptions import Interruptions
+interruptions = Interruptions()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+signal.signal(signal.SIGALRM, lambda *_: (os.kill(child, signal.SIGKILL), os._exit(1)))
+signal.alarm(10)
+interruptions.close()
+os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_closing_does_not_wait_for_processes_that_were_forked_meanwhile() -> None:
+    """A loader's workers hold every pipe of their parent open."""
+    assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=60).returncode == 0

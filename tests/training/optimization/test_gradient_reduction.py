@@ -1,0 +1,92 @@
+"""Ranks hold their whole gradient only where it is small and their sums stay exact; a step that fails sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT, keeps_gradient, sent_once
+
+
+class Engine:
+    """As far as it is asked."""
+
+    def __init__(
+        self,
+        *,
+        stage: int = 2,
+        ranks: int = 2,
+        dtype: torch.dtype = torch.float32,
+        size: int = 8,
+        compiled: bool = False,
+    ) -> None:
+        self.module = nn.Linear(size, 1, bias=False, dtype=dtype, device="meta")
+        self.dp_world_size = ranks
+        self.zero_optimization_stage = lambda: stage
+        self.is_deepcompile_active = lambda: compiled
+        self.events: list[Any] = []
+        self.set_gradient_accumulation_boundary = lambda value: self.events.append(("boundary", value))
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        self.events.append("begin")
+        try:
+            yield
+        finally:
+            self.events.append("sent")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_small_gradient_in_fp32_is_kept(stage: int) -> None:
+    assert keeps_gradient(Engine(stage=stage))
+    assert keeps_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        {"stage": 0},  # sends once by itself
+        {"stage": 1},
+        {"ranks": 1},  # sends nothing
+        {"dtype": torch.bfloat16},  # would be summed in bf16
+        {"dtype": torch.float16},
+        {"size": LARGEST_WHOLE_GRADIENT // 4 + 1},
+        {"compiled": True},
+    ],
+)
+def test_any_other_is_not(reason: dict[str, Any]) -> None:
+    assert not keeps_gradient(Engine(**reason))
+
+
+def test_frozen_weights_do_not_count() -> None:
+    engine = Engine(size=LARGEST_WHOLE_GRADIENT)
+    engine.module.requires_grad_(False)
+    engine.module.register_parameter("adapter", nn.Parameter(torch.zeros(4)))
+    engine.module.register_parameter("packed", nn.Parameter(torch.zeros(4).bfloat16(), requires_grad=False))
+    assert keeps_gradient(engine)
+
+
+def test_it_is_sent_when_all_micro_batches_are_done_and_the_step_may_follow() -> None:
+    engine = Engine()
+    with sent_once(engine, 2):
+        engine.events.append("backward")
+    assert engine.events == ["begin", "backward", "sent", ("boundary", True)]
+
+
+def test_a_lone_micro_batch_is_sent_as_ever() -> None:
+    engine = Engine()
+    with sent_once(engine, 1):
+        pass
+    assert engine.events == []
+
+
+def test_a_step_that_fails_sends_nothing_for_nobody_would_answer() -> None:
+    engine = Engine()
+    with pytest.raises(ValueError, match="out of memory"), sent_once(engine, 2):
+        raise ValueError("out of memory")
+    assert engine.events == ["begin"]

@@ -1,0 +1,226 @@
+"""Checkpoints as they lie on the disk: which there are, which one a run goes on from, and whether it may.
+
+    checkpoints/step_000500/rank_00_00.safetensors   what rank 0 keeps: weights, optimizer states, random states
+                            rank_01_00.safetensors   the same of rank 1; big ones go on in rank_01_01, ...
+                            state.json               progress, layout, recipe and corpus
+                            manifest.json            the checksum of each of these files
+    checkpoints/latest      the name of the newest complete one
+
+Everything is stored by parameter name and position in it, so any number of ranks and any ZeRO stage can take it up;
+see ``checkpoint_writer.py`` and ``checkpoint_reader.py``. Frozen weights are not stored: they are built as they were
+built before. Nothing here needs a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpointing.kept_models import Kept
+from toolkit.checkpointing.tensor_files import checksum
+from toolkit.errors import UserError
+from toolkit.files import write_text_atomically
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+RANK_FILES = "rank_*.safetensors"
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Where a run was made longer than it was to be.
+
+    Attributes:
+        step: optimizer steps done by then.
+        ratio: learning rate at which it stood, over that which the longer schedule has there, 0..1.
+        warmup_steps: optimizer steps of the run's first warm-up, which is not repeated and becomes no longer.
+    """
+
+    step: int
+    ratio: float
+    warmup_steps: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: the epoch that goes on, from 0.
+        epoch_step: optimizer steps of it that are done.
+        kept: the models that are kept by score, the best one first; see ``best_models.py``.
+        seconds: spent in training steps.
+        clips: trained on, each as often as it came.
+        evaluations_since_best: evaluations in a row that were no better.
+        extension: where the run was made longer, if it was.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    kept: Kept = field(default_factory=list)
+    seconds: float = 0.0
+    clips: int = 0
+    evaluations_since_best: int = 0
+    extension: Extension | None = None
+
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer steps that the best model has learnt; None before the first evaluation."""
+        return self.kept[0][0] if self.kept else None
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What ``state.json`` says.
+
+    Attributes:
+        progress: where the run stood.
+        layout: ``world_size``, ``zero_stage`` and ``precision`` that it had.
+        optimizer: class of the optimizer.
+        recipe: the resolved recipe.
+        corpus: what it learnt from; see ``run_directory.corpus_identity``.
+        base: fingerprint of the frozen weights that it stands on, where they are not saved; see ``models/base.py``.
+        counters: of the DeepSpeed engine.
+        format: of the checkpoint.
+    """
+
+    progress: Progress
+    layout: dict[str, Any]
+    optimizer: str
+    recipe: dict[str, Any]
+    corpus: dict[str, Any]
+    base: str
+    counters: dict[str, Any]
+    format: int = FORMAT
+
+
+def name_of(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:06d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first; unfinished ones have another name."""
+    found = (path for path in folder.glob("step_*") if (path / MANIFEST).is_file() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        wanted: "auto" for the newest complete one, or the path of one, of this run or another.
+
+    Returns:
+        its folder; None where "auto" finds none.
+
+    Raises:
+        UserError: there is no complete checkpoint at that path.
+    """
+    if wanted == "auto":
+        found = complete_checkpoints(folder)
+        return found[-1] if found else None
+    path = Path(wanted)
+    if not (path / MANIFEST).is_file():
+        nearby = complete_checkpoints(path if path.is_dir() else path.parent) or complete_checkpoints(folder)
+        listed = f"there are {', '.join(str(found) for found in nearby)}" if nearby else "there is none nearby"
+        raise UserError(f"--resume {path}: no complete checkpoint (a folder with {MANIFEST}); {listed}")
+    return path
+
+
+def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
+    """Read where a checkpoint stands.
+
+    Args:
+        checkpoint: its folder.
+        verify: compare every file with its checksum.
+
+    Raises:
+        UserError: a file is missing or changed, or the checkpoint is of another version of this toolkit.
+    """
+    try:
+        manifest: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items() if verify else ():
+            path = checkpoint / name
+            if not path.is_file() or checksum(path) != expected:
+                raise _damaged(checkpoint, f"{name} is {'damaged' if path.is_file() else 'missing'}")
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{checkpoint} was saved by another version of this toolkit: go on with that version, or start "
+                "again with --new"
+            )
+        return SavedState(**content | {"progress": _progress(content["progress"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(checkpoint, f"{type(error).__name__}: {error}") from error
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    extension = content.get("extension")
+    content = content | {"extension": Extension(**extension) if extension else None}
+    known = {item.name: content[item.name] for item in fields(Progress) if item.name in content}
+    return Progress(**known | {"kept": [(step, value) for step, value in content["kept"]]})
+
+
+def _damaged(checkpoint: Path, what: str) -> UserError:
+    older = [path for path in complete_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+    way = f"go on from the one before it with --resume {older[-1]}" if older else "it is the only one"
+    return UserError(f"the checkpoint {checkpoint} is damaged ({what}): {way}, or start again with --new")
+
+
+def set_newer_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``, from which a run that goes on from there must not be taken up again.
+
+    Returns:
+        their new names; each is a path to give to ``--resume`` still.
+    """
+    found = complete_checkpoints(folder)
+    older = [path for path in found if int(path.name[5:]) <= step]
+    newer = found[len(older) :]
+    if newer and older:
+        write_text_atomically(folder / LATEST, older[-1].name + "\n")
+    elif newer:
+        (folder / LATEST).unlink(missing_ok=True)
+    aside = []
+    for path in newer:
+        number = 1
+        while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
+            number += 1
+        path.rename(target)
+        aside.append(target)
+    return aside
+
+
+def partial_name_of(name: str) -> str:
+    """What a checkpoint is called while it is not whole."""
+    return f".{name}.partial"
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, which has lost its name before it has lost a file."""
+    partial = checkpoint.rename(checkpoint.with_name(partial_name_of(checkpoint.name)))
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run that died while saving or removing has left."""
+    for path in folder.glob(partial_name_of("step_*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, so that a renamed file keeps its name when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,238 @@
+"""The run directory: which run lives there, what became of it, and whether this command may go on with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from toolkit.cluster.environment import describe_environment
+from toolkit.cluster.secrets import redact
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.files import write_text_atomically
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.tree import leaves
+
+Status = Literal["running", "interrupted", "finished", "failed"]
+STATUS = "status.json"
+CORPUS_FILE = "corpus.json"
+
+# What may change between two starts of one run: where, how fast and how often, not what is learnt and not how the best
+# model is chosen. The DeepSpeed JSON is among them, because swapping it for one that fits the memory is what one does
+# with a run that did not fit. A key that is not named here may not change.
+MAY_CHANGE = (
+    "name",
+    "description",
+    "deepspeed",
+    "ds",
+    "run",
+    "tracking",
+    "evaluation.samples",
+    "evaluation.batch_frames",
+    # Where the clips lie; check_same_corpus compares the clips themselves.
+    "data.source",
+    "data.corpus",
+    "data.table",
+    "data.poses",
+    "data.cache",
+    "data.workers",
+    "data.max_rejects",
+    "training.micro_batch_size",
+    "training.micro_batch_frames",
+    "training.gradient_checkpointing",
+    "training.save_every",
+    "training.keep_last",
+    "training.keep_best",
+    "training.eval_every",
+    "training.log_every",
+    "training.early_stopping",
+    "training.workers",
+    "training.rank_timeout",
+    "training.data_timeout",
+    "training.time_limit",
+)
+# How long a run is: --extend makes it longer.
+LENGTH = ("training.epochs", "training.max_steps")
+# How clips are prepared. A corpus that is prepared already has its own settings, and these mean nothing.
+OF_PREPARATION = (
+    "data.landmarks",
+    "data.fps",
+    "data.min_frames",
+    "data.too_long",
+    "data.no_hands",
+    "data.shared_texts",
+    "data.columns",
+    "data.dev_share",
+    "data.test_share",
+    "data.split_seed",
+)
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """What became of the run in ``run_dir``; None where there is none."""
+    try:
+        return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["status"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / STATUS} is not readable: start anew with --new or another run.dir") from error
+
+
+def write_status(run_dir: Path, status: Status, **details: Any) -> None:
+    """Say what becomes of the run, for people and schedulers that see no exit code."""
+    content = {"status": status, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
+    write_text_atomically(run_dir / STATUS, redact(json.dumps(content, indent=2)) + "\n")
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Make room for a new run without losing the old one: it gets the next free number behind its name."""
+    if not run_dir.exists():
+        return None
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    return aside
+
+
+def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
+    """Refuse to mix two experiments in one directory.
+
+    Args:
+        resolved: the run that would go on there.
+        extend: whether it may be longer.
+
+    Raises:
+        UserError: the run in the directory was started with other settings; they are listed.
+    """
+    stored = resolved.run_dir / RECIPE_FILE
+    if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe, extend=extend)):
+        of_search = all(key.startswith("evaluation.") for key in differences)
+        longer = "add --extend to make that run longer, " if differences.keys() <= set(LENGTH) else ""
+        raise UserError(
+            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): {longer}go on with those "
+            "settings, add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+            + ("; launch/evaluate.py scores a model with another search" if of_search else "")
+        )
+
+
+def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
+    """Refuse other clips than those which the run in ``run_dir`` began with, wherever they lie.
+
+    Raises:
+        UserError: they are others.
+    """
+    path = run_dir / CORPUS_FILE
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable: start anew with --new or another run.dir") from error
+    if not is_same_corpus(stored, corpus):
+        raise UserError(
+            f"{run_dir} holds a run that learnt from other clips than those of {corpus.path}: go on with its corpus, "
+            "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+        )
+
+
+def is_to_be_extended(resolved: ResolvedRun) -> bool:
+    """Whether the run in the directory was to end by other rules than it is now."""
+    stored = resolved.run_dir / RECIPE_FILE
+    if not stored.is_file():
+        return False
+    before, now = load_recipe(str(stored)).training, resolved.recipe.training
+    return any(getattr(before, key) != getattr(now, key) for key in ("epochs", "max_steps", "early_stopping"))
+
+
+def check_same_experiment(
+    resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path, *, extend: bool = False
+) -> None:
+    """Refuse a checkpoint that another experiment has saved.
+
+    Args:
+        resolved: the run that would go on from it.
+        recipe: the one that the checkpoint holds.
+        checkpoint: its folder.
+        extend: whether the run may be longer.
+
+    Raises:
+        UserError: it was saved with other settings; they are listed.
+    """
+    if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe, extend=extend):
+        raise UserError(
+            f"{checkpoint} was saved with other settings ({_listed(differences)}): go on with those settings, or "
+            "begin anew without it"
+        )
+
+
+def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
+    listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(differences.items())[:5])
+    return listed + (f" and {len(differences) - 5} more" if len(differences) > 5 else "")
+
+
+def changed_settings(old: Recipe, new: Recipe, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and that a run may not change: key -> (old value, new value).
+
+    Args:
+        old, new: the recipes.
+        extend: whether the run may be longer.
+    """
+    before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
+    after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
+    is_prepared = bool(old.data.corpus or new.data.corpus)
+    free = (*MAY_CHANGE, *(OF_PREPARATION if is_prepared else ()), *(LENGTH if extend else ()))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+    }
+
+
+def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
+    """How the state of a run is cut into pieces; a run that goes on with another layout converts its checkpoint."""
+    return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
+
+
+def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+    """What makes a corpus the same, wherever it lies: a position in the order of its clips means nothing in another."""
+    metadata = corpus.metadata
+    texts = xxhash.xxh3_64()
+    for split in corpus.splits.values():
+        for uid, text in zip(split.uids, split.texts, strict=True):
+            texts.update(f"{uid}\0{text}\0".encode())
+    return {
+        "splits": metadata.splits,
+        "checksums": metadata.checksums,  # of table and pose files: they do not know which column holds the texts,
+        "texts": texts.hexdigest(),
+        # nor how poses became features. Landmark set and frame rate are the processor's, which is compared, too.
+        "lengths": {"max_frames": metadata.max_frames, "too_long": metadata.too_long},
+    }
+
+
+def is_same_corpus(identity: dict[str, Any], corpus: Corpus) -> bool:
+    """Whether a corpus is the one that :func:`corpus_identity` has told of."""
+    found = corpus_identity(corpus)
+    return all(found.get(key) == value for key, value in identity.items())
+
+
+def start(resolved: ResolvedRun, corpus: Path) -> None:
+    """Write down what is about to run: recipe, DeepSpeed JSON, environment, which corpus it is and where it lies."""
+    try:
+        resolved.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{resolved.run_dir}: cannot be made ({error.strerror}): choose another folder by run.dir=FOLDER"
+        ) from error
+    resolved.save(resolved.run_dir)
+    identity = corpus_identity(Corpus.open(corpus))
+    write_text_atomically(resolved.run_dir / CORPUS_FILE, json.dumps(identity, indent=2) + "\n")
+    environment = describe_environment() | {"corpus": str(corpus.resolve())}
+    write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")
+    write_status(resolved.run_dir, "running")

@@ -1,0 +1,38 @@
+"""Where libraries and the toolkit log: a file, so that the terminal shows the run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+from toolkit.cluster.secrets import RedactingFormatter
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, on a full disk, buries nothing that the terminal says."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def quieten(log: Path | None) -> None:
+    """Send what DeepSpeed, transformers and we log to a file (or nowhere), so that the terminal shows the run.
+
+    No secret of the environment reaches the file.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed  # it sets up its logging as it is imported
+
+        deepspeed.accelerator.get_accelerator()
+    handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.captureWarnings(True)
+    for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

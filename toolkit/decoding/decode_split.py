@@ -1,0 +1,106 @@
+"""Translate a whole split over all ranks: every clip once, the encoder once per clip, long clips first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from toolkit.batching.loader import evaluation_batches
+from toolkit.corpus.packed import Split
+from toolkit.decoding.search import Hypothesis, search
+from toolkit.models.translator import PoseTranslator
+from toolkit.scoring.predictions import Prediction, make_predictions
+
+
+def translate_split(model: PoseTranslator, split: Split, processor: Any, **settings: Any) -> list[Prediction]:
+    """Translate every clip of ``split``; the arguments are those of :func:`translate_clips`.
+
+    Returns:
+        predictions in the order of the split, on every rank.
+    """
+    return best_predictions(split, translate_clips(model, split, processor, **settings))
+
+
+def best_predictions(split: Split, found: list[list[Hypothesis]]) -> list[Prediction]:
+    """The best hypothesis of each clip beside its reference."""
+    texts, scores = [row[0].text for row in found], [row[0].score for row in found]
+    return make_predictions(list(split.uids), list(split.texts), texts, scores)
+
+
+def translate_clips(
+    model: PoseTranslator,
+    split: Split,
+    processor: Any,
+    *,
+    batch_frames: int,
+    rank: int = 0,
+    world_size: int = 1,
+    synced: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+    n_best: int = 1,
+    **settings: Any,
+) -> list[list[Hypothesis]]:
+    """Find the best texts for every clip of ``split``.
+
+    Args:
+        model: in evaluation mode; it says itself how to search (its generation configuration).
+        split: the clips.
+        processor: gives the tokenizer.
+        batch_frames: largest number of padded frames in a batch.
+        rank, world_size: which of how many ranks this is; all must call.
+        synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
+        on_batch: called with the number of clips that this rank has translated so far.
+        n_best: hypotheses for each clip, at most as many as there are beams.
+        settings: override the model's own generation settings.
+
+    Returns:
+        for each clip, in the order of the split, its hypotheses, best first; on every rank.
+    """
+    device = next(model.parameters()).device
+    rows: list[tuple[int, list[Hypothesis]]] = []
+    for batch in evaluation_batches(split, processor.tokenizer, batch_frames, rank=rank, world_size=world_size):
+        batch = batch.to(device)
+        found = search(
+            model,
+            processor,
+            batch.poses,
+            batch.visible,
+            batch.frame_mask,
+            n_best=n_best,
+            synced=synced,
+            **settings,
+        )
+        clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)
+        rows += [(clip, hypotheses) for clip, hypotheses, is_filler in clips if not is_filler]
+        if on_batch:
+            on_batch(len(rows))
+    rows = _gather(rows, world_size)
+    if [clip for clip, _ in rows] != list(range(len(split))):
+        raise AssertionError(f"translated clips {len(rows)} of {len(split)}: each must come exactly once")
+    return [hypotheses for _, hypotheses in rows]
+
+
+def _gather(rows: list[tuple[int, list[Hypothesis]]], world_size: int) -> list[tuple[int, list[Hypothesis]]]:
+    """All ranks' rows, sorted by clip."""
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    return sorted(rows, key=lambda row: row[0])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` drops nothing out and keeps no gradients; afterwards it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,77 @@
+"""The texts that a model finds for one batch of clips; whoever translates, translates by this one function.
+
+Imports little: ``launch/translate.py`` waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.decoding.beam_search import beam_search
+from toolkit.models.translator import PoseTranslator
+
+# What lies behind depends on how many threads add up a sum; files made on one rank and on several are to be the same.
+SCORE_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One text that the search found.
+
+    Attributes:
+        text: detokenised.
+        score: log-probability over length penalty; None for greedy search, which has none.
+    """
+
+    text: str
+    score: float | None
+
+
+def search(
+    model: PoseTranslator,
+    processor: Any,
+    poses: Tensor,
+    visible: Tensor,
+    frame_mask: Tensor,
+    *,
+    n_best: int = 1,
+    synced: bool = False,
+    **settings: Any,
+) -> list[list[Hypothesis]]:
+    """Find the ``n_best`` texts for each clip of a batch: our beam search where beams search, else HuggingFace's loop.
+
+    Args:
+        model: in evaluation mode.
+        processor: turns tokens into texts.
+        poses, visible, frame_mask: as ``PoseTranslator.encode`` takes them.
+        n_best: hypotheses of each clip, at most as many as there are beams.
+        synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
+        settings: those of HuggingFace's ``generate``; they override the model's own.
+    """
+    beams = settings.get("num_beams", model.generation_config.num_beams) or 1
+    samples = settings.get("do_sample", model.generation_config.do_sample)
+    if beams > 1 and not samples:
+        loop: dict[str, Any] = {"custom_generate": beam_search, "in_step": synced}
+    else:
+        loop = {"synced_gpus": synced}
+    found = model.generate(
+        poses,
+        visible,
+        frame_mask,
+        return_dict_in_generate=True,
+        output_scores=True,
+        num_return_sequences=n_best,
+        **loop,
+        **settings,
+    )
+    texts = [text.strip() for text in processor.batch_decode(found.sequences)]
+    # Greedy search has no sequence scores.
+    scores = getattr(found, "sequences_scores", None)
+    values = (
+        [round(value, SCORE_DIGITS) for value in scores.float().tolist()] if scores is not None else [None] * len(texts)
+    )
+    hypotheses = list(map(Hypothesis, texts, values))
+    return [hypotheses[start : start + n_best] for start in range(0, len(hypotheses), n_best)]

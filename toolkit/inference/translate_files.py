@@ -1,0 +1,213 @@
+"""Translate any number of clips with bounded memory: read ahead a little, batch by length, answer in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.decoding.search import Hypothesis, search
+from toolkit.inference.clip_sources import ClipSource
+from toolkit.inference.windows import cut, overlap_seconds, window_seconds, without_repeats
+from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.translator import PoseTranslator
+from toolkit.poses.pose_file import PoseError, RawPose
+
+BATCH_FRAMES = 8192
+BATCHES_READ_AHEAD = 4  # enough to find clips of like length, few enough to answer soon
+MOST_CLIPS_OF_A_BATCH = 128  # short clips fill no frame budget, but each one's beams take memory all the same
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was found in a stretch of a clip.
+
+    Attributes:
+        start, end: seconds from the clip's beginning.
+        hypotheses: best first; empty if there is a reason.
+        reason: why there is nothing to translate here, if so.
+    """
+
+    start: float
+    end: float
+    hypotheses: tuple[Hypothesis, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What became of one clip.
+
+    Attributes:
+        uid, where: of its source.
+        windows: one for a clip that was translated whole.
+        reason: why it could not be translated; empty if it could.
+    """
+
+    uid: str
+    where: str
+    windows: tuple[Window, ...]
+    reason: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The best text of each window; what two of them read in their overlap stands in the first only."""
+        return without_repeats([window.hypotheses[0].text if window.hypotheses else "" for window in self.windows])
+
+    @property
+    def text(self) -> str:
+        """The best text of the whole clip."""
+        return " ".join(filter(None, self.texts))
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How long clips are cut.
+
+    Attributes:
+        seconds: length of a window; None cuts clips that are longer than the model reads, 0 cuts none.
+        overlap: of neighbours, in seconds; None chooses.
+    """
+
+    seconds: float | None = None
+    overlap: float | None = None
+
+    def spans(self, clip: RawPose, extractor: PoseFeatureExtractor) -> list[tuple[float, float]]:
+        """Start and end of each window of a clip in seconds; raises UserError for lengths that do not fit the model."""
+        duration = clip.num_frames / clip.fps
+        if self.seconds == 0:
+            return [(0.0, duration)]
+        window = window_seconds(extractor.fps, extractor.max_frames, self.seconds)
+        overlap = overlap_seconds(window, self.overlap)
+        frames = (clip.num_frames - 1) / clip.fps * extractor.fps
+        if self.seconds is None and extractor.max_frames and frames < extractor.max_frames:
+            return [(0.0, duration)]
+        return cut(duration, window, overlap)
+
+
+def check_windowing(windowing: Windowing, extractor: PoseFeatureExtractor) -> None:
+    """Raise UserError if windows of that length and overlap do not fit the model."""
+    if windowing.seconds != 0:
+        window = window_seconds(extractor.fps, extractor.max_frames, windowing.seconds)
+        overlap_seconds(window, windowing.overlap)
+
+
+def translate_clips(
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    sources: Iterable[ClipSource],
+    *,
+    windowing: Windowing | None = None,
+    n_best: int = 1,
+    batch_frames: int = BATCH_FRAMES,
+    **settings: Any,
+) -> Iterator[Translation]:
+    """Translate clips one after the other as far as their order goes, many at a time as far as the work goes.
+
+    Args:
+        model: in evaluation mode; it says itself how to search.
+        processor: its processor.
+        sources: the clips; read when their turn comes.
+        windowing: how long clips are cut; by default into the longest windows that the model reads.
+        n_best: hypotheses of each clip or window; at most ``num_beams``.
+        batch_frames: largest number of padded frames in a batch.
+        settings: override the model's own generation settings (``num_beams``, ``max_new_tokens``, ...).
+
+    Yields:
+        one translation a clip, in the order of the clips; of clips that cannot be used the reason.
+
+    Raises:
+        UserError: the windows do not fit the model.
+    """
+    extractor = processor.feature_extractor
+    windowing = windowing or Windowing()
+    check_windowing(windowing, extractor)
+    settings = {"n_best": n_best, **settings}
+    windows: list[Window] = []
+    for seats in _ahead(_seats(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
+        for seat, hypotheses in zip(seats, _search(model, processor, seats, batch_frames, settings), strict=True):
+            windows.append(Window(seat.start, seat.end, hypotheses, seat.reason))
+            if seat.is_last:
+                reason = "" if any(window.hypotheses for window in windows) else windows[0].reason
+                yield Translation(seat.source.uid, seat.source.where, tuple(windows), reason)
+                windows = []
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A window of a clip that waits for its translation; without features if there is a reason."""
+
+    source: ClipSource
+    start: float
+    end: float
+    is_last: bool
+    features: Tensor | None = None
+    reason: str = ""
+
+    @property
+    def frames(self) -> int:
+        return 0 if self.features is None else len(self.features)
+
+
+def _seats(sources: Iterable[ClipSource], extractor: PoseFeatureExtractor, windowing: Windowing) -> Iterator[_Seat]:
+    for source in sources:
+        try:
+            clip = source.read()
+        except PoseError as error:
+            yield _Seat(source, 0.0, 0.0, True, reason=str(error))
+            continue
+        spans = windowing.spans(clip, extractor)
+        for number, (start, end) in enumerate(spans):
+            is_last = number == len(spans) - 1
+            try:
+                features = extractor.features(clip.between(start, end) if len(spans) > 1 else clip)
+                yield _Seat(source, start, end, is_last, features)
+            except PoseError as error:
+                yield _Seat(source, start, end, is_last, reason=str(error))
+
+
+def _ahead(seats: Iterable[_Seat], most_frames: int) -> Iterator[list[_Seat]]:
+    """Cut the stream into lists of about ``most_frames`` frames."""
+    before = 0
+
+    def portion(seat: _Seat) -> int:
+        nonlocal before
+        # Clips without features hold their place in the order and cost as much as a frame.
+        before += max(seat.frames, 1)
+        return before // most_frames
+
+    for _, group in groupby(seats, key=portion):
+        yield list(group)
+
+
+def _search(
+    model: PoseTranslator, processor: PoseProcessor, seats: Sequence[_Seat], batch_frames: int, settings: dict[str, Any]
+) -> list[tuple[Hypothesis, ...]]:
+    """The hypotheses of each seat, none for those without features."""
+    device = next(model.parameters()).device
+    found: list[tuple[Hypothesis, ...]] = [()] * len(seats)
+    for batch in _batches([seat.frames for seat in seats], batch_frames):
+        clips = [features for index in batch if (features := seats[index].features) is not None]
+        inputs = processor.feature_extractor.pad(clips).to(device)
+        hypotheses = search(model, processor, **inputs, **settings)
+        for index, of_clip in zip(batch, hypotheses, strict=True):
+            found[index] = tuple(of_clip)
+    return found
+
+
+def _batches(frames: Sequence[int], batch_frames: int) -> Iterator[list[int]]:
+    """Indices of clips of like length whose padded frames fit the budget; a clip that is longer has its own batch."""
+    batch: list[int] = []
+    for index in sorted(range(len(frames)), key=lambda index: -frames[index]):
+        if frames[index] == 0:
+            break
+        longest = frames[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_frames or len(batch) == MOST_CLIPS_OF_A_BATCH):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

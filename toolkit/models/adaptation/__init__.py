@@ -1,0 +1,4 @@
+"""What changes a backbone: LoRA, quantisation, extra tokens; merging and exporting what was trained.
+
+Must not know training.
+"""

@@ -1,0 +1,93 @@
+"""A model of which only a part was trained becomes one like any other: adapters taken off or merged, weights unpacked.
+
+All of this changes the model in place, one layer at a time. It is for whole models in one process, after training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from toolkit.models.adaptation.adapters import ADAPTER
+from toolkit.models.adaptation.extra_tokens import settle_rows
+from toolkit.models.adaptation.quantisation import is_packed
+from toolkit.models.adaptation.trained import is_adapter
+from toolkit.models.translator import PoseTranslator
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Adapters apart from the model that they were trained in.
+
+    Attributes:
+        config: PEFT's description of them.
+        weights: by the names that they have in a model.
+    """
+
+    config: PeftConfig
+    weights: dict[str, Tensor]
+
+
+def stand_alone(model: PoseTranslator) -> Adapter | None:
+    """Leave a model that needs nothing but its own weights: no adapters, nothing packed, all rows in their tables.
+
+    Args:
+        model: as ``load_translator`` gives it.
+
+    Returns:
+        the adapters that were taken off; None where there were none.
+    """
+    adapter = _take_off(model)
+    dtype = next(model.pose_encoder.parameters()).dtype  # that of everything that is not packed
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_packed(module.get_parameter("weight")):
+            model.set_submodule(name, _unpacked(module, dtype))
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    settle_rows(model)
+    model.base = None
+    return adapter
+
+
+def put_on(model: PoseTranslator, adapter: Adapter) -> None:
+    """Put adapters onto a model that stands alone, as they were."""
+    model.add_adapter(adapter.config, ADAPTER)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+    assert parameters.keys() == adapter.weights.keys(), "the adapters belong to another model"
+    for name, parameter in parameters.items():
+        parameter.data.copy_(adapter.weights[name])
+    model.train(model.training)  # PEFT's dropout would be on
+
+
+def merge(model: PoseTranslator, adapter: Adapter) -> None:
+    """Add the adapters to the weights of a model that stands alone; it then has none, and answers as with them."""
+    put_on(model, adapter)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    _take_off(model)
+
+
+def _take_off(model: PoseTranslator) -> Adapter | None:
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if config is None:
+        return None
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if is_adapter(name)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return Adapter(config, weights)
+
+
+def _unpacked(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(dequantize_module_weight(layer).detach().to(dtype), requires_grad=False)
+    plain.bias = layer.bias
+    return plain

@@ -1,0 +1,148 @@
+"""The folder of a model of which only a part was trained: that part, and what it stands on.
+
+    config.json, ...       the configuration and the processor, as in any model folder
+    base.json              how to make the rest again, and its fingerprint
+    adapter/               the adapters alone, in PEFT's own form; only where there are some
+    trained.safetensors    everything else that trained: the pose encoder, norms, embeddings, rows of new tokens
+
+Reading is strict: every tensor that trains must be there with its shape, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.models.adaptation.adapters import ADAPTER
+from toolkit.models.translator import PoseTranslator
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ADAPTER_FOLDER = "adapter"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_WEIGHTS = "trained.safetensors"
+
+
+def save_trained(folder: Path, model: PoseTranslator, weights: Mapping[str, Tensor]) -> None:
+    """Write what trained, and see that it is all there.
+
+    Args:
+        folder: a model folder in the making.
+        model: knows the adapters' configuration and every tensor's true shape.
+        weights: the trainable tensors, whole, by the model's names.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if config is not None:
+        save_adapter(folder / ADAPTER_FOLDER, config, weights)
+    others = {name: tensor.contiguous() for name, tensor in weights.items() if not is_adapter(name)}
+    save_file(others, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
+    problems = _differences(_shapes_in(folder), {name: _shape(p) for name, p in _trainable(model).items()})
+    assert not problems, f"what was written is not what was trained: {problems}"
+
+
+def save_adapter(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write the adapters among ``weights`` as PEFT reads them."""
+    folder.mkdir()
+    config.save_pretrained(str(folder))
+    tensors = {adapter_key(name): tensor.contiguous() for name, tensor in weights.items() if is_adapter(name)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_trained(folder: Path, model: PoseTranslator) -> None:
+    """Put what trained onto a model that was made and adapted as the one that was saved.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape; they are named.
+    """
+    read = trained_weights(folder, model)
+    for name, parameter in _trainable(model).items():
+        parameter.copy_(read(name))
+
+
+def trained_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
+    """What trained, to be read tensor by tensor, by the model's names.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape; they are named.
+    """
+    try:
+        files = [safe_open(path, "pt") for path in _files(folder)]
+        places = {_name(key): (file, key) for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the trained weights in {folder} cannot be read: {error}") from error
+    found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
+    problems = _differences(found, {name: _shape(parameter) for name, parameter in _trainable(model).items()})
+    if problems:
+        raise UserError(
+            f"{folder} does not hold what this model trains ({problems}): copy the folder again, or train anew"
+        )
+
+    def read(name: str) -> Tensor:
+        file, key = places[name]
+        return file.get_tensor(key)
+
+    return read
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is part of an adapter."""
+    return ".lora_" in name
+
+
+def adapter_key(name: str) -> str:
+    """What PEFT calls an adapter's parameter in its files."""
+    name = f"base_model.model.{name}"
+    if "lora_magnitude_vector" in name:
+        return name.removesuffix(f".{ADAPTER}.weight")
+    return name.replace(f".{ADAPTER}.", ".")
+
+
+def _name(key: str) -> str:
+    """The inverse of :func:`adapter_key`; what is no adapter's keeps its name."""
+    if not key.startswith("base_model.model."):
+        return key
+    name = key.removeprefix("base_model.model.")
+    if name.endswith("lora_magnitude_vector"):
+        return f"{name}.{ADAPTER}.weight"
+    return name.removesuffix(".weight") + f".{ADAPTER}.weight"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in (folder / TRAINED_WEIGHTS, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS) if path.is_file()]
+
+
+def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            shapes |= {_name(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _trainable(model: PoseTranslator) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # whole, where ZeRO-3 has cut it
+
+
+def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+    }
+    return "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in problems.items() if names)

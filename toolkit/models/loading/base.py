@@ -1,0 +1,105 @@
+"""What an adapter stands on: which weights those are, so that they can be made again and known again.
+
+A run that trains adapters, or on top of a quantised backbone, saves what it trained and not the billions of weights
+that it left as they were. Whoever loads it must come by exactly the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.files import read_text, write_text_atomically
+
+BASE_FILE = "base.json"
+
+# Gives the values of the tensor of that name; what is passed along is the tensor without values.
+Source = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Base:
+    """How to make a backbone again, and how to know that it is the same.
+
+    Attributes:
+        name: the backbone in words, for people.
+        model: the ``model`` section of the recipe, which says how it is loaded or made, quantised and adapted.
+        seed: of its random weights, and of the adapters'.
+        precision: ``fp32``, ``bf16`` or ``fp16``: what its weights were cast to.
+        fingerprint: of its weights as they came, before they were cast or quantised.
+    """
+
+    name: str
+    model: dict[str, Any]
+    seed: int
+    precision: str
+    fingerprint: str
+
+    def save(self, folder: Path) -> None:
+        """Write it beside the weights."""
+        write_text_atomically(folder / BASE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass
+class Fingerprint:
+    """Takes note of weights on their way from a source into a model, in any order."""
+
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def watch(self, source: Source) -> Source:
+        """The same source of tensors, noted as they come."""
+
+        def seen(name: str, tensor: Tensor) -> Tensor:
+            values = source(name, tensor)
+            if isinstance(tensor, nn.Parameter):  # buffers follow from the configuration
+                self._digests[name] = _digest(values)
+            return values
+
+        return seen
+
+    def hexdigest(self) -> str:
+        """The fingerprint of all that was seen; empty where nothing was (ranks that receive their weights)."""
+        if not self._digests:
+            return ""
+        listed = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
+        return xxhash.xxh3_128(listed.encode()).hexdigest()
+
+
+def _digest(values: Tensor) -> str:
+    data = values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    digest = xxhash.xxh3_128(f"{values.dtype}{tuple(values.shape)}".encode())
+    digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def read_base(folder: Path) -> Base | None:
+    """What the weights in ``folder`` stand on; None where they stand alone.
+
+    Raises:
+        UserError: it is not readable.
+    """
+    path = folder / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Base(**json.loads(read_text(path, "what an adapter stands on")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not readable ({error}): copy the run's best/ again") from error
+
+
+def check_same(expected: Base, found: str, folder: Path) -> None:
+    """Raise UserError where the backbone that was made is not the one that the adapter was trained on."""
+    if found != expected.fingerprint:
+        raise UserError(
+            f"{folder} was trained on other weights than those of {expected.name} that are here now: its base has the "
+            f"fingerprint {expected.fingerprint}, this one {found}; get the base back that it was trained on (for a "
+            "hub id its revision, for random weights this toolkit's version)"
+        )

@@ -1,0 +1,120 @@
+"""A translator with its processor, from a run directory, a model folder or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from toolkit.errors import UserError
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.loading.base import Base, check_same, read_base
+from toolkit.models.loading.hub import NOT_LOADED, fetch_weights, hub_trouble
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.translator import PoseTranslator
+
+BEST = "best"  # where a run directory keeps its best model
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def fetch_translator(name: str | Path) -> None:
+    """Bring a translator's weights, or those that it stands on, into this machine's cache, where the hub has them.
+
+    Raises:
+        UserError: there is no such model, or what it stands on cannot be had; the rest :func:`load_translator` says.
+    """
+    source = find_model(name)
+    if base := read_base(Path(source)):
+        # As for _load_adapted; and the recipe's schema brings pydantic.
+        from toolkit.models.build import fetch_backbone
+        from toolkit.recipe.schema import Model
+
+        fetch_backbone(Model.model_validate(base.model))
+        return
+    with contextlib.suppress(*NOT_LOADED):
+        fetch_weights(source)
+
+
+def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, PoseProcessor]:
+    """Load a translator, in evaluation mode, and its processor.
+
+    Args:
+        name: a run directory (its ``best/`` is meant), a model folder, or the id of a model on the hub.
+        settings: what ``from_pretrained`` takes (``dtype``, ``token``, ...).
+
+    Raises:
+        UserError: there is no such model, or it is not whole.
+    """
+    source = find_model(name)
+    base = read_base(Path(source))
+    if base:
+        model, processor = _load_adapted(Path(source), base)
+        return model.to(settings["dtype"]) if settings.get("dtype") else model, processor
+    try:
+        model = PoseTranslator.from_pretrained(source, **settings).eval()
+        processor = PoseProcessor.from_pretrained(source)
+    except (*NOT_LOADED, SafetensorError) as error:
+        reason = hub_trouble(error, source) or f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"the model {source} {reason}") from error
+    return model, processor
+
+
+def _load_adapted(folder: Path, base: Base) -> tuple[PoseTranslator, PoseProcessor]:
+    """A model of which the folder holds only what was trained."""
+    # They bring PEFT, and DeepSpeed with it; whole models do without.
+    from toolkit.models.adaptation.trained import load_trained
+    from toolkit.models.build import rebuild_translator
+
+    try:
+        config = PoseTranslatorConfig.from_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(folder)
+        processor = PoseProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, fingerprint = rebuild_translator(config, base, processor.tokenizer)
+    check_same(base, fingerprint, folder)
+    load_trained(folder, model)
+    model.base = base
+    model.generation_config = generation
+    return model.eval(), processor
+
+
+def find_model(name: str | Path) -> str:
+    """The folder of a model, looked through, or its hub id.
+
+    Raises:
+        UserError: there is no such folder, or it holds no translator or no processor.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        # A mistyped runs/demo looks like a hub id, too; asking the hub for it would only take long.
+        if not path.exists() and not path.parent.is_dir() and _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise UserError(f"there is no model folder {name}: give a run directory, a model folder or a hub id")
+    folder = next((place for place in (path, path / BEST) if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"{path} holds no model, neither config.json nor {BEST}/: is it a run that has not been evaluated yet?"
+        )
+    _check_folder(folder)
+    return str(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config} is not readable as a model's configuration: {error}") from error
+    if kind != PoseTranslatorConfig.model_type:
+        raise UserError(f"{folder} holds a model of type {kind}, not a pose translator: give a folder that was trained")
+    if not (folder / "processor_config.json").is_file():
+        raise UserError(
+            f"{folder} holds a model without its processor (processor_config.json), which knows the landmarks: "
+            "copy the whole folder, or export the run again"
+        )

@@ -1,0 +1,283 @@
+"""From a configuration to a backbone with weights, without ever holding more of them than must be held.
+
+A skeleton without memory is filled tensor by tensor, and each weight goes to its final form before the next one comes:
+cut over the ranks under ZeRO stage 3, packed into 4 or 8 bits where the recipe quantises, else cast to the type of the
+run. Where the values come from, random numbers or a published checkpoint, makes no difference to this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from toolkit.cluster.devices import own_device
+from toolkit.errors import UserError
+from toolkit.models.adaptation.extra_tokens import table_rows, widened
+from toolkit.models.adaptation.quantisation import is_packed, packable, quantised
+from toolkit.models.backbone import backbone_class, cast_position_tables
+from toolkit.models.loading.base import Fingerprint
+from toolkit.models.loading.random_weights import Skeleton, make_skeleton
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.schema import Quantization
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Gives the values of the parameter or buffer of that name; the tensor passed along is the skeleton's.
+Source = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The form in which a run holds a model's weights.
+
+    Attributes:
+        dtype: of all parameters that are not quantised.
+        device: where they live.
+        zero3: the DeepSpeed configuration when its stage 3 cuts the weights over the ranks, else None.
+        quantization: how the backbone's linear layers are packed, or None.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    zero3: dict[str, Any] | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def fills(self) -> bool:
+        """Whether this rank brings the values; the others then receive them."""
+        return self.zero3 is None or distributed.get_rank() == 0
+
+
+def placement_of(resolved: ResolvedRun) -> Placement:
+    """Where the weights of a run go; a process outside of any process group holds them whole."""
+    cut = resolved.zero_stage == 3 and distributed.is_initialized()
+    return placement_for(
+        resolved.precision, resolved.recipe.model.quantization, zero3=resolved.deepspeed if cut else None
+    )
+
+
+def placement_for(
+    precision: str, quantization: Quantization | None, *, zero3: dict[str, Any] | None = None
+) -> Placement:
+    """The placement of a model that trains, or was trained, in this precision and quantisation."""
+    # Whole weights wait on the CPU until DeepSpeed takes them; what is packed or cut stays where that happens.
+    stays = zero3 is not None or quantization is not None
+    return Placement(
+        dtype=DTYPES[precision],
+        device=own_device() if stays else torch.device("cpu"),
+        zero3=zero3,
+        quantization=quantization,
+    )
+
+
+def random_backbone(
+    config: PreTrainedConfig, placement: Placement, *, seed: int, fingerprint: Fingerprint | None = None
+) -> PreTrainedModel:
+    """A backbone with random weights, distributed as transformers has it.
+
+    Args:
+        config: describes the backbone.
+        placement: the form that its weights take; all ranks call this when it cuts them.
+        seed: the same seed gives the same weights, whatever the placement.
+        fingerprint: takes note of the weights, on ranks that bring them.
+
+    Raises:
+        UserError: the architecture does not say how its weights are initialised.
+    """
+    skeleton = make_skeleton(config)
+    try:
+        return _filled(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
+    except NotImplementedError as error:
+        raise UserError(f"{error}: train it from published weights, without model.from_scratch") from error
+
+
+def published_backbone(
+    source: str,
+    config: PreTrainedConfig,
+    placement: Placement,
+    *,
+    trust_remote_code: bool = False,
+    fingerprint: Fingerprint | None = None,
+) -> PreTrainedModel:
+    """A backbone with the weights of a hub id or folder.
+
+    They stay in the file that transformers maps into memory until their turn comes. Under ZeRO stage 3 the first rank
+    alone reads them; the others receive one weight after the other and keep their piece.
+
+    Args:
+        source: hub id or folder.
+        config: of the backbone; rows for tokens that the files lack become zero.
+        placement: the form that its weights take; all ranks call this when it cuts them.
+        trust_remote_code: run the code that comes with the model.
+        fingerprint: takes note of the weights, on ranks that bring them.
+
+    Raises:
+        OSError, ValueError: there is no such model.
+        UserError: its files lack weights, or hold them in other shapes.
+    """
+    # For a repository without safetensors, transformers would ask a service on the internet, in a thread that outlives
+    # the loading, to open a pull request with some.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
+    with contextlib.suppress(OSError):  # where none was published, the one made from the configuration stays
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(source)
+    if not placement.fills:
+        return _filled(skeleton, _unread, placement)
+    # By its own configuration: ours may leave room for more tokens.
+    loaded, info = backbone_class(config).from_pretrained(
+        source,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told in ``info`` instead
+    )
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    _check_complete(source, info, parameters, skeleton.model)
+    tensors: dict[str, Tensor] = {**parameters, **dict(loaded.named_buffers(remove_duplicate=False))}
+
+    def read(name: str, like: Tensor) -> Tensor:
+        values = tensors[name].detach()
+        if name in parameters:
+            parameters[name].data = torch.empty(0)  # nobody else holds on to it
+        return widened(values, like)
+
+    return _filled(skeleton, read, placement, fingerprint)
+
+
+def settle(model: PreTrainedModel, placement: Placement) -> None:
+    """Bring what was added to the backbone (pose encoder, heads, adapters) into the form of the run.
+
+    DeepSpeed casts and moves a model that is whole, and trusts one of which a part is cut to be ready.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and not is_packed(parameter):
+            parameter.data = parameter.data.to(placement.dtype)
+    cast_position_tables(model, placement.dtype)
+    if placement.zero3 is not None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(placement.device))
+
+
+def _filled(
+    skeleton: Skeleton, source: Source, placement: Placement, fingerprint: Fingerprint | None = None
+) -> PreTrainedModel:
+    """The skeleton's model with its weights; parameters that are tied stay tied."""
+    if fingerprint:
+        source = fingerprint.watch(source)
+    model = skeleton.model
+    places = defaultdict(list)
+    for module in model.modules():
+        for name, tensor in _own_tensors(module):
+            places[id(tensor)].append((module, name))
+    to_pack = packable(model, placement.quantization) if placement.quantization else set()
+    cut = _Cut(placement.zero3) if placement.zero3 else None
+    for path, module in list(model.named_modules()):
+        for name, tensor in list(_own_tensors(module)):
+            if tensor.device.type != "meta":
+                continue  # tied to one that came before
+            is_parameter = isinstance(tensor, nn.Parameter)
+            whole = _values(f"{path}.{name}" if path else name, tensor, source, placement)
+            filled = nn.Parameter(whole, requires_grad=tensor.requires_grad) if is_parameter else whole
+            for holder, attribute in places[id(tensor)]:
+                setattr(holder, attribute, filled)
+        if path in to_pack:
+            assert placement.quantization
+            module = quantised(module, placement.quantization, placement.dtype)
+            model.set_submodule(path, module)
+        if cut:
+            for parameter in module.parameters(recurse=False):
+                cut(parameter)
+    return model
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _values(name: str, tensor: Tensor, source: Source, placement: Placement) -> Tensor:
+    """Values for one tensor of the skeleton, in the type and place of the run, on every rank."""
+    dtype = placement.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
+    if placement.fills:
+        values = source(name, tensor).to(placement.device, dtype).contiguous()
+    else:
+        values = torch.empty(tensor.shape, dtype=dtype, device=placement.device)
+    if placement.zero3 is not None:
+        distributed.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: not all backends know all types
+    return values
+
+
+class _Cut:
+    """Cuts parameters over the ranks, one by one, as DeepSpeed's stage 3 will have them.
+
+    Args:
+        config: the DeepSpeed configuration.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.first: Any = None  # a parameter, to which DeepSpeed has given methods
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        import deepspeed
+
+        if hasattr(parameter, "ds_id"):
+            return  # tied to one that is cut already
+        if self.first is None:
+            self.first = parameter
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=copy.deepcopy(self.config))
+        else:
+            # By the same settings as the first one; reading them anew for each parameter would take longer.
+            self.first.convert_to_zero_parameters(param_list=[parameter])
+
+
+def _check_complete(
+    source: str, info: dict[str, Any], parameters: dict[str, nn.Parameter], skeleton: PreTrainedModel
+) -> None:
+    """Raise UserError where transformers would fill gaps with random numbers or give up tying."""
+    tied_to = {id(parameter): name for name, parameter in reversed(list(skeleton.named_parameters()))}
+    rows = table_rows(skeleton.config)
+    problems = {
+        "missing": [name for name in info["missing_keys"] if name in parameters],
+        "of another shape": [
+            *(entry[0] for entry in info["mismatched_keys"]),
+            *(
+                name
+                for name, parameter in skeleton.named_parameters()
+                if name in parameters and not _fits(parameters[name].shape, parameter.shape, rows)
+            ),
+        ],
+        "absent": [name for name, _ in skeleton.named_parameters() if name not in parameters],
+        "different though tied": [
+            name
+            for name, parameter in skeleton.named_parameters(remove_duplicate=False)
+            if parameters.get(name) is not parameters.get(tied_to[id(parameter)])
+        ],
+    }
+    told = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in problems.items() if names)
+    if told:
+        raise UserError(
+            f"the weights in {source} are not those of a {type(skeleton).__name__} with its configuration ({told}): "
+            "download or save the model again, or train from random weights with model.from_scratch=true"
+        )
+
+
+def _fits(published: torch.Size, wanted: torch.Size, rows: set[Any]) -> bool:
+    """Whether a weight has the wanted shape, but for rows of tokens that were added."""
+    return len(published) == len(wanted) and all(
+        have == want or (have < want and want in rows) for have, want in zip(published, wanted, strict=True)
+    )
+
+
+def _unread(name: str, _: Tensor) -> Tensor:
+    raise AssertionError(f"{name} is read by the first rank alone")

@@ -1,0 +1,168 @@
+"""Whole weights out of a model that ZeRO may have cut into pieces, and back; a model folder written in one stroke."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from toolkit.errors import UserError
+from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
+from toolkit.models.adaptation.trained import save_trained, trained_weights
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.translator import PoseTranslator
+
+
+def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Every weight of ``module`` on the CPU, whatever the ZeRO stage.
+
+    All ranks must call this: at stage 3 each weight is gathered from all of them, one at a time, so that no rank ever
+    holds two.
+
+    Args:
+        module: the model, as DeepSpeed holds it.
+        keep: whether this rank wants the result; the others get an empty dict.
+    """
+    return _gathered(module.state_dict(keep_vars=True), keep=keep)
+
+
+def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The weights that train, by their names in the state dict; frozen ones, cut or packed, are not touched.
+
+    Args and ranks as for :func:`whole_state_dict`.
+    """
+    return _gathered(_trainable(module), keep=keep)
+
+
+def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
+    """The weights that :func:`save_model` writes: all of them, or those that train where the rest is known.
+
+    Args and ranks as for :func:`whole_state_dict`.
+    """
+    return trainable_state_dict(model, keep=keep) if model.base else whole_state_dict(model, keep=keep)
+
+
+def _trainable(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    import deepspeed
+
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        partitioned = [tensor] if hasattr(tensor, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned):
+            if keep:
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
+
+
+def count_weights(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers these parameters hold, also where they are packed into few bits or cut over ranks."""
+    return sum(math.prod(_whole_shape(parameter)) for parameter in parameters)
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes' four bits
+    return packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape)
+
+
+def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:
+    """Write a HuggingFace folder; until it is complete it has another name, and then it takes the old one's place.
+
+    Args:
+        folder: where the model will be.
+        model: gives configuration and generation settings.
+        processor: goes beside it.
+        weights: as :func:`saved_state_dict` gives them.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if model.base:
+        partial.mkdir()
+        model.config.save_pretrained(partial)
+        model.generation_config.save_pretrained(partial)
+        model.base.save(partial)
+        save_trained(partial, model, weights)
+    else:
+        fold_rows(model, weights)
+        model.save_pretrained(partial, state_dict=weights)
+    processor.save_pretrained(partial)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: PoseTranslator) -> None:
+    """Put the weights that :func:`save_model` wrote into the model that wrote them, whatever the ZeRO stage.
+
+    All ranks must call this: the first one reads, the others receive, and none ever holds a second weight whole.
+
+    Args:
+        folder: a model folder, which only the first rank needs to see.
+        model: as DeepSpeed holds it.
+
+    Raises:
+        UserError: the folder cannot be read, or holds other weights; all ranks raise it.
+    """
+    import deepspeed
+
+    reads = dist.get_rank() == 0
+    problem: list[str | None] = [None]
+    if reads:
+        try:
+            read = _saved_weights(folder, model)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+    tensors = _trainable(model) if model.base else model.state_dict(keep_vars=True)
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
+        is_cut = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor] if is_cut else [], modifier_rank=0):
+            if reads:
+                tensor.copy_(read(name))
+            if not is_cut:
+                dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
+
+
+def _saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
+    """The weights in ``folder``, to be read tensor by tensor, by the names that they have in ``model``."""
+    if model.base:
+        return trained_weights(folder, model)
+    try:
+        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        places = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read: {error}") from error
+    tensors = model.state_dict(keep_vars=True)
+    # Of weights that are tied the folder holds one.
+    keys = {id(tensors[key]): key for key in places if key in tensors}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in keys and not is_new_row(name)]
+    problems = {"missing": missing, "unexpected": sorted(places.keys() - tensors.keys())}
+    told = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+    if told:
+        raise UserError(f"{folder} does not hold the weights of this model ({told}): train anew with --new")
+
+    def read(name: str) -> Tensor:
+        key = keys[id(tensors[name])]
+        return places[key].get_tensor(key)
+
+    return unfolded(model, read)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(module.parameters()).device

@@ -1,0 +1,278 @@
+"""The README of an exported model: how to use it, what it was trained on, how well it does, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit import __version__
+from toolkit.errors import UserError
+from toolkit.files import read_text
+from toolkit.models.loading.weights import count_weights
+from toolkit.models.processor import PoseFeatureExtractor
+from toolkit.models.translator import PoseTranslator
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.model_cards import ModelCard, card_of
+from toolkit.recipe.resolve import RECIPE_FILE
+from toolkit.recipe.schema import Model, Recipe
+from toolkit.recipe.yaml_text import dump_yaml
+from toolkit.scoring.metrics import SCORE_NAMES
+from toolkit.scoring.table import HEADINGS, NOT_APPLICABLE
+
+SCORES_FILE = "scores.json"
+# Where things lay on the machine that trained is nobody else's business, and no use to them.
+_PLACES = {
+    "data": ("corpus", "table", "poses", "cache"),
+    "run": ("dir",),
+}
+
+_TEXT = """\
+---
+{front_matter}---
+
+# {name}: a sign language translator
+
+Poses of a signing person go in, a text comes out. {description}
+
+## How to use
+
+It needs the sign language translation toolkit, version {version} or later; transformers alone does not know this kind
+of model.
+
+```python
+import toolkit  # makes it known to transformers
+from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained("{place}"), AutoProcessor.from_pretrained("{place}")
+print(processor.batch_decode(model.generate(**processor(["clip.pose"])))[0])
+```
+
+In a clone of the toolkit, also for folders, archives, videos and long recordings with subtitles:
+
+```
+python launch/translate.py --model {place} clip.pose
+```
+
+## What it reads
+
+`.pose` files, MediaPipe Holistic or others that name the same landmarks.
+
+| | |
+|---|---|
+{inputs}
+
+## What it was trained on
+
+{data}
+
+## Scores
+
+{scores}
+
+## Limits
+
+{limits}
+
+## Recipe
+
+{size}. Everything that decided the training, except where files lay:
+
+<details><summary>recipe.yaml</summary>
+
+```yaml
+{recipe}```
+
+</details>
+"""
+
+
+def model_card(
+    run_dir: Path, name: str, model: PoseTranslator, extractor: PoseFeatureExtractor, *, merged: bool = False
+) -> str:
+    """The README of the model that a run trained.
+
+    Args:
+        run_dir: gives recipe and scores.
+        name: what the model is called: its folder's name, or its id on the hub.
+        model: its size is told.
+        extractor: says what it reads.
+        merged: whether an adapter that it trained is added to its weights.
+
+    Raises:
+        UserError: the run's files are not readable.
+    """
+    recipe = load_recipe(str(run_dir / RECIPE_FILE))
+    summary = _read_scores(run_dir)
+    backbone = card_of(recipe.model)
+    return _TEXT.format(
+        front_matter=dump_yaml(_front_matter(name, recipe, backbone, summary)),
+        name=name.rpartition("/")[2],
+        place=name,
+        description=recipe.description or "",
+        version=__version__,
+        inputs="\n".join(f"| {what} | {value} |" for what, value in _inputs(extractor).items()),
+        data=_data(recipe, summary),
+        scores=_scores(summary),
+        limits="\n".join(f"- {limit}" for limit in _limits(recipe, extractor)),
+        size=_size(recipe, backbone, model) + _adaptation(recipe.model, name, merged=merged),
+        recipe=dump_yaml(_without_places(recipe)),
+    )
+
+
+def _read_scores(run_dir: Path) -> dict[str, Any]:
+    """What ``scores.json`` of the run says, or nothing where the run has not finished."""
+    path = run_dir / SCORES_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(read_text(path, "the scores of a run")))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable: {error}") from error
+
+
+def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads: tags, the base model, and the scores of the first test split."""
+    matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["sign-language-translation", "pose", "deepspeed"],
+    }
+    if backbone and backbone.hub_id and not recipe.model.from_scratch and not recipe.model.tiny:
+        matter |= {"base_model": backbone.hub_id}
+    if summary:
+        split, content = next(iter(summary["splits"].items()))
+        metrics = [
+            {"type": score, "name": HEADINGS.get(score, score), "value": round(value, 4)}
+            for score, value in content["scores"].items()
+            if value is not None
+        ]
+        dataset = {"type": recipe.data.source, "name": recipe.data.source, "split": split}
+        task = {"type": "translation", "name": "sign language translation"}
+        results = [{"task": task, "dataset": dataset, "metrics": metrics}]
+        matter["model-index"] = [{"name": name.rpartition("/")[2], "results": results}]
+    return matter
+
+
+def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
+    landmarks = extractor.landmark_set
+    longest = f"{extractor.max_frames} frames" if extractor.max_frames else "any"
+    seconds = f" ({extractor.max_frames / extractor.fps:.0f} s)" if extractor.max_frames else ""
+    return {
+        "landmark set": f"{landmarks['name']}: {len(landmarks['points'])} points by name, "
+        f"channels {', '.join(landmarks['channels'])}",
+        "frames per second": f"{extractor.fps:g}, whatever the file has",
+        "longest clip": f"{longest}{seconds}; longer ones: {extractor.too_long}",
+        "normalisation": extractor.normalisation,
+        "missing landmarks": "told to the model as missing, never as zero",
+    }
+
+
+def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    data = recipe.data
+    if data.source == "demo":
+        source = "The fingerspelling demo corpus, made of recorded letters (one signer, one clip a letter)."
+    else:
+        table = data.table or data.corpus
+        source = f"`{Path(table).name}`" if table else "the table of its recipe"
+        source = f"Source: {data.source}, {source}."
+    splits = ", ".join(f"{name} {split['clips']:,} clips" for name, split in summary.get("splits", {}).items())
+    return f"{source} Splits keep the clips of one source video together unless the corpus brings its own." + (
+        f" Scored on: {splits}." if splits else ""
+    )
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return "The run has not been scored on a test split."
+    names = [name for name in SCORE_NAMES if _belongs(name, summary)]
+    lines = ["| | " + " | ".join(HEADINGS[name] for name in names) + " | clips |", "|---" * (len(names) + 2) + "|"]
+    for split, content in summary["splits"].items():
+        rows = {split: content["scores"]} | {
+            f"{split}, floor: {kind} sentence": values for kind, values in content["floors"].items()
+        }
+        for label, values in rows.items():
+            cells = [_cell(name, values.get(name)) for name in names]
+            lines.append(f"| {label} | {' | '.join(cells)} | {content['clips']} |")
+    signature = "\n".join(f"- {kind}: `{text}`" for kind, text in summary["signature"].items())
+    return (
+        "A floor is what one scores without looking at the signing at all. BLEU, chrF++ and ROUGE-L run from 0 to 100, "
+        "higher is better; WER and CER are ratios, lower is better.\n\n" + "\n".join(lines) + f"\n\n{signature}"
+    )
+
+
+def _belongs(name: str, summary: Mapping[str, Any]) -> bool:
+    """Whether a score has its column: reduced BLEU only where it was asked for."""
+    return name != "reduced_bleu" or any(split["scores"].get(name) is not None for split in summary["splits"].values())
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return NOT_APPLICABLE
+    return f"{value:.3f}" if name in ("wer", "cer") else f"{value:.2f}"
+
+
+def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
+    limits = [
+        "It reads what its corpus taught it: other sign languages, signers, topics and cameras may give fluent "
+        "nonsense. A text looks no less certain for being wrong.",
+        "It is no interpreter: nothing that matters to a person's health, rights or money should rest on it.",
+        "A recording longer than the longest clip must be cut; `launch/translate.py` cuts by time, not by sentence.",
+        "The licences of the data and of the base model hold for this model, too.",
+    ]
+    if recipe.data.source == "demo":
+        limits.insert(
+            0, "It spells letters of a few fingerspelling alphabets, for one signer: a demonstration, no tool."
+        )
+    if "face" not in extractor.landmark_set.get("parts", {}):
+        limits.insert(-2, "It does not see the face, which carries grammar and mouthings.")
+    return limits
+
+
+def _size(recipe: Recipe, backbone: ModelCard | None, model: PoseTranslator) -> str:
+    parameters = count_weights(model.parameters()) / 1e6
+    start = "random weights" if recipe.model.from_scratch or recipe.model.tiny else "published weights"
+    licence = f" ({backbone.license})" if backbone else ""
+    name = backbone.name if backbone else Path(recipe.model.backbone).name
+    return f"{parameters:,.1f} M parameters; backbone {name}{licence}, from {start}"
+
+
+def _adaptation(settings: Model, name: str, *, merged: bool) -> str:
+    """How a frozen backbone was adapted, in sentences."""
+    told = ""
+    if settings.lora:
+        lora = settings.lora
+        kind = ("DoRA" if lora.dora else "LoRA") + (" (rsLoRA scaling)" if lora.rslora else "")
+        besides = f", {' and '.join(lora.train).replace('_', ' ')}" if lora.train else ""
+        told += (
+            f". Trained by {kind}, r = {lora.r}, alpha = {lora.alpha:g}: adapters in a frozen backbone; the pose "
+            f"encoder{besides} trained in full. "
+        )
+        told += (
+            "The adapter is merged into the weights"
+            if merged
+            else "The adapter lies apart in `adapter/`: `AutoModel` puts it on; for PEFT, "
+            f'`PeftModel.from_pretrained(AutoModel.from_pretrained("{name}", adapter=None), "{name}/adapter")`'
+        )
+    if settings.quantization:
+        told += (
+            f". The backbone was held in {settings.quantization.kind} during training; the weights here are the "
+            "numbers that those stood for"
+        )
+    if settings.extra_tokens:
+        told += f". Tokens added to the base model's: {', '.join(f'`{token}`' for token in settings.extra_tokens)}"
+    return told
+
+
+def _without_places(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json")
+    for section, keys in _PLACES.items():
+        values[section] = {key: value for key, value in values[section].items() if key not in keys}
+    for path in (("deepspeed",), ("model", "backbone"), ("model", "tokenizer"), ("data", "landmarks")):
+        *sections, key = path
+        place = values
+        for section in sections:
+            place = place[section]
+        if place[key] and Path(place[key]).is_absolute():
+            place[key] = Path(place[key]).name
+    return {key: value for key, value in values.items() if value != {}}

@@ -1,0 +1,210 @@
+"""What each pair of texts contributes to each score, and how such contributions add up to a score of a set.
+
+Every score of :mod:`toolkit.scoring.metrics` is a function of sums over clips. Keeping the addends makes a score of
+any resampled set a matter of one matrix product, which is what confidence intervals and significance tests need.
+
+BLEU and chrF++ are sacreBLEU's: its counts, its formulas. WER and CER are jiwer's: its text preparation, and the edit
+distance that it too takes from rapidfuzz.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import numpy.typing as npt
+import regex
+from rapidfuzz.distance import LCSseq, Levenshtein
+from sacrebleu.metrics import BLEU, CHRF
+
+from toolkit.errors import UserError
+
+Matrix = npt.NDArray[np.float64]
+Formula = Callable[[Matrix], float]
+
+# Texts pass in portions: lists of n-gram counts are a hundred times the size of what remains of them.
+PORTION = 10_000
+MAX_ORDER = 4
+BLEU_NAMES = tuple(f"bleu{order}" for order in range(1, MAX_ORDER + 1))
+
+# Scripts written without spaces, one token a character; elsewhere a run of letters, marks and digits. Python's own \w
+# would drop the vowel signs of Devanagari. The joiners U+200C and U+200D belong inside words.
+_BY_CHARACTER = r"\p{Han}\p{Hiragana}\p{Katakana}"
+_TOKENS = regex.compile(rf"[{_BY_CHARACTER}]|[[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d]--[{_BY_CHARACTER}]]+", regex.V1)
+_HAS_WORD = regex.compile(r"[\p{L}\p{N}]")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One kind of score.
+
+    Attributes:
+        addends: float64 [clips, numbers], what each clip contributes.
+        formulas: score name -> function of the summed numbers. A BLEU order of which no reference has an n-gram is not
+            applicable and not among them.
+    """
+
+    addends: Matrix
+    formulas: dict[str, Formula]
+
+    def values(self, sums: Matrix) -> dict[str, float]:
+        """The scores of a set whose contributions add up to ``sums`` [numbers]."""
+        return {name: formula(sums) for name, formula in self.formulas.items()}
+
+
+def measure(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+    frequent_words: Collection[str] | None = None,
+) -> list[Measure]:
+    """Collect what every clip contributes; the arguments are those of :func:`toolkit.scoring.metrics.score`."""
+    bleu, plain_bleu = make_bleu(tokenize, lowercase), make_bleu("none", False)
+    chrf = CHRF(word_order=2, lowercase=lowercase)
+    frequent = None if frequent_words is None else frozenset(word.lower() for word in frequent_words)
+    parts: list[list[Matrix]] = []
+    for start in range(0, len(references), PORTION):
+        portion = slice(start, start + PORTION)
+        given, wanted = list(hypotheses[portion]), list(references[portion])
+        rows = [_sacrebleu_addends(bleu, given, wanted), _sacrebleu_addends(chrf, given, wanted)]
+        if frequent is not None:
+            reduced = [[reduce_text(text, bleu, frequent) for text in texts] for texts in (given, wanted)]
+            rows.append(_sacrebleu_addends(plain_bleu, *reduced))
+        if lowercase:
+            given, wanted = [text.lower() for text in given], [text.lower() for text in wanted]
+        rows.append(np.array([(rouge_l(*pair), 1.0) for pair in zip(given, wanted, strict=True)]))
+        rows.append(_error_addends(jiwer.transformations.wer_default, given, wanted))
+        rows.append(_error_addends(jiwer.transformations.cer_default, given, wanted))
+        parts.append(rows)
+    addends = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    names = [
+        BLEU_NAMES,
+        ("chrf",),
+        *([] if frequent is None else [("reduced_bleu",)]),
+        ("rouge_l",),
+        ("wer",),
+        ("cer",),
+    ]
+    return [
+        Measure(numbers, _formulas(of_these, numbers, chrf)) for numbers, of_these in zip(addends, names, strict=True)
+    ]
+
+
+def _formulas(names: tuple[str, ...], addends: Matrix, chrf: CHRF) -> dict[str, Formula]:
+    """How the scores of these names follow from sums of addends; without those that are not applicable."""
+    if names == ("chrf",):
+        return {"chrf": lambda sums: float(chrf._compute_score_from_stats(sums.tolist()).score)}
+    if names not in (BLEU_NAMES, ("reduced_bleu",)):
+        return dict.fromkeys(names, _ratio)
+    longest_reference = int(addends[:, 1].max())
+    orders = range(1, MAX_ORDER + 1) if names == BLEU_NAMES else [MAX_ORDER]
+    return {
+        name: partial(_bleu_of_order, order)
+        for name, order in zip(names, orders, strict=True)
+        if order <= longest_reference
+    }
+
+
+def make_bleu(tokenize: str, lowercase: bool) -> BLEU:
+    """sacreBLEU's BLEU with its default smoothing.
+
+    Raises:
+        UserError: the tokenizer is unknown or lacks a file or package that it needs.
+    """
+    if tokenize not in BLEU.TOKENIZERS:
+        known = ", ".join(BLEU.TOKENIZERS)
+        raise UserError(f"evaluation.tokenize: there is no tokenizer '{tokenize}': choose one of {known}")
+    try:
+        # force: a model that writes its full stops apart is judged as it is, without advice on standard error.
+        return BLEU(tokenize=tokenize, lowercase=lowercase, force=True)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        model = _sentencepiece_file(tokenize)
+        mend = f": put its SentencePiece model at {model}, or set SACREBLEU to a folder that has it" if model else ""
+        raise UserError(
+            f"evaluation.tokenize: the tokenizer '{tokenize}' cannot be used here: {reason}{mend}"
+        ) from error
+
+
+def _sentencepiece_file(tokenize: str) -> str:
+    """Where sacreBLEU looks for a tokenizer's SentencePiece model before it downloads it; empty for those without."""
+    from sacrebleu.tokenizers import tokenizer_spm
+
+    if tokenize not in tokenizer_spm.SPM_MODELS:
+        return ""
+    name = tokenizer_spm.SPM_MODELS[tokenize]["url"].rpartition("/")[2]
+    return str(Path(tokenizer_spm.SACREBLEU_DIR) / "models" / name)
+
+
+def rouge_l(hypothesis: str, reference: str) -> float:
+    """F1 of the longest common subsequence of tokens of one pair, 0..100."""
+    hypothesis_tokens, reference_tokens = rouge_tokens(hypothesis), rouge_tokens(reference)
+    if not hypothesis_tokens or not reference_tokens:
+        return 100.0 * (hypothesis.split() == reference.split())
+    common = LCSseq.similarity(hypothesis_tokens, reference_tokens)
+    return 200.0 * common / (len(hypothesis_tokens) + len(reference_tokens))
+
+
+def rouge_tokens(text: str) -> list[str]:
+    """The tokens that ROUGE-L compares."""
+    return _TOKENS.findall(unicodedata.normalize("NFC", text.lower()))
+
+
+def frequent_words(texts: Iterable[str], tokenize: str = "13a", share: float = 0.5) -> frozenset[str]:
+    """The words that reduced BLEU leaves out: the most frequent ones, ``share`` of all words of ``texts``.
+
+    Args:
+        texts: those of the training split.
+        tokenize: as the scores are computed.
+        share: 0..1; words that only together with rarer ones would exceed it stay.
+    """
+    bleu = make_bleu(tokenize, False)
+    counts = Counter(word for text in texts for word in bleu.tokenizer(text.lower().rstrip()).split())
+    counts = Counter({word: count for word, count in counts.items() if _HAS_WORD.search(word)})
+    left = share * counts.total()
+    chosen = []
+    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        left -= count
+        if left < 0:
+            break
+        chosen.append(word)
+    return frozenset(chosen)
+
+
+def reduce_text(text: str, bleu: BLEU, frequent: Collection[str]) -> str:
+    """The words of ``text`` that carry its meaning: tokenised, without frequent words and punctuation."""
+    words = bleu.tokenizer((text.lower() if bleu.lowercase else text).rstrip()).split()
+    return " ".join(word for word in words if word.lower() not in frequent and _HAS_WORD.search(word))
+
+
+def _sacrebleu_addends(metric: Any, hypotheses: list[str], references: list[str]) -> Matrix:
+    # Private, but what sacreBLEU's own bootstrap resamples; tests compare every result with the public functions.
+    return np.array(metric._extract_corpus_statistics(hypotheses, [references]), dtype=np.float64)
+
+
+def _bleu_of_order(order: int, sums: Matrix) -> float:
+    """Corpus BLEU up to n-grams of ``order``; never the precision of that order alone."""
+    hypothesis_length, reference_length = sums[:2].tolist()
+    correct, total = sums[2 : 2 + order].tolist(), sums[2 + MAX_ORDER : 2 + MAX_ORDER + order].tolist()
+    lengths = int(hypothesis_length), int(reference_length)
+    return float(BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp", max_ngram_order=order).score)
+
+
+def _error_addends(prepare: Any, hypotheses: list[str], references: list[str]) -> Matrix:
+    """Errors and reference length of each pair, in words or characters."""
+    pairs = zip(prepare(references), prepare(hypotheses), strict=True)
+    return np.array([(Levenshtein.distance(wanted, given), len(wanted)) for wanted, given in pairs], dtype=np.float64)
+
+
+def _ratio(sums: Matrix) -> float:
+    """First number over the second; with nothing to be said, the number of insertions, as jiwer has it."""
+    return float(sums[0] / max(sums[1], 1.0))

@@ -1,0 +1,118 @@
+"""Scores and sample outputs as plain text, for terminals and log files alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from toolkit.scoring.metrics import SCORE_NAMES, Scores, better
+from toolkit.scoring.predictions import Prediction
+from toolkit.scoring.resampling import Comparison, Interval
+
+HEADINGS = {
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "reduced_bleu": "rBLEU",
+    "chrf": "chrF++",
+    "rouge_l": "ROUGE-L",
+    "wer": "WER",
+    "cer": "CER",
+}
+NOT_APPLICABLE = "n/a"
+# p-value below which a difference counts as shown.
+SIGNIFICANT = 0.05
+
+
+def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str, Interval]] | None = None) -> str:
+    """A table with one row for each set of scores, then the settings that they were computed with.
+
+    Args:
+        rows: scores by label, in the order of printing; the model's first, then its floors.
+        intervals: of some of these rows the 95 % intervals, by score; they go below their row.
+
+    Returns:
+        lines of text without a newline at the end; rows with the same settings share their signature. Reduced BLEU has
+        a column only where some row has it.
+    """
+    names = [
+        name
+        for name in SCORE_NAMES
+        if name != "reduced_bleu" or any(row.reduced_bleu is not None for row in rows.values())
+    ]
+    table = [["", *(HEADINGS[name] for name in names), "clips"]]
+    for label, scores in rows.items():
+        values = scores.values()
+        table.append([label, *(format_score(name, values[name]) for name in names), str(scores.clips)])
+        ranges = (intervals or {}).get(label)
+        for place, end in enumerate(("from", "to") if ranges else ()):
+            bounds = [(ranges or {}).get(name) for name in names]
+            cells = [
+                format_score(name, bound[place]) if bound else "" for name, bound in zip(names, bounds, strict=True)
+            ]
+            table.append([f"  95 % {end}", *cells, ""])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = []
+    for label, *cells in table:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    signatures = {f"{name}: {text}": None for scores in rows.values() for name, text in scores.signature.items()}
+    return "\n".join([*lines, *signatures])
+
+
+def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparison]) -> str:
+    """Two sets of translations score by score: difference, its 95 % interval and the chance that it is none.
+
+    Args:
+        first, second: what the two are called.
+        comparisons: by score.
+    """
+    table = [["", first, second, "difference", "95 % from", "to", "p", ""]]
+    for name in SCORE_NAMES:
+        if name in comparisons:
+            item = comparisons[name]
+            values = (item.first, item.second, item.difference, *item.interval)
+            cells = [format_score(name, value) for value in values]
+            table.append([HEADINGS[name], *cells, f"{item.p_value:.3f}", verdict(name, item, first, second)])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)]
+    lines = []
+    for label, *cells, said in table:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *numbers, said]).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def verdict(name: str, comparison: Comparison, first: str, second: str) -> str:
+    """Which of the two is better, where chance does not explain it at 5 %."""
+    if comparison.p_value >= SIGNIFICANT or comparison.difference == 0:
+        return "no difference shown"
+    return f"{second if (comparison.difference > 0) == better(name) else first} is better"
+
+
+def format_score(name: str, value: float | None) -> str:
+    """A score as people print it: two decimals, four for the error rates, which are ratios."""
+    if value is None:
+        return NOT_APPLICABLE
+    return f"{value:.4f}" if name in ("wer", "cer") else f"{value:.2f}"
+
+
+def choose_samples(predictions: Sequence[Prediction], count: int, seed: int = 0) -> list[Prediction]:
+    """Some predictions at random, in their own order; the same seed shows the same clips after every epoch."""
+    chosen = random.Random(seed).sample(range(len(predictions)), min(count, len(predictions)))
+    return [predictions[index] for index in sorted(chosen)]
+
+
+def samples_text(predictions: Sequence[Prediction]) -> str:
+    """Reference above hypothesis for each prediction, one blank line between them."""
+    return "\n\n".join(
+        f"{_one_line(item.uid)}\n  reference   {_one_line(item.reference)}\n  hypothesis  {_one_line(item.hypothesis)}"
+        for item in predictions
+    )
+
+
+def _one_line(text: str) -> str:
+    """Keep a text on its line, and its control characters away from the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -1,0 +1,167 @@
+"""Floating-point operations of the model, counted from its own matrix products, and the peak of the device.
+
+Model FLOPs are those that the mathematics asks for: a multiplication and an addition of every matrix product, forward
+once and backward twice (once where the weight is frozen). What gradient checkpointing computes again is no progress
+and does not count, nor do element-wise operations. Their share of what the device can do is the model-FLOPs
+utilisation, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.batching.collate import Batch
+from toolkit.training.optimization.learning_rate_layers import stack_layers
+
+PEAK_TRIALS = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training on a batch costs, in FLOPs.
+
+    Attributes:
+        per_frame: matrix products over frames or what the pose encoder makes of them, for each padded frame.
+        per_token: matrix products over target tokens, for each padded token.
+        positions_per_frame: encoder positions for each padded frame.
+        encoder_attention: for each pair of encoder positions of a clip.
+        decoder_attention: for each pair of a target token and what it attends to: tokens and encoder positions.
+    """
+
+    per_frame: float
+    per_token: float
+    positions_per_frame: float
+    encoder_attention: float
+    decoder_attention: float
+
+    def of(self, batch: Batch) -> float:
+        """The FLOPs of one forward and backward pass over a batch, padding included."""
+        clips, frames = batch.frame_mask.shape
+        tokens = batch.labels.shape[1]
+        positions = frames * self.positions_per_frame
+        return clips * (
+            frames * self.per_frame
+            + tokens * self.per_token
+            + positions**2 * self.encoder_attention
+            + tokens * (tokens + positions) * self.decoder_attention
+        )
+
+
+class CostRecorder:
+    """Watches one forward pass of a translator and says what any other costs. A context manager.
+
+    Every linear layer and convolution tells the size of its input and output, which works whatever DeepSpeed, PEFT or
+    bitsandbytes have made of its weight. Attention is reckoned as complete, from the shapes alone; that inside a pose
+    encoder is left out.
+
+    Args:
+        model: the translator.
+        batch: what is about to pass through it.
+    """
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self._model = model
+        self._batch = batch
+        self._positions = 0
+        self._seen: list[tuple[bool, int, float]] = []  # in the decoder, rows, FLOPs
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> CostRecorder:
+        backbone = self._model.backbone
+        encoder = backbone.get_encoder()
+        of_encoder = {id(module) for part in (encoder, self._model.pose_encoder) for module in part.modules()}
+        self._handles = [encoder.register_forward_hook(self._see_encoder)]
+        for module in self._model.modules():
+            if _is_product(module):
+                in_decoder = id(module) not in of_encoder and module is not getattr(self._model, "ctc_head", None)
+                self._handles.append(
+                    module.register_forward_hook(
+                        lambda module, inputs, output, decoder=in_decoder: self._see(module, inputs, output, decoder)
+                    )
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def cost(self) -> Cost | None:
+        """What was learnt; None where no matrix product was seen, as in a compiled model."""
+        clips, frames = self._batch.frame_mask.shape
+        tokens = self._batch.labels.shape[1]
+        if not self._seen or not self._positions:
+            return None
+        # The decoder's cross-attention reads the encoder's positions: as many rows, unless texts are just as long.
+        over_positions = clips * self._positions
+        over_frames = sum(cost for decoder, rows, cost in self._seen if not decoder or rows == over_positions)
+        over_tokens = sum(cost for decoder, rows, cost in self._seen if decoder and rows != over_positions)
+        backbone = self._model.backbone
+        encoder, decoder = (len(stack_layers(part)) for part in (backbone.get_encoder(), backbone.get_decoder()))
+        # Scores and weighted sum are a product each; forward and twice backward.
+        pair = 3 * 2 * 2 * attention_width(backbone.config)
+        return Cost(
+            per_frame=over_frames / (clips * frames),
+            per_token=over_tokens / (clips * tokens),
+            positions_per_frame=self._positions / frames,
+            encoder_attention=encoder * pair,
+            decoder_attention=decoder * pair,
+        )
+
+    def _see_encoder(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._positions = output.last_hidden_state.shape[1]
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, in_decoder: bool) -> None:
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            taps = math.prod(module.kernel_size) * module.in_channels // module.groups
+            forward = 2.0 * output.numel() * taps
+            rows = output.numel() // module.out_channels
+        else:
+            forward = 2.0 * inputs[0].numel() * output.shape[-1]
+            rows = inputs[0].numel() // inputs[0].shape[-1]
+        weight = getattr(module, "weight", None)
+        trained = weight is not None and weight.requires_grad
+        self._seen.append((in_decoder, rows, forward * (3 if trained else 2)))
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Linear layers (bitsandbytes' are subclasses), GPT-2's way to write them, and convolutions."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or type(module).__name__ == "Conv1D"
+
+
+def attention_width(config: Any) -> int:
+    """Heads times their width, of a backbone's configuration."""
+    if hasattr(config, "d_kv"):
+        return int(config.num_heads * config.d_kv)
+    return int(getattr(config, "decoder", config).hidden_size)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on one rank: what the device can do, at most a fraction of a second.
+
+    It is measured where and how the training runs (threads, clock, other ranks beside it), so that MFU needs no table
+    of devices and means the same on any.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    # A generator of its own: the state of torch's is by now that of the checkpoint from which the run goes on.
+    generator = torch.Generator(device).manual_seed(0)
+    left = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    right = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    seconds = []
+    for _ in range(PEAK_TRIALS):
+        _synchronize(device)
+        started = time.perf_counter()
+        torch.mm(left, right)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,58 @@
+"""An exponential moving average of the trainable weights, which is what gets evaluated and kept.
+
+The average lies beside the optimiser's own state of each piece that this rank steps, in fp32: so it is divided as the
+ZeRO stage divides, it follows the weights in the precision in which they are stepped, and checkpoints hold it by
+parameter name, for any number of ranks and any stage to go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from toolkit.checkpointing.zero_shards import rewrite_shards, shards
+
+AVERAGE = "average"  # key in a shard's state
+
+
+@torch.no_grad()
+def update_average(engine: Any, decay: float, step: int) -> None:
+    """Take in the weights after an optimizer step.
+
+    Args:
+        engine: the DeepSpeed engine, at any stage, with its states in memory.
+        decay: what the average keeps of itself at each step. It is less during the first steps, (1 + step) / (10 +
+            step), so that the random weights at the beginning are soon forgotten.
+        step: optimizer steps done, from 1.
+    """
+    for shard in shards(engine):
+        # An optimiser takes an empty state for one to be filled, so nothing may be there before its first step.
+        average = shard.state.setdefault(AVERAGE, shard.values.detach().float().clone())
+        average.lerp_(shard.values.float(), 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """Within it the engine's weights are the averages, afterwards its own again, to the last bit.
+
+    All ranks must enter. Before the first step there is no average, and nothing changes.
+    """
+    own = _exchange(engine, [shard.state.get(AVERAGE) for shard in shards(engine)])
+    try:
+        yield
+    finally:
+        _exchange(engine, own)
+
+
+@torch.no_grad()
+def _exchange(engine: Any, values: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Give every shard other values; returns those that it had."""
+    before: list[torch.Tensor | None] = []
+    for shard, new in zip(rewrite_shards(engine), values, strict=True):
+        before.append(shard.values.detach().clone())
+        if new is not None:
+            shard.values.data.copy_(new)
+    return before

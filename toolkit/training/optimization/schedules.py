@@ -1,0 +1,94 @@
+"""Learning-rate schedules as plain functions of the optimizer step (never of micro-batches)."""
+
+from __future__ import annotations
+
+import math
+
+from toolkit.checkpointing.checkpoints import Extension
+from toolkit.recipe.schema import Training
+
+
+def total_steps(training: Training, epoch_steps: int) -> int:
+    """Optimizer steps of a whole run; ``epoch_steps`` are those of an epoch."""
+    steps = math.ceil(training.epochs * epoch_steps)
+    return min(steps, training.max_steps) if training.max_steps else steps
+
+
+def warmup_steps(training: Training, total: int, extension: Extension | None) -> int:
+    """Optimizer steps until the peak."""
+    return extension.warmup_steps if extension else int(training.warmup_ratio * total)
+
+
+def scheduled_factor(training: Training, step: int, total: int, extension: Extension | None) -> float:
+    """What the peak learning rate is multiplied by in a run that may have been extended.
+
+    A run that was made longer goes on by the schedule of the longer run. Where that stands higher than the run did, the
+    rate rises to it over a warm-up of its own: ``training.warmup_ratio`` of the steps from there to the new end.
+
+    Args:
+        training: the recipe's section.
+        step: optimizer steps done before this one, from 0.
+        total: optimizer steps of the whole run, the extension's included.
+        extension: the last one; None where the run was never extended.
+    """
+    factor = learning_rate_factor(training.schedule, step, total, warmup_steps(training, total, extension))
+    if extension is None:
+        return factor
+    rise = int(training.warmup_ratio * (total - extension.step))
+    share = min(1.0, (step - extension.step + 1) / (rise + 1))
+    return factor * (extension.ratio + (1.0 - extension.ratio) * share)
+
+
+def extended(training: Training, step: int, before: int, after: int, extension: Extension | None) -> Extension:
+    """The extension of a run from ``before`` to ``after`` optimizer steps, of which ``step`` are done.
+
+    Args:
+        training: the recipe's section.
+        step, before, after: optimizer steps.
+        extension: an earlier one of the same run.
+    """
+    warmup = warmup_steps(training, before, extension)
+    stood = scheduled_factor(training, step, before, extension)
+    return Extension(step, min(1.0, stood / learning_rate_factor(training.schedule, step, after, warmup)), warmup)
+
+
+def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied by.
+
+    Args:
+        schedule: ``linear``, ``cosine``, ``constant`` or ``inverse_sqrt``, each after a linear warm-up.
+        step: optimizer steps done before this one, from 0.
+        total_steps: optimizer steps of the whole run.
+        warmup_steps: optimizer steps until the peak.
+
+    Raises:
+        ValueError: the schedule is unknown.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse_sqrt":
+        return math.sqrt((warmup_steps + 1) / (step + 1))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def backbone_factor(factor: float, step: int, frozen_steps: int, warmup_steps: int) -> float:
+    """The same for a backbone that waits for its pose encoder: nothing at first, then a warm-up of its own.
+
+    Args:
+        factor: what the rest of the model has.
+        step: optimizer steps done before this one, from 0.
+        frozen_steps: optimizer steps that the backbone waits; 0 = none.
+        warmup_steps: optimizer steps until it learns as the rest does.
+    """
+    if step < frozen_steps:
+        return 0.0
+    if not frozen_steps:
+        return factor
+    return min(factor, (step - frozen_steps + 1) / (warmup_steps + 1))
