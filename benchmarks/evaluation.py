@@ -166,7 +166,7 @@ def take_turns(
 
 def open_split(model: str, corpus: str | None) -> Split:
     """The test split that the run's own corpus has, or that of another corpus."""
-    opened: Corpus = find_corpus(model, recipe_of(model), corpus, speaks=True)
+    opened: Corpus = find_corpus(model, recipe_of(model), corpus, is_local_main=True)
     return opened.splits["test"]
 
 

@@ -177,7 +177,7 @@ def train_as_rank(plan: dict[str, Any]) -> None:
     resolved = resolve_named(
         plan["recipe"], plan["overrides"], ranks.world_size, has_gpu=torch.cuda.is_available(), ds=plan["ds"]
     )
-    whole = Corpus.open(ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
+    whole = Corpus.open(ensure_corpus(resolved.recipe.data, is_local_main=ranks.is_local_main))
     corpus = few_clips(whole, resolved.recipe.training.global_batch_size)
     built: dict[str, float] = {}
     build = training_run.build_translator
@@ -190,14 +190,14 @@ def train_as_rank(plan: dict[str, Any]) -> None:
 
     training_run.build_translator = measured_build
 
-    def say(text: str) -> None:
+    def echo(text: str) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
     losses, seconds = [], []
     with (
         training_run.living_run(resolved, ranks, corpus) as interruptions,
-        training_run.open_trainer(resolved, ranks, corpus, training_run.Start(), interruptions, say) as trainer,
+        training_run.open_trainer(resolved, ranks, corpus, training_run.Start(), interruptions, echo) as trainer,
     ):
         parameters = list(trainer.engine.module.parameters())
         with trainer.line:

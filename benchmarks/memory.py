@@ -138,7 +138,7 @@ def measure(name: str, out: Path) -> None:
     from toolkit.training.run import Start, living_run, open_trainer
 
     ranks = read_ranks()
-    corpus = Corpus.open(ensure_corpus(load_recipe("demo").data, speaks=ranks.speaks))
+    corpus = Corpus.open(ensure_corpus(load_recipe("demo").data, is_local_main=ranks.is_local_main))
     overrides = [*SETTINGS, f"data.corpus={corpus.path}", f"run.dir={out / 'run'}"]
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=name)
     return_freed_memory() if resolved.zero_stage == 3 else keep_freed_memory()  # as launch/train.py does

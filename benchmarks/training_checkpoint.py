@@ -68,6 +68,7 @@ def one_rank(folder: Path) -> None:
     from torch import distributed as dist
 
     from toolkit.batching.loader import train_batches
+    from toolkit.checkpointing import run_directory
     from toolkit.cluster.devices import barrier
     from toolkit.cluster.logs import quieten
     from toolkit.cluster.process_group import join_process_group, leave_process_group
@@ -75,7 +76,6 @@ def one_rank(folder: Path) -> None:
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.recipe.resolve import resolve_named
-    from toolkit.training import run_directory
     from toolkit.training.monitoring.interruptions import Interruptions
     from toolkit.training.run import Start, open_trainer
 

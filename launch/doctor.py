@@ -43,7 +43,7 @@ def _build(arguments: argparse.Namespace) -> None:
     # Under --json stdout holds the one object alone.
     stream = sys.stderr if arguments.json else sys.stdout
     seconds = build_ops(
-        arguments.names or ["shm_comm"], force=arguments.force, say=lambda line: print(line, file=stream, flush=True)
+        arguments.names or ["shm_comm"], force=arguments.force, echo=lambda line: print(line, file=stream, flush=True)
     )
     if arguments.json:
         print(json.dumps({"ops": {name: round(value, 1) for name, value in seconds.items()}}))

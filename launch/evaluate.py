@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.scoring.metrics import score
     from toolkit.scoring.neural import parse_neural
 
-    def say(text: str) -> None:
+    def echo(text: str) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     recipe = recipe_of(arguments.model, arguments.overrides)
     settings = settings_of(recipe, arguments.overrides)
     score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
-    corpus = find_corpus(arguments.model, recipe, arguments.corpus, speaks=ranks.speaks)
+    corpus = find_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
     names = find_splits(corpus, arguments.split)
     quieten(None)
     model, processor = load_translator(arguments.model)
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         join_process_group(ranks)
     use_threads(ranks)
     total = sum(len(corpus.splits[name]) for name in names)
-    say(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
+    echo(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
     started = time.monotonic()
     progress = Progress(corpus, ranks) if ranks.is_main else None
     how = {"rank": ranks.rank, "world_size": ranks.world_size, "n_best": arguments.n_best, "on_batch": progress}
@@ -180,12 +180,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if not ranks.is_main:
         return
     summary = write_results(out, arguments.model, corpus, results, total / seconds, neural)
-    say(f"\n{for_people(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
+    echo(f"\n{for_people(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
     for name, split in summary["splits"].items():
         for metric, value in split["neural"].items():
-            say(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")
+            echo(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")
     if arguments.json:
-        say(json.dumps(summary))
+        echo(json.dumps(summary))
 
 
 class Progress:

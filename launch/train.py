@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.training.results import for_people, read_scores
     from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
 
-    def say(text: str) -> None:
+    def echo(text: str) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
         return_freed_memory() if memory_is_short else keep_freed_memory()
     for note in resolved.notes:
-        say(f"note: {note}")
+        echo(f"note: {note}")
 
     new = arguments.resume == "never" or arguments.overfit is not None
     if new and arguments.extend:
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
         if aside := run_directory.set_aside(resolved.run_dir):
-            say(f"the run that was in {resolved.run_dir} is now in {aside}")
+            echo(f"the run that was in {resolved.run_dir} is now in {aside}")
         return Start()
 
     def check() -> tuple[Start, str | None]:
@@ -137,24 +137,26 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     # Rank 0 looks for all: on a shared file system others may see the run directory as it was half a minute ago.
     start = on_rank_0(look)
-    corpus = Corpus.open(resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, speaks=ranks.speaks))
+    corpus = Corpus.open(
+        resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, is_local_main=ranks.is_local_main)
+    )
     start, extension = on_rank_0(check)
     if extension:
-        say(f"note: {extension}")
+        echo(f"note: {extension}")
     if start.finished:
-        say(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
+        echo(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
         summary = read_scores(resolved.run_dir) if ranks.is_main else {}
     elif arguments.overfit is not None:
-        summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), say)
+        summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), echo)
     else:
-        summary = train(resolved, ranks, corpus, start, say)
+        summary = train(resolved, ranks, corpus, start, echo)
     if not ranks.is_main:
         return
     if arguments.overfit is None:
         evaluation, seed = resolved.recipe.evaluation, resolved.recipe.training.seed
-        say(f"\n{for_people(summary, evaluation.samples, seed)}")
+        echo(f"\n{for_people(summary, evaluation.samples, seed)}")
     if arguments.json:
-        say(json.dumps(summary))
+        echo(json.dumps(summary))
 
 
 if __name__ == "__main__":

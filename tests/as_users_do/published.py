@@ -83,12 +83,12 @@ def t5_pieces() -> bytes:
 
 def t5(folder: Path) -> None:
     (folder / "spiece.model").write_bytes(t5_pieces())
-    say(folder, tokenizer_class="T5Tokenizer", model_max_length=512)
+    echo(folder, tokenizer_class="T5Tokenizer", model_max_length=512)
 
 
 def mt5(folder: Path) -> None:
     (folder / "spiece.model").write_bytes(t5_pieces())
-    say(folder, tokenizer_class="T5Tokenizer", extra_ids=0, additional_special_tokens=None)
+    echo(folder, tokenizer_class="T5Tokenizer", extra_ids=0, additional_special_tokens=None)
 
 
 def umt5(folder: Path) -> None:
@@ -97,7 +97,7 @@ def umt5(folder: Path) -> None:
 
 
 def byt5(folder: Path) -> None:
-    say(folder, tokenizer_class="ByT5Tokenizer", extra_ids=125)
+    echo(folder, tokenizer_class="ByT5Tokenizer", extra_ids=125)
 
 
 def bart(folder: Path) -> None:
@@ -105,12 +105,12 @@ def bart(folder: Path) -> None:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer.train_from_iterator(words(), vocab_size=400, special_tokens=special, show_progress=False)
     tokenizer.save_model(str(folder))
-    say(folder, tokenizer_class="BartTokenizer", model_max_length=1024)
+    echo(folder, tokenizer_class="BartTokenizer", model_max_length=1024)
 
 
 def mbart50(folder: Path) -> None:
     (folder / "sentencepiece.bpe.model").write_bytes(pieces())
-    say(folder, tokenizer_class="MBart50Tokenizer", src_lang=None, tgt_lang=None, language_codes="ML50")
+    echo(folder, tokenizer_class="MBart50Tokenizer", src_lang=None, tgt_lang=None, language_codes="ML50")
 
 
 def nllb(folder: Path) -> None:
@@ -133,7 +133,7 @@ def pegasus(folder: Path) -> None:
     masks = ["<mask_1>", "<mask_2>", *(f"<unk_{number}>" for number in range(2, 103))]
     model = pieces(pad_id=0, eos_id=1, unk_id=105, bos_id=-1, user_defined_symbols=tuple(masks))
     (folder / "spiece.model").write_bytes(model)
-    say(folder, tokenizer_class="PegasusTokenizer")
+    echo(folder, tokenizer_class="PegasusTokenizer")
 
 
 def marian(folder: Path) -> None:
@@ -142,7 +142,7 @@ def marian(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(numbered(["</s>", "<unk>", *found, "<pad>"])))
     for name in ("source.spm", "target.spm"):
         (folder / name).write_bytes(pieces())
-    say(folder, tokenizer_class="MarianTokenizer", source_lang="de", target_lang="en")
+    echo(folder, tokenizer_class="MarianTokenizer", source_lang="de", target_lang="en")
 
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -172,7 +172,7 @@ def numbered(tokens: list[str]) -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-def say(folder: Path, **settings: Any) -> None:
+def echo(folder: Path, **settings: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -76,7 +76,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def writer(tmp_path: Path, said: list[str]) -> Iterator[CheckpointWriter]:
-    writer = CheckpointWriter(tmp_path / "checkpoints", IDENTITY, keep_last=2, say=said.append)
+    writer = CheckpointWriter(tmp_path / "checkpoints", IDENTITY, keep_last=2, echo=said.append)
     yield writer
     writer.close()
 
@@ -176,13 +176,13 @@ def test_it_knows_which_models_a_run_would_look_for(writer: CheckpointWriter) ->
 def test_what_died_while_saving_is_removed(tmp_path: Path, said: list[str]) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".step_000005.partial").mkdir(parents=True)
-    CheckpointWriter(folder, IDENTITY, keep_last=1, say=said.append).close()
+    CheckpointWriter(folder, IDENTITY, keep_last=1, echo=said.append).close()
     assert not list(folder.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "checkpoints").write_text("a file is in the way")
-    writer = CheckpointWriter(tmp_path / "checkpoints", IDENTITY, keep_last=1, say=said.append)
+    writer = CheckpointWriter(tmp_path / "checkpoints", IDENTITY, keep_last=1, echo=said.append)
     writer.save(make_engine(), Progress(step=1))
     with pytest.raises(UserError, match=r"step 1 could not be written .*there is none yet"):
         writer.wait()

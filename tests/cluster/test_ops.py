@@ -106,7 +106,7 @@ def test_a_run_that_swaps_to_disk_needs_its_op_beforehand(extensions):
 def test_force_removes_the_lock(extensions):
     lock = leave_lock(extensions)
     said = []
-    assert ops.build_ops([], force=True, say=said.append) == {}
+    assert ops.build_ops([], force=True, echo=said.append) == {}
     assert not lock.exists()
     assert len(said) == 1 and str(lock) in said[0]
 

@@ -62,7 +62,7 @@ def test_a_lone_process_is_rank_0_of_1():
 def test_launchers_are_understood(environment):
     ranks = read_ranks(environment)
     assert ranks == Ranks(rank=5, local_rank=1, world_size=8, local_world_size=4)
-    assert not ranks.is_main and not ranks.speaks
+    assert not ranks.is_main and not ranks.is_local_main
     assert read_local_rank(environment) == 1
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     gc.freeze()
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     corpus, folder = Corpus.open(plan["corpus"]), Path(plan["folder"])
-    writer = CheckpointWriter(folder / "checkpoints", NOBODY, keep_last=1, say=print)
+    writer = CheckpointWriter(folder / "checkpoints", NOBODY, keep_last=1, echo=print)
     cases: dict[str, Callable[[int], dict[str, Any]]] = {
         f"recipe {name}": functools.partial(train_recipe, name, overrides, corpus, folder / name, ranks)
         for name, overrides in plan["recipes"].items()

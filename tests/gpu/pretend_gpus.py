@@ -59,7 +59,7 @@ def install() -> None:
     pretend_tensors()
     pretend_nccl()
     pretend_ops()
-    from toolkit.training import metering
+    from toolkit.training.monitoring import metering
 
     metering.measure_peak = lambda device, _: float(meant(device) == Rank.own)  # 8192 columns take a CPU half a minute
 

@@ -33,7 +33,7 @@ def test_plain_lines_come_every_few_steps_and_at_the_end():
     with ProgressLine(total_steps=25, total_epochs=2.5, log_every=10, stream=stream) as progress:
         for step in range(1, 26):
             progress.update(figures(step))
-        progress.say("saved checkpoints/step_25 [done]")
+        progress.echo("saved checkpoints/step_25 [done]")
     lines = stream.getvalue().splitlines()
     assert [re.search(r"step (\d+)/25", line).group(1) for line in lines[:3]] == ["10", "20", "25"]
     for piece in (
@@ -64,7 +64,7 @@ def test_a_silent_rank_prints_nothing():
     stream = io.StringIO()
     with ProgressLine(total_steps=10, total_epochs=1, log_every=1, enabled=False, stream=stream) as progress:
         progress.update(figures(1))
-        progress.say("hello")
+        progress.echo("hello")
     assert stream.getvalue() == ""
 
 
@@ -78,7 +78,7 @@ def test_a_terminal_shows_one_live_line_that_is_rewritten_in_place(monkeypatch):
         with ProgressLine(total_steps=30, total_epochs=3, stream=terminal) as progress:
             for step in (1, 2, 3):
                 progress.update(figures(step))
-            progress.say("dev cer 0.5")
+            progress.echo("dev cer 0.5")
             progress.update(figures(4))
         terminal.flush()
         seen = ""

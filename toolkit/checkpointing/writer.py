@@ -60,11 +60,11 @@ class CheckpointWriter:
         say: prints a line on one rank.
     """
 
-    def __init__(self, folder: Path, identity: SavedState, *, keep_last: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, identity: SavedState, *, keep_last: int, echo: Callable[[str], None]) -> None:
         self.folder = folder
         self.identity = identity
         self.keep_last = keep_last
-        self.say = say
+        self.echo = echo
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last: Future[str | None] | None = None
@@ -167,7 +167,7 @@ class CheckpointWriter:
         kept = f"the last complete one is {found[-1]}" if found else "there is none yet"
         text = f"the checkpoint after step {state.progress.step} could not be written ({problem[0]}); {kept}"
         if dist.get_rank() == 0:
-            self.say(text)
+            self.echo(text)
         return text
 
     def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:

@@ -154,10 +154,10 @@ class Ending:
         first = self._ask(lambda store: store.compare_set(CLAIM, "", json.dumps(asdict(failure))))
         self.failure = Failure(**json.loads(first)) if first else failure
         is_own = self.failure.told_by == self._ranks.rank
-        speaks = self._speaks_for_its_node(self.failure)
-        if speaks:
+        is_local_main = self._speaks_for_its_node(self.failure)
+        if is_local_main:
             print(f"{trace if is_own else ''}{self.failure.line}", file=sys.stderr, flush=True)
-        if is_own and (first or speaks):
+        if is_own and (first or is_local_main):
             with contextlib.suppress(Exception):  # a full disk must not keep the process from its end
                 self.record(failure.rank, failure.host, failure.reason)
         while self.clean_ups:
@@ -250,7 +250,7 @@ def _failure_of(error: BaseException, me: Member) -> Failure:
         return Failure(me.rank, me.host, "stopped by Ctrl-C", "interrupted: stopped by Ctrl-C", EXIT_AT_ONCE)
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, UserError):
-        return Failure(me.rank, me.host, reason, f"error: {error}", error.exit_code)
+        return Failure(me.rank, me.host, reason, f"error: {error.lines}", error.exit_code)
     line = " ".join(reason.split())
     return Failure(me.rank, me.host, reason, f"error: {me} failed: {line}")
 
@@ -286,7 +286,7 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
     except UserError as error:
         # What is wrong before the ranks have met is wrong with the environment of all of them.
         if read_local_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error.lines}", file=sys.stderr, flush=True)
         os._exit(EXIT_USER_ERROR)
     _ending = Ending(meeting, debug=debug)
     code = EXIT_DONE
@@ -294,8 +294,8 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
         command(ranks)
     except Interrupted as error:  # all ranks have agreed on it
         code = error.exit_code
-        if ranks.speaks:
-            print(f"interrupted: {error}", file=sys.stderr, flush=True)
+        if ranks.is_local_main:
+            print(f"interrupted: {error.lines}", file=sys.stderr, flush=True)
     except BaseException as error:
         code = _ending.tell(error).code
     _ending.leave(code)

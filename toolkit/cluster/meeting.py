@@ -150,7 +150,7 @@ def _outcome_of(leaders: list[int], work: Callable[[], Value]) -> Value:
     outcomes = {leader: pickle.loads(wait_for(meeting.store, key)) for leader, key in keys.items()}
     for leader, (kind, content) in outcomes.items():
         if kind is not None:
-            raise kind(content) from OtherRankFailed(f"rank {leader} met it")
+            raise kind(*content) from OtherRankFailed(f"rank {leader} met it")
     return outcomes[meeting.first_here if meeting.first_here in outcomes else leaders[0]][1]
 
 
@@ -158,10 +158,10 @@ def _do(work: Callable[[], Any], tell: Callable[[tuple[type[Exception] | None, A
     try:
         tell((None, work()))
     except (UserError, Interrupted) as error:
-        tell((type(error), str(error)))
+        tell((type(error), error.args))
         raise
     except BaseException as error:
-        tell((OtherRankFailed, f"{type(error).__name__}: {error}"))
+        tell((OtherRankFailed, (f"{type(error).__name__}: {error}",)))
         raise
 
 

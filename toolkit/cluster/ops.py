@@ -111,7 +111,7 @@ def check_needed_ops(deepspeed: dict[str, Any]) -> None:
         )
 
 
-def build_ops(names: Iterable[str], *, force: bool = False, say: Callable[[str], None] = print) -> dict[str, float]:
+def build_ops(names: Iterable[str], *, force: bool = False, echo: Callable[[str], None] = print) -> dict[str, float]:
     """Build ops one after the other in this process, and load each to prove that it works.
 
     Args:
@@ -131,7 +131,7 @@ def build_ops(names: Iterable[str], *, force: bool = False, say: Callable[[str],
         raise UserError(f"no op is called {unknown[0]!r}: choose from {', '.join(OPS)}")
     if force:
         for lock in stale_locks():
-            say(f"removed {lock}, left by a build that was killed")
+            echo(f"removed {lock}, left by a build that was killed")
             lock.unlink()
         for name in names:
             folder = op_folder(name)
@@ -141,10 +141,10 @@ def build_ops(names: Iterable[str], *, force: bool = False, say: Callable[[str],
     with _silence():
         from deepspeed.accelerator import get_accelerator
 
-    return {name: seconds for name in names if (seconds := _build(name, get_accelerator(), say)) is not None}
+    return {name: seconds for name in names if (seconds := _build(name, get_accelerator(), echo)) is not None}
 
 
-def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float | None:
+def _build(name: str, accelerator: object, echo: Callable[[str], None]) -> float | None:
     builder_class, purpose = OPS[name]
     started = time.monotonic()
     try:
@@ -152,10 +152,10 @@ def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float 
             builder = accelerator.create_op_builder(builder_class)  # type: ignore[attr-defined]
             usable = builder is not None and builder.is_compatible(verbose=False)
         if not usable:
-            say(f"op {name} ({purpose}): not for this machine, skipped")
+            echo(f"op {name} ({purpose}): not for this machine, skipped")
             return None
         if not is_built(name):
-            say(f"op {name} ({purpose}): building, one to four minutes on two cores")
+            echo(f"op {name} ({purpose}): building, one to four minutes on two cores")
         with _silence():
             builder.load(verbose=False)
     except Exception as error:  # whatever the compiler, ninja, CUDA or the loader says is the user's to mend
@@ -164,7 +164,7 @@ def _build(name: str, accelerator: object, say: Callable[[str], None]) -> float 
             "`python launch/doctor.py` lists what is missing"
         ) from error
     seconds = time.monotonic() - started
-    say(f"op {name} ({purpose}): ready after {seconds:.0f} s")
+    echo(f"op {name} ({purpose}): ready after {seconds:.0f} s")
     return seconds
 
 

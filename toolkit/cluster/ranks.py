@@ -52,7 +52,7 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def speaks(self) -> bool:
+    def is_local_main(self) -> bool:
         """Whether this is the one process of its node that prints errors."""
         return self.local_rank == 0
 

@@ -55,13 +55,13 @@ class Prepared:
     missing_shards: int = 0
 
 
-def ensure_corpus(data: Data, *, speaks: bool = True) -> Path:
+def ensure_corpus(data: Data, *, is_local_main: bool = True) -> Path:
     """The folder of the prepared corpus that the settings mean; see ``find_or_prepare``. All ranks call this.
 
     Rank 0 prepares it. A node that does not see it within a minute has a cache of its own, and prepares it there.
     """
-    path = on_rank_0(lambda: find_or_prepare(data, speaks=speaks).path)
-    return on_each_node(lambda: path if _appears(path) else find_or_prepare(data, speaks=speaks).path)
+    path = on_rank_0(lambda: find_or_prepare(data, is_local_main=is_local_main).path)
+    return on_each_node(lambda: path if _appears(path) else find_or_prepare(data, is_local_main=is_local_main).path)
 
 
 def _appears(corpus: Path) -> bool:
@@ -74,7 +74,7 @@ def _appears(corpus: Path) -> bool:
     return True
 
 
-def find_or_prepare(data: Data, *, speaks: bool = True, ray: str | None = None) -> Prepared:
+def find_or_prepare(data: Data, *, is_local_main: bool = True, ray: str | None = None) -> Prepared:
     """The prepared corpus that the settings mean; prepared now if that was never done before.
 
     Many processes may ask at the same time: one prepares, and the others wait for it.
@@ -94,12 +94,12 @@ def find_or_prepare(data: Data, *, speaks: bool = True, ray: str | None = None) 
     asked_at = time.time()
     cache = Path(data.cache)
     if data.source == "demo":
-        data = _with_demo_clips(data, cache, speaks)
+        data = _with_demo_clips(data, cache, is_local_main)
     inputs = read_inputs(data)
     out = cache / f"{data.source}-{inputs.fingerprint[:12]}"
     if not (out / METADATA_FILE).exists():
         plan = make_plan(inputs)
-        with _sole_writer(out, speaks):
+        with _sole_writer(out, is_local_main):
             if not (out / METADATA_FILE).exists():
                 _refuse_again(out, asked_at)
                 return _prepare(plan, out, _builder(data, ray))
@@ -125,11 +125,11 @@ def prepare(
     if out.exists() and not replace and share[1] == 1:
         raise _exists(out)
     if data.source == "demo":
-        data = _with_demo_clips(data, Path(data.cache), speaks=True)
+        data = _with_demo_clips(data, Path(data.cache), is_local_main=True)
     plan, build = make_plan(read_inputs(data)), _builder(data, ray)
     if share[1] > 1:
         return _prepare_share(plan, out, share, replace, build)
-    with _sole_writer(out, speaks=True):
+    with _sole_writer(out, is_local_main=True):
         return _prepare(plan, out, build)
 
 
@@ -161,7 +161,7 @@ def _prepare_share(plan: Plan, out: Path, share: tuple[int, int], replace: bool,
     # A corpus does not say where its sources lay, so what it was made from is noted beside it: a job that starts when
     # the others are done must find out that this is the corpus it was to help with.
     made_from = out.with_name(f".{out.name}.inputs")
-    with _sole_writer(out, speaks=True):
+    with _sole_writer(out, is_local_main=True):
         if out.exists():
             if made_from.exists() and made_from.read_text(encoding="utf-8") == fingerprint:
                 return Prepared(out, None)
@@ -178,7 +178,7 @@ def _prepare_share(plan: Plan, out: Path, share: tuple[int, int], replace: bool,
     number, count = share
     with _goes_on_later(out):
         rate = _build_with_progress(work, f"{out.name} {number}/{count}", work.shards()[number - 1 :: count], build)
-    with _sole_writer(out, speaks=True):
+    with _sole_writer(out, is_local_main=True):
         # Another share may have found everything there in the meantime, and made the corpus.
         if unfinished.exists():
             missing = len(work.missing(work.shards()))
@@ -340,7 +340,7 @@ def _refuse_again(out: Path, asked_at: float) -> None:
 
 
 @contextmanager
-def _sole_writer(out: Path, speaks: bool) -> Iterator[None]:
+def _sole_writer(out: Path, is_local_main: bool) -> Iterator[None]:
     """Hold the lock of a corpus; while another process holds it, say so now and then. Ctrl-C becomes Interrupted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
@@ -351,7 +351,7 @@ def _sole_writer(out: Path, speaks: bool) -> Iterator[None]:
             break
         except Timeout:
             waited += MESSAGE_WHILE_WAITING
-            if speaks:
+            if is_local_main:
                 print(f"waiting for another process that prepares {out} ({waited:.0f} s)", file=sys.stderr, flush=True)
     try:
         with _goes_on_later(out):
@@ -369,14 +369,14 @@ def _goes_on_later(out: Path) -> Iterator[None]:
         raise Interrupted(f"preparing {out} stopped half-way: run the same command again to go on") from error
 
 
-def _with_demo_clips(data: Data, cache: Path, speaks: bool) -> Data:
+def _with_demo_clips(data: Data, cache: Path, is_local_main: bool) -> Data:
     """The demo's settings with its table and poses, which are made first if they are not there."""
     sizes = DemoSizes()
     index = (find_lexicon() / "index.csv").read_bytes()
     recipe = json.dumps([DEMO_VERSION, asdict(sizes), words()]).encode()
     clips = cache / f"demo-clips-{xxhash.xxh3_64_hexdigest(recipe + index)[:12]}"
     if not clips.exists():
-        with _sole_writer(clips, speaks):
+        with _sole_writer(clips, is_local_main):
             if not clips.exists():
                 total = sum(asdict(sizes).values())
                 with _bar("making the demo's clips", total) as bar:

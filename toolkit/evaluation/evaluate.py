@@ -69,7 +69,7 @@ def settings_of(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
     ).evaluation
 
 
-def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, speaks: bool) -> Corpus:
+def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, is_local_main: bool) -> Corpus:
     """The corpus that was asked for, else the one that the model was trained on; all ranks call this.
 
     Raises:
@@ -81,7 +81,7 @@ def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *,
     if recipe is None or run is None:
         raise UserError(f"{model} lies in no run directory, so its corpus is not known: add --corpus FOLDER")
     place = on_rank_0(lambda: _corpus_of(run, recipe))
-    return Corpus.open(place or ensure_corpus(recipe.data, speaks=speaks))
+    return Corpus.open(place or ensure_corpus(recipe.data, is_local_main=is_local_main))
 
 
 def _corpus_of(run: Path, recipe: Recipe) -> Path | None:

@@ -100,7 +100,7 @@ class ProgressLine:
         elif figures.step % self._log_every == 0 or figures.step == self._total_steps:
             self._print("  ".join(text for text, _ in self._parts(figures)))
 
-    def say(self, text: str) -> None:
+    def echo(self, text: str) -> None:
         """Print a line that stays, above the live line."""
         if self._enabled:
             self._print(text)

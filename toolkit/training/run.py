@@ -138,7 +138,7 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
         )
 
 
-def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say: Say) -> dict[str, Any]:
+def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, echo: Say) -> dict[str, Any]:
     """Train, or go on training, and score the best model on every test split.
 
     All ranks call this. Afterwards the run directory holds everything.
@@ -160,24 +160,24 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, say
     with (
         closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
         living_run(resolved, ranks, corpus) as interruptions,
-        open_trainer(resolved, ranks, corpus, start, interruptions, say) as trainer,
+        open_trainer(resolved, ranks, corpus, start, interruptions, echo) as trainer,
     ):
         trainer.run(batches)
         batches.close()
         memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
         names = splits_to_test(corpus)
-        say(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
+        echo(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
         results = score_best(
             trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.recipe.evaluation, ranks
         )
         summary = write_scores(resolved, start.progress, results, memory) if ranks.is_main else {}
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
-        say(draw_report(resolved.run_dir))
+        echo(draw_report(resolved.run_dir))
     return summary
 
 
-def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say) -> dict[str, Any]:
+def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Say) -> dict[str, Any]:
     """Overfit the few clips of ``corpus`` and say whether that worked; all ranks call this.
 
     Returns:
@@ -187,16 +187,16 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, say: Say
     with (
         closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
         living_run(resolved, ranks, corpus) as interruptions,
-        open_trainer(resolved, ranks, corpus, start, interruptions, say, target_loss=TARGET_LOSS) as trainer,
+        open_trainer(resolved, ranks, corpus, start, interruptions, echo, target_loss=TARGET_LOSS) as trainer,
     ):
         trainer.run(batches)
         predictions, _ = trainer.translate(corpus.splits["train"])
         steps, loss = trainer.progress.step, trainer.loss
     learned, text = verdict(predictions, steps, loss)
-    say(f"\n{text}")
+    echo(f"\n{text}")
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=steps)
-        say(draw_report(resolved.run_dir))
+        echo(draw_report(resolved.run_dir))
     return {"run_dir": str(resolved.run_dir), "steps": steps, "loss": loss, "learned": learned}
 
 
@@ -256,7 +256,7 @@ def _given_up(run_dir: Path, ranks: Ranks) -> None:
     """A second Ctrl-C: say what it means, in the moment that is left."""
     if ranks.is_main:
         run_directory.write_status(run_dir, "failed", reason="stopped at once by a second Ctrl-C, without saving")
-    if ranks.speaks:
+    if ranks.is_local_main:
         text = "interrupted: stopped at once by a second Ctrl-C; the same command goes on from the last checkpoint"
         print(text, file=sys.stderr, flush=True)
 
@@ -268,7 +268,7 @@ def open_trainer(
     corpus: Corpus,
     start: Start,
     interruptions: Interruptions,
-    say: Say,
+    echo: Say,
     target_loss: float | None = None,
 ) -> Iterator[Trainer]:
     """A trainer that stands where the run left off."""
@@ -277,10 +277,10 @@ def open_trainer(
     seed_everything(recipe.training.seed)
     processor = shared_processor(resolved, ranks, corpus)
     if ranks.is_main:
-        _warn_of_unknown(processor.tokenizer, corpus, say)
+        _warn_of_unknown(processor.tokenizer, corpus, echo)
     on_each_node(lambda: fetch_backbone(recipe.model))  # may take hours, so nobody waits for it in a collective
     model = build_translator(resolved, corpus, processor.tokenizer)
-    say(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
+    echo(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
     engine, peaks = make_engine(model, resolved)
     layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
@@ -289,21 +289,21 @@ def open_trainer(
     lost = _restore_kept(resolved.run_dir, progress)
     if start.checkpoint and start.state:
         _check_base(fingerprint, start)
-        say(f"going on from {start.checkpoint}")
+        echo(f"going on from {start.checkpoint}")
         notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
         for path in on_rank_0(lambda: set_newer_aside(checkpoints, progress.step)):
             notes.append(f"a newer checkpoint is set aside as {path}")
         if lost:
             notes.append(f"the models kept at step {', '.join(map(str, lost))} are not in {resolved.run_dir} any more")
         for note in notes:
-            say(f"note: {note}")
+            echo(f"note: {note}")
     identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), fingerprint, {})
     with (
         open_tracker(
             resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
         ) as tracker,
         failures.at_failure(tracker.close),
-        closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, say=say)) as writer,
+        closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, echo=echo)) as writer,
         failures.at_failure(writer.settle),
         failures.told(),
     ):
@@ -320,14 +320,14 @@ def open_trainer(
             progress=progress,
             target_loss=target_loss,
         )
-        say(f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of {resolved.batch}")
+        echo(f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of {resolved.batch}")
         if ranks.is_main:
-            warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, say)
+            warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, echo)
         try:
             yield trainer
         finally:
             if ranks.is_main:
-                tell_communication(resolved, say)
+                tell_communication(resolved, echo)
 
 
 def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
@@ -356,11 +356,11 @@ def _check_base(fingerprint: str, start: Start) -> None:
         )
 
 
-def _warn_of_unknown(tokenizer: Any, corpus: Corpus, say: Say) -> None:
+def _warn_of_unknown(tokenizer: Any, corpus: Corpus, echo: Say) -> None:
     """Say, on the terminal and in the log, what of the texts the model will never be able to write."""
     unknown = find_unknown(tokenizer, [text for split in corpus.splits.values() for text in split.texts])
     if unknown:
-        say(f"warning: {unknown}")
+        echo(f"warning: {unknown}")
         log.warning(str(unknown))
 
 

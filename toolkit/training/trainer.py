@@ -297,7 +297,7 @@ class Trainer:
                 self.save_model(kept, scores)
             progress.kept = kept
         if self._is_patience_over() and progress.step < self.total_steps:
-            self.line.say(
+            self.line.echo(
                 f"stopping early: no better {settings.select_by} in {progress.evaluations_since_best} evaluations; "
                 f"the best model is that of step {progress.best_step}"
             )
@@ -331,7 +331,7 @@ class Trainer:
             rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
             self.tracker.table(progress.step, "dev_samples", rows)
         best = f"  (best {settings.select_by} so far)" if is_better else ""
-        self.line.say(f"dev after epoch {epoch}: {evaluated.line()}{best}")
+        self.line.echo(f"dev after epoch {epoch}: {evaluated.line()}{best}")
         self._warn(warn_of_collapse(evaluated, self.corpus, epoch, settings))
 
     def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
@@ -379,6 +379,6 @@ class Trainer:
     def _warn(self, text: str | None) -> None:
         """Tell the terminal, the log (and so the report) and the trackers."""
         if text and self.ranks.is_main:
-            self.line.say(f"warning: {text}")
+            self.line.echo(f"warning: {text}")
             log.warning(text)
             self.tracker.log(self.progress.step, {"warning": text}, kind="event")

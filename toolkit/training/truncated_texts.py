@@ -42,7 +42,7 @@ def find_cut_texts(texts: Sequence[str], tokenizer: Any, max_target_tokens: int)
 
 
 def warn_of_cut_texts(
-    recipe: Recipe, texts: Sequence[str], tokenizer: Any, tracker: Tracker, step: int, say: Callable[[str], None]
+    recipe: Recipe, texts: Sequence[str], tokenizer: Any, tracker: Tracker, step: int, echo: Callable[[str], None]
 ) -> None:
     """Say what is cut, on the terminal, in the log (and so in the report) and in the run's figures.
 
@@ -64,7 +64,7 @@ def warn_of_cut_texts(
         f"if they ended there; the longest has {cut.longest} tokens: training.max_target_tokens={cut.longest} learns "
         f"them whole{f', evaluation.max_new_tokens={cut.longest} lets them be written' if unwritten else ''}"
     )
-    say(f"warning: {text}")
+    echo(f"warning: {text}")
     log.warning(text)
     if step == 0:
         figures: dict[str, float | str] = {"warning": text, "texts_cut": cut.count, "longest_text_tokens": cut.longest}

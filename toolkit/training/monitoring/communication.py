@@ -14,7 +14,7 @@ from toolkit.recipe.resolve import ResolvedRun, value_at
 FILE = "communication.txt"
 
 
-def tell_communication(resolved: ResolvedRun, say: Callable[[str], None]) -> None:
+def tell_communication(resolved: ResolvedRun, echo: Callable[[str], None]) -> None:
     """Write what this rank has sent and received where the DeepSpeed JSON asks for it, and say in a line where.
 
     No rank waits for another here, so a run that was stopped has its figures, too.
@@ -25,13 +25,13 @@ def tell_communication(resolved: ResolvedRun, say: Callable[[str], None]) -> Non
 
     recorded = comm.comms_logger.log_all(print_log=False, return_dict=True)["summary"]
     if not recorded:
-        say("comms_logger has recorded nothing: name operations in ds.comms_logger.prof_ops, or set prof_all=true")
+        echo("comms_logger has recorded nothing: name operations in ds.comms_logger.prof_ops, or set prof_all=true")
         return
     rows = [(name, size, figures["count"]) for name, sizes in recorded.items() for size, figures in sizes.items()]
     path = resolved.run_dir / FILE
     write_text_atomically(path, _table(rows))
     calls, gib = sum(row[2] for row in rows), sum(size * count for _, size, count in rows) / 2**30
-    say(f"communication of rank 0: {calls} calls, {gib:.2f} GiB; by operation in {path}")
+    echo(f"communication of rank 0: {calls} calls, {gib:.2f} GiB; by operation in {path}")
 
 
 def _table(rows: list[tuple[str, int, int]]) -> str:
