@@ -34,7 +34,7 @@ class Seen(TorchDispatchMode):
 def test_the_precision_of_a_run_is_kept(
     monkeypatch: pytest.MonkeyPatch, ours: Any, torchs: Any, kernel: Any, shape: Any, knows: bool, precision: str
 ) -> None:
-    monkeypatch.setattr(convolution, "_knows_bf16", lambda: knows)
+    monkeypatch.setattr(convolution, "has_fast_bf16", lambda: knows)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
     reference = torchs(8, 8, kernel).to(dtype)

@@ -6,11 +6,12 @@ fp32, which loses nothing, and give what they would have given: weights, gradien
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from toolkit.cpu.linear import has_fast_bf16
 
 
 class Conv1d(nn.Conv1d):
@@ -31,14 +32,9 @@ def _convolve(convolve: Any, input: Tensor, weight: Tensor, bias: Tensor | None)
     dtype = input.dtype
     if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    if input.device.type != "cpu" or dtype != torch.bfloat16 or _knows_bf16():
+    if input.device.type != "cpu" or dtype != torch.bfloat16 or has_fast_bf16():
         result: Tensor = convolve(input, weight, bias)
         return result
     with torch.autocast("cpu", enabled=False):
         result = convolve(input.float(), weight.float(), None if bias is None else bias.float())
     return result.to(dtype)
-
-
-@cache
-def _knows_bf16() -> bool:
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
