@@ -35,8 +35,9 @@ from toolkit.batching.loader import train_batches
 from toolkit.batching.order import epoch_order
 from toolkit.cluster.devices import own_device
 from toolkit.corpus.demo import find_lexicon
-from toolkit.corpus.packed import Clip, Corpus, Metadata, Split, finish_corpus, finish_split, shard_name, write_shard
+from toolkit.corpus.packed import Clip, Corpus, Metadata, Split
 from toolkit.corpus.prepare import prepare
+from toolkit.corpus.writer import finish_corpus, finish_split, shard_name, write_shard
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.augmentation import augment, draw_lengths

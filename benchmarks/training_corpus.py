@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from toolkit.corpus.packed import Clip, Corpus, Metadata, finish_corpus, finish_split, shard_name, write_shard
+from toolkit.corpus.packed import Clip, Corpus, Metadata
+from toolkit.corpus.writer import finish_corpus, finish_split, shard_name, write_shard
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set

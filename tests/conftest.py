@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolkit.corpus.packed import Clip, write_corpus
+from toolkit.corpus.packed import Clip
+from toolkit.corpus.writer import write_corpus
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.load import load_recipe

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from toolkit.cluster.ranks import Ranks
-from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.corpus.packed import Clip, Corpus
+from toolkit.corpus.writer import write_corpus
 from toolkit.errors import exit_code_of
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set

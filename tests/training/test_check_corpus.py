@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from toolkit.checkpointing import run_directory
-from toolkit.corpus.packed import Clip, Corpus, write_corpus
+from toolkit.corpus.packed import Clip, Corpus
+from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer

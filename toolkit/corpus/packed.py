@@ -1,4 +1,4 @@
-"""The packed corpus: what preparation writes once and every training process reads as a memory map.
+"""The packed corpus as training reads it: a memory map of every split.
 
 On disk a corpus is a folder that the ``datasets`` library opens with ``load_from_disk``::
 
@@ -9,16 +9,15 @@ On disk a corpus is a folder that the ``datasets`` library opens with ``load_fro
     dev/ test/ ...
 
 Features are float16, a list of frames of ``points x channels`` values each, NaN where a landmark is missing. Reading
-goes through pyarrow alone: it starts a hundred times faster than ``datasets``, and gives views into the map.
+needs pyarrow alone, which starts a hundred times faster than ``datasets`` and gives views into the map.
+``writer.py`` writes these files.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
 
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import LandmarkSet
 
 FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
-CLIPS_PER_RECORD_BATCH = 256
-UNFINISHED = ".tmp"
 MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
 
 
@@ -271,141 +267,3 @@ class Corpus:
         num_points = len(metadata.landmark_set["points"])
         splits = {name: Split(path / name, num_points, len(metadata.channels)) for name in metadata.splits}
         return cls(path, metadata, splits)
-
-
-def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
-    """Write one Arrow file of a split; it appears under its name only when it is complete.
-
-    Args:
-        path: ``data-NNNNN-of-NNNNN.arrow`` in the folder of the split.
-        clips: features are [frames, points, channels]; turned to float16 here.
-        features_width: points x channels.
-    """
-    schema = _schema(features_width)
-    partial = unfinished_name(path)
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, len(clips), CLIPS_PER_RECORD_BATCH):
-            writer.write_batch(_record_batch(clips[start : start + CLIPS_PER_RECORD_BATCH], schema, features_width))
-    partial.replace(path)
-
-
-def unfinished_name(path: Path) -> Path:
-    """Where to write what will be renamed to ``path``; no other process of a cluster writes there."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
-
-
-def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.RecordBatch:
-    frames = np.array([len(clip.features) for clip in clips], np.int32)
-    offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
-    flat = np.empty(int(offsets[-1]) * width, np.float16)
-    with np.errstate(over="ignore"):
-        for clip, start, end in zip(clips, offsets[:-1] * width, offsets[1:] * width, strict=True):
-            flat[start:end] = clip.features.reshape(-1)
-    # What float16 cannot hold lies thousands of shoulder widths away: not a place, so it is missing, in every channel.
-    beyond = np.isinf(flat)
-    if beyond.any():
-        channels = clips[0].features.shape[2]
-        flat.reshape(-1, channels)[beyond.reshape(-1, channels).any(axis=1)] = np.nan
-    frames_of_clips = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
-    columns = [
-        pa.array([clip.uid for clip in clips], pa.string()),
-        pa.array([clip.text for clip in clips], pa.string()),
-        pa.array([clip.video for clip in clips], pa.string()),
-        pa.array([clip.language for clip in clips], pa.string()),
-        pa.array(frames),
-        pa.array([clip.hands_visible for clip in clips], pa.float32()),
-        pa.LargeListArray.from_arrays(pa.array(offsets), frames_of_clips),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _schema(width: int) -> pa.Schema:
-    features = pa.large_list(pa.list_(pa.float16(), width))
-    columns = [
-        *((name, pa.string()) for name in ("uid", "text", "video", "language")),
-        ("frames", pa.int32()),
-        ("hands_visible", pa.float32()),
-        ("features", features),
-    ]
-    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": _dataset_features(width)}})})
-
-
-def _dataset_features(width: int) -> dict[str, Any]:
-    """The columns as the ``datasets`` library describes them."""
-
-    def value(dtype: str) -> dict[str, Any]:
-        return {"dtype": dtype, "_type": "Value"}
-
-    frame = {"feature": value("float16"), "length": width, "_type": "Sequence"}
-    return {
-        **{name: value("string") for name in ("uid", "text", "video", "language")},
-        "frames": value("int32"),
-        "hands_visible": value("float32"),
-        "features": {"feature": frame, "_type": "LargeList"},
-    }
-
-
-def shard_name(index: int, count: int) -> str:
-    return f"data-{index:05d}-of-{count:05d}.arrow"
-
-
-def finish_split(folder: Path, features_width: int) -> None:
-    """Write the two small files by which ``datasets.load_from_disk`` knows a folder of shards."""
-    shards = sorted(path.name for path in folder.glob("data-*.arrow"))
-    info = {
-        "citation": "",
-        "description": "",
-        "features": _dataset_features(features_width),
-        "homepage": "",
-        "license": "",
-    }
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in shards],
-        "_fingerprint": xxhash.xxh3_64_hexdigest("\n".join([folder.name, *shards]).encode()),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": folder.name,
-    }
-    _write_json(folder / "dataset_info.json", info)
-    _write_json(folder / "state.json", state)
-
-
-def finish_corpus(folder: Path, metadata: Metadata) -> None:
-    """Write what makes a folder of finished splits a corpus; ``metadata.splits`` names them."""
-    _write_json(folder / "dataset_dict.json", {"splits": list(metadata.splits)})
-    _write_json(folder / METADATA_FILE, asdict(metadata))
-
-
-def write_corpus(
-    folder: Path, splits: dict[str, Iterable[Clip]], landmark_set: LandmarkSet, fps: float, normalisation: str = "none"
-) -> Corpus:
-    """Pack features that are already at hand, in one process; ``launch/prepare.py`` is the way from pose files.
-
-    Args:
-        folder: to be created.
-        splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing (a landmark with
-            a NaN in one channel is missing).
-        fps: frames per second of the features.
-        normalisation: origin and unit of the coordinates, in words.
-    """
-    width = landmark_set.width
-    summaries = {}
-    for name, clips in splits.items():
-        (folder / name).mkdir(parents=True)
-        packed = [replace(clip, features=_missing_in_every_channel(clip.features)) for clip in clips]
-        write_shard(folder / name / shard_name(0, 1), packed, width)
-        finish_split(folder / name, width)
-        summaries[name] = {"clips": len(packed), "frames": sum(len(clip.features) for clip in packed)}
-    finish_corpus(folder, Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries))
-    return Corpus.open(folder)
-
-
-def _missing_in_every_channel(features: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-    seen = np.isfinite(features).all(axis=2, keepdims=True)
-    return np.where(seen, features, np.asarray(np.nan, features.dtype))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,11 +22,12 @@ from toolkit import __version__
 from toolkit.cluster.meeting import on_each_node, on_rank_0
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
-from toolkit.corpus.packed import METADATA_FILE, UNFINISHED, Corpus, Metadata, finish_corpus, finish_split
+from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
 from toolkit.corpus.shards import Record, Shard, Work, build_shards
 from toolkit.corpus.splits import leakage
 from toolkit.corpus.table import Row
+from toolkit.corpus.writer import UNFINISHED, finish_corpus, finish_split
 from toolkit.errors import Interrupted, TooManyRejects, UserError
 from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
 from toolkit.recipe.schema import Data

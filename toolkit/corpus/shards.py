@@ -21,9 +21,10 @@ from typing import Any
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles
-from toolkit.corpus.packed import Clip, shard_name, unfinished_name, write_shard
+from toolkit.corpus.packed import Clip
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
+from toolkit.corpus.writer import shard_name, unfinished_name, write_shard
 from toolkit.errors import UserError
 from toolkit.poses.features import extract_features, read_clip
 from toolkit.poses.landmarks import LandmarkSet

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-IGNORED_LABEL = -100
+from toolkit.batching.collate import IGNORED_LABEL
 
 # Published configurations of these say `tie_word_embeddings: false` and mean it: their checkpoints hold an output
 # matrix besides the embedding. transformers 5 ties them all the same. (LongT5 says false, too, and holds one matrix.)
