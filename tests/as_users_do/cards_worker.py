@@ -23,7 +23,7 @@ from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_translator
 from toolkit.models.check import check_model
-from toolkit.models.loading.materialise import DTYPES
+from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.model_cards import load_model_yaml, model_names
 from toolkit.recipe.resolve import resolve_named
@@ -68,7 +68,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
     differing = [
         name
         for name in names
-        if not torch.equal(found[name], expected[name.removeprefix("backbone.")].to(DTYPES[resolved.precision]))
+        if not torch.equal(found[name], expected[name.removeprefix("backbone.")].to(TORCH_DTYPES[resolved.precision]))
     ]
     ids = tokenizer(text_target="good day")["input_ids"]
     return {

@@ -21,8 +21,8 @@ from tests.as_users_do.hub import PIECE, Hub
 from toolkit.errors import UserError
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.build import _backbone
+from toolkit.models.loading.backbone_weights import placement_for
 from toolkit.models.loading.load import load_translator
-from toolkit.models.loading.materialise import placement_for
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.recipe.load import load_recipe
 

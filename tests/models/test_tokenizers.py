@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from toolkit.errors import UserError
-from toolkit.models.tokenizers import find_unknown, make_tokenizer, special_ids, train_tokenizer
+from toolkit.models.tokenizers import find_unknown_characters, make_tokenizer, special_ids, train_tokenizer
 
 TEXTS = ["good morning to you all", "नमस्ते दुनिया", "你好世界", "Übung macht den Meister"] * 3
 
@@ -58,7 +58,7 @@ def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_characters_that_cannot_be_written_are_counted() -> None:
     tokenizer = train_tokenizer(["abc abd bcd"] * 9)
     texts = ["abc ß", "good ßß", "abc", "abd"]
-    unknown = find_unknown(tokenizer, texts)
+    unknown = find_unknown_characters(tokenizer, texts)
     assert unknown is not None
     assert unknown.characters[0] == ("ß", 3)
     assert {character for character, _ in unknown.characters} == {"ß", "g", "o"}
@@ -68,15 +68,15 @@ def test_characters_that_cannot_be_written_are_counted() -> None:
 
 
 def test_nothing_is_unknown_to_bytes_or_in_what_was_trained_on() -> None:
-    assert find_unknown(make_tokenizer("bytes"), TEXTS) is None
-    assert find_unknown(train_tokenizer(TEXTS), TEXTS) is None
-    assert find_unknown(train_tokenizer(TEXTS), []) is None
+    assert find_unknown_characters(make_tokenizer("bytes"), TEXTS) is None
+    assert find_unknown_characters(train_tokenizer(TEXTS), TEXTS) is None
+    assert find_unknown_characters(train_tokenizer(TEXTS), []) is None
 
 
 def test_a_mark_that_is_unknown_only_by_itself_is_not_reported() -> None:
     # NFC puts the letter and the combining mark together before the tokenizer looks at them.
     tokenizer = train_tokenizer(["caf\u00e9 ole"] * 9)
-    assert find_unknown(tokenizer, ["cafe\u0301"]) is None
+    assert find_unknown_characters(tokenizer, ["cafe\u0301"]) is None
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 
 from toolkit.errors import UserError
 from toolkit.files import write_text_atomically
+from toolkit.recipe.paths import BEST
 from toolkit.scoring.metrics import Scores, better
 
-BEST = "best"
 EVALUATION = "evaluation.json"
 # Of each model that is kept the step, and the score that it was chosen by; best first.
 Kept = list[tuple[int, float | None]]

@@ -81,7 +81,7 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
                 setattr(part, key, 0.0)
     card = card_of(model)
     if has_random_weights(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
-        _speak(config, tokenizer)
+        _fit_vocabulary(config, tokenizer)
     else:
         _check_vocabulary(config, model, len(tokenizer))
     _, behind = text_frame(tokenizer)
@@ -121,7 +121,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield from {id(part): part for part in (config, encoder_config(config), decoder_config(config))}.values()
 
 
-def _speak(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fit a configuration for random weights to another vocabulary than its published one."""
     starts_with_padding = config.decoder_start_token_id == config.pad_token_id
     for part in _parts(config):

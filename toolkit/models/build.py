@@ -9,22 +9,22 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from toolkit.corpus.packed import Corpus
 from toolkit.models.adaptation.adapters import adapt
-from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, make_room
-from toolkit.models.adaptation.quantisation import mark
+from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, reserve_rows
+from toolkit.models.adaptation.quantisation import mark_quantised
 from toolkit.models.backbone import empty_backbone, is_known
 from toolkit.models.backbone_config import backbone_config, fit_config, has_random_weights, not_loadable, source_of
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.loading.base import Base, Fingerprint
-from toolkit.models.loading.hub import NOT_LOADED, fetch_weights
-from toolkit.models.loading.materialise import (
+from toolkit.models.loading.backbone_weights import (
     Placement,
+    place_added_modules,
     placement_for,
     placement_of,
     published_backbone,
     random_backbone,
-    settle,
 )
+from toolkit.models.loading.base_model import BaseReference, Fingerprint
+from toolkit.models.loading.hub import NOT_LOADED, fetch_weights
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
@@ -72,7 +72,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     placement = placement_of(resolved)
     fingerprint = Fingerprint() if stands_on_base(model) else None
     prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
-    described = _described(model, tokenizer)
+    described = _fitted_config(model, tokenizer)
     if is_known(described):
         check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, len(prefix_ids))
     backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint)
@@ -90,10 +90,10 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     )
     published = backbone.generation_config
     translator = PoseTranslator(config, backbone)
-    _remember_generation(translator, recipe.evaluation, text_frame(tokenizer)[0], published)
-    _finish(translator, model, tokenizer, placement)
+    _set_generation(translator, recipe.evaluation, text_frame(tokenizer)[0], published)
+    _complete(translator, model, tokenizer, placement)
     if fingerprint:
-        translator.base = Base(
+        translator.base = BaseReference(
             name=_base_name(model),
             model=model.model_dump(mode="json"),
             seed=recipe.training.seed,
@@ -107,7 +107,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
 
 
 def rebuild_translator(
-    config: PoseTranslatorConfig, base: Base, tokenizer: PreTrainedTokenizerBase
+    config: PoseTranslatorConfig, base: BaseReference, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PoseTranslator, str]:
     """The translator as it was before it was trained, to put what was trained onto it.
 
@@ -126,9 +126,9 @@ def rebuild_translator(
     placement = placement_for(base.precision, settings.quantization)
     fingerprint = Fingerprint()
     torch.manual_seed(base.seed)
-    described = _described(settings, tokenizer)
+    described = _fitted_config(settings, tokenizer)
     translator = PoseTranslator(config, _backbone(described, settings, placement, base.seed, fingerprint))
-    _finish(translator, settings, tokenizer, placement)
+    _complete(translator, settings, tokenizer, placement)
     return translator, fingerprint.hexdigest()
 
 
@@ -144,22 +144,22 @@ def _base_name(settings: Model) -> str:
     return (card and card.hub_id) or settings.backbone
 
 
-def _finish(
+def _complete(
     translator: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> None:
     """What comes on top of a backbone with its weights: new tokens, adapters, and the form of the run."""
     if placement.quantization:
-        mark(translator, placement.quantization)
+        mark_quantised(translator, placement.quantization)
     add_rows(translator, settings, tokenizer)
     adapt(translator, settings)
-    settle(translator, placement)
+    place_added_modules(translator, placement)
 
 
-def _described(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def _fitted_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The backbone's configuration, with a row for every token."""
     config = backbone_config(model)
     fit_config(config, model, tokenizer)
-    make_room(config, tokenizer, model.extra_tokens)
+    reserve_rows(config, tokenizer, model.extra_tokens)
     return config
 
 
@@ -196,7 +196,7 @@ def _backbone(
         raise not_loadable(model, error) from error
 
 
-def _remember_generation(
+def _set_generation(
     translator: PoseTranslator, evaluation: Evaluation, frame: list[int], published: GenerationConfig
 ) -> None:
     """Let the saved folder translate as the recipe evaluates.

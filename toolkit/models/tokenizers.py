@@ -154,7 +154,7 @@ def _languages(tokenizer: Any) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Unknown:
+class UnknownCharacters:
     """What a tokenizer cannot write of a corpus.
 
     Attributes:
@@ -176,7 +176,7 @@ class Unknown:
         )
 
 
-def find_unknown(tokenizer: Any, texts: Sequence[str]) -> Unknown | None:
+def find_unknown_characters(tokenizer: Any, texts: Sequence[str]) -> UnknownCharacters | None:
     """Look for characters that become unknown tokens.
 
     Each distinct character is tried once, so a corpus of 100,000 texts takes a second.
@@ -200,7 +200,7 @@ def find_unknown(tokenizer: Any, texts: Sequence[str]) -> Unknown | None:
     unknown = {character for character, ids in zip(samples, spoken, strict=True) if unknown_id in ids}
     if not unknown:
         return None
-    return Unknown(
+    return UnknownCharacters(
         characters=Counter({character: counts[character] for character in unknown}).most_common(),
         character_share=sum(counts[character] for character in unknown) / counts.total(),
         text_share=sum(not unknown.isdisjoint(text) for text in holders) / len(texts),

@@ -18,13 +18,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from toolkit.batching.collate import IGNORED_LABEL
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, new_backbone, vocabulary_size
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
 from toolkit.models.encoders import make_pose_encoder
 from toolkit.models.encoders.graph import reset_graph_parameters
-from toolkit.models.loading.base import Base
+from toolkit.models.loading.base_model import BaseReference
 from toolkit.poses.landmarks import LandmarkSet
 
 
@@ -55,7 +56,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "poses"
     supports_gradient_checkpointing = True
-    base: Base | None = None  # what it stands on, when only a part of it is saved
+    base: BaseReference | None = None  # what it stands on, when only a part of it is saved
 
     def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -118,7 +119,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
                 are the largest tensors of a step, and nobody looks at them.
         """
         hidden, mask = self.encode(poses, visible, frame_mask)
-        with _rows_of(self.backbone.get_output_embeddings(), labels != -100 if labelled_only else None):
+        with _rows_of(self.backbone.get_output_embeddings(), labels != IGNORED_LABEL if labelled_only else None):
             decoded = self.backbone(
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
                 attention_mask=mask.long(),
@@ -165,7 +166,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             **others,
         )
 
-    def _put_on(self, place: str, settings: dict[str, Any]) -> set[str]:
+    def _attach_adapter(self, place: str, settings: dict[str, Any]) -> set[str]:
         """Put on the adapter that lies beside the weights, and give the names of the tensors that it lacks."""
         # transformers' own load_adapter leaves DoRA's magnitudes out (5.23).
         from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
@@ -189,7 +190,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if model.config.adapter:
-            info["missing_keys"] |= model._put_on(str(pretrained_model_name_or_path), kwargs)
+            info["missing_keys"] |= model._attach_adapter(str(pretrained_model_name_or_path), kwargs)
         problems = {
             kind: sorted(str(key) for key in info[kind])
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+BEST = "best"  # the folder of a run's best model, in its run directory
 SWAP = "nvme_swap"
 PACKAGE = Path(__file__).resolve().parents[1]
 

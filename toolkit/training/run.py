@@ -23,7 +23,7 @@ from toolkit.checkpointing.checkpoints import (
     read_state,
     set_newer_aside,
 )
-from toolkit.checkpointing.kept_models import BEST, Kept, restore_models
+from toolkit.checkpointing.kept_models import Kept, restore_models
 from toolkit.checkpointing.random_states import seed_everything
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
@@ -40,8 +40,9 @@ from toolkit.evaluation.splits import splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_translator, fetch_backbone
 from toolkit.models.loading.weights import count_weights
-from toolkit.models.tokenizers import find_unknown
+from toolkit.models.tokenizers import find_unknown_characters
 from toolkit.poses.features import NORMALISATION
+from toolkit.recipe.paths import BEST
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.reporting.report import write_report
 from toolkit.tracking.tracker import open_tracker
@@ -358,7 +359,7 @@ def _check_base(fingerprint: str, start: Start) -> None:
 
 def _warn_of_unknown(tokenizer: Any, corpus: Corpus, echo: Say) -> None:
     """Say, on the terminal and in the log, what of the texts the model will never be able to write."""
-    unknown = find_unknown(tokenizer, [text for split in corpus.splits.values() for text in split.texts])
+    unknown = find_unknown_characters(tokenizer, [text for split in corpus.splits.values() for text in split.texts])
     if unknown:
         echo(f"warning: {unknown}")
         log.warning(str(unknown))

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, ByT5Tokenizer, PreTr
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.models.adaptation.adapters import adapt, token_tables
-from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, fold_rows, make_room, widened
+from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, fold_rows, reserve_rows, widened
 from toolkit.models.tokenizers import special_ids, train_tokenizer
 from toolkit.recipe.schema import Model
 
@@ -41,7 +41,7 @@ def make(kind: str, prefix: tuple[int, ...] = (), **values: object) -> PoseTrans
     torch.manual_seed(0)
     settings = Model(backbone="demo", extra_tokens=TOKENS, **values)
     config = CONFIGS[kind].__class__.from_dict(CONFIGS[kind].to_dict())
-    make_room(config, tokenizer(), TOKENS)
+    reserve_rows(config, tokenizer(), TOKENS)
     backbone = AutoModelForSeq2SeqLM.from_config(config)
     encoder = {"kind": "linear", "hidden": 24, "layers": 1, "kernel": 3, "stride": 2, "dropout": 0.0, "positions": True}
     outer = PoseTranslatorConfig(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import BartConfig, PreTrainedModel, T5Config
 from transformers import PreTrainedConfig as Configuration
 
-from toolkit.models.adaptation.quantisation import is_packed, mark
-from toolkit.models.loading.materialise import Placement, random_backbone
+from toolkit.models.adaptation.quantisation import is_packed, mark_quantised
+from toolkit.models.loading.backbone_weights import Placement, random_backbone
 from toolkit.models.loading.weights import count_weights
 from toolkit.recipe.schema import Quantization
 
@@ -91,7 +91,7 @@ def test_four_bits_are_disguised_as_the_type_of_the_run() -> None:
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_adapters_of_the_right_kind_train_on_top(kind: str) -> None:
     model = make("t5", kind, torch.bfloat16)
-    mark(model, Quantization.model_validate({"kind": kind}))
+    mark_quantised(model, Quantization.model_validate({"kind": kind}))
     model.add_adapter(LoraConfig(r=2, target_modules=["q", "wo"], init_lora_weights=False))
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from toolkit.errors import UserError
-from toolkit.models.adaptation.merge import Adapter, merge, put_on, stand_alone
-from toolkit.models.adaptation.trained import ADAPTER_FOLDER, save_adapter
+from toolkit.models.adaptation.adapter_files import ADAPTER_FOLDER, save_adapter
+from toolkit.models.adaptation.merge import Adapter, attach_adapter, make_standalone, merge
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.deepspeed.compatibility import OVERFLOWS_IN_FP16
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARD = "README.md"
 
 
@@ -78,14 +78,14 @@ def export_model(
     check_target(folder, replace=replace)
     check_dtype(model, dtype)
     before = _probabilities(model)
-    adapter = _make_plain(model, DTYPES[dtype] if dtype else None, merge_adapter=merge_adapter)
+    adapter = _make_plain(model, TORCH_DTYPES[dtype] if dtype else None, merge_adapter=merge_adapter)
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         if adapter:
             save_adapter(partial / ADAPTER_FOLDER, adapter.config, adapter.weights)
-            put_on(model, adapter)
+            attach_adapter(model, adapter)
         processor.save_pretrained(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
         for file in partial.rglob("*.*"):  # weights are written for their owner alone, and this folder is to be shared
@@ -105,7 +105,7 @@ def export_model(
 
 def _make_plain(model: PoseTranslator, dtype: torch.dtype | None, *, merge_adapter: bool) -> Adapter | None:
     """Leave a model of ordinary weights; give back its adapter where that stays apart."""
-    adapter = stand_alone(model)
+    adapter = make_standalone(model)
     if adapter and merge_adapter:
         merge(model, adapter)
         adapter = None

@@ -75,7 +75,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
 
 
-def make_room(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+def reserve_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Let a backbone's configuration have a row for each of these tokens, which the tokenizer knows."""
     if not tokens:
         return
@@ -182,7 +182,7 @@ def is_new_row(name: str) -> bool:
     return name.startswith("new_rows.")
 
 
-def settle_rows(model: PoseTranslator) -> None:
+def merge_rows(model: PoseTranslator) -> None:
     """Put trained rows into the tables of a whole model, for good."""
     weights = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     fold_rows(model, weights)

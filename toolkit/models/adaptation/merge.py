@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from toolkit.models.adaptation.adapter_files import is_adapter
 from toolkit.models.adaptation.adapters import ADAPTER
-from toolkit.models.adaptation.extra_tokens import settle_rows
+from toolkit.models.adaptation.extra_tokens import merge_rows
 from toolkit.models.adaptation.quantisation import is_packed
-from toolkit.models.adaptation.trained import is_adapter
 from toolkit.models.translator import PoseTranslator
 
 
@@ -33,7 +33,7 @@ class Adapter:
     weights: dict[str, Tensor]
 
 
-def stand_alone(model: PoseTranslator) -> Adapter | None:
+def make_standalone(model: PoseTranslator) -> Adapter | None:
     """Leave a model that needs nothing but its own weights: no adapters, nothing packed, all rows in their tables.
 
     Args:
@@ -42,18 +42,18 @@ def stand_alone(model: PoseTranslator) -> Adapter | None:
     Returns:
         the adapters that were taken off; None where there were none.
     """
-    adapter = _take_off(model)
+    adapter = _detach_adapter(model)
     dtype = next(model.pose_encoder.parameters()).dtype  # that of everything that is not packed
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.get_parameter("weight")):
             model.set_submodule(name, _unpacked(module, dtype))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    settle_rows(model)
+    merge_rows(model)
     model.base = None
     return adapter
 
 
-def put_on(model: PoseTranslator, adapter: Adapter) -> None:
+def attach_adapter(model: PoseTranslator, adapter: Adapter) -> None:
     """Put adapters onto a model that stands alone, as they were."""
     model.add_adapter(adapter.config, ADAPTER)
     parameters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
@@ -65,14 +65,14 @@ def put_on(model: PoseTranslator, adapter: Adapter) -> None:
 
 def merge(model: PoseTranslator, adapter: Adapter) -> None:
     """Add the adapters to the weights of a model that stands alone; it then has none, and answers as with them."""
-    put_on(model, adapter)
+    attach_adapter(model, adapter)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
-    _take_off(model)
+    _detach_adapter(model)
 
 
-def _take_off(model: PoseTranslator) -> Adapter | None:
+def _detach_adapter(model: PoseTranslator) -> Adapter | None:
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if config is None:
         return None

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.recipe.schema import Quantization
 
 # Columns of activations beyond this are computed in 16 bits, as LLM.int8() has it (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def packable(backbone: PreTrainedModel, quantization: Quantization) -> set[str]:
@@ -56,7 +56,7 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         weight = bitsandbytes.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         packed = bitsandbytes.nn.Linear4bit(
-            *shape, DTYPES[quantization.compute_dtype], quant_type="nf4", quant_storage=storage, device="meta"
+            *shape, TORCH_DTYPES[quantization.compute_dtype], quant_type="nf4", quant_storage=storage, device="meta"
         )
         # In evaluation on a CPU it would change the weight's layout in place, which training and ZeRO do not expect.
         packed.support_avx512bf16_for_cpu = False
@@ -81,7 +81,7 @@ def is_packed(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
 
 
-def mark(model: PreTrainedModel, quantization: Quantization) -> None:
+def mark_quantised(model: PreTrainedModel, quantization: Quantization) -> None:
     """Tell PEFT which of its layers go with the model's."""
     model.is_loaded_in_4bit = quantization.kind == "nf4"
     model.is_loaded_in_8bit = quantization.kind == "int8"

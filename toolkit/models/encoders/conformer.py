@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.encoders.convolution import Conv1d
+from toolkit.models.encoders.bf16_convolutions import Conv1d
 from toolkit.models.encoders.layers import (
     MaskedConvolution,
     PoseEncoder,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from toolkit.models.encoders.convolution import Conv2d
+from toolkit.models.encoders.bf16_convolutions import Conv2d
 from toolkit.models.encoders.layers import PoseEncoder, halvings, to_backbone
 from toolkit.models.encoders.parts import Part, part_groups
 from toolkit.poses.landmarks import LandmarkSet

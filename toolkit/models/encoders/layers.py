@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.encoders.convolution import Conv1d
+from toolkit.models.encoders.bf16_convolutions import Conv1d
 
 
 class PoseEncoder(nn.Module):

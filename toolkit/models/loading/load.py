@@ -13,12 +13,12 @@ from transformers import GenerationConfig
 
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.loading.base import Base, check_same, read_base
+from toolkit.models.loading.base_model import BaseReference, check_same, read_base
 from toolkit.models.loading.hub import NOT_LOADED, fetch_weights, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
+from toolkit.recipe.paths import BEST
 
-BEST = "best"  # where a run directory keeps its best model
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -64,10 +64,10 @@ def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, 
     return model, processor
 
 
-def _load_adapted(folder: Path, base: Base) -> tuple[PoseTranslator, PoseProcessor]:
+def _load_adapted(folder: Path, base: BaseReference) -> tuple[PoseTranslator, PoseProcessor]:
     """A model of which the folder holds only what was trained."""
     # They bring PEFT, and DeepSpeed with it; whole models do without.
-    from toolkit.models.adaptation.trained import load_trained
+    from toolkit.models.adaptation.adapter_files import load_trained
     from toolkit.models.build import rebuild_translator
 
     try:

@@ -29,7 +29,7 @@ SETTING = ("constant_", "ones_", "zeros_", "eye_", "dirac_", "copy_")
 
 
 @dataclass(frozen=True)
-class Step:
+class InitCall:
     """One call of an initialisation function.
 
     Attributes:
@@ -55,7 +55,7 @@ class Skeleton:
     """
 
     model: PreTrainedModel
-    steps: dict[int, list[Step]] = field(default_factory=dict)
+    steps: dict[int, list[InitCall]] = field(default_factory=dict)
 
     def draw(self, tensor: Tensor, name: str, seed: int) -> Tensor:
         """Values for one of the skeleton's tensors, on the CPU, in the skeleton's own type.
@@ -89,30 +89,30 @@ def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
     with torch.device("meta"), initialization.no_tie_weights():
         model = new_backbone(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(model)
-    with _noting(skeleton.steps):
+    with _recording(skeleton.steps):
         model.initialize_weights()
     model.tie_weights()
     return skeleton
 
 
 @contextmanager
-def _noting(steps: dict[int, list[Step]]) -> Iterator[None]:
+def _recording(steps: dict[int, list[InitCall]]) -> Iterator[None]:
     """Within it transformers' initialisation functions note their calls instead of carrying them out."""
 
-    def noting(function: str) -> Callable[..., Tensor]:
-        def note(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+    def recorder(function: str) -> Callable[..., Tensor]:
+        def record(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
             whole = tensor if tensor._base is None else tensor._base
             view = None if whole is tensor else (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
             settings.pop("generator", None)
-            steps.setdefault(id(whole), []).append(Step(function, view, arguments, settings))
+            steps.setdefault(id(whole), []).append(InitCall(function, view, arguments, settings))
             return tensor
 
-        return note
+        return record
 
     originals = {name: getattr(initialization, name) for name in (*DRAWING, *SETTING)}
     try:
         for name in originals:
-            setattr(initialization, name, noting(name))
+            setattr(initialization, name, recorder(name))
         yield
     finally:
         for name, function in originals.items():

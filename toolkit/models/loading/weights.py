@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from toolkit.errors import UserError
+from toolkit.models.adaptation.adapter_files import save_trained, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
-from toolkit.models.adaptation.trained import save_trained, trained_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 

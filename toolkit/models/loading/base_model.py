@@ -22,11 +22,11 @@ from toolkit.files import read_text, write_text_atomically
 BASE_FILE = "base.json"
 
 # Gives the values of the tensor of that name; what is passed along is the tensor without values.
-Source = Callable[[str, Tensor], Tensor]
+TensorReader = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseReference:
     """How to make a backbone again, and how to know that it is the same.
 
     Attributes:
@@ -54,7 +54,7 @@ class Fingerprint:
 
     _digests: dict[str, str] = field(default_factory=dict)
 
-    def watch(self, source: Source) -> Source:
+    def watch(self, source: TensorReader) -> TensorReader:
         """The same source of tensors, noted as they come."""
 
         def seen(name: str, tensor: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _digest(values: Tensor) -> str:
     return digest.hexdigest()
 
 
-def read_base(folder: Path) -> Base | None:
+def read_base(folder: Path) -> BaseReference | None:
     """What the weights in ``folder`` stand on; None where they stand alone.
 
     Raises:
@@ -90,12 +90,12 @@ def read_base(folder: Path) -> Base | None:
     if not path.is_file():
         return None
     try:
-        return Base(**json.loads(read_text(path, "what an adapter stands on")))
+        return BaseReference(**json.loads(read_text(path, "what an adapter stands on")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not readable ({error}): copy the run's best/ again") from error
 
 
-def check_same(expected: Base, found: str, folder: Path) -> None:
+def check_same(expected: BaseReference, found: str, folder: Path) -> None:
     """Raise UserError where the backbone that was made is not the one that the adapter was trained on."""
     if found != expected.fingerprint:
         raise UserError(

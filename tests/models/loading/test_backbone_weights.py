@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, PreTrain
 from transformers import PreTrainedConfig as Configuration
 
 from toolkit.errors import UserError
-from toolkit.models.loading.materialise import Placement, published_backbone, random_backbone
+from toolkit.models.loading.backbone_weights import Placement, published_backbone, random_backbone
 
 CPU = torch.device("cpu")
 T5 = T5Config(

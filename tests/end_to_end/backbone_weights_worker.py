@@ -1,4 +1,4 @@
-"""One rank of test_materialise.py: fills models in every form that two ranks can hold, and writes down what came out.
+"""One rank of test_backbone_weights.py: fills models in every form that two ranks can hold, and writes the results.
 
 Starting two ranks costs more than filling small models, so one start serves all cases.
 """
@@ -22,7 +22,7 @@ from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.cpu.allocator import return_freed_memory
-from toolkit.models.loading.materialise import Placement, published_backbone, random_backbone
+from toolkit.models.loading.backbone_weights import Placement, published_backbone, random_backbone
 from toolkit.models.loading.weights import count_weights, whole_state_dict
 from toolkit.recipe.schema import Quantization
 

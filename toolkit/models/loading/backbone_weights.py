@@ -11,7 +11,7 @@ import contextlib
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,11 @@ from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import table_rows, widened
 from toolkit.models.adaptation.quantisation import is_packed, packable, quantised
 from toolkit.models.backbone import backbone_class, cast_position_tables
-from toolkit.models.loading.base import Fingerprint
+from toolkit.models.dtypes import TORCH_DTYPES
+from toolkit.models.loading.base_model import Fingerprint, TensorReader
 from toolkit.models.loading.random_weights import Skeleton, make_skeleton
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Quantization
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Gives the values of the parameter or buffer of that name; the tensor passed along is the skeleton's.
-Source = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def placement_for(
     # Whole weights wait on the CPU until DeepSpeed takes them; what is packed or cut stays where that happens.
     stays = zero3 is not None or quantization is not None
     return Placement(
-        dtype=DTYPES[precision],
+        dtype=TORCH_DTYPES[precision],
         device=own_device() if stays else torch.device("cpu"),
         zero3=zero3,
         quantization=quantization,
@@ -153,7 +149,7 @@ def published_backbone(
     return _filled(skeleton, read, placement, fingerprint)
 
 
-def settle(model: PreTrainedModel, placement: Placement) -> None:
+def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:
     """Bring what was added to the backbone (pose encoder, heads, adapters) into the form of the run.
 
     DeepSpeed casts and moves a model that is whole, and trusts one of which a part is cut to be ready.
@@ -169,7 +165,7 @@ def settle(model: PreTrainedModel, placement: Placement) -> None:
 
 
 def _filled(
-    skeleton: Skeleton, source: Source, placement: Placement, fingerprint: Fingerprint | None = None
+    skeleton: Skeleton, source: TensorReader, placement: Placement, fingerprint: Fingerprint | None = None
 ) -> PreTrainedModel:
     """The skeleton's model with its weights; parameters that are tied stay tied."""
     if fingerprint:
@@ -180,7 +176,7 @@ def _filled(
         for name, tensor in _own_tensors(module):
             places[id(tensor)].append((module, name))
     to_pack = packable(model, placement.quantization) if placement.quantization else set()
-    cut = _Cut(placement.zero3) if placement.zero3 else None
+    cut = _Partitioner(placement.zero3) if placement.zero3 else None
     for path, module in list(model.named_modules()):
         for name, tensor in list(_own_tensors(module)):
             if tensor.device.type != "meta":
@@ -205,7 +201,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(recurse=False)
 
 
-def _values(name: str, tensor: Tensor, source: Source, placement: Placement) -> Tensor:
+def _values(name: str, tensor: Tensor, source: TensorReader, placement: Placement) -> Tensor:
     """Values for one tensor of the skeleton, in the type and place of the run, on every rank."""
     dtype = placement.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
     if placement.fills:
@@ -217,7 +213,7 @@ def _values(name: str, tensor: Tensor, source: Source, placement: Placement) -> 
     return values
 
 
-class _Cut:
+class _Partitioner:
     """Cuts parameters over the ranks, one by one, as DeepSpeed's stage 3 will have them.
 
     Args:

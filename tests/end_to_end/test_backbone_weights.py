@@ -26,7 +26,7 @@ LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 6, "num_heads"
 @pytest.fixture(scope="module")
 def results(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker found, by case."""
-    folder = tmp_path_factory.mktemp("materialise")
+    folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(5)
     published = AutoModelForSeq2SeqLM.from_config(MarianConfig(**MARIAN))
     published.final_logits_bias.normal_()  # a buffer that is saved with the weights
@@ -34,7 +34,7 @@ def results(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     plan: dict[str, Any] = {"configs": CONFIGS, "large": LARGE, "folder": str(folder / "published")}
     plan["results"] = str(folder / "results.json")
     (folder / "plan.json").write_text(json.dumps(plan))
-    done = run("tests/end_to_end/materialise_worker.py", folder / "plan.json", ranks=2)
+    done = run("tests/end_to_end/backbone_weights_worker.py", folder / "plan.json", ranks=2)
     assert done.code == 0, done.out[-4000:] + done.err[-4000:]
     return json.loads(Path(plan["results"]).read_text())
 

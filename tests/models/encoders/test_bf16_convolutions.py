@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.models.encoders import convolution
-from toolkit.models.encoders.convolution import Conv1d, Conv2d
+from toolkit.models.encoders.bf16_convolutions import Conv1d, Conv2d
 
 CASES = [(Conv1d, nn.Conv1d, 5, (2, 8, 12)), (Conv2d, nn.Conv2d, (5, 1), (2, 8, 12, 3))]
 
