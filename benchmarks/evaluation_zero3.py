@@ -29,7 +29,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from toolkit.batching.collate import collate
 from toolkit.cluster.devices import barrier
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Split
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    quieten(None)
+    log_to_file(None)
     ranks = read_ranks()
     join_process_group(ranks)
     split = open_split(arguments.model, arguments.corpus)

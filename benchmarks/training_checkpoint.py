@@ -70,7 +70,7 @@ def one_rank(folder: Path) -> None:
     from toolkit.batching.loader import train_batches
     from toolkit.checkpointing import run_directory
     from toolkit.cluster.devices import barrier
-    from toolkit.cluster.logs import quieten
+    from toolkit.cluster.logs import log_to_file
     from toolkit.cluster.process_group import join_process_group, leave_process_group
     from toolkit.cluster.ranks import read_ranks
     from toolkit.corpus.packed import Corpus
@@ -80,7 +80,7 @@ def one_rank(folder: Path) -> None:
     from toolkit.training.run import Start, open_trainer
 
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     resolved = resolve_named("t5_small", [*SETTINGS, f"run.dir={folder / 'run'}"], ranks.world_size, has_gpu=False)
     corpus = Corpus.open(ensure_corpus(resolved.recipe.data))

@@ -28,7 +28,7 @@ from training_corpus import MAX_FRAMES
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
 from toolkit.cluster.devices import own_device
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
@@ -136,15 +136,15 @@ def losses_of_all_logits(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, 
 
 
 def torch_dropout() -> None:
-    layers.use_quick_dropout = lambda model: None
+    layers.use_cpu_dropout = lambda model: None
 
 
 def torch_attention() -> None:
-    layers.use_quick_attention = lambda model: None
+    layers.use_cpu_attention = lambda model: None
 
 
 def transformers_norm() -> None:
-    layers.use_quick_rms_norm = lambda model: None
+    layers.use_cpu_rms_norm = lambda model: None
 
 
 def freed_memory_goes() -> None:
@@ -177,7 +177,7 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     The process and the model are made as fast as ours, so that what is left is what the loops cost.
     """
     keep_freed_memory()
-    quieten(None)
+    log_to_file(None)
     join_process_group(read_ranks())
     processor, model = build(resolved, corpus)
     ready = []
@@ -269,7 +269,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
-    quieten(None)
+    log_to_file(None)
     join_process_group(read_ranks())  # without one, accelerate looks for MPI
     processor, model = build(resolved, corpus)
     split, training = corpus.splits["train"], resolved.recipe.training

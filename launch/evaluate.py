@@ -100,9 +100,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.devices import use_device
-    from toolkit.cluster.logs import quieten
-    from toolkit.cluster.meeting import on_each_node
+    from toolkit.cluster.logs import log_to_file
     from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
+    from toolkit.cluster.rendezvous import on_each_node
     from toolkit.decoding.whole_weights import cut, whole_weights
     from toolkit.evaluation.evaluate import (
         check_fit,
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
     corpus = find_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
     names = find_splits(corpus, arguments.split)
-    quieten(None)
+    log_to_file(None)
     model, processor = load_translator(arguments.model)
     check_fit(corpus, processor)
     search = {

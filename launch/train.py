@@ -91,8 +91,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.checkpointing import run_directory
-    from toolkit.cluster.meeting import on_rank_0
     from toolkit.cluster.ops import check_locks, check_needed_ops
+    from toolkit.cluster.rendezvous import on_rank_0
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory

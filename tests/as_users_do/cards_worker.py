@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
@@ -37,7 +37,7 @@ def main() -> None:
     use_extensions_dir()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     corpus = Corpus.open(plan["corpus"])
     outcomes: dict[str, Any] = {}

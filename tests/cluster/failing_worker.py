@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch.distributed.rendezvous  # noqa: F401 - before the forks
 
-from toolkit.cluster.failures import at_failure, recorded_by, run_rank
-from toolkit.cluster.meeting import on_each_node, on_rank_0
+from toolkit.cluster.failures import at_failure, recording_failures, run_rank
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import on_each_node, on_rank_0
 from toolkit.errors import UserError
 
 HANGS = 120.0  # as in a collective for which nobody comes
@@ -56,7 +56,7 @@ def all_refuse(ranks: Ranks) -> None:
 
 
 def last_rank_breaks(ranks: Ranks) -> None:
-    with recorded_by(record), at_failure(lambda: print(f"rank {ranks.rank} tidies up", flush=True)):
+    with recording_failures(record), at_failure(lambda: print(f"rank {ranks.rank} tidies up", flush=True)):
         if ranks.rank == ranks.world_size - 1:
             raise ZeroDivisionError("on the last rank alone")
         time.sleep(HANGS)
@@ -67,14 +67,14 @@ def rank_0_breaks_for_others(ranks: Ranks) -> None:
 
 
 def last_rank_is_killed(ranks: Ranks) -> None:
-    with recorded_by(record):
+    with recording_failures(record):
         if ranks.rank == ranks.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(HANGS)
 
 
 def rank_0_is_killed(ranks: Ranks) -> None:
-    with recorded_by(record):
+    with recording_failures(record):
         on_rank_0(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 

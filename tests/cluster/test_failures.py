@@ -127,7 +127,7 @@ def test_a_rank_that_was_killed_is_named_once(ended: dict[str, Ended], name: str
     assert case.codes[lost] == -signal.SIGKILL
     assert [code for rank, code in enumerate(case.codes) if rank != lost] == [1, 1], case.err
     assert len(case.errors) == 1, case.err
-    assert f"rank {lost} ({socket.gethostname()}, process {case.pids[lost]}) has ended without a word" in case.errors[0]
+    assert case.errors[0].startswith(f"error: rank {lost} ({socket.gethostname()}, process {case.pids[lost]}) ")
     assert "Traceback" not in "".join(case.err)
     assert "".join(case.out).count(f"recorded: rank {lost} of") == 1
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from toolkit.cluster.ranks import (
     Ranks,
-    check_meeting_place,
+    check_master_address,
     check_ranks,
     read_local_rank,
     read_ranks,
@@ -176,11 +176,11 @@ def test_ranks_must_not_exceed_the_devices():
         check_ranks(eight, gpus=0, cores=1)
 
 
-def test_ranks_without_a_meeting_place_are_told_so():
-    check_meeting_place(Ranks(), {})
-    check_meeting_place(Ranks(world_size=2), {"MASTER_ADDR": "node-a"})
+def test_ranks_without_a_master_address_are_refused():
+    check_master_address(Ranks(), {})
+    check_master_address(Ranks(world_size=2), {"MASTER_ADDR": "node-a"})
     with pytest.raises(UserError, match=r"2 ranks were started .* set MASTER_ADDR and MASTER_PORT"):
-        check_meeting_place(Ranks(world_size=2), {"SLURM_STEP_NUM_TASKS": "2"})
+        check_master_address(Ranks(world_size=2), {"SLURM_STEP_NUM_TASKS": "2"})
 
 
 def test_only_the_ranks_of_this_node_count():

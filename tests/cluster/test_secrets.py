@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.checkpointing.run_directory import write_status
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.secrets import redact
 
 
@@ -31,14 +31,14 @@ def test_a_secret_that_is_part_of_another_does_not_uncover_it(monkeypatch: pytes
 
 
 def test_no_file_of_a_run_tells_what_an_error_text_holds(tmp_path: Path) -> None:
-    quieten(tmp_path / "log.txt")
+    log_to_file(tmp_path / "log.txt")
     try:
         raise RuntimeError("cannot log in with hf_secret_of_the_user")
     except RuntimeError as error:
         logging.getLogger("toolkit").error("rank 0 ends: %s", error, exc_info=error)
         logging.getLogger("transformers").warning("key 0123456789abcdef-wandb was refused")
         write_status(tmp_path, "failed", reason=f"{error}")
-    quieten(None)
+    log_to_file(None)
     log = (tmp_path / "log.txt").read_text()
     assert "Traceback" in log and "<HF_TOKEN>" in log and "<WANDB_API_KEY>" in log
     assert "<HF_TOKEN>" in json.loads((tmp_path / "status.json").read_text())["reason"]

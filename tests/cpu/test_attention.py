@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from toolkit.cpu import attention
-from toolkit.cpu.attention import quick_attention
+from toolkit.cpu.attention import cpu_attention
 
 CLIPS, HEADS, QUERIES, KEYS, WIDTH = 3, 2, 5, 7, 4
 
@@ -54,7 +54,7 @@ def test_results_and_gradients_are_those_of_the_formula(
     ours, theirs, mask = inputs(dtype), inputs(dtype), mask_of(kind)
     added = torch.zeros(()) if mask is None else mask_of("added")
     layer = SimpleNamespace(is_causal=False)
-    output, nothing = quick_attention(layer, attention_mask=mask, dropout=0.25, scaling=scaling, **ours)
+    output, nothing = cpu_attention(layer, attention_mask=mask, dropout=0.25, scaling=scaling, **ours)
     expected = plain(**theirs, added=added, scaling=scaling or WIDTH**-0.5, kept=kept)
     slopes = torch.randn(expected.shape)
     output.backward(slopes.to(dtype))
@@ -72,7 +72,7 @@ def test_without_a_mask_a_causal_layer_looks_at_nothing_later() -> None:
 
     def first_query(layer: SimpleNamespace) -> Tensor:
         torch.manual_seed(1)
-        return quick_attention(layer, **states)[0][:, 0]
+        return cpu_attention(layer, **states)[0][:, 0]
 
     causal, all_around = SimpleNamespace(is_causal=True), SimpleNamespace(is_causal=False)
     before = [first_query(causal), first_query(all_around)]
@@ -84,6 +84,6 @@ def test_without_a_mask_a_causal_layer_looks_at_nothing_later() -> None:
 def test_without_dropout_torch_computes() -> None:
     states, layer = inputs(torch.float32), SimpleNamespace(is_causal=False)
     bias = states.pop("position_bias")
-    output, _ = quick_attention(layer, attention_mask=None, position_bias=bias, **states)
+    output, _ = cpu_attention(layer, attention_mask=None, position_bias=bias, **states)
     expected = functional.scaled_dot_product_attention(**states, attn_mask=bias).transpose(1, 2)
     assert torch.equal(output, expected)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.cpu.dropout import QuickDropout, use_quick_dropout
+from toolkit.cpu.dropout import CPUDropout, use_cpu_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_it_drops_the_share_that_was_asked_for_anywhere(p: float) -> None:
     torch.manual_seed(0)
-    dropped = QuickDropout(p)(torch.ones(1000, 1003)) == 0
+    dropped = CPUDropout(p)(torch.ones(1000, 1003)) == 0
     deviation = (p * (1 - p)) ** 0.5
     assert dropped.double().mean().item() == pytest.approx(p, abs=4 * deviation / dropped.numel() ** 0.5)
     # The four elements of one draw are as likely to go as any, and do not go together.
@@ -25,7 +25,7 @@ def test_it_drops_the_share_that_was_asked_for_anywhere(p: float) -> None:
 def test_what_stays_is_scaled_like_torchs_and_passes_its_gradient(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     values = torch.randn(7, 11, dtype=dtype, requires_grad=True)
-    output = QuickDropout(0.3)(values)
+    output = CPUDropout(0.3)(values)
     output.backward(torch.ones_like(output))
     kept = output != 0
     assert 0 < kept.sum() < kept.numel()
@@ -35,7 +35,7 @@ def test_what_stays_is_scaled_like_torchs_and_passes_its_gradient(dtype: torch.d
 
 
 def test_the_generator_decides_and_evaluation_drops_nothing() -> None:
-    layer, values = QuickDropout(0.5), torch.randn(33)
+    layer, values = CPUDropout(0.5), torch.randn(33)
     torch.manual_seed(1)
     first, second = layer(values), layer(values)
     torch.manual_seed(1)
@@ -46,9 +46,9 @@ def test_the_generator_decides_and_evaluation_drops_nothing() -> None:
 
 def test_a_models_dropout_layers_and_no_others_are_turned() -> None:
     model = nn.Sequential(nn.Dropout(0.2), nn.Sequential(nn.Dropout1d(0.2), nn.Linear(2, 2)))
-    use_quick_dropout(model)
+    use_cpu_dropout(model)
     assert [type(module) for module in model.modules() if "Drop" in type(module).__name__] == [
-        QuickDropout,
+        CPUDropout,
         nn.Dropout1d,
     ]
     assert model[0].p == 0.2

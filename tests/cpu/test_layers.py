@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from toolkit.cpu import attention, dropout
 from toolkit.cpu.attention import NAME
-from toolkit.cpu.layers import use_quick_layers
+from toolkit.cpu.layers import use_cpu_layers
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
 BART = {
@@ -45,7 +45,7 @@ def loss_of(model: PreTrainedModel) -> Tensor:
 def test_evaluation_is_bitwise_the_same(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         own, quick = make(name, dtype).eval(), make(name, dtype).eval()
-        use_quick_layers(quick)
+        use_cpu_layers(quick)
         assert quick.config._attn_implementation == NAME
         assert torch.equal(loss_of(own), loss_of(quick))
 
@@ -56,7 +56,7 @@ def test_gradients_are_the_same_when_nothing_happens_to_be_dropped(name: str, mo
         monkeypatch.setattr(module, "draw_kept", lambda like, p: torch.ones_like(like))
         monkeypatch.setattr(module, "drop", lambda values, kept, p: values)
     own, quick = make(name).eval(), make(name).train()
-    use_quick_layers(quick)
+    use_cpu_layers(quick)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *_, **__: values)
     losses = [loss_of(own), loss_of(quick)]
     torch.testing.assert_close(losses[1], losses[0])
@@ -69,7 +69,7 @@ def test_gradients_are_the_same_when_nothing_happens_to_be_dropped(name: str, mo
 
 def test_a_model_that_was_trained_is_saved_as_any_other(tmp_path: Any) -> None:
     model = make("t5")
-    use_quick_layers(model)
+    use_cpu_layers(model)
     model.save_pretrained(tmp_path)
     assert "quick" not in (tmp_path / "config.json").read_text().lower()
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from toolkit.cpu.rms_norm import QuickRMSNorm, use_quick_rms_norm
+from toolkit.cpu.rms_norm import CPURMSNorm, use_cpu_rms_norm
 
 WIDTH = 16
 
@@ -17,8 +17,8 @@ def make(dtype: torch.dtype, quick: bool) -> T5LayerNorm:
     torch.manual_seed(0)
     layer.weight.data.normal_()
     if quick:
-        use_quick_rms_norm(layer)
-        assert isinstance(layer, QuickRMSNorm) and isinstance(layer, T5LayerNorm)
+        use_cpu_rms_norm(layer)
+        assert isinstance(layer, CPURMSNorm) and isinstance(layer, T5LayerNorm)
     return layer.to(dtype)
 
 

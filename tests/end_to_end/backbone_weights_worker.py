@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
@@ -34,7 +34,7 @@ def main() -> None:
     return_freed_memory()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     zero3 = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}
     results: dict[str, Any] = {}

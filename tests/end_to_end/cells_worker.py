@@ -28,7 +28,7 @@ from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, SavedState, name_of, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
@@ -53,7 +53,7 @@ def main() -> None:
     use_extensions_dir()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     # DeepSpeed collects garbage several times an engine, over everything that the imports made, and asks for the maker
     # of the processor with every CPUAdam, in a process of its own.

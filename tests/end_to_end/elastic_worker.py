@@ -15,7 +15,7 @@ import xxhash
 from torch import distributed as dist
 
 from toolkit.checkpointing import run_directory
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
@@ -48,7 +48,7 @@ def main() -> None:
     use_extensions_dir()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     results = {case["name"]: train(case, plan["settings"], Path(plan["folder"]), ranks) for case in plan["cases"]}
     if ranks.is_main:

@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 
 from toolkit.checkpointing import run_directory
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks, read_ranks
@@ -38,7 +38,7 @@ def main() -> None:
     return_freed_memory()  # so that what a rank holds is what it takes
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     training_run.living_run = in_this_group
     results = {

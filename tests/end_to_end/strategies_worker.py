@@ -18,7 +18,7 @@ from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.zero_shards import shards
-from toolkit.cluster.logs import quieten
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
@@ -40,7 +40,7 @@ def main() -> None:
     use_extensions_dir()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
-    quieten(None)
+    log_to_file(None)
     join_process_group(ranks)
     results = {
         name: train(case, plan["settings"], Path(plan["folder"]) / name, ranks) for name, case in plan["cases"].items()

@@ -29,7 +29,7 @@ REASONS = {
     "memory": rf"{{who}} failed: OutOfMemoryError: {re.escape(OUT_OF_MEMORY)}",
     "step_5": rf"{{who}} failed: {INJECTED}",
     "loader": rf"{{who}} failed: {INJECTED}",
-    "killed": r"{who} has ended without a word",
+    "killed": r"{who} has ended without an error",
     "evaluation": rf"{{who}} failed: {INJECTED}",
     "saving": rf"{{who}} failed: {INJECTED}",
     "disk": r"(the model of step \d+ cannot be|the checkpoint after step \d+ could not be) written",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.cluster.environment import GIB, gpus
-from toolkit.cluster.ops import MENDING, OPS, is_built, stale_locks, use_extensions_dir
+from toolkit.cluster.ops import OPS, REBUILD, is_built, stale_locks, use_extensions_dir
 from toolkit.cpu.shared_memory import SHARED_MEMORY, orphaned_buffers
 
 # DeepSpeed's all-reduce buffer of one rank on the CPU.
@@ -114,7 +114,7 @@ def _op(name: str) -> Finding:
 
 def _locks() -> list[Finding]:
     return [
-        Finding("build lock", "missing", f"{lock} was left by a build that was killed; runs would wait for it", MENDING)
+        Finding("build lock", "missing", f"{lock} was left by a build that was killed; runs would wait for it", REBUILD)
         for lock in stale_locks()
     ]
 

@@ -17,7 +17,7 @@ class _LogFile(logging.FileHandler):
         pass
 
 
-def quieten(log: Path | None) -> None:
+def log_to_file(log: Path | None) -> None:
     """Send what DeepSpeed, transformers and we log to a file (or nowhere), so that the terminal shows the run.
 
     No secret of the environment reaches the file.

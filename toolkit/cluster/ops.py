@@ -26,7 +26,7 @@ OPS = {
 }
 # DeepSpeed's folder and file names where they differ from the op's.
 EXTENSION_NAMES = {"shm_comm": "deepspeed_shm_comm"}
-MENDING = "python launch/doctor.py build-ops --force"
+REBUILD = "python launch/doctor.py build-ops --force"
 
 
 def use_extensions_dir() -> Path | None:
@@ -91,7 +91,7 @@ def check_locks() -> None:
     if locks:
         raise UserError(
             f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, "
-            f"for which every run would wait: remove it by `{MENDING}`"
+            f"for which every run would wait: remove it by `{REBUILD}`"
         )
 
 

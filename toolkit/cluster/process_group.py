@@ -14,8 +14,8 @@ import torch
 from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.devices import barrier, check_bound, use_device
 from toolkit.cluster.interfaces import name_interface
-from toolkit.cluster.meeting import meet, part
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import join_rendezvous, leave_rendezvous
 from toolkit.cpu.shared_memory import release_own_buffer, remove_orphaned_buffers
 
 # A collective ends this much later than the longest permitted wait, so that the rank that is late says why first.
@@ -32,7 +32,7 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
     import deepspeed
     from deepspeed.constants import default_pg_timeout
 
-    meet(ranks)
+    join_rendezvous(ranks)
     name_interface(ranks)
     device = use_device(ranks)  # not before: a GPU brings threads, and a run has forked its loader's workers by now
     if "MASTER_ADDR" not in os.environ:
@@ -58,7 +58,7 @@ def leave_process_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    part()
+    leave_rendezvous()
 
 
 def use_threads(ranks: Ranks) -> None:

@@ -134,7 +134,7 @@ def check_ranks(
         )
 
 
-def check_meeting_place(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> None:
+def check_master_address(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse ranks that would wait for each other without end, because nobody told them where rank 0 is.
 
     Raises:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from toolkit import __version__
-from toolkit.cluster.meeting import on_each_node, on_rank_0
+from toolkit.cluster.rendezvous import on_each_node, on_rank_0
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata

@@ -16,10 +16,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from toolkit.cpu.dropout import draw_kept, drop
 
-NAME = "quick_sdpa"  # by which transformers finds it
+NAME = "cpu_sdpa"  # by which transformers finds it
 
 
-def quick_attention(
+def cpu_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -115,9 +115,9 @@ class _Attention(torch.autograd.Function):
         return *products, for_bias, None, None, None
 
 
-def use_quick_attention(model: PreTrainedModel) -> None:
+def use_cpu_attention(model: PreTrainedModel) -> None:
     """Have a backbone that calls torch's attention call this one."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, quick_attention)
+        AttentionInterface.register(NAME, cpu_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.config._attn_implementation = NAME

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _LEVELS = 2**16  # of what one quarter of a draw can be
 
 
-class QuickDropout(nn.Dropout):
+class CPUDropout(nn.Dropout):
     """What :class:`torch.nn.Dropout` computes, decided by torch's generator, with ``p`` rounded to 1/65,536."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def drop(values: Tensor, kept: Tensor, p: float) -> Tensor:
     return torch.addcmul(values.new_zeros(()), values, kept, value=1 / (1 - p))
 
 
-def use_quick_dropout(model: nn.Module) -> None:
+def use_cpu_dropout(model: nn.Module) -> None:
     """Turn a model's dropout layers into quick ones; what a backbone drops by a function call stays torch's."""
     for module in model.modules():
         if type(module) is nn.Dropout:
-            module.__class__ = QuickDropout
+            module.__class__ = CPUDropout

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _NAMES = ("LongT5LayerNorm", "MT5LayerNorm", "T5LayerNorm", "UMT5LayerNorm")
 
 
-class QuickRMSNorm(nn.Module):
+class CPURMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019) without bias; mixed into a class of transformers'."""
 
     weight: nn.Parameter
@@ -50,9 +50,9 @@ class _RMSNorm(torch.autograd.Function):
         return for_states.to(states.dtype), for_weight, None
 
 
-def use_quick_rms_norm(model: nn.Module) -> None:
+def use_cpu_rms_norm(model: nn.Module) -> None:
     """Give the normalisation layers of T5 and its kin their quick form."""
     for module in model.modules():
         own = type(module)
         if own.__name__ in _NAMES:
-            module.__class__ = type(f"Quick{own.__name__}", (QuickRMSNorm, own), {})
+            module.__class__ = type(f"CPU{own.__name__}", (CPURMSNorm, own), {})

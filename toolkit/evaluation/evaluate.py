@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.meeting import on_rank_0
+from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError

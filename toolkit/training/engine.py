@@ -11,7 +11,7 @@ from torch import nn
 
 from toolkit.checkpointing.zero_shards import base_optimizer
 from toolkit.cpu.communication import communicate_on_cpu
-from toolkit.cpu.layers import use_quick_layers
+from toolkit.cpu.layers import use_cpu_layers
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
@@ -25,7 +25,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     import deepspeed
 
     if not torch.cuda.is_available():
-        use_quick_layers(module)
+        use_cpu_layers(module)
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameter_groups(module, resolved),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from toolkit.batching.loader import TrainBatches, train_batches
 from toolkit.checkpointing.checkpoints import Progress
-from toolkit.cluster.failures import unwatched
+from toolkit.cluster.failures import without_watching
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.recipe.resolve import ResolvedRun
@@ -15,7 +15,7 @@ def all_batches(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: P
 
     The workers start here, so a run calls it before it has threads; the run's tokenizer comes later.
     """
-    with unwatched():
+    with without_watching():
         return train_batches(
             corpus.splits["train"],
             None,

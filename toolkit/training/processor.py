@@ -6,8 +6,8 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from toolkit.cluster.meeting import on_rank_0
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.models import PoseProcessor
 from toolkit.models.build import build_processor

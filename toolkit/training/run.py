@@ -28,10 +28,10 @@ from toolkit.checkpointing.random_states import seed_everything
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
 from toolkit.cluster import failures
-from toolkit.cluster.logs import quieten
-from toolkit.cluster.meeting import meet, on_each_node, on_rank_0
+from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import join_rendezvous, on_each_node, on_rank_0
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
@@ -208,11 +208,11 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
     After an error no rank leaves the process group: that would wait for collectives in which nobody else will be.
     """
     run_dir = resolved.run_dir
-    meet(ranks)
+    join_rendezvous(ranks)
     on_rank_0(lambda: run_directory.start(resolved, corpus.path))
     # The other ranks see the run directory for the first time when it is there: a shared file system that has once
     # answered "not there" says so for half a minute.
-    quieten(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
+    log_to_file(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
     swap = swap_to_this_node(resolved.deepspeed)
 
     def fail(rank: int, host: str, reason: str) -> None:
@@ -225,7 +225,7 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
             draw_report(run_dir)
 
     interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _given_up(run_dir, ranks))
-    with failures.recorded_by(fail), failures.at_failure(tidy_up):
+    with failures.recording_failures(fail), failures.at_failure(tidy_up):
         try:
             on_each_node(lambda: claim_swap_folders(swap))
             training = resolved.recipe.training
@@ -240,10 +240,10 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
             leave_process_group()
             raise
         except BaseException as error:
-            told = failures.tell(error)
+            reported = failures.report_failure(error)
             if not isinstance(error, UserError):
                 log.error("rank %d ends: %s", ranks.rank, error, exc_info=error)
-            if ranks.is_main and not told:
+            if ranks.is_main and not reported:
                 fail(ranks.rank, platform.node(), f"{type(error).__name__}: {error}")
                 draw_report(run_dir)
             raise
@@ -306,7 +306,7 @@ def open_trainer(
         failures.at_failure(tracker.close),
         closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, echo=echo)) as writer,
         failures.at_failure(writer.settle),
-        failures.told(),
+        failures.reporting_failures(),
     ):
         trainer = Trainer(
             engine,

@@ -20,8 +20,8 @@ from toolkit.checkpointing.kept_models import Kept, admit, keep_only, place_mode
 from toolkit.checkpointing.run_directory import write_status
 from toolkit.checkpointing.writer import CheckpointWriter
 from toolkit.cluster import failures
-from toolkit.cluster.meeting import on_rank_0
 from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
 from toolkit.models.loading.weights import save_model, saved_state_dict
@@ -136,7 +136,7 @@ class Trainer:
         self.engine.train()
         self.watch.start()
         try:
-            with self.line, failures.told():
+            with self.line, failures.reporting_failures():
                 self._run(batches)
                 self._keep_the_last()
                 on_rank_0(lambda: keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept]))

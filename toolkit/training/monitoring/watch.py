@@ -239,7 +239,9 @@ class RankWatch:
 
     def _tell(self, rank: int, reason: str) -> None:
         """End this process where the ranks tell each other of failures; else it has to see to that itself."""
-        failures.lose(rank, self._hosts.get(rank, socket.gethostname()), reason, f"error: {reason}; {HINT}")
+        failures.exit_for_lost_rank(
+            rank, self._hosts.get(rank, socket.gethostname()), reason, f"error: {reason}; {HINT}"
+        )
 
     @staticmethod
     def _say_why(reason: str) -> None:
