@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,18 +88,7 @@ def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
         clips: features are float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
         indices: each clip's index in its split; ``~i`` marks a filler.
     """
-    longest = max(len(clip.features) for clip in clips)
-    # Padding starts as NaN so that one look finds both what is padded and what is missing.
-    packed = torch.full((len(clips), longest, *clips[0].features.shape[1:]), torch.nan, dtype=torch.float16)
-    frame_mask = torch.zeros(len(clips), longest, dtype=torch.bool)
-    rows = packed.numpy()
-    for row, clip in enumerate(clips):
-        rows[row, : len(clip.features)] = clip.features
-        frame_mask[row, : len(clip.features)] = True
-    # The first channel speaks for all, and its bits tell a number from a NaN ten times faster than a comparison would.
-    visible = torch.from_numpy((rows.view(np.uint16)[..., 0] & HALF_WITHOUT_SIGN) < HALF_INFINITY)
-    poses = packed.float().nan_to_num_(nan=0.0)
-
+    poses, visible, frame_mask = pad_features([clip.features for clip in clips])
     positions = np.asarray(indices, dtype=np.int64)
     is_filler = torch.from_numpy(positions < 0)
     return Batch(
@@ -115,13 +105,35 @@ def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
     )
 
 
+def pad_features(features: Sequence[npt.NDArray[np.float16]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the features of clips to the longest among them, for training and for translating alike.
+
+    Args:
+        features: of each clip float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
+
+    Returns:
+        ``poses``, ``visible`` and ``frame_mask`` of a :class:`Batch`.
+    """
+    longest = max(map(len, features))
+    # Padding starts as NaN, so that one comparison finds both padding and missing landmarks.
+    packed = torch.full((len(features), longest, *features[0].shape[1:]), torch.nan, dtype=torch.float16)
+    frame_mask = torch.zeros(len(features), longest, dtype=torch.bool)
+    rows = packed.numpy()
+    for row, frames in enumerate(features):
+        rows[row, : len(frames)] = frames
+        frame_mask[row, : len(frames)] = True
+    # All channels are NaN or none is, so the first one decides; comparing its bits is ten times faster than isnan.
+    visible = torch.from_numpy((rows.view(np.uint16)[..., 0] & HALF_WITHOUT_SIGN) < HALF_INFINITY)
+    return packed.float().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0), visible, frame_mask
+
+
 def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
     """Turn a batch's texts into its labels.
 
     Args:
         batch: as :func:`pad` gives it.
         tokenizer: a HuggingFace tokenizer.
-        max_target_tokens: longer targets are cut at their end, the end-of-sentence token stays.
+        max_target_tokens: longer targets are truncated; the end-of-sentence token stays.
     """
     labels = target_labels(batch.texts, tokenizer, max_target_tokens)
     labels[batch.is_filler] = IGNORED_LABEL
@@ -130,12 +142,12 @@ def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
 
 
 def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> Tensor:
-    """Tokenise target texts: int64 [texts, tokens], padded with -100; what is longer is cut."""
+    """Tokenise target texts: int64 [texts, tokens], padded with -100; longer ones are truncated."""
     encoded: Mapping[str, list[list[int]]] = tokenizer(text_target=list(texts))
     rows = []
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if len(ids) > max_target_tokens:
-            # The tokenizer cuts the words and keeps its own frame of special tokens, the end of sentence among them.
+            # The tokenizer truncates the words and keeps its special tokens, the end of sentence among them.
             ids = tokenizer(text_target=text, truncation=True, max_length=max_target_tokens)["input_ids"]
         rows.append(ids)
     labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, np.int64)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from toolkit.decoding.search import Hypothesis, search
 from toolkit.inference.clip_sources import ClipSource
@@ -144,7 +145,7 @@ class _Seat:
     start: float
     end: float
     is_last: bool
-    features: Tensor | None = None
+    features: npt.NDArray[np.float16] | None = None
     reason: str = ""
 
     @property

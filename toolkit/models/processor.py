@@ -1,4 +1,4 @@
-"""The processor of a model folder: a ``.pose`` file becomes model inputs exactly as it did at preparation."""
+"""The processor of a model folder: a ``.pose`` file becomes model inputs as in training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
+from toolkit.batching.collate import pad_features
 from toolkit.poses.features import NORMALISATION, extract_features
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import RawPose
@@ -24,7 +25,7 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         fps: frames per second after resampling.
         max_frames: longer clips are shortened as ``too_long`` says.
         too_long: ``subsample``, ``cut`` or ``reject``.
-        normalisation: what was done to the coordinates, in words; a folder made by another method is refused.
+        normalisation: what was done to the coordinates, as text; a folder made by another method is refused.
     """
 
     model_input_names = ["poses", "visible", "frame_mask"]  # noqa: RUF012 (transformers reads this name)
@@ -62,8 +63,8 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         """
         return self.pad([self.features(pose) for pose in poses])
 
-    def features(self, pose: str | Path | bytes | RawPose) -> Tensor:
-        """One clip's features, float32 [frames, points, channels]; NaN = missing.
+    def features(self, pose: str | Path | bytes | RawPose) -> npt.NDArray[np.float16]:
+        """One clip's features, float16 as in a corpus [frames, points, channels]; NaN = missing.
 
         Raises:
             PoseError: the clip is not usable; the message is the reason.
@@ -75,17 +76,12 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
             max_frames=self.max_frames,
             too_long=self.too_long,  # type: ignore[arg-type]
         )
-        # Training reads float16; the same rounding here, so that a clip means the same to the model.
-        return torch.from_numpy(found.values).half().float()
+        features: npt.NDArray[np.float16] = torch.from_numpy(found.values).half().numpy()  # numpy warns of overflows
+        return features
 
-    def pad(self, clips: Sequence[Tensor]) -> BatchFeature:
+    def pad(self, clips: Sequence[npt.NDArray[np.float16]]) -> BatchFeature:
         """Put clips, as :meth:`features` gives them, into one batch."""
-        padded = pad_sequence(list(clips), batch_first=True, padding_value=torch.nan)
-        visible = padded.isfinite().all(dim=-1)
-        frames = torch.tensor([len(clip) for clip in clips])
-        frame_mask = torch.arange(padded.shape[1]) < frames[:, None]
-        values = padded.masked_fill(~visible.unsqueeze(-1), 0.0)
-        return BatchFeature({"poses": values, "visible": visible, "frame_mask": frame_mask})
+        return BatchFeature(dict(zip(self.model_input_names, pad_features(clips), strict=True)))
 
 
 class PoseProcessor(ProcessorMixin):
