@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         """Where the run begins."""
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
-        if aside := run_directory.set_aside(resolved.run_dir):
-            echo(f"the run that was in {resolved.run_dir} is now in {aside}")
+        if archived := run_directory.archive_run(resolved.run_dir):
+            echo(f"the run that was in {resolved.run_dir} is now in {archived}")
         return Start()
 
     def check() -> tuple[Start, str | None]:

@@ -1,4 +1,4 @@
-"""best/ is always the best model, and as many runners-up as asked for are kept beside it."""
+"""best/ is the best model at any time, and training.keep_best - 1 runners-up are kept beside it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_runners_up_are_kept_beside_it(tmp_path: Path, select_by: str) -> None:
     ]
 
 
-def test_a_score_that_is_not_there_loses_to_any(tmp_path: Path) -> None:
+def test_no_score_is_worse_than_any_score(tmp_path: Path) -> None:
     nothing = score([], [])
     kept = admit([], 10, nothing, select_by="bleu4", keep=2)
     kept = admit(kept, 20, scores(9), select_by="bleu4", keep=2)
@@ -80,28 +80,28 @@ def test_a_score_that_is_not_there_loses_to_any(tmp_path: Path) -> None:
     assert admit(kept, 30, nothing, select_by="bleu4", keep=3)[-1][0] == 30
 
 
-def test_a_model_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_written_leaves_the_others_intact(tmp_path: Path) -> None:
     kept = evaluate(tmp_path, [], 10, 5, keep=1)
 
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device", str(folder))
 
     better = admit(kept, 20, scores(9), select_by="bleu4", keep=1)
-    with pytest.raises(UserError, match=r"step 20 cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"step 20 .*No space left"):
         place_model(tmp_path, better, 20, scores(9), full)
     assert models(tmp_path) == {"best": "10"}
 
 
-def test_a_model_that_a_checkpoint_remembers_stays_until_it_is_forgotten(tmp_path: Path) -> None:
+def test_a_model_that_a_checkpoint_lists_stays_until_no_checkpoint_lists_it(tmp_path: Path) -> None:
     kept = evaluate(tmp_path, [], 10, 5, keep=1)
     better = admit(kept, 20, scores(8), select_by="bleu4", keep=1)
-    place_model(tmp_path, better, 20, scores(8), writer("20"), remembered=[10])
+    place_model(tmp_path, better, 20, scores(8), writer("20"), in_checkpoints=[10])
     assert models(tmp_path) == {"best": "20", "best_000010": "10"}
     keep_only(tmp_path, [20])
     assert models(tmp_path) == {"best": "20"}
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_sets_newer_models_aside(tmp_path: Path) -> None:
+def test_a_run_that_resumes_from_an_older_checkpoint_archives_newer_models(tmp_path: Path) -> None:
     kept: Kept = []
     for step, right_words in ((10, 5), (20, 6), (30, 8), (40, 4)):
         kept = evaluate(tmp_path, kept, step, right_words, keep=9)
@@ -109,15 +109,16 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_sets_newer_models_aside(tmp
     assert models(tmp_path) == {"best": "10", "best_000020.aside_1": "20", "best_000030.aside_1": "30"}
 
 
-def test_a_best_model_that_does_not_say_which_it_is_is_left_alone(tmp_path: Path) -> None:
+def test_a_best_model_without_a_step_is_left_alone(tmp_path: Path) -> None:
     writer("mine")(tmp_path / "best")
-    with pytest.raises(UserError, match=r"evaluation\.json is not readable: move .*best away"):
+    with pytest.raises(UserError, match=r"best/evaluation\.json") as refusal:
         restore_models(tmp_path, [], step=0, newest=0)
+    assert f"move {tmp_path / 'best'} away" in refusal.value.hint
     assert models(tmp_path) == {"best": "mine"}
 
 
 class Killed(BaseException):
-    """What a kill looks like from inside: nothing after it happens."""
+    """Stands for SIGKILL: nothing catches it."""
 
 
 class Killer:
@@ -143,23 +144,28 @@ class Killer:
 
 
 class Run:
-    """A run as far as its models are concerned: evaluations, checkpoints, and what is left of it when it is killed."""
+    """A run that only evaluates and saves; its folder and its last checkpoint survive a kill."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.run_dir, self.keep = run_dir, keep
         self.checkpoint: tuple[int, Kept] = (0, [])
 
-    def go_on(self, right_words: dict[int, int], saved: set[int]) -> Kept:
-        """To the end, from the last checkpoint; a model is its step and how good it is."""
-        step, remembered = self.checkpoint
-        kept = restore_models(self.run_dir, remembered, step, step)
-        assert kept == remembered, "a model that the checkpoint remembers is gone"
+    def resume(self, right_words: dict[int, int], saved: set[int]) -> Kept:
+        """Run from the last checkpoint to the end.
+
+        Args:
+            right_words: how good the model of each step is.
+            saved: steps with a checkpoint.
+        """
+        step, listed = self.checkpoint
+        kept = restore_models(self.run_dir, listed, step, step)
+        assert kept == listed, "a model that the checkpoint lists is gone"
         for now in (step for step in right_words if step > self.checkpoint[0]):
             found = scores(right_words[now])
             kept = admit(kept, now, found, select_by="bleu4", keep=self.keep)
             if now in dict(kept):
                 steps = dict(self.checkpoint[1])
-                place_model(self.run_dir, kept, now, found, writer(f"{now}: {right_words[now]}"), remembered=steps)
+                place_model(self.run_dir, kept, now, found, writer(f"{now}: {right_words[now]}"), in_checkpoints=steps)
             if now in saved:
                 self.checkpoint = now, kept
         keep_only(self.run_dir, dict(kept))
@@ -172,12 +178,12 @@ FIRST = {10: 4, 20: 7, 30: 5, 40: 8, 50: 6}
 @pytest.mark.parametrize("again", [FIRST, {10: 5, 20: 4, 30: 4, 40: 4, 50: 4}], ids=["the same", "worse"])
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("saved", [{20, 50}, {10, 30, 50}, {50}], ids=str)
-def test_wherever_a_run_is_killed_its_best_model_is_the_one_that_it_remembers(
+def test_after_a_kill_at_any_operation_the_best_model_is_that_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: dict[int, int], keep: int, saved: set[int]
 ) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
     killer = Killer(monkeypatch)
-    Run(tmp_path, keep).go_on(FIRST, saved)
+    Run(tmp_path, keep).resume(FIRST, saved)
     operations = killer.count
     assert operations > 10
     for deadline, after in itertools.product(range(1, operations + 1), (False, True)):
@@ -187,12 +193,12 @@ def test_wherever_a_run_is_killed_its_best_model_is_the_one_that_it_remembers(
         run = Run(folder, keep)
         killer.count, killer.deadline, killer.after = 0, deadline, after
         with contextlib.suppress(Killed):
-            run.go_on(FIRST, saved)
+            run.resume(FIRST, saved)
         killer.deadline = -1
-        assert all((path / "model").exists() for path in folder.glob("best*")), "a model has its name and lacks a file"
-        remembered = run.checkpoint[1]
-        kept = run.go_on(again, saved)
-        values = {step: FIRST[step] if step in dict(remembered) else again[step] for step, _ in kept}
+        assert all((path / "model").exists() for path in folder.glob("best*")), "an incomplete model has its name"
+        listed = run.checkpoint[1]
+        kept = run.resume(again, saved)
+        values = {step: FIRST[step] if step in dict(listed) else again[step] for step, _ in kept}
         best = kept[0][0]
         names = {step: "best" if step == best else f"best_{step:06d}" for step in values}
         assert models(folder) == {names[step]: f"{step}: {value}" for step, value in values.items()}, (deadline, after)

@@ -1,4 +1,4 @@
-"""A run directory holds one run: which, what became of it, and whether this command may go on with it."""
+"""A run directory holds one run: its settings, its status, and whether this command may resume it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.recipe.resolve import ResolvedRun
 Resolve = Callable[..., ResolvedRun]
 
 
-def test_a_run_that_starts_writes_down_what_it_is(resolve: Resolve, corpus: Corpus) -> None:
+def test_a_run_that_starts_writes_its_settings(resolve: Resolve, corpus: Corpus) -> None:
     resolved = resolve()
     run_directory.start(resolved, corpus.path)
     assert run_directory.read_status(resolved.run_dir) == "running"
@@ -26,7 +26,7 @@ def test_a_run_that_starts_writes_down_what_it_is(resolve: Resolve, corpus: Corp
     assert environment["packages"]["torch"]
 
 
-def test_the_same_settings_may_go_on(resolve: Resolve, corpus: Corpus) -> None:
+def test_the_same_settings_may_resume(resolve: Resolve, corpus: Corpus) -> None:
     run_directory.start(resolve(), corpus.path)
     run_directory.check_same_run(resolve())
 
@@ -47,13 +47,13 @@ def test_the_same_settings_may_go_on(resolve: Resolve, corpus: Corpus) -> None:
         "evaluation.batch_frames=100",
     ],
 )
-def test_how_it_is_run_and_watched_may_change(resolve: Resolve, corpus: Corpus, override: str) -> None:
+def test_settings_of_how_it_runs_may_change(resolve: Resolve, corpus: Corpus, override: str) -> None:
     run_directory.start(resolve(), corpus.path)
     run_directory.check_same_run(resolve(override))
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "listed"),
     [
         ("training.learning_rate=0.5", "training.learning_rate 0.001 -> 0.5"),
         ("training.global_batch_size=64", "training.global_batch_size 32 -> 64"),
@@ -70,34 +70,34 @@ def test_how_it_is_run_and_watched_may_change(resolve: Resolve, corpus: Corpus, 
         ("data.fps=20", "data.fps"),
     ],
 )
-def test_neither_what_it_learns_nor_how_the_best_is_chosen_may_change(
-    resolve: Resolve, corpus: Corpus, override: str, told: str
+def test_settings_of_what_it_learns_and_of_how_the_best_is_chosen_may_not_change(
+    resolve: Resolve, corpus: Corpus, override: str, listed: str
 ) -> None:
     run_directory.start(resolve(), corpus.path)
     with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve(override))
-    message = str(refusal.value)
-    assert told in message and "--new" in message and "run.dir" in message
-    assert "\n" not in message
+    assert listed in refusal.value.message
+    assert "--new" in refusal.value.hint and "run.dir" in refusal.value.hint
 
 
-def test_another_search_is_for_evaluate(resolve: Resolve, corpus: Corpus) -> None:
+def test_for_another_search_the_hint_names_evaluate(resolve: Resolve, corpus: Corpus) -> None:
     run_directory.start(resolve(), corpus.path)
-    with pytest.raises(UserError, match=r"launch/evaluate\.py"):
+    with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve("evaluation.num_beams=9"))
+    assert "launch/evaluate.py" in refusal.value.hint
     with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve("evaluation.num_beams=9", "training.seed=9"))
-    assert "evaluate.py" not in str(refusal.value)
+    assert "evaluate.py" not in refusal.value.hint
 
 
-def test_what_may_change_exists() -> None:
-    """A key that was renamed would be refused without a word."""
+def test_every_setting_that_may_change_exists() -> None:
+    """A renamed key would be refused."""
     keys = recipe_keys()
     for name in (*run_directory.MAY_CHANGE, *run_directory.OF_PREPARATION):
         assert any(key == name or key.startswith(f"{name}.") for key in keys), name
 
 
-def test_how_clips_are_prepared_means_nothing_where_they_are(resolve: Resolve, corpus: Corpus) -> None:
+def test_settings_of_preparation_have_no_effect_on_a_prepared_corpus(resolve: Resolve, corpus: Corpus) -> None:
     run_directory.start(resolve(), corpus.path)
     run_directory.check_same_run(resolve("data.source=table", f"data.corpus={corpus.path}", "data.fps=20"))
 
@@ -107,18 +107,19 @@ def test_an_empty_folder_is_free(resolve: Resolve) -> None:
     assert run_directory.read_status(resolve().run_dir) is None
 
 
-def test_setting_aside_never_loses_a_run(tmp_path: Path) -> None:
+def test_archiving_never_loses_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for number in range(3):
         run.mkdir()
         (run / "notes").write_text(str(number))
-        run_directory.set_aside(run)
+        run_directory.archive_run(run)
     assert not run.exists()
     assert [(tmp_path / f"run.{number}" / "notes").read_text() for number in (1, 2, 3)] == ["0", "1", "2"]
-    assert run_directory.set_aside(run) is None
+    assert run_directory.archive_run(run) is None
 
 
-def test_a_broken_status_is_one_line(tmp_path: Path) -> None:
+def test_a_broken_status_is_refused(tmp_path: Path) -> None:
     (tmp_path / run_directory.STATUS).write_text("{")
-    with pytest.raises(UserError, match="--new"):
+    with pytest.raises(UserError, match=r"status\.json") as refusal:
         run_directory.read_status(tmp_path)
+    assert "--new" in refusal.value.hint

@@ -1,4 +1,4 @@
-"""Files of tensors: what is written, the library reads; the checksum is that of the file."""
+"""Files of tensors: the safetensors library reads what is written; the checksum is that of the file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from toolkit.checkpointing.tensor_files import checksum, read_metadata, write_te
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 24])
-def test_the_library_reads_what_is_written(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_reads_what_is_written(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk)
     tensors = {
         "a": torch.randn(7, 5),
         "b": torch.randn(100).bfloat16(),
         "c": torch.arange(3),
         "empty": torch.zeros(0),
-        "cut": torch.randn(4, 4)[:, 1],
+        "strided": torch.randn(4, 4)[:, 1],
         "bytes": torch.arange(200, dtype=torch.uint8),
         "flag": torch.tensor(True),
     }
@@ -35,7 +35,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, chunk: int, monkeypat
         assert torch.equal(file.get_slice("b")[20:30], tensors["b"][20:30])
 
 
-def test_no_such_file_of_tensors(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xff" * 20)
     with pytest.raises(ValueError, match="no safetensors file"):
         read_metadata(tmp_path / "x")

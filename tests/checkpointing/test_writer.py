@@ -1,4 +1,4 @@
-"""A checkpoint is complete or not there: whatever fails while it is written, the one before stays."""
+"""A checkpoint is complete or absent: whatever fails while it is written, the previous one stays."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 
 def make_engine(seed: int = 0) -> Any:
-    """As much of DeepSpeed's engine as stage 0 in fp32 needs."""
+    """A stand-in for DeepSpeed's engine at stage 0 in fp32."""
     torch.manual_seed(seed)
     module = Model()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -94,7 +94,7 @@ def load(engine: Any, checkpoint: Path) -> list[str]:
     return load_checkpoint(engine, checkpoint, read_state(checkpoint), layout=LAYOUT, seed=0)
 
 
-def test_what_is_saved_goes_on_to_the_last_bit(writer: CheckpointWriter) -> None:
+def test_training_resumes_to_the_last_bit(writer: CheckpointWriter) -> None:
     engine = make_engine()
     train(engine, 3)
     writer.save(engine, Progress(step=3))
@@ -141,10 +141,10 @@ def test_a_full_disk_leaves_the_last_one_intact(writer: CheckpointWriter, said: 
     writer.wait()
     with small_disk(100_000):
         writer.save(engine, Progress(step=2))
-        writer.save(engine, Progress(step=3))  # goes on, tells of step 2, and tries again
-        with pytest.raises(UserError, match=r"step 3 could not be written \(.+\); the last complete one is .*step_0+1"):
+        writer.save(engine, Progress(step=3))  # prints that step 2 failed, and tries again
+        with pytest.raises(UserError, match=r"step 3 .*step_000001"):
             writer.wait()
-    assert len(said) == 2 and "step 2 could not be written" in said[0] and "\n" not in said[0]
+    assert len(said) == 2 and "step 2 " in said[0] and "\n" not in said[0]
     assert [path.name for path in sorted(writer.folder.iterdir())] == [LATEST, name_of(1)]
     assert (writer.folder / LATEST).read_text().strip() == name_of(1)
     read_state(writer.folder / name_of(1))
@@ -153,27 +153,27 @@ def test_a_full_disk_leaves_the_last_one_intact(writer: CheckpointWriter, said: 
     read_state(writer.folder / name_of(4))
 
 
-def test_it_knows_which_models_a_run_would_look_for(writer: CheckpointWriter) -> None:
+def test_it_knows_which_models_a_run_that_resumes_would_look_for(writer: CheckpointWriter) -> None:
     engine = make_engine()
     train(engine)
-    assert writer.remembered == set()
+    assert writer.models == set()
     writer.save(engine, Progress(step=1, kept=[(1, 5.0)]))
     writer.wait()
     writer.save(engine, Progress(step=2, kept=[(2, 6.0), (1, 5.0)]))
-    assert writer.remembered == {1, 2}  # the new one may come to nothing
+    assert writer.models == {1, 2}  # the new checkpoint may fail
     writer.wait()
     with small_disk(100_000):
         writer.save(engine, Progress(step=3, kept=[(3, 7.0)]))
-        assert writer.remembered == {1, 2, 3}
+        assert writer.models == {1, 2, 3}
         with pytest.raises(UserError):
             writer.wait()
-    assert writer.remembered == {1, 2}
+    assert writer.models == {1, 2}
     writer.save(engine, Progress(step=4, kept=[(4, 8.0)]))
     writer.wait()
-    assert writer.remembered == {4}
+    assert writer.models == {4}
 
 
-def test_what_died_while_saving_is_removed(tmp_path: Path, said: list[str]) -> None:
+def test_an_unfinished_checkpoint_is_removed(tmp_path: Path, said: list[str]) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".step_000005.partial").mkdir(parents=True)
     CheckpointWriter(folder, IDENTITY, keep_last=1, echo=said.append).close()
@@ -184,12 +184,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, said: list[str]) -> Non
     (tmp_path / "checkpoints").write_text("a file is in the way")
     writer = CheckpointWriter(tmp_path / "checkpoints", IDENTITY, keep_last=1, echo=said.append)
     writer.save(make_engine(), Progress(step=1))
-    with pytest.raises(UserError, match=r"step 1 could not be written .*there is none yet"):
+    with pytest.raises(UserError, match=r"step 1 .*none yet"):
         writer.wait()
     writer.close()
 
 
-@pytest.mark.parametrize("change", ["lacks", "has", "shape"])
+LISTED = {"lacks": r"it lacks frozen\.", "has": r"it has norm\.", "shape": r"another shape has wide\."}
+
+
+@pytest.mark.parametrize("change", LISTED)
 def test_a_checkpoint_of_another_model_is_refused(writer: CheckpointWriter, change: str) -> None:
     engine = make_engine()
     train(engine)
@@ -203,7 +206,7 @@ def test_a_checkpoint_of_another_model_is_refused(writer: CheckpointWriter, chan
     else:
         other.module.wide = nn.Linear(100, 7)
     before = [parameter.clone() for parameter in other.module.parameters()]
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match=LISTED[change]):
         load(other, writer.folder / name_of(1))
     assert all(torch.equal(a, b) for a, b in zip(before, other.module.parameters(), strict=True))
 
@@ -215,34 +218,35 @@ def test_another_optimizer_is_refused(writer: CheckpointWriter) -> None:
     writer.wait()
     other = make_engine()
     other.optimizer = other.basic_optimizer = torch.optim.SGD(other.optimizer.param_groups[0]["params"], lr=0.1)
-    with pytest.raises(UserError, match=r"AdamW, and this run uses SGD"):
+    with pytest.raises(UserError, match=r"AdamW.*SGD"):
         load(other, writer.folder / name_of(1))
 
 
-def test_a_file_that_is_gone_is_told(writer: CheckpointWriter, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(writer: CheckpointWriter, tmp_path: Path) -> None:
     engine = make_engine()
     train(engine)
     writer.save(engine, Progress(step=1))
     writer.wait()
     copy = tmp_path / "copy"
     shutil.copytree(writer.folder / name_of(1), copy)
-    next(copy.glob("rank_*")).unlink()
-    with pytest.raises(UserError, match="missing"):
+    file = next(copy.glob("rank_*"))
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
         read_state(copy)
 
 
-def test_nodes_that_share_no_disk_are_told_so(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_without_a_shared_disk_are_reported(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(everyone: list[Any], mine: Any, group: Any) -> None:
         everyone[:] = [mine, ({"rank_01_00.safetensors": "0"}, None)]
 
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", elsewhere)
     writer.save(make_engine(), Progress(step=1))
-    with pytest.raises(UserError, match=r"does not see rank_01_00.*all nodes share"):
+    with pytest.raises(UserError, match=r"rank_01_00.*all nodes share"):
         writer.wait()
 
 
-def test_the_loss_scale_of_fp16_goes_on(writer: CheckpointWriter) -> None:
+def test_the_loss_scale_of_fp16_is_restored(writer: CheckpointWriter) -> None:
     def half(scale: float) -> Any:
         engine = make_engine()
         engine.fp16_enabled = lambda: True

@@ -28,10 +28,13 @@ class Injected(Exception):
 
 
 def install() -> None:
-    """Arm the fault that the environment asks for, if this is its rank."""
+    """Arm the fault that the environment asks for, if this is its rank.
+
+    In a run with a fault, and in one with the fault ``none``, four ranks may share two cores.
+    """
     what, _, rank = os.environ.get(VARIABLE, "").partition(" ")
     if what:
-        os.cpu_count = lambda: 64  # so that four ranks may share two cores
+        os.cpu_count = lambda: 64
     if what and rank == os.environ["RANK"]:
         FAULTS[what]()
 
@@ -164,4 +167,5 @@ FAULTS: dict[str, Callable[[], None]] = {
     "killed": lambda: in_step(3, kill),
     "final_scores": in_final_scores,
     "lag": lag,
+    "none": lambda: None,
 }

@@ -78,7 +78,7 @@ def meet_faults(warm: Warm, arguments: list[str], folder: Path, faults: list[tup
         wait_for_the_end(processes)
         unfinished = [path.name for path in folder.rglob("*partial*")] if fault != "killed" else []
         seen[fault, rank] = Seen(code, run.said(), status_of(folder), damaged_checkpoints(folder), unfinished)
-    run = warm.start(folder, arguments, ranks=ranks)
+    run = warm.start(folder, arguments, ranks=ranks, **{VARIABLE: "none 0"})
     assert run.wait() == 0, run.said()
     return seen
 

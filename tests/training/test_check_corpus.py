@@ -93,7 +93,7 @@ def test_the_same_clips_may_lie_elsewhere_and_others_not_in_their_place(
     check_corpus(clips_of(tmp_path / "there", one), run_dir)
     shutil.rmtree(tmp_path / "here")
     for other in (replace(one, uid="b"), replace(one, text="another text"), replace(one, features=one.features[:2])):
-        with pytest.raises(UserError, match=r"learnt from other clips .* --new .* run\.dir") as refusal:
+        with pytest.raises(UserError, match="other clips") as refusal:
             check_corpus(clips_of(tmp_path / "here", other), run_dir)
         assert "\n" not in str(refusal.value)
         shutil.rmtree(tmp_path / "here")
@@ -104,5 +104,5 @@ def test_other_lengths_are_other_features(resolve: Callable[..., ResolvedRun], t
     corpus = corpus_of(tmp_path / "corpus", load_landmark_set("hands_body_50"))
     run_directory.start(resolve(), corpus.path)
     cut = replace(corpus, metadata=replace(corpus.metadata, too_long="cut"))
-    with pytest.raises(UserError, match="learnt from other clips"):
+    with pytest.raises(UserError, match="other clips"):
         check_corpus(cut, resolve().run_dir)

@@ -1,14 +1,14 @@
-"""Checkpoints as they lie on the disk: which there are, which one a run goes on from, and whether it may.
+"""Checkpoints on disk: which are there, which one a run resumes from, and whether its files are intact.
 
-    checkpoints/step_000500/rank_00_00.safetensors   what rank 0 keeps: weights, optimizer states, random states
-                            rank_01_00.safetensors   the same of rank 1; big ones go on in rank_01_01, ...
+    checkpoints/step_000500/rank_00_00.safetensors   of rank 0: its weights, optimizer states and random states
+                            rank_01_00.safetensors   the same of rank 1; a large one continues in rank_01_01, ...
                             state.json               progress, layout, recipe and corpus
                             manifest.json            the checksum of each of these files
     checkpoints/latest      the name of the newest complete one
 
-Everything is stored by parameter name and position in it, so any number of ranks and any ZeRO stage can take it up;
-see ``checkpoint_writer.py`` and ``checkpoint_reader.py``. Frozen weights are not stored: they are built as they were
-built before. Nothing here needs a process group.
+``writer.py`` and ``reader.py`` store everything by parameter name and by position in the parameter, so a run can resume
+with another number of ranks and another ZeRO stage. Frozen weights are not stored: building the model restores them.
+Nothing here needs a process group.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Extension:
-    """Where a run was made longer than it was to be.
+    """Where ``--extend`` made a run longer.
 
     Attributes:
         step: optimizer steps done by then.
-        ratio: learning rate at which it stood, over that which the longer schedule has there, 0..1.
-        warmup_steps: optimizer steps of the run's first warm-up, which is not repeated and becomes no longer.
+        ratio: the learning rate at that step over that of the longer schedule, 0..1.
+        warmup_steps: optimizer steps of the run's warm-up, which is neither repeated nor made longer.
     """
 
     step: int
@@ -53,13 +53,13 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        epoch: the epoch that goes on, from 0.
-        epoch_step: optimizer steps of it that are done.
-        kept: the models that are kept by score, the best one first; see ``best_models.py``.
+        epoch: the current epoch, from 0.
+        epoch_step: optimizer steps done in this epoch.
+        kept: the models that are kept by score, the best one first; see ``kept_models.py``.
         seconds: spent in training steps.
-        clips: trained on, each as often as it came.
-        evaluations_since_best: evaluations in a row that were no better.
-        extension: where the run was made longer, if it was.
+        clips: number of clips trained on; a clip counts once per epoch.
+        evaluations_since_best: number of consecutive evaluations without a better score.
+        extension: where ``--extend`` made the run longer; None where it did not.
     """
 
     step: int = 0
@@ -73,7 +73,7 @@ class Progress:
 
     @property
     def best_step(self) -> int | None:
-        """Optimizer steps that the best model has learnt; None before the first evaluation."""
+        """Optimizer step of the best model; None before the first evaluation."""
         return self.kept[0][0] if self.kept else None
 
 
@@ -83,11 +83,11 @@ class SavedState:
 
     Attributes:
         progress: where the run stood.
-        layout: ``world_size``, ``zero_stage`` and ``precision`` that it had.
+        layout: its ``world_size``, ``zero_stage`` and ``precision``.
         optimizer: class of the optimizer.
         recipe: the resolved recipe.
-        corpus: what it learnt from; see ``run_directory.corpus_identity``.
-        base: fingerprint of the frozen weights that it stands on, where they are not saved; see ``models/base.py``.
+        corpus: identity of the training data; see ``run_directory.corpus_identity``.
+        base: fingerprint of frozen weights that the checkpoint does not hold.
         counters: of the DeepSpeed engine.
         format: of the checkpoint.
     """
@@ -114,11 +114,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Args:
         folder: the run's ``checkpoints``.
-        wanted: "auto" for the newest complete one, or the path of one, of this run or another.
+        wanted: "auto" for the newest complete one, or the path of a checkpoint of this run or of another.
 
     Returns:
         its folder; None where "auto" finds none.
@@ -132,8 +132,10 @@ def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
     path = Path(wanted)
     if not (path / MANIFEST).is_file():
         nearby = complete_checkpoints(path if path.is_dir() else path.parent) or complete_checkpoints(folder)
-        listed = f"there are {', '.join(str(found) for found in nearby)}" if nearby else "there is none nearby"
-        raise UserError(f"--resume {path}: no complete checkpoint (a folder with {MANIFEST}); {listed}")
+        raise UserError(
+            f"--resume {path}: no complete checkpoint (a folder with {MANIFEST})",
+            f"choose one of {', '.join(map(str, nearby))}" if nearby else "leave out --resume: no checkpoint is nearby",
+        )
     return path
 
 
@@ -156,8 +158,8 @@ def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
         content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise UserError(
-                f"{checkpoint} was saved by another version of this toolkit: go on with that version, or start "
-                "again with --new"
+                f"{checkpoint} has format {content.get('format')} of another version of this toolkit, not {FORMAT}",
+                "resume with the version that saved it, or start again with --new",
             )
         return SavedState(**content | {"progress": _progress(content["progress"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -173,15 +175,15 @@ def _progress(content: dict[str, Any]) -> Progress:
 
 def _damaged(checkpoint: Path, what: str) -> UserError:
     older = [path for path in complete_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
-    way = f"go on from the one before it with --resume {older[-1]}" if older else "it is the only one"
-    return UserError(f"the checkpoint {checkpoint} is damaged ({what}): {way}, or start again with --new")
+    before = f"resume from the checkpoint before it with --resume {older[-1]}, or " if older else ""
+    return UserError(f"the checkpoint {checkpoint} is damaged ({what})", f"{before}start again with --new")
 
 
-def set_newer_aside(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after ``step``, from which a run that goes on from there must not be taken up again.
+def archive_newer(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``, so that a run which resumes from ``step`` never resumes from them.
 
     Returns:
-        their new names; each is a path to give to ``--resume`` still.
+        their new paths, which ``--resume`` still takes.
     """
     found = complete_checkpoints(folder)
     older = [path for path in found if int(path.name[5:]) <= step]
@@ -190,35 +192,35 @@ def set_newer_aside(folder: Path, step: int) -> list[Path]:
         write_text_atomically(folder / LATEST, older[-1].name + "\n")
     elif newer:
         (folder / LATEST).unlink(missing_ok=True)
-    aside = []
+    archived = []
     for path in newer:
         number = 1
         while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
             number += 1
         path.rename(target)
-        aside.append(target)
-    return aside
+        archived.append(target)
+    return archived
 
 
 def partial_name_of(name: str) -> str:
-    """What a checkpoint is called while it is not whole."""
+    """Name of a checkpoint while it is incomplete."""
     return f".{name}.partial"
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, which has lost its name before it has lost a file."""
+    """Remove a checkpoint; it is renamed first, so that no incomplete one ever has its name."""
     partial = checkpoint.rename(checkpoint.with_name(partial_name_of(checkpoint.name)))
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that died while saving or removing has left."""
+    """Remove what is left of a run that died while it saved or removed a checkpoint."""
     for path in folder.glob(partial_name_of("step_*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, so that a renamed file keeps its name when the power fails."""
+    """Flush a folder's entries to the disk, so that a renamed file keeps its name when the power fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

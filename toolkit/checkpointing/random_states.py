@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that weights, dropout or data may draw from."""
+    """Seed every random generator of weights, dropout and data."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The generators' states: long ones as tensors by name, and what JSON can say."""
+    """The generators' states: long ones as tensors by name, the rest as JSON values."""
     numpy_state: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
@@ -33,7 +33,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def set_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Put all generators where :func:`random_states` found them."""
+    """Restore the states that :func:`random_states` returned."""
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

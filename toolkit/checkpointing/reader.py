@@ -1,7 +1,7 @@
-"""Loading: every rank takes from a checkpoint's files what it keeps now, whichever ranks and ZeRO stage had kept it.
+"""Loading: every rank reads its shards from a checkpoint's files, whichever ranks and ZeRO stage wrote them.
 
-A run that goes on as it was finds all it needs in its own rank's files, to the last bit. One that goes on with another
-number of ranks, ZeRO stage, offload or precision reads the same files, at other places.
+A run that resumes with the same layout reads its own rank's files and continues bit for bit. With another number of
+ranks, ZeRO stage, offload or precision it reads the same files at other places.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from toolkit.checkpointing.zero_shards import (
 )
 from toolkit.errors import UserError
 
-# Optimizers that keep the same state of the same method, so that one can go on where another left off.
+# Optimizers of one method with the same states, so that each can resume from the state of another.
 ADAMS = {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"}
-# Optimizers whose state is one number for each weight, whatever other weights are in its shard.
+# Optimizers whose state is one number for each weight, independent of the other weights in its shard.
 ELEMENTWISE = ADAMS | {"Lion"}
 
 
 class _Files:
-    """What all files of a checkpoint hold, by parameter.
+    """The tensors in all files of a checkpoint, by parameter.
 
     Args:
         checkpoint: its folder.
@@ -46,9 +46,9 @@ class _Files:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.scalars: dict[str, dict[str, Any]] = {}
         self.random: dict[int, dict[str, Any]] = {}  # by rank
-        # parameter -> weights, exp_avg, ... -> where a piece begins in the flattened parameter, its elements, its file
-        self.pieces: dict[str, dict[str, list[tuple[int, int, Any]]]] = defaultdict(lambda: defaultdict(list))
-        # (rank, what it is part of) -> name -> its file
+        # parameter -> weights, exp_avg, ... -> of each part: start in the flattened parameter, number of elements, file
+        self.parts: dict[str, dict[str, list[tuple[int, int, Any]]]] = defaultdict(lambda: defaultdict(list))
+        # (rank, group of tensors) -> name -> file
         self.whole: dict[tuple[int, str], dict[str, Any]] = defaultdict(dict)
         for path in sorted(checkpoint.glob(RANK_FILES)):
             rank = int(path.stem.split("_")[1])
@@ -58,34 +58,37 @@ class _Files:
             for stored in file.keys():  # noqa: SIM118 - it is no dict
                 fragment = metadata["fragments"].get(stored.rsplit("/", 1)[0])
                 if fragment is None:
-                    part, name = stored.split("/", 1)
-                    self.whole[rank, part][name] = file
+                    group, name = stored.split("/", 1)
+                    self.whole[rank, group][name] = file
                     continue
                 name, key = stored.rsplit("/", 1)
                 numel = file.get_slice(stored).get_shape()[0]
-                self.pieces[name][key].append((fragment["start"], numel, file))
+                self.parts[name][key].append((fragment["start"], numel, file))
                 self.shapes[name] = tuple(fragment["shape"])
                 self.scalars[name] = fragment["scalars"]
 
-    def of_rank(self, rank: int, part: str) -> dict[str, Tensor]:
-        """The tensors that one rank has stored whole as ``part``: ``random``, ``buffer`` or ``shard_0``."""
-        return {name: file.get_tensor(f"{part}/{name}") for name, file in self.whole[rank, part].items()}
+    def of_rank(self, rank: int, group: str) -> dict[str, Tensor]:
+        """The tensors that one rank stored whole as ``group``: ``random``, ``buffer`` or ``shard_0``."""
+        return {name: file.get_tensor(f"{group}/{name}") for name, file in self.whole[rank, group].items()}
 
     def dtype(self, name: str, key: str) -> torch.dtype:
-        _, _, file = self.pieces[name][key][0]
+        _, _, file = self.parts[name][key][0]
         return file.get_slice(f"{name}/{key}")[:1].dtype
 
     def fill(self, target: Tensor, name: str, key: str, start: int) -> None:
-        """Fill ``target`` [elements] with what is stored from element ``start`` of a flattened parameter on."""
+        """Fill ``target`` [elements] with the stored elements of a flattened parameter, from ``start`` on."""
         missing = target.numel()
-        for begin, numel, file in self.pieces[name][key]:
+        for begin, numel, file in self.parts[name][key]:
             first, last = max(start, begin), min(start + target.numel(), begin + numel)
             if first < last:
-                piece = file.get_slice(f"{name}/{key}")[first - begin : last - begin]
-                target.narrow(0, first - start, last - first).copy_(piece)
+                values = file.get_slice(f"{name}/{key}")[first - begin : last - begin]
+                target.narrow(0, first - start, last - first).copy_(values)
                 missing -= last - first
         if missing:
-            raise UserError(f"the checkpoint lacks {missing} elements of {name}/{key}: start again with --new")
+            raise UserError(
+                f"the checkpoint lacks {missing} elements of {name}/{key}",
+                "resume from another checkpoint with --resume, or start again with --new",
+            )
 
 
 def load_checkpoint(
@@ -97,11 +100,11 @@ def load_checkpoint(
         engine: the DeepSpeed engine, of any ZeRO stage.
         checkpoint: folder of the checkpoint.
         state: as ``read_state`` gave it.
-        layout: of this run; where it is another than the checkpoint's, the state is converted on the way.
-        seed: of the run, for ranks that did not exist before.
+        layout: of this run; where it differs from the checkpoint's, the state is converted.
+        seed: of the run, for ranks that the checkpoint does not have.
 
     Returns:
-        lines that say what is not as it was.
+        lines that say what has changed.
 
     Raises:
         UserError: the checkpoint is of another model, or its optimizer's state cannot be converted.
@@ -110,12 +113,19 @@ def load_checkpoint(
     _check_parameters(engine.module, files, checkpoint)
     notes = _differences(state, layout)
     _check_optimizer(engine, state, checkpoint, changed=bool(notes))
-    rank = dist.get_rank()
+    _load_shards(engine, files, state)
+    _load_buffers(engine, files)
+    _load_counters(engine, state)
+    return notes + _load_random_states(files, seed, state.progress.step)
+
+
+def _load_shards(engine: Any, files: _Files, state: SavedState) -> None:
+    """Weights and optimizer states."""
     same_optimizer = state.optimizer == type(base_optimizer(engine)).__name__
     steps: set[int] = set()
     for number, shard in enumerate(rewrite_shards(engine)):
         for fragment in shard.fragments:
-            for key in files.pieces[fragment.name]:
+            for key in files.parts[fragment.name]:
                 target = shard.values if key == "weights" else shard.state.get(key)
                 if target is None:
                     dtype = state_dtype(engine, shard, key, files.dtype(fragment.name, key))
@@ -125,30 +135,42 @@ def load_checkpoint(
             scalars = files.scalars[fragment.name]
             set_scalars(engine, shard, scalars, same_optimizer=same_optimizer)
             steps.add(steps_of(scalars))
-        for key, tensor in files.of_rank(rank, f"shard_{number}").items():
+        for key, tensor in files.of_rank(dist.get_rank(), f"shard_{number}").items():
             shard.state[key] = tensor.to(shard.values.device)
     replay_steps(engine, steps)
-    buffers = files.of_rank(rank, "buffer") or files.of_rank(0, "buffer")
+
+
+def _load_buffers(engine: Any, files: _Files) -> None:
+    buffers = files.of_rank(dist.get_rank(), "buffer") or files.of_rank(0, "buffer")
     for name, buffer in persistent_buffers(engine.module):
         buffer.copy_(buffers[name])
+
+
+def _load_counters(engine: Any, state: SavedState) -> None:
+    """The engine's counters, and fp16's loss scale."""
     for name in COUNTERS:
         setattr(engine, name, state.counters[name])
     if scaler := loss_scaler(engine):
         for name, value in state.counters["loss_scaler"].items():
             setattr(scaler, name, value)
+
+
+def _load_random_states(files: _Files, seed: int, step: int) -> list[str]:
+    """This rank's random states; a rank that the checkpoint does not have is seeded. Returns a note on such ranks."""
+    rank = dist.get_rank()
     if rank in files.random:
         set_random_states(files.of_rank(rank, "random"), files.random[rank])
     else:
-        seed_everything(seed + 1 + rank + 1_000_003 * state.progress.step)
+        seed_everything(seed + 1 + rank + 1_000_003 * step)
     new = dist.get_world_size() - len(files.random)
-    if new > 0:
-        who = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
-        notes.append(f"{who} dropout is drawn from training.seed={seed}, the rank and the step")
-    return notes
+    if new <= 0:
+        return []
+    ranks = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
+    return [f"{ranks} dropout is drawn from training.seed={seed}, the rank and the step"]
 
 
 def _differences(state: SavedState, layout: dict[str, Any]) -> list[str]:
-    """What is not as it was when the checkpoint was saved."""
+    """A line on how the layout differs from that of the checkpoint, if it does."""
     changed = [
         f"{key.replace('_', ' ')} {state.layout[key]} -> {value}"
         for key, value in layout.items()
@@ -165,16 +187,20 @@ def _check_parameters(module: Any, files: _Files, checkpoint: Path) -> None:
     }
     if here == files.shapes:
         return
-    lacking, strange = sorted(here.keys() - files.shapes.keys()), sorted(files.shapes.keys() - here.keys())
-    other = sorted(name for name in here.keys() & files.shapes.keys() if here[name] != files.shapes[name])
-    told = [
+    found = files.shapes
+    differing = {
+        "it lacks": sorted(here.keys() - found.keys()),
+        "it has": sorted(found.keys() - here.keys()),
+        "another shape has": sorted(name for name in here.keys() & found.keys() if here[name] != found[name]),
+    }
+    listed = [
         f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in (("it lacks", lacking), ("it has", strange), ("another shape has", other))
+        for what, names in differing.items()
         if names
     ]
     raise UserError(
-        f"{checkpoint} is of another model ({'; '.join(told)}): use the recipe that it was saved with, or another "
-        "run.dir to begin anew"
+        f"{checkpoint} is of another model ({'; '.join(listed)})",
+        "use the recipe that it was saved with, or start from scratch in another run.dir",
     )
 
 
@@ -182,12 +208,12 @@ def _check_optimizer(engine: Any, state: SavedState, checkpoint: Path, *, change
     now = type(base_optimizer(engine)).__name__
     if state.optimizer != now and not {state.optimizer, now} <= ADAMS:
         raise UserError(
-            f"{checkpoint} holds the state of {state.optimizer}, and this run uses {now}: go on with the "
-            "training.optimizer and the offload that it was saved with, or begin anew with --new"
+            f"{checkpoint} holds the state of {state.optimizer}, and this run uses {now}",
+            "resume with the training.optimizer and the offload that it was saved with, or start again with --new",
         )
     if changed and state.optimizer not in ELEMENTWISE:
+        layout = ", ".join(f"{key} {value}" for key, value in state.layout.items())
         raise UserError(
-            f"{checkpoint} holds states of {state.optimizer} that only the layout which saved them can read "
-            f"({', '.join(f'{key} {value}' for key, value in state.layout.items())}): go on with that, or begin anew "
-            "with --new"
+            f"{checkpoint} holds states of {state.optimizer}, which cannot be converted from its layout ({layout})",
+            "resume with that layout, or start again with --new",
         )

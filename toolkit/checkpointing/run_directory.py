@@ -1,4 +1,4 @@
-"""The run directory: which run lives there, what became of it, and whether this command may go on with it."""
+"""The run directory: which run is in it, its status, and whether this command may resume it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
 CORPUS_FILE = "corpus.json"
 
-# What may change between two starts of one run: where, how fast and how often, not what is learnt and not how the best
-# model is chosen. The DeepSpeed JSON is among them, because swapping it for one that fits the memory is what one does
-# with a run that did not fit. A key that is not named here may not change.
+# Settings that may change when a run resumes: where it runs, how fast, how often it saves and evaluates; not what is
+# learnt, and not how the best model is chosen. The DeepSpeed JSON may change, because a run that did not fit in memory
+# resumes with one that fits. A key that is not listed here may not change.
 MAY_CHANGE = (
     "name",
     "description",
@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "tracking",
     "evaluation.samples",
     "evaluation.batch_frames",
-    # Where the clips lie; check_same_corpus compares the clips themselves.
+    # Where the clips are; check_same_corpus compares the clips themselves.
     "data.source",
     "data.corpus",
     "data.table",
@@ -57,9 +57,9 @@ MAY_CHANGE = (
     "training.data_timeout",
     "training.time_limit",
 )
-# How long a run is: --extend makes it longer.
+# The length of a run, which --extend increases.
 LENGTH = ("training.epochs", "training.max_steps")
-# How clips are prepared. A corpus that is prepared already has its own settings, and these mean nothing.
+# How clips are prepared. A prepared corpus (data.corpus) has its own settings, and these have no effect.
 OF_PREPARATION = (
     "data.landmarks",
     "data.fps",
@@ -75,58 +75,60 @@ OF_PREPARATION = (
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """What became of the run in ``run_dir``; None where there is none."""
+    """Status of the run in ``run_dir``; None where there is no run."""
     try:
         return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["status"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / STATUS} is not readable: start anew with --new or another run.dir") from error
+        raise UserError(
+            f"{run_dir / STATUS} is not readable", "start again with --new, or set another run.dir"
+        ) from error
 
 
 def write_status(run_dir: Path, status: Status, **details: Any) -> None:
-    """Say what becomes of the run, for people and schedulers that see no exit code."""
+    """Write the status of the run, for users and schedulers that do not see its exit code."""
     content = {"status": status, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
     write_text_atomically(run_dir / STATUS, redact(json.dumps(content, indent=2)) + "\n")
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Make room for a new run without losing the old one: it gets the next free number behind its name."""
+def archive_run(run_dir: Path) -> Path | None:
+    """Rename the run directory to the next free ``NAME.1``, ``NAME.2``, ...; None where there is none."""
     if not run_dir.exists():
         return None
     number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+    while (archived := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
-    run_dir.rename(aside)
-    return aside
+    run_dir.rename(archived)
+    return archived
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
-    """Refuse to mix two experiments in one directory.
+    """Refuse to mix two experiments in one run directory.
 
     Args:
-        resolved: the run that would go on there.
+        resolved: the run that would resume there.
         extend: whether it may be longer.
 
     Raises:
-        UserError: the run in the directory was started with other settings; they are listed.
+        UserError: the run in the directory was started with other settings; the message lists them.
     """
     stored = resolved.run_dir / RECIPE_FILE
     if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe, extend=extend)):
-        of_search = all(key.startswith("evaluation.") for key in differences)
         longer = "add --extend to make that run longer, " if differences.keys() <= set(LENGTH) else ""
+        of_search = all(key.startswith("evaluation.") for key in differences)
+        search = "score a model with another search by launch/evaluate.py, " if of_search else ""
         raise UserError(
-            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)}): {longer}go on with those "
-            "settings, add --new to set that run aside, or choose another folder by run.dir=FOLDER"
-            + ("; launch/evaluate.py scores a model with another search" if of_search else "")
+            f"{resolved.run_dir} holds a run with other settings ({_listed(differences)})",
+            f"{longer}{search}restore those settings, add --new to archive that run, or set run.dir=ANOTHER_FOLDER",
         )
 
 
 def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
-    """Refuse other clips than those which the run in ``run_dir`` began with, wherever they lie.
+    """Refuse a corpus with other clips than those of the run in ``run_dir``; it may be in another place.
 
     Raises:
-        UserError: they are others.
+        UserError: the clips differ.
     """
     path = run_dir / CORPUS_FILE
     if not path.is_file():
@@ -134,16 +136,16 @@ def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not readable: start anew with --new or another run.dir") from error
+        raise UserError(f"{path} is not readable", "start again with --new, or set another run.dir") from error
     if not is_same_corpus(stored, corpus):
         raise UserError(
-            f"{run_dir} holds a run that learnt from other clips than those of {corpus.path}: go on with its corpus, "
-            "add --new to set that run aside, or choose another folder by run.dir=FOLDER"
+            f"{run_dir} holds a run that was trained on other clips than those of {corpus.path}",
+            "use the corpus of that run, add --new to archive it, or set run.dir=ANOTHER_FOLDER",
         )
 
 
 def is_to_be_extended(resolved: ResolvedRun) -> bool:
-    """Whether the run in the directory was to end by other rules than it is now."""
+    """Whether the recipe now ends the run in the directory by other rules than when it started."""
     stored = resolved.run_dir / RECIPE_FILE
     if not stored.is_file():
         return False
@@ -154,21 +156,21 @@ def is_to_be_extended(resolved: ResolvedRun) -> bool:
 def check_same_experiment(
     resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path, *, extend: bool = False
 ) -> None:
-    """Refuse a checkpoint that another experiment has saved.
+    """Refuse a checkpoint of another experiment.
 
     Args:
-        resolved: the run that would go on from it.
-        recipe: the one that the checkpoint holds.
+        resolved: the run that would resume from it.
+        recipe: the one in the checkpoint.
         checkpoint: its folder.
         extend: whether the run may be longer.
 
     Raises:
-        UserError: it was saved with other settings; they are listed.
+        UserError: it was saved with other settings; the message lists them.
     """
     if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe, extend=extend):
         raise UserError(
-            f"{checkpoint} was saved with other settings ({_listed(differences)}): go on with those settings, or "
-            "begin anew without it"
+            f"{checkpoint} was saved with other settings ({_listed(differences)})",
+            "restore those settings, or start again without --resume in another run.dir",
         )
 
 
@@ -196,12 +198,12 @@ def changed_settings(old: Recipe, new: Recipe, *, extend: bool = False) -> dict[
 
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
-    """How the state of a run is cut into pieces; a run that goes on with another layout converts its checkpoint."""
+    """How the state of a run is partitioned; a run that resumes with another layout converts its checkpoint."""
     return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
 
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:
-    """What makes a corpus the same, wherever it lies: a position in the order of its clips means nothing in another."""
+    """What makes two corpora the same, wherever they are: a position in the order of clips needs the same clips."""
     metadata = corpus.metadata
     texts = xxhash.xxh3_64()
     for split in corpus.splits.values():
@@ -209,26 +211,27 @@ def corpus_identity(corpus: Corpus) -> dict[str, Any]:
             texts.update(f"{uid}\0{text}\0".encode())
     return {
         "splits": metadata.splits,
-        "checksums": metadata.checksums,  # of table and pose files: they do not know which column holds the texts,
+        # Of table and pose files. They do not say which column holds the texts, nor how poses became features; landmark
+        # set and frame rate belong to the processor, which is compared, too.
+        "checksums": metadata.checksums,
         "texts": texts.hexdigest(),
-        # nor how poses became features. Landmark set and frame rate are the processor's, which is compared, too.
         "lengths": {"max_frames": metadata.max_frames, "too_long": metadata.too_long},
     }
 
 
 def is_same_corpus(identity: dict[str, Any], corpus: Corpus) -> bool:
-    """Whether a corpus is the one that :func:`corpus_identity` has told of."""
+    """Whether ``identity``, from :func:`corpus_identity`, is that of ``corpus``."""
     found = corpus_identity(corpus)
     return all(found.get(key) == value for key, value in identity.items())
 
 
 def start(resolved: ResolvedRun, corpus: Path) -> None:
-    """Write down what is about to run: recipe, DeepSpeed JSON, environment, which corpus it is and where it lies."""
+    """Write what is about to run to the run directory: recipe, DeepSpeed JSON, environment and corpus."""
     try:
         resolved.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{resolved.run_dir}: cannot be made ({error.strerror}): choose another folder by run.dir=FOLDER"
+            f"{resolved.run_dir}: cannot be created ({error.strerror})", "set run.dir=ANOTHER_FOLDER"
         ) from error
     resolved.save(resolved.run_dir)
     identity = corpus_identity(Corpus.open(corpus))

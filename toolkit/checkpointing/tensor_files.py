@@ -1,7 +1,7 @@
-"""Safetensors files, written in one pass that also checks sum and reaches the disk; and read a few elements at a time.
+"""Safetensors files, written in one pass that also computes the checksum and flushes to the disk.
 
-The library's own writer wants every byte in memory at once and says nothing of checksums. What is written here, any
-reader of safetensors can read.
+The library's own writer needs every byte in memory at once and computes no checksum. Any reader of safetensors can read
+the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 24
 METADATA = "__metadata__"
 
-DTYPES = {
+DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -37,8 +37,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Args:
         path: of the file.
-        tensors: by name; each is copied from its device piece by piece.
-        metadata: what :func:`read_metadata` gives back, as JSON can say it.
+        tensors: by name; each is copied from its device in chunks.
+        metadata: what :func:`read_metadata` returns; must be JSON.
 
     Returns:
         xxh3 of the file, in hexadecimal.
@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
     digest = xxhash.xxh3_64()
@@ -62,19 +62,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             flat = tensor.detach().reshape(-1)
             step = max(1, CHUNK_BYTES // tensor.element_size())
             for begin in range(0, flat.numel(), step):
-                piece = flat[begin : begin + step].cpu().contiguous().view(torch.uint8).numpy().data
-                digest.update(piece)
-                file.write(piece)
+                chunk = flat[begin : begin + step].cpu().contiguous().view(torch.uint8).numpy().data
+                digest.update(chunk)
+                file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> Any:
-    """The metadata that :func:`write_tensors` was given.
+    """The metadata of a file that :func:`write_tensors` wrote.
 
     Raises:
-        ValueError: ``path`` is no such file.
+        ValueError: ``path`` is not such a file.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""Saving: the ranks copy what they train into memory and go on; a thread of each brings the copy to the disk.
+"""Saving: the ranks copy what they train into memory and train on; a thread of each writes the copy to the disk.
 
-All ranks' files are written, flushed and checksummed under another name. Only when every rank has said over a process
-group of the threads' own that it could, rank 0 adds ``state.json`` and the manifest, renames the folder and lets
-``latest`` follow. Whatever dies or fills up in between leaves the previous checkpoint intact.
+Each rank writes, flushes and checksums its files in a folder with a temporary name. The threads report over a process
+group of their own. When every rank has succeeded, rank 0 adds ``state.json`` and the manifest, renames the folder and
+updates ``latest``. A crash or a full disk in between leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from toolkit.cluster.devices import barrier
 from toolkit.errors import UserError
 from toolkit.files import write_text_atomically
 
-FILE_BYTES = 1 << 29  # a rank's state goes into files of about this size
-COPIED_BYTES = 1 << 31  # at most so much of it waits in memory to be written; beyond that training waits
+FILE_BYTES = 1 << 29  # size of a file, about
+COPIED_BYTES = 1 << 31  # the most that waits in memory to be written; beyond that, training waits
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-SETTLE_SECONDS = 6.0  # after a failure a checkpoint has so long to become complete
+FINISH_SECONDS = 6.0  # after a failure, how long a checkpoint may take to become complete
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; all ranks make one and call its methods in step.
+    """Writes the checkpoints of a run; its methods are collective.
 
     Args:
         folder: the run's ``checkpoints``.
-        identity: what a checkpoint is of; its progress, optimizer and counters are filled in at each save.
-        keep_last: older checkpoints beyond this number are removed.
-        say: prints a line on one rank.
+        identity: layout, recipe, corpus and base; its progress, optimizer and counters are filled in at each save.
+        keep_last: how many checkpoints to keep; older ones are removed.
+        echo: prints a line on one rank.
     """
 
     def __init__(self, folder: Path, identity: SavedState, *, keep_last: int, echo: Callable[[str], None]) -> None:
@@ -67,32 +67,32 @@ class CheckpointWriter:
         self.echo = echo
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._last: Future[str | None] | None = None
-        # What the newest complete checkpoint remembers of the models, and the one that is being written.
+        self._last: Future[UserError | None] | None = None
+        # The models that the newest complete checkpoint lists, and those of the checkpoint that is being written.
         self._kept = [identity.progress.kept]
         self._naming = threading.Lock()
-        self._given_up = False
+        self._discarded = False
         if dist.get_rank() == 0:
             remove_unfinished(folder)
         barrier()
 
     def save(self, engine: Any, progress: Progress) -> None:
-        """Begin to write a checkpoint; returns when all that it needs has been copied.
+        """Start writing a checkpoint; returns when everything in it has been copied.
 
-        It is complete after :meth:`wait`, or the next :meth:`save`. One that cannot be written is told of and given
-        up: training goes on, and the checkpoint before it stays.
+        It is complete after :meth:`wait` or the next :meth:`save`. If it cannot be written, ``echo`` prints why,
+        training continues and the previous checkpoint stays.
         """
         self._finish_last()
         partial = self.folder / partial_name_of(name_of(progress.step))
         files: dict[str, Future[str]] = {}
         waiting: deque[tuple[Future[str], int]] = deque()
         counters = {name: int(getattr(engine, name)) for name in COUNTERS} | {"loss_scaler": _loss_scaler(engine)}
-        for number, (tensors, metadata, size) in enumerate(_pieces(engine)):
+        for number, (tensors, metadata, size) in enumerate(_portions(engine)):
             name = f"rank_{dist.get_rank():02d}_{number:02d}.safetensors"
             files[name] = self._thread.submit(_write, partial / name, tensors, metadata)
             waiting.append((files[name], size))
             while sum(size for _, size in waiting) > COPIED_BYTES:
-                waiting.popleft()[0].exception()  # waits; what went wrong is told by _complete
+                waiting.popleft()[0].exception()  # waits; _complete reports what went wrong
         state = replace(
             self.identity,
             progress=replace(progress),
@@ -103,8 +103,8 @@ class CheckpointWriter:
         self._kept.append(progress.kept)
 
     @property
-    def remembered(self) -> set[int]:
-        """Steps of the models that a run may find in its checkpoint when it goes on."""
+    def models(self) -> set[int]:
+        """Steps of the models that the checkpoint from which this run would resume may list."""
         return {step for kept in self._kept for step, _ in kept}
 
     def wait(self) -> None:
@@ -113,39 +113,39 @@ class CheckpointWriter:
         Raises:
             UserError: it could not be written.
         """
-        if (problem := self._finish_last()) is not None:
-            raise UserError(problem)
+        if (error := self._finish_last()) is not None:
+            raise error
 
     def close(self) -> None:
-        """Let what has been begun come to its end; how that was, :meth:`wait` would have said."""
+        """Wait for a checkpoint that is being written, without reporting a problem, and end the thread."""
         with contextlib.suppress(RuntimeError):  # another rank has died
             self._finish_last()
         self._thread.shutdown()
 
-    def settle(self) -> None:
-        """After a failure on any rank: let what has been begun come to its end if it does so soon, else discard it.
+    def finish_or_discard(self) -> None:
+        """After a failure on any rank: wait shortly for a checkpoint that is being written, then discard it.
 
-        Any thread may call this. Later calls of other methods find nothing to do.
+        Any thread may call this. Later calls of other methods have no effect.
         """
         last, self._last = self._last, None
         if last is not None:
-            futures.wait([last], timeout=SETTLE_SECONDS)
+            futures.wait([last], timeout=FINISH_SECONDS)
         self._thread.shutdown(wait=False, cancel_futures=True)
-        with self._naming:  # a checkpoint that has its name keeps it
-            self._given_up = True
+        with self._naming:  # a checkpoint that is complete stays
+            self._discarded = True
         if dist.get_rank() == 0:
             remove_unfinished(self.folder)
 
-    def _finish_last(self) -> str | None:
+    def _finish_last(self) -> UserError | None:
         last, self._last = self._last, None
         if last is None:
             return None
-        problem = last.result()
-        self._kept = self._kept[-1:] if problem is None else self._kept[:-1]
-        return problem
+        error = last.result()
+        self._kept = self._kept[-1:] if error is None else self._kept[:-1]
+        return error
 
-    def _complete(self, partial: Path, state: SavedState, files: dict[str, Future[str]]) -> str | None:
-        """Runs in the thread: agree with the other ranks' threads, and name the checkpoint; returns what went wrong."""
+    def _complete(self, partial: Path, state: SavedState, files: dict[str, Future[str]]) -> UserError | None:
+        """Runs in the thread: agree with the other ranks, and rename the checkpoint; returns what went wrong."""
         mine: tuple[dict[str, str], str | None]
         try:
             mine = ({name: written.result() for name, written in files.items()}, None)
@@ -153,7 +153,7 @@ class CheckpointWriter:
             mine = ({}, f"{error.strerror or error} on rank {dist.get_rank()}")
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=self._group)
-        problem = [next((told for _, told in everyone if told), None)]
+        problem = [next((reason for _, reason in everyone if reason), None)]
         if dist.get_rank() == 0:
             if problem[0] is None:
                 checksums = {name: value for written, _ in everyone for name, value in written.items()}
@@ -165,19 +165,22 @@ class CheckpointWriter:
             return None
         found = complete_checkpoints(self.folder)
         kept = f"the last complete one is {found[-1]}" if found else "there is none yet"
-        text = f"the checkpoint after step {state.progress.step} could not be written ({problem[0]}); {kept}"
+        error = UserError(
+            f"the checkpoint after step {state.progress.step} could not be written ({problem[0]}); {kept}",
+            "make the disk of run.dir writable, with free space, and run the same command again",
+        )
         if dist.get_rank() == 0:
-            self.echo(text)
-        return text
+            self.echo(error.message)
+        return error
 
     def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
-        """Make a checkpoint of files that are all there; returns what went wrong."""
+        """Rename a folder with all ranks' files to a complete checkpoint; returns what went wrong."""
         with self._naming:
-            return "the run has ended" if self._given_up else self._name_now(partial, state, checksums)
+            return "the run has ended" if self._discarded else self._name_now(partial, state, checksums)
 
     def _name_now(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
         if unseen := [name for name in checksums if not (partial / name).is_file()]:
-            return f"rank 0 does not see {unseen[0]}: run.dir must lie on a filesystem that all nodes share"
+            return f"rank 0 does not see {unseen[0]}: run.dir must be on a file system that all nodes share"
         try:
             write_text_atomically(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
             checksums[STATE] = checksum(partial / STATE)
@@ -203,11 +206,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> 
     return write_tensors(path, tensors, metadata)
 
 
-def _pieces(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]]:
-    """Copies of what this rank keeps, in portions of one file; each copy is made when it is asked for.
+def _portions(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]]:
+    """Copies of what this rank saves, in portions of one file; a portion is copied when the caller asks for it.
 
     Yields:
-        tensors by name, what is to be known of them, and their bytes.
+        tensors by name, their metadata, and their size in bytes.
     """
     states, values = random_states()
     tensors = {f"random/{name}": tensor for name, tensor in states.items()}
@@ -228,9 +231,9 @@ def _pieces(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], in
             metadata["fragments"][fragment.name] = {"start": start, "shape": fragment.shape, "scalars": scalars}
             begin = fragment.offset + start - fragment.start
             for key, value in by_element.items():
-                piece = _copy(value.reshape(-1).narrow(0, begin, numel))
-                tensors[f"{fragment.name}/{key}"] = piece
-                size += piece.numel() * piece.element_size()
+                copy = _copy(value.reshape(-1).narrow(0, begin, numel))
+                tensors[f"{fragment.name}/{key}"] = copy
+                size += copy.numel() * copy.element_size()
             if size >= FILE_BYTES:
                 yield tensors, metadata, size
                 tensors, metadata, size = {}, {"fragments": {}}, 0
@@ -242,7 +245,7 @@ def _has_shape(value: Any, shape: torch.Size) -> bool:
 
 
 def _own_part(shard: Shard, fragment: Fragment) -> tuple[int, int]:
-    """First element and number of elements of a fragment that this rank saves: of a replicated one, its share."""
+    """First element and number of elements of a fragment that this rank saves; ranks share a replicated one."""
     if not shard.replicated:
         return fragment.start, fragment.numel
     share = -(-fragment.numel // dist.get_world_size())
@@ -263,7 +266,7 @@ def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _loss_scaler(engine: Any) -> dict[str, float]:
-    """Where fp16's dynamic loss scale stands; empty in other precisions."""
+    """State of fp16's dynamic loss scale; empty in other precisions."""
     scaler = loss_scaler(engine)
     return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
 

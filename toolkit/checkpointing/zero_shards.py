@@ -1,11 +1,11 @@
-"""Where DeepSpeed keeps what it trains: the pieces of every ZeRO stage, and which part of which parameter each holds.
+"""The trained weights and optimizer states of this rank at every ZeRO stage, and to which parameters they belong.
 
-ZeRO flattens parameters, glues them together and gives each rank a slice. A :class:`Shard` is such a slice with its
-optimizer state, and says by name what is in it. Whoever speaks of shards needs to know nothing of ZeRO; in return this
-file, and no other, knows the insides of DeepSpeed's optimizers. It knows no files.
+ZeRO flattens parameters, concatenates them and gives each rank a slice. A :class:`Shard` is such a slice with its
+optimizer state and the names of the parameters in it. Only this file knows the internals of DeepSpeed's optimizers;
+code that uses shards needs to know nothing of ZeRO. Nothing here reads or writes files.
 
-Anything of a shard's length that is put into its ``state`` beside the optimizer's own (an average of the weights, say)
-is saved and restored, at any stage, like the optimizer's own.
+A tensor of a shard's length that is added to its ``state`` (such as an average of the weights) is saved and restored at
+any stage, like the optimizer's own states.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of elements of one parameter.
+    """Consecutive elements of one parameter.
 
     Attributes:
         name: of the parameter, as ``named_parameters`` of the unwrapped model gives it.
         shape: of the whole parameter.
         start: its first element, counted in the flattened parameter.
         numel: number of elements.
-        offset: where they begin in the shard.
+        offset: index of the first one in the shard.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor that the optimizer steps on this rank.
+    """A tensor that the optimizer updates on this rank.
 
     Attributes:
-        values: [elements] the weights, in the precision in which they are stepped. Writing to it changes them.
-        state: the optimizer's state of it (``exp_avg``, ``step``, ...); empty before the first step.
-        fragments: what it holds; what they leave out is padding.
+        values: [elements] the weights, in the precision of the optimizer. Writing to it changes them.
+        state: the optimizer's state of them (``exp_avg``, ``step``, ...); empty before the first step.
+        fragments: the parts of parameters in it; elements outside them are padding.
         replicated: every rank has this same shard.
     """
 
@@ -55,26 +55,26 @@ class Shard:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer proper, inside DeepSpeed's wrappers."""
+    """The optimizer inside DeepSpeed's wrappers."""
     return engine.basic_optimizer
 
 
 def shards(engine: Any) -> Iterator[Shard]:
-    """This rank's shards, to be read; all ranks call this.
+    """This rank's shards, for reading; all ranks call this.
 
-    A shard that lives on an NVMe disk is in memory only until the next one is asked for.
+    A shard on an NVMe disk is in memory only until the next one is requested.
     """
     yield from _shards(engine, changed=False)
 
 
 @torch.no_grad()
 def rewrite_shards(engine: Any) -> Iterator[Shard]:
-    """This rank's shards, to be written; the model's own weights follow. All ranks must exhaust this."""
+    """This rank's shards, for writing; the model's own weights are updated. All ranks must exhaust this."""
     yield from _shards(engine, changed=True)
 
 
 def scalars_of(shard: Shard) -> dict[str, Any]:
-    """The state's plain numbers as JSON can say them: a number, or for a tensor of no dimension ``[number, dtype]``."""
+    """The numbers in a shard's state as JSON: a number, or ``[number, dtype]`` for a tensor without dimensions."""
     found: dict[str, Any] = {}
     for key, value in shard.state.items():
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -85,36 +85,36 @@ def scalars_of(shard: Shard) -> dict[str, Any]:
 
 
 def set_scalars(engine: Any, shard: Shard, scalars: dict[str, Any], *, same_optimizer: bool) -> None:
-    """Put back what :func:`scalars_of` found, as the optimizer of this run wants it.
+    """Restore what :func:`scalars_of` returned, in the types of this run's optimizer.
 
     Args:
         engine: the DeepSpeed engine.
         shard: one of its shards.
         scalars: of an optimizer of the same method.
-        same_optimizer: it was of the same class.
+        same_optimizer: whether that optimizer had the same class.
     """
     base = base_optimizer(engine)
     for key, saved in scalars.items():
         value, dtype = saved if isinstance(saved, list) else (saved, None)
         if not same_optimizer:  # torch's Adams count in tensors, DeepSpeed's in integers
             value, dtype = (float(value), "float32") if isinstance(base, torch.optim.Adam) else (int(value), None)
-        # torch's Adams want their count where the weights are when they are fused, and all others can do with that.
+        # torch's fused Adam needs its step count on the device of the weights; other optimizers accept that.
         device = shard.values.device
         shard.state[key] = torch.tensor(value, dtype=getattr(torch, dtype), device=device) if dtype else value
     if "step" in scalars:
         for group in base.param_groups:
-            if "step" in group or type(base).__name__ == "FusedAdam":  # DeepSpeed's counts by group
+            if "step" in group or type(base).__name__ == "FusedAdam":  # DeepSpeed's FusedAdam counts steps by group
                 group["step"] = steps_of(scalars)
 
 
 def steps_of(scalars: dict[str, Any]) -> int:
-    """Steps that an optimizer has taken with a shard, as :func:`scalars_of` tells it; 0 where it does not count."""
+    """Number of optimizer steps in ``scalars`` from :func:`scalars_of`; 0 where the optimizer does not count."""
     step = scalars.get("step", 0)
     return int(step[0] if isinstance(step, list) else step)
 
 
 def state_dtype(engine: Any, shard: Shard, key: str, saved: torch.dtype) -> torch.dtype:
-    """The precision in which the optimizer of this run keeps a state that was saved in another, perhaps."""
+    """The dtype in which the optimizer of this run keeps a state that was saved as ``saved``."""
     base: Any = base_optimizer(engine)
     if key not in ("exp_avg", "exp_avg_sq"):
         return saved
@@ -126,14 +126,14 @@ def state_dtype(engine: Any, shard: Shard, key: str, saved: torch.dtype) -> torc
 
 
 def replay_steps(engine: Any, steps: set[int]) -> None:
-    """Bring DeepSpeedCPUAdam's hidden powers of beta to where they were, to the last bit.
+    """Restore the powers of beta that DeepSpeedCPUAdam keeps in C++, to the last bit.
 
-    It multiplies them step by step in C++, and computes them afresh, to another last bit, whenever the next count that
-    it is given does not follow the last one: which is always, where shards have different counts.
+    It multiplies them step by step, and recomputes them (with another last bit) when a step count does not follow the
+    previous one. Where shards have different counts it always recomputes them, and there is nothing to restore.
 
     Args:
         engine: the DeepSpeed engine.
-        steps: all counts that its shards have.
+        steps: the step counts of its shards.
     """
     base: Any = base_optimizer(engine)
     if not hasattr(base, "ds_opt_adam") or len(steps) != 1:
@@ -162,7 +162,7 @@ def _shards(engine: Any, *, changed: bool) -> Iterator[Shard]:
 
 
 def _bare(base: torch.optim.Optimizer, names: dict[Tensor, str]) -> Iterator[Shard]:
-    """Stage 0 in fp32: the optimizer steps the parameters themselves."""
+    """Stage 0 in fp32: the optimizer updates the parameters themselves."""
     for group in base.param_groups:
         for parameter in group["params"]:
             yield Shard(parameter, base.state[parameter], (_whole(names[parameter], parameter),), replicated=True)
@@ -171,7 +171,7 @@ def _bare(base: torch.optim.Optimizer, names: dict[Tensor, str]) -> Iterator[Sha
 def _half_precision(
     optimizer: Any, base: torch.optim.Optimizer, names: dict[Tensor, str], *, changed: bool
 ) -> Iterator[Shard]:
-    """Stage 0 in half precision: an fp32 copy of each group with DeepSpeed's FusedAdam, else of each parameter."""
+    """Stage 0 in half precision: fp32 copies, of each group for DeepSpeed's FusedAdam, else of each parameter."""
     for number, parameters in enumerate(optimizer.fp16_groups):
         if hasattr(optimizer, "fp32_groups_flat"):
             flat, offset, fragments = optimizer.fp32_groups_flat[number], 0, []
@@ -193,7 +193,7 @@ def _half_precision(
 
 
 def _stage_1_and_2(optimizer: Any, base: torch.optim.Optimizer, names: dict[Tensor, str]) -> Iterator[Shard]:
-    """Each group is one flat tensor, of which each rank has an equal slice; parameters may straddle two ranks."""
+    """Each group is one flat tensor, of which each rank has an equal slice; a parameter may be on two ranks."""
     fragments: list[list[Fragment]] = [[] for _ in base.param_groups]
     for parameter, name in names.items():
         mapping = getattr(parameter, "_hp_mapping", None)
@@ -210,7 +210,7 @@ def _stage_1_and_2(optimizer: Any, base: torch.optim.Optimizer, names: dict[Tens
 def _stage_3(
     optimizer: Any, base: torch.optim.Optimizer, names: dict[Tensor, str], *, changed: bool
 ) -> Iterator[Shard]:
-    """Each parameter is cut into equal slices, padded at the end; sub-groups of slices make a flat tensor."""
+    """Each parameter is partitioned into equal slices, padded at the end; a sub-group of slices is one flat tensor."""
     if changed:
         optimizer.checkpoint_event_prologue()
     for number, parameters in enumerate(optimizer.fp16_groups):

@@ -18,10 +18,10 @@ from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import (
     Progress,
     SavedState,
+    archive_newer,
     choose_checkpoint,
     complete_checkpoints,
     read_state,
-    set_newer_aside,
 )
 from toolkit.checkpointing.kept_models import Kept, restore_models
 from toolkit.checkpointing.random_states import seed_everything
@@ -292,7 +292,7 @@ def open_trainer(
         _check_base(fingerprint, start)
         echo(f"going on from {start.checkpoint}")
         notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
-        for path in on_rank_0(lambda: set_newer_aside(checkpoints, progress.step)):
+        for path in on_rank_0(lambda: archive_newer(checkpoints, progress.step)):
             notes.append(f"a newer checkpoint is set aside as {path}")
         if lost:
             notes.append(f"the models kept at step {', '.join(map(str, lost))} are not in {resolved.run_dir} any more")
@@ -305,7 +305,7 @@ def open_trainer(
         ) as tracker,
         failures.at_failure(tracker.close),
         closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, echo=echo)) as writer,
-        failures.at_failure(writer.settle),
+        failures.at_failure(writer.finish_or_discard),
         failures.reporting_failures(),
     ):
         trainer = Trainer(

@@ -359,7 +359,7 @@ class Trainer:
                 self.progress.step,
                 scores,
                 lambda folder: save_model(folder, self.engine.module, self.processor, weights),
-                remembered=self.checkpoints.remembered,
+                in_checkpoints=self.checkpoints.models,
             )
         )
 
