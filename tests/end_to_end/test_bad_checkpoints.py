@@ -1,9 +1,10 @@
-"""A checkpoint that a run cannot go on from: one line, exit code 2, and nothing in the run directory has changed."""
+"""A run cannot resume: an error and a hint, exit code 2, and nothing in the run directory has changed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,32 +31,32 @@ def arguments(settings: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def begun(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that stopped after its second step, with two checkpoints."""
-    run_dir = tmp_path_factory.mktemp("begun") / "run"
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
     for _ in range(2):
-        stopped = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
-        assert stopped.code == 75, stopped.out + stopped.err
+        done = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
+        assert done.code == 75, done.out + done.err
     assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE, NEWEST]
     return run_dir
 
 
 @pytest.fixture
-def run_dir(begun: Path, tmp_path: Path) -> Path:
+def run_dir(stopped: Path, tmp_path: Path) -> Path:
     """A copy of it to break."""
-    return Path(shutil.copytree(begun, tmp_path / "run"))
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 @pytest.fixture
 def refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Run the trainer in this process, which costs no start, expect a refusal and hand back its one line."""
+    """Run the trainer in this process, which costs no start, expect a refusal and return its error and hint."""
     specification = importlib.util.spec_from_file_location("launch_train", TRAIN)
     assert specification and specification.loader
     command = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(command)
-    for name in ("keep_freed_memory", "return_freed_memory"):  # what they set outlives the test
+    for name in ("keep_freed_memory", "return_freed_memory"):  # their settings would outlive the test
         monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
 
     def refused(run_dir: Path, *more: object) -> str:
@@ -63,11 +64,11 @@ def refused(
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *map(str, more), f"run.dir={run_dir}"])
         capsys.readouterr()
         code = exit_code_of(lambda: command.run(command.parse(), read_ranks()), debug=False)
-        told = capsys.readouterr().err.splitlines()
+        printed = capsys.readouterr().err
         assert code == 2
-        assert len(told) == 1 and told[0].startswith("error: "), told
+        assert re.fullmatch(r"error: .+\nhint: .+\n", printed), printed
         assert contents(run_dir) == before
-        return told[0]
+        return printed
 
     return refused
 
@@ -78,7 +79,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["flipped", "half"])
-def test_a_damaged_one(refused: Callable[..., str], run_dir: Path, how: str) -> None:
+def test_a_damaged_checkpoint(refused: Callable[..., str], run_dir: Path, how: str) -> None:
     shard = run_dir / "checkpoints" / NEWEST / "rank_00_00.safetensors"
     if how == "half":
         shard.unlink()
@@ -86,24 +87,24 @@ def test_a_damaged_one(refused: Callable[..., str], run_dir: Path, how: str) -> 
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-    line = refused(run_dir)
-    assert shard.name in line and NEWEST in line
-    assert f"--resume {run_dir / 'checkpoints' / BEFORE}" in line
+    printed = refused(run_dir)
+    assert shard.name in printed and NEWEST in printed
+    assert f"--resume {run_dir / 'checkpoints' / BEFORE}" in printed
 
 
-def test_one_that_is_not_there(refused: Callable[..., str], run_dir: Path) -> None:
-    line = refused(run_dir, "--resume", run_dir / "checkpoints" / "step_000009")
-    assert BEFORE in line and NEWEST in line
+def test_a_checkpoint_that_does_not_exist(refused: Callable[..., str], run_dir: Path) -> None:
+    printed = refused(run_dir, "--resume", run_dir / "checkpoints" / "step_000009")
+    assert BEFORE in printed and NEWEST in printed
 
 
-def test_one_of_another_model(refused: Callable[..., str], run_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model(refused: Callable[..., str], run_dir: Path, tmp_path: Path) -> None:
     checkpoint = run_dir / "checkpoints" / NEWEST
-    line = refused(tmp_path / "new", "--resume", checkpoint, "model.pose_encoder.hidden=48")
-    assert str(checkpoint) in line and "model.pose_encoder.hidden 32 -> 48" in line
+    printed = refused(tmp_path / "new", "--resume", checkpoint, "model.pose_encoder.hidden=48")
+    assert str(checkpoint) in printed and "model.pose_encoder.hidden 32 -> 48" in printed
     assert "model.pose_encoder.hidden 32 -> 48" in refused(run_dir, "model.pose_encoder.hidden=48")
 
 
-def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir: Path) -> None:
+def test_a_checkpoint_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir: Path) -> None:
     table = clips / "table.csv"
     before = table.read_text()
     lines = before.splitlines(keepends=True)
@@ -115,7 +116,7 @@ def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "named"),
     [
         ("model.backbone=bart_large", "model.backbone t5_small -> bart_large"),
         ("evaluation.select_by=cer", "evaluation.select_by bleu4 -> cer"),
@@ -124,7 +125,7 @@ def test_one_of_another_corpus(refused: Callable[..., str], clips: Path, run_dir
     ],
 )
 def test_a_finished_run_has_no_scores_for_other_settings(
-    refused: Callable[..., str], clips: Path, run_dir: Path, setting: str | None, told: str
+    refused: Callable[..., str], clips: Path, run_dir: Path, setting: str | None, named: str
 ) -> None:
     (run_dir / "status.json").write_text('{"status": "finished"}')
     (run_dir / "scores.json").write_text("{}")
@@ -132,10 +133,10 @@ def test_a_finished_run_has_no_scores_for_other_settings(
     before = table.read_text()
     try:
         table.write_text(before if setting else "".join(before.splitlines(keepends=True)[:-3]))
-        line = refused(run_dir, *([setting] if setting else []))
+        printed = refused(run_dir, *([setting] if setting else []))
     finally:
         table.write_text(before)
-    assert told in line and str(run_dir) in line and "--new" in line
+    assert named in printed and str(run_dir) in printed and "--new" in printed
 
 
 def test_more_ranks_than_clips_of_a_step(
@@ -143,37 +144,39 @@ def test_more_ranks_than_clips_of_a_step(
 ) -> None:
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(key, value)
-    assert "has fewer clips than the 2 ranks" in refused(run_dir, "training.global_batch_size=1")
+    assert "training.global_batch_size" in refused(run_dir, "training.global_batch_size=1")
 
 
 def test_a_folder_that_cannot_be_written(refused: Callable[..., str]) -> None:
-    assert "run.dir=FOLDER" in refused(Path("/proc/nowhere/run"))
+    assert "run.dir=" in refused(Path("/proc/nowhere/run"))
 
 
-def test_the_one_before_goes_on_and_the_newer_one_is_kept(run: Run, arguments: list[str], run_dir: Path) -> None:
+def test_a_run_resumes_from_an_older_checkpoint_and_keeps_the_newer_one(
+    run: Run, arguments: list[str], run_dir: Path
+) -> None:
     named = run_dir / "checkpoints" / BEFORE
     few = ["training.time_limit=0.0001", f"run.dir={run_dir}"]
     again = run("launch/train.py", *arguments, *few, "--resume", named)
     assert again.code == 75, again.out + again.err
-    assert f"going on from {named}" in again.out and f"{NEWEST}.aside_1" in again.out
+    assert str(named) in again.out and f"{NEWEST}.aside_1" in again.out
     status = json.loads((run_dir / "status.json").read_text())
     assert status["status"] == "interrupted"
     old, new = (read_state(run_dir / "checkpoints" / name) for name in (f"{NEWEST}.aside_1", NEWEST))
     assert (old.progress.epoch, old.progress.epoch_step) == (new.progress.epoch, new.progress.epoch_step)
 
 
-def test_a_run_that_begins_anew_sets_the_old_one_aside(run: Run, arguments: list[str], run_dir: Path) -> None:
+def test_a_new_run_archives_the_old_one(run: Run, arguments: list[str], run_dir: Path) -> None:
     before = contents(run_dir)
-    anew = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}", "--resume", "never")
-    assert anew.code == 75, anew.out + anew.err
+    new = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}", "--resume", "never")
+    assert new.code == 75, new.out + new.err
     assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE]
-    aside = run_dir.with_name(f"{run_dir.name}.1")
-    assert sorted(contents(aside).values()) == sorted(before.values())
+    archived = run_dir.with_name(f"{run_dir.name}.1")
+    assert sorted(contents(archived).values()) == sorted(before.values())
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk on which one checkpoint has room, and two have not."""
+    """A disk with room for one checkpoint, and not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(folder)], capture_output=True).returncode:
@@ -182,7 +185,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(run: Run, arguments: list[str], small_disk: Path) -> None:
+def test_a_full_disk(run: Run, arguments: list[str], small_disk: Path) -> None:
     command = ["launch/train.py", *arguments, "training.max_steps=3", f"run.dir={small_disk / 'run'}"]
     full = run(*command)
     assert full.code == 2, full.out + full.err
@@ -194,4 +197,4 @@ def test_a_disk_that_is_full(run: Run, arguments: list[str], small_disk: Path) -
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     again = run(*command)
     assert again.code == 0, again.out + again.err
-    assert f"going on from {kept[-1]}" in again.out
+    assert str(kept[-1]) in again.out
