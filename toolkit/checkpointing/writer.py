@@ -165,13 +165,13 @@ class CheckpointWriter:
             return None
         found = complete_checkpoints(self.folder)
         kept = f"the last complete one is {found[-1]}" if found else "there is none yet"
-        error = UserError(
+        outcome = UserError(
             f"the checkpoint after step {state.progress.step} could not be written ({problem[0]}); {kept}",
             "make the disk of run.dir writable, with free space, and run the same command again",
         )
         if dist.get_rank() == 0:
-            self.echo(error.message)
-        return error
+            self.echo(outcome.message)
+        return outcome
 
     def _name(self, partial: Path, state: SavedState, checksums: dict[str, str]) -> str | None:
         """Rename a folder with all ranks' files to a complete checkpoint; returns what went wrong."""
