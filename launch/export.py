@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make a folder to share of a run's best model: weights, processor and a model card with its scores.
 
-python launch/export.py runs/demo --to exported/demo                      loads by AutoModel after `import toolkit`
+python launch/export.py runs/demo --to exported/demo                      loads by AutoModel after `import toolkit.auto`
 python launch/export.py runs/demo --to exported/demo --dtype bf16         half the size
 python launch/export.py runs/demo --to exported/demo --push-to-hub me/demo   and to the hub (log in first)
 python launch/export.py runs/t5_3b_lora --to exported/lora              with adapter/, which PEFT loads, too

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModel, AutoProcessor
 
-import toolkit.models  # noqa: F401 (registers the translator)
+import toolkit.auto  # noqa: F401 - registers the translator
 from toolkit.corpus.packed import Corpus
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.scoring.predictions import read_predictions

@@ -1,7 +1,7 @@
 """Pose encoders and the translator around any HuggingFace seq2seq backbone.
 
-Importing this package (or ``toolkit``'s models by way of a launch script) registers the translator with transformers'
-``Auto`` classes, so that a saved folder loads by ``AutoModel`` and ``AutoProcessor``. It knows nothing of training.
+Its import registers the translator with transformers' ``Auto`` classes; users write ``import toolkit.auto``. It knows
+nothing of training.
 """
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor

@@ -42,7 +42,7 @@ It needs the sign language translation toolkit, version {version} or later; tran
 of model.
 
 ```python
-import toolkit  # makes it known to transformers
+import toolkit.auto  # registers the model with transformers
 from transformers import AutoModel, AutoProcessor
 
 model, processor = AutoModel.from_pretrained("{place}"), AutoProcessor.from_pretrained("{place}")

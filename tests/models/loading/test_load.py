@@ -16,10 +16,10 @@ from toolkit.models.loading.load import find_model, load_translator
 ROOT = Path(__file__).resolve().parents[3]
 # Whichever is imported first, and whether or not transformers' own classes were used before.
 ORDERS = {
-    "toolkit first": "import toolkit\nfrom transformers import AutoModel, AutoProcessor",
-    "transformers first": "from transformers import AutoModel, AutoProcessor\nimport toolkit",
-    "transformers half": "import transformers\nimport toolkit\nfrom transformers import AutoProcessor, AutoModel",
-    "a model first": "import toolkit, peft\nfrom transformers import T5ForConditionalGeneration, AutoModel\n"
+    "toolkit.auto first": "import toolkit.auto\nfrom transformers import AutoModel, AutoProcessor",
+    "transformers first": "from transformers import AutoModel, AutoProcessor\nimport toolkit.auto",
+    "transformers half": "import transformers\nimport toolkit.auto\nfrom transformers import AutoProcessor, AutoModel",
+    "a model first": "import toolkit.auto, peft\nfrom transformers import T5ForConditionalGeneration, AutoModel\n"
     "from transformers import AutoProcessor",
 }
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, translator: Callable[..., PoseTranslator], processor:
     return tmp_path / "run" / "best"
 
 
-def test_importing_the_toolkit_is_enough_for_the_auto_classes(folder: Path) -> None:
+def test_import_toolkit_auto_registers_the_translator_in_any_order_of_imports(folder: Path) -> None:
     lines = ["import os, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import traceback"]
     # One process an order, forked from one that has imported nothing: what each imports is its own.
     for order in ORDERS.values():
@@ -49,7 +49,7 @@ def test_importing_the_toolkit_is_enough_for_the_auto_classes(folder: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_toolkit_costs_nothing() -> None:
+def test_import_toolkit_imports_no_transformers() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toolkit; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

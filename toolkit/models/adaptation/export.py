@@ -54,7 +54,7 @@ def export_model(
     replace: bool,
     merge_adapter: bool = False,
 ) -> float:
-    """Write a model folder that transformers loads after ``import toolkit``, whatever trained it.
+    """Write a model folder that transformers loads after ``import toolkit.auto``, whatever trained it.
 
     Quantised layers are written as the numbers that they stand for. An adapter is merged, or written beside the weights
     as PEFT's own folder, which ``from_pretrained`` puts on.
