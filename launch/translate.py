@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,14 +31,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parse()
-    try:
-        code = exit_code_of(lambda: run(arguments), debug=arguments.debug)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read has seen enough (`| head`). What is still buffered must not fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
 
 
 def parse() -> argparse.Namespace:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from toolkit.errors import Interrupted, TooManyRejects, UserError, exit_code_of
 
@@ -39,3 +45,54 @@ def test_debug_shows_the_traceback() -> None:
 def test_a_bug_is_never_dressed_up_as_the_users_mistake() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code_of(lambda: failing(ZeroDivisionError()), debug=False)
+
+
+def make_a_folder_in_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    (folder / "file" / "results").mkdir()
+
+
+def write_to_a_full_disk(folder: Path) -> None:
+    with open("/dev/full", "w") as file:
+        file.write("x" * 100_000)
+
+
+def write_tensors_below_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    save_file({"weight": torch.zeros(4)}, folder / "file" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (make_a_folder_in_a_file, errno.ENOTDIR),
+        (write_to_a_full_disk, errno.ENOSPC),
+        (write_tensors_below_a_file, errno.ENOTDIR),
+    ],
+)
+def test_what_the_system_refuses_is_an_error_with_a_hint(command, reason, tmp_path, capsys) -> None:
+    assert exit_code_of(lambda: command(tmp_path), debug=False) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and os.strerror(reason) in error and hint.startswith("hint: ")
+
+
+def test_a_refusal_without_a_path_is_a_bug(capsys) -> None:
+    with pytest.raises(PermissionError):
+        exit_code_of(lambda: failing(PermissionError(errno.EPERM, "not permitted")), debug=False)
+
+
+def test_a_pipe_that_nobody_reads_is_one_line(monkeypatch, capsys) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert exit_code_of(lambda: print("text"), debug=False) == 141
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_broken_pipe_elsewhere_is_a_bug() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        exit_code_of(lambda: os.write(writer, b"text"), debug=False)
+    os.close(writer)

@@ -5,6 +5,10 @@ Every command in ``launch/`` ends with one of these codes; docs and tests refer 
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import select
 import sys
 from collections.abc import Callable
 
@@ -14,6 +18,18 @@ EXIT_USER_ERROR = 2
 EXIT_TOO_MANY_REJECTS = 3
 EXIT_INTERRUPTED = 75
 EXIT_AT_ONCE = 130  # the shells' own: Ctrl-C where nothing is to be saved, or a second one
+EXIT_OUTPUT_CLOSED = 141  # the shells' own: the program that read standard output has ended, as `| head` does
+
+_FULL = "free space there, or write to another disk"
+_REFUSED = "change its permissions, or give another path"
+_IS_A_FILE = "give a path of which no folder is a file"
+# What a system answers where a file cannot be written, and the remedy.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _REFUSED),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), _IS_A_FILE),
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 class _Explained(Exception):
@@ -41,6 +57,7 @@ class _Explained(Exception):
 class UserError(_Explained):
     """The input is wrong: the message says what and where, the hint gives the remedy."""
 
+    kind = "error"
     exit_code = EXIT_USER_ERROR
 
 
@@ -53,7 +70,47 @@ class TooManyRejects(UserError):
 class Interrupted(_Explained):
     """The run was requested to stop and has saved everything; the same command resumes it."""
 
+    kind = "interrupted"
     exit_code = EXIT_INTERRUPTED
+
+
+class OutputClosed(_Explained):
+    """The program that read standard output has ended, as ``| head`` does when it has enough."""
+
+    kind = "interrupted"
+    exit_code = EXIT_OUTPUT_CLOSED
+
+
+def explained(error: BaseException) -> UserError | Interrupted | OutputClosed | None:
+    """An error as the user can correct it, also one of the system: a full disk, a refused path, a closed pipe.
+
+    Returns:
+        None for an error that says something about the toolkit and needs its traceback.
+    """
+    if isinstance(error, UserError | Interrupted | OutputClosed):
+        return error
+    if isinstance(error, BrokenPipeError) and _output_is_closed():
+        return OutputClosed("standard output was closed by the program that read it")
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers raise errors of their own
+    code = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+    path = getattr(error, "filename", None)
+    if code is None or code not in _REMEDIES or not (path or in_rust or _REMEDIES[code] == _FULL):
+        return None
+    return UserError(f"{path or 'writing a file'}: {os.strerror(code)}", _REMEDIES[code])
+
+
+def _output_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_unwritten_output() -> None:
+    """Write what is still buffered for standard output, or drop it, lest Python fail with it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:
@@ -65,15 +122,17 @@ def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:
     """
     try:
         command()
-    except (UserError, Interrupted) as error:
-        if debug:
-            raise
-        kind = "error" if isinstance(error, UserError) else "interrupted"
-        print(f"{kind}: {error.lines}", file=sys.stderr, flush=True)
-        return error.exit_code
+        sys.stdout.flush()  # here a full disk or a closed pipe is still an outcome of the command
     except KeyboardInterrupt:
         if debug:
             raise
         print("interrupted: stopped by Ctrl-C", file=sys.stderr, flush=True)
         return EXIT_AT_ONCE
+    except Exception as error:
+        known = explained(error)
+        if debug or known is None:
+            raise
+        discard_unwritten_output()
+        print(f"{known.kind}: {known.lines}", file=sys.stderr, flush=True)
+        return known.exit_code
     return EXIT_DONE

@@ -55,6 +55,19 @@ def all_refuse(ranks: Ranks) -> None:
     refuse()
 
 
+def rank_0_cannot_write(ranks: Ranks) -> None:
+    on_rank_0(lambda: Path("/dev/null/folder").mkdir())
+
+
+def rank_0_has_no_reader(ranks: Ranks) -> None:
+    if ranks.rank > 0:
+        time.sleep(HANGS)
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, sys.stdout.fileno())
+    print("results")
+
+
 def last_rank_breaks(ranks: Ranks) -> None:
     with recording_failures(record), at_failure(lambda: print(f"rank {ranks.rank} tidies up", flush=True)):
         if ranks.rank == ranks.world_size - 1:

@@ -19,6 +19,8 @@ CASES = {
     "agrees": 2,
     "rank_0_refuses": 2,
     "all_refuse": 2,
+    "rank_0_cannot_write": 2,
+    "rank_0_has_no_reader": 2,
     "last_rank_breaks": 2,
     "rank_0_breaks_for_others": 2,
     "last_rank_is_killed": 3,
@@ -100,6 +102,15 @@ def test_an_error_of_the_users_is_told_once_and_ends_all_ranks_with_its_code(
     assert case.codes == [2, 2], case.err
     assert case.errors == ["error: no such table"]
     assert "Traceback" not in "".join(case.err)
+
+
+@pytest.mark.parametrize(("case", "code"), [("rank_0_cannot_write", 2), ("rank_0_has_no_reader", 141)])
+def test_what_the_system_refuses_rank_0_is_reported_once_without_a_traceback(
+    ended: dict[str, Ended], case: str, code: int
+) -> None:
+    assert ended[case].codes == [code, code]
+    lines = [line for text in ended[case].err for line in text.splitlines() if not line.startswith("hint: ")]
+    assert len(lines) == 1, ended[case].err
 
 
 def test_a_rank_that_fails_alone_tells_of_it_and_ends_one_that_hangs(ended: dict[str, Ended]) -> None:

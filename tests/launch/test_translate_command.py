@@ -213,9 +213,3 @@ def test_mistakes_are_one_line_and_exit_code_2(
 def test_wrong_usage_is_exit_code_2(translate, clip_files: Clips, arguments: list[str], complaint: str) -> None:
     done = translate(clip_files[0], *arguments)
     assert done.code == 2 and complaint in done.err
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(model_folder: Path, clip_files: Clips) -> None:
-    run = f"{sys.executable} {SCRIPT} --model {model_folder} {' '.join(map(str, clip_files * 3))} --window 0 | true"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", run], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")

@@ -23,7 +23,16 @@ import psutil
 
 from toolkit.cluster.ranks import Ranks, check_master_address, read_local_rank, read_ranks
 from toolkit.cluster.rendezvous import Member, OtherRankFailed, Rendezvous, join_rendezvous
-from toolkit.errors import EXIT_AT_ONCE, EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Interrupted, UserError
+from toolkit.errors import (
+    EXIT_AT_ONCE,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    Interrupted,
+    UserError,
+    discard_unwritten_output,
+    explained,
+)
 
 POLL_SECONDS = 1.0
 # The main thread has this long to end by itself after another rank failed.
@@ -103,7 +112,7 @@ class RankExit:
         self._enter()
         if self.failure is None:
             cause = self._wait_for_cause() if _is_consequence(error) else None
-            is_plain = isinstance(error, UserError | KeyboardInterrupt) and not self.debug
+            is_plain = (isinstance(error, KeyboardInterrupt) or explained(error) is not None) and not self.debug
             trace = "" if is_plain or cause else "".join(traceback.format_exception(error))
             self._publish(cause or _failure_of(error, self._me), trace)
         assert self.failure is not None
@@ -120,7 +129,7 @@ class RankExit:
     def exit(self, code: int) -> NoReturn:
         """End this process; rank 0, which keeps the store, ends last."""
         self._closed.set()
-        sys.stdout.flush()
+        discard_unwritten_output()
         sys.stderr.flush()
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
@@ -251,8 +260,8 @@ def _failure_of(error: BaseException, me: Member) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return Failure(me.rank, me.host, "stopped by Ctrl-C", "interrupted: stopped by Ctrl-C", EXIT_AT_ONCE)
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, UserError):
-        return Failure(me.rank, me.host, reason, f"error: {error.lines}", error.exit_code)
+    if known := explained(error):
+        return Failure(me.rank, me.host, reason, f"{known.kind}: {known.lines}", known.exit_code)
     return Failure(me.rank, me.host, reason, f"error: {me} failed: {' '.join(reason.split())}")
 
 
@@ -293,6 +302,7 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
     code = EXIT_DONE
     try:
         command(ranks)
+        sys.stdout.flush()  # here a full disk or a closed pipe is still an outcome of the command
     except Interrupted as error:  # all ranks have agreed on it
         code = error.exit_code
         if ranks.is_local_main:
