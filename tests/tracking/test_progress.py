@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from toolkit.tracking.progress import ProgressLine, StepFigures, duration, fit, short
+from toolkit.tracking.progress import ProgressLine, StepFigures, fit_line, format_duration, short_rate
 
 
 def figures(step: int, **changes) -> StepFigures:
@@ -36,7 +36,7 @@ def test_plain_lines_come_every_few_steps_and_at_the_end():
         progress.echo("saved checkpoints/step_25 [done]")
     lines = stream.getvalue().splitlines()
     assert [re.search(r"step (\d+)/25", line).group(1) for line in lines[:3]] == ["10", "20", "25"]
-    for piece in (
+    for part in (
         "epoch 1.0/2.5",
         "loss 1.2346",
         "lr 3.0e-04",
@@ -48,7 +48,7 @@ def test_plain_lines_come_every_few_steps_and_at_the_end():
         "MFU 31 %",
         "ETA",
     ):
-        assert piece in lines[0]
+        assert part in lines[0]
     assert lines[3] == "saved checkpoints/step_25 [done]"  # brackets are text, not markup
     assert "\x1b" not in stream.getvalue()
 
@@ -60,7 +60,7 @@ def test_a_gradient_norm_that_is_not_known_is_left_out():
     assert "grad" not in stream.getvalue()
 
 
-def test_a_silent_rank_prints_nothing():
+def test_a_rank_that_is_not_enabled_prints_nothing():
     stream = io.StringIO()
     with ProgressLine(total_steps=10, total_epochs=1, log_every=1, enabled=False, stream=stream) as progress:
         progress.update(figures(1))
@@ -101,22 +101,22 @@ def test_remaining_time_ignores_one_long_pause(monkeypatch):
     assert progress.remaining_seconds() == 10.0
 
 
-def test_a_narrow_terminal_loses_the_lightest_pieces_first():
+def test_a_narrow_terminal_leaves_out_the_lightest_parts_first():
     parts = [("epoch 1/2", 2), ("step 3/4", 9), ("pad 1 %", 1)]
-    assert fit(parts, 80) == "epoch 1/2  step 3/4  pad 1 %"
-    assert fit(parts, 20) == "epoch 1/2  step 3/4"
-    assert fit(parts, 10) == "step 3/4"
-    assert fit(parts, 1) == "step 3/4"
+    assert fit_line(parts, 80) == "epoch 1/2  step 3/4  pad 1 %"
+    assert fit_line(parts, 20) == "epoch 1/2  step 3/4"
+    assert fit_line(parts, 10) == "step 3/4"
+    assert fit_line(parts, 1) == "step 3/4"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 s"), (59, "59 s"), (60, "1 min"), (180, "3 min"), (7500, "2 h 05 min"), (200_000, "2 d 8 h")],
 )
-def test_durations_read_as_people_say_them(seconds, text):
-    assert duration(seconds) == text
+def test_durations_are_in_words(seconds, text):
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.421, "0.42"), (41.23, "41.2"), (2134, "2.1k"), (1_300_000, "1.3M")])
 def test_rates_are_short(value, text):
-    assert short(value) == text
+    assert short_rate(value) == text

@@ -1,12 +1,19 @@
-"""Figures reach metrics.jsonl, W&B offline and TensorBoard, and a continued run tells one story."""
+"""Figures reach metrics.jsonl, W&B offline and TensorBoard; a resumed run has each step once; no tracker ends a run."""
 
 import json
 import math
 import os
+import resource
+import signal
+import socket
+import threading
+from itertools import count
 
 import pytest
 
 from toolkit.recipe.schema import Tracking
+from toolkit.tracking import background
+from toolkit.tracking.background import BackgroundSink
 from toolkit.tracking.jsonl import METRICS_FILE, keep_until, read_lines
 from toolkit.tracking.tracker import open_tracker
 from toolkit.tracking.weights_and_biases import RUN_ID_FILE, has_key
@@ -23,7 +30,7 @@ def no_wandb_account(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
 
 
-def test_figures_are_readable_while_the_run_goes_on(tmp_path):
+def test_figures_are_readable_during_the_run(tmp_path):
     with open_tracker(tmp_path, Tracking(), {}, is_main=True) as tracker:
         tracker.log(1, {"loss": 2.5, "lr": 1e-4})
         first = read_lines(tmp_path / METRICS_FILE)  # before close
@@ -43,7 +50,7 @@ def test_every_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
     assert entry["loss"] is None and entry["grad_norm"] is None
 
 
-def test_a_continued_run_drops_what_it_will_tell_again(tmp_path):
+def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
     with open_tracker(tmp_path, Tracking(), {}, is_main=True) as tracker:
         for step in range(1, 8):
             tracker.log(step, {"loss": float(step)})
@@ -56,12 +63,37 @@ def test_a_continued_run_drops_what_it_will_tell_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE]
 
 
-def test_a_run_started_anew_keeps_nothing_of_the_old_story(tmp_path):
+def test_a_run_from_scratch_keeps_no_earlier_figures(tmp_path):
     with open_tracker(tmp_path, Tracking(), {}, is_main=True) as tracker:
         tracker.log(3, {"loss": 1.0})
     with open_tracker(tmp_path, Tracking(), {}, is_main=True):
         pass
     assert read_lines(tmp_path / METRICS_FILE) == []
+
+
+def test_a_resumed_run_keeps_texts_with_any_line_end(tmp_path):
+    rows = [{"reference": "one\u2028two\x85three\r\nfour"}]
+    with open_tracker(tmp_path, Tracking(), {}, is_main=True) as tracker:
+        tracker.table(1, "samples", rows)
+    keep_until(tmp_path / METRICS_FILE, 1)
+    assert [entry["rows"] for entry in read_lines(tmp_path / METRICS_FILE)] == [rows]
+
+
+def test_a_full_disk_is_one_line_and_costs_only_lines_of_the_file(tmp_path, capsys):
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with open_tracker(tmp_path, Tracking(), {}, is_main=True) as tracker:
+            tracker.log(1, {"loss": 1.0})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+            for step in range(2, 6):
+                tracker.log(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert METRICS_FILE in line
+    assert [entry["step"] for entry in read_lines(tmp_path / METRICS_FILE)][:1] == [1]
 
 
 def test_keep_until_without_a_file_is_nothing_to_do(tmp_path):
@@ -86,7 +118,7 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
     assert [(scalar.step, scalar.value) for scalar in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
-def test_wandb_keeps_a_run_offline_and_goes_on_under_the_same_id(tmp_path):
+def test_wandb_keeps_a_run_offline_and_resumes_it_under_the_same_id(tmp_path):
     settings = Tracking(wandb="offline", project="test")
     for resume_step in (0, 2):
         with open_tracker(
@@ -100,7 +132,7 @@ def test_wandb_keeps_a_run_offline_and_goes_on_under_the_same_id(tmp_path):
     assert all(list(folder.glob("*.wandb")) for folder in folders)
 
 
-def test_wandb_online_without_a_key_says_so_in_one_line_and_stays_offline(tmp_path, capfd):
+def test_wandb_online_without_a_key_is_one_line_and_stays_offline(tmp_path, capfd):
     with open_tracker(tmp_path, Tracking(wandb="online"), {}, is_main=True) as tracker:
         tracker.log(1, {"loss": 1.0})
     error = capfd.readouterr().err.strip().splitlines()
@@ -108,7 +140,7 @@ def test_wandb_online_without_a_key_says_so_in_one_line_and_stays_offline(tmp_pa
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
-def test_wandb_files_tell_nothing_of_the_machine_and_no_secret(tmp_path, monkeypatch):
+def test_wandb_files_hold_no_description_of_the_machine_and_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
     with open_tracker(tmp_path, Tracking(wandb="offline"), {}, is_main=True) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -128,3 +160,130 @@ def test_a_key_is_looked_for_where_wandb_keeps_it(tmp_path, monkeypatch):
     assert not has_key()
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert has_key()
+
+
+class FakeSink:
+    """A tracker whose call of one name fails, or hangs until the test ends."""
+
+    def __init__(self, wrong: str, behave) -> None:
+        self._wrong, self._behave = wrong, behave
+        self.calls: list[str] = []
+        self._call("open")
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self._wrong:
+            self._behave()
+
+    def log(self, *_) -> None:
+        self._call("log")
+
+    def table(self, *_) -> None:
+        self._call("table")
+
+    def close(self) -> None:
+        self._call("close")
+
+
+def use(wrong: str, behave) -> None:
+    """A short run with one tracker."""
+    sink = BackgroundSink("fake", lambda: FakeSink(wrong, behave), timeout=0.5)
+    for step in range(1, 4):
+        sink.log(step, {"loss": 1.0}, "train")
+        sink.table(step, "samples", [{"a": 1}])
+    sink.close()
+    sink.close()
+    sink.log(4, {"loss": 1.0}, "train")
+
+
+@pytest.mark.parametrize("wrong", ["open", "log", "table", "close"])
+def test_a_tracker_that_fails_is_one_line_without_its_secrets(wrong, capfd):
+    def fail() -> None:
+        raise RuntimeError("https://user:key-of-the-user@wandb.example.org")
+
+    use(wrong, fail)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "fake" in line and "RuntimeError" in line and METRICS_FILE in line and "key-of" not in line
+
+
+@pytest.mark.parametrize("wrong", ["open", "log", "table", "close"])
+def test_a_tracker_that_hangs_is_one_line(wrong, capfd):
+    end = threading.Event()
+    try:
+        use(wrong, end.wait)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "fake" in line and "0.5 s" in line and METRICS_FILE in line
+    finally:
+        end.set()
+
+
+def test_a_tracker_that_hangs_keeps_a_bounded_number_of_figures(monkeypatch, capfd):
+    monkeypatch.setattr(background, "MOST_WAITING", 5)
+    end = threading.Event()
+    try:
+        sink = BackgroundSink("fake", lambda: FakeSink("log", end.wait), timeout=30)
+        for step in range(20):
+            sink.log(step, {}, "train")
+        sink.close()  # does not wait for the 30 s
+        assert len(capfd.readouterr().err.splitlines()) == 1
+    finally:
+        end.set()
+
+
+def test_a_tracker_that_works_gets_every_call_in_order():
+    made = []
+
+    def opened() -> FakeSink:
+        made.append(FakeSink("", None))
+        return made[0]
+
+    sink = BackgroundSink("fake", opened, timeout=30)
+    sink.log(1, {}, "train")
+    sink.table(1, "samples", [])
+    sink.close()
+    assert made[0].calls == ["open", "log", "table", "close"]
+
+
+SLOW = pytest.mark.nightly  # W&B tries again until half of the time is over
+
+
+@pytest.fixture(params=["rejects the key", pytest.param("refuses", marks=SLOW), pytest.param("hangs", marks=SLOW)])
+def wandb_server(request, monkeypatch):
+    """A W&B server that does not let this run log anything."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # else it has the address of a server before
+    server = socket.create_server(("127.0.0.1", 0))
+    held = []
+
+    def serve() -> None:
+        for _ in count():
+            try:
+                held.append(server.accept()[0])
+                if request.param == "rejects the key":
+                    held[-1].recv(65536)
+                    held[-1].sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+                    held[-1].close()
+            except OSError:
+                return
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    if request.param == "refuses":
+        server.close()
+    else:
+        threading.Thread(target=serve, daemon=True).start()
+    yield
+    server.close()
+    for connection in held:
+        connection.close()
+    wandb.teardown()
+
+
+def test_a_wandb_server_that_cannot_be_used_is_one_line_and_the_run_is_offline(wandb_server, tmp_path, capfd):
+    with open_tracker(tmp_path, Tracking(wandb="online", timeout=20), {}, is_main=True) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert "wandb sync" in line and "0123456789" not in line and not output.out
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))

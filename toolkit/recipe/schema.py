@@ -240,6 +240,7 @@ class Tracking(Section):
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "sign-language-translation"
     tensorboard: bool = False
+    timeout: Positive = 60.0  # seconds that a tracker may take to start and to finish; then the run continues without
 
 
 class Run(Section):

@@ -1,4 +1,4 @@
-"""What a run tells the world while it trains: figures in files and trackers, and one line on the terminal.
+"""The figures of a run while it trains: ``metrics.jsonl``, trackers (W&B, TensorBoard) and the line on the terminal.
 
-This room knows steps and named numbers, nothing of models, data or DeepSpeed.
+Must not know models, data or DeepSpeed: it gets steps and named numbers.
 """

@@ -1,14 +1,17 @@
-"""``metrics.jsonl``: one JSON object a line, in the order in which things happened, readable while the run goes on."""
+"""``metrics.jsonl``: one JSON object a line, in the order in which things happened, readable during the run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from toolkit.files import write_text_atomically
+from toolkit.tracking.background import warn
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -16,13 +19,15 @@ METRICS_FILE = "metrics.jsonl"
 class JsonLines:
     """Appends a run's figures to a file, one flushed line each.
 
-    A figure that is not finite is written as null, since JSON has no other word for it.
+    A figure that is not finite is written as null, because JSON has no other word for it. A disk that is full costs
+    lines of this file, not the run.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Open ``path`` for appending, after dropping what a continued run will tell again (see ``keep_until``)."""
+        """Open ``path`` for appending, after dropping what a resumed run will log again (see ``keep_until``)."""
         keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
+        self._has_warned = False
 
     def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
         """Write named figures of one step."""
@@ -34,19 +39,26 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, which was reported when the lines were written
+            self._file.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warn(f"{self._file.name} cannot be written ({error.strerror}): the run continues, figures are missing")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete entries of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    """All complete entries of a ``metrics.jsonl``; a last line that a crash left incomplete is skipped."""
     if not path.exists():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # texts may hold other line ends, such as U+2028
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:
@@ -55,19 +67,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the entries beyond ``step``, so that a run continued from a checkpoint leaves a file that tells one story.
+    """Drop the entries beyond ``step``, so that a run resumed from a checkpoint has each step once in its file.
 
-    The shorter file replaces the longer one in one move: a crash leaves either.
+    Raises:
+        UserError: the file cannot be replaced.
     """
-    if not path.exists():
-        return
-    kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= step]
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    if path.exists():
+        kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= step]
+        write_text_atomically(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
 
 
 def _finite(value: Any) -> Any:

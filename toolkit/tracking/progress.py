@@ -1,4 +1,8 @@
-"""The progress line: one live line on a terminal, plain lines every few steps where there is none (a job's log)."""
+"""The progress line: one live line on a terminal, plain lines every few steps where there is none (a job's log).
+
+``rich.live`` draws it. ``rich.progress`` is not used: it cannot leave out the least important figures on a narrow
+terminal, prints no lines where there is no terminal, and takes an evaluation into its pace, so its ETA jumps.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-# Steps whose median duration the remaining time is reckoned from: one evaluation or save among them does not count.
-WINDOW = 50
+# Steps whose median duration gives the remaining time: one evaluation or save among them changes nothing.
+RECENT_STEPS = 50
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one optimizer step has to tell.
+    """The figures of one optimizer step.
 
     Attributes:
         step: optimizer steps done so far.
@@ -56,7 +60,7 @@ class StepFigures:
 
 
 class ProgressLine:
-    """Shows where a run is. A context manager; on ranks that do not speak (``enabled=False``) it does nothing."""
+    """Shows how far a run is. A context manager; it prints on the local main rank only (``enabled``)."""
 
     def __init__(
         self,
@@ -73,9 +77,9 @@ class ProgressLine:
         Args:
             total_steps: optimizer steps of the whole run.
             total_epochs: epochs of the whole run.
-            start_step: the step that a continued run goes on from.
+            start_step: the step that the run resumes from.
             log_every: steps between plain lines, where there is no terminal.
-            enabled: whether this rank speaks.
+            enabled: whether this is the rank that prints.
             stream: where to write; standard output by default.
         """
         self._total_steps = total_steps
@@ -84,7 +88,7 @@ class ProgressLine:
         self._enabled = enabled
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._durations: deque[float] = deque(maxlen=WINDOW)
+        self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_step, self._last_time = start_step, time.monotonic()
 
     def update(self, figures: StepFigures) -> None:
@@ -96,7 +100,7 @@ class ProgressLine:
             self._durations.append((now - self._last_time) / (figures.step - self._last_step))
         self._last_step, self._last_time = figures.step, now
         if self._console.is_terminal:
-            self._show(fit(self._parts(figures), self._console.width))
+            self._show(fit_line(self._parts(figures), self._console.width))
         elif figures.step % self._log_every == 0 or figures.step == self._total_steps:
             self._print("  ".join(text for text, _ in self._parts(figures)))
 
@@ -118,13 +122,13 @@ class ProgressLine:
         self.close()
 
     def remaining_seconds(self) -> float | None:
-        """Time to the last step at the median pace of late; None before the first step."""
+        """Time to the last step at the median pace of recent steps; None before the first step."""
         if not self._durations:
             return None
         return max(0, self._total_steps - self._last_step) * median(self._durations)
 
     def _parts(self, figures: StepFigures) -> list[tuple[str, int]]:
-        """Pieces of the line in reading order, each with its weight: the lightest go first where space is short."""
+        """Parts of the line in reading order, each with its weight: the lightest are left out first."""
         remaining = self.remaining_seconds()
         parts = [
             (f"epoch {figures.epoch:.1f}/{self._total_epochs:g}", 6),
@@ -132,12 +136,12 @@ class ProgressLine:
             (f"loss {figures.loss:.4f}", 8),
             (f"lr {figures.learning_rate:.1e}", 4),
             (f"grad {figures.grad_norm:.2f}" if figures.grad_norm is not None else "", 3),
-            (f"{short(figures.clips_per_second)} clips/s", 5),
-            (f"{short(figures.frames_per_second)} frames/s", 2),
+            (f"{short_rate(figures.clips_per_second)} clips/s", 5),
+            (f"{short_rate(figures.frames_per_second)} frames/s", 2),
             (f"pad {100 * figures.padding_share:.0f} %", 1),
             (f"wait {100 * figures.data_wait_share:.0f} %", 2),
             (f"MFU {100 * figures.mfu:.0f} %" if figures.mfu is not None else "", 3),
-            (f"ETA {duration(remaining)}" if remaining is not None else "", 7),
+            (f"ETA {format_duration(remaining)}" if remaining is not None else "", 7),
         ]
         return [part for part in parts if part[0]]
 
@@ -153,15 +157,15 @@ class ProgressLine:
         self._console.file.flush()
 
 
-def fit(parts: list[tuple[str, int]], width: int) -> str:
-    """Join ``(text, weight)`` pieces into one line no wider than ``width``, leaving out the lightest."""
+def fit_line(parts: list[tuple[str, int]], width: int) -> str:
+    """Join ``(text, weight)`` parts into one line no wider than ``width``, leaving out the lightest."""
     kept = list(parts)
     while len(kept) > 1 and len("  ".join(text for text, _ in kept)) > width:
         kept.remove(min(kept, key=lambda part: part[1]))
     return "  ".join(text for text, _ in kept)
 
 
-def short(value: float) -> str:
+def short_rate(value: float) -> str:
     """A rate in at most five characters: 0.42, 41.2, 2.1k, 1.3M."""
     for limit, unit in ((1e6, "M"), (1e3, "k")):
         if value >= limit:
@@ -169,8 +173,8 @@ def short(value: float) -> str:
     return f"{value:.2f}" if value < 1 else f"{value:.1f}"
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 40 s, 3 min, 2 h 05 min, 3 d 4 h."""
+def format_duration(seconds: float) -> str:
+    """A time in words: 40 s, 3 min, 2 h 05 min, 3 d 4 h."""
     minutes = round(seconds / 60)
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from toolkit.recipe.schema import Tracking
+from toolkit.tracking.background import BackgroundSink, Sink
 from toolkit.tracking.jsonl import METRICS_FILE, JsonLines
 
 Kind = Literal["train", "eval", "event"]
 
 
-class Sink(Protocol):
-    """A place that figures go to."""
-
-    def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None: ...
-
-    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Tracker:
-    """Hands figures to every sink; without sinks, as on all ranks but the first, it swallows them.
+    """Passes figures to ``metrics.jsonl`` and to the trackers; without a file, as on all ranks but rank 0, drops them.
 
-    Use it as a context manager, so that the sinks are closed however the run ends.
+    Use it as a context manager, so that everything is closed however the run ends.
     """
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, file: JsonLines | None = None, trackers: list[BackgroundSink] | None = None) -> None:
+        self._file, self._trackers = file, trackers or []
+
+    @property
+    def _sinks(self) -> list[Sink]:
+        return [*([self._file] if self._file else []), *self._trackers]
 
     def log(self, step: int, values: Mapping[str, float | str], kind: Kind = "train") -> None:
         """Record named figures of one optimizer step.
@@ -49,10 +44,17 @@ class Tracker:
         for sink in self._sinks:
             sink.table(step, name, rows)
 
-    def close(self) -> None:
-        """Close every sink; later calls do nothing."""
-        while self._sinks:
-            self._sinks.pop().close()
+    def close(self, timeout: float | None = None) -> None:
+        """Close the file and the trackers; later calls do nothing.
+
+        Args:
+            timeout: seconds that each tracker may take, where that is less than the recipe's ``tracking.timeout``.
+        """
+        if self._file:
+            self._file.close()
+        while self._trackers:
+            self._trackers.pop().close(timeout)
+        self._file = None
 
     def __enter__(self) -> Tracker:
         return self
@@ -66,25 +68,38 @@ class Tracker:
 def open_tracker(
     run_dir: Path, settings: Tracking, config: dict[str, Any], *, is_main: bool, resume_step: int = 0
 ) -> Tracker:
-    """Open the sinks that the recipe asks for.
+    """Open ``metrics.jsonl`` and the trackers that the recipe asks for.
+
+    A tracker that fails or hangs, at any time, is one line on the terminal and in the log.
 
     Args:
         run_dir: the run directory, which exists.
         settings: the recipe's ``tracking`` section.
         config: the resolved recipe as a plain dict, shown by trackers that have a place for it.
-        is_main: whether this is rank 0; the other ranks get a tracker without sinks.
-        resume_step: the optimizer step that the run goes on from. Figures beyond it, told by a run that was killed
-            after its last checkpoint, are dropped and will be told again; 0 starts a new story.
+        is_main: whether this is rank 0; the other ranks record nothing.
+        resume_step: the optimizer step that the run resumes from; 0 for a run from scratch. Figures beyond it, which a
+            run logged that was killed after its last checkpoint, are dropped: they will be logged again.
+
+    Raises:
+        UserError: ``metrics.jsonl`` of an earlier start cannot be rewritten.
     """
     if not is_main:
-        return Tracker([])
-    sinks: list[Sink] = [JsonLines(run_dir / METRICS_FILE, resume_step)]
-    if settings.tensorboard:
+        return Tracker()
+    file = JsonLines(run_dir / METRICS_FILE, resume_step)
+    trackers = []
+
+    def tensorboard() -> Sink:
         from toolkit.tracking.tensorboard import TensorBoard
 
-        sinks.append(TensorBoard(run_dir / "tensorboard", resume_step))
-    if settings.wandb != "off":
+        return TensorBoard(run_dir / "tensorboard", resume_step)
+
+    def wandb() -> Sink:
         from toolkit.tracking.weights_and_biases import WeightsAndBiases
 
-        sinks.append(WeightsAndBiases(run_dir, settings.wandb, settings.project, config))
-    return Tracker(sinks)
+        return WeightsAndBiases(run_dir, settings.wandb, settings.project, config, settings.timeout / 2)
+
+    if settings.tensorboard:
+        trackers.append(BackgroundSink("tensorboard", tensorboard, settings.timeout))
+    if settings.wandb != "off":
+        trackers.append(BackgroundSink("wandb", wandb, settings.timeout))
+    return Tracker(file, trackers)

@@ -1,13 +1,14 @@
-"""Weights & Biases: online, or offline into the run directory; a continued run goes on under its own id."""
+"""Weights & Biases: online, or offline into the run directory; a resumed run continues under its own W&B id."""
 
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from toolkit.tracking.background import warn
 
 RUN_ID_FILE = "wandb_run_id.txt"
 
@@ -15,30 +16,31 @@ RUN_ID_FILE = "wandb_run_id.txt"
 class WeightsAndBiases:
     """Sends a run's figures to Weights & Biases.
 
-    Only what is handed over is sent: no console output, source code, git remote, command line or machine description.
+    Only what ``log`` and ``table`` get is sent: no console output, source code, git remote, command line, machine
+    description or error report.
     """
 
-    def __init__(self, run_dir: Path, mode: str, project: str, config: dict[str, Any]) -> None:
-        """Start, or go on with, the W&B run of this run directory.
+    def __init__(self, run_dir: Path, mode: str, project: str, config: dict[str, Any], timeout: float) -> None:
+        """Start or resume the W&B run of this run directory.
 
         Args:
             run_dir: holds the run's id and its offline files.
-            mode: ``online`` or ``offline``; online without a key falls to offline and says so in one line.
+            mode: ``online`` or ``offline``; a run that cannot be online, for whatever reason, is offline.
             project: name of the W&B project.
             config: the resolved recipe, shown beside the run.
+            timeout: seconds to wait for the W&B server.
         """
+        # W&B reads it as it is imported; it reports errors of its own to its server otherwise.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        if mode == "online" and not has_key():
-            _keep_offline(run_dir, "no API key here")
-            mode = "offline"
         self._wandb = wandb
-        self._run = self._start(run_dir, mode, project, config)
-        # Our own step is the axis: W&B would drop every point that a continued run repeats below its own counter.
+        self._run = self._start(run_dir, mode, project, config, timeout)
+        # Our own step is the axis: W&B would drop every point that a resumed run logs below W&B's own counter.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
-    def _start(self, run_dir: Path, mode: str, project: str, config: dict[str, Any]) -> Any:
+    def _start(self, run_dir: Path, mode: str, project: str, config: dict[str, Any], timeout: float) -> Any:
         wandb = self._wandb
         settings = wandb.Settings(
             console="off",
@@ -47,17 +49,20 @@ class WeightsAndBiases:
             disable_git=True,
             x_disable_meta=True,
             x_disable_machine_info=True,
+            init_timeout=timeout,
         )
+        # Logging in knows only these settings, not those of the run.
+        wandb.setup(wandb.Settings(silent=True))
         arguments = {"project": project, "name": run_dir.name, "id": _run_id(run_dir), "config": config}
-        try:
-            return wandb.init(**arguments, resume="allow", mode=mode, dir=str(run_dir), settings=settings)
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            # Training must not fail for a tracker. The error's text is not shown: it may quote a key or an address with
-            # one.
-            if mode == "offline":
-                raise
-            _keep_offline(run_dir, f"W&B cannot be reached ({type(error).__name__})")
-            return wandb.init(**arguments, resume="allow", mode="offline", dir=str(run_dir), settings=settings)
+        if mode == "online" and has_key():
+            try:
+                return wandb.init(**arguments, resume="allow", mode="online", dir=str(run_dir), settings=settings)
+            except Exception as error:
+                _warn_offline(run_dir, f"W&B cannot be reached ({type(error).__name__})")
+                wandb.teardown()  # its process holds the run's id, as that of a run that is being started
+        elif mode == "online":
+            _warn_offline(run_dir, "no API key here")
+        return wandb.init(**arguments, resume="allow", mode="offline", dir=str(run_dir), settings=settings)
 
     def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
         """Send named figures of one step, grouped by kind."""
@@ -71,7 +76,7 @@ class WeightsAndBiases:
             self._run.log({"step": step, name: table})
 
     def close(self) -> None:
-        """Finish the W&B run; what is still on its way is sent first."""
+        """Finish the W&B run; what has not been sent yet is sent first."""
         self._run.finish()
 
 
@@ -89,12 +94,10 @@ def has_key() -> bool:
         return False
 
 
-def _keep_offline(run_dir: Path, why: str) -> None:
-    print(
+def _warn_offline(run_dir: Path, why: str) -> None:
+    warn(
         f"wandb: {why}, so figures are kept offline; send them later by `wandb login` "
-        f"and `wandb sync {run_dir}/wandb/offline-run-*`",
-        file=sys.stderr,
-        flush=True,
+        f"and `wandb sync {run_dir}/wandb/offline-run-*`"
     )
 
 

@@ -303,7 +303,7 @@ def open_trainer(
         open_tracker(
             resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
         ) as tracker,
-        failures.at_failure(tracker.close),
+        failures.at_failure(lambda: tracker.close(timeout=2.0)),
         closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, echo=echo)) as writer,
         failures.at_failure(writer.finish_or_discard),
         failures.reporting_failures(),
