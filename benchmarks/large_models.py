@@ -171,6 +171,7 @@ def train_as_rank(plan: dict[str, Any]) -> None:
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run as training_run
     from toolkit.training.overfit import few_clips
+    from toolkit.training.start import Start
 
     return_freed_memory()
     ranks = read_ranks()
@@ -196,8 +197,8 @@ def train_as_rank(plan: dict[str, Any]) -> None:
 
     losses, seconds = [], []
     with (
-        training_run.living_run(resolved, ranks, corpus) as interruptions,
-        training_run.open_trainer(resolved, ranks, corpus, training_run.Start(), interruptions, echo) as trainer,
+        training_run.open_run(resolved, ranks, corpus) as interruptions,
+        training_run.open_trainer(resolved, ranks, corpus, Start(), interruptions, echo) as trainer,
     ):
         parameters = list(trainer.engine.module.parameters())
         with trainer.line:

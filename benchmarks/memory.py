@@ -135,7 +135,8 @@ def measure(name: str, out: Path) -> None:
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.recipe.load import load_recipe
     from toolkit.recipe.resolve import resolve_named
-    from toolkit.training.run import Start, living_run, open_trainer
+    from toolkit.training.run import open_run, open_trainer
+    from toolkit.training.start import Start
 
     ranks = read_ranks()
     corpus = Corpus.open(ensure_corpus(load_recipe("demo").data, is_local_main=ranks.is_local_main))
@@ -144,7 +145,7 @@ def measure(name: str, out: Path) -> None:
     return_freed_memory() if resolved.zero_stage == 3 else keep_freed_memory()  # as launch/train.py does
     imports = memory_gib("VmRSS")
     with (
-        living_run(resolved, ranks, corpus) as interruptions,
+        open_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
     ):
         start = memory_gib("VmHWM")

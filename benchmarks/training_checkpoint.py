@@ -77,7 +77,8 @@ def one_rank(folder: Path) -> None:
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training.monitoring.interruptions import Interruptions
-    from toolkit.training.run import Start, open_trainer
+    from toolkit.training.run import open_trainer
+    from toolkit.training.start import Start
 
     ranks = read_ranks()
     log_to_file(None)

@@ -27,6 +27,7 @@ from training_corpus import MAX_FRAMES
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
+from toolkit.checkpointing.random_states import seed_everything
 from toolkit.cluster.devices import own_device
 from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.process_group import join_process_group, leave_process_group
@@ -41,7 +42,8 @@ from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.training.engine import make_engine
 from toolkit.training.monitoring.flops import measure_peak
 from toolkit.training.monitoring.metering import product_type
-from toolkit.training.run import Start, living_run, open_trainer, seed_everything
+from toolkit.training.run import open_run, open_trainer
+from toolkit.training.start import Start
 from toolkit.training.trainer import Trainer
 
 MAX_TOKENS = 128
@@ -96,7 +98,7 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
     keep_freed_memory()
     ranks = read_ranks()
     with (
-        living_run(resolved, ranks, corpus) as interruptions,
+        open_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
     ):
         trainer.engine.train()

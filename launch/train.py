@@ -2,14 +2,14 @@
 """Train a translator by a recipe and score it.
 
 deepspeed --num_gpus 8 launch/train.py --recipe t5_3b_lora data.corpus=corpora/mine
-deepspeed --num_gpus 8 launch/train.py --recipe my_recipe --ds zero3_offload         fits more by another DeepSpeed JSON
+deepspeed --num_gpus 8 launch/train.py --recipe my_recipe --ds zero3_offload         another DeepSpeed JSON: less memory
 deepspeed --hostfile hosts launch/train.py --recipe my_recipe training.epochs=40     many nodes, one setting changed
-python launch/train.py --recipe my_recipe --overfit 8                                new data? first learn 8 clips
+python launch/train.py --recipe my_recipe --overfit 8                                new data? first overfit 8 clips
 
-my_recipe is a copy that says where the clips are (launch/recipes.py cp t5_3b_lora my_recipe).
+my_recipe is a copy of a recipe that names your clips (launch/recipes.py cp t5_3b_lora my_recipe).
 
-The run lives in runs/RECIPE. The same command goes on with a run that was interrupted, and shows the scores of one
-that is finished; with --extend and more training.epochs or training.max_steps it trains either one longer.
+The run directory is runs/RECIPE. The same command resumes a run that was interrupted, and shows the scores of one that
+is finished; with --extend and more training.epochs or training.max_steps it trains either one longer.
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ def parse() -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|never|CHECKPOINT",
-        help="where to go on from: the run's newest complete checkpoint (default), nothing, or the one named",
+        help="what to resume: the run's newest complete checkpoint (default), nothing, or the checkpoint named",
     )
     parser.add_argument(
         "--new",
         dest="resume",
         action="store_const",
         const="never",
-        help="the same as --resume never: set an earlier run of this name aside and begin anew",
+        help="the same as --resume never: archive an earlier run of this name and train from scratch",
     )
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="make a run longer, finished or not, by more training.epochs or training.max_steps; the learning rate "
+        help="train a run longer, finished or not, by more training.epochs or training.max_steps; the learning rate "
         "follows the longer schedule from there, and rises to it without a jump",
     )
     parser.add_argument(
-        "--overfit", type=int, metavar="CLIPS", help="learn so many clips by heart, say whether it worked"
+        "--overfit", type=int, metavar="CLIPS", help="overfit so many clips, and print whether it worked"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object, last")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the same as LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe: training.epochs=40")
     return parser.parse_intermixed_args()
 
 
 def resolve(arguments: argparse.Namespace, world_size: int, *, has_gpu: bool) -> ResolvedRun:
-    """The run that a command line asks for on so many ranks."""
+    """The run of a command line on so many ranks."""
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training.overfit import overfit_overrides
 
@@ -87,7 +87,7 @@ def resolve(arguments: argparse.Namespace, world_size: int, *, has_gpu: bool) ->
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Everything that can be wrong with the input is found before the process group exists."""
+    """Check all input before the process group exists, then train."""
     import torch
 
     from toolkit.checkpointing import run_directory
@@ -97,10 +97,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.models.check import check_model
-    from toolkit.training.extending import extend_schedule
     from toolkit.training.overfit import few_clips
-    from toolkit.training.results import for_people, read_scores
-    from toolkit.training.run import Start, check_corpus, find_start, learn_by_heart, train
+    from toolkit.training.results import format_summary, read_scores
+    from toolkit.training.run import train, train_overfit
+    from toolkit.training.start import Start, check_corpus, extend_schedule, find_start
 
     def echo(text: str) -> None:
         if ranks.is_main:
@@ -120,41 +120,41 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     new = arguments.resume == "never" or arguments.overfit is not None
     if new and arguments.extend:
-        raise UserError("--extend goes on with a run, and --new and --overfit begin one: leave one of them out")
+        raise UserError(
+            "--extend continues a run, but --new and --overfit start one", "leave out --extend, or --new and --overfit"
+        )
 
-    def look() -> Start:
-        """Where the run begins."""
+    def choose_start() -> Start:
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
         if archived := run_directory.archive_run(resolved.run_dir):
             echo(f"the run that was in {resolved.run_dir} is now in {archived}")
         return Start()
 
-    def check() -> tuple[Start, str | None]:
-        """The same for this corpus, and what the user should know of it."""
+    def check_start() -> tuple[Start, str | None]:
         check_corpus(corpus, None if new else resolved.run_dir, start)
         return start, extend_schedule(resolved, corpus, start)
 
-    # Rank 0 looks for all: on a shared file system others may see the run directory as it was half a minute ago.
-    start = on_rank_0(look)
+    # Rank 0 reads for all ranks: on a shared file system others may see the run directory as it was half a minute ago.
+    start = on_rank_0(choose_start)
     corpus = Corpus.open(
         resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, is_local_main=ranks.is_local_main)
     )
-    start, extension = on_rank_0(check)
+    start, extension = on_rank_0(check_start)
     if extension:
         echo(f"note: {extension}")
     if start.finished:
-        echo(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs goes on")
+        echo(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs trains longer")
         summary = read_scores(resolved.run_dir) if ranks.is_main else {}
     elif arguments.overfit is not None:
-        summary = learn_by_heart(resolved, ranks, few_clips(corpus, arguments.overfit), echo)
+        summary = train_overfit(resolved, ranks, few_clips(corpus, arguments.overfit), echo)
     else:
         summary = train(resolved, ranks, corpus, start, echo)
     if not ranks.is_main:
         return
     if arguments.overfit is None:
         evaluation, seed = resolved.recipe.evaluation, resolved.recipe.training.seed
-        echo(f"\n{for_people(summary, evaluation.samples, seed)}")
+        echo(f"\n{format_summary(summary, evaluation.samples, seed)}")
     if arguments.json:
         echo(json.dumps(summary))
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from toolkit.checkpointing.random_states import seed_everything
 from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
@@ -27,8 +28,7 @@ from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.model_cards import load_model_yaml, model_names
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.processor import shared_processor
-from toolkit.training.run import seed_everything
+from toolkit.training.run import make_processor
 
 STRATEGIES = ("zero1", "zero3")  # whole on each rank, and cut over both
 
@@ -60,7 +60,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
     seed_everything(resolved.recipe.training.seed)
     if ranks.is_main:
         resolved.run_dir.mkdir(parents=True)
-    tokenizer = shared_processor(resolved, ranks, corpus).tokenizer
+    tokenizer = make_processor(resolved, ranks, corpus).tokenizer
     model = build_translator(resolved, corpus, tokenizer)
     is_cut = all(hasattr(parameter, "ds_id") for parameter in model.backbone.parameters())
     found, expected = whole_state_dict(model, keep=True), weights_in(published)

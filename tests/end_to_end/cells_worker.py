@@ -26,6 +26,7 @@ from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
 from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, SavedState, name_of, read_state
+from toolkit.checkpointing.random_states import seed_everything
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
 from toolkit.cluster.logs import log_to_file
@@ -39,11 +40,11 @@ from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import saved_state_dict
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.engine import make_engine
-from toolkit.training.loading import all_batches
 from toolkit.training.loss import token_loss
-from toolkit.training.monitoring.guards import GradientWatch
+from toolkit.training.monitoring.gradient_guard import GradientGuard
 from toolkit.training.monitoring.interruptions import Interruptions
-from toolkit.training.run import Start, open_trainer, seed_everything
+from toolkit.training.run import open_trainer, start_loader
+from toolkit.training.start import Start
 
 STEPS = 3
 NOBODY = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})  # nobody asks
@@ -114,7 +115,7 @@ def train_resolved(
     engine, _ = make_engine(model, resolved)
     batch = first_batch(resolved, corpus, tokenizer, ranks).to(engine.device)
     engine.train()
-    watch = GradientWatch(engine.module)
+    watch = GradientGuard(engine.module)
     losses = []
     for _ in range(STEPS):
         loss = loss_of(engine, batch)
@@ -146,7 +147,7 @@ def train_recipe(
     dist.barrier()
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
+        trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
         saved = saved_state_dict(trainer.engine.module, keep=True)
         trainer.engine.destroy()
     interruptions.close()

@@ -23,10 +23,10 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
 from toolkit.models.loading.weights import trainable_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.loading import all_batches
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization.averaging import averaged_weights
-from toolkit.training.run import Start, find_start, open_trainer
+from toolkit.training.run import open_trainer, start_loader
+from toolkit.training.start import Start, find_start
 
 
 class StopAfter(Interruptions):
@@ -72,7 +72,7 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
         dist.barrier()
         with open_trainer(resolved, ranks, corpus, start, interruptions, said.append) as trainer:
             try:
-                trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
+                trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
             except Interrupted:
                 result["interrupted"] = True
             weights = trainable_state_dict(trainer.engine.module, keep=ranks.is_main)

@@ -26,9 +26,9 @@ from toolkit.models.adaptation.export import export_model
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.loading import all_batches
 from toolkit.training.monitoring.interruptions import Interruptions
-from toolkit.training.run import Start, open_trainer
+from toolkit.training.run import open_trainer, start_loader
+from toolkit.training.start import Start
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         first = table(trainer.engine.module)
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
+        trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
         last = table(trainer.engine.module)
         batch = next(
             iter(

@@ -30,6 +30,7 @@ from toolkit.recipe.resolve import resolve_named
 from toolkit.scoring.predictions import write_predictions
 from toolkit.training import run as training_run
 from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.start import Start, find_start
 from toolkit.training.trainer import Trainer
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     ranks = read_ranks()
     log_to_file(None)
     join_process_group(ranks)
-    training_run.living_run = in_this_group
+    training_run.open_run = in_this_group
     results = {
         name: train(case, plan["settings"], Path(plan["folder"]) / name, ranks) for name, case in plan["cases"].items()
     }
@@ -90,7 +91,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     try:
         gc.collect()
         before = reset_peak()
-        training_run.train(resolved, ranks, corpus, training_run.Start(), lambda _: None)
+        training_run.train(resolved, ranks, corpus, Start(), lambda _: None)
     finally:
         Trainer.evaluate, training_run.score_best = evaluate, score_best  # type: ignore[method-assign]
         memory.free_memory = free_memory
@@ -99,7 +100,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
             run_directory.write_status(run_dir, "failed")
             (run_dir / "predictions" / "test.csv").unlink()
         dist.barrier()
-        start = training_run.find_start(resolved, "auto")
+        start = find_start(resolved, "auto")
         training_run.train(resolved, ranks, corpus, start, lambda _: None)
     if ranks.is_main:
         model, processor = load_translator(run_dir / "best")

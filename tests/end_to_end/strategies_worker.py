@@ -26,11 +26,11 @@ from toolkit.corpus.packed import Corpus
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.loading import all_batches
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization import gradient_reduction
 from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT
-from toolkit.training.run import Start, open_trainer
+from toolkit.training.run import open_trainer, start_loader
+from toolkit.training.start import Start
 
 # DeepSpeed's functions by which gradients are summed over ranks, and small numbers besides.
 SUMS = ("all_reduce", "inference_all_reduce", "reduce", "reduce_scatter_fn")
@@ -64,10 +64,10 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches, sent = count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
-        trainer.run(all_batches(resolved, ranks, corpus, trainer.progress))
+        trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
-        predictions, _ = trainer.translate(corpus.splits["test"])
+        predictions = trainer.translate(corpus.splits["test"]).predictions
         # What was saved is what is there: scramble the weights, load, compare.
         spoil(trainer.engine)
         trainer.checkpoints.wait()

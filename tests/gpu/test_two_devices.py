@@ -105,7 +105,7 @@ def check(results: Results) -> None:
         right = codes[0] == 75 if name.endswith("stopped") else codes == [0, 0]
         if not right or "WrongDevice" in out:
             wrong[name] = f"exit codes {codes}: {out[-2000:]}"
-        elif name.endswith("resumed") and "going on from" not in out:
+        elif name.endswith("resumed") and "resuming from" not in out:
             wrong[name] = "it began anew"
     assert not wrong, "\n\n".join(f"{name}: {told}" for name, told in wrong.items())
 

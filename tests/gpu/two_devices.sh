@@ -77,7 +77,7 @@ one_case() {
   # The launcher passes on the code of a rank that ends by itself.
   start zero3_stopped 75 "${command[@]}" training.time_limit=0.0001 &&
     start zero3 0 "${command[@]}" &&
-    grep -q "going on from" "$folder/zero3.txt" &&
+    grep -q "resuming from" "$folder/zero3.txt" &&
     start zero3_evaluate 0 launch/evaluate.py --model "$folder/runs/zero3" &&
     start zero3_evaluate_cut 0 launch/evaluate.py --zero3 --model "$folder/runs/zero3" --out "$folder/cut"
 }

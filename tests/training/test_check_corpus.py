@@ -19,8 +19,7 @@ from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.processor import PROCESSOR
-from toolkit.training.run import check_corpus
+from toolkit.training.start import PROCESSOR, check_corpus
 
 
 def corpus_of(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation: str = NORMALISATION) -> Corpus:

@@ -13,8 +13,7 @@ from toolkit.checkpointing.checkpoints import Extension, Progress, SavedState
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.extending import extend_schedule
-from toolkit.training.run import Start, find_start
+from toolkit.training.start import Start, extend_schedule, find_start
 
 Resolve = Callable[..., ResolvedRun]
 SHORT = ("training.global_batch_size=2", "training.micro_batch_size=2", "training.warmup_ratio=0.5")  # 3 steps an epoch

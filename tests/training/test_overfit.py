@@ -8,7 +8,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.recipe.load import load_recipe
 from toolkit.scoring.predictions import Prediction
-from toolkit.training.overfit import few_clips, overfit_overrides, verdict
+from toolkit.training.overfit import few_clips, overfit_overrides, overfit_verdict
 
 
 def test_the_clips_have_texts_of_their_own(corpus: Corpus) -> None:
@@ -59,6 +59,6 @@ def test_the_verdict(hypotheses: list[str], loss: float, learned: bool, told: st
         Prediction(f"clip-{n}", text, guess)
         for n, (text, guess) in enumerate(zip(["sun", "moon"], hypotheses, strict=True))
     ]
-    said, text = verdict(rows, 30, loss)
+    said, text = overfit_verdict(rows, 30, loss)
     assert said is learned
     assert told in text

@@ -13,7 +13,7 @@ from toolkit.batching.collate import IGNORED_LABEL, target_labels
 from toolkit.models.tokenizers import train_tokenizer
 from toolkit.recipe.load import load_recipe
 from toolkit.tracking.tracker import open_tracker
-from toolkit.training.truncated_texts import CutTexts, find_cut_texts, warn_of_cut_texts
+from toolkit.training.truncated_texts import TruncatedTexts, find_truncated_texts, warn_of_truncated_texts
 
 TEXTS = ["one two three four five six seven", "one", "", "one two three four", "six seven"]
 
@@ -24,15 +24,15 @@ def test_what_is_counted_is_what_is_cut(kind: str, limit: int) -> None:
     tokenizer: Any = ByT5Tokenizer() if kind == "bytes" else train_tokenizer(TEXTS)
     whole = (target_labels(TEXTS, tokenizer, 999) != IGNORED_LABEL).sum(dim=1)
     learnt = (target_labels(TEXTS, tokenizer, limit) != IGNORED_LABEL).sum(dim=1)
-    expected = CutTexts(int((learnt < whole).sum()), len(TEXTS), int(whole.max()))
-    assert find_cut_texts(TEXTS, tokenizer, limit) == (expected if expected.count else None)
+    expected = TruncatedTexts(int((learnt < whole).sum()), len(TEXTS), int(whole.max()))
+    assert find_truncated_texts(TEXTS, tokenizer, limit) == (expected if expected.count else None)
 
 
 def told(run_dir: Path, *overrides: str, step: int = 0) -> tuple[list[str], list[dict[str, Any]]]:
     recipe = load_recipe("demo", overrides)
     said: list[str] = []
     with open_tracker(run_dir, recipe.tracking, {}, is_main=True) as tracker:
-        warn_of_cut_texts(recipe, TEXTS, ByT5Tokenizer(), tracker, step, said.append)
+        warn_of_truncated_texts(recipe, TEXTS, ByT5Tokenizer(), tracker, step, said.append)
     return said, [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -93,7 +93,7 @@ def train_batches(
 ) -> TrainBatches:
     """One rank's share of one or many epochs, from ``start_step`` of the first on.
 
-    Targets are cut to ``training.max_target_tokens``; ``training/cut_texts.py`` says how many that are.
+    Targets are cut to ``training.max_target_tokens``; ``training/truncated_texts.py`` says how many that are.
 
     Args:
         split: the training split.

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: parameter groups in, an engine whose learning rate the loop sets out."""
+"""The DeepSpeed engine: how it is made, its learning rates, its gradient norm, the release of its training states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.training.optimization.optimizers import client_optimizer, parameter
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
-    """Hand the model to DeepSpeed; on CPUs its layers take their quick forms first.
+    """Give the model to DeepSpeed; on CPUs its layers are replaced by faster ones first.
 
     Returns:
         the engine, and the name and peak learning rate of each of its parameter groups.
@@ -35,31 +35,40 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     if not torch.cuda.is_available():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):
-        engine.compile()  # asked for in the JSON alone, DeepSpeed compiles nothing and says so in its log
+        engine.compile()  # the setting alone compiles nothing
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
 
 
 def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float, backbone_factor: float) -> None:
-    """Set every group's learning rate to its peak times the factor of what it belongs to."""
+    """Set each group's learning rate to its peak times a factor, that of the backbone or that of the rest."""
     for group, (name, peak) in zip(engine.optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * (backbone_factor if name == "backbone" else factor)
 
 
-def release_training_states(engine: Any) -> None:
-    """Give back the memory that only training needs: gradients, master weights, moments and buckets.
+def gradient_norm(module: nn.Module) -> float:
+    """Norm of the gradient at ZeRO stage 0, before the optimizer step: DeepSpeed reports none there.
 
-    The weights stay, cut or whole, and so does what gathers them: the engine goes on to evaluate, and trains no more.
-    DeepSpeed's ``destroy`` would take the hooks that gather and leave the memory, which closures hold on to (0.19.8).
+    Gradients are whole and summed over ranks by then, and not yet clipped.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return float(nn.utils.get_total_norm(gradients))
+
+
+def release_training_states(engine: Any) -> None:
+    """Free the memory that only training needs: gradients, master weights, moments and buckets.
+
+    The weights stay, partitioned or whole, and so do the hooks that gather them: the engine can still evaluate.
+    DeepSpeed's ``destroy`` would remove the hooks and free nothing, because closures hold the memory (0.19.8).
     """
     for parameter in engine.module.parameters():
         parameter.grad = None
     tensors = (*engine.module.parameters(), *engine.module.buffers())
-    pieces = (parameter.ds_tensor for parameter in tensors if hasattr(parameter, "ds_tensor"))
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, *pieces)}
+    partitions = (parameter.ds_tensor for parameter in tensors if hasattr(parameter, "ds_tensor"))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, *partitions)}
     for tensor in _tensors_in([vars(engine.optimizer), vars(base_optimizer(engine))], set()):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and storage.resizable():
-            storage.resize_(0)  # whoever else holds the tensor, or a view of it, holds no memory
+            storage.resize_(0)  # other references to the tensor, or views of it, hold no memory then
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

@@ -1,8 +1,8 @@
-"""Translating and scoring a split with the weights that are being trained, and what that says of the run."""
+"""Translate and score a split with the weights that are being trained, and warn where all outputs are alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.cluster.ranks import Ranks
-from toolkit.corpus.packed import Corpus, Split
+from toolkit.corpus.packed import Split
 from toolkit.decoding.decode_split import evaluation_mode, translate_split
 from toolkit.decoding.whole_weights import whole_weights
 from toolkit.models.processor import PoseProcessor
@@ -21,10 +21,11 @@ from toolkit.scoring.floors import typical_sentence
 from toolkit.scoring.metrics import Scores, score
 from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.table import format_score
-from toolkit.training.monitoring.alarms import collapse_warning
 
 # Scores that a line has room for.
 SHOWN_SCORES = ("bleu4", "chrf", "wer", "cer")
+# Different hypotheses for each different reference, below which outputs count as all alike.
+ALIKE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: E
 
     Args:
         engine: the DeepSpeed engine, at any ZeRO stage.
-        frames: of each clip that is to be translated.
-        settings: of the search, and how large a batch may be.
+        frames: of each clip to translate.
+        settings: beams, and how large a batch may be.
 
     Yields:
-        whether ranks must generate in step, because there is no room for whole weights.
+        whether ranks must generate in step, because whole weights do not fit.
     """
     gather = engine.zero_optimization_stage() == 3 and fits_whole(
         engine,
@@ -82,18 +83,37 @@ def evaluate_split(
     return Evaluated(predictions, _score(hypotheses, [row.reference for row in predictions], settings))
 
 
-def warn_of_collapse(evaluated: Evaluated, corpus: Corpus, epoch: int, settings: Evaluation) -> str | None:
-    """What to warn of when the model says the same to every clip, or scores like a sentence that is always the same."""
+def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: int, settings: Evaluation) -> str | None:
+    """A warning where the model gives almost the same text for every clip, or scores like one constant sentence.
+
+    Args:
+        evaluated: the dev split.
+        train_texts: the constant sentence is the one most typical of these.
+        epoch: epochs done.
+        settings: name the score that selects the best model, and how texts are compared.
+
+    Returns:
+        the warning, which names the usual causes in the order in which to check them, or None.
+    """
+    hypotheses = [row.hypothesis for row in evaluated.predictions]
     references = [row.reference for row in evaluated.predictions]
+    distinct, wanted = len(set(hypotheses)), len(set(references))
+    if wanted < 2:
+        return None
     name = settings.select_by
-    constant = [typical_sentence(corpus.splits["train"].texts)] * len(references)
-    return collapse_warning(
-        epoch,
-        [row.hypothesis for row in evaluated.predictions],
-        references,
-        name,
-        evaluated.scores.values()[name],
-        _score(constant, references, settings).values()[name],
+    value = evaluated.scores.values()[name]
+    constant = [typical_sentence(train_texts)] * len(references)
+    if distinct <= max(1.0, ALIKE_SHARE * wanted):
+        share = 100 * distinct / len(hypotheses)
+        what = f"{distinct} different sentences for {len(hypotheses)} clips ({share:.1f} %)"
+    elif value is not None and value == _score(constant, references, settings).values()[name]:
+        what = f"{name} {value:.4g} is exactly that of one sentence for every clip"
+    else:
+        return None
+    return (
+        f"outputs after epoch {epoch} are all alike: {what}. Usual in the first epochs; later it means that the "
+        "decoder has learnt the texts and not the poses: try --overfit 8 on this data, a higher "
+        "training.pose_encoder_learning_rate or training.ctc_weight=0.3, and check that poses and texts belong together"
     )
 
 

@@ -1,8 +1,8 @@
-"""The last scores of a run: those of ``best/``, by the engine that trained it.
+"""The final scores of a run: those of ``best/``, computed by the engine that trained it.
 
-The engine stays for it. A run that cuts its model over the ranks, or moves parts of it aside, may have no room for a
-second one beside it, nor to load it whole. What only training needs goes; the weights of ``best/`` then take the place
-of those that were trained last, and are gathered where there is room for them now.
+The engine stays. A run that partitions or offloads its model may have no room for a second one, nor to load it whole.
+The training states are released, the weights of ``best/`` replace those that were trained last, and they are gathered
+where there is room for whole weights now.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def score_best(
     settings: Evaluation,
     ranks: Ranks,
 ) -> dict[str, SplitResult]:
-    """Translate and score splits as whoever loads the model folder does; all ranks call this, and all get the result.
+    """Translate and score splits with the weights of a model folder; all ranks call this, and all get the result.
 
     Args:
-        engine: the DeepSpeed engine that wrote the folder, at any ZeRO stage; it trains no more afterwards.
+        engine: the DeepSpeed engine that wrote the folder, at any ZeRO stage; it cannot train afterwards.
         folder: ``best/`` of the run.
-        processor: goes with the model.
+        processor: belongs to the model.
         corpus: has the splits.
         names: which splits.
         settings: of the run.

@@ -1,7 +1,7 @@
 """The loss, summed, so that the caller can divide by the target tokens of the whole global batch.
 
-A mean over a micro-batch would weigh tokens by how full their micro-batch happened to be; a sum over everything divided
-once gives the same gradient however the global batch is cut into ranks, micro-batches and accumulation steps.
+A mean over each micro-batch would weigh tokens by how full their micro-batch is. A sum that is divided once gives the
+same gradient however the global batch is split into ranks, micro-batches and accumulation steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy that keeps the logits and a number per row, and makes the gradient from them."""
+    """Cross-entropy that saves the logits and one number per row, and computes the gradient from them."""
 
     @staticmethod
     def forward(context: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -63,7 +63,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows that together fit a CPU's cache, or keep a GPU busy."""
+    """Rows that together fit a CPU's cache, or occupy a GPU."""
     rows = max(1, (2**27 if logits.is_cuda else 2**19) // logits.shape[-1])
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
@@ -72,13 +72,13 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: Tensor) -> Tensor:
     """Summed CTC loss (Graves et al. 2006) of the labels without their special tokens, in nats.
 
-    A clip without labels (a filler) and a clip whose encoder sequence is too short for its text count nothing.
+    A clip without labels (a filler) and a clip whose encoder sequence is too short for its text count 0.
 
     Args:
         logits: [clips, positions, vocabulary + 1]; the last one is the blank.
         encoder_mask: bool [clips, positions].
         labels: [clips, tokens], -100 where nothing counts.
-        special_ids: token ids that are written, not signed (end of sentence, language codes).
+        special_ids: tokens that stand for no sign (end of sentence, language codes).
     """
     signed = (labels != IGNORED_LABEL) & ~torch.isin(labels, special_ids)
     lengths = signed.sum(dim=1)

@@ -1,7 +1,7 @@
-"""Learning a handful of clips by heart: the first thing to try on new data.
+"""Overfit a few clips: the first thing to try on new data.
 
-A model that cannot repeat eight clips has a broken pipeline or broken data; hours of training would mend neither.
-Everything that hinders memory is off: augmentation, dropout, label smoothing, the schedule.
+A model that cannot overfit eight clips has a broken pipeline or broken data, which hours of training would not fix.
+Everything that hinders overfitting is off: augmentation, dropout, label smoothing, the schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.table import samples_text
 
 MAX_STEPS = 400
-# Nats per token at which every token is as good as certain.
+# Nats per token at which every token is almost certain.
 TARGET_LOSS = 0.01
 
 
@@ -60,17 +60,17 @@ class Few:
 
 
 def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
-    """Overrides of a recipe that turn it into a test of memory.
+    """Overrides of a recipe for overfitting so many clips.
 
     Raises:
         UserError: there are no clips, or fewer than ranks.
     """
     if clips < 1:
-        raise UserError(f"--overfit {clips}: the number of clips must be at least 1")
+        raise UserError(f"--overfit {clips}: there must be at least 1 clip", "use --overfit 8")
     if clips < world_size:
         raise UserError(
-            f"--overfit {clips} has fewer clips than the {world_size} ranks that share them: start at most {clips}, "
-            f"or use --overfit {world_size} or more"
+            f"--overfit {clips}: fewer clips than the {world_size} ranks that share them",
+            f"start at most {clips} ranks, or use --overfit {world_size} or more",
         )
     return [
         f"training.global_batch_size={clips}",
@@ -90,7 +90,7 @@ def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
 
 
 def few_clips(corpus: Corpus, count: int) -> Corpus:
-    """A corpus whose training split is ``count`` clips with texts of their own, and whose dev split is the same clips.
+    """A corpus whose training split is ``count`` clips with different texts, and whose dev split is the same clips.
 
     Raises:
         UserError: the corpus has fewer different texts.
@@ -102,18 +102,21 @@ def few_clips(corpus: Corpus, count: int) -> Corpus:
         if len(first_of_text) == count:
             few: Any = Few(train, list(first_of_text.values()))
             return replace(corpus, splits={"train": few, "dev": few})
-    raise UserError(f"--overfit {count}: the training split has only {len(first_of_text)} different texts")
+    raise UserError(
+        f"--overfit {count}: the training split has only {len(first_of_text)} different texts",
+        f"use --overfit {len(first_of_text)} or less",
+    )
 
 
-def verdict(predictions: list[Prediction], steps: int, loss: float) -> tuple[bool, str]:
-    """Whether all clips were learnt, and the same in words."""
+def overfit_verdict(predictions: list[Prediction], steps: int, loss: float) -> tuple[bool, str]:
+    """Whether the model repeats the text of every clip, and a report for the terminal."""
     learnt = sum(row.hypothesis == row.reference for row in predictions)
     everything = learnt == len(predictions)
     if everything:
-        meaning = "the way from poses to text works on this data"
+        meaning = "the pipeline from poses to text works on this data"
     elif loss < 1.0:
         meaning = "it is learning; give it more steps (training.max_steps) or a higher training.learning_rate"
     else:
-        meaning = "it is not learning: check that poses and texts belong together, and the learning rate"
-    text = f"learned {learnt} of {len(predictions)} clips by heart in {steps} steps (loss {loss:.3f}): {meaning}"
+        meaning = "it is not learning: check that poses and texts belong together, and training.learning_rate"
+    text = f"learned {learnt} of {len(predictions)} clips in {steps} steps (loss {loss:.3f}): {meaning}"
     return everything, f"{samples_text(predictions)}\n\n{text}"

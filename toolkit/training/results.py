@@ -1,4 +1,4 @@
-"""What a finished run says last: ``scores.json``, and the same for people."""
+"""``scores.json`` of a finished run: written, read, and formatted for the terminal."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SCORES = "scores.json"
 def write_scores(
     resolved: ResolvedRun, progress: Progress, results: dict[str, SplitResult], peak_memory_gib: float
 ) -> dict[str, Any]:
-    """Write ``scores.json`` and one predictions file a split.
+    """Write ``scores.json`` and one predictions file for each split.
 
     Returns:
-        what ``scores.json`` says; its ``scores`` are those of the first split.
+        the content of ``scores.json``; its ``scores`` are those of the first split.
     """
     predictions = resolved.run_dir / "predictions"
     for name, result in results.items():
@@ -69,10 +69,10 @@ def read_scores(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable ({error}): train again with --new") from error
+        raise UserError(f"{path} is not readable ({error})", "train again with --new") from error
 
 
-def for_people(summary: dict[str, Any], samples: int, seed: int) -> str:
+def format_summary(summary: dict[str, Any], samples: int, seed: int) -> str:
     """Scores beside their floors, sample outputs, and the path of the run directory."""
     rows = {}
     for name, split in summary["splits"].items():

@@ -1,28 +1,19 @@
-"""A whole run, from a resolved recipe to its scores."""
+"""A whole run, from a resolved recipe to its scores: its directory, its processes, its model, its engine."""
 
 from __future__ import annotations
 
 import logging
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed as dist
-
+from toolkit.batching.loader import TrainBatches, train_batches
 from toolkit.checkpointing import run_directory
-from toolkit.checkpointing.checkpoints import (
-    Progress,
-    SavedState,
-    archive_newer,
-    choose_checkpoint,
-    complete_checkpoints,
-    read_state,
-)
+from toolkit.checkpointing.checkpoints import Progress, SavedState, archive_newer, complete_checkpoints
 from toolkit.checkpointing.kept_models import Kept, restore_models
 from toolkit.checkpointing.random_states import seed_everything
 from toolkit.checkpointing.reader import load_checkpoint
@@ -35,137 +26,56 @@ from toolkit.cluster.rendezvous import join_rendezvous, on_each_node, on_rank_0
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import Interrupted, UserError
-from toolkit.evaluation.evaluate import check_fit
 from toolkit.evaluation.splits import splits_to_test
 from toolkit.models import PoseProcessor, PoseTranslator
-from toolkit.models.build import build_translator, fetch_backbone
+from toolkit.models.build import build_processor, build_translator, fetch_backbone
 from toolkit.models.loading.weights import count_weights
 from toolkit.models.tokenizers import find_unknown_characters
-from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.paths import BEST
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.reporting.report import write_report
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training.engine import make_engine
 from toolkit.training.final_scores import score_best
-from toolkit.training.loading import all_batches
-from toolkit.training.monitoring.communication import tell_communication
+from toolkit.training.monitoring.communication import report_communication
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.metering import peak_memory_gib
-from toolkit.training.overfit import TARGET_LOSS, verdict
-from toolkit.training.processor import PROCESSOR, shared_processor
+from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
+from toolkit.training.start import PROCESSOR, Start
 from toolkit.training.trainer import Trainer
-from toolkit.training.truncated_texts import warn_of_cut_texts
+from toolkit.training.truncated_texts import warn_of_truncated_texts
 
 log = logging.getLogger("toolkit")
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a run begins: afresh, from a verified checkpoint, or not at all."""
-
-    progress: Progress = field(default_factory=Progress)
-    checkpoint: Path | None = None
-    state: SavedState | None = None  # of the checkpoint
-    finished: bool = False  # it has its scores already
-
-
-def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> Start:
-    """Look at the run directory and verify the checkpoint, before any process group exists; one rank does so for all.
-
-    Args:
-        resolved: the run.
-        wanted: "auto" for the newest complete checkpoint of the run, or the path of one.
-        extend: whether the run is to be longer than it was; see ``extending.py``.
-
-    Raises:
-        UserError: another run lives there; the checkpoint is damaged or of another experiment; there is nothing to
-            extend.
-    """
-    run_directory.check_same_run(resolved, extend=extend)
-    status = run_directory.read_status(resolved.run_dir)
-    is_finished = wanted == "auto" and status == "finished"
-    if is_finished and not (extend and run_directory.is_to_be_extended(resolved)):
-        return Start(finished=True)
-    checkpoint = choose_checkpoint(resolved.run_dir / "checkpoints", wanted)
-    if checkpoint is None:
-        if is_finished:
-            raise UserError(f"{resolved.run_dir} has no checkpoint left from which --extend could go on")
-        if extend and status is None:
-            raise UserError(f"{resolved.run_dir} holds no run to --extend: leave it out, or name the run by run.dir")
-        return Start()
-    state = read_state(checkpoint)
-    # A run that was being extended, and has saved nothing since, goes on from a checkpoint of the shorter one.
-    run_directory.check_same_experiment(resolved, state.recipe, checkpoint, extend=extend or status is not None)
-    return Start(state.progress, checkpoint, state)
-
-
-def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = None) -> None:
-    """Refuse a corpus from which nothing can be learnt, or not what a run began to learn; one rank looks for all.
-
-    Args:
-        corpus: what is to be learnt.
-        run_dir: of the run that goes on; None for one that begins anew.
-        start: where it goes on from, if anywhere.
-
-    Raises:
-        UserError: it has no training clips; its features are of another kind than this toolkit's models read, or than
-            the run has been trained on so far; the checkpoint has seen other clips.
-    """
-    if "train" not in corpus.splits or not len(corpus.splits["train"]):
-        raise UserError(
-            f"the corpus {corpus.path} has no training clips (its splits: {', '.join(corpus.splits) or 'none'}): "
-            "write train into the split column of its table for the clips to learn from, and prepare it again"
-        )
-    if corpus.metadata.normalisation != NORMALISATION:
-        raise UserError(
-            f"the features of the corpus {corpus.path} were normalised by '{corpus.metadata.normalisation}', and "
-            f"models here read poses by '{NORMALISATION}': prepare it with launch/prepare.py"
-        )
-    if run_dir and (run_dir / PROCESSOR).is_dir():
-        try:
-            check_fit(corpus, PoseProcessor.from_pretrained(run_dir / PROCESSOR))
-        except UserError as error:
-            raise UserError(f"{run_dir}: {error}; or start anew with --new or another run.dir") from error
-    if run_dir:
-        run_directory.check_same_corpus(corpus, run_dir)
-    if start and start.state and not run_directory.is_same_corpus(start.state.corpus, corpus):
-        raise UserError(
-            f"{start.checkpoint} was saved while learning from other clips than those of {corpus.path}: go on with the "
-            "corpus that it was saved with, or start anew with --new"
-        )
-
-
-def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, echo: Say) -> dict[str, Any]:
-    """Train, or go on training, and score the best model on every test split.
-
-    All ranks call this. Afterwards the run directory holds everything.
+def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, echo: Echo) -> dict[str, Any]:
+    """Train, or resume training, and score the best model on every test split; all ranks call this.
 
     Args:
         resolved: the run.
         ranks: which rank this is.
-        corpus: what it learns from.
-        start: from :func:`find_start`.
-        say: prints a line on one rank, nothing on the others.
+        corpus: the clips to train on.
+        start: from :func:`toolkit.training.start.find_start`.
+        echo: prints a line on rank 0, nothing on the others.
 
     Returns:
-        what ``scores.json`` says, on rank 0; an empty dict elsewhere.
+        the content of ``scores.json`` on rank 0; an empty dict elsewhere.
 
     Raises:
-        Interrupted: asked to stop; everything is saved.
+        Interrupted: the run was requested to stop; everything is saved.
         UserError: a guard stopped the run.
     """
     with (
-        closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
-        living_run(resolved, ranks, corpus) as interruptions,
+        closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
+        open_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, echo) as trainer,
     ):
         trainer.run(batches)
         batches.close()
-        memory = max_over_ranks(peak_memory_gib(), trainer.engine.device)
+        memory = peak_memory_gib(trainer.engine.device)
         names = splits_to_test(corpus)
         echo(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
         results = score_best(
@@ -178,22 +88,22 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
     return summary
 
 
-def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Say) -> dict[str, Any]:
-    """Overfit the few clips of ``corpus`` and say whether that worked; all ranks call this.
+def train_overfit(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Echo) -> dict[str, Any]:
+    """Overfit the few clips of ``corpus`` and print whether that worked; all ranks call this.
 
     Returns:
         ``run_dir, steps, loss, learned`` (whether all clips are repeated word by word).
     """
     start = Start()
     with (
-        closing(all_batches(resolved, ranks, corpus, start.progress)) as batches,
-        living_run(resolved, ranks, corpus) as interruptions,
+        closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
+        open_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, echo, target_loss=TARGET_LOSS) as trainer,
     ):
         trainer.run(batches)
-        predictions, _ = trainer.translate(corpus.splits["train"])
+        predictions = trainer.translate(corpus.splits["train"]).predictions
         steps, loss = trainer.progress.step, trainer.loss
-    learned, text = verdict(predictions, steps, loss)
+    learned, text = overfit_verdict(predictions, steps, loss)
     echo(f"\n{text}")
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=steps)
@@ -201,31 +111,49 @@ def learn_by_heart(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Sa
     return {"run_dir": str(resolved.run_dir), "steps": steps, "loss": loss, "learned": learned}
 
 
-@contextmanager
-def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
-    """A run directory whose status is right, however what is inside ends, and where it ends well, a group that is left.
+def start_loader(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: Progress) -> TrainBatches:
+    """This rank's batches without end, from the step where the run stands.
 
-    After an error no rank leaves the process group: that would wait for collectives in which nobody else will be.
+    The worker processes are forked here, so a run calls it before it has threads. The run's tokenizer comes later.
+    """
+    with failures.without_watching():
+        return train_batches(
+            corpus.splits["train"],
+            None,
+            resolved,
+            landmark_set=corpus.landmark_set,
+            epoch=progress.epoch,
+            start_step=progress.epoch_step,
+            epochs=None,
+            rank=ranks.rank,
+        )
+
+
+@contextmanager
+def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[Interruptions]:
+    """Start the run directory and join the process group; record how the run ends; all ranks enter.
+
+    After an error no rank leaves the process group: leaving waits for collectives that the other ranks never enter.
     """
     run_dir = resolved.run_dir
     join_rendezvous(ranks)
     on_rank_0(lambda: run_directory.start(resolved, corpus.path))
-    # The other ranks see the run directory for the first time when it is there: a shared file system that has once
-    # answered "not there" says so for half a minute.
+    # The other ranks look at the run directory for the first time when it exists: a shared file system that has once
+    # answered "not there" repeats that for half a minute.
     log_to_file(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
     swap = swap_to_this_node(resolved.deepspeed)
 
     def fail(rank: int, host: str, reason: str) -> None:
         run_directory.write_status(run_dir, "failed", rank=rank, host=host, reason=reason)
 
-    def tidy_up() -> None:
+    def clean_up() -> None:
         if ranks.local_rank == 0:
             remove_swap_folders(swap)
         if ranks.is_main:
             draw_report(run_dir)
 
-    interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _given_up(run_dir, ranks))
-    with failures.recording_failures(fail), failures.at_failure(tidy_up):
+    interruptions = Interruptions(resolved.recipe.training.time_limit, lambda: _stop_at_once(run_dir, ranks))
+    with failures.recording_failures(fail), failures.at_failure(clean_up):
         try:
             on_each_node(lambda: claim_swap_folders(swap))
             training = resolved.recipe.training
@@ -240,10 +168,10 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
             leave_process_group()
             raise
         except BaseException as error:
-            reported = failures.report_failure(error)
+            is_reported = failures.report_failure(error)
             if not isinstance(error, UserError):
                 log.error("rank %d ends: %s", ranks.rank, error, exc_info=error)
-            if ranks.is_main and not reported:
+            if ranks.is_main and not is_reported:
                 fail(ranks.rank, platform.node(), f"{type(error).__name__}: {error}")
                 draw_report(run_dir)
             raise
@@ -253,61 +181,64 @@ def living_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[
                 remove_swap_folders(swap)
 
 
-def _given_up(run_dir: Path, ranks: Ranks) -> None:
-    """A second Ctrl-C: say what it means, in the moment that is left."""
+def _stop_at_once(run_dir: Path, ranks: Ranks) -> None:
+    """After a second Ctrl-C: record and print what it does, before the process ends."""
     if ranks.is_main:
         run_directory.write_status(run_dir, "failed", reason="stopped at once by a second Ctrl-C, without saving")
     if ranks.is_local_main:
-        text = "interrupted: stopped at once by a second Ctrl-C; the same command goes on from the last checkpoint"
-        print(text, file=sys.stderr, flush=True)
+        text = "interrupted: stopped at once by a second Ctrl-C, without saving"
+        print(f"{text}\nhint: the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
 
 
-@contextmanager
 def open_trainer(
     resolved: ResolvedRun,
     ranks: Ranks,
     corpus: Corpus,
     start: Start,
     interruptions: Interruptions,
-    echo: Say,
+    echo: Echo,
     target_loss: float | None = None,
-) -> Iterator[Trainer]:
-    """A trainer that stands where the run left off."""
-    recipe, progress = resolved.recipe, start.progress
+) -> Trainer:
+    """Build processor, model and engine, restore the checkpoint, and open trackers and checkpoint writer.
+
+    All ranks call this. The trainer is a context manager that closes what was opened. It alone holds the engine, and
+    the engine the model: both can be freed as soon as the caller drops the trainer.
+    """
+    recipe, progress, config = resolved.recipe, start.progress, resolved.recipe.model_dump(mode="json")
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
-    processor = shared_processor(resolved, ranks, corpus)
+    processor = make_processor(resolved, ranks, corpus)
     if ranks.is_main:
         _warn_of_unknown(processor.tokenizer, corpus, echo)
-    on_each_node(lambda: fetch_backbone(recipe.model))  # may take hours, so nobody waits for it in a collective
+    on_each_node(lambda: fetch_backbone(recipe.model))  # may take hours, so no rank waits for it in a collective
     model = build_translator(resolved, corpus, processor.tokenizer)
+    fingerprint = model.base.fingerprint if model.base else ""
     echo(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)
     engine, peaks = make_engine(model, resolved)
-    layout, config = run_directory.layout_of(resolved), recipe.model_dump(mode="json")
-    checkpoints = resolved.run_dir / "checkpoints"
-    fingerprint = model.base.fingerprint if model.base else ""
-    lost = _restore_kept(resolved.run_dir, progress)
-    if start.checkpoint and start.state:
-        _check_base(fingerprint, start)
-        echo(f"going on from {start.checkpoint}")
-        notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=recipe.training.seed)
-        for path in on_rank_0(lambda: archive_newer(checkpoints, progress.step)):
-            notes.append(f"a newer checkpoint is set aside as {path}")
-        if lost:
-            notes.append(f"the models kept at step {', '.join(map(str, lost))} are not in {resolved.run_dir} any more")
-        for note in notes:
-            echo(f"note: {note}")
-    identity = SavedState(progress, layout, "", config, run_directory.corpus_identity(corpus), fingerprint, {})
-    with (
-        open_tracker(
-            resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step
-        ) as tracker,
-        failures.at_failure(lambda: tracker.close(timeout=2.0)),
-        closing(CheckpointWriter(checkpoints, identity, keep_last=recipe.training.keep_last, echo=echo)) as writer,
-        failures.at_failure(writer.finish_or_discard),
-        failures.reporting_failures(),
-    ):
+    _resume(engine, resolved, start, fingerprint, echo)
+    identity = SavedState(
+        progress,
+        run_directory.layout_of(resolved),
+        optimizer="",
+        recipe=config,
+        corpus=run_directory.corpus_identity(corpus),
+        base=fingerprint,
+        counters={},
+    )
+    with ExitStack() as opened:
+        tracker = opened.enter_context(
+            open_tracker(resolved.run_dir, recipe.tracking, config, is_main=ranks.is_main, resume_step=progress.step)
+        )
+        opened.enter_context(failures.at_failure(lambda: tracker.close(timeout=2.0)))
+        checkpoints = CheckpointWriter(
+            resolved.run_dir / "checkpoints", identity, keep_last=recipe.training.keep_last, echo=echo
+        )
+        opened.enter_context(closing(checkpoints))
+        opened.enter_context(failures.at_failure(checkpoints.finish_or_discard))
+        opened.enter_context(failures.reporting_failures())
+        if ranks.is_main:
+            opened.callback(report_communication, resolved, echo)
         trainer = Trainer(
             engine,
             peaks,
@@ -316,26 +247,65 @@ def open_trainer(
             corpus=corpus,
             processor=processor,
             tracker=tracker,
-            checkpoints=writer,
+            checkpoints=checkpoints,
             interruptions=interruptions,
             progress=progress,
             target_loss=target_loss,
         )
-        echo(f"training: {len(corpus.splits['train'])} clips, {trainer.total_steps} steps of {resolved.batch}")
+        texts = corpus.splits["train"].texts
+        echo(f"training: {len(texts)} clips, {trainer.total_steps} steps of {resolved.batch}")
         if ranks.is_main:
-            warn_of_cut_texts(recipe, corpus.splits["train"].texts, processor.tokenizer, tracker, progress.step, echo)
-        try:
-            yield trainer
-        finally:
-            if ranks.is_main:
-                tell_communication(resolved, echo)
+            warn_of_truncated_texts(recipe, texts, processor.tokenizer, tracker, progress.step, echo)
+        trainer.on_exit = opened.pop_all()
+    return trainer
+
+
+def make_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:
+    """The run's processor, made by rank 0: training a tokenizer twice may give two. All ranks call this.
+
+    Rank 0 sends its files to the others, because a shared file system may show them late.
+    """
+    folder = resolved.run_dir / PROCESSOR
+
+    def make() -> dict[str, bytes]:
+        if not folder.exists():
+            partial = folder.with_name(".processor.partial")
+            build_processor(resolved.recipe, corpus).save_pretrained(partial)
+            partial.rename(folder)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    files = on_rank_0(make)
+    with nullcontext(folder) if ranks.is_main else tempfile.TemporaryDirectory() as place:
+        for name, content in () if ranks.is_main else files.items():
+            copy = Path(place, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+        return PoseProcessor.from_pretrained(place)
+
+
+def _resume(engine: Any, resolved: ResolvedRun, start: Start, fingerprint: str, echo: Echo) -> None:
+    """Restore the kept models and the checkpoint that the run resumes from; all ranks call this."""
+    missing = _restore_kept(resolved.run_dir, start.progress)
+    if start.checkpoint is None or start.state is None:
+        return
+    _check_base(fingerprint, start)
+    echo(f"resuming from {start.checkpoint}")
+    layout, seed = run_directory.layout_of(resolved), resolved.recipe.training.seed
+    notes = load_checkpoint(engine, start.checkpoint, start.state, layout=layout, seed=seed)
+    for path in on_rank_0(lambda: archive_newer(resolved.run_dir / "checkpoints", start.progress.step)):
+        notes.append(f"a newer checkpoint was moved to {path}")
+    if missing:
+        steps = ", ".join(map(str, missing))
+        notes.append(f"the models that were kept at step {steps} are missing in {resolved.run_dir}")
+    for note in notes:
+        echo(f"note: {note}")
 
 
 def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
-    """Agree on the kept models that are still there; all ranks call this.
+    """Make the folders of the kept models agree with the progress; all ranks call this.
 
     Returns:
-        the steps of those that are not.
+        the steps of those that are missing.
     """
     remembered = progress.kept
 
@@ -348,17 +318,18 @@ def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
 
 
 def _check_base(fingerprint: str, start: Start) -> None:
-    """Refuse frozen weights that are not those which the checkpoint was trained on; all ranks call this."""
-    # Rank 0 has seen the weights, others may have received them.
+    """Refuse frozen weights other than those that the checkpoint was trained on; all ranks call this."""
+    # Rank 0 has read the weights, the others may have received them.
     if not on_rank_0(lambda: start.state is None or fingerprint == start.state.base):
         raise UserError(
-            f"{start.checkpoint} was trained on other frozen weights than those that are here now: get the backbone "
-            "back that it was trained on (for a hub id its revision, for random weights this toolkit's version)"
+            f"{start.checkpoint} was trained on other frozen weights than those of the backbone now",
+            "use the backbone that it was trained on: of a hub id the same revision, of random weights the same "
+            "version of this toolkit",
         )
 
 
-def _warn_of_unknown(tokenizer: Any, corpus: Corpus, echo: Say) -> None:
-    """Say, on the terminal and in the log, what of the texts the model will never be able to write."""
+def _warn_of_unknown(tokenizer: Any, corpus: Corpus, echo: Echo) -> None:
+    """Warn, on the terminal and in the log, of characters of the texts that the model can never write."""
     unknown = find_unknown_characters(tokenizer, [text for split in corpus.splits.values() for text in split.texts])
     if unknown:
         echo(f"warning: {unknown}")
@@ -366,7 +337,7 @@ def _warn_of_unknown(tokenizer: Any, corpus: Corpus, echo: Say) -> None:
 
 
 def draw_report(run_dir: Path) -> str:
-    """Write ``report.html``, and say in a line where it is, or why there is none: no run fails for its picture."""
+    """Write ``report.html``; returns a line with its path, or with the reason where it fails: no run fails for it."""
     try:
         return f"report: {write_report(run_dir)}"
     except Exception as error:
@@ -375,15 +346,8 @@ def draw_report(run_dir: Path) -> str:
 
 
 def describe(model: PoseTranslator) -> str:
-    """Size of the model in words."""
+    """The model's numbers of parameters, as a phrase."""
     total = count_weights(model.parameters())
     trainable = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
     pose = count_weights(model.pose_encoder.parameters())
     return f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them trained, pose encoder {pose / 1e6:.1f} M"
-
-
-def max_over_ranks(value: float, device: torch.device) -> float:
-    """The largest of all ranks' values."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())

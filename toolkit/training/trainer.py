@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -29,43 +29,43 @@ from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.scoring.metrics import Scores
-from toolkit.scoring.predictions import Prediction, write_predictions
+from toolkit.scoring.predictions import write_predictions
 from toolkit.scoring.table import choose_samples
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
-from toolkit.training.engine import set_learning_rate
-from toolkit.training.evaluating import Evaluated, evaluate_split, warn_of_collapse
+from toolkit.training.engine import gradient_norm, set_learning_rate
+from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
 from toolkit.training.loss import ctc_loss, token_loss
-from toolkit.training.monitoring.alarms import SpikeWatch
-from toolkit.training.monitoring.guards import GradientWatch, TrainingStopped
+from toolkit.training.monitoring.gradient_guard import GradientGuard, TrainingStopped
 from toolkit.training.monitoring.interruptions import Interruptions
-from toolkit.training.monitoring.metering import StepMeter, Window
-from toolkit.training.monitoring.watch import Limits, RankWatch
+from toolkit.training.monitoring.loss_spikes import LossSpikes
+from toolkit.training.monitoring.metering import StepMeter
+from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
-from toolkit.training.optimization.gradient_reduction import sent_once
+from toolkit.training.optimization.gradient_reduction import reduced_once
 from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
 
 log = logging.getLogger("toolkit")
 
 
 class Trainer:
-    """Trains one translator on one corpus.
+    """Trains one translator on one corpus. A context manager; leaving it runs ``on_exit``.
 
-    All ranks build one and call its methods in step.
+    All ranks build one and call its methods in the same order.
 
     Args:
         engine: the DeepSpeed engine.
         peaks: name and peak learning rate of each of its parameter groups.
         resolved: the run.
         ranks: which rank this is.
-        corpus: its ``train`` split is learnt, its ``dev`` split picks the best model.
-        processor: goes with the model.
-        tracker: where figures go.
-        checkpoints: where the run's state goes.
-        interruptions: reasons to stop early.
-        progress: where an earlier start of the run left off.
-        target_loss: nats per token at which to stop early; None to go on to the end.
+        corpus: the model trains on its ``train`` split; its ``dev`` split selects the best model.
+        processor: belongs to the model.
+        tracker: receives the figures.
+        checkpoints: writes the run's state.
+        interruptions: requests to stop early.
+        progress: where the run stands.
+        target_loss: nats per token below which to stop early; None to train to the end.
     """
 
     def __init__(
@@ -95,13 +95,14 @@ class Trainer:
         self.interruptions = interruptions
         self.progress = progress
         self.target_loss = target_loss
+        self.on_exit = ExitStack()
         training = self.recipe.training
-        self.gradient_watch: GradientWatch | None = GradientWatch(
+        self.gradient_guard: GradientGuard | None = GradientGuard(
             engine.module, may_overflow=resolved.precision == "fp16"
         )
         self.freeze = BackboneFreeze(engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
-        self.spikes = SpikeWatch()
-        self.watch = RankWatch(
+        self.loss_spikes = LossSpikes()
+        self.rank_watch = RankWatch(
             ranks,
             lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
             Limits(shortest=training.rank_timeout, data=training.data_timeout),
@@ -122,6 +123,12 @@ class Trainer:
         )
         self.special_ids = torch.tensor(special_ids(processor.tokenizer), device=engine.device)
 
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.on_exit.__exit__(*error)
+
     def run(self, batches: TrainBatches) -> None:
         """Train to the end.
 
@@ -129,43 +136,44 @@ class Trainer:
             batches: this rank's, without end, from where the progress stands; the run's tokenizer makes their labels.
 
         Raises:
-            Interrupted: asked to stop; everything is saved.
+            Interrupted: the run was requested to stop; everything is saved.
             TrainingStopped: a guard found the run broken.
         """
         batches.tokenise_by(self.processor.tokenizer)
         self.engine.train()
-        self.watch.start()
+        self.rank_watch.start()
         try:
             with self.line, failures.reporting_failures():
                 self._run(batches)
-                self._keep_the_last()
+                self._keep_last()
                 on_rank_0(lambda: keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept]))
         finally:
-            self.watch.close()
+            self.rank_watch.close()
 
     def _run(self, stream: TrainBatches) -> None:
-        training = self.recipe.training
         self.meter.restart()
         while self.progress.step < self.total_steps:
-            with self.watch.waiting_for_data():
+            with self.rank_watch.waiting_for_data():
                 batches = next(stream)
             if self.progress.epoch_step == self.epoch_steps:  # an epoch ends where the next one begins
                 self.progress.epoch += 1
                 self.progress.epoch_step = 0
             stop = self.step(batches)
-            ends = self.progress.epoch_step == self.epoch_steps or self.progress.step == self.total_steps
-            if ends and self._evaluation_is_due():
+            if self.target_loss is not None and self.loss < self.target_loss:
+                self.total_steps = self.progress.step
+            if self._evaluation_is_due():
                 self.evaluate()
-            if self.progress.step == self.total_steps:
-                self._keep_the_last()
-            if stop or self.progress.step % training.save_every == 0 or self.progress.step == self.total_steps:
+            is_last = self.progress.step == self.total_steps  # the evaluation may have ended the run
+            if is_last:
+                self._keep_last()
+            if stop or is_last or self.progress.step % self.recipe.training.save_every == 0:
                 self.save()
-            if stop and self.progress.step < self.total_steps:
+            if stop and not is_last:
                 self.checkpoints.wait()
-                reason = self.interruptions.reason or "another rank's signal"
+                reason = self.interruptions.reason or "a signal to another rank"
                 raise Interrupted(
-                    f"stopped by {reason} after step {self.progress.step} of {self.total_steps}; "
-                    "everything is saved, the same command goes on"
+                    f"stopped by {reason} after step {self.progress.step} of {self.total_steps}",
+                    "everything is saved; the same command resumes the run",
                 )
         self.checkpoints.wait()
 
@@ -173,43 +181,62 @@ class Trainer:
         """One optimizer step over this rank's micro-batches.
 
         Returns:
-            whether the ranks agreed to stop after it.
+            whether any rank was requested to stop; all ranks get the same answer.
         """
-        training = self.recipe.training
-        self.watch.begin(self.progress.step + 1)
-        window = self.meter.window(batches, self.interruptions.wanted())
-        factor = self._set_learning_rate()
+        training, progress = self.recipe.training, self.progress
+        self.rank_watch.begin(progress.step + 1)
+        counts = self.meter.begin(batches)
+        factor = scheduled_factor(training, progress.step, self.total_steps, progress.extension)
+        self._set_learning_rates(factor)
+        own = self._backward(batches, counts.tokens)
+        nll, ctc, stops = self._sum_over_ranks([*own, self.interruptions.wanted()], batches)
+        if self.gradient_guard:
+            self.gradient_guard.check(self.engine.device)
+            self.gradient_guard = None
+        norm = None if self.resolved.zero_stage else gradient_norm(self.engine.module)
+        self.engine.step()
+        if self.resolved.zero_stage:
+            norm = self.engine.get_global_grad_norm()
+        if training.ema:
+            update_average(self.engine, training.ema, progress.step + 1)
+        self.rank_watch.end()
+        seconds, speed = self.meter.end(counts)
+        progress.step += 1
+        progress.epoch_step += 1
+        progress.seconds += seconds
+        progress.clips += counts.clips
+        self.loss = nll / max(counts.tokens, 1)
+        self._log_step(speed, training.learning_rate * factor, norm, ctc / max(counts.tokens, 1))
+        return stops > 0
+
+    def _set_learning_rates(self, factor: float) -> None:
+        """Set them to their peaks times ``factor``; the backbone's is 0 until it is thawed, and then warms up."""
+        training, step = self.recipe.training, self.progress.step
+        if self.freeze and step == training.freeze_backbone_steps:
+            self.freeze.thaw(self.engine)
+            self.freeze = None
+        warmup = warmup_steps(training, self.total_steps, self.progress.extension)
+        of_backbone = backbone_factor(factor, step, training.freeze_backbone_steps, warmup)
+        set_learning_rate(self.engine, self.peaks, factor, of_backbone)
+
+    def _backward(self, batches: Sequence[Batch], tokens: int) -> list[float]:
+        """Forward and backward passes of a step, which has ``tokens`` target tokens over all ranks.
+
+        Returns:
+            token loss and CTC loss of this rank, summed, in nats.
+        """
         # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
         # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
-        scale = self.ranks.world_size / max(window.tokens, 1)
+        scale = self.ranks.world_size / max(tokens, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        with sent_once(self.engine, len(batches)):
+        with reduced_once(self.engine, len(batches)):
             for number, batch in enumerate(batches, start=1):
                 self.engine.set_gradient_accumulation_boundary(number == len(batches))
                 with self.meter.forward(self.engine.module, batch):
                     nll, ctc = self._losses(batch.to(self.engine.device))
                 sums += torch.stack([nll.detach(), ctc.detach()]).double()
-                self.engine.backward((nll + training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
-        self._check(sums, batches)
-        self.engine.step()
-        if training.ema:
-            update_average(self.engine, training.ema, self.progress.step + 1)
-        self.watch.end()
-        self._advance(window, sums, factor)
-        return window.stop
-
-    def _set_learning_rate(self) -> float:
-        """Set the rates of the step that begins, and let the backbone learn when its time has come."""
-        training, step = self.recipe.training, self.progress.step
-        extension = self.progress.extension
-        warmup = warmup_steps(training, self.total_steps, extension)
-        factor = scheduled_factor(training, step, self.total_steps, extension)
-        if self.freeze and step == training.freeze_backbone_steps:
-            self.freeze.thaw(self.engine)
-            self.freeze = None
-        waiting = backbone_factor(factor, step, training.freeze_backbone_steps, warmup)
-        set_learning_rate(self.engine, self.peaks, factor, waiting)
-        return factor
+                self.engine.backward((nll + self.recipe.training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
+        return sums.tolist()
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
@@ -227,72 +254,63 @@ class Trainer:
             return nll, torch.zeros_like(nll)
         return nll, ctc_loss(output.ctc_logits, output.encoder_mask, batch.labels, self.special_ids)
 
-    def _check(self, sums: torch.Tensor, batches: Sequence[Batch]) -> None:
-        """Stop before the optimizer step when the loss of any rank is not finite; check gradients once."""
-        finite = bool(sums.isfinite().all())
+    def _sum_over_ranks(self, own: list[float], batches: Sequence[Batch]) -> list[float]:
+        """Sum this rank's losses and request to stop over all ranks.
+
+        Raises:
+            TrainingStopped: the loss of any rank is not finite; every such rank has written its clips to a file.
+        """
+        sums = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(sums)
-        if not bool(sums.isfinite().all()):
-            if not finite:
+        result: list[float] = sums.tolist()
+        if not all(map(math.isfinite, result)):
+            if not all(map(math.isfinite, own)):
                 uids = [uid for batch in batches for uid in batch.uids]
                 path = self.resolved.run_dir / f"not_finite_rank_{self.ranks.rank:02d}.txt"
                 path.write_text("\n".join(uids) + "\n", encoding="utf-8")
             raise TrainingStopped(
                 f"the loss is not finite at step {self.progress.step + 1}; the clips of that step are listed in "
-                f"{self.resolved.run_dir}/not_finite_rank_*.txt: look at them, or lower training.learning_rate"
+                f"{self.resolved.run_dir}/not_finite_rank_*.txt",
+                "look at these clips, or lower training.learning_rate",
             )
-        if self.gradient_watch:
-            self.gradient_watch.check(self.engine.device)
-            self.gradient_watch = None
-        self.grad_norm = None
-        if self.resolved.zero_stage == 0:
-            # DeepSpeed tells no norm at this stage. Its gradients are whole and summed by now, and not yet clipped.
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        return result
 
-    def _advance(self, window: Window, sums: torch.Tensor, factor: float) -> None:
-        """Count the step and tell about it."""
-        progress, training = self.progress, self.recipe.training
-        seconds, measured = self.meter.end(window)
-        progress.step += 1
-        progress.epoch_step += 1
-        progress.seconds += seconds
-        progress.clips += window.clips
-        nll, ctc = sums.tolist()
-        self.loss = nll / max(window.tokens, 1)
-        if self.target_loss is not None and self.loss < self.target_loss:
-            self.total_steps = progress.step
-        norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
+    def _log_step(self, speed: dict[str, float], learning_rate: float, norm: Any, ctc_loss: float) -> None:
+        """Report the step that was taken to the progress line and the trackers; warn where the loss jumped."""
+        progress = self.progress
         figures = StepFigures(
             step=progress.step,
             epoch=progress.epoch + progress.epoch_step / self.epoch_steps,
             loss=self.loss,
-            learning_rate=training.learning_rate * factor,
+            learning_rate=learning_rate,
             grad_norm=float(norm) if norm is not None else None,
-            **measured,
+            **speed,
         )
         self.line.update(figures)
         values = {key: value for key, value in asdict(figures).items() if key != "step" and value is not None}
-        if training.ctc_weight:
-            values["ctc_loss"] = ctc / max(window.tokens, 1)
+        if self.recipe.training.ctc_weight:
+            values["ctc_loss"] = ctc_loss
         self.tracker.log(progress.step, values)
-        self._warn(self.spikes.see(progress.step, self.loss, figures.grad_norm))
+        self._warn(self.loss_spikes.see(progress.step, self.loss, figures.grad_norm))
 
     def _evaluation_is_due(self) -> bool:
-        last = self.progress.step == self.total_steps
-        return bool(self.corpus.splits.get("dev")) and (
-            last or (self.progress.epoch + 1) % self.recipe.training.eval_every == 0
-        )
+        """Whether the dev split is to be evaluated after this step: at the run's end and at every few epochs' end."""
+        if not self.corpus.splits.get("dev"):
+            return False
+        epoch_ends = self.progress.epoch_step == self.epoch_steps
+        of_this_epoch = (self.progress.epoch + 1) % self.recipe.training.eval_every == 0
+        return self.progress.step == self.total_steps or (epoch_ends and of_this_epoch)
 
     def evaluate(self) -> Scores:
-        """Translate and score the dev split; keep the model when it is the best so far, stop when patience is over."""
+        """Translate and score the dev split, keep the model where it is among the best, and stop early where asked."""
         progress, settings = self.progress, self.recipe.evaluation
-        with self._aside():
-            evaluated = self._evaluated(self.corpus.splits["dev"])
+        with self._paused():
+            evaluated = self.translate(self.corpus.splits["dev"])
             scores, step = evaluated.scores, progress.step
             kept = admit(progress.kept, step, scores, select_by=settings.select_by, keep=self.recipe.training.keep_best)
-            is_better = kept[0][0] == step
-            self._tell(evaluated, is_better)
-            progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
+            is_best = kept[0][0] == step
+            self._log_evaluation(evaluated, is_best)
+            progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
             if any(kept_step == step for kept_step, _ in kept):
                 self.save_model(kept, scores)
             progress.kept = kept
@@ -304,13 +322,13 @@ class Trainer:
             self.total_steps = progress.step
         return scores
 
-    def _keep_the_last(self) -> None:
-        """Where nothing is ever compared, for want of a dev split, the last model is the best one known."""
+    def _keep_last(self) -> None:
+        """Keep the last model as the best one where there is no dev split to compare models by."""
         progress = self.progress
         if progress.kept and (self.corpus.splits.get("dev") or progress.best_step == progress.step):
             return
         kept: Kept = [(progress.step, None)]
-        with self._aside():
+        with self._paused():
             self.save_model(kept, None)
         progress.kept = kept
 
@@ -318,8 +336,8 @@ class Trainer:
         patience = self.recipe.training.early_stopping
         return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def _tell(self, evaluated: Evaluated, is_better: bool) -> None:
-        """Scores, predictions, samples and warnings of an evaluation, to all who want them."""
+    def _log_evaluation(self, evaluated: Evaluated, is_best: bool) -> None:
+        """Report an evaluation: scores, predictions, samples and warnings."""
         progress, settings = self.progress, self.recipe.evaluation
         epoch = progress.epoch + 1
         values = {f"dev_{key}": value for key, value in evaluated.scores.values().items() if value is not None}
@@ -330,26 +348,22 @@ class Trainer:
             shown = choose_samples(evaluated.predictions, settings.samples, self.recipe.training.seed)
             rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
             self.tracker.table(progress.step, "dev_samples", rows)
-        best = f"  (best {settings.select_by} so far)" if is_better else ""
+        best = f"  (best {settings.select_by} so far)" if is_best else ""
         self.line.echo(f"dev after epoch {epoch}: {evaluated.line()}{best}")
-        self._warn(warn_of_collapse(evaluated, self.corpus, epoch, settings))
+        self._warn(collapse_warning(evaluated, self.train_split.texts, epoch, settings))
 
-    def translate(self, split: Split) -> tuple[list[Prediction], Scores]:
+    def translate(self, split: Split) -> Evaluated:
         """Translate and score a split with the weights that would be kept."""
-        evaluated = self._evaluated(split)
-        return evaluated.predictions, evaluated.scores
-
-    def _evaluated(self, split: Split) -> Evaluated:
         with self._kept_weights():
             return evaluate_split(self.engine, split, self.processor, self.recipe.evaluation, self.ranks)
 
     def save(self) -> None:
-        """Begin to write a checkpoint; ``self.checkpoints.wait()`` says when it is complete."""
-        with self._aside():
+        """Begin to write a checkpoint; ``self.checkpoints.wait()`` returns when it is complete."""
+        with self._paused():
             self.checkpoints.save(self.engine, self.progress)
 
     def save_model(self, kept: Kept, scores: Scores | None) -> None:
-        """Write the model as it is, or as its average is, to ``best/`` or beside it, where ``kept`` says it belongs."""
+        """Write the model, or its average, to the folder that ``kept`` gives it: ``best/`` or one beside it."""
         with self._kept_weights():
             weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
         on_rank_0(
@@ -363,21 +377,19 @@ class Trainer:
             )
         )
 
-    @contextmanager
-    def _kept_weights(self) -> Iterator[None]:
-        """The averaged weights where there are any, else those that are trained."""
-        with averaged_weights(self.engine) if self.recipe.training.ema else nullcontext():
-            yield
+    def _kept_weights(self) -> AbstractContextManager[None]:
+        """The averaged weights with ``training.ema``, else the trained ones."""
+        return averaged_weights(self.engine) if self.recipe.training.ema else nullcontext()
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Something that is no step, takes its time, and is in no step's figures."""
-        with self.watch.lifted():
+    def _paused(self) -> Iterator[None]:
+        """Between steps: no limit on its time, and it counts in no step's figures."""
+        with self.rank_watch.paused():
             yield
         self.meter.restart()
 
     def _warn(self, text: str | None) -> None:
-        """Tell the terminal, the log (and so the report) and the trackers."""
+        """Warn on the terminal, in the log (and so in the report) and in the trackers."""
         if text and self.ranks.is_main:
             self.line.echo(f"warning: {text}")
             log.warning(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
-from toolkit.training.monitoring.communication import FILE, tell_communication
+from toolkit.training.monitoring.communication import FILE, report_communication
 
 
 def run_in(folder: Path, *overrides: str) -> ResolvedRun:
@@ -16,7 +16,7 @@ def run_in(folder: Path, *overrides: str) -> ResolvedRun:
 
 def test_a_run_that_did_not_ask_says_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    tell_communication(run_in(tmp_path), said.append)
+    report_communication(run_in(tmp_path), said.append)
     assert not said and not list(tmp_path.iterdir())
 
 
@@ -27,12 +27,12 @@ def test_calls_and_bytes_of_each_operation(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(comm, "comms_logger", CommsLogger())
     monkeypatch.setattr("deepspeed.comm.get_world_size", lambda group=None: 2)
     run, said = run_in(tmp_path, "ds.comms_logger.enabled=true", "ds.comms_logger.prof_all=true"), list[str]()
-    tell_communication(run, said.append)
+    report_communication(run, said.append)
     assert "has recorded nothing" in said.pop()
     for milliseconds in (100.0, 300.0):
         comm.comms_logger.append("all_reduce", "all_reduce", milliseconds, 2**29)
     comm.comms_logger.append("broadcast", "broadcast", 50.0, 8)
-    tell_communication(run, said.append)
+    report_communication(run, said.append)
     assert said == [f"communication of rank 0: 3 calls, 1.00 GiB; by operation in {tmp_path / FILE}"]
     _, *rows = (tmp_path / FILE).read_text(encoding="utf-8").splitlines()
     assert [row.split() for row in rows] == [

@@ -68,12 +68,12 @@ def test_workers_that_leave_at_the_end_of_an_epoch_are_no_wish_to_stop() -> None
 # As in a collective that waits for another rank: one long call outside Python, in which no Python handler runs.
 STUCK = """
 import ctypes, os, signal, time
-from toolkit.training.monitoring.interruptions import SECOND_THOUGHT_SECONDS, Interruptions
+from toolkit.training.monitoring.interruptions import SECOND_CTRL_C_SECONDS, Interruptions
 watched = Interruptions(at_once=lambda: print("at once", flush=True))
 os.kill(os.getpid(), signal.SIGINT)
 os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
 print(watched.reason, flush=True)
-time.sleep(SECOND_THOUGHT_SECONDS + 0.2)
+time.sleep(SECOND_CTRL_C_SECONDS + 0.2)
 print("locks", flush=True)
 mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 libc.pthread_mutex_lock(mutex)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT, keeps_gradient, sent_once
+from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT, holds_whole_gradient, reduced_once
 
 
 class Engine:
@@ -43,8 +43,8 @@ class Engine:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_small_gradient_in_fp32_is_kept(stage: int) -> None:
-    assert keeps_gradient(Engine(stage=stage))
-    assert keeps_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
+    assert holds_whole_gradient(Engine(stage=stage))
+    assert holds_whole_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_small_gradient_in_fp32_is_kept(stage: int) -> None:
     ],
 )
 def test_any_other_is_not(reason: dict[str, Any]) -> None:
-    assert not keeps_gradient(Engine(**reason))
+    assert not holds_whole_gradient(Engine(**reason))
 
 
 def test_frozen_weights_do_not_count() -> None:
@@ -68,25 +68,25 @@ def test_frozen_weights_do_not_count() -> None:
     engine.module.requires_grad_(False)
     engine.module.register_parameter("adapter", nn.Parameter(torch.zeros(4)))
     engine.module.register_parameter("packed", nn.Parameter(torch.zeros(4).bfloat16(), requires_grad=False))
-    assert keeps_gradient(engine)
+    assert holds_whole_gradient(engine)
 
 
 def test_it_is_sent_when_all_micro_batches_are_done_and_the_step_may_follow() -> None:
     engine = Engine()
-    with sent_once(engine, 2):
+    with reduced_once(engine, 2):
         engine.events.append("backward")
     assert engine.events == ["begin", "backward", "sent", ("boundary", True)]
 
 
 def test_a_lone_micro_batch_is_sent_as_ever() -> None:
     engine = Engine()
-    with sent_once(engine, 1):
+    with reduced_once(engine, 1):
         pass
     assert engine.events == []
 
 
 def test_a_step_that_fails_sends_nothing_for_nobody_would_answer() -> None:
     engine = Engine()
-    with pytest.raises(ValueError, match="out of memory"), sent_once(engine, 2):
+    with pytest.raises(ValueError, match="out of memory"), reduced_once(engine, 2):
         raise ValueError("out of memory")
     assert engine.events == ["begin"]

@@ -1,7 +1,7 @@
-"""What DeepSpeed's ``comms_logger`` has recorded: it counts as it goes and tells nobody unless it is asked.
+"""Write a table of what DeepSpeed's ``comms_logger`` has counted.
 
-Its times are left out: DeepSpeed 0.19.8 never resets the timer of an operation, so that each call is recorded with the
-time of all calls before it as well.
+Its times are left out: DeepSpeed 0.19.8 never resets the timer of an operation, so the time of each call includes that
+of all calls before it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from toolkit.recipe.resolve import ResolvedRun, value_at
 FILE = "communication.txt"
 
 
-def tell_communication(resolved: ResolvedRun, echo: Callable[[str], None]) -> None:
-    """Write what this rank has sent and received where the DeepSpeed JSON asks for it, and say in a line where.
+def report_communication(resolved: ResolvedRun, echo: Callable[[str], None]) -> None:
+    """Write what this rank has sent and received where the DeepSpeed JSON asks for it, and print the path.
 
-    No rank waits for another here, so a run that was stopped has its figures, too.
+    No rank waits for another, so a run that was stopped has its table, too.
     """
     if not value_at(resolved.deepspeed, "comms_logger.enabled"):
         return
@@ -35,7 +35,7 @@ def tell_communication(resolved: ResolvedRun, echo: Callable[[str], None]) -> No
 
 
 def _table(rows: list[tuple[str, int, int]]) -> str:
-    """One line for each operation and size of its messages; what has sent most stands first."""
+    """One line for each operation and message size, most bytes first."""
     lines = [f"{'operation':<32}{'bytes a call':>14}{'calls':>10}{'MiB':>12}"]
     for name, size, count in sorted(rows, key=lambda row: -row[1] * row[2]):
         lines.append(f"{name:<32}{size:>14}{count:>10}{size * count / 2**20:>12.3f}")

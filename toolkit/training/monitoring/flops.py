@@ -1,9 +1,8 @@
-"""Floating-point operations of the model, counted from its own matrix products, and the peak of the device.
+"""Floating-point operations of the model, counted from its matrix products, and the peak of the device.
 
-Model FLOPs are those that the mathematics asks for: a multiplication and an addition of every matrix product, forward
-once and backward twice (once where the weight is frozen). What gradient checkpointing computes again is no progress
-and does not count, nor do element-wise operations. Their share of what the device can do is the model-FLOPs
-utilisation, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B).
+Model FLOPs are a multiplication and an addition of every matrix product, forward once and backward twice (once where
+the weight is frozen). Recomputation by gradient checkpointing and element-wise operations do not count. Their share of
+the device's peak is the model-FLOPs utilisation, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -54,15 +53,14 @@ class Cost:
 
 
 class CostRecorder:
-    """Watches one forward pass of a translator and says what any other costs. A context manager.
+    """Records one forward pass of a translator, from which the cost of any other follows. A context manager.
 
-    Every linear layer and convolution tells the size of its input and output, which works whatever DeepSpeed, PEFT or
-    bitsandbytes have made of its weight. Attention is reckoned as complete, from the shapes alone; that inside a pose
-    encoder is left out.
+    Hooks read the sizes of input and output of every linear layer and convolution, so it does not matter how DeepSpeed,
+    PEFT or bitsandbytes store the weight. Attention is computed from the shapes, without the pose encoder's.
 
     Args:
         model: the translator.
-        batch: what is about to pass through it.
+        batch: the input of that pass.
     """
 
     def __init__(self, model: Any, batch: Batch) -> None:
@@ -92,7 +90,7 @@ class CostRecorder:
             handle.remove()
 
     def cost(self) -> Cost | None:
-        """What was learnt; None where no matrix product was seen, as in a compiled model."""
+        """The cost; None where no matrix product was recorded, as in a compiled model."""
         clips, frames = self._batch.frame_mask.shape
         tokens = self._batch.labels.shape[1]
         if not self._seen or not self._positions:
@@ -142,13 +140,12 @@ def attention_width(config: Any) -> int:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on one rank: what the device can do, at most a fraction of a second.
+    """FLOP/s of a large square matrix product on one rank, in a fraction of a second.
 
-    It is measured where and how the training runs (threads, clock, other ranks beside it), so that MFU needs no table
-    of devices and means the same on any.
+    It is measured where and as the training runs (threads, clock, other ranks), so MFU needs no table of devices.
     """
     size = 8192 if device.type == "cuda" else 1024
-    # A generator of its own: the state of torch's is by now that of the checkpoint from which the run goes on.
+    # A generator of its own: torch's has the state of the checkpoint from which the run resumes.
     generator = torch.Generator(device).manual_seed(0)
     left = torch.randn(size, size, device=device, generator=generator).to(dtype)
     right = torch.randn(size, size, device=device, generator=generator).to(dtype)

@@ -1,7 +1,7 @@
-"""Being asked to stop: signals, a dead launcher and a time limit become one flag that the loop looks at between steps.
+"""Requests to stop: signals, a dead launcher and a time limit set one flag, which the loop reads between steps.
 
-Nothing is done inside a signal handler but raising the flag. Ranks agree on it by their step's all-reduce, so that all
-of them save the same step. The launcher may die without a word to its ranks, so each watches it.
+A signal handler only sets the flag. Ranks agree on it by the all-reduce of their step, so that all save the same step.
+Each rank watches the launcher, which may die without a signal to its ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from toolkit.errors import EXIT_AT_ONCE
 # Ctrl-C, a scheduler's end, SLURM's warning, and a terminal that went away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_POLL_SECONDS = 1.0
-# One Ctrl-C can arrive twice, from the terminal and from a launcher; nobody changes their mind so soon.
-SECOND_THOUGHT_SECONDS = 1.0
+# One Ctrl-C can arrive twice, from the terminal and from a launcher; a second one comes later than that.
+SECOND_CTRL_C_SECONDS = 1.0
 NO_SIGNAL = 0  # the byte that ends the thread
 
 
 class Interruptions:
     """Collects reasons to stop, from now until :meth:`close`.
 
-    A Ctrl-C that comes when a stop has already been asked for ends the process at once, without saving: also while it
-    waits inside a collective for another rank, where no Python handler runs.
+    A Ctrl-C after another request ends the process at once, without saving, even while it waits in a collective for
+    another rank, where no Python handler runs.
 
     Args:
         time_limit: minutes after which to stop; None for no limit.
@@ -42,12 +42,12 @@ class Interruptions:
         self._at_once = at_once
         self._deadline = time.monotonic() + 60 * time_limit if time_limit else None
         self._launcher = launcher_processes()
-        # What the user had ignored (nohup ignores SIGHUP) stays ignored. SIGINT does not: a shell ignores it for what
-        # it starts in the background, and DeepSpeed's launcher hears it all the same.
-        heard = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        # Signals that were ignored (nohup ignores SIGHUP) stay ignored. SIGINT does not: a shell ignores it for what
+        # it starts in the background, but DeepSpeed's launcher handles it.
+        handled = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in handled}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="interruptions")
         self._thread.start()
 
@@ -58,7 +58,7 @@ class Interruptions:
         return self.reason is not None
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the signal handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_writer)
@@ -77,24 +77,22 @@ class Interruptions:
         self._ask(signal.Signals(number).name)
 
     def _watch(self) -> None:
-        """Hear every signal as it comes, in whatever call the main thread is, and look after the launcher."""
+        """Receive every signal at once, whatever call the main thread is in, and watch the launcher."""
         while True:
             ready, _, _ = select.select([self._reader], [], [], LAUNCHER_POLL_SECONDS)
             if ready:
                 numbers = os.read(self._reader, 64)
                 if NO_SIGNAL in numbers:
                     return
-                # Whatever has a handler in Python is written to the pipe, by whomever it was put there: a loader's
-                # SIGCHLD at the end of each epoch, a progress bar's SIGWINCH. Only these are a wish to stop.
+                # Every signal with a handler in Python is written to the pipe: a loader's SIGCHLD at the end of each
+                # epoch, a progress bar's SIGWINCH. Only these are requests to stop.
                 numbers = bytes(number for number in numbers if number in self._previous)
-                asked_before = self._asked_at is not None and (
-                    time.monotonic() - self._asked_at > SECOND_THOUGHT_SECONDS
-                )
+                asked_before = self._asked_at is not None and time.monotonic() - self._asked_at > SECOND_CTRL_C_SECONDS
                 if asked_before and signal.SIGINT in numbers:
                     self._at_once()
                     os._exit(EXIT_AT_ONCE)
                 if numbers:
-                    # The main thread's handler says the same as soon as that thread is back in Python.
+                    # The main thread's handler does the same as soon as that thread is back in Python.
                     self._ask(signal.Signals(numbers[0]).name)
             if self._launcher and has_died(self._launcher):
                 self._ask("the launcher's death")

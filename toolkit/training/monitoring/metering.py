@@ -1,4 +1,4 @@
-"""How fast a run is and what it spends: one step's counts from all ranks, turned into figures."""
+"""Speed and memory of a run: the counts of a step over all ranks, turned into figures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
 
 
 @dataclass(frozen=True)
-class Window:
-    """What all ranks together bring to one optimizer step.
+class StepCounts:
+    """What the micro-batches of one optimizer step hold, summed over all ranks.
 
     Attributes:
         tokens: target tokens that count.
@@ -28,8 +28,7 @@ class Window:
         frames: real frames.
         padded_frames: frames of the batches, padding and fillers included.
         flops: model FLOPs; 0 while they are not known.
-        waited: seconds that ranks waited for their batches, summed up.
-        wants_stop: ranks that were asked to stop.
+        waited: seconds that ranks waited for their batches.
     """
 
     tokens: int
@@ -38,19 +37,13 @@ class Window:
     padded_frames: int
     flops: float
     waited: float
-    wants_stop: int
-
-    @property
-    def stop(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return self.wants_stop > 0
 
 
 class StepMeter:
-    """Measures steps: from the end of one, over the wait for data, to the end of the next.
+    """Measures steps: each from the end of the one before, over the wait for data, to its own end.
 
     Args:
-        resolved: says in which type matrix products are computed.
+        resolved: gives the type of the matrix products.
         device: the rank's.
         world_size: number of ranks; all of them must make a meter.
     """
@@ -63,15 +56,14 @@ class StepMeter:
         peak = torch.tensor(measure_peak(device, product_type(resolved)), dtype=torch.float64, device=device)
         dist.all_reduce(peak)
         self.peak = float(peak)  # FLOP/s of all ranks together
-        self._since = self._began = time.monotonic()
-
-    def restart(self) -> None:
-        """What happened since the last step (an evaluation, a save) is no part of the next one."""
         self._since = time.monotonic()
 
-    def window(self, batches: Sequence[Batch], wants_stop: bool) -> Window:
-        """Begin a step: sum up over all ranks what they are about to train on."""
-        self._began = time.monotonic()
+    def restart(self) -> None:
+        """Exclude what happened since the last step (an evaluation, a save) from the next one."""
+        self._since = time.monotonic()
+
+    def begin(self, batches: Sequence[Batch]) -> StepCounts:
+        """Begin a step; all ranks call this, each with its micro-batches."""
         sums = torch.tensor(
             [
                 sum(batch.num_target_tokens for batch in batches),
@@ -79,19 +71,18 @@ class StepMeter:
                 sum(batch.num_frames for batch in batches),
                 sum(batch.frame_mask.numel() for batch in batches),
                 sum(map(self.cost.of, batches)) if self.cost else 0.0,
-                self._began - self._since,
-                wants_stop,
+                time.monotonic() - self._since,
             ],
             dtype=torch.float64,
             device=self._device,
         )
         dist.all_reduce(sums)
-        tokens, clips, frames, padded, flops, waited, stops = sums.tolist()
-        return Window(int(tokens), int(clips), int(frames), int(padded), flops, waited, int(stops))
+        tokens, clips, frames, padded, flops, waited = sums.tolist()
+        return StepCounts(int(tokens), int(clips), int(frames), int(padded), flops, waited)
 
     @contextmanager
     def forward(self, model: Any, batch: Batch) -> Iterator[None]:
-        """Around a forward pass: the first one tells what all the others will cost."""
+        """Around a forward pass; the first one measures what any other costs."""
         if not self._records:
             yield
             return
@@ -100,7 +91,7 @@ class StepMeter:
             yield
         self.cost = recorder.cost()
 
-    def end(self, window: Window) -> tuple[float, dict[str, float]]:
+    def end(self, counts: StepCounts) -> tuple[float, dict[str, float]]:
         """End a step.
 
         Returns:
@@ -110,16 +101,16 @@ class StepMeter:
         seconds = now - self._since
         self._since = now
         figures = {
-            "clips_per_second": window.clips / seconds,
-            "frames_per_second": window.frames / seconds,
-            "tokens_per_second": window.tokens / seconds,
-            "padding_share": 1 - window.frames / max(window.padded_frames, 1),
-            "data_wait_share": min(1.0, window.waited / self._world_size / seconds),
+            "clips_per_second": counts.clips / seconds,
+            "frames_per_second": counts.frames / seconds,
+            "tokens_per_second": counts.tokens / seconds,
+            "padding_share": 1 - counts.frames / max(counts.padded_frames, 1),
+            "data_wait_share": min(1.0, counts.waited / self._world_size / seconds),
             **memory(),
         }
-        if window.flops:
-            figures["tflops"] = window.flops / seconds / 1e12
-            figures["mfu"] = window.flops / seconds / self.peak
+        if counts.flops:
+            figures["tflops"] = counts.flops / seconds / 1e12
+            figures["mfu"] = counts.flops / seconds / self.peak
         return seconds, figures
 
 
@@ -132,7 +123,7 @@ def product_type(resolved: ResolvedRun) -> torch.dtype:
 
 
 def memory() -> dict[str, float]:
-    """What this rank holds, in GiB: the process, and torch on the GPU (now, and at its highest)."""
+    """Memory of this rank in GiB: of the process, and of torch on the GPU (now, and at its highest)."""
     held = {"memory_gib": psutil.Process().memory_info().rss / 2**30}
     if torch.cuda.is_available():
         held["gpu_memory_gib"] = torch.cuda.memory_allocated() / 2**30
@@ -140,11 +131,15 @@ def memory() -> dict[str, float]:
     return held
 
 
-def peak_memory_gib() -> float:
-    """Largest memory that this rank has held: of its GPU, else of the process."""
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest memory that any rank has held, of its GPU, else of the process; all ranks call this."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
+        own = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        import resource
 
-    # Linux counts KiB, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        # Linux counts KiB, macOS bytes.
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    largest = torch.tensor(own, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)

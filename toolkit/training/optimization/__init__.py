@@ -1,4 +1,4 @@
-"""What decides how far each weight moves: parameter groups, schedules, freezing, averaging, the reduction of gradients.
+"""How far each weight moves: parameter groups, schedules, freezing, averaging, gradient reduction.
 
 Must not know the training loop.
 """

@@ -1,8 +1,7 @@
 """An exponential moving average of the trainable weights, which is what gets evaluated and kept.
 
-The average lies beside the optimiser's own state of each piece that this rank steps, in fp32: so it is divided as the
-ZeRO stage divides, it follows the weights in the precision in which they are stepped, and checkpoints hold it by
-parameter name, for any number of ranks and any stage to go on from.
+The average is part of the optimizer state of each shard that this rank steps, in fp32. So ZeRO partitions it like any
+state, it follows the master weights, and checkpoints save it by parameter name, for any number of ranks and any stage.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ AVERAGE = "average"  # key in a shard's state
 
 @torch.no_grad()
 def update_average(engine: Any, decay: float, step: int) -> None:
-    """Take in the weights after an optimizer step.
+    """Update the average after an optimizer step.
 
     Args:
         engine: the DeepSpeed engine, at any stage, with its states in memory.
-        decay: what the average keeps of itself at each step. It is less during the first steps, (1 + step) / (10 +
-            step), so that the random weights at the beginning are soon forgotten.
+        decay: weight of the old average. It is less during the first steps, (1 + step) / (10 + step), so that the
+            random initial weights lose their influence soon.
         step: optimizer steps done, from 1.
     """
     for shard in shards(engine):
-        # An optimiser takes an empty state for one to be filled, so nothing may be there before its first step.
+        # Optimizers fill a state that is empty, so nothing may be in it before their first step.
         average = shard.state.setdefault(AVERAGE, shard.values.detach().float().clone())
         average.lerp_(shard.values.float(), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 @contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
-    """Within it the engine's weights are the averages, afterwards its own again, to the last bit.
+    """Within it the engine's weights are the averages; afterwards they are restored, bit by bit.
 
     All ranks must enter. Before the first step there is no average, and nothing changes.
     """
@@ -49,7 +48,7 @@ def averaged_weights(engine: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _exchange(engine: Any, values: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Give every shard other values; returns those that it had."""
+    """Replace the values of every shard; returns the old ones."""
     before: list[torch.Tensor | None] = []
     for shard, new in zip(rewrite_shards(engine), values, strict=True):
         before.append(shard.values.detach().clone())

@@ -1,13 +1,13 @@
-"""The first steps of a run, in which only what begins with random weights learns.
+"""Freeze a pretrained backbone for the first steps, while the pose encoder with its random weights trains.
 
-A pretrained backbone would otherwise be trained, and its optimiser's moments filled, by gradients that come through a
-pose encoder that knows nothing yet. Parameters cannot be taken in and out of a DeepSpeed optimiser: it cuts them into
-flat pieces once. So all of them stay, and while the backbone waits
+Otherwise the gradients of an untrained pose encoder would change the backbone and fill its optimizer's moments.
+Parameters cannot be added to a DeepSpeed optimizer later: it flattens them once. So all of them are in it from the
+start, and while the backbone is frozen
 
 * its gradients are replaced by zeros as autograd makes them, before any ZeRO stage sees them: its moments stay exactly
-  zero, and the norm that clipping looks at is that of what learns;
-* its learning rate is 0, for weight decay moves weights without gradients, too;
-* when it thaws, its optimiser's count of steps starts again from 0, as Adam corrects the bias of young moments by it.
+  zero, and clipping uses the norm of what trains;
+* its learning rate is 0, because weight decay changes weights without gradients;
+* when it thaws, its optimizer's step count restarts from 0, because Adam's bias correction depends on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.training.optimization.optimizers import FRESH
 
 
 class BackboneFreeze:
-    """Keeps a backbone still until :meth:`thaw`.
+    """Freezes the backbone until :meth:`thaw`.
 
     Args:
         module: the translator, as DeepSpeed holds it, before its first backward pass.
@@ -36,7 +36,7 @@ class BackboneFreeze:
         ]
 
     def thaw(self, engine: Any) -> None:
-        """Let the backbone learn from the next step on.
+        """Train the backbone from the next step on.
 
         Args:
             engine: the DeepSpeed engine, at any stage.
@@ -44,7 +44,7 @@ class BackboneFreeze:
         for handle in self._handles:
             handle.remove()
         for shard in shards(engine):
-            # Groups do not mix the backbone with anything else, so neither do the pieces of a group.
+            # A group holds either the backbone's parameters or others, and so do its shards.
             if shard.fragments and not shard.fragments[0].name.startswith(FRESH):
                 restart_steps(shard.state)
         for group in base_optimizer(engine).param_groups:
@@ -53,7 +53,7 @@ class BackboneFreeze:
 
 
 def restart_steps(state: dict[str, Any]) -> None:
-    """Set an optimiser's count of steps to 0, where it keeps one: by piece, or by group as DeepSpeed's FusedAdam."""
+    """Set an optimizer's step count to 0, if any: in a shard's state, or in a group as DeepSpeed's FusedAdam."""
     if isinstance(state.get("step"), torch.Tensor):
         state["step"].zero_()
     elif "step" in state:

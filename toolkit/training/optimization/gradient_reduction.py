@@ -1,7 +1,7 @@
-"""When the ranks send each other their gradients at ZeRO stages 2 and 3: at every micro-batch, or once a step.
+"""When gradients are reduced over ranks at ZeRO stages 2 and 3: after every micro-batch, or once a step.
 
-Stages 0 and 1 send once a step. Stages 2 and 3 keep no gradient whole, so each micro-batch is sent as it comes, and its
-owner sums. Where what trains is small (adapters), each rank may as well sum its own micro-batches and send the sum.
+Stages 0 and 1 reduce once a step. Stages 2 and 3 keep no whole gradient, so they reduce after each micro-batch, and the
+owner of each partition sums. Where few weights train (adapters), each rank can sum its own micro-batches first.
 """
 
 from __future__ import annotations
@@ -14,34 +14,33 @@ import torch
 from torch import nn
 
 LARGEST_WHOLE_GRADIENT = 2**27
-"""Bytes that a rank may hold for the sake of sending once.
+"""Bytes of gradient that a rank may hold to reduce once a step.
 
-An adapter of rank 16 on T5-3B and the pose encoder have 12 M weights, 45 MiB; one of rank 64 still fits. Whoever trains
-all of a T5-Base has 1 GiB, and chose these stages so as not to hold it.
+An adapter of rank 16 on T5-3B and the pose encoder have 12 M weights, 45 MiB; one of rank 64 still fits. All of a
+T5-Base has 1 GiB, which stages 2 and 3 are chosen to avoid.
 """
 
 
-def sent_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:
-    """Within it come the backward passes of one step; afterwards their gradients are summed over ranks.
+def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:
+    """A context for the backward passes of one step; when it ends, their gradients are summed over ranks.
 
     Args:
         engine: the DeepSpeed engine, at any ZeRO stage.
         micro_batches: of this step, the same number on all ranks.
     """
-    return _sent_once(engine) if micro_batches > 1 and keeps_gradient(engine) else nullcontext()
+    return _reduced_once(engine) if micro_batches > 1 and holds_whole_gradient(engine) else nullcontext()
 
 
-def keeps_gradient(engine: Any) -> bool:
-    """Whether ranks hold their whole gradient until the step.
+def holds_whole_gradient(engine: Any) -> bool:
+    """Whether ranks hold their whole gradient until the step: where it is small and its sums stay exact.
 
-    Only where it is small, and where adding to it loses nothing: DeepSpeed adds in the type of the parameters, also
-    where ``data_types.grad_accum_dtype`` asks for fp32.
+    DeepSpeed sums it in the type of the parameters, even with ``data_types.grad_accum_dtype`` fp32.
     """
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     return (
         engine.zero_optimization_stage() >= 2
         and engine.dp_world_size > 1
-        and not engine.is_deepcompile_active()  # its graphs send the gradients
+        and not engine.is_deepcompile_active()  # its graphs reduce the gradients
         and all(parameter.dtype == torch.float32 for parameter in trained)
         and sum(_bytes(parameter) for parameter in trained) <= LARGEST_WHOLE_GRADIENT
     )
@@ -51,12 +50,12 @@ def _bytes(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
-# Of steps that have failed, never to be left: leaving would send gradients to ranks that do not wait for them.
+# Contexts of failed steps. They must not exit: that would start a collective that the other ranks never enter.
 _abandoned: list[Any] = []
 
 
 @contextmanager
-def _sent_once(engine: Any) -> Iterator[None]:
+def _reduced_once(engine: Any) -> Iterator[None]:
     reduction = engine.coalesce_grad_reduction()
     reduction.__enter__()
     try:
@@ -65,4 +64,4 @@ def _sent_once(engine: Any) -> Iterator[None]:
         _abandoned.append(reduction)
         raise
     reduction.__exit__(None, None, None)
-    engine.set_gradient_accumulation_boundary(True)  # it has put back what was set before it
+    engine.set_gradient_accumulation_boundary(True)  # the exit has restored the earlier value

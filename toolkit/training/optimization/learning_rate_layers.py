@@ -1,6 +1,6 @@
-"""Where in the backbone a parameter lies: read from the modules, so that no family needs a table of names.
+"""The layer of the backbone that each parameter is in, found from the modules so that no family needs a table of names.
 
-Every family keeps the layers of a stack in one ``ModuleList``: ``block`` in T5, ``layers`` in BART and M2M,
+Every family has the layers of a stack in one ``ModuleList``: ``block`` in T5, ``layers`` in BART and M2M,
 ``encoder.layer`` in BERT, ``transformer.h`` in GPT-2. It is the first one that a walk from the stack's top meets.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter of the backbone lies.
+    """Where a parameter of the backbone is.
 
     Attributes:
         above: layers of its stack above it: 0 in the last layer and in what follows it (final norm, output layer), as
@@ -42,7 +42,7 @@ def places(model: nn.Module) -> dict[str, Place]:
     }
     embeddings = {id(weight) for weight in _embeddings(backbone)}
     deepest = max(map(len, stacks), default=0)
-    # An encoder's and a decoder's own embeddings lie below their own stack; shared ones below the deeper.
+    # An encoder's and a decoder's own embeddings are below their own stack, shared ones below the deeper one.
     depth = {id(weight): deepest for weight in _embeddings(backbone)}
     for stack, layers in zip((backbone.get_encoder(), backbone.get_decoder()), stacks, strict=True):
         shared = {id(weight) for weight in backbone.get_input_embeddings().parameters()}

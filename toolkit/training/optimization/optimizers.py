@@ -1,4 +1,4 @@
-"""Parameter groups, and the optimisers that DeepSpeed does not make from its JSON alone."""
+"""Parameter groups, and the optimizers that DeepSpeed does not make from its JSON alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolkit.training.optimization.learning_rate_layers import Place, places
 
 # Modules whose weights are random even where the backbone is pretrained.
 FRESH = ("pose_encoder.", "ctc_head.")
-# Root mean square of an AdamW update, which Muon's is brought to so that both share one learning rate (Liu et al. 2025,
+# Root mean square of an AdamW update. Muon's is scaled to it, so that both share one learning rate (Liu et al. 2025,
 # "Muon is Scalable for LLM Training", arXiv:2502.16982).
 ADAMW_UPDATE_RMS = 0.2
 
@@ -25,13 +25,13 @@ Group = dict[str, Any]
 def parameter_groups(module: nn.Module, resolved: ResolvedRun) -> list[Group]:
     """Trainable parameters by learning rate and weight decay; no group is empty.
 
-    The pose encoder has its own rate. With ``training.layer_decay`` a layer of the backbone learns at that power of the
-    number of layers above it in its stack (Clark et al. 2020, "ELECTRA", arXiv:2003.10555, appendix A). Norms and
+    The pose encoder has its own rate. The rate of a layer of the backbone is multiplied by ``training.layer_decay``
+    once for each layer above it in its stack (Clark et al. 2020, "ELECTRA", arXiv:2003.10555, appendix A). Norms and
     biases do not decay.
 
     Returns:
         groups with ``params``, ``lr`` (the peak), ``weight_decay`` and ``name``, which is ``fresh`` or ``backbone``.
-        With Muon ``use_muon`` says which half a group belongs to.
+        With Muon ``use_muon`` says whether Muon or AdamW steps the group.
     """
     training = resolved.recipe.training
     where = places(module)
@@ -39,7 +39,7 @@ def parameter_groups(module: nn.Module, resolved: ResolvedRun) -> list[Group]:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        # ds_shape is the whole shape of a parameter that ZeRO-3 has cut.
+        # ds_shape is the whole shape of a parameter that ZeRO-3 has partitioned.
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         rate = training.learning_rate
         if name.startswith("pose_encoder."):
@@ -60,12 +60,12 @@ def parameter_groups(module: nn.Module, resolved: ResolvedRun) -> list[Group]:
 
 
 def _is_hidden_matrix(place: Place | None, shape: tuple[int, ...]) -> bool:
-    """Whether Muon may orthogonalise it: it is for the matrices between hidden states, not for tables of tokens."""
+    """Whether Muon may orthogonalise it: matrices between hidden states, not embeddings."""
     return place is not None and place.in_layer and not place.embedding and len(shape) == 2
 
 
 def muon_rate(shape: tuple[int, ...]) -> float:
-    """What Muon's learning rate for a matrix is multiplied by, for its update to be as large as AdamW's.
+    """The factor on Muon's learning rate for a matrix that makes its update as large as AdamW's.
 
     An orthogonal update of shape [rows, columns] has entries of root mean square 1 / sqrt(max(rows, columns)), and
     DeepSpeed multiplies it by sqrt(rows / columns) where there are more rows.
@@ -75,7 +75,7 @@ def muon_rate(shape: tuple[int, ...]) -> float:
 
 
 def client_optimizer(resolved: ResolvedRun) -> Callable[[list[Group]], torch.optim.Optimizer] | None:
-    """What makes the optimiser of the JSON's ``type`` out of parameter groups; None where DeepSpeed does it itself."""
+    """A function that makes the optimizer of the JSON's ``type`` from groups; None where DeepSpeed makes it."""
     section = resolved.deepspeed["optimizer"]
     kind, params = section["type"], section["params"]
     if kind in MADE_BY_DEEPSPEED:
@@ -96,12 +96,12 @@ def _muon(groups: list[Group], params: dict[str, Any]) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     if not torch.cuda.is_available():
-        # DeepSpeed compiles the update for every shape, which takes minutes where a C++ compiler has to do it.
+        # DeepSpeed compiles the update for every shape, which takes a C++ compiler minutes.
         torch.compiler.set_stance("force_eager")
     ready = []
     for group in groups:
         for parameter in group["params"]:
-            # DeepSpeed has flagged every matrix whose name does not say "embed"; T5 calls its embeddings "shared".
+            # DeepSpeed sets this for every matrix without "embed" in its name; T5 calls its embeddings "shared".
             parameter.use_muon = group["use_muon"]
         own = ("momentum",) if group["use_muon"] else ("betas", "eps")
         ready.append({**group, **{key: params[key] for key in own}})

@@ -20,10 +20,10 @@ def warmup_steps(training: Training, total: int, extension: Extension | None) ->
 
 
 def scheduled_factor(training: Training, step: int, total: int, extension: Extension | None) -> float:
-    """What the peak learning rate is multiplied by in a run that may have been extended.
+    """The factor on the peak learning rate in a run that may have been extended.
 
-    A run that was made longer goes on by the schedule of the longer run. Where that stands higher than the run did, the
-    rate rises to it over a warm-up of its own: ``training.warmup_ratio`` of the steps from there to the new end.
+    An extended run continues by the schedule of the longer run. Where that is higher than the rate that the run had,
+    the rate rises to it over a second warm-up: ``training.warmup_ratio`` of the steps from there to the new end.
 
     Args:
         training: the recipe's section.
@@ -48,12 +48,12 @@ def extended(training: Training, step: int, before: int, after: int, extension: 
         extension: an earlier one of the same run.
     """
     warmup = warmup_steps(training, before, extension)
-    stood = scheduled_factor(training, step, before, extension)
-    return Extension(step, min(1.0, stood / learning_rate_factor(training.schedule, step, after, warmup)), warmup)
+    reached = scheduled_factor(training, step, before, extension)
+    return Extension(step, min(1.0, reached / learning_rate_factor(training.schedule, step, after, warmup)), warmup)
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by.
+    """The factor on the peak learning rate.
 
     Args:
         schedule: ``linear``, ``cosine``, ``constant`` or ``inverse_sqrt``, each after a linear warm-up.
@@ -79,13 +79,13 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
 
 
 def backbone_factor(factor: float, step: int, frozen_steps: int, warmup_steps: int) -> float:
-    """The same for a backbone that waits for its pose encoder: nothing at first, then a warm-up of its own.
+    """The same for a backbone that is frozen at first: 0, then a second warm-up.
 
     Args:
-        factor: what the rest of the model has.
+        factor: that of the rest of the model.
         step: optimizer steps done before this one, from 0.
-        frozen_steps: optimizer steps that the backbone waits; 0 = none.
-        warmup_steps: optimizer steps until it learns as the rest does.
+        frozen_steps: optimizer steps for which the backbone is frozen; 0 = none.
+        warmup_steps: optimizer steps of its warm-up, which ends at the rate of the rest.
     """
     if step < frozen_steps:
         return 0.0

@@ -1,4 +1,4 @@
-"""One rank of test_watch.py: takes steps with the others until it is told to stop, die or lag."""
+"""One rank of test_rank_watch.py: takes steps with the others until it is told to stop, die or lag."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 
 from toolkit.cluster.ranks import read_ranks
-from toolkit.training.monitoring.watch import Limits, RankWatch
+from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 
 LOST_AT = 5
 

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from toolkit.training.monitoring.alarms import SpikeWatch, collapse_warning
+from toolkit.training.monitoring.loss_spikes import LossSpikes, collapse_warning
 
 
 def test_a_jump_is_told_once_with_its_likely_causes() -> None:
-    watch, rng = SpikeWatch(), random.Random(0)
+    watch, rng = LossSpikes(), random.Random(0)
     told = [watch.see(step, 3 - step / 100 + rng.gauss(0, 0.05), 1.2) for step in range(60)]
     assert not any(told)
     warning = watch.see(60, 9.0, 40.0)
@@ -22,12 +22,12 @@ def test_a_jump_is_told_once_with_its_likely_causes() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.3])
 def test_noise_is_no_spike(noise: float) -> None:
-    watch, rng = SpikeWatch(), random.Random(1)
+    watch, rng = LossSpikes(), random.Random(1)
     assert not any(watch.see(step, 2.0 + abs(rng.gauss(0, noise)), None) for step in range(500))
 
 
 def test_the_first_steps_are_never_judged() -> None:
-    watch = SpikeWatch()
+    watch = LossSpikes()
     assert not any(watch.see(step, loss, None) for step, loss in enumerate([1.0] * 10 + [100.0]))
 
 

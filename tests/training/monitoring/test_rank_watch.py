@@ -37,7 +37,7 @@ def start(lost_rank: str, how: str) -> list[subprocess.Popen[str]]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("watch_worker.py")), lost_rank, how],
+            [sys.executable, str(Path(__file__).with_name("rank_watch_worker.py")), lost_rank, how],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

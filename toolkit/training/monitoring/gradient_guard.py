@@ -1,4 +1,4 @@
-"""Checks that stop a run which would only pretend to learn."""
+"""Stop a run whose first backward pass gives a trainable tensor no gradient, or one that is not finite."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from toolkit.errors import UserError
 
 
 class TrainingStopped(UserError):
-    """The run found itself broken and stopped before it did harm; the last checkpoint is intact."""
+    """The run is broken and was stopped before its optimizer step; the last checkpoint is intact."""
 
 
-class GradientWatch:
-    """Sees to it that the first backward pass gives every trainable tensor a finite gradient.
+class GradientGuard:
+    """Checks that the first backward pass gives every trainable tensor a finite gradient.
 
-    It watches the gradients as autograd makes them. DeepSpeed's own ``safe_get_full_grad`` looks at them afterwards
-    and fails under ZeRO-2 with offload where a tensor lies across two ranks (0.19.8).
+    Hooks see the gradients as autograd makes them. DeepSpeed's ``safe_get_full_grad`` reads them afterwards and fails
+    under ZeRO-2 with offload where a tensor is partitioned over two ranks (0.19.8).
 
     Args:
         module: the model, before its first backward pass; at any ZeRO stage.
-        may_overflow: ask only for gradients: the loss scale of fp16 finds its value by overflows, whose steps
-            DeepSpeed skips.
+        may_overflow: accept gradients that are not finite: the loss scale of fp16 finds its value by overflows, whose
+            steps DeepSpeed skips.
     """
 
     def __init__(self, module: nn.Module, *, may_overflow: bool = False) -> None:
@@ -40,10 +40,10 @@ class GradientWatch:
             self._not_finite.add(name)
 
     def check(self, device: torch.device) -> None:
-        """Stop watching; all ranks call this after the backward passes of the first step, before the optimizer's.
+        """Remove the hooks and judge; all ranks call this between the backward passes and the optimizer step.
 
         Raises:
-            TrainingStopped: a tensor had no gradient, or one that is not finite; it is named by the rank that saw it.
+            TrainingStopped: a tensor had no gradient, or one that is not finite; the rank that saw it names it.
         """
         for handle in self._handles:
             handle.remove()
@@ -52,8 +52,8 @@ class GradientWatch:
         if not problems.item():
             return
         seen = (("no gradient", self._waiting), ("a gradient that is not finite", self._not_finite))
-        told = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in seen if names)
+        problem = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in seen if names)
         raise TrainingStopped(
-            f"after the first backward pass trainable tensors have {told or 'no finite gradient on another rank'}; "
-            "freeze what the forward pass never reaches, or lower training.learning_rate or the precision"
+            f"after the first backward pass trainable tensors have {problem or 'no finite gradient on another rank'}",
+            "freeze what the forward pass never reaches, or lower training.learning_rate, or train in fp32",
         )
