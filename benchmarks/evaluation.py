@@ -32,7 +32,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from toolkit.batching.collate import Batch, collate
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import evaluation_mode, translate_split
-from toolkit.evaluation.evaluate import find_corpus, recipe_of
+from toolkit.evaluation.evaluate import open_corpus, recipe_of
 from toolkit.models.loading.load import load_translator
 from toolkit.scoring.addends import frequent_words
 from toolkit.scoring.metrics import score
@@ -166,7 +166,7 @@ def take_turns(
 
 def open_split(model: str, corpus: str | None) -> Split:
     """The test split that the run's own corpus has, or that of another corpus."""
-    opened: Corpus = find_corpus(model, recipe_of(model), corpus, is_local_main=True)
+    opened: Corpus = open_corpus(model, recipe_of(model), corpus, is_local_main=True)
     return opened.splits["test"]
 
 

@@ -84,11 +84,11 @@ def parse_comparison(words: list[str]) -> argparse.Namespace:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from toolkit.evaluation.evaluate import compare_files, comparison_for_people
+    from toolkit.evaluation.evaluate import compare_files, format_comparison
 
     first, second = arguments.files
     comparisons = compare_files(first, second, tokenize=arguments.tokenize, lowercase=arguments.lowercase)
-    print(comparison_for_people(first, second, comparisons))
+    print(format_comparison(first, second, comparisons))
     if arguments.json:
         scores = {name: asdict(item) | {"difference": item.difference} for name, item in comparisons.items()}
         print(json.dumps({"first": first, "second": second, "scores": scores}))
@@ -106,12 +106,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.decoding.whole_weights import cut, whole_weights
     from toolkit.evaluation.evaluate import (
         check_fit,
-        find_corpus,
-        find_splits,
-        for_people,
-        out_folder,
+        open_corpus,
+        choose_splits,
+        format_results,
+        default_out_folder,
         recipe_of,
-        settings_of,
+        evaluation_settings,
         write_results,
     )
     from toolkit.evaluation.splits import score_splits
@@ -130,10 +130,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     on_each_node(lambda: fetch_translator(arguments.model))
     neural = parse_neural(arguments.neural, arguments.neural_python)
     recipe = recipe_of(arguments.model, arguments.overrides)
-    settings = settings_of(recipe, arguments.overrides)
+    settings = evaluation_settings(recipe, arguments.overrides)
     score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
-    corpus = find_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
-    names = find_splits(corpus, arguments.split)
+    corpus = open_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
+    names = choose_splits(corpus, arguments.split)
     log_to_file(None)
     model, processor = load_translator(arguments.model)
     check_fit(corpus, processor)
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     beams = search.get("num_beams", model.generation_config.num_beams) or 1
     if arguments.n_best > beams:
         raise UserError(f"--n-best {arguments.n_best} needs as many beams: add evaluation.num_beams={arguments.n_best}")
-    out = arguments.out or out_folder(arguments.model, corpus)
+    out = arguments.out or default_out_folder(arguments.model, corpus)
 
     if ranks.world_size > 1 or arguments.zero3:
         join_process_group(ranks)

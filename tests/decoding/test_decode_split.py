@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toolkit.corpus.packed import Corpus
-from toolkit.decoding.decode_split import evaluation_mode, translate_clips, translate_split
+from toolkit.decoding.decode_split import evaluation_mode, find_hypotheses, translate_split
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.scoring.predictions import read_predictions, write_predictions
 
@@ -36,7 +36,7 @@ def test_n_best_are_sorted_begin_with_the_best_and_differ(
 ) -> None:
     model, split = translator(vocabulary=384), corpus.splits["test"]
     best = translate_split(model, split, processor, batch_frames=1200)
-    found = translate_clips(model, split, processor, batch_frames=1200, n_best=4)
+    found = find_hypotheses(model, split, processor, batch_frames=1200, n_best=4)
     assert {len(row) for row in found} == {4}
     for row, prediction in zip(found, best, strict=True):
         scores = [item.score for item in row]

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from toolkit.decoding.search import Hypothesis
 from toolkit.errors import UserError
 from toolkit.inference.subtitles import Cue, cues, timestamp, to_srt, to_vtt
-from toolkit.inference.translate_files import Translation, Window
-from toolkit.inference.windows import cut, overlap_seconds, window_seconds, without_repeats
+from toolkit.inference.translate_files import Translation, TranslatedWindow
+from toolkit.inference.windows import window_spans, overlap_seconds, window_seconds, without_repeats
 
 
 @settings(deadline=None)  # a busy machine makes an example slow, not wrong
 @given(duration=st.floats(0.1, 20_000), window=st.floats(1, 60), share=st.floats(0, 0.5))  # up to five hours and a half
 def test_windows_cover_everything_and_overlap_as_asked(duration: float, window: float, share: float) -> None:
     overlap = share * window
-    spans = cut(duration, window, overlap)
+    spans = window_spans(duration, window, overlap)
     assert spans[0][0] == 0 and spans[-1][1] == pytest.approx(duration)
     if len(spans) > 1:
         assert all(end - start == pytest.approx(window, abs=1e-6) for start, end in spans)
@@ -48,7 +48,9 @@ def test_what_two_windows_read_alike_is_said_once() -> None:
 
 def translation(*texts: str) -> Translation:
     windows = [
-        Window(8.0 * number, 8.0 * number + 10, (Hypothesis(text, -1.0),) if text else (), "" if text else "nobody")
+        TranslatedWindow(
+            8.0 * number, 8.0 * number + 10, (Hypothesis(text, -1.0),) if text else (), "" if text else "nobody"
+        )
         for number, text in enumerate(texts)
     ]
     return Translation("long", "long.pose", tuple(windows))

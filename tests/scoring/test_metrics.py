@@ -13,7 +13,7 @@ from toolkit.errors import UserError
 from toolkit.scoring.addends import frequent_words
 from toolkit.scoring.metrics import (
     SCORE_NAMES,
-    better,
+    higher_is_better,
     rouge_l,
     rouge_tokens,
     score,
@@ -249,6 +249,6 @@ def test_sentence_chrf_is_that_of_sacrebleu():
 
 
 def test_which_way_is_better():
-    assert [name for name in SCORE_NAMES if not better(name)] == ["wer", "cer"]
+    assert [name for name in SCORE_NAMES if not higher_is_better(name)] == ["wer", "cer"]
     with pytest.raises(ValueError, match="no score 'bleu'"):
-        better("bleu")
+        higher_is_better("bleu")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from toolkit.errors import UserError
 from toolkit.files import write_text_atomically
 from toolkit.recipe.paths import BEST
-from toolkit.scoring.metrics import Scores, better
+from toolkit.scoring.metrics import Scores, higher_is_better
 
 EVALUATION = "evaluation.json"
 # Step and score (training.select_by) of each model that is kept, the best one first.
@@ -39,7 +39,7 @@ def admit(kept: Kept, step: int, scores: Scores, *, select_by: str, keep: int) -
         select_by: the score that decides; n/a is worse than any other, and of two equal ones the older is better.
         keep: how many to keep.
     """
-    sign = 1 if better(select_by) else -1
+    sign = 1 if higher_is_better(select_by) else -1
 
     def merit(model: tuple[int, float | None]) -> tuple[bool, float]:
         return model[1] is not None, sign * (model[1] or 0.0)

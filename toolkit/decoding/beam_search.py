@@ -41,7 +41,7 @@ def beam_search(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    in_step: bool = False,
+    synced: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """The decoding loop that ``generate`` calls; the signature is HuggingFace's.
@@ -50,7 +50,7 @@ def beam_search(
         model: an encoder-decoder.
         input_ids: how every text begins [clips × beams, tokens].
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
-        in_step: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
+        synced: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
             HuggingFace keeps its own ``synced_gpus`` from custom loops.
         model_kwargs: ``encoder_outputs`` and ``attention_mask``, repeated for each beam, and an empty cache.
 
@@ -83,13 +83,13 @@ def beam_search(
                     logits = logits.repeat_interleave(beams, dim=0)
                 rows, clips = search.step(logits, logits_processor, stopping_criteria)
             if not search.rows:
-                if not (in_step and _any_rank_searches(False, input_ids.device)):
+                if not (synced and _any_rank_searches(False, input_ids.device)):
                     break
                 # Others are still at it: this rank goes through the same layers with a row that nobody will read.
                 decoder_ids, hidden, mask = decoder_ids[:1], hidden[:1], mask[:1]
                 cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=input_ids.device))
                 continue
-            if in_step:
+            if synced:
                 _any_rank_searches(True, input_ids.device)
             # After its first step the cache holds one row a clip, of which each beam takes a copy.
             cache.self_attention_cache.reorder_cache(rows // beams if is_first else rows)

@@ -18,12 +18,12 @@ from toolkit.scoring.predictions import Prediction, make_predictions
 
 
 def translate_split(model: PoseTranslator, split: Split, processor: Any, **settings: Any) -> list[Prediction]:
-    """Translate every clip of ``split``; the arguments are those of :func:`translate_clips`.
+    """Translate every clip of ``split``; the arguments are those of :func:`find_hypotheses`.
 
     Returns:
         predictions in the order of the split, on every rank.
     """
-    return best_predictions(split, translate_clips(model, split, processor, **settings))
+    return best_predictions(split, find_hypotheses(model, split, processor, **settings))
 
 
 def best_predictions(split: Split, found: list[list[Hypothesis]]) -> list[Prediction]:
@@ -32,7 +32,7 @@ def best_predictions(split: Split, found: list[list[Hypothesis]]) -> list[Predic
     return make_predictions(list(split.uids), list(split.texts), texts, scores)
 
 
-def translate_clips(
+def find_hypotheses(
     model: PoseTranslator,
     split: Split,
     processor: Any,

@@ -54,7 +54,7 @@ def search(
     beams = settings.get("num_beams", model.generation_config.num_beams) or 1
     samples = settings.get("do_sample", model.generation_config.do_sample)
     if beams > 1 and not samples:
-        loop: dict[str, Any] = {"custom_generate": beam_search, "in_step": synced}
+        loop: dict[str, Any] = {"custom_generate": beam_search, "synced": synced}
     else:
         loop = {"synced_gpus": synced}
     found = model.generate(

@@ -30,7 +30,7 @@ from toolkit.scoring.table import HEADINGS, SIGNIFICANT, comparison_table, score
 RECIPE, ENVIRONMENT, SCORES = "recipe.yaml", "environment.json", "scores.json"
 # Scores that say whether a model looks at the signing, the first of them that is applicable: where words are single,
 # BLEU has nothing to count.
-TELLING = ("bleu4", "chrf")
+CONTROL_SCORES = ("bleu4", "chrf")
 
 
 def recipe_of(model: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
@@ -53,7 +53,7 @@ def run_of(model: str | Path) -> Path | None:
     return next((place for place in (path, path.parent) if (place / RECIPE).is_file()), None)
 
 
-def settings_of(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
+def evaluation_settings(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
     """How to evaluate: as the run did, else the defaults; ``evaluation.key=value`` changes either.
 
     Raises:
@@ -69,7 +69,7 @@ def settings_of(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
     ).evaluation
 
 
-def find_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, is_local_main: bool) -> Corpus:
+def open_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, is_local_main: bool) -> Corpus:
     """The corpus that was asked for, else the one that the model was trained on; all ranks call this.
 
     Raises:
@@ -126,7 +126,7 @@ def _in_words(landmarks: LandmarkSet) -> str:
     return f"{landmarks.name} ({landmarks.num_points} points, {' '.join(landmarks.channels)}{relative})"
 
 
-def find_splits(corpus: Corpus, names: str | None) -> list[str]:
+def choose_splits(corpus: Corpus, names: str | None) -> list[str]:
     """The splits that were asked for, comma-separated, else every test split.
 
     Raises:
@@ -140,7 +140,7 @@ def find_splits(corpus: Corpus, names: str | None) -> list[str]:
     return chosen
 
 
-def out_folder(model: str | Path, corpus: Corpus) -> Path:
+def default_out_folder(model: str | Path, corpus: Corpus) -> Path:
     """Where results go unless told: into the run, else beside where one stands."""
     run = run_of(model)
     return (run / "evaluation" if run else Path("evaluation") / Path(model).name) / corpus.path.name
@@ -209,7 +209,7 @@ def _write_n_best(path: Path, result: SplitResult) -> None:
                 writer.writerow([row.uid, place, item.text.replace("\0", " "), item.score])
 
 
-def for_people(results: dict[str, SplitResult]) -> str:
+def format_results(results: dict[str, SplitResult]) -> str:
     """The table of scores with floors and intervals, and what the control says."""
     rows: dict[str, Scores] = {}
     verdicts = []
@@ -223,7 +223,7 @@ def for_people(results: dict[str, SplitResult]) -> str:
 
 def control_verdict(result: SplitResult) -> str:
     """Whether the model looks at the signing at all, in words."""
-    telling = next((name for name in TELLING if name in result.against_control), None)
+    telling = next((name for name in CONTROL_SCORES if name in result.against_control), None)
     if telling is None:
         return "no score is applicable that would tell whether the model looks at the signing"
     item = result.against_control[telling]
@@ -270,7 +270,7 @@ def compare_files(
     )
 
 
-def comparison_for_people(first: str | Path, second: str | Path, comparisons: dict[str, Comparison]) -> str:
+def format_comparison(first: str | Path, second: str | Path, comparisons: dict[str, Comparison]) -> str:
     """The comparison as a table whose columns are called A and B."""
     return f"A  {first}\nB  {second}\n\n{comparison_table('A', 'B', comparisons)}"
 

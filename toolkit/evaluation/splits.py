@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from toolkit.corpus.packed import Corpus, Split
-from toolkit.decoding.decode_split import best_predictions, evaluation_mode, translate_clips
+from toolkit.decoding.decode_split import best_predictions, evaluation_mode, find_hypotheses
 from toolkit.decoding.search import Hypothesis
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.schema import Evaluation
@@ -78,7 +78,7 @@ def score_splits(
     results = {}
     for name in names:
         with evaluation_mode(model):
-            found = translate_clips(
+            found = find_hypotheses(
                 model,
                 corpus.splits[name],
                 processor,
@@ -90,11 +90,11 @@ def score_splits(
                 on_batch=partial(on_batch, name) if on_batch else None,
                 **(search or {}),
             )
-        results[name] = _judge(corpus, corpus.splits[name], found, settings)
+        results[name] = _score_split(corpus, corpus.splits[name], found, settings)
     return results
 
 
-def _judge(corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation) -> SplitResult:
+def _score_split(corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation) -> SplitResult:
     """Score one split's translations every way there is."""
     predictions = best_predictions(split, found)
     hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from toolkit.decoding.search import Hypothesis, search
 from toolkit.inference.clip_sources import ClipSource
-from toolkit.inference.windows import cut, overlap_seconds, window_seconds, without_repeats
+from toolkit.inference.windows import window_spans, overlap_seconds, window_seconds, without_repeats
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.pose_file import PoseError, RawPose
@@ -23,7 +23,7 @@ MOST_CLIPS_OF_A_BATCH = 128  # short clips fill no frame budget, but each one's 
 
 
 @dataclass(frozen=True)
-class Window:
+class TranslatedWindow:
     """What was found in a stretch of a clip.
 
     Attributes:
@@ -50,7 +50,7 @@ class Translation:
 
     uid: str
     where: str
-    windows: tuple[Window, ...]
+    windows: tuple[TranslatedWindow, ...]
     reason: str = ""
 
     @property
@@ -86,7 +86,7 @@ class Windowing:
         frames = (clip.num_frames - 1) / clip.fps * extractor.fps
         if self.seconds is None and extractor.max_frames and frames < extractor.max_frames:
             return [(0.0, duration)]
-        return cut(duration, window, overlap)
+        return window_spans(duration, window, overlap)
 
 
 def check_windowing(windowing: Windowing, extractor: PoseFeatureExtractor) -> None:
@@ -127,18 +127,18 @@ def translate_clips(
     windowing = windowing or Windowing()
     check_windowing(windowing, extractor)
     settings = {"n_best": n_best, **settings}
-    windows: list[Window] = []
-    for seats in _ahead(_seats(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
-        for seat, hypotheses in zip(seats, _search(model, processor, seats, batch_frames, settings), strict=True):
-            windows.append(Window(seat.start, seat.end, hypotheses, seat.reason))
-            if seat.is_last:
+    windows: list[TranslatedWindow] = []
+    for pending in _portions(_pending_windows(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
+        for window, hypotheses in zip(pending, _search(model, processor, pending, batch_frames, settings), strict=True):
+            windows.append(TranslatedWindow(window.start, window.end, hypotheses, window.reason))
+            if window.is_last:
                 reason = "" if any(window.hypotheses for window in windows) else windows[0].reason
-                yield Translation(seat.source.uid, seat.source.where, tuple(windows), reason)
+                yield Translation(window.source.uid, window.source.where, tuple(windows), reason)
                 windows = []
 
 
 @dataclass(frozen=True)
-class _Seat:
+class _PendingWindow:
     """A window of a clip that waits for its translation; without features if there is a reason."""
 
     source: ClipSource
@@ -153,45 +153,51 @@ class _Seat:
         return 0 if self.features is None else len(self.features)
 
 
-def _seats(sources: Iterable[ClipSource], extractor: PoseFeatureExtractor, windowing: Windowing) -> Iterator[_Seat]:
+def _pending_windows(
+    sources: Iterable[ClipSource], extractor: PoseFeatureExtractor, windowing: Windowing
+) -> Iterator[_PendingWindow]:
     for source in sources:
         try:
             clip = source.read()
         except PoseError as error:
-            yield _Seat(source, 0.0, 0.0, True, reason=str(error))
+            yield _PendingWindow(source, 0.0, 0.0, True, reason=str(error))
             continue
         spans = windowing.spans(clip, extractor)
         for number, (start, end) in enumerate(spans):
             is_last = number == len(spans) - 1
             try:
                 features = extractor.features(clip.between(start, end) if len(spans) > 1 else clip)
-                yield _Seat(source, start, end, is_last, features)
+                yield _PendingWindow(source, start, end, is_last, features)
             except PoseError as error:
-                yield _Seat(source, start, end, is_last, reason=str(error))
+                yield _PendingWindow(source, start, end, is_last, reason=str(error))
 
 
-def _ahead(seats: Iterable[_Seat], most_frames: int) -> Iterator[list[_Seat]]:
+def _portions(pending: Iterable[_PendingWindow], most_frames: int) -> Iterator[list[_PendingWindow]]:
     """Cut the stream into lists of about ``most_frames`` frames."""
     before = 0
 
-    def portion(seat: _Seat) -> int:
+    def portion(window: _PendingWindow) -> int:
         nonlocal before
         # Clips without features hold their place in the order and cost as much as a frame.
-        before += max(seat.frames, 1)
+        before += max(window.frames, 1)
         return before // most_frames
 
-    for _, group in groupby(seats, key=portion):
+    for _, group in groupby(pending, key=portion):
         yield list(group)
 
 
 def _search(
-    model: PoseTranslator, processor: PoseProcessor, seats: Sequence[_Seat], batch_frames: int, settings: dict[str, Any]
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    pending: Sequence[_PendingWindow],
+    batch_frames: int,
+    settings: dict[str, Any],
 ) -> list[tuple[Hypothesis, ...]]:
     """The hypotheses of each seat, none for those without features."""
     device = next(model.parameters()).device
-    found: list[tuple[Hypothesis, ...]] = [()] * len(seats)
-    for batch in _batches([seat.frames for seat in seats], batch_frames):
-        clips = [features for index in batch if (features := seats[index].features) is not None]
+    found: list[tuple[Hypothesis, ...]] = [()] * len(pending)
+    for batch in _batches([window.frames for window in pending], batch_frames):
+        clips = [features for index in batch if (features := pending[index].features) is not None]
         inputs = processor.feature_extractor.pad(clips).to(device)
         hypotheses = search(model, processor, **inputs, **settings)
         for index, of_clip in zip(batch, hypotheses, strict=True):

@@ -50,7 +50,7 @@ def overlap_seconds(window: float, asked: float | None) -> float:
     return asked
 
 
-def cut(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
+def window_spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
     """Cut a recording into windows of equal length that are evenly spread.
 
     Args:

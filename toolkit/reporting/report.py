@@ -27,7 +27,7 @@ from toolkit.reporting.report_samples import (
     find_corpus,
     predictions_of,
 )
-from toolkit.scoring.metrics import SCORE_NAMES, better
+from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
 from toolkit.scoring.table import HEADINGS
 
 REPORT = "report.html"
@@ -167,7 +167,7 @@ def _about(run: RunFiles) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "toolkit": __version__,
         "headings": HEADINGS,
-        "lower_is_better": [name for name in SCORE_NAMES if not better(name)],
+        "lower_is_better": [name for name in SCORE_NAMES if not higher_is_better(name)],
         "select_by": run.setting("evaluation.select_by"),
         "facts": _facts(run),
         "scores": score_tables(run),

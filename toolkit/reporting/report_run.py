@@ -19,7 +19,7 @@ import yaml
 
 from toolkit.errors import UserError
 from toolkit.recipe.tree import leaves
-from toolkit.scoring.metrics import SCORE_NAMES, better
+from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
 
 # Points that a curve is drawn with; more cannot be told apart on a screen.
 CURVE_POINTS = 200
@@ -181,7 +181,11 @@ def not_above_floors(run: RunFiles) -> list[str]:
         value = result["scores"].get(name)
         for kind, floor in result["floors"].items():
             limit = floor.get(name)
-            if is_number(value) and is_number(limit) and not (value > limit if better(name) else value < limit):
+            if (
+                is_number(value)
+                and is_number(limit)
+                and not (value > limit if higher_is_better(name) else value < limit)
+            ):
                 warnings.append(f"{name} on {split} ({value:.4g}) is no better than its floor '{kind}' ({limit:.4g})")
     return warnings
 

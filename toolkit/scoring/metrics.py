@@ -28,7 +28,7 @@ from sacrebleu.metrics import CHRF
 
 from toolkit.scoring.addends import Measure, make_bleu, measure, rouge_l, rouge_tokens
 
-__all__ = ["SCORE_NAMES", "Scores", "better", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
+__all__ = ["SCORE_NAMES", "Scores", "higher_is_better", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
 
 SCORE_NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "reduced_bleu", "chrf", "rouge_l", "wer", "cer")
 _LOWER_IS_BETTER = frozenset({"wer", "cer"})
@@ -62,7 +62,7 @@ class Scores:
         return {name: getattr(self, name) for name in SCORE_NAMES}
 
 
-def better(name: str) -> bool:
+def higher_is_better(name: str) -> bool:
     """Whether a higher value of this score is better.
 
     Raises:

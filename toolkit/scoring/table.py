@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from toolkit.scoring.metrics import SCORE_NAMES, Scores, better
+from toolkit.scoring.metrics import SCORE_NAMES, Scores, higher_is_better
 from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.resampling import Comparison, Interval
 
