@@ -106,12 +106,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.decoding.whole_weights import cut, whole_weights
     from toolkit.evaluation.evaluate import (
         check_fit,
-        open_corpus,
         choose_splits,
-        format_results,
         default_out_folder,
-        recipe_of,
         evaluation_settings,
+        format_results,
+        open_corpus,
+        recipe_of,
         write_results,
     )
     from toolkit.evaluation.splits import score_splits
@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if not ranks.is_main:
         return
     summary = write_results(out, arguments.model, corpus, results, total / seconds, neural)
-    echo(f"\n{for_people(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
+    echo(f"\n{format_results(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
     for name, split in summary["splits"].items():
         for metric, value in split["neural"].items():
             echo(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")

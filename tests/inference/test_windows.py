@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from toolkit.decoding.search import Hypothesis
 from toolkit.errors import UserError
 from toolkit.inference.subtitles import Cue, cues, timestamp, to_srt, to_vtt
-from toolkit.inference.translate_files import Translation, TranslatedWindow
-from toolkit.inference.windows import window_spans, overlap_seconds, window_seconds, without_repeats
+from toolkit.inference.translate_files import TranslatedWindow, Translation
+from toolkit.inference.windows import overlap_seconds, window_seconds, window_spans, without_repeats
 
 
 @settings(deadline=None)  # a busy machine makes an example slow, not wrong

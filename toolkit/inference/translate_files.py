@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from toolkit.decoding.search import Hypothesis, search
 from toolkit.inference.clip_sources import ClipSource
-from toolkit.inference.windows import window_spans, overlap_seconds, window_seconds, without_repeats
+from toolkit.inference.windows import overlap_seconds, window_seconds, window_spans, without_repeats
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.pose_file import PoseError, RawPose

@@ -89,7 +89,7 @@ def verdict(name: str, comparison: Comparison, first: str, second: str) -> str:
     """Which of the two is better, where chance does not explain it at 5 %."""
     if comparison.p_value >= SIGNIFICANT or comparison.difference == 0:
         return "no difference shown"
-    return f"{second if (comparison.difference > 0) == better(name) else first} is better"
+    return f"{second if (comparison.difference > 0) == higher_is_better(name) else first} is better"
 
 
 def format_score(name: str, value: float | None) -> str:
