@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from toolkit.batching.collate import collate
 from toolkit.corpus.packed import Clip
@@ -55,3 +56,10 @@ def test_a_broken_file_is_refused_with_its_reason(tmp_path: Path, processor: Pos
 def test_another_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match="by hips"):
         PoseFeatureExtractor(normalisation="by hips")
+
+
+def test_ids_that_no_token_has_are_no_text(processor: PoseProcessor) -> None:
+    """A padded embedding lets an untrained model write them; ByT5's tokenizer cannot decode them."""
+    own = PoseProcessor(processor.feature_extractor, ByT5Tokenizer())
+    ids = [ord("a") + 3, len(own.tokenizer), ord("b") + 3, 100_000]
+    assert own.batch_decode([ids]) == own.batch_decode(torch.tensor([ids])) == ["ab"]

@@ -67,7 +67,8 @@ def search(
         **loop,
         **settings,
     )
-    texts = [text.strip() for text in processor.batch_decode(found.sequences)]
+    # White space as in the texts of a corpus; a line of output is one text.
+    texts = [" ".join(text.split()) for text in processor.batch_decode(found.sequences)]
     # Greedy search has no sequence scores.
     scores = getattr(found, "sequences_scores", None)
     values = (

@@ -101,7 +101,14 @@ class PoseProcessor(ProcessorMixin):
         """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`."""
         return self.feature_extractor(poses, **kwargs)
 
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Texts of token ids, without special tokens unless asked."""
+    def batch_decode(self, sequences: torch.Tensor | Sequence[Sequence[int]], **kwargs: Any) -> list[str]:
+        """Texts of token ids, without special tokens unless requested.
+
+        Args:
+            sequences: [texts, tokens]. A model may have more ids than its tokenizer has tokens (the embedding of T5 and
+                ByT5 is padded); those are no text, and some tokenizers fail on them.
+            kwargs: what the tokenizer takes besides.
+        """
         kwargs.setdefault("skip_special_tokens", True)
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        tokens = len(self.tokenizer)
+        return self.tokenizer.batch_decode([[int(i) for i in ids if i < tokens] for ids in sequences], **kwargs)
