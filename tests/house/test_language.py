@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT = {
     r"\b(go|goes|going|went|gone) on\b": "resume, continue",
     r"\banew\b": "from scratch, again",
-    r"\b(tell|tells|told|telling)\b": "report, state, print, show",
+    r"\b(tell|tells|told|telling)\b(?!\()": "report, state, print, show",
     r"\bmend(s|ed|ing)?\b": "fix, correct",
     r"\bby heart\b|\bby_heart\b": "overfit",
     r"\bset(s|ting)? aside\b|\baside\b|set_aside": "move, archive",
     r"\bsettl(e|es|ed|ing)\b": "decide, agree, finish",
     r"\bspeaks?\b(?! (Hindi|English|a language))": "is the local main rank, prints",
     r"(?<!word )(?<!sentence)\bpieces?\b": "shard, partition, part",
-    r"\bcuts?\b|\bcutting\b": "truncate, partition, shard, split",
+    r"(?<![\"`=])\bcuts?\b(?![\"`])|\bcutting\b": "truncate, partition, shard, split",
     r"\bwhoever\b|\bwhence\b|\bfor ever\b|\bcomes? by\b|\blast words\b": "plain words",
 }
 SUFFIXES = (".py", ".md", ".yaml", ".toml", ".sh", ".js", ".html", ".css")

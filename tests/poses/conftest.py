@@ -20,7 +20,7 @@ def _text(value: str) -> bytes:
 
 
 class PoseFile:
-    """Writes ``.pose`` files of every version; all is written as it is given, also what makes no sense."""
+    """Writes ``.pose`` files of every version, with any values that a test gives."""
 
     points = tuple((component, point) for component, names in COMPONENTS.items() for point in names)
 

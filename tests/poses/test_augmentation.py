@@ -130,7 +130,7 @@ def test_scale_changes_all_coordinates_alike_by_at_most_its_share():
     assert ratios.min() < 0.9 and ratios.max() > 1.1
 
 
-def test_translation_moves_all_points_alike_but_not_those_told_relative_to_an_anchor():
+def test_translation_moves_all_points_alike_except_those_relative_to_an_anchor():
     anchored = LandmarkSet.from_dict({**HANDS_BODY.to_dict(), "anchors": {"left_hand": 8}})
     poses, visible, frame_mask = random_batch([10] * 3)
     moved, _, _ = apply((poses, visible, frame_mask), {"translation": 0.5}, landmark_set=anchored)
@@ -165,7 +165,7 @@ def test_speed_changes_the_length_within_its_limits_and_never_beyond_the_longest
     assert lengths.min() >= 40 and lengths.max() <= 90
     assert lengths.min() < 45 and lengths.max() > 85
     assert apply(batch, {"speed": 0.5}, max_frames=64)[2].sum(1).max() == 64
-    # A clip that is longer than allowed to begin with is not cut here.
+    # A clip that is longer than the limit before is not shortened.
     assert apply(batch, {"speed": 0.5}, max_frames=50)[2].sum(1).max() == 60
 
 

@@ -56,7 +56,7 @@ def test_one_masked_shoulder_does_not_mask_the_clip(pose_file) -> None:
     assert np.isfinite(features.values[:, RIGHT_SHOULDER]).all()
 
 
-def test_without_shoulders_the_spread_stands_in(pose_file) -> None:
+def test_without_shoulders_the_spread_is_the_unit(pose_file) -> None:
     data, confidence = pose_file.body()
     confidence[:, :, pose_file.at("LEFT_SHOULDER")] = 0
     features = _features(pose_file, data, confidence)
@@ -103,15 +103,15 @@ def test_resampling_between_missing_neighbours() -> None:
 def test_lengths_have_policies(pose_file) -> None:
     content = pose_file.bytes(*pose_file.body(frames=50))
     subsampled = extract_features(content, SET, 25, max_frames=10)
-    cut = extract_features(content, SET, 25, max_frames=10, too_long="cut")
-    assert len(subsampled.values) == len(cut.values) == 10 and subsampled.shortened and cut.shortened
+    truncated = extract_features(content, SET, 25, max_frames=10, too_long="cut")
+    assert len(subsampled.values) == len(truncated.values) == 10 and subsampled.shortened and truncated.shortened
     with pytest.raises(PoseError, match="too long: 50 frames"):
         extract_features(content, SET, 25, max_frames=10, too_long="reject")
     with pytest.raises(PoseError, match="too short: 50 frames"):
         extract_features(content, SET, 25, min_frames=51)
 
 
-def test_a_file_without_z_is_told_apart(pose_file) -> None:
+def test_a_file_without_z_is_rejected(pose_file) -> None:
     with pytest.raises(PoseError, match="has no z coordinate"):
         _features(pose_file, *pose_file.body(dims=2))
 
@@ -124,7 +124,7 @@ def test_depth_in_widths_of_the_picture_becomes_pixels(pose_file) -> None:
     np.testing.assert_allclose(_features(pose_file, data, confidence).values[:, 16, 2], -0.5, atol=1e-5)
 
 
-def test_depth_of_a_hand_is_told_from_its_wrist(pose_file) -> None:
+def test_depth_of_a_hand_is_relative_to_its_wrist(pose_file) -> None:
     data, confidence = pose_file.body()
     data[:, :, slice(11, 32), 2] += 77
     values = _features(pose_file, data, confidence).values

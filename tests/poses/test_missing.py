@@ -1,4 +1,4 @@
-"""One notion of missing, whoever wrote the file: what was not seen is NaN, what lies at the origin rightly stays."""
+"""Missing points, however a file writes them: an unseen point is NaN, a normalised point at the origin stays."""
 
 import pickle
 
@@ -52,9 +52,9 @@ def test_all_ways_to_write_nothing_give_the_same_features(pose_file) -> None:
     hand = _hand(pose_file)
     found = []
     for value, claimed in [(0, 0), (0, 1), (np.nan, 1), (5, 1), (3e7, 1), (0, np.nan), (5, np.inf), (1, -1)]:
-        changed, told = data.copy(), confidence.copy()
-        changed[2:7, :, hand], told[2:7, :, hand] = value, claimed
-        found.append(_features(pose_file, changed, told).values)
+        changed, marks = data.copy(), confidence.copy()
+        changed[2:7, :, hand], marks[2:7, :, hand] = value, claimed
+        found.append(_features(pose_file, changed, marks).values)
     for values in found[1:]:
         np.testing.assert_array_equal(values, found[0])
 
@@ -101,7 +101,7 @@ def test_of_two_people_the_one_that_is_there(pose_file) -> None:
     assert np.isfinite(_features(pose_file, data, confidence).values[:, :3]).all()
 
 
-def test_arrays_say_it_alike() -> None:
+def test_arrays_follow_the_same_rule() -> None:
     keypoints = np.random.default_rng(0).uniform(100, 300, (6, 133, 2)).astype(np.float32)
     keypoints[2, 91:112] = 0
     keypoints[3, 91:112] = 17
@@ -111,14 +111,14 @@ def test_arrays_say_it_alike() -> None:
     assert features.without_place == 2 * 21
 
 
-def test_real_recordings_lose_nothing_by_it() -> None:
+def test_real_recordings_lose_no_point() -> None:
     for file in sorted(find_lexicon().glob("*/*.pose"))[:40]:
         content = file.read_bytes()
         assert extract_features(content, SET, 12.5).without_place == 0
 
 
-def _hold(pose_file, examples: int) -> None:
-    """However a clip is moved and scaled, an unseen component is missing exactly where it was not seen."""
+def _check_moved_clips(pose_file, examples: int) -> None:
+    """In a clip that is moved and scaled, an unseen component is missing exactly where it was not seen."""
     data, confidence = pose_file.body(frames=12)
     rng = np.random.default_rng(1)
     data += rng.normal(0, 2, data.shape).astype(np.float32)
@@ -133,11 +133,11 @@ def _hold(pose_file, examples: int) -> None:
         st.tuples(st.integers(-900, 900), st.integers(-900, 900), st.integers(-9, 9)),
     )
     def run(unseen: list[bool], claimed: float, scale: float, shift: tuple[int, int, int]) -> None:
-        changed, told = data.copy(), confidence.copy()
+        changed, marks = data.copy(), confidence.copy()
         hand = _hand(pose_file)
-        changed[unseen, :, hand], told[unseen, :, hand] = 0, claimed
+        changed[unseen, :, hand], marks[unseen, :, hand] = 0, claimed
         changed = (changed * np.float32(scale) + np.float32(shift)).astype(np.float32)
-        features = _features(pose_file, changed, told)
+        features = _features(pose_file, changed, marks)
         seen = np.isfinite(features.values).all(axis=2)
         assert not seen[unseen][:, LEFT].any() and seen[np.invert(unseen)].all()
         assert np.delete(seen, LEFT, axis=1).all()
@@ -147,9 +147,9 @@ def _hold(pose_file, examples: int) -> None:
 
 
 def test_moved_and_scaled_clips_miss_the_same(pose_file) -> None:
-    _hold(pose_file, 100)
+    _check_moved_clips(pose_file, 100)
 
 
 @pytest.mark.nightly
 def test_many_moved_and_scaled_clips_miss_the_same(pose_file) -> None:
-    _hold(pose_file, 5_000)
+    _check_moved_clips(pose_file, 5_000)

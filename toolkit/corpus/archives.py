@@ -1,8 +1,7 @@
-"""Where the pose files lie, and how the one that belongs to a row of the table is found and read.
+"""Find and read the pose file of each row of the table.
 
-A folder, a zip, a tar, or either of these cut into parts, as large corpora are published. Archives are read in place:
-no part is joined with another and nothing is unpacked. A name inside an archive is only ever looked up, so it cannot
-lead anywhere.
+Pose files are in a folder, a zip or a tar; large corpora publish a zip or tar as a sequence of parts. Archives are
+read in place: parts are not joined and nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import posixpath
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,12 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
-from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, shown
+from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, printable
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
-from toolkit.poses.zip_entries import read_entry
 
-LARGEST_FILE = 1 << 30
-"""Bytes of one pose file; an hour of full holistic poses is 850 MB."""
-
+_CHECK_PATH = "check data.poses (--poses): the folder or archive of the pose files"
 # x.zip.part_aa, x.zip.part-1, x.zip.001
 _PARTS = (
     re.compile(r"(?P<stem>.+\.part[_-]?)(?P<number>[a-z]{2,3}|\d+)"),
@@ -39,23 +36,23 @@ _PARTS = (
 
 
 class _Container(Protocol):
-    """A place whose entries are read by a key that ``entries`` gave."""
+    """A folder or archive whose pose files are read by the keys that ``entries`` gives."""
 
     def entries(self) -> Iterable[tuple[str, Any, object]]:
-        """Name, key and whatever changes when the content does, of each pose file."""
+        """Name, key and version (a value that changes with the content) of each pose file."""
 
     def read(self, key: Any) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class PoseFiles:
-    """The pose files of a corpus, wherever they lie.
+    """The pose files of a corpus in a folder or archive.
 
     Attributes:
         container: reads a file by its key.
-        files: key of each file, by its name: the path that leads there.
+        files: the key of each file by its name, which is its path in the container.
         names: finds a file by what a table calls it.
-        identity: hash of all names, sizes and times of change or checksums.
+        identity: hash of the names and versions of all files.
     """
 
     container: _Container
@@ -64,10 +61,10 @@ class PoseFiles:
     identity: str
 
     def match(self, row: Row) -> tuple[str, list[str]]:
-        """The files that may hold a row's clip.
+        """Look up a row's clip.
 
         Returns:
-            the name that was looked up, and the files that it may mean: one, or none, or several if it is ambiguous.
+            the name that was looked up, and the files that match: one, none, or several if the name is ambiguous.
         """
         found = [(name, self.names.match(name)) for _, name in _looked_up(row)]
         unique = (match for match in found if len(match[1]) == 1)
@@ -75,22 +72,22 @@ class PoseFiles:
         return next(unique, None) or next(ambiguous, None) or found[0]
 
     def find(self, row: Row) -> Any | None:
-        """The key of the file that holds a row's clip, None if there is none or its name is ambiguous."""
+        """The key of the file with a row's clip, None if there is no such file or its name is ambiguous."""
         _, files = self.match(row)
         return self.files[files[0]] if len(files) == 1 else None
 
-    def why_not(self, row: Row) -> str:
-        """Why ``find`` finds nothing, and what would help."""
+    def reason_not_found(self, row: Row) -> str:
+        """Why ``find`` finds no file, and after the last colon the remedy."""
         name, files = self.match(row)
         if files:
             return (
-                f"several pose files have its name: '{shown(name)}' may be {' or '.join(map(shown, files))}: "
-                "write the one that is meant as the uid or into a column pose"
+                f"several pose files have its name: '{printable(name)}' may be {' or '.join(map(printable, files))}: "
+                "write the path of the right one as the uid or into a column pose"
             )
-        names = " and ".join(f"'{shown(name)}' ({column})" for column, name in _looked_up(row))
+        names = " and ".join(f"'{printable(name)}' ({column})" for column, name in _looked_up(row))
         return (
-            f"no pose file has its name: looked up {names}, the nearest is {shown(self.names.nearest(name))}: "
-            "if that is the one, write it into a column pose"
+            f"no pose file has its name: looked up {names}, the nearest is {printable(self.names.nearest(name))}: "
+            "if that is the right one, write it into a column pose"
         )
 
     def read(self, key: Any) -> bytes:
@@ -106,7 +103,7 @@ class PoseFiles:
 
 
 def open_poses(path: Path) -> PoseFiles:
-    """Look through a place with pose files.
+    """List the pose files of a folder or archive.
 
     Args:
         path: a folder, a zip, a tar, or any one of the parts (``x.zip.part_aa``, ``x.zip.001``) of a zip or tar.
@@ -118,15 +115,15 @@ def open_poses(path: Path) -> PoseFiles:
         container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
         entries = sorted(container.entries(), key=lambda entry: entry[0])
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}): is data.poses right?") from error
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}", _CHECK_PATH) from error
     if not entries:
-        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file: is data.poses right?")
+        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file", _CHECK_PATH)
     digest = xxhash.xxh3_64()
     last: dict[str, tuple[str, Any]] = {}
-    for name, key, mark in entries:
-        # Who unpacks an archive that holds a name twice (tar -r) has the later one.
+    for name, key, version in entries:
+        # An archive may hold a name twice (tar -r); as in unpacking, the later file replaces the earlier one.
         last[posixpath.normpath(name)] = name, key
-        digest.update(repr((name, mark)).encode())
+        digest.update(repr((name, version)).encode())
     files = dict(last.values())
     return PoseFiles(container, files, Names(files, str(path.absolute())), digest.hexdigest())
 
@@ -135,8 +132,8 @@ def _looked_up(row: Row) -> list[tuple[str, str]]:
     """Column and value of each name that a row's pose file may have."""
     if row.pose:
         return [("pose", row.pose)]
-    cut = row.start is not None or row.end is not None
-    return [("uid", row.uid)] + ([("video", row.video)] if cut and row.video else [])
+    is_excerpt = row.start is not None or row.end is not None
+    return [("uid", row.uid)] + ([("video", row.video)] if is_excerpt and row.video else [])
 
 
 class _Folder:
@@ -153,7 +150,7 @@ class _Folder:
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.is_dir():
-                    # A link to a folder above would lead around in circles.
+                    # A link to a folder above would be followed without end.
                     if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                         yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
                 elif is_pose_file(entry.name) and entry.is_file():
@@ -161,29 +158,30 @@ class _Folder:
                     yield prefix + entry.name, entry.path, (status.st_size, status.st_mtime_ns)
 
     def read(self, key: str) -> bytes:
-        with open(key, "rb") as file:
-            _refuse_too_large(os.fstat(file.fileno()).st_size)
-            return file.read()
+        return Path(key).read_bytes()
 
 
 def _open_archive(path: Path) -> _Container:
     joined = _JoinedParts(_parts_of(path))
-    buffered: IO[bytes] = _BoundedReader(joined)
+    buffered = io.BufferedReader(joined)
     try:
         if zipfile.is_zipfile(buffered):
             return _Zip(path.absolute(), buffered)
         if joined.pread(257, 5) == b"ustar":
             return _Tar(path.absolute(), buffered, joined)
     except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path} is a damaged archive: {error}") from error
+        raise UserError(f"{path} is a damaged archive: {error}", "copy or download it again") from error
     if joined.pread(0, 2) == b"\x1f\x8b":
-        raise UserError(f"{path} is gzip-compressed and cannot be read in place: unpack it, or pack the poses as a zip")
-    among = f" (its {len(joined.paths)} parts were read as one: is the last missing?)" if len(joined.paths) > 1 else ""
-    raise UserError(f"{path} is neither a folder nor a zip or tar{among}: is data.poses right?")
+        raise UserError(f"{path} is compressed by gzip", "decompress it by gunzip, or pack the poses as a zip")
+    if len(joined.paths) > 1:
+        raise UserError(
+            f"the {len(joined.paths)} parts of {path} are together no zip or tar", "check that the last part is there"
+        )
+    raise UserError(f"{path} is neither a folder nor a zip or tar", _CHECK_PATH)
 
 
 def _parts_of(path: Path) -> list[Path]:
-    """The file itself, or all the parts that it is one of, or that together would be it.
+    """The file itself; or all parts of the archive that is named, by its own name or by that of one part.
 
     Raises:
         UserError: there is no such file, or a part is missing.
@@ -192,18 +190,21 @@ def _parts_of(path: Path) -> list[Path]:
     if path.is_file() and not match:
         return [path]
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}: is data.poses right?")
+        raise UserError(f"there is no folder {path.parent}", _CHECK_PATH)
     parts: dict[int, Path] = {}
     for sibling in path.parent.iterdir():
         part = _as_part(sibling.name)
         if part and sibling.is_file() and (part[0] == match[0] if match else part[0].startswith(path.name + ".")):
             parts[part[1]] = sibling
     if not parts:
-        raise UserError(f"there is no folder or archive {path}: data.poses wants the place of the .pose files")
+        raise UserError(f"there is no folder or archive {path}", _CHECK_PATH)
     first = 0 if 0 in parts else 1
     if sorted(parts) != list(range(first, first + len(parts))):
         missing = next(number for number in range(first, max(parts)) if number not in parts)
-        raise UserError(f"{path}: {len(parts)} parts are there, but number {missing - first + 1} is missing")
+        raise UserError(
+            f"{path}: {len(parts)} parts are there, but number {missing - first + 1} is missing",
+            "download the missing part into the same folder",
+        )
     return [parts[number] for number in sorted(parts)]
 
 
@@ -219,9 +220,9 @@ def _as_part(name: str) -> tuple[str, int] | None:
 
 
 class _JoinedParts(io.RawIOBase):
-    """Several files read as if they were one.
+    """Several files read as one.
 
-    Every read names its offset to the system, so processes forked from this one do not move each other's place.
+    Every read passes its offset to the system, so forked processes do not move each other's position.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -232,22 +233,17 @@ class _JoinedParts(io.RawIOBase):
             self._ends.append(self._ends[-1] + os.fstat(file).st_size)
         self._position = 0
 
-    @property
-    def size(self) -> int:
-        """Bytes of all parts together."""
-        return self._ends[-1]
-
     def pread(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset`` on; fewer only at the end."""
-        pieces = []
+        chunks = []
         while size > 0 and offset < self._ends[-1]:
             part = bisect.bisect_right(self._ends, offset) - 1
-            piece = os.pread(self._files[part], min(size, self._ends[part + 1] - offset), offset - self._ends[part])
-            if not piece:
+            chunk = os.pread(self._files[part], min(size, self._ends[part + 1] - offset), offset - self._ends[part])
+            if not chunk:
                 raise OSError("the archive became shorter while it was read")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return b"".join(pieces)
+            chunks.append(chunk)
+            offset, size = offset + len(chunk), size - len(chunk)
+        return b"".join(chunks)
 
     def readinto(self, buffer: Any) -> int:
         content = self.pread(self._position, len(buffer))
@@ -255,8 +251,8 @@ class _JoinedParts(io.RawIOBase):
         self._position += len(content)
         return len(content)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._ends[-1]}[whence]
+    def seek(self, offset: int, from_where: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._ends[-1]}[from_where]
         if start + offset < 0:
             raise OSError("seek before the beginning of the archive")
         self._position = start + offset
@@ -278,21 +274,6 @@ class _JoinedParts(io.RawIOBase):
         super().close()
 
 
-class _BoundedReader(io.BufferedReader):
-    """Never asks for more bytes than there are.
-
-    The directory of a damaged archive may claim gigabytes, and a read allocates what it asks for before it looks.
-    """
-
-    def __init__(self, joined: _JoinedParts) -> None:
-        super().__init__(joined)
-        self._size = joined.size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        left = max(self._size - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left))
-
-
 class _Zip:
     """A zip; the key of a file is its entry in the central directory."""
 
@@ -301,7 +282,7 @@ class _Zip:
         self._archive = zipfile.ZipFile(file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_archive, (self._path,)  # another machine of a cluster opens it itself
+        return _open_archive, (self._path,)  # each machine of a cluster opens the archive itself
 
     def entries(self) -> Iterator[tuple[str, zipfile.ZipInfo, object]]:
         for entry in self._archive.infolist():
@@ -310,12 +291,14 @@ class _Zip:
                 yield name, entry, (entry.file_size, entry.CRC)
 
     def read(self, key: zipfile.ZipInfo) -> bytes:
-        _refuse_too_large(key.file_size)
-        return read_entry(self._archive, key)
+        try:
+            return self._archive.read(key)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise PoseError(f"the file cannot be read from the zip: {error}") from error
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:
-    """The name of a member; macOS writes UTF-8 without saying so, which is then taken for the code page of DOS."""
+    """The name of a member; macOS writes UTF-8 without marking it, and ``zipfile`` then decodes it as code page 437."""
     if not entry.flag_bits & 0x800 and not entry.filename.isascii():
         with contextlib.suppress(UnicodeError):
             return entry.filename.encode("cp437").decode("utf-8")
@@ -323,11 +306,11 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
 
 
 class _Tar:
-    """An uncompressed tar; the key of a file is where its bytes begin and how many they are."""
+    """An uncompressed tar; the key of a file is the offset and number of its bytes."""
 
     def __init__(self, path: Path, file: IO[bytes], joined: _JoinedParts) -> None:
         self._path = path
-        self._file, self._joined = file, joined  # the buffered file would close the other with itself
+        self._file, self._joined = file, joined  # kept, because closing the buffered file would close `joined`
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             self._members: list[tuple[str, tuple[int, int], object]] = [
@@ -344,13 +327,7 @@ class _Tar:
 
     def read(self, key: tuple[int, int]) -> bytes:
         offset, size = key
-        _refuse_too_large(size)
         content = self._joined.pread(offset, size)
         if len(content) < size:
             raise PoseError("the tar ends within the file")
         return content
-
-
-def _refuse_too_large(size: int) -> None:
-    if size > LARGEST_FILE:
-        raise PoseError(f"the file is larger than {LARGEST_FILE >> 30} GiB")

@@ -1,8 +1,8 @@
-"""One notion of a name: which file, archive member or clip is meant by what a table or a user wrote.
+"""Match the names of clips in tables and commands with files, archive members and clips.
 
-Names are compared by their folders and their stem: in NFC, with any of the suffixes of pose files or none, in any case
-of it, with ``/`` or ``\\``, without ``./``. A name may leave out folders from the left, and may have more of them, as
-an absolute path of another machine has.
+Names are compared by their folders and stem: in NFC, with or without a suffix of pose files in any case, with ``/`` or
+``\\``, without ``./``. A name may lack folders on the left or have more of them, as an absolute path of another machine
+has.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from functools import cached_property
 
 SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
 
-MOST_MATCHES = 8  # beyond that many nobody reads which files an ambiguous name may mean
-LONGEST_SHOWN = 300  # characters of a name in a message
+MOST_MATCHES = 8  # files that a message about an ambiguous name lists
+LONGEST_PRINTED = 300  # characters of a name in a message
 
 # file:///data/x, s3://bucket/x, C:/data/x, ~/x
 _ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:(?=/)|~(?=/)")
 
 
 def is_pose_file(name: str) -> bool:
-    """Whether a file is one of poses by its name; the companions (``._x.pose``) that macOS adds to archives are not."""
+    """Whether a name is that of a pose file; the metadata files (``._x.pose``) that macOS adds to archives are not."""
     return name.lower().endswith(SUFFIXES) and not posixpath.basename(name.replace("\\", "/")).startswith("._")
 
 
 def canonical(name: str) -> str:
-    """What two names have in common that mean the same: folders and stem, joined by ``/``."""
+    """The form in which names are compared: folders and stem, joined by ``/``."""
     return _parse(name)[1]
 
 
@@ -43,29 +43,29 @@ def shared_tail(first: str, second: str) -> int:
     return _common(canonical(first).split("/")[::-1], canonical(second).split("/")[::-1])
 
 
-def shown(name: str) -> str:
-    """A name for a message: on one line, printable, and not endless."""
+def printable(name: str) -> str:
+    """A name for a message: on one line, without control characters, and shortened if it is very long."""
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-    half = LONGEST_SHOWN // 2
-    return name if len(name) <= LONGEST_SHOWN else f"{name[:half]}...{name[-half:]}"
+    half = LONGEST_PRINTED // 2
+    return name if len(name) <= LONGEST_PRINTED else f"{name[:half]}...{name[-half:]}"
 
 
 class Names:
-    """Names that are there, to be found by what somebody calls them."""
+    """An index of names that finds those which a table or user may mean."""
 
     def __init__(self, names: Iterable[str], root: str = "") -> None:
         """Index names.
 
         Args:
-            names: files or members with the folders that lead to them, or clips.
-            root: the folder that they lie in; a path below it means exactly the file that lies there.
+            names: of files or members with their folders, or of clips.
+            root: the folder of the files; a path below it means exactly the file with that path.
         """
         self.names = list(names)
         self._root = canonical(root) + "/" if root else ""
         self._by_path: dict[str, list[str]] = {}
-        # By stem, anywhere ("") and within each of the folders above it. Corpora with one file name in a folder for
-        # each clip (clip17/keypoints.npy) are large, so no list of all files of one stem may be gone through.
+        # By stem, anywhere ("") and within each of the folders above it. A corpus may use one file name in a folder for
+        # each clip (clip17/keypoints.npy), so a search through all files of one stem would be too slow.
         self._within: dict[tuple[str, str], list[str]] = {}
         self._folders: set[str] = set()
         for name in self.names:
@@ -77,11 +77,11 @@ class Names:
             self._folders.update(folders)
 
     def match(self, name: str) -> list[str]:
-        """The names that are meant: one, none, or several (no more than ``MOST_MATCHES``) when it is ambiguous.
+        """The names that match: one, none, or several (at most ``MOST_MATCHES``) if the name is ambiguous.
 
-        A name that equals a whole path means that one. Else folders may be missing on either side, but a folder that
-        is there is never passed over: ``/data/test/7`` does not mean ``train/7`` where there is a folder ``test``, and
-        ``/data/train/monday/7`` does not mean ``train/tuesday/7``.
+        A whole path matches itself alone. Otherwise folders may be missing on either side, but a folder that exists
+        must match: ``/data/test/7`` does not match ``train/7`` if there is a folder ``test``, and
+        ``/data/train/monday/7`` does not match ``train/tuesday/7``.
         """
         absolute, path = self._locate(name)
         if path in self._by_path:
@@ -106,7 +106,7 @@ class Names:
         return _narrow(name, found)
 
     def nearest(self, name: str) -> str:
-        """The most similar name that is there: by what both begin and end with, in any case."""
+        """The most similar name of the index: the one with the longest common beginning and end, in any case."""
         path = self._locate(name)[1].casefold()
         around: set[str] = set()
         for key, (spelled, names) in zip((path, path[::-1], posixpath.basename(path)), self._sorted, strict=True):
@@ -120,7 +120,7 @@ class Names:
 
     @cached_property
     def _sorted(self) -> list[tuple[list[str], list[str]]]:
-        """Spellings in their order, beside their names: of the path, of the path backwards, of the stem."""
+        """Sorted keys and their names: by path, by reversed path, and by stem."""
         paths = [canonical(name).casefold() for name in self.names]
         orders = []
         for spelled in (paths, [path[::-1] for path in paths], [posixpath.basename(path) for path in paths]):
@@ -134,7 +134,7 @@ class Names:
 
 
 def _parse(name: str) -> tuple[bool, str]:
-    """Whether a name begins outside of the folder it is looked up in, and its canonical form."""
+    """Whether a name is absolute or begins above the folder it is looked up in, and its canonical form."""
     name = name.replace("\\", "/")
     if not name.isascii():
         name = unicodedata.normalize("NFC", name)
@@ -162,14 +162,14 @@ def _without_suffix(name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    """Its suffix as one of ours, if it has any of them."""
+    """The suffix of a pose file that a name has, "" if it has none."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _narrow(name: str, found: Sequence[str]) -> list[str]:
-    """Of files that differ in suffix or spelling alone, those that are written just as the name is, if there are any.
+    """Of files that differ in suffix or spelling alone, those that are spelled as the name is, if there are any.
 
-    ``x.npy`` beside ``x.pose``, or one ``é`` beside another that looks the same: both may lie in one folder.
+    One folder may hold ``x.npy`` and ``x.pose``, or two forms of ``é``.
     """
     spellings: list[Callable[[str], str]] = [_suffix]
     if len({canonical(candidate) for candidate in found}) == 1:

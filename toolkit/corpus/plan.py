@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles, open_poses
-from toolkit.corpus.names import canonical, contradict, shared_tail, shown
+from toolkit.corpus.names import canonical, contradict, printable, shared_tail
 from toolkit.corpus.packed import FORMAT_VERSION
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
 from toolkit.corpus.table import PRESETS, Row, read_table
@@ -135,7 +135,7 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
     reasons = {row.line: reason for row, reason in _claimed_twice(found)}
     if len(lost) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
         _refuse(inputs, lost, reasons)
-    rejects += [(row.line, row.uid, inputs.poses.why_not(row)) for row in lost]
+    rejects += [(row.line, row.uid, inputs.poses.reason_not_found(row)) for row in lost]
     rejects += [(row.line, row.uid, reasons[row.line]) for row, _, _ in found if row.line in reasons]
     return [(row, inputs.poses.files[file]) for row, _, file in found if row.line not in reasons], rejects
 
@@ -149,7 +149,7 @@ def _duplicate(row: Row, first: Row) -> str:
 
 def _refuse(inputs: Inputs, lost: Sequence[Row], reasons: Mapping[int, str]) -> NoReturn:
     """Refuse a table most of whose clips have no file of their own, with the reason of the most frequent kind."""
-    examples = [(row.line, inputs.poses.why_not(row)) for row in lost[:MOST_EXAMPLES]]
+    examples = [(row.line, inputs.poses.reason_not_found(row)) for row in lost[:MOST_EXAMPLES]]
     examples += list(reasons.items())[:MOST_EXAMPLES]
     (kind, _), *_ = Counter(reason.partition(":")[0] for _, reason in examples).most_common(1)
     line, reason = next(example for example in examples if example[1].startswith(kind))
@@ -184,16 +184,16 @@ def _losers(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, s
         if undecided and rank[name] == rank[best]:
             yield (
                 row,
-                f"two names lead to one pose file: '{shown(name)}' and '{shown(others_name)}' (line {other.line}) both "
-                f"to {shown(file)}: give data.poses the folder that holds those of both",
+                f"two names lead to one pose file: '{printable(name)}' and '{printable(others_name)}' (line "
+                f"{other.line}) both to {printable(file)}: set data.poses to the folder that holds the files of both",
             )
         elif contradict(name, best):
             yield (
                 row,
-                f"no pose file has its name: looked up '{shown(name)}', the nearest is {shown(file)}, "
-                f"but that is '{shown(best)}' of line {owner.line}: the file is missing",
+                f"no pose file has its name: looked up '{printable(name)}', the nearest is {printable(file)}, "
+                f"but that is '{printable(best)}' of line {owner.line}: the file is missing",
             )
         elif by_uid is not None and name == row.uid:
-            yield row, f"duplicate uid: line {by_uid.line} has it too, written '{shown(by_uid.uid)}'"
+            yield row, f"duplicate uid: line {by_uid.line} has it too, written '{printable(by_uid.uid)}'"
         elif name == row.uid:
             by_uid = row

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.corpus.archives import PoseFiles
-from toolkit.corpus.names import Names, shown
+from toolkit.corpus.names import Names, printable
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
@@ -29,10 +29,10 @@ def find_clip(corpus: Corpus, uid: str) -> tuple[str, Clip]:
     names = Names(places)
     meant = [uid] if uid in places else names.match(uid)
     if not meant:
-        near = f", the nearest is '{shown(names.nearest(uid))}'" if places else ""
-        raise UserError(f"{corpus.path} has no clip '{shown(uid)}'{near}: rejects.csv may say why")
+        near = f", the nearest is '{printable(names.nearest(uid))}'" if places else ""
+        raise UserError(f"{corpus.path} has no clip '{printable(uid)}'{near}: rejects.csv may say why")
     if len(meant) > 1:
-        raise UserError(f"'{shown(uid)}' may be any of {', '.join(map(shown, meant))}: name one of them")
+        raise UserError(f"'{printable(uid)}' may be any of {', '.join(map(printable, meant))}: name one of them")
     split, index = places[meant[0]]
     return split, corpus.splits[split].clip(index)
 
@@ -56,8 +56,8 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         row = Row(clip.uid, clip.text, clip.video, start=0.0)
         key = poses.find(row)
         if key is None:
-            reason = poses.why_not(row).rpartition(":")[0]  # its advice is for tables
-            raise UserError(f"the poses hold no recording of '{shown(clip.uid)}' ({reason}): is --poses right?")
+            reason = poses.reason_not_found(row).rpartition(":")[0]  # its advice is for tables
+            raise UserError(f"the poses hold no recording of '{printable(clip.uid)}' ({reason}): is --poses right?")
         try:
             raw = read_clip(poses.read(key))
             panels.insert(0, (f"recorded, {raw.fps:g} fps", recorded_points(raw, corpus.landmark_set), raw.fps))

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from toolkit.corpus.archives import LARGEST_FILE, PoseFiles, open_poses
-from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, shown
+from toolkit.corpus.archives import PoseFiles, open_poses
+from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, printable
 from toolkit.errors import UserError
 from toolkit.poses.features import read_clip
 from toolkit.poses.pose_file import PoseError, RawPose, read_pose
@@ -91,9 +91,9 @@ def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
         file = folder / found[0]
         return _file(file, file.stem, fps)
     if found:
-        raise UserError(f"{shown(str(path))} may be any of {', '.join(map(shown, found))}: name one of them")
-    near = f": the nearest is {shown(str(folder / beside.nearest(path.name)))}" if beside.names else ""
-    raise UserError(f"there is no file or folder {shown(str(path))}{near}")
+        raise UserError(f"{printable(str(path))} may be any of {', '.join(map(printable, found))}", "name one of them")
+    near = f"the nearest is {printable(str(folder / beside.nearest(path.name)))}" if beside.names else "check the path"
+    raise UserError(f"there is no file or folder {printable(str(path))}", near)
 
 
 def _is_archive(path: Path) -> bool:
@@ -129,9 +129,13 @@ def _member(path: Path, name: str, fps: float | None) -> ClipSource:
     poses = _open_archive(path)
     found = poses.names.match(name)
     if not found:
-        raise UserError(f"{path} holds no clip {shown(name)}: the nearest is {shown(poses.names.nearest(name))}")
+        raise UserError(
+            f"{path} holds no clip {printable(name)}: the nearest is {printable(poses.names.nearest(name))}"
+        )
     if len(found) > 1:
-        raise UserError(f"several clips in {path} may be {shown(name)}: name one of {', '.join(map(shown, found))}")
+        raise UserError(
+            f"several clips in {path} may be {printable(name)}: name one of {', '.join(map(printable, found))}"
+        )
     return _clip_of(path, poses, found[0], fps)
 
 
@@ -139,8 +143,8 @@ def _open_archive(path: Path) -> PoseFiles:
     try:
         return open_poses(path)
     except UserError as error:
-        # Its advice is for recipes.
-        raise UserError(str(error).removesuffix(": is data.poses right?")) from error
+        # The hint of open_poses names settings of recipes.
+        raise UserError(error.message, "name a folder, zip or tar of pose files") from error
 
 
 def _clip_of(path: Path, poses: PoseFiles, name: str, fps: float | None) -> ClipSource:
@@ -154,7 +158,7 @@ def _read_file(path: Path, fps: float | None) -> RawPose:
             size = os.fstat(file.fileno()).st_size
             if size >= MAP_FROM and path.suffix.lower() == ".pose":
                 return read_pose(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), fps)
-            return read_clip(_bounded(file), fps)
+            return read_clip(_read_all(file), fps)
     except OSError as error:
         raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
 
@@ -164,13 +168,11 @@ def _read_member(poses: PoseFiles, key: Any, fps: float | None) -> RawPose:
 
 
 def _read_stdin(fps: float | None) -> RawPose:
-    return read_clip(_bounded(sys.stdin.buffer), fps)
+    return read_clip(_read_all(sys.stdin.buffer), fps)
 
 
-def _bounded(file: Any) -> bytes:
-    content: bytes = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise PoseError(f"the clip is larger than {LARGEST_FILE >> 30} GiB")
+def _read_all(file: Any) -> bytes:
+    content: bytes = file.read()
     if not content:
         raise PoseError("the clip is empty")
     return content

@@ -1,6 +1,6 @@
-"""Keypoints in ``.npy``, ``.npz`` and ``.pkl`` files: arrays whose points have no names, as people write them.
+"""Keypoints in ``.npy``, ``.npz`` and ``.pkl`` files become poses; the number of points gives their names.
 
-One array of all frames, or a list with one array a frame, in which the number of people may change or be none.
+A file holds one array of all frames, or a list with one array a frame, in which the number of people may vary.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from toolkit.poses.array_files import KEYPOINTS, SCORES, read_named_arrays
-from toolkit.poses.layouts import FACE_68, nameless_layouts
-from toolkit.poses.people import follow_signer, line_up
+from toolkit.poses.layouts import FACE_68, layouts_by_size
+from toolkit.poses.people import follow_signer, locate_people_in_frames
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
 
 DEFAULT_FPS = 25.0
-"""Of arrays that do not tell: neither the file (``fps``) nor the table."""
+"""Frame rate of arrays for which neither the file (``fps``) nor the table gives one."""
 
-_DEEPEST = 4  # frames, people, points, coordinates
-_LARGEST_GROUP = 8  # beyond it more people than frames are taken for a wrong order of the axes
+_LARGEST_GROUP = 8  # more people than this, and more than frames, mean that the axes are in the wrong order
 Frames = FloatArray | list[FloatArray]
-"""[frames, ...] where all are alike, else one array a frame."""
+"""[frames, ...] where all frames have one shape, else one array a frame."""
 
 
 def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
@@ -31,44 +30,44 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
 
     The arrays are keypoints [frames, points, 2..4] or [frames, people, points, 2..4] and, where the file holds more
     than one, scores without the last axis and ``fps``. Lists hold one array a frame, [points, 2..4] or
-    [people, points, 2..4]; nobody is an empty one, or None. The number of points tells their names. The third of three
-    coordinates is a score for OpenPose and COCO-WholeBody, else z; the fourth of four is a score. Without scores a
-    point at the origin is missing.
+    [people, points, 2..4]; a frame without people is an empty array or None. The third of three coordinates is a score
+    for OpenPose and COCO-WholeBody, else z; the fourth of four is a score. Without scores a point at the origin is
+    missing.
 
     Args:
         content: the whole file.
-        fps: frames per second, when something else than the file tells them; then the file is not asked.
+        fps: frames per second; overrules the file.
 
     Raises:
         PoseError: the bytes are no such file.
     """
     try:
-        # Damaged files make the readers of numbers and of pickles warn of what is a reject anyway.
+        # A damaged file makes numpy and pickle warn before it is rejected.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            return _to_pose(*read_named_arrays(content), fps)
+            return _to_pose(read_named_arrays(content), fps)
     except PoseError:
         raise
-    except Exception as error:  # a damaged array file fails in too many ways to name, and each is only this clip's
-        raise PoseError(f"the arrays cannot be read: {type(error).__name__}") from error
+    except Exception as error:  # damaged array files raise too many kinds of errors to name them
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise PoseError(f"the arrays cannot be read: {reason}") from error
 
 
-def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPose:
-    """Give the arrays of a file of ``size`` bytes the names and the form of a pose file."""
+def _to_pose(found: dict[str, Any], given_fps: float | None) -> RawPose:
+    """Give the arrays of a file the point names and the shape of a pose file."""
     name = next((name for name in KEYPOINTS if name in found), None)
     if name is None:
         held = ", ".join(key[:40] for key in list(found)[:8]) or "nothing"
         raise PoseError(f"none of the arrays is called {', '.join(KEYPOINTS)}: the file holds {held}")
-    most_bytes = 4 * size + (1 << 20)
-    values = _frames(found[name], name, most_bytes)
+    values = _frames(found[name], name)
     score_name = next((name for name in SCORES if found.get(name) is not None), None)
-    scores = None if score_name is None else _frames(found[score_name], score_name, most_bytes)
+    scores = None if score_name is None else _frames(found[score_name], score_name)
     if isinstance(values, np.ndarray) and isinstance(scores, np.ndarray | None):
-        values, scores = _all_alike(values, name, scores, score_name)
+        values, scores = _of_equal_frames(values, name, scores, score_name)
     else:
-        values, scores = _one_by_one(values, name, scores, score_name, most_bytes)
+        values, scores = _signer_of_frames(values, name, scores, score_name)
 
-    points = nameless_layouts()[values.shape[2]]
+    points = layouts_by_size()[values.shape[2]]
     flat_layout = any(component == FACE_68 for component, _ in points)
     if scores is not None:
         confidence = scores
@@ -79,7 +78,7 @@ def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPos
     if flat_layout:
         values = values[..., :2]
     return RawPose(
-        checked_fps(_claimed_fps(found) if told_fps is None else DEFAULT_FPS, told_fps),
+        checked_fps(_claimed_fps(found) if given_fps is None else DEFAULT_FPS, given_fps),
         _header(len(points), values.shape[3]),
         np.ascontiguousarray(values),
         np.ascontiguousarray(confidence),
@@ -88,81 +87,47 @@ def _to_pose(found: dict[str, Any], size: int, told_fps: float | None) -> RawPos
 
 @lru_cache(maxsize=16)
 def _header(num_points: int, dims: int) -> PoseHeader:
-    points = nameless_layouts()[num_points]
+    points = layouts_by_size()[num_points]
     sizes = tuple((len(list(group)), dims) for _, group in groupby(points, key=lambda point: point[0]))
     return PoseHeader(0.0, points, sizes)
 
 
-def _frames(value: Any, name: str, most_bytes: int) -> Frames:
-    """An array of all frames, or lists of numbers or of one array a frame, as float32."""
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value = value.tolist()
-    _check_size(value, name, most_bytes)
-    if isinstance(value, np.ndarray):
-        return value.astype(np.float32)
-    if not isinstance(value, list | tuple):
+def _frames(value: Any, name: str) -> Frames:
+    """An array of all frames, or a list of numbers or of one array a frame, as float32."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return _numbers(value, name)
+    if not isinstance(value, np.ndarray | list | tuple):
         raise PoseError(f"{name} holds a {type(value).__name__}, wanted numbers")
-    frames = [_frame(item, f"{name}, frame {number}") for number, item in enumerate(value)]
+    frames = [_numbers(item, f"{name}, frame {number}") for number, item in enumerate(value)]
     if len({frame.shape for frame in frames}) == 1 and frames[0].size:
         return np.stack(frames)
     return frames
 
 
-def _frame(value: Any, where: str) -> FloatArray:
+def _numbers(value: Any, where: str) -> FloatArray:
     if value is None:
         return np.zeros(0, np.float32)
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value = value.tolist()
     try:
-        together = np.asarray(value)
-    except ValueError:
-        together = np.asarray(None)
-    if together.dtype.kind not in "fiu":
-        raise PoseError(f"{where}: the people do not all hold the same number of points")
-    return together.astype(np.float32)
+        array = np.asarray(value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value)
+    except ValueError as error:
+        raise PoseError(f"{where}: the people do not all have the same number of points") from error
+    if array.dtype.kind not in "fiu":
+        kind = type(value).__name__ if array.dtype == object else array.dtype
+        raise PoseError(f"{where} holds {kind}, wanted numbers")
+    return array.astype(np.float32)
 
 
-def _check_size(value: Any, name: str, most_bytes: int) -> None:
-    if _size(value, name, most_bytes, depth=0) > most_bytes:
-        raise PoseError(f"{name}: the arrays are larger than the file")
-
-
-def _size(value: Any, name: str, most: int, depth: int) -> int:
-    """Bytes that the float32 array of some nested lists takes; any number above ``most`` when that is exceeded.
-
-    A list may hold another one many times over, or itself, so a small file could ask for an array without end.
-    """
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        if value.dtype.kind not in "fiu":
-            raise PoseError(f"{name} holds {value.dtype}, wanted numbers")
-        return 4 * value.size
-    if value is None or isinstance(value, int | float | np.number):
-        return 4
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, list | tuple):
-        raise PoseError(f"{name}: the arrays hold a {type(value).__name__}, wanted numbers")
-    if depth == _DEEPEST:
-        raise PoseError(f"{name}: the lists are nested too deep")
-    size = 0
-    for item in value:
-        size += 4 + _size(item, name, most - size, depth + 1)
-        if size > most:
-            break
-    return size
-
-
-def _all_alike(
+def _of_equal_frames(
     values: FloatArray, name: str, scores: FloatArray | None, score_name: str | None
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Keypoints [frames, people, points, values] and scores [frames, people, points] where all frames are alike."""
+    """Keypoints [frames, people, points, values] and scores [frames, people, points] of frames of one shape."""
     shape = values.shape
     if values.ndim == 3:
         values = values[:, None]
     if values.ndim != 4 or not 2 <= values.shape[3] <= 4 or 0 in values.shape:
         raise PoseError(
             f"the {name} have shape {shape}, wanted [frames, points, 2..4] or [frames, people, points, 2..4]"
-            f"{_advice(shape)}"
+            f"{_advice_on_axes(shape)}"
         )
     frames, people = values.shape[:2]
     if people > max(frames, _LARGEST_GROUP):
@@ -175,9 +140,9 @@ def _all_alike(
     return values, scores
 
 
-def _advice(shape: tuple[int, ...]) -> str:
-    """What may have been meant by another order or number of axes."""
-    known = nameless_layouts()
+def _advice_on_axes(shape: tuple[int, ...]) -> str:
+    """Which other order or number of axes the array may have."""
+    known = layouts_by_size()
     if len(shape) == 3 and 2 <= shape[0] <= 4 and shape[2] in known:
         return ": are the coordinates the first axis? They belong last"
     if len(shape) == 2:
@@ -188,15 +153,15 @@ def _advice(shape: tuple[int, ...]) -> str:
 
 
 def _check_points(points: int, where: str) -> None:
-    if points not in nameless_layouts():
-        known = ", ".join(map(str, sorted(nameless_layouts())))
+    if points not in layouts_by_size():
+        known = ", ".join(map(str, sorted(layouts_by_size())))
         raise PoseError(f"{where}: an array of {points} points without names: known are {known}")
 
 
-def _one_by_one(
-    values: Frames, name: str, scores: Frames | None, score_name: str | None, most_bytes: int
+def _signer_of_frames(
+    values: Frames, name: str, scores: Frames | None, score_name: str | None
 ) -> tuple[FloatArray, FloatArray | None]:
-    """The signer alone, in the form of ``_all_alike``, of a file whose frames hold other numbers of people."""
+    """The signer alone, in the shapes of ``_of_equal_frames``, of frames whose number of people varies."""
     if scores is not None and len(scores) != len(values):
         raise PoseError(f"{name} holds {len(values)} frames, {score_name} {len(scores)}")
     people = [_people_of_frame(frame, f"{name}, frame {number}") for number, frame in enumerate(values)]
@@ -219,9 +184,9 @@ def _one_by_one(
             seen = scores[number].reshape(len(frame), shape[0])
         confidences.append(seen)
 
-    if 4 * len(people) * shape[0] * (shape[1] + 1) > 2 * most_bytes:
-        raise PoseError(f"{name} holds far more frames than people")
-    places = follow_signer(line_up([*map(len, people)], lambda number: (people[number], confidences[number])))
+    places = follow_signer(
+        locate_people_in_frames([*map(len, people)], lambda number: (people[number], confidences[number]))
+    )
     data = np.zeros((len(people), 1, *shape), np.float32)
     confidence = np.zeros((len(people), 1, shape[0]), np.float32)
     for number, place in enumerate(places):
@@ -232,7 +197,7 @@ def _one_by_one(
 
 
 def _people_of_frame(frame: FloatArray, where: str) -> FloatArray:
-    """[people, points, values]; an empty array is nobody."""
+    """[people, points, values] of a frame; an empty array has no people."""
     if frame.ndim == 2 and frame.size:
         frame = frame[None]
     if not frame.size:
@@ -246,7 +211,6 @@ def _claimed_fps(found: dict[str, Any]) -> float:
     value = found.get("fps")
     if value is None:
         return DEFAULT_FPS
-    _check_size(value, "fps", most_bytes=1 << 20)
     rates = np.unique(np.asarray(value, np.float64))
     if len(rates) != 1:
         raise PoseError(f"fps holds {rates.size} different numbers, wanted one")

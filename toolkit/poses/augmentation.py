@@ -1,9 +1,7 @@
-"""Random changes to training clips that leave their meaning: seen from elsewhere, signed faster, seen less well.
+"""Augment training clips: random changes of time, of space and of what is seen.
 
-What happens to a clip follows from its own length and random generator, so it does not matter in which batch the clip
-comes or which process prepares it. Missing landmarks stay missing and padding stays padding.
-
-The three ways in which a clip changes:
+The changes of a clip depend on its length and random generator alone, so the batch it is in and the process that
+prepares it do not matter. Missing landmarks stay missing and padding stays padding.
 
 * in time: temporal crop, speed, time warp and frame drop are composed into one list of source times, read once;
 * in space: mirror, rotation, shear and scale are composed into one matrix, then comes translation, then noise;
@@ -29,7 +27,7 @@ FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.integer]
 
-# A dropped hand is hidden for at most this share of the clip: what is never seen could not be learnt.
+# A dropped hand is hidden for at most this share of the clip, so that every hand is seen.
 _LONGEST_HAND_DROP = 0.5
 _NOISE_VALUES = 1 << 20
 
@@ -42,7 +40,7 @@ def is_off(settings: Augmentation) -> bool:
 def draw_lengths(
     frames: IntArray, settings: Augmentation, rng: np.random.Generator, *, max_frames: int | None = None
 ) -> IntArray:
-    """Decide how long clips become; known ahead, so that clips can meet others of their new length.
+    """Draw the new length of each clip, before batches are formed, so that batches hold clips of similar new lengths.
 
     Args:
         frames: length of each clip, [clips]; all clips of a split at once.
@@ -54,13 +52,13 @@ def draw_lengths(
         [clips, 2]: frames that temporal crop keeps, and frames that these become by the change of speed.
     """
     frames = np.asarray(frames, dtype=np.int64)
-    cut = np.rint(frames * rng.uniform(0.0, settings.temporal_crop, len(frames))).astype(np.int64)
+    removed = np.rint(frames * rng.uniform(0.0, settings.temporal_crop, len(frames))).astype(np.int64)
     shortest = np.minimum(frames, 2)
-    kept = np.maximum(frames - cut, shortest)
+    kept = np.maximum(frames - removed, shortest)
     speed = (1.0 + settings.speed) ** rng.uniform(-1.0, 1.0, len(frames))
     new = np.rint(kept / speed).astype(np.int64)
     if max_frames is not None:
-        # A clip that was longer to begin with stays as it is.
+        # A clip that is longer already is not shortened.
         new = np.minimum(new, np.maximum(max_frames, kept))
     return np.stack([kept, np.maximum(new, shortest)], axis=1)
 
@@ -76,8 +74,7 @@ def augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Change each clip of a batch at random.
 
-    The arithmetic is vectorised over one clip at a time, because a clip fits into the processor's cache and a batch
-    does not: passes over a whole batch would spend their time on main memory.
+    Each clip is computed by itself: it fits into the processor's cache, which a whole batch does not.
 
     Args:
         poses: float32 [clips, frames, points, channels] on the CPU, in shoulder widths, 0 where missing or padded.
@@ -126,16 +123,16 @@ def augment(
 def _source_times(
     length: int, kept: int, frames: int, settings: Augmentation, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Where in the source clip each new frame is read, in frames; ascending, within 0 .. length - 1."""
+    """The position in the source clip of each new frame, in frames; ascending, within 0 .. length - 1."""
     first = rng.integers(0, length - kept + 1)
     if kept == 1 or frames == 1:
         return np.array([first + (kept - 1) / 2])
     times = np.linspace(0.0, kept - 1.0, frames)
-    # The slope of this bend is 1 + warp * cos(...), with |warp| <= 1: time never runs backwards.
+    # The slope is 1 + warp * cos(...) with |warp| <= 1: time never runs backwards.
     warp, waves = settings.time_warp * rng.uniform(-1.0, 1.0), np.pi * rng.integers(1, 3) / (kept - 1)
     times += warp * np.sin(waves * times) / waves
     times = first + np.clip(times, 0.0, kept - 1.0)
-    # The first and last frame stay. The share of dropped frames is exact, which keeps lengths within a batch alike.
+    # The first and last frame stay. The share of dropped frames is exact, so lengths within a batch stay similar.
     dropped = 1 + rng.permutation(frames - 2)[: round(settings.frame_drop * (frames - 2))]
     return np.delete(times, dropped)
 
@@ -143,8 +140,7 @@ def _source_times(
 def _read_at(points: FloatArray, seen: BoolArray, times: NDArray[np.float64]) -> tuple[FloatArray, BoolArray]:
     """Interpolate a clip linearly at the given times.
 
-    A landmark is seen where the nearest frame saw it; where only that frame did, its value stands alone, so that a hand
-    that flickers loses no frames.
+    A landmark is seen where the nearest frame saw it. If the other frame did not, the value of the nearest is used.
 
     Returns:
         coordinates as planes [channels, frames, points], any value where not seen, and what is seen [frames, points].
@@ -153,7 +149,7 @@ def _read_at(points: FloatArray, seen: BoolArray, times: NDArray[np.float64]) ->
     offset = times - nearest
     planes = np.ascontiguousarray(points[nearest].transpose(2, 0, 1))
     if offset.any():
-        # Rounding an exact 0 gives no direction; np.sign then names the nearest frame itself, and nothing is added.
+        # Where the offset is 0, `other` is the nearest frame itself, and nothing is added.
         other = nearest + np.sign(offset).astype(np.int64)
         weight = np.abs(offset).astype(np.float32)[:, None] * seen[other]
         step = np.ascontiguousarray(points[other].transpose(2, 0, 1))
@@ -205,7 +201,7 @@ def _move(
 
 
 def _absolute_points(landmark_set: LandmarkSet) -> FloatArray:
-    """1 for landmarks told relative to the body, 0 for those told relative to a landmark of their own part."""
+    """1 for landmarks relative to the body, 0 for those relative to an anchor of their own part."""
     absolute = np.ones(landmark_set.num_points, dtype=np.float32)
     for part in landmark_set.anchors or {}:
         absolute[list(landmark_set.parts[part])] = 0.0
@@ -214,5 +210,5 @@ def _absolute_points(landmark_set: LandmarkSet) -> FloatArray:
 
 @lru_cache(maxsize=1)
 def _gaussian_noise(values: int) -> FloatArray:
-    """Standard normal values to read from any place: drawing them anew for each batch would cost more than all else."""
+    """Standard normal values, read from a random place: drawing them for each batch takes longer than all the rest."""
     return np.random.default_rng(0).standard_normal(values, dtype=np.float32)

@@ -1,39 +1,27 @@
-"""Clips that were compressed one by one: gzip is unpacked, within a limit; what cannot be read is told by its name."""
+"""Decompress clips that were compressed one by one."""
 
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 
 from toolkit.poses.pose_file import PoseError
-from toolkit.poses.zip_entries import LARGEST_RATIO
 
-LARGEST_UNPACKED = 1 << 30
-"""Bytes."""
-_PIECE = 1 << 20
-_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_UNSUPPORTED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 
 
-def unpacked(content: bytes) -> bytes:
-    """The clip itself, whether it was compressed or not.
+def decompress(content: bytes) -> bytes:
+    """The content of a file that is compressed by gzip, or of one that is not compressed.
 
     Raises:
-        PoseError: it is damaged, larger than 100 times its compressed form or than 1 GiB, or compressed by other means.
+        PoseError: the file is damaged, or compressed by another program.
     """
-    for first, name in _OTHERS.items():
+    for first, name in _UNSUPPORTED.items():
         if content.startswith(first):
-            raise PoseError(f"the file is compressed by {name}: unpack it, or compress it by gzip")
-    if content[:2] != b"\x1f\x8b":
+            raise PoseError(f"the file is compressed by {name}: decompress it, or compress it by gzip")
+    if not content.startswith(b"\x1f\x8b"):
         return content
-    most = min(LARGEST_RATIO * len(content) + _PIECE, LARGEST_UNPACKED)
-    result = bytearray()
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-            while piece := file.read(_PIECE):
-                result += piece
-                if len(result) > most:
-                    raise PoseError(f"the gzip file unpacks to more than {most:,} bytes")
+        return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise PoseError(f"the gzip file cannot be unpacked: {error}") from error
-    return bytes(result)
+        raise PoseError(f"the gzip file cannot be decompressed: {error}") from error

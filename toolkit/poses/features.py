@@ -1,7 +1,7 @@
-"""One clip's recorded pose becomes the features that a model reads: chosen, normalised and resampled in time.
+"""Turn one clip's recorded pose into the features that a model reads: selected, normalised and resampled in time.
 
 A missing landmark is NaN in every channel, from here to the batch: a zero would be a place, and a model would learn
-from it. Values are told in shoulder widths from the middle of the shoulders: where the camera stood does not show.
+from it. Values are in shoulder widths from the middle of the shoulders, so the position of the camera does not matter.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy.typing as npt
 
 from toolkit.poses.array_files import is_array_file
 from toolkit.poses.arrays import read_arrays
-from toolkit.poses.compressed import unpacked
+from toolkit.poses.compressed import decompress
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.missing import may_lack_place, without_place
-from toolkit.poses.people import follow_signer, look_at
+from toolkit.poses.people import follow_signer, locate_people
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, read_pose
 
 FEATURES_VERSION = 2  # counts up when the same file would give other features
 TooLong = Literal["subsample", "cut", "reject"]
 NORMALISATION = "shoulders: origin = median mid-shoulder of the clip, unit = median shoulder width of the clip"
 _SHOULDERS = (("POSE_LANDMARKS", "LEFT_SHOULDER"), ("POSE_LANDMARKS", "RIGHT_SHOULDER"))
-# In the units of the file, be they pixels, metres or widths of the picture: nothing smaller is a distance between
-# shoulders, nothing farther away is a place.
+# In the units of the file (pixels, metres or widths of the picture): a smaller distance between shoulders and a larger
+# coordinate are errors of the detector.
 _LEAST_UNIT = 1e-3
 _FARTHEST = 1e6
 LARGEST_LACK = 0.5
-"""Share of a landmark set that a file may lack: beyond it the set was made for other files."""
-# No shoulders are this near to each other in pixels, and nobody's depth varies this little in pixels (std. deviation).
+"""Largest share of a landmark set that a file may lack; a set that lacks more was made for other files."""
+# In pixels: shoulders are farther apart than this, and depth varies by more than this (standard deviation).
 _LEAST_PIXELS = 8.0
 _FLATTEST_PIXELS = 3.0
 
@@ -43,10 +43,10 @@ class ClipFeatures:
     Attributes:
         values: float32 [frames, points, channels]; NaN = missing.
         normalised_by: ``shoulders``, or ``spread`` where no frame shows both shoulders.
-        shortened: the clip was longer than allowed and was subsampled or cut.
+        shortened: the clip was longer than allowed and was subsampled or truncated.
         hands_visible: share of frames that show a landmark of at least one hand; 1.0 for sets without hands.
-        lacking: the landmarks of the set that the file does not have at all; they are missing in every frame.
-        without_place: how many landmarks, over all frames, claimed a confidence but had no place; they are missing.
+        lacking: the landmarks of the set that the file does not contain; they are missing in every frame.
+        without_place: how many landmarks, over all frames, had a confidence but no place; they are missing.
     """
 
     values: FloatArray
@@ -69,15 +69,15 @@ def extract_features(
     """Turn a recorded pose into features.
 
     Args:
-        pose: the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file, or what ``read_clip`` made of them.
+        pose: the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file, or what ``read_clip`` returned.
         landmark_set: which points, in which order, with which channels.
         fps: frames per second of the result; the clip is resampled in time, whatever its own rate.
-        min_frames: a shorter result is refused.
-        max_frames: a longer result is subsampled to this length, cut to it, or refused.
+        min_frames: a shorter result is an error.
+        max_frames: a longer result is subsampled or truncated to this length, or an error.
         too_long: which of the three.
 
     Returns:
-        Features, float32 [frames, points, channels] in shoulder widths, NaN where a landmark is missing.
+        features, float32 [frames, points, channels] in shoulder widths, NaN where a landmark is missing.
 
     Raises:
         PoseError: the clip cannot be used; the message is the reason.
@@ -89,8 +89,8 @@ def extract_features(
     coordinates = 3 if "z" in landmark_set.channels else 2
     if raw.data.shape[3] < coordinates:
         raise PoseError(
-            f"the file has no z coordinate, and the landmark set {landmark_set.name} asks for one: "
-            "isign_76 and unisign_69 do not, nor need a set of your own"
+            f"the file has no z coordinate, and the landmark set {landmark_set.name} needs one: "
+            "choose isign_76 or unisign_69, or a set of your own without z"
         )
 
     @cache
@@ -114,7 +114,7 @@ def extract_features(
         return values, visible, num_placeless
 
     step = _whole_step(positions)
-    with np.errstate(all="ignore"):  # what is not visible may hold anything, and is NaN in the end
+    with np.errstate(all="ignore"):  # values that are not visible may be anything; they become NaN below
         values, visible, num_placeless = seen_at(slice(None, None, step), columns)
         values, visible = (
             (values[: len(positions)], visible[: len(positions)]) if step else resample(values, visible, positions)
@@ -128,7 +128,7 @@ def extract_features(
         if coordinates == 3:
             values[..., 2] *= _depth_unit(raw.header, unit, values[..., 2][visible])
             _set_depth_origins(values[..., 2], visible, landmark_set)
-        _tell_relative_to_anchors(values[..., :coordinates], visible, landmark_set)
+        _make_relative_to_anchors(values[..., :coordinates], visible, landmark_set)
         if not visible.all():
             values[~visible] = np.nan
     lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
@@ -141,14 +141,14 @@ def read_clip(content: bytes, fps: float | None = None) -> RawPose:
 
     Args:
         content: the whole file, perhaps compressed by gzip.
-        fps: frames per second as the table or the user says; overrules the file.
+        fps: frames per second as the table or the user gives them; overrules the file.
     """
-    content = unpacked(content)
+    content = decompress(content)
     return read_arrays(content, fps) if is_array_file(content) else read_pose(content, fps)
 
 
 def recorded_points(raw: RawPose, landmark_set: LandmarkSet) -> FloatArray:
-    """The x and y of a set's landmarks as recorded, float32 [frames, points, 2], NaN = missing; to look at a clip.
+    """The x and y of a set's landmarks as recorded, to draw a clip: float32 [frames, points, 2], NaN = missing.
 
     Raises:
         PoseError: the file lacks more than half of the set.
@@ -169,7 +169,7 @@ def _find_columns(header: PoseHeader, wanted: tuple[tuple[str, str], ...]) -> tu
 
 
 def _columns(header: PoseHeader, landmark_set: LandmarkSet) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Where the landmarks of the set stand in the file (-1 for those that it lacks), and where its shoulders stand.
+    """The indices in the file of the set's landmarks (-1 for those that it lacks), and those of the shoulders.
 
     Raises:
         PoseError: the file lacks more than half of the set.
@@ -196,7 +196,7 @@ def _signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, Fl
     for person in range(raw.data.shape[1]):
         taken = without_place(raw.data[:, person], raw.confidence[:, person], raw.header)
         seen[:, person] &= ~taken[:, columns]
-    places = follow_signer(look_at(values, confidence, seen))
+    places = follow_signer(locate_people(values, confidence, seen))
     frames = np.arange(len(places))
     return raw.data[frames, places], np.where(places[:, None] >= 0, raw.confidence[frames, places], np.float32(0))
 
@@ -204,7 +204,7 @@ def _signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, Fl
 def _sample_positions(
     frames: int, own_fps: float, fps: float, min_frames: int, max_frames: int | None, too_long: TooLong
 ) -> tuple[npt.NDArray[np.float64], bool]:
-    """At which (fractional) frames of the file the features are sampled, and whether the clip was too long."""
+    """The (fractional) frames of the file at which features are sampled, and whether the clip was too long."""
     count = int((frames - 1) / own_fps * fps + 1e-6) + 1
     if count < min_frames:
         raise PoseError(f"too short: {count} frames at {fps:g} fps, at least {min_frames} wanted")
@@ -230,7 +230,7 @@ def _whole_step(positions: npt.NDArray[np.float64]) -> int | None:
 def _gather(data: FloatArray, columns: npt.NDArray[np.intp]) -> FloatArray:
     """``data[:, columns]`` of an array [frames, points, values] that may lie at any address.
 
-    The floats of a file are rarely aligned in memory, and numpy picks those one by one; opaque points it copies whole.
+    The floats of a file are rarely aligned, and numpy copies unaligned floats one by one but opaque points whole.
     """
     opaque = data.view(f"V{4 * data.shape[2]}")[..., 0]
     picked = np.ascontiguousarray(opaque[:, columns])
@@ -240,13 +240,13 @@ def _gather(data: FloatArray, columns: npt.NDArray[np.intp]) -> FloatArray:
 def _visible(values: FloatArray, confidence: FloatArray, min_confidence: float) -> npt.NDArray[np.bool_]:
     """Which landmarks [frames, points] have a place; files hold NaN and infinities, also with confidence 1."""
     visible = (confidence > min_confidence) & (confidence < np.inf)
-    if not np.abs(values).max(initial=0.0) < _FARTHEST:  # true for NaN, and rare: a look at every point is slow
+    if not np.abs(values).max(initial=0.0) < _FARTHEST:  # true for NaN; rare, and checking every point is slow
         visible &= (np.abs(values) < _FARTHEST).all(axis=2)
     return visible
 
 
 def _shoulder_scale(shoulders: FloatArray, visible: npt.NDArray[np.bool_]) -> tuple[FloatArray, float] | None:
-    """Origin and unit by two shoulders [frames, 2, coordinates and more], None if no frame shows both."""
+    """Origin and unit from two shoulders [frames, 2, coordinates and more], None if no frame shows both."""
     left, right = shoulders[visible.all(axis=1)].transpose(1, 0, 2)
     if not len(left):
         return None
@@ -257,10 +257,9 @@ def _shoulder_scale(shoulders: FloatArray, visible: npt.NDArray[np.bool_]) -> tu
 
 
 def _spread_scale(values: FloatArray, visible: npt.NDArray[np.bool_]) -> tuple[FloatArray, float]:
-    """Origin and unit of a clip that never shows both shoulders, by the landmarks that it does show.
+    """Origin and unit of a clip that never shows both shoulders, from the landmarks that it does show.
 
-    Their median is the origin, and the span of their x or y (5th to 95th percentile, the larger) counts as one shoulder
-    width.
+    Their median is the origin, and the span of their x or y (5th to 95th percentile, the larger) is the unit.
     """
     shown = values[visible]
     low, high = np.percentile(shown[:, :2], [5, 95], axis=0)
@@ -268,19 +267,19 @@ def _spread_scale(values: FloatArray, visible: npt.NDArray[np.bool_]) -> tuple[F
 
 
 def _depth_unit(header: PoseHeader, unit: float, depths: FloatArray) -> float:
-    """What z must be multiplied by to be told in the unit of x and y.
+    """The factor that brings z to the unit of x and y.
 
-    Files made from MediaPipe by pose-format tell x and y in pixels but z in widths of the picture.
+    Files made from MediaPipe by pose-format have x and y in pixels but z in widths of the picture.
     """
     in_widths = header.width > 0 and unit > _LEAST_PIXELS and depths.std() * unit < _FLATTEST_PIXELS
     return float(header.width) if in_widths else 1.0
 
 
 def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
-    """Tell the depth [frames, points] of hands from their own wrist and of a face from its own middle, in place.
+    """Make the depth [frames, points] of a hand relative to its wrist and that of a face to its middle, in place.
 
-    MediaPipe estimates depth for the body, each hand and the face apart: differences between them mean nothing, and
-    would only add a random offset to every clip. The body keeps the middle of the shoulders as its origin.
+    MediaPipe estimates the depth of the body, each hand and the face separately: differences between them would only
+    add a random offset to every clip. The origin of the body stays the middle of the shoulders.
     """
     for indices in landmark_set.parts.values():
         component = landmark_set.points[indices[0]][0]
@@ -292,8 +291,8 @@ def _set_depth_origins(depth: FloatArray, visible: npt.NDArray[np.bool_], landma
             depth[:, columns] -= depth[:, columns].mean(where=visible[:, columns])
 
 
-def _tell_relative_to_anchors(values: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
-    """Move each part that has an anchor so that it lies at the origin, in place; without it the part is missing."""
+def _make_relative_to_anchors(values: FloatArray, visible: npt.NDArray[np.bool_], landmark_set: LandmarkSet) -> None:
+    """Move the anchor of each part that has one to the origin, in place; a missing anchor means a missing part."""
     for part, anchor in (landmark_set.anchors or {}).items():
         indices = list(landmark_set.parts[part])
         values[:, indices] = values[:, indices] - values[:, anchor, None]
@@ -305,7 +304,7 @@ def resample(
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Sample [frames, points, channels] at fractional frames, by linear interpolation between visible neighbours.
 
-    With one of the two neighbours missing, the other is taken where it is the nearer one; else the sample is missing.
+    If one of the two neighbours is missing, the sample is the other where that is the nearer one, else missing.
     """
     before = np.floor(positions).astype(np.intp)
     after = np.minimum(before + 1, len(values) - 1)

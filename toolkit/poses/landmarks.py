@@ -1,7 +1,7 @@
-"""Landmark sets: which named points of a pose file become features, and how they belong together.
+"""Landmark sets: which named points of a pose file become features, and how they are connected.
 
-Points are chosen by component and point NAME, never by offset, because public files of "holistic" poses hold
-anything from 178 to 586 points. A set is a YAML file; those that come with the toolkit lie in ``landmark_sets/``.
+Points are selected by component and point name, never by offset, because public files of "holistic" poses hold
+between 178 and 586 points. A set is a YAML file; those of the toolkit are in ``landmark_sets/``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SETS_FOLDER = Path(__file__).parent / "landmark_sets"
 CHANNELS = ("x", "y", "z", "confidence")
 _KEYS = {"name", "channels", "min_confidence", "parts"}
 _PART_KEYS = {"from", "component", "points", "edges", "anchor", "mirror"}
+_EXAMPLE = f"compare with {SETS_FOLDER / 'hands_body_50.yaml'}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LandmarkSet:
         edges: pairs of indices that a skeleton drawing connects.
         channels: what each landmark holds: ``x, y``, then optionally ``z`` and ``confidence``.
         min_confidence: a landmark at or below this confidence is missing.
-        anchors: parts whose coordinates are told relative to one landmark of the same frame: part -> its index.
+        anchors: parts whose coordinates are relative to one landmark of the same frame: part -> its index.
     """
 
     name: str
@@ -59,7 +60,7 @@ class LandmarkSet:
         return self.num_points * self.num_channels
 
     def position(self, component: str, point: str) -> int | None:
-        """Where a landmark stands in the set, None if it is not part of it."""
+        """The index of a landmark in the set, None if the set lacks it."""
         return self._positions.get((component, point))
 
     @cached_property
@@ -72,7 +73,7 @@ class LandmarkSet:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LandmarkSet:
-        """The set that ``to_dict`` wrote, also after a journey through JSON (where tuples become lists)."""
+        """The set that ``to_dict`` wrote, also after JSON has made lists of its tuples."""
         return cls(
             name=values["name"],
             points=tuple((component, point) for component, point in values["points"]),
@@ -101,21 +102,27 @@ def load_landmark_set(name_or_path: str) -> LandmarkSet:
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             known = ", ".join(landmark_set_names())
-            raise UserError(f"there is no landmark set '{name_or_path}': choose one of {known}, or give a YAML file")
+            raise UserError(f"there is no landmark set '{name_or_path}'", f"choose one of {known}, or give a YAML file")
     try:
         return _from_yaml(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the landmark set {path} is not readable YAML: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"the landmark set {path} is not readable YAML: {' '.join(str(error).split())}",
+            "correct the file at that place",
+        ) from error
 
 
 def _from_yaml(content: Any, path: Path) -> LandmarkSet:
     """Flatten the parts of a YAML file into one numbered list of landmarks."""
     if not isinstance(content, dict) or not isinstance(content.get("parts"), dict) or not content["parts"]:
-        raise UserError(f"the landmark set {path} needs a `parts:` mapping; landmark_sets/hands_body_50.yaml shows one")
+        raise UserError(f"the landmark set {path} has no mapping `parts`", _EXAMPLE)
     _refuse_unknown(content, _KEYS, path, "")
     channels = tuple(content.get("channels", ("x", "y", "z")))
     if channels != tuple(channel for channel in CHANNELS if channel in channels) or channels[:2] != ("x", "y"):
-        raise UserError(f"the landmark set {path}: channels must be x, y, then optionally z and confidence")
+        raise UserError(
+            f"the landmark set {path} has the channels {', '.join(map(str, channels))}",
+            "write x, y, then optionally z and confidence, in this order",
+        )
 
     points: list[tuple[str, str]] = []
     parts: dict[str, tuple[int, ...]] = {}
@@ -126,12 +133,12 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
         if isinstance(spec, dict) and "from" in spec:
             spec = _part_of(str(spec["from"]), part, path) | {key: spec[key] for key in spec if key != "from"}
         if not isinstance(spec, dict) or not spec.get("component") or not spec.get("points"):
-            raise UserError(f"the landmark set {path}: part '{part}' needs `component` and `points`")
+            raise UserError(f"the landmark set {path}: part '{part}' lacks `component` or `points`", _EXAMPLE)
         _refuse_unknown(spec, _PART_KEYS, path, f"part '{part}': ")
         component, names = str(spec["component"]), [str(point) for point in spec["points"]]
         index = {name: len(points) + offset for offset, name in enumerate(names)}
         if len(index) != len(names):
-            raise UserError(f"the landmark set {path}: part '{part}' names a point twice")
+            raise UserError(f"the landmark set {path}: part '{part}' names a point twice", "name each point once")
         points += [(component, name) for name in names]
         parts[part] = tuple(index.values())
         try:
@@ -140,13 +147,14 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
                 anchors[part] = index[str(spec["anchor"])]
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
-                f"the landmark set {path}: part '{part}': edge or anchor {error} is not one of its points"
+                f"the landmark set {path}: part '{part}': edge or anchor {error} is not one of its points",
+                "add the point to `points`, or remove the edge or anchor",
             ) from error
         for left, right in spec.get("mirror", []):
             given_mirrors[component, str(left)] = (component, str(right))
             given_mirrors[component, str(right)] = (component, str(left))
     if len(set(points)) != len(points):
-        raise UserError(f"the landmark set {path} holds a landmark in two parts")
+        raise UserError(f"the landmark set {path} has a landmark in two parts", "name each landmark in one part")
 
     position = {point: index for index, point in enumerate(points)}
     mirror = tuple(
@@ -165,14 +173,17 @@ def _from_yaml(content: Any, path: Path) -> LandmarkSet:
 
 
 def _part_of(name: str, part: Any, path: Path) -> dict[str, Any]:
-    """A part as another set of the toolkit writes it."""
+    """A part as another set of the toolkit defines it."""
     if name not in landmark_set_names():
         raise UserError(
-            f"the landmark set {path}: part '{part}' comes from '{name}', which is none of the toolkit's sets"
+            f"the landmark set {path}: part '{part}' comes from '{name}', which is none of the toolkit's sets",
+            f"choose one of {', '.join(landmark_set_names())}",
         )
     parts = yaml.safe_load((SETS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))["parts"]
     if "component" not in parts.get(part, {}):
-        raise UserError(f"the landmark set {path}: {name} does not spell out a part '{part}'")
+        raise UserError(
+            f"the landmark set {path}: {name} does not define a part '{part}' itself", "take it from a set that does"
+        )
     return dict(parts[part])
 
 
@@ -187,5 +198,6 @@ def _refuse_unknown(mapping: dict[str, Any], allowed: set[str], path: Path, wher
     unknown = sorted(str(key) for key in set(mapping) - allowed)
     if unknown:
         raise UserError(
-            f"the landmark set {path}: {where}unknown keys {', '.join(unknown)}; known are {', '.join(sorted(allowed))}"
+            f"the landmark set {path}: {where}unknown keys {', '.join(unknown)}",
+            f"known keys are {', '.join(sorted(allowed))}",
         )

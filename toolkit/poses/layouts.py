@@ -1,7 +1,7 @@
 """The names of points: what MediaPipe, OpenPose and COCO-WholeBody (RTMPose) call the same place on the body.
 
-Landmark sets speak MediaPipe's names. Files of the other two families are renamed when they are read, as far as they
-show the same places, and arrays without any names get theirs from the number of their points.
+Landmark sets use MediaPipe's names. Points of the other two families are renamed when a file is read, as far as they
+show the same places, and arrays without names get theirs from the number of their points.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "LEFT_HAND": (LEFT_HAND, HAND),
     "RIGHT_HAND": (RIGHT_HAND, HAND),
 }
-# What AlphaPose's 133 points call the same four components.
+# AlphaPose names the same four components of its 133 points so.
 _COMPONENTS |= {f"{name}_133": _COMPONENTS[name] for name in ("BODY", "FACE", "LEFT_HAND", "RIGHT_HAND")}
 
 
-def in_our_words(component: str, points: list[str]) -> list[Point]:
-    """The points of a component by the names that landmark sets use; unknown components keep their own."""
+def mediapipe_names(component: str, points: list[str]) -> list[Point]:
+    """The points of a component under the names that landmark sets use; unknown components keep their own."""
     known = _COMPONENTS.get(component)
     if known is None or len(known[1]) != len(points):
         return [(component, point) for point in points]
@@ -73,8 +73,8 @@ def _points(component: str, names: tuple[str, ...]) -> tuple[Point, ...]:
 
 
 @lru_cache(maxsize=1)
-def nameless_layouts() -> dict[int, tuple[Point, ...]]:
-    """The points of an array without names, by their number."""
+def layouts_by_size() -> dict[int, tuple[Point, ...]]:
+    """The points of arrays without names, by the number of points."""
     body, world = _points(BODY, MEDIAPIPE_BODY), _points(WORLD, MEDIAPIPE_BODY)
     hands = _points(LEFT_HAND, HAND) + _points(RIGHT_HAND, HAND)
     layouts = [body + hands]

@@ -1,15 +1,16 @@
-"""Which points claim a confidence and yet have no place: one rule for ``.pose`` files and arrays.
+"""Find points that have a confidence but no place: one rule for ``.pose`` files and arrays.
 
-Detectors and converters write what they did not see in many ways. A point is missing
+Detectors and converters write unseen points in many ways. A point is missing
 
 * if its confidence is 0 (or up to the set's ``min_confidence``), NaN or infinite;
 * if a coordinate is NaN, infinite or a million units away;
-* at the origin, where converters put what was not seen, with confidence 1. One point is not: that which the others of
-  its component are normalised about. It is the only one of its component that is there in every frame that shows the
-  component, and others lie well to its left or above it, as they cannot lie about the corner of a picture;
-* where all points of its component, three or more, lie in one place: an unseen hand after a shift or a normalisation.
+* if it lies at the origin, where converters put unseen points, with confidence 1. One point at the origin is not
+  missing: the one that the others of its component are normalised about. It is the only point of its component that
+  is at the origin in every frame that shows the component, and others lie well to its left or above it, as they cannot
+  about the corner of a picture;
+* if all points of its component, three or more, lie in one place: an unseen hand after a shift or a normalisation.
 
-The first two are told at a glance (``features.py``); the others, which are rare, here.
+``features.py`` checks the first two for every point; the others are rare and are checked here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _WELL_BEYOND = 0.1
 
 
 def may_lack_place(values: FloatArray, visible: BoolArray) -> bool:
-    """Whether some of these points could be without a place; fast, since it is asked of every clip.
+    """Whether some of these points could be without a place; fast, because every clip is checked.
 
     Args:
         values: coordinates of one person, [frames, points, 2 or more].
@@ -44,7 +45,7 @@ def may_lack_place(values: FloatArray, visible: BoolArray) -> bool:
 
 
 def without_place(data: FloatArray, confidence: FloatArray, header: PoseHeader) -> BoolArray:
-    """Points of one person that are at the origin, or in one place with all of their component.
+    """Points of one person that lie at the origin, or in one place with all others of their component.
 
     Args:
         data: [frames, points, dims], all points of the file.

@@ -1,8 +1,8 @@
-"""Read the binary ``.pose`` format, versions 0.0, 0.1 and 0.2, without trusting a single number in it.
+"""Read the binary ``.pose`` format, versions 0.0, 0.1 and 0.2.
 
-Own parser rather than the pose-format library's, for three reasons: features need a tenth of the points, and views
-copy only those; sizes that a header claims are compared with the bytes that exist before anything is allocated; and
-frame ranges work in every version (the library ignores times in v0.1 files without a word).
+This parser replaces that of the pose-format library for three reasons: features need a tenth of the points, and views
+copy only those; a file whose length and header disagree is an error; and frame ranges work in every version (the
+library ignores times in v0.1 files).
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.poses.layouts import in_our_words
-from toolkit.poses.people import follow_signer, line_up
+from toolkit.poses.layouts import mediapipe_names
+from toolkit.poses.people import follow_signer, locate_people_in_frames
 
 FloatArray = npt.NDArray[np.float32]
 
-_MAX_COMPONENTS = 64
-_MAX_POINTS = 10_000
-# Frames per second. Cameras of phones reach 240; a user who says more has filmed with another, a file has not.
+# Frames per second. Phones record up to 240: a file with a higher rate is wrong, a user who gives one may be right.
 _FASTEST_CLAIMED = 300
-_FASTEST_TOLD = 1000
+_FASTEST_GIVEN = 1000
 USUAL_FPS = (10, 120)
-"""What cameras that record sign language have; clips of other rates are counted."""
+"""Frame rates at which sign language is usually recorded; clips of other rates are counted."""
 
 
 class PoseError(ValueError):
     """A clip cannot be used; the message is the reason that ``rejects.csv`` gives."""
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity: comparing hundreds of names would cost more than reading
+@dataclass(frozen=True, eq=False)  # compared by identity: comparing hundreds of names would take longer than reading
 class PoseHeader:
-    """What precedes the body of a file: the names of its points and their layout. Equal headers are one object."""
+    """The header of a file: the names of its points and their layout. Equal headers are one object."""
 
     version: float
     points: tuple[tuple[str, str], ...]
@@ -86,14 +84,14 @@ class RawPose:
 
 
 class _Reader:
-    """A cursor over bytes that refuses to run past their end."""
+    """A cursor over bytes; reading past their end is an error."""
 
     def __init__(self, content: bytes | memoryview, offset: int = 0) -> None:
         self.content = content
         self.offset = offset
 
     def take(self, size: int) -> int:
-        """Step over ``size`` bytes and return where they begin."""
+        """Skip ``size`` bytes and return where they begin."""
         start = self.offset
         if size > len(self.content) - start:
             raise PoseError("the file is truncated")
@@ -121,7 +119,7 @@ _FLOAT = struct.Struct("<f")
 _V02_SIZES = struct.Struct("<fIH")
 _V01_OVERFLOW = 1 << 16
 
-# The files of one corpus share their header, and its hundreds of names cost more to parse than a clip's body to read.
+# The files of one corpus share their header, and parsing its hundreds of names takes longer than reading a clip.
 _recent_headers: dict[bytes, PoseHeader] = {}
 
 
@@ -130,7 +128,7 @@ def read_pose(content: bytes | memoryview, fps: float | None = None) -> RawPose:
 
     Args:
         content: the whole file.
-        fps: frames per second, when something else than the file tells them; then the file is not asked.
+        fps: frames per second; overrules the file.
 
     Raises:
         PoseError: the bytes are not a usable pose file; the message says why.
@@ -153,24 +151,24 @@ def read_pose(content: bytes | memoryview, fps: float | None = None) -> RawPose:
     return RawPose(checked_fps(claimed_fps, fps), header, data, confidence)
 
 
-def checked_fps(claimed: float, told: float | None = None) -> float:
+def checked_fps(claimed: float, given: float | None = None) -> float:
     """The frame rate of a file.
 
     Args:
-        claimed: what the file says.
-        told: what the table or the user says, who know better; None when they do not.
+        claimed: by the file.
+        given: by the table or the user, which overrules the file; None when they give none.
 
     Raises:
-        PoseError: a file claims a rate that no camera has, or nothing could have been told.
+        PoseError: the rate is not one that a camera has.
     """
-    if told is not None:
-        if not 1 <= told <= _FASTEST_TOLD:
-            raise PoseError(f"the table's fps column says {told:g} frames per second, wanted 1 to {_FASTEST_TOLD:,}")
-        return float(told)
+    if given is not None:
+        if not 1 <= given <= _FASTEST_GIVEN:
+            raise PoseError(f"the table's fps column says {given:g} frames per second, wanted 1 to {_FASTEST_GIVEN:,}")
+        return float(given)
     if not 1 <= claimed <= _FASTEST_CLAIMED:  # true for NaN
         raise PoseError(
-            f"the file claims {claimed:g} frames per second, which no camera has: the table's fps column "
-            "(translate.py: --fps) can tell the right number"
+            f"the file claims {claimed:g} frames per second, which no camera has: write the right rate into the "
+            "table's fps column (translate.py: --fps)"
         )
     return float(claimed)
 
@@ -185,8 +183,8 @@ def _read_header(reader: _Reader) -> PoseHeader:
     if version != 0 and round(version, 3) not in (0.1, 0.2):
         raise PoseError("not a .pose file, or of an unknown version")
     width, _, _, num_components = reader.ushorts(4)
-    if not 0 < num_components <= _MAX_COMPONENTS:
-        raise PoseError(f"the header claims {num_components} components")
+    if num_components == 0:
+        raise PoseError("the header names no components")
     points: list[tuple[str, str]] = []
     sizes: list[tuple[int, int]] = []
     for _ in range(num_components):
@@ -194,11 +192,9 @@ def _read_header(reader: _Reader) -> PoseHeader:
         num_points, num_limbs, num_colors = reader.ushorts(3)
         if not 3 <= len(layout) <= 5:
             raise PoseError("the header names a point format other than XYC or XYZC")
-        points += in_our_words(name, [reader.text() for _ in range(num_points)])
+        points += mediapipe_names(name, [reader.text() for _ in range(num_points)])
         reader.take(4 * num_limbs + 6 * num_colors)
         sizes.append((num_points, len(layout) - 1))
-        if len(points) > _MAX_POINTS:
-            raise PoseError(f"the header claims more than {_MAX_POINTS:,} points")
     if not points:
         raise PoseError("the header names no points")
     header = PoseHeader(float(version), tuple(points), tuple(sizes), width)
@@ -209,10 +205,10 @@ def _read_header(reader: _Reader) -> PoseHeader:
 
 
 def _v01_frames(reader: _Reader, header: PoseHeader, claimed: int, people: int) -> int:
-    """How many frames follow. The 16-bit count of v0.1 overflows: only with the length of the file it tells them.
+    """How many frames follow. The 16-bit count of v0.1 overflows, so the length of the file gives their number.
 
     Raises:
-        PoseError: count and length disagree, so the file was cut, or its sizes are wrong.
+        PoseError: count and length disagree: the file is truncated, or its sizes are wrong.
     """
     frame_bytes = 4 * people * len(header.points) * (header.dims + 1)
     if not frame_bytes:
@@ -236,11 +232,7 @@ def _read_dense(reader: _Reader, header: PoseHeader, frames: int, people: int) -
 
 
 def _read_sparse(reader: _Reader, header: PoseHeader, frames: int) -> tuple[FloatArray, FloatArray]:
-    """The body of v0.0: a count of people in every frame, each with its own block of every component.
-
-    Only the signer is kept: a dense array over all people could be as large as frames x people although the file is
-    small.
-    """
+    """The signer in the body of v0.0: a count of people in every frame, each with a block of every component."""
     if frames == 0:
         raise PoseError("the file holds no frames")
     width = sum(points * (dims + 1) for points, dims in header.component_sizes)
@@ -255,14 +247,12 @@ def _read_sparse(reader: _Reader, header: PoseHeader, frames: int) -> tuple[Floa
     if not any(found):
         raise PoseError("the file holds no people")
     points, dims = len(header.points), header.dims
-    if 4 * frames * points * (dims + 1) > 8 * len(reader.content) + (1 << 20):
-        raise PoseError("the file claims far more frames than it holds people")
 
     places = [min(len(blocks), 1) - 1 for blocks in found]
     if any(len(blocks) > 1 for blocks in found):
-        places = follow_signer(
-            line_up([len(blocks) for blocks in found], lambda frame: _unpack_people(found[frame], header))
-        ).tolist()
+        counts = [len(blocks) for blocks in found]
+        people_found = locate_people_in_frames(counts, lambda frame: _unpack_people(found[frame], header))
+        places = follow_signer(people_found).tolist()
     data, confidence = np.zeros((frames, 1, points, dims), np.float32), np.zeros((frames, 1, points), np.float32)
     for frame, place in enumerate(places):
         if place >= 0:

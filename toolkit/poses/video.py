@@ -1,7 +1,7 @@
-"""A video becomes a pose by MediaPipe Holistic: what recorded most public pose corpora, so that models know it.
+"""Estimate the pose in a video by MediaPipe Holistic, with which most public pose corpora were made.
 
-MediaPipe is the extra ``[video]``. Only its releases before 0.10.15 will do: later ones refuse numpy 2, and from
-0.10.30 on they no longer bring Holistic with its model files.
+MediaPipe is the extra ``[video]``. Its release must be older than 0.10.15: later ones do not work with numpy 2, and
+from 0.10.30 on they no longer contain Holistic and its model files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 FACE_POINTS = 468
 MOST_FRAMES = 120_000
-"""Over an hour at 30 frames a second, and 1 GiB of landmarks."""
+"""More than an hour at 30 frames a second; 1 GiB of landmarks."""
 
+_INSTALL = "pip install '.[video]' in a clone of the toolkit (or pip install 'mediapipe<0.10.15')"
 _PARTS = {
     "pose_landmarks": (BODY, MEDIAPIPE_BODY),
     "face_landmarks": (FACE, tuple(map(str, range(FACE_POINTS)))),
@@ -36,16 +37,15 @@ _SIZES = tuple((len(names), 3) for _, names in _PARTS.values())
 
 
 def check_video_support() -> None:
-    """See whether videos can be read here.
+    """Check that videos can be read.
 
     Raises:
         UserError: the extra is not installed, or MediaPipe is a release without Holistic.
     """
-    how = "pip install '.[video]' in a clone of the toolkit (or pip install 'mediapipe<0.10.15')"
     if importlib.util.find_spec("mediapipe") is None or importlib.util.find_spec("cv2") is None:
-        raise UserError(f"reading a video needs MediaPipe, which is not installed: {how}")
+        raise UserError("reading a video needs MediaPipe, which is not installed", _INSTALL)
     if importlib.util.find_spec("mediapipe.python") is None:
-        raise UserError(f"this release of MediaPipe brings no Holistic, which reading a video needs: {how}")
+        raise UserError("reading a video needs MediaPipe Holistic, which this release of MediaPipe lacks", _INSTALL)
 
 
 def read_video(path: Path, fps: float | None = None) -> RawPose:
@@ -53,17 +53,17 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
 
     Args:
         path: the video.
-        fps: frames per second, when the video is known to be wrong about its times.
+        fps: frames per second; overrules the video.
 
     Returns:
         a pose of 543 points: x and y in pixels, z in widths of the picture, as pose files have it.
 
     Raises:
         PoseError: the video cannot be read, or shows nobody.
-        UserError: MediaPipe is not there.
+        UserError: MediaPipe is not installed.
     """
     check_video_support()
-    with _without_native_chatter() as stderr:
+    with _without_native_logs() as stderr:
         import cv2
         from mediapipe.python.solutions.holistic import Holistic
 
@@ -83,7 +83,7 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
             ):
                 while (read := video.read())[0]:
                     if len(frames) == MOST_FRAMES:
-                        raise PoseError(f"the video has more than {MOST_FRAMES:,} frames: cut it into shorter ones")
+                        raise PoseError(f"the video has more than {MOST_FRAMES:,} frames: split it into shorter ones")
                     picture = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
                     frames.append(_landmarks(holistic.process(picture), picture.shape[1], picture.shape[0]))
                     width, last_seen = picture.shape[1], video.get(cv2.CAP_PROP_POS_MSEC) / 1000
@@ -97,7 +97,7 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
     confidence = np.stack([frame[:, 3] for frame in frames])[:, None]
     if not confidence.any():
         raise PoseError("no person is seen in the video")
-    # Phones record at a varying rate and claim another: the time of the last frame tells the mean.
+    # Phones record at a varying rate and write another into the file: the time of the last frame gives the mean.
     own_fps = (len(frames) - 1) / last_seen if last_seen > 0 and len(frames) > 1 else claimed
     return RawPose(checked_fps(own_fps, fps), PoseHeader(0.0, _POINTS, _SIZES, width), data, confidence)
 
@@ -118,8 +118,8 @@ def _landmarks(found: Any, width: int, height: int) -> FloatArray:
 
 
 @contextlib.contextmanager
-def _without_native_chatter() -> Iterator[TextIO]:
-    """Silence what C++ libraries log to file descriptor 2; yields a stream that still reaches the terminal."""
+def _without_native_logs() -> Iterator[TextIO]:
+    """Hide what C++ libraries log to file descriptor 2; yields a stream that still reaches the terminal."""
     terminal = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
