@@ -10,8 +10,8 @@ python launch/prepare.py ... --out corpora/isign --shard 3/16          one of 16
 python launch/prepare.py ... --out corpora/isign --ray head-node:6379  on all machines of a Ray cluster
 python launch/prepare.py show corpora/mine UID --poses DIR                    one clip as an animation, UID.gif
 
-Without --out the corpus goes to the cache, where a recipe with the same settings finds it. Training takes it with
-data.corpus=OUT. An interrupted preparation goes on when the same command is run again.
+Without --out the corpus goes to the cache, where a recipe with the same settings finds it. Training reads it by
+data.corpus=OUT. The same command resumes an interrupted preparation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from toolkit.errors import UserError, exit_code_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Data
 
-# Options that are settings of the same name in a recipe's `data:` section.
+# Options that are settings of the same name in the section `data` of a recipe.
 SETTINGS = {
     "table": (str, "CSV, TSV or JSONL with a line for each clip"),
     "poses": (str, "where the pose files are"),
@@ -43,16 +43,19 @@ SETTINGS = {
     "fps": (float, "frames per second after resampling"),
     "max_frames": (int, "longest clip, in frames after resampling"),
     "min_frames": (int, "shortest clip, in frames after resampling"),
-    "too_long": (str, "what becomes of longer clips: subsample, cut or reject"),
-    "no_hands": (str, "what becomes of clips of which no frame shows a hand: keep or reject"),
+    "too_long": (str, "treatment of longer clips: `subsample`, `cut` (the end off) or `reject`"),
+    "no_hands": (str, "treatment of clips of which no frame shows a hand: keep or reject"),
     "shared_texts": (
         str,
-        "held-out clips whose text train has, too: keep, remove, or remove_near (nearly such a text)",
+        "treatment of held-out clips whose text is in train: keep, remove, or remove_near (nearly the same text, too)",
     ),
-    "dev_share": (float, "share of the clips that go to dev, by source video"),
-    "test_share": (float, "share of the clips that go to test, by source video"),
-    "split_seed": (int, "decides which videos"),
-    "max_rejects": (float, "largest share of unusable clips; beyond it nothing is written and the exit code is 3"),
+    "dev_share": (float, "share of the clips in dev, by source video"),
+    "test_share": (float, "share of the clips in test, by source video"),
+    "split_seed": (int, "seed of the random choice of videos"),
+    "max_rejects": (
+        float,
+        "largest share of unusable clips; above it nothing is written and the exit code is 3",
+    ),
     "cache": (str, "folder of prepared corpora, used without --out"),
     "workers": (int, "processes; 0 = all cores"),
 }
@@ -66,7 +69,7 @@ def main() -> None:
     sys.exit(exit_code_of(lambda: _prepare(arguments), debug=arguments.debug))
 
 
-def _parse_show(words: list[str]) -> argparse.Namespace:
+def _parse_show(command_line: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prepare.py show", description="Draw a clip as a model sees it, and with --poses beside it as recorded."
     )
@@ -75,7 +78,7 @@ def _parse_show(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--poses", type=Path, metavar="WHERE", help="the poses that the corpus was made from")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the GIF to write (default: UID.gif here)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(words)
+    return parser.parse_args(command_line)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -90,7 +93,7 @@ def _parse() -> argparse.Namespace:
         "--recipe", metavar="NAME", help="take the settings from a recipe; the options below change them"
     )
     parser.add_argument(
-        "--source", choices=["demo", "table", *PRESETS], help="demo, or whose column names the table uses"
+        "--source", choices=["demo", "table", *PRESETS], help="demo, or the corpus whose column names the table has"
     )
     defaults = Data()
     for name, (kind, meaning) in SETTINGS.items():
@@ -119,7 +122,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _settings(arguments: argparse.Namespace) -> Data:
-    """The recipe's data section, or the defaults, with what the command line says laid over it.
+    """The section `data` of the recipe, or the defaults, overridden by the command line.
 
     Raises:
         UserError: a value is out of bounds.
@@ -140,20 +143,22 @@ def _settings(arguments: argparse.Namespace) -> Data:
     except ValidationError as error:
         first = error.errors()[0]
         where = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the options"
-        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(
+            f"{where}: {first['msg'].removeprefix('Value error, ')}", "see python launch/prepare.py --help"
+        ) from error
 
 
 def _columns(text: str) -> dict[str, str]:
     pairs = [pair.split("=", 1) for pair in text.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise UserError(f"--columns wants OURS=THEIRS,OURS=THEIRS and got '{text}'")
+        raise UserError(f"--columns {text}: not a list of pairs", "write --columns OURS=THEIRS,OURS=THEIRS")
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
 
 def _share(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--shard wants K/N with K from 1 to N, for instance 3/16, and got '{text}'")
+        raise UserError(f"--shard {text}: not a share", "write K/N with K from 1 to N, for instance 3/16")
     return int(number), int(count)
 
 
@@ -161,20 +166,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
     data = _settings(arguments)
     share = _share(arguments.shard) if arguments.shard else (1, 1)
     if arguments.shard and arguments.ray:
-        raise UserError("--shard and --ray are two ways to use many machines: choose one")
+        raise UserError("--shard and --ray are two ways to use many machines", "give one of them")
     if arguments.out:
         prepared = prepare(data, arguments.out, replace=arguments.replace, share=share, ray=arguments.ray)
     elif arguments.shard:
-        raise UserError("--shard needs --out: the folder where the shares meet")
+        raise UserError("--shard needs --out", "add --out FOLDER, the same folder for all shares")
     else:
         prepared = find_or_prepare(data, ray=arguments.ray)
     if prepared.missing_shards:
-        _tell_of_share(arguments, prepared)
+        _print_share(arguments, prepared)
         return
     summary = Corpus.open(prepared.path).summary() | {"clips_per_second": prepared.clips_per_second}
     if arguments.json:
         print(json.dumps(summary))
-        return
+    else:
+        _print_summary(prepared, summary)
+
+
+def _print_summary(prepared: Prepared, summary: dict[str, Any]) -> None:
     speed = f", {prepared.clips_per_second:,.0f} clips/s" if prepared.clips_per_second else " (was there already)"
     size = f"{summary['clips']:,} clips, {summary['frames']:,} frames, {summary['bytes'] / 1e6:,.1f} MB"
     print(f"{prepared.path}: {size}{speed}")
@@ -192,14 +201,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"  lacking  {len(names)} landmarks of the set are not in the files: {few}")
 
 
-def _tell_of_share(arguments: argparse.Namespace, prepared: Prepared) -> None:
+def _print_share(arguments: argparse.Namespace, prepared: Prepared) -> None:
     if arguments.json:
-        words = {"path": str(prepared.path), "shard": arguments.shard, "missing_shards": prepared.missing_shards}
-        print(json.dumps(words | {"clips_per_second": prepared.clips_per_second}))
+        report = {"path": str(prepared.path), "shard": arguments.shard, "missing_shards": prepared.missing_shards}
+        print(json.dumps(report | {"clips_per_second": prepared.clips_per_second}))
         return
     print(
-        f"share {arguments.shard} of {prepared.path} is done; pieces of other shares still missing: "
-        f"{prepared.missing_shards}. The job that builds the last of them makes the corpus"
+        f"share {arguments.shard} of {prepared.path} is done; shards of other shares that are missing: "
+        f"{prepared.missing_shards}. The job that builds the last of them completes the corpus"
     )
 
 

@@ -21,7 +21,7 @@ def corpus(own_clips, tmp_path) -> Corpus:
     return Corpus.open(prepare(data, tmp_path / "corpus").path)
 
 
-def test_the_card_tells_what_a_corpus_holds_and_lacks(corpus: Corpus) -> None:
+def test_the_card_states_contents_and_defects(corpus: Corpus) -> None:
     text = (corpus.path / "README.md").read_text()
     assert "24 clips" in text and "| train | 16 |" in text
     assert "youtube_asl_85, 85 points (body 6, left_hand 21, right_hand 21, face 37)" in text
@@ -49,15 +49,16 @@ def test_a_clip_is_drawn_frame_by_frame(corpus: Corpus, own_clips, tmp_path, bes
 
 
 def test_a_clip_that_is_not_there(corpus: Corpus, own_clips, tmp_path) -> None:
-    with pytest.raises(UserError, match="has no clip 'train-00000'"):
+    with pytest.raises(UserError, match="'train-00000'"):
         animate(corpus, "train-00000", tmp_path / "clip.gif")
     (own_clips / "poses" / "again.pose").unlink()
-    with pytest.raises(UserError, match="hold no recording of 'again'"):
+    with pytest.raises(UserError, match="recording of 'again'"):
         animate(corpus, "again", tmp_path / "clip.gif", open_poses(own_clips / "poses"))
 
 
 def test_a_clip_is_found_by_any_spelling_of_its_uid(corpus: Corpus) -> None:
     uid = corpus.splits["dev"].uids[0]
     assert {find_clip(corpus, name)[1].uid for name in (uid, f"{uid}.POSE", f"/data/poses/{uid}.pose")} == {uid}
-    with pytest.raises(UserError, match=f"has no clip '{uid}_', the nearest is '{uid}'"):
+    with pytest.raises(UserError, match=f"'{uid}_'") as raised:
         find_clip(corpus, f"{uid}_")
+    assert f"'{uid}'" in raised.value.hint

@@ -57,7 +57,7 @@ def test_a_landmark_with_any_unusable_channel_is_missing_in_all(tmp_path, bad: f
     assert missing[1, 7].all() and missing.sum() == 3 and np.isfinite(clip.features[~missing]).all()
 
 
-def test_features_are_views_that_nobody_can_spoil(corpus: Corpus) -> None:
+def test_features_are_read_only_views(corpus: Corpus) -> None:
     features = corpus.splits["train"].clip(300).features
     assert features.dtype == np.float16 and not features.flags.owndata and not features.flags.writeable
 
@@ -93,8 +93,8 @@ def test_beyond_float16_is_missing(tmp_path) -> None:
     assert np.isnan(corpus.splits["train"].clip(0).features).all()
 
 
-def test_what_is_no_corpus_is_one_line(corpus: Corpus, tmp_path) -> None:
-    with pytest.raises(UserError, match="is not a prepared corpus"):
+def test_a_folder_that_is_no_corpus_is_an_error(corpus: Corpus, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"corpus\.json"):
         Corpus.open(tmp_path)
     metadata = json.loads((corpus.path / METADATA_FILE).read_text())
     (corpus.path / METADATA_FILE).write_text(json.dumps(metadata | {"format_version": 99}))

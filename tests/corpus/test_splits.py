@@ -24,7 +24,7 @@ def test_the_video_of_a_uid(uid: str, video: str) -> None:
     assert source_video(Row(uid, "x")) == video
 
 
-def test_the_tables_own_video_comes_first() -> None:
+def test_the_column_video_overrules_the_uid() -> None:
     assert source_video(Row("1782bea75c7d-7", "x", video="v")) == "v"
 
 
@@ -81,7 +81,7 @@ def test_held_out_texts_that_train_has_are_removed_when_asked(policy, kept, reas
 
 
 def test_removal_may_not_empty_a_split() -> None:
-    with pytest.raises(UserError, match="leaves no clip in the split 'dev': train has the texts of all 1"):
+    with pytest.raises(UserError, match=r"data\.shared_texts=remove .*'dev'"):
         remove_shared_texts(_with_texts(train=["yes"], dev=["Yes!"], test=["no"]), "remove")
 
 
@@ -97,14 +97,14 @@ def test_splits_as_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "complaint"),
+    ("rows", "named"),
     [
-        ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], r"t\.csv, line 3 names no split while others"),
-        (_rows(2, 5), r"t\.csv: all 10 .* too few to split by video"),
+        ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], r"t\.csv, line 3 .*\(1 such rows\)"),
+        (_rows(2, 5), r"t\.csv: all 10 clips come from 2 source videos"),
     ],
 )
-def test_splits_that_cannot_be(rows: list[Row], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+def test_splits_that_are_impossible(rows: list[Row], named: str) -> None:
+    with pytest.raises(UserError, match=named):
         assign_splits(rows, 0.1, 0.1, seed=0, table="t.csv")
 
 

@@ -55,27 +55,27 @@ def test_the_how2sign_preset(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "named"),
     [
-        ("", "holds no rows"),
-        ("uid,text\n", "holds no rows"),
-        ("id,text\na,b\n", r"line 2 has no column 'uid' \(it has id, text\)"),
-        ("uid,text,text\na,b,c\n", "names a column twice"),
+        ("", "no rows"),
+        ("uid,text\n", "no rows"),
+        ("id,text\na,b\n", r"line 2 .*'uid' \(it has id, text\)"),
+        ("uid,text,text\na,b,c\n", "line 1 .*twice: text"),
         ("uid,text\na,b,c\n", "line 2 has 3 values for 2 columns"),
         ("uid,text\na,\0\n", "NUL"),
-        (b"uid,text\na,\xff\xfe\n", "line 2 is not UTF-8"),
-        ("uid,text\na," + "x" * (LONGEST_LINE + 1), "longer than"),
-        ('uid,text\na,"' + "x\n" * 600_000, "line 2: a quote that opens here is never closed"),
+        (b"uid,text\na,\xff\xfe\n", "line 2 .*UTF-8"),
+        ("uid,text\na," + "x" * (LONGEST_LINE + 1), "line 2 .*1,048,576"),
+        ('uid,text\na,"' + "x\n" * 600_000, "line 2: a quote"),
     ],
 )
-def test_what_is_no_table_is_one_line(tmp_path, content, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint) as raised:
+def test_a_file_that_is_no_table_is_an_error_with_its_line(tmp_path, content, named: str) -> None:
+    with pytest.raises(UserError, match=named) as raised:
         read_table(_table(tmp_path, content))
-    assert "\n" not in str(raised.value) and "table.csv" in str(raised.value)
+    assert "table.csv" in raised.value.message and raised.value.hint
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "named"),
     [
         ({"uid": "a", "text": ["x"]}, "text is .* of type list"),
         ({"uid": "a", "text": {"en": "x"}}, "text is .* of type dict"),
@@ -86,13 +86,13 @@ def test_what_is_no_table_is_one_line(tmp_path, content, complaint: str) -> None
         ({"uid": "a", "text": "x", "fps": True}, "fps is 'True' of type bool"),
         ({"uid": "a", "text": "half \ud83d of it"}, r"text holds '\\ud83d'"),
         ({"uid": "a", "text": "x\0"}, r"text holds '\\x00'"),
-        ({"uid": "a\nb", "text": "x"}, "the uid runs over a line end"),
-        ('{"uid": "a", "text": "x", "text": "y"}', "names 'text' twice"),
+        ({"uid": "a\nb", "text": "x"}, "the uid"),
+        ('{"uid": "a", "text": "x", "text": "y"}', "'text' twice"),
     ],
 )
-def test_a_json_value_that_is_no_text_is_refused_with_its_line(tmp_path, line, complaint: str) -> None:
+def test_a_json_value_that_is_no_text_is_refused_with_its_line(tmp_path, line, named: str) -> None:
     content = '{"uid": "s", "text": "fine"}\n\n' + (line if isinstance(line, str) else json.dumps(line))
-    with pytest.raises(UserError, match=f"line 3.*{complaint}"):
+    with pytest.raises(UserError, match=f"line 3.*{named}"):
         read_table(_table(tmp_path, content, "t.jsonl"))
 
 
@@ -101,7 +101,7 @@ def test_json_needs_no_suffix_and_other_columns_may_hold_anything(tmp_path) -> N
     row = read_table(_table(tmp_path, content, "t.json"))[0]
     assert (row.uid, row.text, row.fps) == ("7", "x", 25.0)
     for content in ('[{"uid": "a", "text": "b"}]', '[\n{"uid": "a", "text": "b"}\n]'):
-        with pytest.raises(UserError, match="is one JSON list"):
+        with pytest.raises(UserError, match="JSON list"):
             read_table(_table(tmp_path, content, "t.json"))
 
 
@@ -125,8 +125,8 @@ def test_the_names_of_splits_as_people_write_them(tmp_path, written: str, split:
 
 
 @pytest.mark.parametrize("written", ["../up", "..", "my part", "corpus.json", "progress", "ä"])
-def test_what_cannot_be_the_folder_of_a_split(tmp_path, written: str) -> None:
-    with pytest.raises(UserError, match=r"line 2: .* cannot be the name of a split: write train"):
+def test_a_split_name_that_is_no_folder_name_is_an_error(tmp_path, written: str) -> None:
+    with pytest.raises(UserError, match=f"line 2: '{re.escape(written)}'"):
         read_table(_table(tmp_path, f"uid,text,split\na,b,{written}\n"))
 
 
@@ -144,16 +144,14 @@ def test_decimal_commas(tmp_path, content: str, fps: float) -> None:
     assert read_table(_table(tmp_path, content))[0].fps == fps
 
 
-def test_a_comma_before_three_digits_is_not_guessed(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"line 2: fps is '1,234', wanted frames per second as 12.5"):
+def test_a_comma_before_three_digits_is_ambiguous(tmp_path) -> None:
+    with pytest.raises(UserError, match="line 2: fps is '1,234'"):
         read_table(_table(tmp_path, 'uid,text,fps\na,b,"1,234"\n'))
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"), [("{", "is not JSON"), ("[1]", "not a JSON object"), ("[" * 10**5, "JSON")]
-)
-def test_what_is_no_jsonl_is_one_line(tmp_path, line: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("line", "named"), [("{", "JSON"), ("[1]", "JSON object"), ("[" * 10**5, "JSON")])
+def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line: str, named: str) -> None:
+    with pytest.raises(UserError, match=f"line 1 .*{named}"):
         read_table(_table(tmp_path, line, "t.jsonl"))
 
 
@@ -164,20 +162,20 @@ def test_impossible_times(tmp_path, value: str) -> None:
 
 
 def test_a_missing_table_and_an_unknown_column(tmp_path) -> None:
-    with pytest.raises(UserError, match="there is no table"):
+    with pytest.raises(UserError, match=r"none\.csv"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="txt, which mean nothing"):
+    with pytest.raises(UserError, match=r"data\.columns .*txt"):
         read_table(_table(tmp_path, "uid,text\na,b\n"), {"txt": "text"})
 
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_PIECES = st.sampled_from(
+_FRAGMENTS = st.sampled_from(
     ["uid", "text", ",", "\t", '"', "\n", "\r\n", "\r", "\0", "a", "é", "\ufeff", "'", ";", "|", " "]
 )
-_MUTATED = st.lists(_PIECES, max_size=40).map(lambda pieces: ("uid,text\na,b\n" + "".join(pieces)).encode())
+_MUTATED = st.lists(_FRAGMENTS, max_size=40).map(lambda parts: ("uid,text\na,b\n" + "".join(parts)).encode())
 
 
-def _fuzz(tmp_path, examples: int) -> None:
+def _check_bytes(tmp_path, examples: int) -> None:
     path = tmp_path / "fuzzed.csv"
 
     @settings(max_examples=examples, deadline=1000, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -194,12 +192,12 @@ def _fuzz(tmp_path, examples: int) -> None:
 
 
 def test_any_bytes_are_rows_or_one_line(tmp_path) -> None:
-    _fuzz(tmp_path, 500)
+    _check_bytes(tmp_path, 500)
 
 
 @pytest.mark.nightly
 def test_many_bytes_are_rows_or_one_line(tmp_path) -> None:
-    _fuzz(tmp_path, 20_000)
+    _check_bytes(tmp_path, 20_000)
 
 
 _JSON = st.recursive(

@@ -1,4 +1,4 @@
-"""Quotes, separators, line ends and what spreadsheets do: all of a table is read, or its line is named."""
+"""Quotes, separators and line ends of programs and spreadsheets: a table is read whole, or an error names the line."""
 
 import csv
 import io
@@ -57,9 +57,9 @@ def test_tabs_with_the_quotes_of_spreadsheets_and_pandas(tmp_path) -> None:
     ],
 )
 def test_an_open_quote_is_an_error_where_it_opened(tmp_path, content: str, line: int) -> None:
-    with pytest.raises(UserError, match=f"table.csv, line {line}: a quote that opens here") as raised:
+    with pytest.raises(UserError, match=f"table.csv, line {line}: a quote") as raised:
         _read(tmp_path, content)
-    assert "\n" not in str(raised.value)
+    assert raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_quotes_in_csv(tmp_path, content: str, text: str) -> None:
     assert _texts(_read(tmp_path, content)) == [("a", text), ("b", "x")]
 
 
-def test_separators_that_excel_leaves_out_at_the_end_of_lines(tmp_path) -> None:
+def test_separators_missing_at_the_end_of_lines(tmp_path) -> None:
     content = "uid,text,language\ns-1,x,ase\n" + "".join(f"s-{number},y\n" for number in range(2, 20))
     rows = _read(tmp_path, content)
     assert len(rows) == 19 and rows[0].language == "ase" and (rows[-1].text, rows[-1].language) == ("y", "")
@@ -89,15 +89,16 @@ def test_lines_of_prose_are_no_rows(tmp_path) -> None:
     assert _texts(_read(tmp_path, content)) == [("a-1", "Well, you and, too of course, and so on"), ("a-2", "x no")]
 
 
-def test_the_remedy_for_quotes_works(tmp_path) -> None:
+def test_the_hints_on_quotes_work(tmp_path) -> None:
     lines = ["uid,text", 'a,say "hi", you', 'b,"night', "c,x", 'd,"y']
-    with pytest.raises(UserError, match="line 2 has 3 values for 2 columns: quote texts that hold the separator"):
+    with pytest.raises(UserError, match="line 2 has 3 values for 2 columns"):
         _read(tmp_path, "\n".join(lines))
     lines[1] = 'a,"say "hi", you"'
-    with pytest.raises(UserError, match=r'line 2: a quote .* doubled, .* \(say "hi" becomes "say ""hi"""\)'):
+    with pytest.raises(UserError, match="line 2: a quote") as raised:
         _read(tmp_path, "\n".join(lines))
+    assert '"say ""hi"""' in raised.value.hint
     lines[1] = 'a,"say ""hi"", you"'
-    with pytest.raises(UserError, match=r"line 3: a quote that opens here runs over line 4.* doubled, .* quoted"):
+    with pytest.raises(UserError, match=r"line 3: a quote .* line 4"):
         _read(tmp_path, "\n".join(lines))
     lines[2], lines[4] = 'b,"""night"', 'd,"y"'
     assert _texts(_read(tmp_path, "\n".join(lines))) == [
@@ -137,24 +138,25 @@ def test_habits_of_spreadsheets(tmp_path, content: str | bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "named"),
     [
-        ("uid,text,,\na,red, door,\n", "line 2 has 3 values for 2 columns: quote texts"),
-        ("uid,text,,split\na,red, door,train\n", "line 2 has a value in column 3, which has no name: quote texts"),
-        ("uid,text\na,Well,\nb,y\n", "line 3 ends in 0 separators beyond the last column, and other lines in 1: quote"),
-        ("uid,text\na,one\ntwo\n", "line 3 has 1 values for 2 columns: put texts that run over line ends in quotes"),
-        ("uid,text,language\na,one\ntwo,ase\n", "line 3 has 2 values for 3 columns: put texts"),
-        ("uid\ttext\na\tone\ntwo\n", "line 3 has 1 values for 2 columns: write each text on one line"),
-        ('uid\ttext\tlanguage\na\t"one\nb"\t\t\n', "line 2 has 2 values for 3 columns: write each text"),
-        ("uid\ttext\na\tone\ttwo\n", "line 2 has 3 values for 2 columns: take the tabs out"),
-        ("uid,text\na,x\nuid,text\nb,y\n", "line 3 is a header again: take it out"),
-        ("uid,text\na,x\ntext,uid\ny,b\n", "line 3 is a header again"),
-        ("uid,text,text\na,b,c\n", "line 1 names a column twice: text; rename"),
+        ("uid,text,,\na,red, door,\n", "line 2 has 3 values for 2 columns"),
+        ("uid,text,,split\na,red, door,train\n", "line 2 .*column 3"),
+        ("uid,text\na,Well,\nb,y\n", "line 3 ends in 0 .* in 1"),
+        ("uid,text\na,one\ntwo\n", "line 3 has 1 values for 2 columns"),
+        ("uid,text,language\na,one\ntwo,ase\n", "line 3 has 2 values for 3 columns"),
+        ("uid\ttext\na\tone\ntwo\n", "line 3 has 1 values for 2 columns"),
+        ('uid\ttext\tlanguage\na\t"one\nb"\t\t\n', "line 2 has 2 values for 3 columns"),
+        ("uid\ttext\na\tone\ttwo\n", "line 2 has 3 values for 2 columns"),
+        ("uid,text\na,x\nuid,text\nb,y\n", "line 3 .*header"),
+        ("uid,text\na,x\ntext,uid\ny,b\n", "line 3 .*header"),
+        ("uid,text,text\na,b,c\n", "line 1 .*twice: text"),
     ],
 )
-def test_what_would_be_lost_is_an_error_with_its_line(tmp_path, content: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+def test_a_line_whose_text_would_be_lost_is_an_error(tmp_path, content: str, named: str) -> None:
+    with pytest.raises(UserError, match=named) as raised:
         _read(tmp_path, content)
+    assert raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,13 @@ def test_what_would_be_lost_is_an_error_with_its_line(tmp_path, content: str, co
         ("uid,text\na\n", "uid,text\na,\n"),
     ],
 )
-def test_the_remedies_work(tmp_path, before: str, after: str) -> None:
+def test_the_hints_work(tmp_path, before: str, after: str) -> None:
     with pytest.raises(UserError):
         _read(tmp_path, before)
     assert _read(tmp_path, after)
 
 
-# The invariant, over tables as programs, spreadsheets and people write them.
+# The invariant: rows that are written are read, for all separators, quotes, line ends and encodings.
 
 _TEXT = st.text(st.sampled_from(list("ab é😀न\"',;|\t\n")), max_size=12)
 _ROWS = st.lists(st.tuples(_TEXT, st.sampled_from(["", "ase", "x y"])), min_size=1, max_size=6)
@@ -216,14 +218,14 @@ def _check_invariant(tmp_path, examples: int) -> None:
         _HABITS,
     )
     def run(drawn, separator: str, quoting: int, line_end: str, encoding: str, habit: str) -> None:
-        # A tab within a text can only be written where the header says by its quotes that quotes count.
+        # A tab within a text can only be written if the header is quoted.
         assume(separator != "\t" or quoting != csv.QUOTE_MINIMAL or not any("\t" in text for text, _ in drawn))
         rows = [(f"s{n}", text.replace("\n", line_end), language) for n, (text, language) in enumerate(drawn)]
         path.write_bytes(_written(rows, separator, quoting, line_end, habit).encode(encoding))
         try:
             found = read_table(path)
         except UserError:
-            # Only a text on several lines may be taken for rows.
+            # Only a text on several lines may be taken for rows of the table.
             assert any("\n" in text for text, _ in drawn)
             return
         assert [(row.uid, _spelling(row.text), row.language) for row in found] == [
@@ -259,7 +261,7 @@ def _check_unquoted(tmp_path, examples: int) -> None:
         except UserError as error:
             assert "line " in str(error) and separator != "\t"
             return
-        # Quotes may be CSV's own; all else is a character of the text, and every line is a row.
+        # Quotes may be those of CSV; every other character belongs to the text, and every line is a row.
         assert [(row.uid, "".join(row.text.replace('"', "").split())) for row in found] == [
             (uid, "".join(text.replace('"', "").split())) for uid, text, *_ in rows
         ]

@@ -20,7 +20,7 @@ NOT = {
     r"\bsettl(e|es|ed|ing)\b": "decide, agree, finish",
     r"\bspeaks?\b(?! (Hindi|English|a language))": "is the local main rank, prints",
     r"(?<!word )(?<!sentence)\bpieces?\b": "shard, partition, part",
-    r"(?<![\"`=])\bcuts?\b(?![\"`])|\bcutting\b": "truncate, partition, shard, split",
+    r"(?<![\"'`=])\bcuts?\b(?![\"'`])|\bcutting\b": "truncate, partition, shard, split",
     r"\bwhoever\b|\bwhence\b|\bfor ever\b|\bcomes? by\b|\blast words\b": "plain words",
 }
 SUFFIXES = (".py", ".md", ".yaml", ".toml", ".sh", ".js", ".html", ".css")

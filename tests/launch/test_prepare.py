@@ -43,19 +43,18 @@ def test_settings_of_a_recipe_and_the_cache(clips, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "complaint"),
+    ("arguments", "code", "named"),
     [
-        (["--table", "none.csv", "--poses", "."], 2, "there is no table none.csv"),
+        (["--table", "none.csv", "--poses", "."], 2, "none.csv"),
         (["--fps", "0"], 2, "--fps: Input should be greater than 0"),
         (["--too-long", "squeeze"], 2, "--too-long: Input should be 'subsample', 'cut' or 'reject'"),
-        (["--columns", "uid"], 2, "--columns wants OURS=THEIRS"),
+        (["--columns", "uid"], 2, "--columns uid"),
         (["--recipe", "nothing_like_it"], 2, "nothing_like_it"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, code: int, complaint: str) -> None:
+def test_wrong_options_are_named_with_a_hint(tmp_path, arguments, code: int, named: str) -> None:
     done = _run(*arguments, cwd=tmp_path)
-    assert done.returncode == code and complaint in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert done.returncode == code and named in done.stderr.splitlines()[0] and not list(tmp_path.iterdir())
 
 
 def test_too_many_rejects_are_exit_code_3(clips, tmp_path) -> None:
@@ -86,4 +85,4 @@ def test_show_draws_a_clip(clips, tmp_path) -> None:
     done = _run("show", "out", "dev-00000", "--poses", clips / "poses", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "dev-00000.gif\n" and (tmp_path / "dev-00000.gif").exists()
     missing = _run("show", "out", "nobody", cwd=tmp_path)
-    assert missing.returncode == 2 and "has no clip 'nobody'" in missing.stderr
+    assert missing.returncode == 2 and "'nobody'" in missing.stderr

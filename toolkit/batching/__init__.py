@@ -1,4 +1,4 @@
-"""From a packed corpus to the batches of one rank: order, collation, loading.
+"""Turn a packed corpus into the batches of one rank: order, collation, loading.
 
-This room knows lengths, clips and tokenizers. It does not know models, DeepSpeed or how a corpus came to be.
+It must not know DeepSpeed, or how a corpus is prepared.
 """

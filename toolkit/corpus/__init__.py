@@ -1,4 +1,4 @@
-"""Many clips: tables and pose files become splits and a packed, memory-mapped corpus.
+"""Turn tables and pose files into splits and a packed, memory-mapped corpus.
 
-This room knows nothing of batches, models or training.
+It must not know batches, models or training.
 """

@@ -1,4 +1,4 @@
-"""The corpus card: what a corpus holds and what is wrong with it, in words and one picture, made with the corpus."""
+"""Write the corpus card: the contents and the defects of a corpus, as text and as one picture."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def _reject_reasons(folder: Path) -> Counter[str]:
 
 
 def _draw(corpus: Corpus, path: Path) -> None:
-    from matplotlib.figure import Figure  # half a second that only preparation pays
+    from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(20, 8))
     axes = figure.subplots(2, 4).ravel()
-    # Fixed room for the names beside the bars: matplotlib's own layouts draw the whole figure several times to find it.
+    # Fixed margins for the names beside the bars: matplotlib's own layouts draw the figure several times.
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.05, top=0.95, wspace=0.75, hspace=0.2)
     splits = corpus.splits.values()
     texts = [text for split in splits for text in split.texts]
@@ -116,7 +116,7 @@ def _bars(axis: Any, values: dict[str, int], title: str, color: str = _INK) -> N
         axis.text(0.5, 0.5, "none", ha="center", va="center")
         axis.set_axis_off()
         return
-    # Texts may hold scripts that the drawing font lacks, and `$` would start a formula.
+    # Texts may be in scripts that the font lacks, and `$` would start a formula.
     names = [name.encode("ascii", "replace").decode().replace("$", r"\$")[:36] for name in values]
     positions = np.arange(len(names))
     bars = axis.barh(positions, list(values.values()), color=color)

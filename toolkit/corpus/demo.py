@@ -1,9 +1,9 @@
-"""The demo corpus: words fingerspelled by joining real recordings of single letters.
+"""Make the demo corpus: words fingerspelled by joining real recordings of single letters.
 
-The letters are the fingerspelling lexicon that the PyPI wheel ``spoken-to-signed`` carries (MIT licence): one signer
-and one clip a letter and language. Joined with transitions, pauses between words and seeded variation they become
-ordinary ``.pose`` files and a table, so that the demo goes the very way that real corpora go. What it shows is that
-the pipeline learns; it says nothing about new signers. No word is shared by train, dev and test.
+The letters are the fingerspelling lexicon in the PyPI wheel ``spoken-to-signed`` (MIT licence): one signer and one clip
+per letter and language. Joined with transitions, pauses between words and seeded variation they become ``.pose`` files
+and a table, which are prepared like any other corpus. The demo shows that the pipeline learns, and nothing about new
+signers. No word is shared by train, dev and test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from toolkit.errors import UserError
 from toolkit.poses.features import resample
 from toolkit.poses.pose_file import FloatArray, read_pose
 
-DEMO_VERSION = 1  # counts up when the same seed would give other clips
+DEMO_VERSION = 1  # raise it when the same seed gives other clips
 FPS = 25.0
 MAIN_LANGUAGE = "ase"  # American Sign Language; `fsl` in the lexicon's index shows the very same clips
 OTHER_LANGUAGES = ("asq", "bzs", "eso", "mfs", "sgg", "svk")
@@ -41,7 +41,8 @@ TRANSITION_FRAMES, PAUSE_FRAMES, PAUSE_DRIFT = (1, 4), (6, 10), 0.03
 
 COMPONENTS = {"POSE_LANDMARKS": 33, "LEFT_HAND_LANDMARKS": 21, "RIGHT_HAND_LANDMARKS": 21}
 _LEFT_SHOULDER, _RIGHT_SHOULDER = 11, 12
-# How far each point follows its arm: the wrist, the body model's fingers and the whole hand fully, the elbow by half.
+_INSTALL = "pip install --no-deps spoken-to-signed==0.4.0"
+# How far each point follows its arm: wrist, fingers and hand by all of the offset, the elbow by half.
 _ARMS = {
     "left": {13: 0.5, **dict.fromkeys((15, 17, 19, 21, *range(33, 54)), 1.0)},
     "right": {14: 0.5, **dict.fromkeys((16, 18, 20, 22, *range(54, 75)), 1.0)},
@@ -83,7 +84,7 @@ def words() -> list[str]:
 
 
 def split_words(seed: int) -> dict[str, list[str]]:
-    """Deal the word list out to train, dev and test; no word goes to two of them."""
+    """Split the word list into train, dev and test; no word is in two of them."""
     shuffled = np.random.default_rng([seed, 0]).permutation(words()).tolist()
     num_dev, num_test = int(len(shuffled) * DEV_WORDS), int(len(shuffled) * TEST_WORDS)
     return {
@@ -131,7 +132,7 @@ def make_demo(
         sizes: phrases in each split.
         seed: of words, phrases and all variation.
         workers: processes.
-        progress: is told the number of clips made since its last call.
+        progress: called with the number of clips made since its last call.
 
     Raises:
         UserError: the lexicon is not installed or not complete.
@@ -139,7 +140,7 @@ def make_demo(
     lexicon = find_lexicon()
     todo = phrases(sizes, seed)
     for language in sorted({phrase.language for phrase in todo}):
-        load_letters(lexicon, language)  # complains once and early, and the workers inherit what it read
+        load_letters(lexicon, language)  # raises before any clip is made; forked workers inherit the letters
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "poses").mkdir(parents=True)
@@ -161,7 +162,7 @@ def make_demo(
 
 
 def find_lexicon() -> Path:
-    """Where the installed wheel keeps its letters; the package itself is not imported, since it wants much else.
+    """The folder of the letters in the installed wheel; the package itself, which needs many others, is not imported.
 
     Raises:
         UserError: it is not installed.
@@ -171,10 +172,7 @@ def find_lexicon() -> Path:
         lexicon = Path(location) / "assets" / "fingerspelling_lexicon"
         if (lexicon / "index.csv").is_file():
             return lexicon
-    raise UserError(
-        "the demo corpus is made from the letters of the package spoken-to-signed: "
-        "pip install --no-deps spoken-to-signed==0.4.0"
-    )
+    raise UserError("the demo corpus needs the package spoken-to-signed, which is not installed", _INSTALL)
 
 
 @lru_cache(maxsize=32)
@@ -192,10 +190,7 @@ def load_letters(lexicon: Path, language: str) -> dict[str, Letter]:
                 letters.setdefault(label, _load_letter(lexicon / row["path"]))
     missing = sorted(set(string.ascii_lowercase) - set(letters))
     if missing:
-        raise UserError(
-            f"the fingerspelling lexicon lacks the letters {''.join(missing)} of '{language}': "
-            "install spoken-to-signed==0.4.0"
-        )
+        raise UserError(f"the fingerspelling lexicon lacks the letters {''.join(missing)} of '{language}'", _INSTALL)
     return letters
 
 
@@ -212,20 +207,20 @@ def synthesise(phrase: Phrase, letters: dict[str, Letter], seed: int) -> tuple[F
         pixels float32 [frames, 75, 3] and confidence float32 [frames, 75]; missing landmarks are 0 in both.
     """
     rng = np.random.default_rng([seed, 2, *phrase.uid.encode()])
-    pieces: list[tuple[FloatArray, FloatArray]] = []
+    segments: list[tuple[FloatArray, FloatArray]] = []
     for character in phrase.text:
         if character == " ":
-            pieces.append(_pause(*pieces[-1], rng))
+            segments.append(_pause(*segments[-1], rng))
             continue
         letter = _vary(letters[character], rng)
-        if pieces:
-            pieces.append(_transition(pieces[-1], letter, rng))
-        pieces.append(letter)
-    values = np.concatenate([piece for piece, _ in pieces])
-    confidence = np.concatenate([piece for _, piece in pieces])
+        if segments:
+            segments.append(_transition(segments[-1], letter, rng))
+        segments.append(letter)
+    values = np.concatenate([segment for segment, _ in segments])
+    confidence = np.concatenate([segment for _, segment in segments])
 
     width = _shoulder_width(values)
-    # The depth of these files is told in widths of their 500-pixel picture, so its noise must shrink alike.
+    # The depth of these files is in widths of their 500-pixel picture, so its noise must be in widths, too.
     noise = rng.normal(0, NOISE * width, values.shape) * [1, 1, 1 / 500]
     middle = values[:, [_LEFT_SHOULDER, _RIGHT_SHOULDER], :2].mean(axis=(0, 1))
     camera = middle + rng.uniform(-CAMERA_OFFSET, CAMERA_OFFSET, 2) * width
@@ -237,7 +232,7 @@ def synthesise(phrase: Phrase, letters: dict[str, Letter], seed: int) -> tuple[F
 
 
 def _vary(letter: Letter, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
-    """One letter at another speed, with wider or narrower motion, its hands a little elsewhere."""
+    """One letter with another speed and amplitude, and its hands moved a little."""
     step = letter.fps / FPS * rng.uniform(1 - SPEED, 1 + SPEED)
     positions = np.arange(0, len(letter.values) - 1 + 1e-9, step)
     with_confidence = np.concatenate([letter.values, letter.confidence[..., None]], axis=2)
@@ -253,7 +248,7 @@ def _vary(letter: Letter, rng: np.random.Generator) -> tuple[FloatArray, FloatAr
 def _transition(
     before: tuple[FloatArray, FloatArray], after: tuple[FloatArray, FloatArray], rng: np.random.Generator
 ) -> tuple[FloatArray, FloatArray]:
-    """A few frames between two letters; a landmark that either side misses is missing all along."""
+    """A few frames between two letters; a landmark that is missing on either side is missing in all of them."""
     count = rng.integers(TRANSITION_FRAMES[0], TRANSITION_FRAMES[1] + 1)
     share = (np.arange(1, count + 1) / (count + 1))[:, None]
     confidence = np.minimum(before[1][-1], after[1][0])[None].repeat(count, axis=0)
@@ -261,7 +256,7 @@ def _transition(
 
 
 def _pause(values: FloatArray, confidence: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
-    """The held last frame of a word, slowly drifting: this is how a space is signed."""
+    """A space: the last frame of a word, held and slowly drifting."""
     count = rng.integers(PAUSE_FRAMES[0], PAUSE_FRAMES[1] + 1)
     drift = rng.normal(0, PAUSE_DRIFT * _shoulder_width(values), (2, 1, 2)) * np.linspace(0, 1, count)[:, None]
     return _move_arms(values[-1:].repeat(count, axis=0), drift), confidence[-1:].repeat(count, axis=0)
@@ -281,7 +276,7 @@ def _shoulder_width(values: FloatArray) -> float:
 
 @lru_cache(maxsize=1)
 def _header(lexicon: Path) -> bytes:
-    """The header of the clips: the first three components of the lexicon's files, by pose-format's own writer."""
+    """The header of the clips, with three components of the lexicon's files, as pose-format writes it."""
     from pose_format import Pose
     from pose_format.pose_header import PoseHeader
 

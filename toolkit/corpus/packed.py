@@ -40,11 +40,11 @@ class Clip:
 
     Attributes:
         uid: its name in the table.
-        text: what is signed.
+        text: its translation.
         features: float16 [frames, points, channels]; a landmark that is missing is NaN in every channel. A read-only
             view into the memory map.
-        video: the source video, which no two splits share.
-        language: its sign language, where the table tells.
+        video: the source video.
+        language: its sign language; empty if the table has none.
         hands_visible: share of frames that show at least one hand.
     """
 
@@ -58,19 +58,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a corpus says of itself.
+    """How the features of a corpus were made.
 
     Attributes:
         landmark_set: ``LandmarkSet.to_dict()``.
         fps: frames per second of the features.
-        normalisation: origin and unit of the coordinates, in words.
-        max_frames, min_frames, too_long: the lengths that were let in, and what became of longer clips.
-        no_hands, shared_texts: what became of clips without hands, and of held-out clips whose text train has, too.
+        normalisation: description of the origin and unit of the coordinates.
+        max_frames, min_frames, too_long: the lengths that were accepted, and how longer clips were treated.
+        no_hands, shared_texts: how clips without hands, and held-out clips whose text is in train, were treated.
         splits: of each split the number of ``clips`` and ``frames``.
         counts: clips rejected, shortened, normalised without shoulders, without hands.
         checksums: xxh3 of the table and of all clips in order.
         leakage: texts and videos that splits share.
-        lacking: landmarks of the set that files did not have, and in how many clips.
+        lacking: landmarks of the set that files lacked, each with the number of clips.
         versions: of the toolkit that wrote it.
     """
 
@@ -96,7 +96,7 @@ class Metadata:
 
 
 class Column(Sequence[str]):
-    """The texts or uids of a split, read from the map one by one: a million of them cost no memory."""
+    """The texts or uids of a split, read from the memory map one by one."""
 
     def __init__(self, values: pa.ChunkedArray) -> None:
         self._values = values
@@ -115,14 +115,14 @@ class Column(Sequence[str]):
 
 
 _CLIP_COLUMNS = ("uid", "text", "video", "language", "hands_visible")
-# Of a record batch, all views: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
+# Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
 _Chunk = tuple[list[pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
 
 
 class Split:
     """One split of a corpus: an indexed sequence of clips.
 
-    It pickles as its path: worker processes map the files again instead of receiving them.
+    It is pickled as its path, so worker processes map the files themselves.
     """
 
     def __init__(self, folder: Path, num_points: int, num_channels: int) -> None:
@@ -229,7 +229,7 @@ class Corpus:
         return LandmarkSet.from_dict(self.metadata.landmark_set)
 
     def summary(self) -> dict[str, Any]:
-        """In numbers: ``path, clips, frames, rejects, splits, leakage, counts, bytes``; what preparation prints."""
+        """What preparation prints: ``path, clips, frames, rejects, splits, leakage, counts, lacking, bytes``."""
         counts = dict(self.metadata.counts)
         return {
             "path": str(self.path),
@@ -245,10 +245,10 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
-        """Open a corpus; nothing but its index is read.
+        """Open a corpus; only its metadata is read.
 
         Raises:
-            UserError: there is none, or another version of the toolkit wrote it.
+            UserError: there is no corpus, or another version of the toolkit wrote it.
         """
         path = Path(path)
         try:
@@ -256,11 +256,13 @@ class Corpus:
             version = content["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a prepared corpus (no readable {METADATA_FILE}): make one with launch/prepare.py"
+                f"{path} is not a prepared corpus: it has no readable {METADATA_FILE}",
+                "prepare one with launch/prepare.py, and set data.corpus to its folder",
             ) from error
         if version != FORMAT_VERSION:
             raise UserError(
-                f"the corpus {path} has format {version}, this toolkit reads {FORMAT_VERSION}: prepare it again"
+                f"the corpus {path} has format {version}, this toolkit reads {FORMAT_VERSION}",
+                "prepare it again with launch/prepare.py",
             )
         known = {item.name for item in fields(Metadata)}
         metadata = Metadata(**{key: value for key, value in content.items() if key in known})

@@ -1,6 +1,6 @@
-"""What a preparation is about to do: the table read, every clip's file found, the splits dealt out, nothing built yet.
+"""Plan a preparation: read the table, find the pose file of every row, assign splits.
 
-Everything that can be wrong before a single clip is read is found here.
+All errors that can be found without reading a clip are raised here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import xxhash
 
@@ -24,11 +24,11 @@ from toolkit.poses.features import FEATURES_VERSION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.schema import Data
 
-MOST_FILES_MISSING = 0.5  # share of the clips beyond which the folder, not the clips, must be wrong
-MOST_EXAMPLES = 20  # lost rows that are looked at to tell what they have most in common
+MOST_FILES_MISSING = 0.5  # share of the clips; if more have no file, the folder or the names are wrong
+MOST_EXAMPLES = 20  # rows without a file that are examined for the most frequent reason
 
-# The settings that a corpus depends on; the landmark set, table and poses count by their content.
-_SETTINGS_THAT_MATTER = {
+# The settings that a corpus depends on; the landmark set, table and poses are hashed by their content.
+_HASHED_SETTINGS = {
     "source",
     "fps",
     "max_frames",
@@ -45,7 +45,7 @@ _SETTINGS_THAT_MATTER = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """A table and pose files, looked through but not yet read."""
+    """The rows of a table, and the list of pose files; no clip is read yet."""
 
     data: Data
     landmark_set: LandmarkSet
@@ -56,19 +56,19 @@ class Inputs:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the corpus depends on."""
-        settings = self.data.model_dump(include=_SETTINGS_THAT_MATTER)
+        settings = self.data.model_dump(include=_HASHED_SETTINGS)
         parts = [FORMAT_VERSION, FEATURES_VERSION, settings, self.landmark_set.to_dict(), self.table_checksum]
         return xxhash.xxh3_64_hexdigest(json.dumps([*parts, self.poses.identity], sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done.
+    """The work of a preparation.
 
     Attributes:
         splits: rows with their pose files, by split.
-        rejects: line, uid and reason of the rows that are lost already.
-        removed: likewise, of the rows taken out of held-out splits because train has their text.
+        rejects: line, uid and reason of the rows that are rejected already.
+        removed: the same of the rows removed from held-out splits because their text is in train.
     """
 
     inputs: Inputs
@@ -78,14 +78,14 @@ class Plan:
 
 
 def read_inputs(data: Data) -> Inputs:
-    """Read the table and look through the place of the pose files.
+    """Read the table and list the pose files.
 
     Raises:
         UserError: either is missing or wrong.
     """
     if data.table is None or data.poses is None:
         missing = "data.table" if data.table is None else "data.poses"
-        raise UserError(f"{missing} is not set: give data.table=T.csv data.poses=FOLDER, or data.corpus=PREPARED")
+        raise UserError(f"{missing} is not set", "set data.table=T.csv data.poses=FOLDER, or data.corpus=PREPARED")
     landmark_set = load_landmark_set(data.landmarks)
     table = Path(data.table)
     rows = read_table(table, {**PRESETS.get(data.source, {}), **data.columns})
@@ -93,7 +93,7 @@ def read_inputs(data: Data) -> Inputs:
 
 
 def make_plan(inputs: Inputs) -> Plan:
-    """Find the pose file of every row and deal the rows out to splits.
+    """Find the pose file of every row and assign the rows to splits.
 
     Raises:
         UserError: most files are missing, or the rows cannot be split as asked.
@@ -104,18 +104,18 @@ def make_plan(inputs: Inputs) -> Plan:
     splits = assign_splits(rows, data.dev_share, data.test_share, data.split_seed, str(data.table))
     splits, removed = remove_shared_texts(splits, data.shared_texts)
     files = {row.uid: file for row, file in located}
-    dealt = {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}
-    return Plan(inputs, dealt, rejects, removed)
+    with_files = {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}
+    return Plan(inputs, with_files, rejects, removed)
 
 
 def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str, str]]]:
-    """Rows that have a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
+    """Rows with a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
 
     Raises:
-        UserError: so many files are missing or ambiguous that the folder or the names must be wrong.
+        UserError: most files are missing or ambiguous.
     """
-    found: list[tuple[Row, str, str]] = []  # with what was looked up and the file that it means
-    lost: list[Row] = []
+    found: list[tuple[Row, str, str]] = []  # with the name that was looked up and its file
+    without_file: list[Row] = []
     rejects: list[tuple[int, str, str]] = []
     first: dict[str, Row] = {}
     for row in inputs.rows:
@@ -130,12 +130,12 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
             if len(files) == 1:
                 found.append((row, name, files[0]))
             else:
-                lost.append(row)
+                without_file.append(row)
         first.setdefault(row.uid, row)
-    reasons = {row.line: reason for row, reason in _claimed_twice(found)}
-    if len(lost) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
-        _refuse(inputs, lost, reasons)
-    rejects += [(row.line, row.uid, inputs.poses.reason_not_found(row)) for row in lost]
+    reasons = {row.line: reason for row, reason in _conflicts(found)}
+    if len(without_file) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
+        raise _most_files_missing(inputs, without_file, reasons)
+    rejects += [(row.line, row.uid, inputs.poses.reason_not_found(row)) for row in without_file]
     rejects += [(row.line, row.uid, reasons[row.line]) for row, _, _ in found if row.line in reasons]
     return [(row, inputs.poses.files[file]) for row, _, file in found if row.line not in reasons], rejects
 
@@ -144,36 +144,38 @@ def _duplicate(row: Row, first: Row) -> str:
     reason = f"duplicate uid: line {first.line} has it too"
     if not row.pose or canonical(row.pose) == canonical(first.pose):
         return reason
-    return f"{reason}, with another pose file: a uid may hold folders, so take the path of the file as the uid"
+    return f"{reason}, with another pose file: use the path of the file as the uid, which may contain folders"
 
 
-def _refuse(inputs: Inputs, lost: Sequence[Row], reasons: Mapping[int, str]) -> NoReturn:
-    """Refuse a table most of whose clips have no file of their own, with the reason of the most frequent kind."""
-    examples = [(row.line, inputs.poses.reason_not_found(row)) for row in lost[:MOST_EXAMPLES]]
+def _most_files_missing(inputs: Inputs, without_file: Sequence[Row], reasons: Mapping[int, str]) -> UserError:
+    """The error for a table most of whose rows have no pose file, with an example of the most frequent reason."""
+    examples = [(row.line, inputs.poses.reason_not_found(row)) for row in without_file[:MOST_EXAMPLES]]
     examples += list(reasons.items())[:MOST_EXAMPLES]
     (kind, _), *_ = Counter(reason.partition(":")[0] for _, reason in examples).most_common(1)
     line, reason = next(example for example in examples if example[1].startswith(kind))
-    raise UserError(
-        f"{len(lost) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
-        f"of their own in {inputs.data.poses}: is data.poses right? Line {line}: {reason}"
+    reason, _, remedy = reason.rpartition(": ")
+    return UserError(
+        f"{len(without_file) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
+        f"of their own in {inputs.data.poses}, such as line {line}: {reason}",
+        f"check data.poses (--poses); if it is right: {remedy}",
     )
 
 
-def _claimed_twice(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, str]]:
-    """Rows that may not have their file, because another row has it by right, and why.
+def _conflicts(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, str]]:
+    """Rows whose name leads to the file of another row, and the reason.
 
-    Several clips may be cut from one file, and say so by one name. But ``/data/train/7.pose`` and
-    ``/data/test/7.pose`` are two files, even where only one 7 is there.
+    Several clips may come from one file if they name it alike. But ``/data/train/7.pose`` and ``/data/test/7.pose`` are
+    two files, even if only one file 7 exists.
     """
     claims: dict[str, list[tuple[Row, str]]] = {}
     for row, name, file in found:
         claims.setdefault(file, []).append((row, name))
     for file, rows in claims.items():
         if len(rows) > 1:
-            yield from _losers(file, rows)
+            yield from _conflicts_of_file(file, rows)
 
 
-def _losers(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
     rank = {name: shared_tail(name, file) for _, name in rows}
     owner, best = max(rows, key=lambda claim: rank[claim[1]])
     rivals = [claim for claim in rows if contradict(claim[1], best)]
@@ -191,9 +193,10 @@ def _losers(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, s
             yield (
                 row,
                 f"no pose file has its name: looked up '{printable(name)}', the nearest is {printable(file)}, "
-                f"but that is '{printable(best)}' of line {owner.line}: the file is missing",
+                f"but that is '{printable(best)}' of line {owner.line}: add the missing file",
             )
         elif by_uid is not None and name == row.uid:
-            yield row, f"duplicate uid: line {by_uid.line} has it too, written '{printable(by_uid.uid)}'"
+            reason = f"duplicate uid: line {by_uid.line} has it too, written '{printable(by_uid.uid)}'"
+            yield row, f"{reason}: remove one of the rows"
         elif name == row.uid:
             by_uid = row

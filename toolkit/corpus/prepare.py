@@ -1,4 +1,4 @@
-"""From a table and pose files to a packed corpus: prepared once, found again by a hash, and never half."""
+"""Prepare a packed corpus from a table and pose files, once for the same inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
-from toolkit.corpus.shards import Record, Shard, Work, build_shards
+from toolkit.corpus.shards import Record, Shard, Work, build_on_ray, build_shards
 from toolkit.corpus.splits import leakage
 from toolkit.corpus.table import Row
 from toolkit.corpus.writer import UNFINISHED, finish_corpus, finish_split
@@ -33,22 +33,22 @@ from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
 from toolkit.recipe.schema import Data
 
 MESSAGE_WHILE_WAITING = 30.0  # seconds
-# A shared file system may say for so long that something is not there which another node has made.
+# How long a shared file system may take to show a node what another one has written.
 SHARED_SECONDS = 60.0
 
 
 Build = Callable[[Work, Sequence[Shard]], Iterator[Record]]
-"""Builds shards somewhere and yields the record of each as it is finished."""
+"""Builds shards, here or on a cluster, and yields the record of each as it is finished."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus that is there, or this job's share of one, and how fast it came to be.
+    """A prepared corpus, or this job's share of one.
 
     Attributes:
         path: its folder.
-        clips_per_second: read by this preparation, all workers together; None when nothing was left to read.
-        missing_shards: those that other jobs must still build before there is a corpus; 0 when it is there.
+        clips_per_second: rate of this preparation, all workers together; None if there was nothing to read.
+        missing_shards: shards that other jobs must still build; 0 if the corpus is complete.
     """
 
     path: Path
@@ -57,16 +57,18 @@ class Prepared:
 
 
 def ensure_corpus(data: Data, *, is_local_main: bool = True) -> Path:
-    """The folder of the prepared corpus that the settings mean; see ``find_or_prepare``. All ranks call this.
+    """The folder of the corpus of these settings, prepared if it does not exist; all ranks call this.
 
     Rank 0 prepares it. A node that does not see it within a minute has a cache of its own, and prepares it there.
     """
     path = on_rank_0(lambda: find_or_prepare(data, is_local_main=is_local_main).path)
-    return on_each_node(lambda: path if _appears(path) else find_or_prepare(data, is_local_main=is_local_main).path)
+    return on_each_node(
+        lambda: path if _is_visible_here(path) else find_or_prepare(data, is_local_main=is_local_main).path
+    )
 
 
-def _appears(corpus: Path) -> bool:
-    """Whether a corpus that another node has prepared is to be seen from here, at once or soon."""
+def _is_visible_here(corpus: Path) -> bool:
+    """Whether this node sees a corpus that another one has prepared, now or within a minute."""
     end = time.monotonic() + SHARED_SECONDS
     while not (corpus / METADATA_FILE).exists():
         if time.monotonic() > end:
@@ -76,33 +78,33 @@ def _appears(corpus: Path) -> bool:
 
 
 def find_or_prepare(data: Data, *, is_local_main: bool = True, ray: str | None = None) -> Prepared:
-    """The prepared corpus that the settings mean; prepared now if that was never done before.
+    """Find the corpus of these settings in the cache, or prepare it.
 
-    Many processes may ask at the same time: one prepares, and the others wait for it.
+    Many processes may call this at the same time: one prepares, and the others wait for it.
 
     Args:
-        data: ``corpus`` names a prepared one; else it is kept in ``cache``, under a hash of all that it depends on.
-        speaks: whether this process says so while it waits for another.
+        data: ``corpus`` names a prepared one; else it is in ``cache``, under a hash of all that it depends on.
+        is_local_main: whether this process reports that it waits for another.
         ray: address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
         UserError: an input is missing or wrong.
         TooManyRejects: more clips are unusable than ``max_rejects`` allows.
-        Interrupted: Ctrl-C; asking again goes on.
+        Interrupted: Ctrl-C; the same call resumes.
     """
     if data.corpus is not None:
         return Prepared(Corpus.open(data.corpus).path, None)
-    asked_at = time.time()
+    called_at = time.time()
     cache = Path(data.cache)
     if data.source == "demo":
-        data = _with_demo_clips(data, cache, is_local_main)
+        data = _with_demo_inputs(data, cache, is_local_main)
     inputs = read_inputs(data)
     out = cache / f"{data.source}-{inputs.fingerprint[:12]}"
     if not (out / METADATA_FILE).exists():
         plan = make_plan(inputs)
-        with _sole_writer(out, is_local_main):
+        with _locked(out, is_local_main):
             if not (out / METADATA_FILE).exists():
-                _refuse_again(out, asked_at)
+                _raise_if_just_rejected(out, called_at)
                 return _prepare(plan, out, _builder(data, ray))
     return Prepared(out, None)
 
@@ -110,14 +112,14 @@ def find_or_prepare(data: Data, *, is_local_main: bool = True, ray: str | None =
 def prepare(
     data: Data, out: Path, *, replace: bool = False, share: tuple[int, int] = (1, 1), ray: str | None = None
 ) -> Prepared:
-    """Prepare a corpus into a folder of the user's choice.
+    """Prepare a corpus into a given folder.
 
     Args:
         data: table, poses and how to treat them.
-        out: the folder to make; an unfinished preparation of the same inputs is continued.
-        replace: whether a corpus that is there already may be replaced.
+        out: the folder to create; an unfinished preparation of the same inputs is resumed.
+        replace: whether an existing corpus may be replaced.
         share: ``(k, n)`` builds the k-th of n shares. Jobs for the others may run at any time, on any machine that
-            has the same folder; whoever finds that nothing is missing any more makes the corpus.
+            has the same folder; the job that builds the last missing shard completes the corpus.
         ray: address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
@@ -126,24 +128,22 @@ def prepare(
     if out.exists() and not replace and share[1] == 1:
         raise _exists(out)
     if data.source == "demo":
-        data = _with_demo_clips(data, Path(data.cache), is_local_main=True)
+        data = _with_demo_inputs(data, Path(data.cache), is_local_main=True)
     plan, build = make_plan(read_inputs(data)), _builder(data, ray)
     if share[1] > 1:
         return _prepare_share(plan, out, share, replace, build)
-    with _sole_writer(out, is_local_main=True):
+    with _locked(out, is_local_main=True):
         return _prepare(plan, out, build)
 
 
 def _builder(data: Data, ray: str | None) -> Build:
     if ray is not None:
-        from toolkit.corpus.on_ray import build_on_ray
-
         return lambda work, shards: build_on_ray(work, shards, ray, data.workers)
     return lambda work, shards: build_shards(work, shards, data.workers or len(os.sched_getaffinity(0)))
 
 
 def _exists(out: Path) -> UserError:
-    return UserError(f"{out} exists already: choose another --out, or say --replace")
+    return UserError(f"{out} exists already", "choose another --out, or add --replace")
 
 
 def _prepare(plan: Plan, out: Path, build: Build) -> Prepared:
@@ -157,12 +157,12 @@ def _prepare(plan: Plan, out: Path, build: Build) -> Prepared:
 
 
 def _prepare_share(plan: Plan, out: Path, share: tuple[int, int], replace: bool, build: Build) -> Prepared:
-    """Build every n-th shard from the k-th on; the lock is held only to begin and to look whether all are there."""
+    """Build every n-th shard from the k-th on; the lock is held only at the start and for the check at the end."""
     fingerprint = plan.inputs.fingerprint
-    # A corpus does not say where its sources lay, so what it was made from is noted beside it: a job that starts when
-    # the others are done must find out that this is the corpus it was to help with.
+    # A corpus does not contain the hash of its inputs, so it is written beside it: a job that starts after the others
+    # are done recognises the corpus of its own inputs.
     made_from = out.with_name(f".{out.name}.inputs")
-    with _sole_writer(out, is_local_main=True):
+    with _locked(out, is_local_main=True):
         if out.exists():
             if made_from.exists() and made_from.read_text(encoding="utf-8") == fingerprint:
                 return Prepared(out, None)
@@ -171,16 +171,16 @@ def _prepare_share(plan: Plan, out: Path, share: tuple[int, int], replace: bool,
         unfinished = _unfinished(out)
         if unfinished.exists() and not _is_same(unfinished, fingerprint):
             raise UserError(
-                f"{unfinished} belongs to a preparation of other inputs: delete it if that one no longer runs, "
-                "or choose another --out"
+                f"{unfinished} belongs to a preparation of other inputs",
+                "delete it if that preparation no longer runs, or choose another --out",
             )
         _keep_only_if_same(unfinished, fingerprint)
         work = _work(plan, unfinished)
     number, count = share
-    with _goes_on_later(out):
+    with _resumable(out):
         rate = _build_with_progress(work, f"{out.name} {number}/{count}", work.shards()[number - 1 :: count], build)
-    with _sole_writer(out, is_local_main=True):
-        # Another share may have found everything there in the meantime, and made the corpus.
+    with _locked(out, is_local_main=True):
+        # Another share may have completed the corpus in the meantime.
         if unfinished.exists():
             missing = len(work.missing(work.shards()))
             if missing:
@@ -210,7 +210,7 @@ def _build_with_progress(work: Work, title: str, shards: Sequence[Shard], build:
     missing = work.missing(shards)
     clips = sum(work.size(shard) for shard in missing)
     started = time.perf_counter()
-    with _bar(f"preparing {title}", sum(work.size(shard) for shard in shards)) as bar:
+    with _progress_bar(f"preparing {title}", sum(work.size(shard) for shard in shards)) as bar:
         bar.update(bar.total - clips)
         for record in build(work, missing):
             bar.update(record.clips + len(record.rejects))
@@ -218,10 +218,10 @@ def _build_with_progress(work: Work, title: str, shards: Sequence[Shard], build:
 
 
 def _finish(plan: Plan, work: Work, out: Path) -> None:
-    """Turn the shards, all of which are there, into a corpus.
+    """Turn the shards, all of which are built, into a corpus.
 
     Raises:
-        TooManyRejects: then everything but the list of rejects is gone.
+        TooManyRejects: everything except the list of rejects is deleted.
     """
     inputs, unfinished = plan.inputs, work.folder
     records = [work.record(shard) for shard in work.shards()]
@@ -250,9 +250,9 @@ def _finish(plan: Plan, work: Work, out: Path) -> None:
     _rejects_beside(out).unlink(missing_ok=True)
 
 
-def _bar(title: str, clips: int) -> tqdm:
-    """A live bar with clips/s and the time left; in a log file a line now and then instead."""
-    tqdm.monitor_interval = 0  # its thread would be there when the workers are forked
+def _progress_bar(title: str, clips: int) -> tqdm:
+    """A progress bar with clips/s and the time left; in a log file a line every ten seconds."""
+    tqdm.monitor_interval = 0  # its thread would be running when the workers are forked
     return tqdm(total=clips, desc=title, unit="clip", delay=1, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
@@ -289,7 +289,7 @@ def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], n
 
 
 def _keep_only_if_same(unfinished: Path, fingerprint: str) -> None:
-    """Throw away what an interrupted preparation of other inputs left behind."""
+    """Delete an interrupted preparation of other inputs."""
     if not _is_same(unfinished, fingerprint):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -302,7 +302,7 @@ def _is_same(unfinished: Path, fingerprint: str) -> bool:
 
 
 def _rejects_beside(out: Path) -> Path:
-    """Where the list of rejects is kept when they were too many for a corpus."""
+    """The list of rejects when they are too many for a corpus."""
     return out.with_name(out.name + ".rejects.csv")
 
 
@@ -314,35 +314,36 @@ def _write_reasons(path: Path, rejects: list[tuple[int, str, str]]) -> None:
 
 
 def _too_many_rejects(inputs: Inputs, rejects: list[tuple[int, str, str]], out: Path) -> UserError:
-    """The error for a preparation that lost too much; the list of what was lost and why is kept beside ``out``."""
+    """The error for a preparation with too many rejects; their list is written beside ``out``."""
     listed = _rejects_beside(out)
     _write_reasons(listed, rejects)
-    # What follows a colon is about the one clip.
+    # Reasons of one kind are alike up to the first colon.
     (kind, number), *_ = Counter(reason.partition(":")[0] for _, _, reason in rejects).most_common(1)
     reason = next(reason for _, _, reason in rejects if reason.partition(":")[0] == kind)
     share = 100 * len(rejects) / len(inputs.rows)
     empty = [line for line, _, reason in rejects if reason == "the text is empty"]
     if len(empty) > inputs.data.max_rejects * len(inputs.rows):
         return UserError(
-            f"{inputs.data.table}, line {empty[0]}: the text is empty ({len(empty)} such rows): "
-            "fill in these texts or take the rows out"
+            f"{inputs.data.table}, line {empty[0]}: the text is empty ({len(empty)} such rows)",
+            "fill in these texts or remove the rows",
         )
     return TooManyRejects(
         f"{len(rejects)} of {len(inputs.rows)} clips ({share:.3g} %) cannot be used, data.max_rejects allows "
-        f"{100 * inputs.data.max_rejects:g} %; most often: {reason} ({number}); all are listed in {listed}"
+        f"{100 * inputs.data.max_rejects:g} %; most often: {reason} ({number})",
+        f"correct the clips, which are listed in {listed}, or raise data.max_rejects (--max-rejects)",
     )
 
 
-def _refuse_again(out: Path, asked_at: float) -> None:
-    """Spare a process that waited for another's failure the same long way to the same failure."""
+def _raise_if_just_rejected(out: Path, called_at: float) -> None:
+    """Raise the error of a process that this one has waited for, instead of repeating its work."""
     listed = _rejects_beside(out)
-    if listed.exists() and listed.stat().st_mtime >= asked_at:
-        raise TooManyRejects(f"too many clips cannot be used: all are listed in {listed}")
+    if listed.exists() and listed.stat().st_mtime >= called_at:
+        raise TooManyRejects("too many clips cannot be used", f"correct those that are listed in {listed}")
 
 
 @contextmanager
-def _sole_writer(out: Path, is_local_main: bool) -> Iterator[None]:
-    """Hold the lock of a corpus; while another process holds it, say so now and then. Ctrl-C becomes Interrupted."""
+def _locked(out: Path, is_local_main: bool) -> Iterator[None]:
+    """Hold the lock of a corpus; report every 30 s that another process holds it. Ctrl-C becomes Interrupted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     waited = 0.0
@@ -355,31 +356,33 @@ def _sole_writer(out: Path, is_local_main: bool) -> Iterator[None]:
             if is_local_main:
                 print(f"waiting for another process that prepares {out} ({waited:.0f} s)", file=sys.stderr, flush=True)
     try:
-        with _goes_on_later(out):
+        with _resumable(out):
             yield
     finally:
         lock.release()
 
 
 @contextmanager
-def _goes_on_later(out: Path) -> Iterator[None]:
+def _resumable(out: Path) -> Iterator[None]:
     """Ctrl-C becomes Interrupted."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted(f"preparing {out} stopped half-way: run the same command again to go on") from error
+        raise Interrupted(
+            f"the preparation of {out} was stopped by Ctrl-C", "run the same command again to resume it"
+        ) from error
 
 
-def _with_demo_clips(data: Data, cache: Path, is_local_main: bool) -> Data:
-    """The demo's settings with its table and poses, which are made first if they are not there."""
+def _with_demo_inputs(data: Data, cache: Path, is_local_main: bool) -> Data:
+    """The demo's settings with its table and poses, which are made first if they do not exist."""
     sizes = DemoSizes()
     index = (find_lexicon() / "index.csv").read_bytes()
     recipe = json.dumps([DEMO_VERSION, asdict(sizes), words()]).encode()
     clips = cache / f"demo-clips-{xxhash.xxh3_64_hexdigest(recipe + index)[:12]}"
     if not clips.exists():
-        with _sole_writer(clips, is_local_main):
+        with _locked(clips, is_local_main):
             if not clips.exists():
                 total = sum(asdict(sizes).values())
-                with _bar("making the demo's clips", total) as bar:
+                with _progress_bar("making the demo's clips", total) as bar:
                     make_demo(clips, sizes, workers=data.workers or len(os.sched_getaffinity(0)), progress=bar.update)
     return data.model_copy(update={"table": str(clips / "table.csv"), "poses": str(clips / "poses")})

@@ -1,20 +1,23 @@
-"""The parallel part of preparation: each shard of a split from its rows to an Arrow file, in any process.
+"""Build the shards of a corpus in parallel, by processes of this machine or of a Ray cluster.
 
-A shard is a pure function of the settings and its rows. So neither the number of workers nor the machines they run on
-can change a byte of the result, and an interrupted preparation goes on with the shards that it still lacks.
+A shard is a pure function of the settings and its rows. The number of workers and their machines therefore do not
+change the result, and an interrupted preparation resumes with the shards that are missing.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
+import os
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +34,17 @@ from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import USUAL_FPS, PoseError
 from toolkit.recipe.schema import Data
 
+CODE = Path(__file__).resolve().parents[2]
 LEAST_CLIPS = 256
 Shard = tuple[str, int, int]
-"""Split, number and how many shards the split has."""
-MOST_SHARDS = 256  # of a split: each stays open as a memory map, and a process may hold about a thousand open files
+"""Split, number of the shard, and number of shards of the split."""
+_CHECK_RAY = "start the cluster by `ray start --head`, and check the address of its head"
+MOST_SHARDS = 256  # of a split: each stays open as a memory map, and a process may have about a thousand open files
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that the shards of a corpus are functions of.
+    """What the shards of a corpus are functions of.
 
     Attributes:
         folder: the unfinished corpus.
@@ -58,11 +63,11 @@ class Work:
         return [(name, number, count) for name, count in counts.items() for number in range(count)]
 
     def missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those that nobody has built yet."""
+        """Those of the shards that are not built yet."""
         return [shard for shard in shards if not self.record_file(*shard[:2]).exists()]
 
     def record(self, shard: Shard) -> Record:
-        """What a shard that is built says of itself."""
+        """The record of a shard that is built."""
         content = json.loads(self.record_file(*shard[:2]).read_text(encoding="utf-8"))
         return Record(**content | {"rejects": [tuple(reject) for reject in content["rejects"]]})
 
@@ -79,21 +84,21 @@ class Work:
         return rows * number // count, rows * (number + 1) // count
 
     def record_file(self, split: str, number: int) -> Path:
-        """Where the record of a finished shard is kept until the corpus is complete."""
+        """The file of a finished shard's record, which exists until the corpus is complete."""
         return self.folder / "progress" / f"{split}-{number:05d}.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of the rows of one shard.
+    """The result of one shard.
 
     Attributes:
         split, number: which shard.
         rejects: line in the table, uid and reason.
-        counts: clips that were shortened, normalised without shoulders, show no hands, hold landmarks that
-            claim a confidence but have no place, are of an unusual frame rate, or lack landmarks of the set.
-        lacking: of each landmark that files lack, how many clips.
-        checksum: xxh3 of the pose files that went in, in order.
+        counts: clips that were shortened, normalised without shoulders, show no hands, have landmarks with a
+            confidence but without a place, have an unusual frame rate, or lack landmarks of the set.
+        lacking: landmarks that files lack, each with the number of clips.
+        checksum: xxh3 of the pose files, in order.
     """
 
     split: str
@@ -110,7 +115,7 @@ def build_shards(work: Work, shards: Sequence[Shard], workers: int) -> Iterator[
     """Build shards in processes of this machine.
 
     Args:
-        work: what they are functions of.
+        work: the inputs of the shards.
         shards: those to build.
         workers: number of processes; 1 builds in this one.
 
@@ -125,8 +130,7 @@ def build_shards(work: Work, shards: Sequence[Shard], workers: int) -> Iterator[
             yield build_shard(work, *shard)
         return
 
-    # Fork, so that a training script with all its imports is not loaded again by every worker; nothing has started
-    # threads or touched a GPU when a corpus is prepared.
+    # Forked workers need not import everything again; no threads run and no GPU is in use during preparation.
     context = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_become_worker, initargs=(work,))
     try:
@@ -134,7 +138,8 @@ def build_shards(work: Work, shards: Sequence[Shard], workers: int) -> Iterator[
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a preparation process was killed, perhaps for lack of memory: run it again with fewer data.workers"
+            "a preparation process was killed, as when the kernel is short of memory",
+            "run the same command again with fewer data.workers (--workers)",
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
@@ -146,7 +151,7 @@ _inherited: Work
 def _become_worker(work: Work) -> None:
     global _inherited
     _inherited = work
-    # Ctrl-C reaches the whole process group; the parent alone decides, and lets the shards in hand be finished.
+    # Ctrl-C reaches the whole process group; the parent handles it, and shards that are being built are finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -155,7 +160,7 @@ def _build_inherited_shard(split: str, number: int, count: int) -> Record:
 
 
 def build_shard(work: Work, split: str, number: int, count: int) -> Record:
-    """Features of all rows of a shard, written; what cannot be used is recorded."""
+    """Extract the features of all rows of a shard and write them; rejects are in the record."""
     data = work.data
     clips: list[Clip] = []
     rejects: list[tuple[int, str, str]] = []
@@ -196,3 +201,80 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     partial.write_text(json.dumps(record.__dict__), encoding="utf-8")
     partial.replace(record_file)
     return record
+
+
+def build_on_ray(work: Work, shards: Sequence[Shard], address: str, workers: int = 0) -> Iterator[Record]:
+    """Build shards on a running Ray cluster, whose machines must have the same folders.
+
+    Args:
+        work: the inputs of the shards.
+        shards: those to build.
+        address: of the cluster's head (``host:6379``), or ``auto`` on one of its machines.
+        workers: most builders at a time; 0 = one for each processor of the cluster.
+
+    Yields:
+        the record of each shard as it is finished.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster does not answer.
+    """
+    if not shards:
+        return
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise UserError(
+            "--ray needs Ray, which is not installed", 'pip install "sign-language-translation-toolkit[ray]"'
+        ) from error
+    _check_port(address)
+    try:
+        # Builders may start in any folder; they import the toolkit from the folder of this process.
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": {"PYTHONPATH": f"{CODE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray {address}: no Ray cluster answers: {_first_line(error)}", _CHECK_RAY) from error
+    try:
+        processors = int(ray.cluster_resources().get("CPU", 1))
+        shared = ray.put(replace(work, folder=work.folder.absolute()))
+        # A builder whose machine fails starts again on another; a shard may be built twice.
+        builder: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Builder)
+        builders = min(workers or processors, processors, len(shards))
+        pool: Any = ActorPool([builder.remote(shared) for _ in range(builders)])
+        yield from pool.map_unordered(lambda actor, shard: actor.build.remote(shard), shards)
+    finally:
+        ray.shutdown()
+
+
+def _check_port(address: str) -> None:
+    """Check that a process listens at ``host:port``; Ray itself would try for many minutes.
+
+    Raises:
+        UserError: none does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and others, which Ray looks up in files of this machine
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"--ray {address}: no process answers: {error}", _CHECK_RAY) from error
+
+
+class _Builder:
+    """Builds shards in a process of its own, which receives the work once and not with every shard."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def build(self, shard: Shard) -> Record:
+        (record,) = build_shards(self.work, [shard], workers=1)
+        return record
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""Look at one clip: its skeleton as a model sees it, beside the recording it came from, as an animation."""
+"""Draw one clip as an animation: its skeleton as a model sees it, beside the recording."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def find_clip(corpus: Corpus, uid: str) -> tuple[str, Clip]:
     """The clip of that name and its split.
 
     Raises:
-        UserError: there is none, or several could be meant.
+        UserError: there is no such clip, or the name is ambiguous.
     """
     places = {name: (split, index) for split, clips in corpus.splits.items() for index, name in enumerate(clips.uids)}
     names = Names(places)
     meant = [uid] if uid in places else names.match(uid)
     if not meant:
-        near = f", the nearest is '{printable(names.nearest(uid))}'" if places else ""
-        raise UserError(f"{corpus.path} has no clip '{printable(uid)}'{near}: rejects.csv may say why")
+        near = f"the nearest is '{printable(names.nearest(uid))}'; " if places else ""
+        raise UserError(f"{corpus.path} has no clip '{printable(uid)}'", f"{near}look for it in rejects.csv")
     if len(meant) > 1:
-        raise UserError(f"'{printable(uid)}' may be any of {', '.join(map(printable, meant))}: name one of them")
+        raise UserError(f"'{printable(uid)}' may be any of {', '.join(map(printable, meant))}", "name one of them")
     split, index = places[meant[0]]
     return split, corpus.splits[split].clip(index)
 
@@ -44,7 +44,7 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         corpus: where the clip is.
         uid: its name.
         out: the GIF to write.
-        poses: where the recordings lie. A clip that was cut out of a longer file is shown with the whole file.
+        poses: the recordings. A clip with a start or end is drawn beside the whole file.
 
     Raises:
         UserError: there is no such clip or no readable recording of it.
@@ -56,26 +56,28 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         row = Row(clip.uid, clip.text, clip.video, start=0.0)
         key = poses.find(row)
         if key is None:
-            reason = poses.reason_not_found(row).rpartition(":")[0]  # its advice is for tables
-            raise UserError(f"the poses hold no recording of '{printable(clip.uid)}' ({reason}): is --poses right?")
+            reason = poses.reason_not_found(row).rpartition(":")[0]  # without the remedy, which is for tables
+            raise UserError(f"there is no recording of '{printable(clip.uid)}': {reason}", "check --poses")
         try:
             raw = read_clip(poses.read(key))
             panels.insert(0, (f"recorded, {raw.fps:g} fps", recorded_points(raw, corpus.landmark_set), raw.fps))
         except PoseError as error:
-            raise UserError(f"the recording of '{uid}' cannot be shown: {error}") from error
+            raise UserError(
+                f"the recording of '{uid}' cannot be drawn: {error}", "leave out --poses to draw the features alone"
+            ) from error
     _animate(panels, corpus.landmark_set, f"{clip.uid} ({split}): {clip.text}", len(features), corpus.metadata.fps, out)
 
 
 def _animate(
-    shown: list[tuple[str, FloatArray, float]], landmarks: LandmarkSet, title: str, frames: int, fps: float, out: Path
+    drawn: list[tuple[str, FloatArray, float]], landmarks: LandmarkSet, title: str, frames: int, fps: float, out: Path
 ) -> None:
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(shown), 4.4))
+    figure = Figure(figsize=(4 * len(drawn), 4.4))
     figure.suptitle(title[:80].replace("$", r"\$"), fontsize=10)
     panels = []
-    for axis, (name, points, rate) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+    for axis, (name, points, rate) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn, strict=True):
         flat = points[..., :2].reshape(-1, 2)
         low, high = np.nanpercentile(flat, 1, axis=0), np.nanpercentile(flat, 99, axis=0)
         margin = 0.15 * (high - low).max() + 1e-6
@@ -94,7 +96,7 @@ def _animate(
             for part, indices in landmarks.parts.items():
                 dots[part].set_data(now[list(indices), 0], now[list(indices), 1])
             ends = now[np.array(landmarks.edges, np.intp).reshape(-1, 2)][..., :2]
-            # A NaN between two edges lifts the pen.
+            # A NaN between two edges interrupts the line.
             line = np.concatenate([ends, np.full((len(ends), 1, 2), np.nan)], axis=1).reshape(-1, 2)
             bones.set_data(line[:, 0], line[:, 1])
         return []

@@ -1,6 +1,7 @@
-"""Who goes to train, dev and test: by source video, so that no scene, signer's outfit or sentence series leaks.
+"""Assign clips to train, dev and test by source video, and measure what splits share.
 
-Also measures what leaks nevertheless, because a table that brings its own splits may well share texts between them.
+All clips of a video go to one split, so that no scene, clothes or series of sentences leak. Splits that the table names
+may share texts and videos: that is counted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import xxhash
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 
-# The three ways in which iSign names a clip of a video. Splitting at the last dash would part the dictionary clips
-# (word, definition, examples) of one video from each other.
+# The three forms of iSign's uids. Splitting at the last dash would separate the dictionary clips (word, definition,
+# examples) of one video from each other.
 _VIDEO_OF_UID = (
     re.compile(r"(?P<video>[0-9a-f]{12})-\d+"),
     re.compile(r"(?P<video>[A-Za-z0-9_-]{11})--\d+"),
@@ -29,7 +30,7 @@ LEAST_WORDS_OF_NEAR_TEXTS = 4
 
 
 def source_video(row: Row) -> str:
-    """The video that a clip was cut from: the table's word, else what an iSign uid tells, else the clip itself."""
+    """The source video of a clip: the column ``video``, else the part of an iSign uid, else the uid itself."""
     if row.video:
         return row.video
     for grammar in _VIDEO_OF_UID:
@@ -41,15 +42,15 @@ def source_video(row: Row) -> str:
 def assign_splits(
     rows: Sequence[Row], dev_share: float, test_share: float, seed: int, table: str = "the table"
 ) -> dict[str, list[Row]]:
-    """Deal rows out to splits: as the table says, or by source video in an order that only the seed decides.
+    """Assign rows to splits: as the table says, or by source video in an order that depends on the seed alone.
 
-    Whole videos go to dev until it holds its share of the clips, then to test, and the rest to train; a video's place
-    does not depend on the order of the table. Every row comes to be in exactly one split.
+    Whole videos go to dev until it has its share of the clips, then to test, and the rest to train; the order of the
+    table does not matter. Every row is in exactly one split.
 
     Args:
-        rows: those that are to be clips.
-        dev_share, test_share: of the clips, where the table names no splits.
-        seed: decides which videos.
+        rows: one a clip.
+        dev_share, test_share: shares of the clips, used if the table names no splits.
+        seed: of the order of the videos.
         table: for messages.
 
     Raises:
@@ -60,8 +61,8 @@ def assign_splits(
         if named < len(rows):
             line = next(row.line for row in rows if not row.split)
             raise UserError(
-                f"{table}, line {line} names no split while others do ({len(rows) - named} such rows): "
-                "fill its split column in every row, or in none"
+                f"{table}, line {line} names no split while others do ({len(rows) - named} such rows)",
+                "fill the column split in every row, or in none",
             )
         given: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
@@ -73,22 +74,22 @@ def assign_splits(
     wanted = {"dev": dev_share, "test": test_share}
     if len(order) < 1 + sum(share > 0 for share in wanted.values()):
         raise UserError(
-            f"{table}: all {len(rows)} clips come from {len(order)} source videos, too few to split by video: "
-            "give the table a `split` column, or set data.dev_share=0 data.test_share=0"
+            f"{table}: all {len(rows)} clips come from {len(order)} source videos, too few to split by video",
+            "add a column split to the table, or set data.dev_share=0 data.test_share=0",
         )
     split_of: dict[str, str] = {}
     position = 0
     for split, share in wanted.items():
         clips = 0
-        # One video is always left over for what comes after.
+        # At least one video is left for the next split.
         while position < len(order) - 1 and clips < share * len(rows):
             split_of[order[position]] = split
             clips += videos[order[position]]
             position += 1
-    dealt: dict[str, list[Row]] = defaultdict(list)
+    assigned: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        dealt[split_of.get(source_video(row), "train")].append(row)
-    return _in_usual_order(dealt)
+        assigned[split_of.get(source_video(row), "train")].append(row)
+    return _in_usual_order(assigned)
 
 
 def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -97,7 +98,7 @@ def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 class _LettersOnly(dict[int, int]):
-    """A table for ``str.translate`` that learns characters as it meets them: letters, marks and digits stay."""
+    """A table for ``str.translate``, filled as characters occur: all but letters, marks and digits is a space."""
 
     def __missing__(self, character: int) -> int:
         stays = unicodedata.category(chr(character))[0] in "LMN"
@@ -109,14 +110,14 @@ _LETTERS_ONLY = _LettersOnly()
 
 
 def normalised_text(text: str) -> str:
-    """What remains of a text when case, punctuation and spacing are taken away: the measure of sameness."""
+    """A text without case, punctuation and spacing; texts count as the same if this is equal."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS_ONLY).split())
 
 
 def _near_keys(normalised: str) -> set[int]:
-    """Keys of which two normalised texts share one if they hold the same words, in any order, but for one word.
+    """Keys of a normalised text; two texts share a key if their words are the same, in any order, except for one word.
 
-    Shorter texts have no such keys: one word less is another sentence.
+    Texts of fewer than four words have no keys, because without a word they are another sentence.
     """
     words = sorted(normalised.split())
     if len(words) < LEAST_WORDS_OF_NEAR_TEXTS:
@@ -127,12 +128,12 @@ def _near_keys(normalised: str) -> set[int]:
 def remove_shared_texts(
     splits: dict[str, list[Row]], policy: Literal["keep", "remove", "remove_near"]
 ) -> tuple[dict[str, list[Row]], list[tuple[int, str, str]]]:
-    """Take out of the held-out splits what train has, too: a score there should tell of translating, not of memory.
+    """Remove clips from the held-out splits whose text is in train, so that scores there do not measure memory.
 
     Args:
         splits: rows by split.
-        policy: ``remove`` takes clips whose text train has (apart from case and punctuation), ``remove_near`` also
-            those with nearly such a text (the same words but for one).
+        policy: ``remove`` removes clips whose text is in train (apart from case and punctuation), ``remove_near`` also
+            those whose words are the same except for one.
 
     Returns:
         the splits without these clips, and line, uid and reason of each of them.
@@ -155,14 +156,14 @@ def remove_shared_texts(
                 removed.append((row.line, row.uid, f"train has {'' if verdict == 'same' else 'nearly '}its text"))
         if rows and not kept[name]:
             raise UserError(
-                f"data.shared_texts={policy} leaves no clip in the split '{name}': train has the texts of all "
-                f"{len(rows)}; split the table otherwise, or keep them"
+                f"data.shared_texts={policy} leaves no clip in the split '{name}': all {len(rows)} texts are in train",
+                "split the table in another way, or set data.shared_texts=keep",
             )
     return kept, sorted(removed)
 
 
 class _SharedTexts:
-    """Tells whether the training split has a text, or nearly."""
+    """Looks up whether the training split has the same or nearly the same text."""
 
     def __init__(self, train: Sequence[Row]) -> None:
         self._texts = {normalised_text(row.text) for row in train}
@@ -178,8 +179,8 @@ class _SharedTexts:
 def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
     """How much each held-out split shares with train.
 
-    Counted are clips whose text train has, too (apart from case and punctuation); clips with nearly such a text (the
-    same words but for one); and clips whose source video train has.
+    Counted are clips whose text is in train (apart from case and punctuation); clips whose words are those of a text in
+    train except for one; and clips whose source video is in train.
     """
     train = splits.get("train", [])
     texts = _SharedTexts(train)

@@ -1,7 +1,6 @@
-"""Read the table that pairs clips with texts: CSV, TSV or JSONL, from whoever made it.
+"""Read the table that pairs clips with texts: CSV, TSV or JSONL.
 
-Nothing in a table is trusted, and nothing of it is lost: each of its records is one row, whose text has all of the
-characters (spacing apart), or the table is refused. Every complaint says which file, which line and what to do.
+Each record becomes one row with all characters of its text (except for spacing), or an error that names file and line.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from toolkit.errors import UserError
 
 COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
-# A table of clips that were cut long ago often still says where: times count only when the user maps them.
+# Tables of clips that are files of their own often still have these columns: they are read only if the user maps them.
 ONLY_WHEN_MAPPED = ("start", "end")
 PRESETS: dict[str, dict[str, str]] = {
     "isign": {"uid": "uid", "text": "text"},
     "how2sign": {"uid": "SENTENCE_NAME", "text": "SENTENCE", "video": "VIDEO_ID"},
 }
-"""What the public tables of some corpora call their columns."""
+"""The names of columns in the tables of public corpora: our name -> theirs."""
 
 SPLIT_NAMES = {
     "training": "train",
@@ -47,14 +46,14 @@ class Row:
     """One line of a table.
 
     Attributes:
-        uid, text: the clip's name and what it says.
-        video: its source video; empty when the table does not tell.
-        split: as the table gives it; empty when it does not.
+        uid, text: the clip's name and its translation.
+        video: its source video; empty if the table has none.
+        split: as the table names it; empty if the table has none.
         language: sign language; may be empty.
-        pose: name of the pose file, when it is neither the uid nor the video.
+        pose: name of the pose file, if it is neither the uid nor the video.
         start, end: seconds of the clip within its pose file.
-        fps: frames per second of the pose file, for arrays that do not tell; it overrules the file.
-        line: where it begins, counted from 1 as an editor does.
+        fps: frames per second of the pose file; overrules the file.
+        line: number of its first line, from 1.
     """
 
     uid: str
@@ -70,13 +69,13 @@ class Row:
 
 
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Read a table; its format is told by the suffix (.jsonl) or by its first line (comma, tab, semicolon or bar).
+    """Read a table; the suffix (.jsonl) or the first line (comma, tab, semicolon or bar) gives its format.
 
-    Lines without any value are no rows; every other is one, or an error.
+    Lines without any value are skipped; every other record is a row or an error.
 
     Args:
         path: the table; UTF-8, or UTF-16 with a byte order mark.
-        columns: our name of a column -> the table's, for those that differ.
+        columns: our name of a column -> the table's name, where they differ.
 
     Raises:
         UserError: the table or a column is missing, or a line cannot be read.
@@ -84,31 +83,29 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row
     columns = dict(columns or {})
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown:
-        raise UserError(
-            f"data.columns names {', '.join(unknown)}, which mean nothing here: known are {', '.join(COLUMNS)}"
-        )
+        raise UserError(f"data.columns maps unknown columns: {', '.join(unknown)}", f"known are {', '.join(COLUMNS)}")
     if not path.is_file():
-        raise UserError(f"there is no table {path}: data.table wants a CSV, TSV or JSONL file")
+        raise UserError(f"there is no table {path}", "set data.table (--table) to a CSV, TSV or JSONL file")
     required = [columns.get(name, name) for name in REQUIRED]
     records, separator = read_records(table_lines(path), path, required)
     rows = list(_rows(records, columns, path, decimal_comma=separator == ";"))
     if not rows:
-        raise UserError(f"{path} holds no rows: a header line and one line a clip are wanted")
+        raise UserError(f"{path} holds no rows", "write a header and one line for each clip")
     return rows
 
 
 def _rows(
     records: Iterable[tuple[int, Mapping[str, Any]]], columns: Mapping[str, str], path: Path, decimal_comma: bool
 ) -> Iterator[Row]:
-    """Records become rows under our names of the columns."""
+    """Convert records to rows, with our names of the columns."""
     for line, record in records:
         values = {}
         for name in COLUMNS:
             source = columns.get(name, "" if name in ONLY_WHEN_MAPPED else name)
             if source not in record and (name in REQUIRED or name in columns):
                 raise UserError(
-                    f"{path}, line {line} has no column '{source}' (it has {_few(record)}): "
-                    f"say which holds the {name} with data.columns.{name}=NAME"
+                    f"{path}, line {line} has no column '{source}' (it has {_column_names(record)})",
+                    f"name the column of the {name} by data.columns.{name}=NAME (--columns {name}=NAME)",
                 )
             values[name] = _text(record.get(source, ""), name, path, line)
         yield Row(
@@ -128,7 +125,7 @@ def _rows(
 
 
 def _text(value: object, name: str, path: Path, line: int) -> str:
-    """A value as text; of those that JSON has beside texts only the ones that can be written in one way."""
+    """A value as text; of JSON's other values only null, whole numbers as names, and numbers where numbers belong."""
     if value is None or value == "":
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -136,28 +133,28 @@ def _text(value: object, name: str, path: Path, line: int) -> str:
         return str(value)
     if not isinstance(value, str):
         raise UserError(
-            f"{path}, line {line}: {name} is {str(value)[:40]!r} of type {type(value).__name__}, "
-            "wanted one text in quotes, or null"
+            f"{path}, line {line}: {name} is {str(value)[:40]!r} of type {type(value).__name__}",
+            "write one text in quotes, or null",
         )
     if found := _NO_CHARACTER.search(value):
-        raise UserError(f"{path}, line {line}: {name} holds {found[0]!a}, which is no character: take it out")
+        raise UserError(f"{path}, line {line}: {name} holds {found[0]!a}, which is no character", "remove it")
     value = value.strip()
     if name != "text" and len(value.splitlines()) > 1:
-        raise UserError(f"{path}, line {line}: the {name} runs over a line end: keep it on one line")
+        raise UserError(f"{path}, line {line}: the {name} contains a line end", f"write the {name} on one line")
     return value
 
 
 def _split(value: str, path: Path, line: int) -> str:
-    """The name of a split as we write it: "TRAIN set" is train, and "Validation" dev."""
+    """The name of a split in a corpus: "TRAIN set" is train, and "Validation" is dev."""
     name = value.lower()
     bare = _SPLIT_WORDS.sub("", name)
     name = bare if bare in _KNOWN_SPLITS else name
     name = SPLIT_NAMES.get(name, name)
-    # A split is a folder of the corpus, and `progress` is one that preparation itself makes and removes.
+    # A split is a folder of the corpus, and preparation itself makes and removes a folder `progress`.
     if name == "progress" or (name and not re.fullmatch("[a-z0-9_-]{1,64}", name)):
         raise UserError(
-            f"{path}, line {line}: '{value[:40]}' cannot be the name of a split: write train, dev, test or another "
-            "name of a-z, 0-9, _ and - only"
+            f"{path}, line {line}: '{value[:40]}' cannot be the name of a split",
+            "write train, dev, test or another name of a-z, 0-9, _ and - only",
         )
     return name
 
@@ -165,16 +162,18 @@ def _split(value: str, path: Path, line: int) -> str:
 def _number(value: str, name: str, wanted: str, path: Path, line: int, decimal_comma: bool) -> float | None:
     if not value:
         return None
-    # 1,234 is one and a bit where semicolons part the values, and elsewhere nobody knows.
+    # 1,234 is a decimal number if semicolons separate the values, and ambiguous otherwise.
     if _DECIMAL_COMMA.fullmatch(value) and (decimal_comma or not _THOUSANDS.fullmatch(value)):
         value = value.replace(",", ".")
     number = float(value) if _NUMBER.fullmatch(value) else float("inf")
     if number == float("inf"):
-        raise UserError(f"{path}, line {line}: {name} is '{value[:40]}', wanted {wanted} as 12.5, or nothing")
+        raise UserError(
+            f"{path}, line {line}: {name} is '{value[:40]}'", f"write {wanted}, such as 12.5, or leave it empty"
+        )
     return number
 
 
-def _few(record: Mapping[str, Any]) -> str:
+def _column_names(record: Mapping[str, Any]) -> str:
     names = [" ".join(name.split()) for name in list(record)[:8]]
     names = [name if len(name) <= 40 else name[:40] + "..." for name in names]
     return ", ".join(names) + (", ..." if len(record) > 8 else "")

@@ -27,7 +27,7 @@ def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
 
     Args:
         path: ``data-NNNNN-of-NNNNN.arrow`` in the folder of the split.
-        clips: features are [frames, points, channels]; turned to float16 here.
+        clips: features are [frames, points, channels], any float type; they are written as float16.
         features_width: points x channels.
     """
     schema = _schema(features_width)
@@ -39,7 +39,7 @@ def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Where to write what will be renamed to ``path``; no other process of a cluster writes there."""
+    """The temporary name of ``path`` while it is written; it is unique in a cluster."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
 
 
@@ -50,7 +50,7 @@ def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.Re
     with np.errstate(over="ignore"):
         for clip, start, end in zip(clips, offsets[:-1] * width, offsets[1:] * width, strict=True):
             flat[start:end] = clip.features.reshape(-1)
-    # What float16 cannot hold lies thousands of shoulder widths away: not a place, so it is missing, in every channel.
+    # Values beyond float16 are thousands of shoulder widths away, so the landmark is missing, in every channel.
     beyond = np.isinf(flat)
     if beyond.any():
         channels = clips[0].features.shape[2]
@@ -99,7 +99,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 def finish_split(folder: Path, features_width: int) -> None:
-    """Write the two small files by which ``datasets.load_from_disk`` knows a folder of shards."""
+    """Write the two small files that ``datasets.load_from_disk`` needs in a folder of shards."""
     shards = sorted(path.name for path in folder.glob("data-*.arrow"))
     info = {
         "citation": "",
@@ -122,7 +122,7 @@ def finish_split(folder: Path, features_width: int) -> None:
 
 
 def finish_corpus(folder: Path, metadata: Metadata) -> None:
-    """Write what makes a folder of finished splits a corpus; ``metadata.splits`` names them."""
+    """Write the two files that make a folder of finished splits a corpus; ``metadata.splits`` names them."""
     _write_json(folder / "dataset_dict.json", {"splits": list(metadata.splits)})
     _write_json(folder / METADATA_FILE, asdict(metadata))
 
@@ -130,14 +130,14 @@ def finish_corpus(folder: Path, metadata: Metadata) -> None:
 def write_corpus(
     folder: Path, splits: dict[str, Iterable[Clip]], landmark_set: LandmarkSet, fps: float, normalisation: str = "none"
 ) -> Corpus:
-    """Pack features that are already at hand, in one process; ``launch/prepare.py`` is the way from pose files.
+    """Pack features that are in memory, in one process; ``launch/prepare.py`` packs pose files.
 
     Args:
         folder: to be created.
         splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing (a landmark with
             a NaN in one channel is missing).
         fps: frames per second of the features.
-        normalisation: origin and unit of the coordinates, in words.
+        normalisation: description of the origin and unit of the coordinates.
     """
     width = landmark_set.width
     summaries = {}

@@ -1,4 +1,4 @@
-"""One clip: the bytes of a pose file become named landmarks, and these become features.
+"""Turn the bytes of one pose file into named landmarks, and these into features; augment features.
 
-This room knows nothing of tables, splits, batches or models.
+It must not know tables, splits, batches or models.
 """
