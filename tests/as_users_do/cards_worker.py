@@ -6,8 +6,6 @@ It runs in a user's clone, by whose cards and toolkit it goes.
 from __future__ import annotations
 
 import gc
-import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from tests.rank_workers import joined
 from toolkit.checkpointing.random_states import seed_everything
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import Ranks, read_ranks
+from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_translator
 from toolkit.models.check import check_model
@@ -34,23 +30,17 @@ STRATEGIES = ("zero1", "zero3")  # whole on each rank, and cut over both
 
 
 def main() -> None:
-    use_extensions_dir()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
-    corpus = Corpus.open(plan["corpus"])
-    outcomes: dict[str, Any] = {}
-    for card in map(load_model_yaml, model_names()):
-        for ds in STRATEGIES if card.hub_id else ():
-            try:
-                outcomes[f"{card.name} {ds}"] = load(card.name, ds, corpus, Path(plan["hub"]) / str(card.hub_id), ranks)
-            except Exception:  # whatever breaks a card is that card's result
-                outcomes[f"{card.name} {ds}"] = {"error": traceback.format_exc()}
-            gc.collect()
-    if ranks.is_main:
-        Path(plan["results"]).write_text(json.dumps(outcomes))
-    leave_process_group()
+    with joined() as worker:
+        corpus, hub = Corpus.open(worker.plan["corpus"]), Path(worker.plan["hub"])
+        outcomes: dict[str, Any] = {}
+        for card in map(load_model_yaml, model_names()):
+            for ds in STRATEGIES if card.hub_id else ():
+                try:
+                    outcomes[f"{card.name} {ds}"] = load(card.name, ds, corpus, hub / str(card.hub_id), worker.ranks)
+                except Exception:  # an error of a card is that card's result
+                    outcomes[f"{card.name} {ds}"] = {"error": traceback.format_exc()}
+                gc.collect()
+        worker.write(outcomes)
 
 
 def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.as_users_do.conftest import User
-from tests.as_users_do.published import FORMS
+from tests.as_users_do.published import FORMS, ROOT
+from tests.end_to_end.conftest import Finished
+from tests.rank_workers import run_worker
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.load import load_recipe
 
@@ -21,12 +23,12 @@ def loaded(at_first_contact: User, tmp_path_factory: pytest.TempPathFactory) -> 
     """What came of each card and strategy; one start, because starting two ranks costs more than loading."""
     user, folder = at_first_contact, tmp_path_factory.mktemp("cards")
     corpus = ensure_corpus(load_recipe("t5_small", [*user.data, f"data.cache={folder}"]).data)
-    results, plan = folder / "results.json", folder / "plan.json"
-    plan.write_text(json.dumps({"corpus": str(corpus), "hub": str(user.hub.root), "results": str(results)}))
-    done = user.run(str(WORKER), plan, ranks=2, PYTHONPATH=str(user.clone))
-    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-    outcomes: dict[str, dict[str, Any]] = json.loads(results.read_text())
-    return outcomes
+
+    def run(script: str, plan: Path, *, ranks: int) -> Finished:
+        path = os.pathsep.join([str(user.clone), str(ROOT)])  # the toolkit of the clone, the tests of this repository
+        return user.run(script, plan, ranks=ranks, PYTHONPATH=path)
+
+    return run_worker(run, str(WORKER), folder, ranks=2, corpus=str(corpus), hub=str(user.hub.root))
 
 
 @pytest.mark.parametrize("ds", ["zero1", "zero3"])

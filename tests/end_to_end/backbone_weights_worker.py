@@ -1,14 +1,9 @@
-"""One rank of test_backbone_weights.py: fills models in every form that two ranks can hold, and writes the results.
-
-Starting two ranks costs more than filling small models, so one start serves all cases.
-"""
+"""One rank of test_backbone_weights.py: fills models in every form that two ranks can hold, and writes the results."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +12,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import read_ranks
+from tests.rank_workers import joined
 from toolkit.cpu.allocator import return_freed_memory
 from toolkit.models.loading.backbone_weights import Placement, published_backbone, random_backbone
 from toolkit.models.loading.weights import count_weights, whole_state_dict
@@ -30,12 +22,13 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    use_extensions_dir()
     return_freed_memory()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
+    with joined() as worker:
+        worker.write(results_of(worker.plan))
+
+
+def results_of(plan: dict[str, Any]) -> dict[str, Any]:
+    """Whether each form holds the right weights, and the memory that building a large model takes, by case."""
     zero3 = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}
     results: dict[str, Any] = {}
     for name, values in plan["configs"].items():
@@ -50,7 +43,7 @@ def main() -> None:
             random_backbone(config, Placement(torch.bfloat16, CPU, zero, nf4), seed=1) for zero in (None, zero3)
         )
         results[f"{name} nf4"] = same(dequantised(whole), dequantised(cut))
-    folder, config = plan["folder"], AutoConfig.from_pretrained(plan["folder"])
+    folder, config = plan["published"], AutoConfig.from_pretrained(plan["published"])
     whole = published_backbone(folder, config, Placement(torch.float32, CPU))
     for what, quantization in (("published", None), ("published nf4", nf4)):
         whole, cut = (
@@ -62,9 +55,7 @@ def main() -> None:
     large = AutoConfig.for_model("t5", **plan["large"])
     results["memory"] = memory(large, Placement(torch.bfloat16, CPU, zero3))
     results["memory nf4"] = memory(large, Placement(torch.bfloat16, CPU, None, nf4))
-    if ranks.is_main:
-        Path(plan["results"]).write_text(json.dumps(results))
-    leave_process_group()
+    return results
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

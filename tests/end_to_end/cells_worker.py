@@ -1,7 +1,6 @@
 """One rank of test_cells.py: trains one tiny model after another, each in its own cell of the compatibility table.
 
-Starting two ranks costs more than training a tiny model for three steps, so one start serves hundreds of cells. A cell
-that fails is written down with its reason, and the next one begins.
+An error of a cell is that cell's result, and the next one starts.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ import cpuinfo
 import torch
 from torch import distributed as dist
 
+from tests.rank_workers import Worker, change_weights, joined
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
 from toolkit.checkpointing import run_directory
@@ -29,10 +28,7 @@ from toolkit.checkpointing.checkpoints import Progress, SavedState, name_of, rea
 from toolkit.checkpointing.random_states import seed_everything
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import Ranks, read_ranks
+from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.swap_files import claim_swap_folders, remove_swap_folders, swap_to_this_node
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
@@ -47,40 +43,40 @@ from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
 
 STEPS = 3
-NOBODY = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})  # nobody asks
+UNUSED = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, base="", counters={})
 
 
 def main() -> None:
-    use_extensions_dir()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
-    # DeepSpeed collects garbage several times an engine, over everything that the imports made, and asks for the maker
-    # of the processor with every CPUAdam, in a process of its own.
-    gc.freeze()
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    corpus, folder = Corpus.open(plan["corpus"]), Path(plan["folder"])
-    writer = CheckpointWriter(folder / "checkpoints", NOBODY, keep_last=1, echo=print)
+    with joined() as worker:
+        # DeepSpeed collects garbage several times an engine, over all objects of the imports, and asks for the maker of
+        # the processor with every CPUAdam, in a process of its own.
+        gc.freeze()
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+        worker.write(results_of(worker))
+
+
+def results_of(worker: Worker) -> dict[str, dict[str, Any]]:
+    """What each case came to, by name."""
+    plan, folder, ranks = worker.plan, worker.folder, worker.ranks
+    corpus = Corpus.open(plan["corpus"])
+    writer = CheckpointWriter(folder / "checkpoints", UNUSED, keep_last=1, echo=print)
     cases: dict[str, Callable[[int], dict[str, Any]]] = {
         f"recipe {name}": functools.partial(train_recipe, name, overrides, corpus, folder / name, ranks)
         for name, overrides in plan["recipes"].items()
     }
     for name, overrides in plan["cells"].items():
         cases[name] = functools.partial(train_cell, overrides, corpus, writer, ranks)
-    with Path(plan["results"]).open("w") as results:
-        for number, (name, case) in enumerate(cases.items()):
-            started = time.monotonic()
-            try:
-                outcome = case(number)
-            except Exception as error:  # whatever breaks a case is that case's result
-                outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            outcome |= {"case": name, "seconds": round(time.monotonic() - started, 3)}
-            if ranks.is_main:
-                print(json.dumps(outcome), file=results, flush=True)
-            gc.collect()
+    results = {}
+    for number, (name, case) in enumerate(cases.items()):
+        started = time.monotonic()
+        try:
+            outcome = case(number)
+        except Exception as error:  # an error of a case is that case's result
+            outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        results[name] = outcome | {"seconds": round(time.monotonic() - started, 3)}
+        gc.collect()
     writer.close()
-    leave_process_group()
+    return results
 
 
 def train_cell(
@@ -126,10 +122,10 @@ def train_resolved(
         losses.append(mean_over_ranks(loss.detach()))
     engine.eval()
     before = logits_of(engine, batch)
-    writer.identity = replace(NOBODY, layout=run_directory.layout_of(resolved))
+    writer.identity = replace(UNUSED, layout=run_directory.layout_of(resolved))
     writer.save(engine, Progress(step=number))
     writer.wait()
-    spoil(engine)
+    change_weights(engine)
     checkpoint = writer.folder / name_of(number)
     load_checkpoint(engine, checkpoint, read_state(checkpoint), layout=writer.identity.layout, seed=0)
     after = logits_of(engine, batch)
@@ -183,14 +179,6 @@ def mean_over_ranks(value: torch.Tensor) -> float:
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
     output = engine(poses=batch.poses, visible=batch.visible, frame_mask=batch.frame_mask, labels=batch.labels)
     return output.logits.float()
-
-
-def spoil(engine: Any) -> None:
-    """Change the trained weights that the next forward pass would use."""
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad:
-            pieces = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-            pieces.data.add_(1.0)
 
 
 if __name__ == "__main__":

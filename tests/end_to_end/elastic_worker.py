@@ -1,28 +1,18 @@
-"""One rank of test_elastic.py: runs, stops and takes up again as many small trainings as its plan lists.
-
-Starting ranks costs more than training a tiny model for some steps, so one start serves all cases of one world size.
-"""
+"""One rank of test_elastic.py: runs, stops and resumes small trainings."""
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from torch import distributed as dist
 
-from toolkit.checkpointing import run_directory
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import read_ranks
-from toolkit.corpus.packed import Corpus
+from tests.rank_workers import run_cases, start_run
+from toolkit.cluster.ranks import Ranks
 from toolkit.errors import Interrupted, UserError
 from toolkit.models.loading.weights import trainable_state_dict
-from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization.averaging import averaged_weights
 from toolkit.training.run import open_trainer, start_loader
@@ -44,32 +34,14 @@ class StopAfter(Interruptions):
         return super().wanted()
 
 
-def main() -> None:
-    use_extensions_dir()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
-    results = {case["name"]: train(case, plan["settings"], Path(plan["folder"]), ranks) for case in plan["cases"]}
-    if ranks.is_main:
-        Path(plan["results"]).write_text(json.dumps(results))
-    leave_process_group()
-
-
-def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -> dict[str, Any]:
-    """Train a case from its start to its end, and say what came of it."""
-    run_dir = folder / case["name"]
-    overrides = [*settings, *case.get("overrides", []), f"run.dir={run_dir}"]
+def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
+    """Train a case from its start, or from the checkpoint that it names, to its end."""
     said: list[str] = []
     result: dict[str, Any] = {"said": said, "run_dir": str(run_dir)}
     interruptions = StopAfter(case.get("stop_after"))
     try:
-        resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
-        corpus = Corpus.open(resolved.recipe.data.corpus or "")
-        start = find_start(resolved, str(folder / case["resume"])) if case.get("resume") else Start()
-        if ranks.is_main:
-            run_directory.start(resolved, corpus.path)
-        dist.barrier()
+        resolved, corpus = start_run(case, settings, run_dir, ranks)
+        start = find_start(resolved, str(run_dir.parent / case["resume"])) if case.get("resume") else Start()
         with open_trainer(resolved, ranks, corpus, start, interruptions, said.append) as trainer:
             try:
                 trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
@@ -100,4 +72,4 @@ def train(case: dict[str, Any], settings: list[str], folder: Path, ranks: Any) -
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(train)

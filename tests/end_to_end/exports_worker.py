@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +11,21 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import AutoModel
 
+from tests.rank_workers import run_cases, start_run
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
-from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import Ranks, read_ranks
-from toolkit.corpus.packed import Corpus
+from toolkit.cluster.ranks import Ranks
 from toolkit.models.adaptation.export import export_model
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
-from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
 
 
-def main() -> None:
-    use_extensions_dir()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
-    results = {
-        name: train(case, plan["settings"], Path(plan["folder"]) / name, ranks) for name, case in plan["cases"].items()
-    }
-    if ranks.is_main:
-        Path(plan["results"]).write_text(json.dumps(results))
-    leave_process_group()
-
-
 def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
-    overrides = [*settings, *case["overrides"], f"run.dir={run_dir}"]
-    resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
-    corpus = Corpus.open(resolved.recipe.data.corpus or "")
-    if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
-    dist.barrier()
+    resolved, corpus = start_run(case, settings, run_dir, ranks)
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         first = table(trainer.engine.module)
@@ -118,4 +92,4 @@ def difference(expected: Tensor, model: Any, batch: Batch) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(train)

@@ -1,31 +1,22 @@
-"""One rank of test_strategies.py: trains the same model by every DeepSpeed JSON and cut, and writes down what happened.
-
-Starting two ranks costs more than training a tiny model for some steps, so one start serves all cases.
-"""
+"""One rank of test_strategies.py: trains the same model by every DeepSpeed JSON and division of the batch."""
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from toolkit.checkpointing import run_directory
+from tests.rank_workers import change_weights, run_cases, start_run
 from toolkit.checkpointing.checkpoints import Progress, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.zero_shards import shards
-from toolkit.cluster.logs import log_to_file
-from toolkit.cluster.ops import use_extensions_dir
-from toolkit.cluster.process_group import join_process_group, leave_process_group
-from toolkit.cluster.ranks import read_ranks
-from toolkit.corpus.packed import Corpus
+from toolkit.cluster.ranks import Ranks
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
-from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization import gradient_reduction
 from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT
@@ -36,27 +27,8 @@ from toolkit.training.start import Start
 SUMS = ("all_reduce", "inference_all_reduce", "reduce", "reduce_scatter_fn")
 
 
-def main() -> None:
-    use_extensions_dir()
-    plan = json.loads(Path(sys.argv[-1]).read_text())
-    ranks = read_ranks()
-    log_to_file(None)
-    join_process_group(ranks)
-    results = {
-        name: train(case, plan["settings"], Path(plan["folder"]) / name, ranks) for name, case in plan["cases"].items()
-    }
-    if ranks.is_main:
-        Path(plan["results"]).write_text(json.dumps(results))
-    leave_process_group()
-
-
-def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) -> dict[str, Any]:
-    overrides = [*settings, *case["overrides"], f"run.dir={run_dir}"]
-    resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
-    corpus = Corpus.open(resolved.recipe.data.corpus or "")
-    if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
-    dist.barrier()
+def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
+    resolved, corpus = start_run(case, settings, run_dir, ranks)
     interruptions = Interruptions()
     # The tiny models here stand for those of the usual size, whose gradients nobody holds whole, unless a case is about
     # small ones.
@@ -69,7 +41,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Any) 
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions = trainer.translate(corpus.splits["test"]).predictions
         # What was saved is what is there: scramble the weights, load, compare.
-        spoil(trainer.engine)
+        change_weights(trainer.engine)
         trainer.checkpoints.wait()
         checkpoint = run_dir / "checkpoints" / f"step_{trainer.progress.step:06d}"
         state = read_state(checkpoint)
@@ -177,13 +149,5 @@ def norm(weights: dict[str, torch.Tensor]) -> float:
     return float(sum(tensor.double().square().sum() for tensor in weights.values()).sqrt())  # type: ignore[union-attr]
 
 
-def spoil(engine: Any) -> None:
-    """Change the trained weights that the next forward pass would use."""
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad:
-            pieces = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-            pieces.data.add_(1.0)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(train)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, MarianConfig
+
+from tests.rank_workers import run_worker
 
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 HALVES = {
@@ -31,12 +31,15 @@ def results(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     published = AutoModelForSeq2SeqLM.from_config(MarianConfig(**MARIAN))
     published.final_logits_bias.normal_()  # a buffer that is saved with the weights
     published.save_pretrained(folder / "published")
-    plan: dict[str, Any] = {"configs": CONFIGS, "large": LARGE, "folder": str(folder / "published")}
-    plan["results"] = str(folder / "results.json")
-    (folder / "plan.json").write_text(json.dumps(plan))
-    done = run("tests/end_to_end/backbone_weights_worker.py", folder / "plan.json", ranks=2)
-    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-    return json.loads(Path(plan["results"]).read_text())
+    return run_worker(
+        run,
+        "tests/end_to_end/backbone_weights_worker.py",
+        folder,
+        ranks=2,
+        configs=CONFIGS,
+        large=LARGE,
+        published=str(folder / "published"),
+    )
 
 
 @pytest.mark.parametrize("form", ["torch.float32", "torch.bfloat16", "nf4"])

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.rank_workers import prepared, run_worker
 from toolkit.cluster.ops import is_built, use_extensions_dir
-from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import Cell, cells, needs_gpu, refusal
 from toolkit.recipe.deepspeed.json_file import load_deepspeed
@@ -65,9 +65,9 @@ def train_cells(
     run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, dict[str, Any]]]:
     """Trains the cells and the recipes of a list in one start, and gives what each came to."""
-    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    corpus = prepared(settings)[-1]
     shared = [
-        f"data.corpus={corpus}",
+        corpus,
         "model.tiny=true",
         "model.pose_encoder.hidden=64",  # tiny leaves it as it is, and it would take most of the time
         "training.learning_rate=3e-3",
@@ -76,23 +76,16 @@ def train_cells(
 
     def train(chosen: list[Cell], recipes: list[str], ranks: int) -> dict[str, dict[str, Any]]:
         folder = tmp_path_factory.mktemp("cells")
-        results, plan = folder / "results.jsonl", folder / "plan.json"
         run_dir = f"run.dir={folder / 'run'}"
-        plan.write_text(
-            json.dumps(
-                {
-                    "corpus": str(corpus),
-                    "folder": str(folder),
-                    "results": str(results),
-                    "cells": {str(cell): [*shared, run_dir, *ONE_BATCH, *overrides_of(cell)] for cell in chosen},
-                    "recipes": {name: [*shared, *WHOLE_RUN] for name in recipes},
-                }
-            )
+        return run_worker(
+            run,
+            "tests/end_to_end/cells_worker.py",
+            folder,
+            ranks=ranks,
+            corpus=corpus.partition("=")[2],
+            cells={str(cell): [*shared, run_dir, *ONE_BATCH, *overrides_of(cell)] for cell in chosen},
+            recipes={name: [*shared, *WHOLE_RUN] for name in recipes},
         )
-        done = run("tests/end_to_end/cells_worker.py", plan, ranks=ranks)
-        assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-        outcomes = [json.loads(line) for line in results.read_text().splitlines()]
-        return {outcome.pop("case"): outcome for outcome in outcomes}
 
     return train
 

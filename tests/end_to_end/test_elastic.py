@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from tests.rank_workers import prepared, run_worker
 from toolkit.checkpointing.checkpoints import RANK_FILES, name_of
-from toolkit.corpus.prepare import ensure_corpus
-from toolkit.recipe.load import load_recipe
 
 Case = dict[str, Any]
 STEPS, SAVE_EVERY = 6, 2  # an epoch has three steps, so that runs go on in the middle of one
@@ -118,10 +116,8 @@ def trained(
 ) -> dict[str, dict[str, Any]]:
     """What each case gave, by name: two ranks, then one, then two."""
     folder = tmp_path_factory.mktemp("elastic")
-    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
-    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
-    shared += [
-        f"data.corpus={corpus}",
+    shared = [
+        *prepared(settings),
         f"training.max_steps={STEPS}",
         f"training.save_every={SAVE_EVERY}",
         "training.keep_last=9",
@@ -133,12 +129,11 @@ def trained(
     ]
     results: dict[str, dict[str, Any]] = {}
     phases = (cases_of_two_ranks(), 2), (cases_of_one_rank(), 0), (cases_of_two_ranks_again(), 2)
-    for number, (cases, ranks) in enumerate(phases):
-        plan, said = folder / f"plan_{number}.json", folder / f"results_{number}.json"
-        plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(said)}))
-        done = run("tests/end_to_end/elastic_worker.py", plan, ranks=ranks)
-        assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-        results |= json.loads(said.read_text())
+    for cases, ranks in phases:
+        by_name = {case["name"]: case for case in cases}
+        results |= run_worker(
+            run, "tests/end_to_end/elastic_worker.py", folder, ranks=ranks, cases=by_name, settings=shared
+        )
     assert not {name: result["failed"] for name, result in results.items() if "failed" in result}
     return results
 

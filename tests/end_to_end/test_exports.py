@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from toolkit.corpus.prepare import ensure_corpus
-from toolkit.recipe.load import load_recipe
+from tests.rank_workers import prepared, run_worker
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 TOKENS = "model.extra_tokens=['<loc>', '<per>']"
 LORA = ["model.lora.r=4", TOKENS]
+SMALL = ["ds.zero_optimization.stage3_param_persistence_threshold=0"]  # shards parameters of a tiny model, too
 CASES: dict[str, dict[str, Any]] = {
     **{f"full-{stage}": {"ds": stage, "overrides": []} for stage in STAGES},
     **{f"lora-{stage}": {"ds": stage, "overrides": LORA} for stage in STAGES},
@@ -29,23 +28,18 @@ TOLERANCES = {"int8-zero2": 1e-2}
 @pytest.fixture(scope="module")
 def trained(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("exports")
-    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
-    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
-    shared += [f"data.corpus={corpus}", "training.max_steps=3", "training.learning_rate=1e-2", "training.eval_every=99"]
+    shared = [*prepared(settings), "training.max_steps=3", "training.learning_rate=1e-2", "training.eval_every=99"]
     shared += [
         "ds.bf16.enabled=false",
         "ds.torch_autocast.enabled=false",
         "training.epochs=9",
         "evaluation.num_beams=1",
     ]
-    plan = {"settings": shared, "cases": CASES, "folder": str(folder), "results": str(folder / "results.json")}
-    for case in CASES.values():
-        if case["ds"] == "zero3":
-            case["overrides"] = [*case["overrides"], "ds.zero_optimization.stage3_param_persistence_threshold=0"]
-    (folder / "plan.json").write_text(json.dumps(plan))
-    done = run("tests/end_to_end/exports_worker.py", folder / "plan.json", ranks=2)
-    assert done.code == 0, done.err[-3000:]
-    return dict(json.loads((folder / "results.json").read_text()))
+    cases = {
+        name: case | {"overrides": [*case["overrides"], *(SMALL if case["ds"] == "zero3" else [])]}
+        for name, case in CASES.items()
+    }
+    return run_worker(run, "tests/end_to_end/exports_worker.py", folder, ranks=2, cases=cases, settings=shared)
 
 
 @pytest.mark.parametrize("name", CASES)

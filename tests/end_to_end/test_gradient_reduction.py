@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from toolkit.corpus.prepare import ensure_corpus
-from toolkit.recipe.load import load_recipe
+from tests.rank_workers import prepared, run_worker
 
 STEPS = 3
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
@@ -40,9 +38,7 @@ def trained(
 ) -> dict[str, dict[str, Any]]:
     """What each case gave, as a large model's and as a small one's."""
     folder = tmp_path_factory.mktemp("reduction")
-    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
-    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
-    shared += [f"data.corpus={corpus}", f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
+    shared = [*prepared(settings), f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
     shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
     shared += ["model.dropout=0", "model.pose_encoder.dropout=0", "model.pose_encoder.hidden=64"]
     cases = {
@@ -50,11 +46,7 @@ def trained(
         for name, (ds, overrides) in CASES.items()
         for size in ("each", "once")
     }
-    results, plan = folder / "results.json", folder / "plan.json"
-    plan.write_text(json.dumps({"cases": cases, "settings": shared, "folder": str(folder), "results": str(results)}))
-    done = run("tests/end_to_end/strategies_worker.py", plan, ranks=2)
-    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-    return json.loads(results.read_text())
+    return run_worker(run, "tests/end_to_end/strategies_worker.py", folder, ranks=2, cases=cases, settings=shared)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.rank_workers import prepared, run_worker
 from toolkit.cluster.ops import is_built
-from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.deepspeed.json_file import ds_config_names
-from toolkit.recipe.load import load_recipe
 
 STEPS = 6
 GPU_HOSTS = ("zero2_fp16", "zero3_deepcompile", "zero3_plus_plus")  # tests/recipe sees to it that they are refused here
@@ -50,10 +48,8 @@ Start = Callable[[int, dict[str, Any]], dict[str, dict[str, Any]]]
 def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Runs cases on so many ranks, one after the other in one start; what each gave, by name."""
     folder = tmp_path_factory.mktemp("strategies")
-    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
-    shared = [value for value in settings if not value.startswith(("data.", "ds."))]
-    shared += [
-        f"data.corpus={corpus}",
+    shared = [
+        *prepared(settings),
         f"training.max_steps={STEPS}",
         "training.learning_rate=3e-3",
         "training.warmup_ratio=0",
@@ -65,13 +61,9 @@ def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest
     ]
 
     def start(ranks: int, group: dict[str, Any]) -> dict[str, Any]:
-        results, plan = folder / f"results_{ranks}.json", folder / f"plan_{ranks}.json"
-        plan.write_text(
-            json.dumps({"cases": group, "settings": shared, "folder": str(folder), "results": str(results)})
+        return run_worker(
+            run, "tests/end_to_end/strategies_worker.py", folder, ranks=ranks, cases=group, settings=shared
         )
-        done = run("tests/end_to_end/strategies_worker.py", plan, ranks=ranks)
-        assert done.code == 0, done.out[-4000:] + done.err[-4000:]
-        return json.loads(results.read_text())
 
     return start
 

@@ -1,0 +1,125 @@
+"""Cases that several ranks run one after the other in one start, which costs more than a small training.
+
+A test calls :func:`run_worker`, which starts a worker script on the ranks. The script calls :func:`run_cases`, or
+:func:`joined` where its plan has no such cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from toolkit.checkpointing import run_directory
+from toolkit.cluster.logs import log_to_file
+from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cluster.process_group import join_process_group, leave_process_group
+from toolkit.cluster.ranks import Ranks, read_ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+Case = dict[str, Any]
+Result = dict[str, Any]
+
+
+def prepared(settings: list[str]) -> list[str]:
+    """Overrides that name a prepared corpus in place of a table and poses, without those of the DeepSpeed JSON."""
+    corpus = ensure_corpus(load_recipe("t5_small", [value for value in settings if value.startswith("data.")]).data)
+    return [*(value for value in settings if not value.startswith(("data.", "ds."))), f"data.corpus={corpus}"]
+
+
+def run_worker(run: Callable[..., Any], script: str, folder: Path, *, ranks: int, **plan: Any) -> Any:
+    """Run a worker script on so many ranks.
+
+    Args:
+        run: runs a command to its end; the fixture of that name.
+        script: path of the worker script, from the root of the repository.
+        folder: gets the plan, the results and what the cases write.
+        ranks: how many; 0 starts one without a launcher.
+        plan: for the worker: its ``cases`` by name, the ``settings`` that they share, and what else it reads.
+
+    Returns:
+        what the worker wrote as results.
+    """
+    number = len(list(folder.glob("plan_*.json")))
+    results, file = folder / f"results_{number}.json", folder / f"plan_{number}.json"
+    file.write_text(json.dumps({"folder": str(folder), "results": str(results), **plan}))
+    done = run(script, file, ranks=ranks)
+    assert done.code == 0, done.out[-4000:] + done.err[-4000:]
+    return json.loads(results.read_text())
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank of a worker script, in the process group.
+
+    Attributes:
+        plan: what the test gave to :func:`run_worker`.
+        ranks: which rank this is.
+    """
+
+    plan: dict[str, Any]
+    ranks: Ranks
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.plan["folder"])
+
+    def write(self, results: Any) -> None:
+        """Write the results of rank 0 for the test."""
+        if self.ranks.is_main:
+            Path(self.plan["results"]).write_text(json.dumps(results))
+
+
+@contextmanager
+def joined() -> Iterator[Worker]:
+    """Within it this process is one rank of a worker script."""
+    use_extensions_dir()
+    plan = json.loads(Path(sys.argv[-1]).read_text())
+    ranks = read_ranks()
+    log_to_file(None)
+    join_process_group(ranks)
+    yield Worker(plan, ranks)
+    leave_process_group()
+
+
+def run_cases(train: Callable[[Case, list[str], Path, Ranks], Result]) -> None:
+    """Be one rank that trains all cases of the plan, each in a run directory of its own.
+
+    Args:
+        train: takes a case, the settings that all share, its run directory and the rank; gives the case's result.
+    """
+    with joined() as worker:
+        cases, settings = worker.plan["cases"], worker.plan["settings"]
+        worker.write({name: train(case, settings, worker.folder / name, worker.ranks) for name, case in cases.items()})
+
+
+def start_run(case: Case, settings: list[str], run_dir: Path, ranks: Ranks) -> tuple[ResolvedRun, Corpus]:
+    """Resolve a case and write its run directory; all ranks call this.
+
+    Args:
+        case: its ``ds`` names the DeepSpeed JSON, its ``overrides`` come after ``settings``.
+    """
+    overrides = [*settings, *case.get("overrides", []), f"run.dir={run_dir}"]
+    resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
+    corpus = Corpus.open(resolved.recipe.data.corpus or "")
+    if ranks.is_main:
+        run_directory.start(resolved, corpus.path)
+    dist.barrier()
+    return resolved, corpus
+
+
+def change_weights(engine: Any) -> None:
+    """Add one to every trained weight that the next forward pass would use, so that loading must restore it."""
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            stored = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+            stored.data.add_(1.0)
