@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed.rendezvous  # noqa: F401 - before the forks
 
+from toolkit.cluster import failures
 from toolkit.cluster.failures import at_failure, recording_failures, run_rank
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_each_node, on_rank_0
@@ -95,6 +96,22 @@ def consequence_comes_first(ranks: Ranks) -> None:
     if ranks.rank == 0:
         time.sleep(2)
         raise ZeroDivisionError("the cause")
+    raise RuntimeError("gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+
+
+def reporter_dies_before_the_consequence(ranks: Ranks) -> None:
+    """The watching thread of rank 1 knows the cause when rank 0 and its store are gone and a collective breaks."""
+    if ranks.rank == 0:
+        raise ZeroDivisionError("the cause")
+    failures.GRACE_SECONDS = HANGS
+    rank_exit = failures._rank_exit
+    assert rank_exit is not None
+    while rank_exit._cause is None:
+        time.sleep(0.01)
+    reporter = rank_exit._members[0]
+    os.kill(reporter.pid, signal.SIGKILL)
+    while not failures._has_died(reporter):
+        time.sleep(0.01)
     raise RuntimeError("gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
 
 

@@ -26,6 +26,7 @@ CASES = {
     "last_rank_is_killed": 3,
     "rank_0_is_killed": 3,
     "consequence_comes_first": 2,
+    "reporter_dies_before_the_consequence": 2,
 }
 
 
@@ -146,6 +147,15 @@ def test_a_rank_that_was_killed_is_named_once(ended: dict[str, Ended], name: str
 def test_a_broken_collective_is_not_taken_for_the_cause(ended: dict[str, Ended]) -> None:
     case = ended["consequence_comes_first"]
     assert case.codes == [1, 1], case.err
+    assert "ZeroDivisionError: the cause" in case.errors[0]
+    assert case.err[1] == ""
+
+
+def test_a_cause_that_was_found_is_not_replaced_by_the_end_of_the_rank_that_reported_it(
+    ended: dict[str, Ended],
+) -> None:
+    case = ended["reporter_dies_before_the_consequence"]
+    assert case.codes == [-signal.SIGKILL, 1], case.err
     assert "ZeroDivisionError: the cause" in case.errors[0]
     assert case.err[1] == ""
 

@@ -90,6 +90,7 @@ class RankExit:
         self._exiting_thread: int | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._cause: Failure | None = None  # what the watching thread has found
         self._watch_store: Any = None  # the watching thread's own connection: the main thread may wait in the other
         self._thread = threading.Thread()
         self.start_watching()
@@ -175,8 +176,10 @@ class RankExit:
     def _prints_for_node(self, failure: Failure) -> bool:
         """Whether this rank is the one of its node that prints the failure."""
         rank = str(self._ranks.rank)
-        if self._store is not None and failure.reported_by in (self._ranks.rank, *self._neighbours):
-            return failure.reported_by == self._ranks.rank
+        if failure.reported_by in self._neighbours:
+            return False
+        if self._store is not None and failure.reported_by == self._ranks.rank:
+            return True
         printer = self._ask_store(lambda store: store.compare_set(f"printed on {self._me.node}", "", rank))
         if printer is not None:
             return bool(printer.decode() == rank)
@@ -199,7 +202,7 @@ class RankExit:
         """What broke a collective of this rank, if that is known within CAUSE_SECONDS."""
         end = time.monotonic() + CAUSE_SECONDS
         while self._store is not None and time.monotonic() < end:
-            if cause := self._find_failure(self._store):
+            if cause := self._cause or self._find_failure(self._store):
                 return cause
             time.sleep(POLL_SECONDS / 5)
         return None
@@ -221,9 +224,10 @@ class RankExit:
             with contextlib.suppress(RuntimeError):  # rank 0 may be gone already
                 self._watch_store = self._watch_store or self._store.clone()
             store = self._watch_store
-            if cause := self._find_failure(store) if store else _loss_of(self._members[0]):
+            self._cause = self._find_failure(store) if store else _loss_of(self._members[0])
+            if self._cause:
                 if not self._closed.wait(GRACE_SECONDS) and self._exiting_thread is None:
-                    self.exit_for(cause)
+                    self.exit_for(self._cause)
                 return
 
     def _wait_for_exits(self, seconds: float) -> None:
