@@ -61,7 +61,7 @@ setup(
         "toolkit": ["py.typed"],
         "toolkit.poses": ["landmark_sets/*.yaml"],
         "toolkit.corpus": ["*.txt", "*.csv"],
-        "toolkit.reporting": ["report_assets/*"],
+        "toolkit.reporting": ["assets/*"],
         "toolkit._recipes": ["*.yaml", "*.md"],
         "toolkit._recipes.models": ["*.yaml", "*.md"],
         "toolkit._ds_configs": ["*.json", "*.md"],

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Write a run's report again, or lay several runs side by side.
+"""Write a run's report again, or compare several runs.
 
 python launch/report.py runs/demo                         writes runs/demo/report.html
-python launch/report.py runs/demo runs/demo.1             writes comparison.html, curves over each other
+python launch/report.py runs/demo runs/demo.1             writes comparison.html, curves in one chart
 python launch/report.py runs/a runs/b --out a_and_b.html
-python launch/report.py runs/demo --corpus corpora/mine   a run that came from another machine
+python launch/report.py runs/demo --corpus corpora/mine   a run that was copied from another machine
 
 A page is one file that opens in any browser, offline.
 """
@@ -36,11 +36,13 @@ def main() -> None:
 def _report(arguments: argparse.Namespace) -> None:
     if len(arguments.runs) == 1:
         if arguments.out:
-            raise UserError("--out is for a comparison; the report of one run lies in its run directory")
+            raise UserError(
+                "--out is given with one run", "leave --out away: one run's report is written into its folder"
+            )
         path = write_report(arguments.runs[0], arguments.corpus)
     else:
         if arguments.corpus:
-            raise UserError("--corpus is for the report of one run; a comparison shows no clips")
+            raise UserError("--corpus is given with several runs", "leave --corpus away: a comparison shows no clips")
         path = write_comparison(arguments.runs, arguments.out or Path(COMPARISON))
     print(json.dumps({"page": str(path), "bytes": path.stat().st_size}) if arguments.json else path)
 

@@ -57,16 +57,16 @@ def translator() -> tuple[PoseTranslator, PoseProcessor]:
 def test_confidences_belong_to_whole_characters(translator, clips, text):
     model, processor = translator
     clip = read_clip(clips[0].read_bytes())
-    pieces = confidences(model, processor, clip, text)
-    assert "".join(piece for piece, _ in pieces) == text and len(pieces) == len(text)
-    assert all(0 < chance < 1 for _, chance in pieces)
+    parts = confidences(model, processor, clip, text)
+    assert "".join(part for part, _ in parts) == text and len(parts) == len(text)
+    assert all(0 < chance < 1 for _, chance in parts)
     # The same, from the probability of the text as a whole.
     labels = torch.tensor([processor.tokenizer(text_target=text).input_ids])
     inputs = processor.feature_extractor.pad([processor.feature_extractor.features(clip)])
     with torch.no_grad():
         logits = model(**inputs, labels=labels).logits.log_softmax(-1)
     chosen = logits.gather(2, labels[..., None])[0, :-1].sum()  # without the end
-    product = torch.tensor([chance for _, chance in pieces]).log().sum()
+    product = torch.tensor([chance for _, chance in parts]).log().sum()
     assert product == pytest.approx(float(chosen), rel=1e-4)
 
 
@@ -163,10 +163,10 @@ def test_a_dropped_clip_moves_and_is_translated(browser, address, clips):
         picture = "return document.querySelector('canvas').toDataURL()"
         before = browser.wait_for(lambda: browser.run(picture), "a drawn skeleton")
         browser.wait_for(lambda: browser.run(picture) != before, "a moved skeleton")
-        pieces = browser.run("return [...document.querySelectorAll('.piece small')].map((one) => one.textContent)")
+        parts = browser.run("return [...document.querySelectorAll('.part small')].map((one) => one.textContent)")
     finally:
         browser.driver.switch_to.default_content()
-    assert all(re.fullmatch(r"\d+ %", piece) for piece in pieces)
+    assert all(re.fullmatch(r"\d+ %", part) for part in parts)
     assert [message for message in browser.errors() if address in message] == []
 
 

@@ -18,7 +18,7 @@ def run(make_run, tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "a")
 
 
-def test_one_run_gets_its_report_again(run, tmp_path):
+def test_the_report_of_one_run_is_written_again(run, tmp_path):
     done = call(run, "--json", "--corpus", run.parent / "corpus-of-a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -32,16 +32,17 @@ def test_several_runs_are_compared(run, tmp_path):
     assert done.returncode == 0 and (tmp_path / "three.html").read_text().startswith("<!doctype html>")
 
 
-def test_mistakes_are_one_line(run, tmp_path):
+def test_a_mistake_is_a_message_and_a_hint(run, tmp_path):
     cases = [
-        ([tmp_path], "is not a run directory"),
-        ([run, tmp_path / "none"], "does not exist"),
-        ([run, "--corpus", tmp_path], "is not a prepared corpus"),
-        ([run, "--out", "x.html"], "--out is for a comparison"),
-        ([run, run, "--corpus", "x"], "--corpus is for the report of one run"),
-        ([run, run, "--out", run / "metrics.jsonl" / "x.html"], "cannot be written"),
+        ([tmp_path], str(tmp_path)),
+        ([run, tmp_path / "none"], str(tmp_path / "none")),
+        ([run, "--corpus", tmp_path], str(tmp_path)),
+        ([run, "--out", "x.html"], "--out"),
+        ([run, run, "--corpus", "x"], "--corpus"),
+        ([run, run, "--out", run / "metrics.jsonl" / "x.html"], str(run / "metrics.jsonl")),
     ]
-    for arguments, complaint in cases:
+    for arguments, named in cases:
         done = call(*arguments, cwd=tmp_path)
-        assert done.returncode == 2 and complaint in done.stderr, done
-        assert len(done.stderr.strip().splitlines()) == 1
+        message, *hints = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and message.startswith("error: ") and named in message, done
+        assert len(hints) <= 1 and all(hint.startswith("hint: ") for hint in hints)

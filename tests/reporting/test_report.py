@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
-from toolkit.reporting.report import differences, embedded, write_comparison, write_report
-from toolkit.reporting.report_run import CURVE_POINTS, curves, not_above_floors, read_run
+from toolkit.reporting.report import differences, json_for_html, write_comparison, write_report
+from toolkit.reporting.run_files import CURVE_POINTS, not_above_floors, read_run, thin_curves
 
 HOSTILE = [
     "</script><script>document.title='pwned'</script>",
@@ -58,7 +58,7 @@ def test_a_report_holds_the_whole_run(run):
     assert content["corpus"]["facts"]["splits"] == "train 3, test 24"
 
 
-def test_scores_without_or_with_broken_intervals_are_shown_all_the_same(run):
+def test_scores_without_or_with_broken_intervals_are_shown(run):
     scores = json.loads((run / "scores.json").read_text())
     for intervals in (None, "?", {"chrf": [1], "wer": ["a", "b"], "cer": [0.1, 0.2], "new": [1, 2]}):
         scores["splits"]["test"]["intervals"] = intervals
@@ -91,12 +91,12 @@ def test_hostile_texts_stay_texts(make_run, tmp_path):
 
 @given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_embedded_json_is_the_same_json(content):
-    text = embedded(content)
+    text = json_for_html(content)
     assert not set("<>&") & set(text) and json.loads(text) == content
 
 
 @pytest.mark.parametrize("kept", ["status.json", "metrics.jsonl"])
-def test_whatever_is_missing_is_left_out(run, kept):
+def test_a_missing_file_is_left_out(run, kept):
     for path in run.rglob("*"):
         if path.is_file() and path.name != kept:
             path.unlink()
@@ -104,7 +104,7 @@ def test_whatever_is_missing_is_left_out(run, kept):
     assert content["splits"] == [] == content["scores"] and content["clips"] == []
 
 
-def test_broken_files_are_named_and_left_out(run):
+def test_a_broken_file_is_left_out_with_a_warning(run):
     for name in ("recipe.yaml", "deepspeed.json", "environment.json", "scores.json", "status.json"):
         (run / name).write_bytes(b"{\xff broken: [")
     (run / "predictions" / "test.csv").write_text("no,columns\n1,2\n")
@@ -151,16 +151,17 @@ def test_a_score_at_its_floor_is_a_warning(run):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
-def test_what_is_no_run_is_refused(tmp_path, name):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="give the folder"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as refused:
         write_report(tmp_path / name)
+    assert "status.json" in refused.value.hint
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=2000))
 def test_thinned_curves_keep_mean_and_extremes(values):
-    curve = curves({"loss": (list(range(1, len(values) + 1)), values)})["loss"]
+    curve = thin_curves({"loss": (list(range(1, len(values) + 1)), values)})["loss"]
     assert len(curve["x"]) == min(len(values), CURVE_POINTS) and curve["x"][-1] == len(values)
     tolerance = 1e-4 * max(map(abs, values)) + 1e-9
     assert min(curve.get("low", curve["y"])) == pytest.approx(min(values), abs=tolerance)

@@ -24,8 +24,8 @@ from toolkit.poses.features import extract_features
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import PoseError, RawPose
 from toolkit.poses.video import VIDEO_SUFFIXES, check_video_support
-from toolkit.reporting.report import page
-from toolkit.reporting.report_skeleton import pack_clip, skeleton_of
+from toolkit.reporting.report import render_page
+from toolkit.reporting.skeletons import pack_clip, skeleton_layout
 
 if TYPE_CHECKING:
     import gradio
@@ -43,13 +43,13 @@ class Reading:
     Attributes:
         text: the translation.
         n_best: other readings, the best first; of the first window of a long clip.
-        pieces: parts of the translation with the model's probability (0..1) of each, given what stands before it.
+        parts: of the translation, with the model's probability (0..1) of each, given what stands before it.
         drawing: ``skeleton`` and ``clip`` for ``skeleton.js``.
     """
 
     text: str
     n_best: tuple[Hypothesis, ...]
-    pieces: list[tuple[str, float]]
+    parts: list[tuple[str, float]]
     drawing: dict[str, Any]
 
 
@@ -86,29 +86,29 @@ def read_clip_file(
     (translation,) = translate_clips(model, processor, sources, n_best=n_best, num_beams=beams)
     if translation.reason:
         raise UserError(f"{path.name} cannot be translated: {translation.reason}")
-    pieces = []
+    parts = []
     for window in translation.windows:
         if window.hypotheses:
-            part = clip.between(window.start, window.end) if len(translation.windows) > 1 else clip
-            pieces += confidences(model, processor, part, window.hypotheses[0].text)
+            its_clip = clip.between(window.start, window.end) if len(translation.windows) > 1 else clip
+            parts += confidences(model, processor, its_clip, window.hypotheses[0].text)
     n_best_readings = next(window.hypotheses for window in translation.windows if window.hypotheses)
-    return Reading(translation.text, n_best_readings, pieces, draw(processor, clip))
+    return Reading(translation.text, n_best_readings, parts, draw(processor, clip))
 
 
 @torch.no_grad()
 def confidences(model: PoseTranslator, processor: PoseProcessor, clip: RawPose, text: str) -> list[tuple[str, float]]:
-    """How sure the model is of each piece of a text, given the clip and the text before it.
+    """How sure the model is of each part of a text, given the clip and the text before it.
 
     Returns:
-        pieces that together are the text, each with a probability (0..1). A character of several tokens, as bytes
-        are, is one piece; its probability is the product of theirs.
+        parts that together are the text, each with a probability (0..1). A character of several tokens, as bytes
+        are, is one part; its probability is the product of theirs.
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     labels = torch.tensor([tokenizer(text_target=text).input_ids], device=model.device)
     inputs = extractor.pad([extractor.features(clip)]).to(model.device)
     logits = model(**inputs, labels=labels).logits.float()
     chances = logits.softmax(dim=-1).gather(2, labels[..., None])[0, :, 0].tolist()
-    pieces: list[tuple[str, float]] = []
+    parts: list[tuple[str, float]] = []
     ids = labels[0].tolist()
     done, chance = "", 1.0
     for number, value in enumerate(chances, start=1):
@@ -116,9 +116,9 @@ def confidences(model: PoseTranslator, processor: PoseProcessor, clip: RawPose, 
         decoded = tokenizer.decode(ids[:number], skip_special_tokens=True)
         # A character whose bytes are not all there yet decodes to the replacement character.
         if len(decoded) > len(done) and not decoded.endswith("\ufffd"):
-            pieces.append((decoded[len(done) :], chance))
+            parts.append((decoded[len(done) :], chance))
             done, chance = decoded, 1.0
-    return pieces
+    return parts
 
 
 def draw(processor: PoseProcessor, clip: RawPose) -> dict[str, Any]:
@@ -128,15 +128,15 @@ def draw(processor: PoseProcessor, clip: RawPose) -> dict[str, Any]:
     fps = min(clip.fps, SMOOTH_FPS)
     features = extract_features(clip, landmark_set, fps)
     return {
-        "skeleton": skeleton_of(landmark_set),
+        "skeleton": skeleton_layout(landmark_set),
         "clip": pack_clip(features.values, landmark_set, fps, CLIP_BYTES),
     }
 
 
 def frame(reading: Reading, name: str) -> str:
     """Skeleton and confidences as an element that a page can hold: a sandboxed frame with a document of its own."""
-    content = {"name": name, "pieces": [list(piece) for piece in reading.pieces], **reading.drawing}
-    document = html.escape(page(name, content, script="demo_app.js"), quote=True)
+    content = {"name": name, "parts": [list(part) for part in reading.parts], **reading.drawing}
+    document = html.escape(render_page(name, content, script="demo_app.js"), quote=True)
     return f'<iframe title="moving skeleton" class="reading" sandbox="allow-scripts" srcdoc="{document}"></iframe>'
 
 

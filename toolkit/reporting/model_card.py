@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from toolkit import __version__
 from toolkit.errors import UserError
 from toolkit.files import read_text
@@ -22,7 +24,7 @@ from toolkit.scoring.metrics import SCORE_NAMES
 from toolkit.scoring.table import HEADINGS, NOT_APPLICABLE
 
 SCORES_FILE = "scores.json"
-# Where things lay on the machine that trained is nobody else's business, and no use to them.
+# Paths on the machine that trained are private, and of no use elsewhere.
 _PLACES = {
     "data": ("corpus", "table", "poses", "cache"),
     "run": ("dir",),
@@ -30,11 +32,12 @@ _PLACES = {
 
 _TEXT = """\
 ---
-{front_matter}---
+{front_matter}
+---
 
 # {name}: a sign language translator
 
-Poses of a signing person go in, a text comes out. {description}
+It translates the pose sequence of a signing person into text. {description}
 
 ## How to use
 
@@ -77,7 +80,7 @@ python launch/translate.py --model {place} clip.pose
 
 ## Recipe
 
-{size}. Everything that decided the training, except where files lay:
+{size}. All settings of the training, except paths:
 
 <details><summary>recipe.yaml</summary>
 
@@ -96,8 +99,8 @@ def model_card(
     Args:
         run_dir: gives recipe and scores.
         name: what the model is called: its folder's name, or its id on the hub.
-        model: its size is told.
-        extractor: says what it reads.
+        model: for its number of parameters.
+        extractor: for what it reads.
         merged: whether an adapter that it trained is added to its weights.
 
     Raises:
@@ -107,7 +110,7 @@ def model_card(
     summary = _read_scores(run_dir)
     backbone = card_of(recipe.model)
     return _TEXT.format(
-        front_matter=dump_yaml(_front_matter(name, recipe, backbone, summary)),
+        front_matter=_front_matter(name, recipe, backbone, summary).to_yaml(),
         name=name.rpartition("/")[2],
         place=name,
         description=recipe.description or "",
@@ -129,29 +132,36 @@ def _read_scores(run_dir: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(read_text(path, "the scores of a run")))
     except ValueError as error:
-        raise UserError(f"{path} is not readable: {error}") from error
+        raise UserError(f"{path} is not readable: {error}", "remove it: the model card then has no scores") from error
 
 
-def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads: tags, the base model, and the scores of the first test split."""
-    matter: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["sign-language-translation", "pose", "deepspeed"],
-    }
-    if backbone and backbone.hub_id and not recipe.model.from_scratch and not recipe.model.tiny:
-        matter |= {"base_model": backbone.hub_id}
+    is_published = backbone and not recipe.model.from_scratch and not recipe.model.tiny
+    results = []
     if summary:
         split, content = next(iter(summary["splits"].items()))
-        metrics = [
-            {"type": score, "name": HEADINGS.get(score, score), "value": round(value, 4)}
+        results = [
+            EvalResult(
+                task_type="translation",
+                task_name="sign language translation",
+                dataset_type=recipe.data.source,
+                dataset_name=recipe.data.source,
+                dataset_split=split,
+                metric_type=score,
+                metric_name=HEADINGS.get(score, score),
+                metric_value=round(value, 4),
+            )
             for score, value in content["scores"].items()
             if value is not None
         ]
-        dataset = {"type": recipe.data.source, "name": recipe.data.source, "split": split}
-        task = {"type": "translation", "name": "sign language translation"}
-        results = [{"task": task, "dataset": dataset, "metrics": metrics}]
-        matter["model-index"] = [{"name": name.rpartition("/")[2], "results": results}]
-    return matter
+    return ModelCardData(
+        library_name="transformers",
+        tags=["sign-language-translation", "pose", "deepspeed"],
+        base_model=backbone.hub_id if backbone and is_published else None,
+        model_name=name.rpartition("/")[2],
+        eval_results=results or None,
+    )
 
 
 def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
@@ -164,7 +174,7 @@ def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
         "frames per second": f"{extractor.fps:g}, whatever the file has",
         "longest clip": f"{longest}{seconds}; longer ones: {extractor.too_long}",
         "normalisation": extractor.normalisation,
-        "missing landmarks": "told to the model as missing, never as zero",
+        "missing landmarks": "given to the model as missing, never as zero",
     }
 
 
@@ -196,8 +206,10 @@ def _scores(summary: Mapping[str, Any]) -> str:
             lines.append(f"| {label} | {' | '.join(cells)} | {content['clips']} |")
     signature = "\n".join(f"- {kind}: `{text}`" for kind, text in summary["signature"].items())
     return (
-        "A floor is what one scores without looking at the signing at all. BLEU, chrF++ and ROUGE-L run from 0 to 100, "
-        "higher is better; WER and CER are ratios, lower is better.\n\n" + "\n".join(lines) + f"\n\n{signature}"
+        "A floor is the score of a sentence that is chosen without looking at the signing. BLEU, chrF++ and ROUGE-L "
+        "run from 0 to 100, higher is better; WER and CER are ratios, lower is better.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{signature}"
     )
 
 
@@ -214,16 +226,14 @@ def _cell(name: str, value: float | None) -> str:
 
 def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
     limits = [
-        "It reads what its corpus taught it: other sign languages, signers, topics and cameras may give fluent "
-        "nonsense. A text looks no less certain for being wrong.",
-        "It is no interpreter: nothing that matters to a person's health, rights or money should rest on it.",
-        "A recording longer than the longest clip must be cut; `launch/translate.py` cuts by time, not by sentence.",
-        "The licences of the data and of the base model hold for this model, too.",
+        "Other sign languages, signers, topics and cameras than those of its corpus may give fluent nonsense. A wrong "
+        "text looks as certain as a right one.",
+        "It is no interpreter: do not use it where a person's health, rights or money depend on the translation.",
+        "A recording longer than the longest clip must be split; `launch/translate.py` splits by time, not sentence.",
+        "The licences of the data and of the base model apply to this model, too.",
     ]
     if recipe.data.source == "demo":
-        limits.insert(
-            0, "It spells letters of a few fingerspelling alphabets, for one signer: a demonstration, no tool."
-        )
+        limits.insert(0, "It spells letters of a few fingerspelling alphabets, for one signer: it is a demonstration.")
     if "face" not in extractor.landmark_set.get("parts", {}):
         limits.insert(-2, "It does not see the face, which carries grammar and mouthings.")
     return limits
@@ -239,29 +249,29 @@ def _size(recipe: Recipe, backbone: ModelCard | None, model: PoseTranslator) -> 
 
 def _adaptation(settings: Model, name: str, *, merged: bool) -> str:
     """How a frozen backbone was adapted, in sentences."""
-    told = ""
+    text = ""
     if settings.lora:
         lora = settings.lora
         kind = ("DoRA" if lora.dora else "LoRA") + (" (rsLoRA scaling)" if lora.rslora else "")
         besides = f", {' and '.join(lora.train).replace('_', ' ')}" if lora.train else ""
-        told += (
+        text += (
             f". Trained by {kind}, r = {lora.r}, alpha = {lora.alpha:g}: adapters in a frozen backbone; the pose "
             f"encoder{besides} trained in full. "
         )
-        told += (
+        text += (
             "The adapter is merged into the weights"
             if merged
-            else "The adapter lies apart in `adapter/`: `AutoModel` puts it on; for PEFT, "
+            else "The adapter is in `adapter/`: `AutoModel` loads it, too; for PEFT, "
             f'`PeftModel.from_pretrained(AutoModel.from_pretrained("{name}", adapter=None), "{name}/adapter")`'
         )
     if settings.quantization:
-        told += (
+        text += (
             f". The backbone was held in {settings.quantization.kind} during training; the weights here are the "
-            "numbers that those stood for"
+            "numbers that those represented"
         )
     if settings.extra_tokens:
-        told += f". Tokens added to the base model's: {', '.join(f'`{token}`' for token in settings.extra_tokens)}"
-    return told
+        text += f". Tokens added to the base model's: {', '.join(f'`{token}`' for token in settings.extra_tokens)}"
+    return text
 
 
 def _without_places(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""``report.html``: a run, or several side by side, as one page that opens offline and that anybody can look at.
+"""``report.html``: a run, or several side by side, as one page that opens offline.
 
-The page holds its data as JSON, which its script draws with ``textContent`` and SVG alone: no text of a corpus or a
-model ever becomes markup. A content security policy by hashes lets nothing run or load but what is written here.
+The page holds its data as JSON, which its script draws with ``textContent`` and SVG only, so no text of a corpus or a
+model becomes markup. A content security policy by hashes lets nothing else run or load. The charts are drawn in the
+browser and not by matplotlib, because they show values under the pointer, switch between scales, axes and themes, and
+take a few kilobytes each.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from typing import Any
 
 from toolkit import __version__
 from toolkit.files import write_text_atomically
-from toolkit.reporting.report_run import RunFiles, curves, flat, read_run, score_tables
-from toolkit.reporting.report_samples import (
+from toolkit.reporting.run_files import RunFiles, flatten, read_run, score_tables, thin_curves
+from toolkit.reporting.samples import (
     corpus_warnings,
     describe_corpus,
     describe_split,
     embed_clips,
-    find_corpus,
+    find_corpus_of_run,
     predictions_of,
 )
 from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
@@ -32,10 +34,10 @@ from toolkit.scoring.table import HEADINGS
 
 REPORT = "report.html"
 COMPARISON = "comparison.html"
-ASSETS = Path(__file__).parent / "report_assets"
+ASSETS = Path(__file__).parent / "assets"
 MOST_EVENTS = 200
 MOST_EVALUATIONS = 8  # columns of the table that shows how the same outputs change
-# Settings that differ between any two runs and say nothing.
+# Settings that differ between any two runs, so their difference is no information.
 _OWN_TO_A_RUN = ("run.dir", "name", "description")
 
 
@@ -43,7 +45,7 @@ def write_report(run_dir: str | Path, corpus: str | Path | None = None) -> Path:
     """Write ``report.html`` into a run directory, with whatever of the run is there.
 
     Args:
-        run_dir: a run that ended, was interrupted, crashed or still goes on.
+        run_dir: a run that ended, was interrupted, crashed or is still running.
         corpus: where its corpus is; found through the run when not given.
 
     Returns:
@@ -54,39 +56,39 @@ def write_report(run_dir: str | Path, corpus: str | Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     path = run.folder / REPORT
-    write_text_atomically(path, page(f"{run.name}: report", _run_content(run, Path(corpus) if corpus else None)))
+    write_text_atomically(path, render_page(f"{run.name}: report", _run_content(run, Path(corpus) if corpus else None)))
     return path
 
 
 def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
-    """Write one page that lays several runs over each other: curves, scores, and the settings that differ.
+    """Write one page that compares several runs: curves, scores, and the settings that differ.
 
     Raises:
         UserError: one of them is no run, or the page cannot be written.
     """
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
     title = " · ".join(run.name for run in runs)
-    write_text_atomically(Path(path), page(title, _comparison_content(runs)))
+    write_text_atomically(Path(path), render_page(title, _comparison_content(runs)))
     return Path(path)
 
 
-def page(title: str, content: dict[str, Any], script: str = "report.js") -> str:
+def render_page(title: str, content: dict[str, Any], script: str = "report.js") -> str:
     """A whole HTML page around ``content``, which ``script`` draws."""
     style = _asset("report.css")
     code = f"{_asset('skeleton.js')}\n{_asset(script)}"
     parts = {
         "title": html.escape(title.encode("utf-8", "replace").decode("utf-8")),
-        "policy": f"default-src 'none'; img-src data:; script-src {_digest(code)}; style-src {_digest(style)}",
+        "policy": f"default-src 'none'; img-src data:; script-src {_csp_hash(code)}; style-src {_csp_hash(style)}",
         "style": style,
-        "data": embedded(content),
+        "data": json_for_html(content),
         "script": code,
     }
-    # One pass: nothing that a part contains is ever taken for a placeholder.
+    # One pass: what looks like a placeholder within a part is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
 
 
-def embedded(content: Any) -> str:
-    """JSON that no HTML parser mistakes for the end of its element, whatever the texts in it are."""
+def json_for_html(content: Any) -> str:
+    """JSON in which no text can end the HTML element that holds it."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -95,7 +97,7 @@ def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8").strip()
 
 
-def _digest(text: str) -> str:
+def _csp_hash(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
     return f"'sha256-{digest}'"
 
@@ -104,40 +106,40 @@ def _run_content(run: RunFiles, given_corpus: Path | None) -> dict[str, Any]:
     rows = predictions_of(run)
     seed = run.setting("training.seed")
     splits = [describe_split(name, found, seed if isinstance(seed, int) else 0) for name, found in rows.items()]
-    corpus = find_corpus(run, rows, given_corpus) if rows or given_corpus else None
+    corpus = find_corpus_of_run(run, rows, given_corpus) if rows or given_corpus else None
     drawn = embed_clips(splits, corpus) if corpus else {"skeleton": None, "clips": []}
     described = describe_corpus(corpus) if corpus else None
     if corpus:
         run.warnings += corpus_warnings(corpus)
     return {
         "kind": "run",
-        **_about(run),
-        "train": curves(run.train),
-        "evaluations": curves(run.evaluations),
+        **_overview(run),
+        "train": thin_curves(run.train),
+        "evaluations": thin_curves(run.evaluations),
         "splits": splits,
         **drawn,
         "corpus": described,
         "history": _history(run),
-        "events": [{"step": event.pop("step"), "what": flat(event)} for event in run.events[:MOST_EVENTS]],
+        "events": [{"step": event.pop("step"), "what": flatten(event)} for event in run.events[:MOST_EVENTS]],
         "texts": run.texts,
-        "environment": flat(run.environment),
+        "environment": flatten(run.environment),
     }
 
 
 def _comparison_content(runs: list[RunFiles]) -> dict[str, Any]:
     settings = [
-        {key: value for key, value in flat(run.recipe).items() if key not in _OWN_TO_A_RUN}
-        | {f"deepspeed.json: {key}": value for key, value in flat(run.deepspeed).items()}
+        {key: value for key, value in flatten(run.recipe).items() if key not in _OWN_TO_A_RUN}
+        | {f"deepspeed.json: {key}": value for key, value in flatten(run.deepspeed).items()}
         for run in runs
     ]
-    surroundings = [flat(run.environment) for run in runs]
+    surroundings = [flatten(run.environment) for run in runs]
     return {
         "kind": "comparison",
         "runs": [
             {
-                **_about(run),
-                "train": curves(run.train),
-                "evaluations": curves(run.evaluations),
+                **_overview(run),
+                "train": thin_curves(run.train),
+                "evaluations": thin_curves(run.evaluations),
                 "epochs_per_step": _epochs_per_step(run),
             }
             for run in runs
@@ -154,8 +156,8 @@ def differences(settings: list[dict[str, str]]) -> list[list[Any]]:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _about(run: RunFiles) -> dict[str, Any]:
-    """What heads a report and what a comparison says of each run."""
+def _overview(run: RunFiles) -> dict[str, Any]:
+    """The part of the content that a report and a comparison have in common, for one run."""
     signature = run.scores.get("signature")
     return {
         "name": run.name,
@@ -171,13 +173,13 @@ def _about(run: RunFiles) -> dict[str, Any]:
         "select_by": run.setting("evaluation.select_by"),
         "facts": _facts(run),
         "scores": score_tables(run),
-        "signature": flat(signature) if isinstance(signature, dict) else {},
+        "signature": flatten(signature) if isinstance(signature, dict) else {},
         "warnings": run.warnings,
     }
 
 
 def _facts(run: RunFiles) -> dict[str, Any]:
-    """The figures that a reader asks for first; those that are unknown are left out."""
+    """The main figures of a run; those that are unknown are left out."""
     steps = run.scores.get("steps") or run.status.get("step") or _last_step(run)
     gpus = run.environment.get("gpus")
     names = [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []

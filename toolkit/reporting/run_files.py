@@ -1,6 +1,6 @@
-"""What a run directory tells a report: its files read leniently, because a crashed run needs a report most.
+"""The files of a run directory, read for a report.
 
-A file that is missing is left out; one that is broken is left out with a warning. Nothing here draws.
+A file that is missing is left out, and so is a broken one, with a warning: a crashed run needs a report, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.tree import leaves
 from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
 
-# Points that a curve is drawn with; more cannot be told apart on a screen.
+# Points that a curve is drawn with; more cannot be distinguished on a screen.
 CURVE_POINTS = 200
 LONGEST_TEXT = 200_000  # characters of a recipe or JSON that a report shows
 MOST_WARNINGS = 40
@@ -42,7 +42,7 @@ class RunFiles:
         evaluations: figure -> (steps, values).
         events: entries of kind ``event``.
         samples: tables of sample outputs: (step, name, rows).
-        warnings: what is worth a reader's attention, in words.
+        warnings: what a reader should know, in words.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> RunFiles:
     folder = folder.resolve()
     if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
         what = "is not a run directory" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {what}: give the folder that holds a run's status.json and metrics.jsonl")
+        raise UserError(f"{folder} {what}", "give the folder that holds a run's status.json and metrics.jsonl")
     run = RunFiles(folder)
     run.status = _read_tree(run, "status.json")
     run.recipe = _read_tree(run, "recipe.yaml")
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> RunFiles:
     run.environment = _read_tree(run, "environment.json")
     run.scores = _read_tree(run, "scores.json")
     _read_metrics(run)
-    _judge(run)
+    _add_warnings(run)
     return run
 
 
@@ -110,7 +110,7 @@ def _read_tree(run: RunFiles, name: str) -> dict[str, Any]:
 
 
 def _read_metrics(run: RunFiles) -> None:
-    """Sort the entries of ``metrics.jsonl`` by what they tell."""
+    """Sort the entries of ``metrics.jsonl`` by their kind."""
     train: defaultdict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     evaluations: defaultdict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     not_finite: dict[str, int] = {}
@@ -159,8 +159,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _judge(run: RunFiles) -> None:
-    """Add what a reader should be warned of."""
+def _add_warnings(run: RunFiles) -> None:
+    """Add warnings about the run as a whole: its end, its scores, its log."""
     state, reason = run.status.get("status"), run.status.get("reason")
     if state in ("failed", "interrupted"):
         what = "the run failed" if state == "failed" else "the run was interrupted"
@@ -245,7 +245,7 @@ def _log_warnings(path: Path) -> list[str]:
     return [*lines[:MOST_WARNINGS], *([f"and {more} more in log.txt"] if more > 0 else [])]
 
 
-def curves(figures: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict[str, list[float]]]:
+def thin_curves(figures: dict[str, tuple[list[int], list[float]]]) -> dict[str, dict[str, list[float]]]:
     """Figures thinned to what can be drawn: of each the mean, lowest and highest value of up to 200 stretches.
 
     Returns:
@@ -271,7 +271,7 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
-def flat(tree: dict[str, Any]) -> dict[str, str]:
+def flatten(tree: dict[str, Any]) -> dict[str, str]:
     """A tree of settings as dotted name -> value in words."""
     return {
         ".".join(str(key) for key in path): value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.reporting.report import write_report
-from toolkit.reporting.report_run import read_run
-from toolkit.reporting.report_samples import by_length, choose, find_corpus, histogram, predictions_of
-from toolkit.reporting.report_skeleton import MARGIN, MISSING, SPAN, on_the_body, pack_clip
+from toolkit.reporting.run_files import read_run
+from toolkit.reporting.samples import chrf_by_length, find_corpus_of_run, histogram, pick_samples, predictions_of
+from toolkit.reporting.skeletons import MARGIN, MISSING, SPAN, pack_clip, place_on_body
 from toolkit.scoring.predictions import make_predictions
 
 
@@ -52,22 +53,22 @@ def test_a_clip_without_any_landmark_is_drawn_empty():
     assert (unpacked(clip, 50) == MISSING).all()
 
 
-def test_parts_relative_to_an_anchor_go_back_to_the_body():
+def test_parts_relative_to_an_anchor_are_moved_to_the_body():
     landmark_set = load_landmark_set("unisign_69")
     places = np.zeros((2, landmark_set.num_points, 2), np.float32)
     wrist = landmark_set.position("POSE_LANDMARKS", "LEFT_WRIST")
     places[0, wrist], places[1, wrist] = (2, 3), np.nan
-    moved = on_the_body(places, landmark_set)
+    moved = place_on_body(places, landmark_set)
     left_hand = list(landmark_set.parts["left_hand"])
     assert (moved[0, left_hand] == (2, 3)).all() and np.isnan(moved[1, left_hand]).all()
     lost = dataclasses.replace(landmark_set, anchors={"body": landmark_set.parts["body"][0]})
-    assert np.isnan(on_the_body(places, lost)[:, list(lost.parts["body"])]).all()
+    assert np.isnan(place_on_body(places, lost)[:, list(lost.parts["body"])]).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.floats(0, 100)), min_size=1, max_size=300))
 def test_groups_by_length_hold_every_sentence_once(pairs):
     lengths, chrf = [length for length, _ in pairs], [value for _, value in pairs]
-    groups = by_length(lengths, chrf)
+    groups = chrf_by_length(lengths, chrf)
     assert sum(group["clips"] for group in groups) == len(pairs) and len(groups) <= 8
     mean = sum(group["value"] * group["clips"] for group in groups) / len(pairs)
     assert mean == pytest.approx(sum(chrf) / len(chrf), abs=0.02)
@@ -82,7 +83,7 @@ def test_histograms_count_everything(first, second):
     assert all(low < high for low, high in pairwise(found["edges"]))
 
 
-def test_nothing_has_no_histogram():
+def test_no_values_have_no_histogram():
     assert histogram({"none": []}) == {"edges": [], "series": {}}
 
 
@@ -90,12 +91,12 @@ def test_samples_are_the_best_the_worst_and_others():
     texts = [f"sentence number {index}" for index in range(30)]
     rows = make_predictions([str(i) for i in range(30)], texts, texts)
     chrf = [float(index) for index in range(30)]
-    chosen = choose(rows, chrf, [3] * 30, seed=1)
+    chosen = pick_samples(rows, chrf, [3] * 30, seed=1)
     assert [sample["chrf"] for sample in chosen["best"]] == [29, 28, 27, 26, 25, 24]
     assert [sample["chrf"] for sample in chosen["worst"]] == [0, 1, 2, 3, 4, 5]
     assert len(chosen["random"]) == 6 and all(6 <= sample["chrf"] <= 23 for sample in chosen["random"])
-    assert chosen == choose(rows, chrf, [3] * 30, seed=1)
-    assert [len(group) for group in choose(rows[:3], chrf[:3], [3] * 3, seed=1).values()] == [3, 0, 0]
+    assert chosen == pick_samples(rows, chrf, [3] * 30, seed=1)
+    assert [len(group) for group in pick_samples(rows[:3], chrf[:3], [3] * 3, seed=1).values()] == [3, 0, 0]
 
 
 @pytest.fixture
@@ -105,11 +106,11 @@ def run(make_run, tmp_path):
 
 def test_the_corpus_is_where_the_run_says(run):
     files = read_run(run)
-    corpus = find_corpus(files, predictions_of(files))
+    corpus = find_corpus_of_run(files, predictions_of(files))
     assert corpus is not None and corpus.path == run.parent / "corpus-of-mine" and not files.warnings
 
 
-def test_a_run_that_travelled_finds_the_corpus_with_its_clips(make_run, run, tmp_path, monkeypatch):
+def test_a_run_copied_from_elsewhere_finds_the_corpus_with_its_clips(make_run, run, tmp_path, monkeypatch):
     make_run(tmp_path / "other", [("something else", "x")] * 24)
     prepared = tmp_path / "prepared"
     prepared.mkdir()
@@ -118,19 +119,19 @@ def test_a_run_that_travelled_finds_the_corpus_with_its_clips(make_run, run, tmp
     (prepared / "c-broken").mkdir()
     (prepared / "c-broken" / "corpus.json").write_text("{}")
     files = read_run(run)
-    corpus = find_corpus(files, predictions_of(files))
+    corpus = find_corpus_of_run(files, predictions_of(files))
     assert corpus is not None and corpus.path == prepared / "b-mine"
 
 
 def test_without_a_corpus_there_are_no_skeletons_and_a_warning(run):
     shutil.rmtree(run.parent / "corpus-of-mine")
     files = read_run(run)
-    assert find_corpus(files, predictions_of(files)) is None
+    assert find_corpus_of_run(files, predictions_of(files)) is None
     assert "--corpus" in files.warnings[-1]
 
 
 def test_a_given_corpus_must_be_one(run, tmp_path):
-    with pytest.raises(UserError, match="not a prepared corpus"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         write_report(run, tmp_path)
 
 

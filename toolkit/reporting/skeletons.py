@@ -1,6 +1,6 @@
-"""Skeletons small enough to travel inside a page: landmarks in the plane as 16-bit integers, base64.
+"""Skeletons that are small enough for a page to hold: landmarks in the plane as 16-bit integers, base64.
 
-The drawing itself is ``report_assets/skeleton.js``, which reports and the demo app share.
+``assets/skeleton.js`` draws them, for reports and for the demo app.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy.typing as npt
 from toolkit.poses.landmarks import LandmarkSet
 
 MISSING = -1
-# The picture spans this many steps; what lies beside it has room on both sides.
+# The picture spans this many steps; landmarks outside of it have a margin on both sides.
 SPAN = 16_000
 MARGIN = 8_000
 
-# Where a part that is told relative to an anchor of its own belongs on the body.
-_HOLDERS = {"left_hand": "LEFT_WRIST", "right_hand": "RIGHT_WRIST", "face": "NOSE"}
+# The body landmark where a part belongs whose coordinates are relative to an anchor of its own.
+_BODY_LANDMARKS = {"left_hand": "LEFT_WRIST", "right_hand": "RIGHT_WRIST", "face": "NOSE"}
 
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def skeleton_of(landmark_set: LandmarkSet) -> dict[str, Any]:
+def skeleton_layout(landmark_set: LandmarkSet) -> dict[str, Any]:
     """What is the same for all clips: ``points``, ``parts`` (name -> indices) and ``edges`` (pairs of indices)."""
     return {
         "points": landmark_set.num_points,
@@ -49,7 +49,7 @@ def pack_clip(features: Floats, landmark_set: LandmarkSet, fps: float, most_byte
         distance from the left or upper edge, in picture widths.
     """
     stride = max(1, math.ceil(len(features) * landmark_set.num_points * 4 / most_bytes))
-    places = on_the_body(np.asarray(features[::stride, :, :2], np.float32), landmark_set)
+    places = place_on_body(np.asarray(features[::stride, :, :2], np.float32), landmark_set)
     seen = np.isfinite(places).all(axis=2)
     low, high = _box(places[seen])
     width, height = high - low
@@ -64,8 +64,8 @@ def pack_clip(features: Floats, landmark_set: LandmarkSet, fps: float, most_byte
     }
 
 
-def on_the_body(places: npt.NDArray[np.float32], landmark_set: LandmarkSet) -> npt.NDArray[np.float32]:
-    """Put parts that are told relative to their own anchor back where the body holds them.
+def place_on_body(places: npt.NDArray[np.float32], landmark_set: LandmarkSet) -> npt.NDArray[np.float32]:
+    """Move parts whose coordinates are relative to their own anchor to their place on the body.
 
     Args:
         places: [frames, points, 2].
@@ -75,14 +75,14 @@ def on_the_body(places: npt.NDArray[np.float32], landmark_set: LandmarkSet) -> n
     places = places.copy()
     for part in landmark_set.anchors:
         indices = list(landmark_set.parts[part])
-        holder = landmark_set.position("POSE_LANDMARKS", _HOLDERS.get(part, ""))
-        # Without a holder nobody knows where the part was; drawn at the origin it would lie.
-        places[:, indices] += places[:, [holder]] if holder is not None and holder not in indices else np.nan
+        landmark = landmark_set.position("POSE_LANDMARKS", _BODY_LANDMARKS.get(part, ""))
+        # Without that landmark the place of the part is unknown, so it is not drawn.
+        places[:, indices] += places[:, [landmark]] if landmark is not None and landmark not in indices else np.nan
     return places
 
 
 def _box(places: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Corners of a picture that shows nearly all [points, 2] with some air; a few outliers do not shrink the rest."""
+    """Corners of a picture that shows nearly all [points, 2], with a margin; a few outliers do not shrink the rest."""
     if not len(places):
         return np.zeros(2, np.float32), np.ones(2, np.float32)
     low, high = np.percentile(places, [0.5, 99.5], axis=0).astype(np.float32)

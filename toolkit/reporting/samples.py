@@ -1,4 +1,4 @@
-"""What a report shows of a run's outputs: scores by sentence length, length histograms, and single clips to look at."""
+"""What a report shows of a run's outputs: scores by sentence length, histograms of lengths, and single clips."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.reporting.report_run import RunFiles
-from toolkit.reporting.report_skeleton import pack_clip, skeleton_of
+from toolkit.reporting.run_files import RunFiles
+from toolkit.reporting.skeletons import pack_clip, skeleton_layout
 from toolkit.scoring.metrics import rouge_tokens, sentence_chrf
 from toolkit.scoring.predictions import Prediction, read_predictions
 
-EACH = 6  # best, worst and random samples of a split
+SAMPLES_PER_KIND = 6  # best, worst and random samples of a split
 LENGTH_GROUPS = 8
 BINS = 24
 LONGEST_TEXT = 2_000  # characters of a sample
@@ -47,19 +47,19 @@ def predictions_of(run: RunFiles) -> dict[str, list[Prediction]]:
 
 
 def describe_split(name: str, rows: Sequence[Prediction], seed: int) -> dict[str, Any]:
-    """Everything about one split's outputs but its skeletons."""
-    looked_at = list(rows)
-    if len(looked_at) > MOST_ROWS:
-        looked_at = random.Random(seed).sample(looked_at, MOST_ROWS)
-    chrf = _chrf(looked_at)
-    lengths = [len(rouge_tokens(row.reference)) for row in looked_at]
-    written = [len(rouge_tokens(row.hypothesis)) for row in looked_at]
+    """One split's outputs in figures and samples, without skeletons."""
+    considered = list(rows)
+    if len(considered) > MOST_ROWS:
+        considered = random.Random(seed).sample(considered, MOST_ROWS)
+    chrf = _chrf(considered)
+    lengths = [len(rouge_tokens(row.reference)) for row in considered]
+    written = [len(rouge_tokens(row.hypothesis)) for row in considered]
     return {
         "name": name,
         "clips": len(rows),
-        "by_length": by_length(lengths, chrf),
+        "by_length": chrf_by_length(lengths, chrf),
         "words": histogram({"reference": lengths, "hypothesis": written}),
-        "samples": choose(looked_at, chrf, lengths, seed),
+        "samples": pick_samples(considered, chrf, lengths, seed),
     }
 
 
@@ -70,8 +70,8 @@ def _chrf(rows: Sequence[Prediction]) -> list[float]:
     return [next(computed) if row.chrf is None else row.chrf for row in rows]
 
 
-def by_length(lengths: Sequence[int], chrf: Sequence[float]) -> list[dict[str, Any]]:
-    """Mean sentence chrF++ of references of like length, in groups of about equal size.
+def chrf_by_length(lengths: Sequence[int], chrf: Sequence[float]) -> list[dict[str, Any]]:
+    """Mean sentence chrF++ of references of similar length, in groups of about equal size.
 
     Returns:
         ``label`` (words of the reference), ``value`` (0..100) and ``clips`` of each group, short sentences first.
@@ -93,7 +93,7 @@ def by_length(lengths: Sequence[int], chrf: Sequence[float]) -> list[dict[str, A
 
 
 def histogram(series: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[str, Any]:
-    """How several sets of lengths spread: shares of each set in bins that all share.
+    """Histograms of several sets of lengths over the same bins.
 
     Returns:
         ``edges`` of the bins (one more than bins) and ``series``: name -> share (0..1) in each bin.
@@ -103,8 +103,8 @@ def histogram(series: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[
         return {"edges": [], "series": {}}
     everything = np.concatenate(list(filled.values()))
     low = float(everything.min())
-    # One endless sentence must not press all others into one bin; it is counted in the last. Where all are alike, bins
-    # still have a width.
+    # One very long sentence is counted in the last bin, else all others would be in the first one. Bins have a width,
+    # also where all lengths are the same.
     high = max(float(np.percentile(everything, 99.5)), low + 0.1)
     whole = bool(np.all(everything == np.round(everything)))
     if whole and high - low < BINS:
@@ -120,15 +120,15 @@ def histogram(series: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[
     return {"edges": edges.round(4).tolist(), "series": shares}
 
 
-def choose(
+def pick_samples(
     rows: Sequence[Prediction], chrf: Sequence[float], lengths: Sequence[int], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """The best, the worst and some random rows; among equals the longest sentences, which say most."""
+    """The best, the worst and some random rows; among equals the longest sentences."""
     order = sorted(range(len(rows)), key=lambda index: (-chrf[index], -lengths[index], index))
-    best = order[:EACH]
-    worst = sorted(order[EACH:], key=lambda index: (chrf[index], -lengths[index], index))[:EACH]
+    best = order[:SAMPLES_PER_KIND]
+    worst = sorted(order[SAMPLES_PER_KIND:], key=lambda index: (chrf[index], -lengths[index], index))[:SAMPLES_PER_KIND]
     rest = sorted(set(range(len(rows))) - set(best) - set(worst))
-    drawn = sorted(random.Random(seed).sample(rest, min(EACH, len(rest))))
+    drawn = sorted(random.Random(seed).sample(rest, min(SAMPLES_PER_KIND, len(rest))))
     return {
         kind: [
             {
@@ -148,8 +148,8 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
 
 
-def find_corpus(run: RunFiles, rows: dict[str, list[Prediction]], given: Path | None = None) -> Corpus | None:
-    """The corpus of a run: where it was, or, for a run that has travelled, one in the cache with the same clips.
+def find_corpus_of_run(run: RunFiles, rows: dict[str, list[Prediction]], given: Path | None = None) -> Corpus | None:
+    """The corpus of a run: where it was, or, for a run that was copied from elsewhere, one in the cache with its clips.
 
     Args:
         run: a warning is added to it when nothing is found.
@@ -173,7 +173,7 @@ def find_corpus(run: RunFiles, rows: dict[str, list[Prediction]], given: Path | 
 
 
 def _candidates(run: RunFiles) -> Iterator[Path]:
-    """Folders that may hold the run's corpus, the likeliest first."""
+    """Folders that may hold the run's corpus, the most likely first."""
     named = [run.environment.get("corpus"), run.setting("data.corpus")]
     yield from (Path(name) for name in named if isinstance(name, str))
     cache = run.setting("data.cache")
@@ -223,7 +223,7 @@ def embed_clips(splits: list[dict[str, Any]], corpus: Corpus) -> dict[str, Any]:
                 name, index = found[sample["uid"]]
                 sample["clip"] = len(clips)
                 clips.append(pack_clip(corpus.splits[name].clip(index).features, landmark_set, fps, most_bytes))
-    return {"skeleton": skeleton_of(landmark_set), "clips": clips}
+    return {"skeleton": skeleton_layout(landmark_set), "clips": clips}
 
 
 def describe_corpus(corpus: Corpus) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
 
 
 def corpus_warnings(corpus: Corpus) -> list[str]:
-    """What in a corpus makes its scores doubtful."""
+    """Warnings about a corpus that make its scores doubtful."""
     warnings = [
         f"splits of the corpus share data: {name.replace('_', ' ')} {count:,}"
         for name, count in corpus.metadata.leakage.items()

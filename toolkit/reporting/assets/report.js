@@ -306,14 +306,14 @@
 
   // ---- what a hypothesis got wrong -----------------------------------------------------------------------------
 
-  const MOST_PIECES = 400;
-  const pieces = (text) => (text.trim().split(/\s+/).length > 5 ? text.match(/\s+|\S+/g) || [] : [...text]);
+  const MOST_TOKENS = 400;
+  const tokens = (text) => (text.trim().split(/\s+/).length > 5 ? text.match(/\s+|\S+/g) || [] : [...text]);
 
   // Marks of both texts, from their longest common subsequence of words (of characters in short texts).
   function compare(reference, hypothesis) {
-    const byWord = pieces(reference).length < [...reference].length;
-    const [a, b] = [pieces(reference), byWord ? hypothesis.match(/\s+|\S+/g) || [] : [...hypothesis]];
-    if (a.length > MOST_PIECES || b.length > MOST_PIECES) return [[reference], [hypothesis]];
+    const byWord = tokens(reference).length < [...reference].length;
+    const [a, b] = [tokens(reference), byWord ? hypothesis.match(/\s+|\S+/g) || [] : [...hypothesis]];
+    if (a.length > MOST_TOKENS || b.length > MOST_TOKENS) return [[reference], [hypothesis]];
     const common = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
     for (let i = a.length - 1; i >= 0; i -= 1)
       for (let j = b.length - 1; j >= 0; j -= 1)
@@ -499,7 +499,7 @@
   }
 
   function drawComparison() {
-    // Runs of different folders may share a name; a number tells them apart.
+    // Runs of different folders may share a name; a number distinguishes them.
     const runs = data.runs.map((run, index) => ({ ...run, name: data.runs.filter((other) => other.name === run.name).length > 1 ? `${run.name} (${index + 1})` : run.name }));
     head(`${runs.length} runs`, "", el("p", { class: "soft" }, runs.map((run) => run.name).join(" · ")));
     const facts = [...new Set(runs.flatMap((run) => Object.keys(run.facts)))];
