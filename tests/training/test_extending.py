@@ -1,4 +1,4 @@
-"""What --extend takes, and what it refuses in one line."""
+"""What --extend accepts and refuses, and where a run starts."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def begun(resolve: Resolve, corpus: Corpus) -> ResolvedRun:
 def test_more_epochs_extend_the_schedule(begun: ResolvedRun, resolve: Resolve, corpus: Corpus) -> None:
     start = start_of(begun, 12)
     note = extend_schedule(resolve(*SHORT, "training.epochs=8"), corpus, start)
-    assert note and "from 12 to 24 steps" in note
+    assert note and "12 to 24 steps" in note
     assert start.progress.extension == Extension(step=12, ratio=0.0, warmup_steps=6)
 
 
-def test_a_run_that_is_as_long_as_it_was_is_left_alone(begun: ResolvedRun, corpus: Corpus) -> None:
+def test_a_run_of_the_same_length_is_not_extended(begun: ResolvedRun, corpus: Corpus) -> None:
     start = start_of(begun, 12, evaluations_since_best=9)
     assert extend_schedule(begun, corpus, start) is None
     assert extend_schedule(begun, corpus, Start()) is None
     assert start.progress.extension is None
 
 
-def test_an_extension_that_was_begun_goes_on_from_a_checkpoint_of_the_shorter_run(
+def test_a_started_extension_resumes_from_a_checkpoint_of_the_shorter_run(
     begun: ResolvedRun, resolve: Resolve, corpus: Corpus
 ) -> None:
     longer = resolve(*SHORT, "training.epochs=8")
@@ -60,39 +60,43 @@ def test_an_extension_that_was_begun_goes_on_from_a_checkpoint_of_the_shorter_ru
 
 
 @pytest.mark.parametrize(
-    ("settings", "progress", "told"),
+    ("settings", "progress", "named", "key"),
     [
-        (["training.epochs=2"], {}, "of a run of 12 steps, of which 12 are done, .* end it after 6: .* only be made"),
-        (
-            ["training.epochs=8", "training.max_steps=12"],
-            {},
-            "has done all of its 12 steps; raise training.epochs",
-        ),
+        (["training.epochs=2"], {}, ["after 6 steps", "12 of 12"], "training.epochs"),
+        (["training.epochs=8", "training.max_steps=12"], {}, ["--extend", "12 steps"], "training.max_steps"),
         (
             ["training.epochs=8", "training.early_stopping=2"],
             {"evaluations_since_best": 2},
-            "has stopped early, after 2 evaluations .* raise training.early_stopping",
+            ["--extend", "2 evaluations", "training.early_stopping=2"],
+            "training.early_stopping",
         ),
     ],
 )
 def test_what_cannot_be_extended_is_refused(
-    begun: ResolvedRun, resolve: Resolve, corpus: Corpus, settings: list[str], progress: dict[str, Any], told: str
+    begun: ResolvedRun,
+    resolve: Resolve,
+    corpus: Corpus,
+    settings: list[str],
+    progress: dict[str, Any],
+    named: list[str],
+    key: str,
 ) -> None:
     start = start_of(begun, 12, **progress)
-    with pytest.raises(UserError, match=told) as refusal:
+    with pytest.raises(UserError) as refusal:
         extend_schedule(resolve(*SHORT, *settings), corpus, start)
-    assert "\n" not in str(refusal.value)
+    assert all(part in refusal.value.message for part in named)
+    assert key in refusal.value.hint
     assert start.progress.extension is None
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience(
+def test_a_run_that_stopped_early_resumes_with_more_patience(
     begun: ResolvedRun, resolve: Resolve, corpus: Corpus
 ) -> None:
     start = start_of(begun, 6, evaluations_since_best=2)
     assert extend_schedule(resolve(*SHORT, "training.epochs=4", "training.early_stopping=3"), corpus, start) is None
 
 
-def test_without_extend_a_longer_run_is_refused_and_the_word_is_named(begun: ResolvedRun, resolve: Resolve) -> None:
+def test_without_extend_a_longer_run_is_refused_and_the_hint_names_it(begun: ResolvedRun, resolve: Resolve) -> None:
     for longer in ("training.epochs=8", "training.max_steps=99"):
         with pytest.raises(UserError, match=longer.partition("=")[0]) as refusal:
             find_start(resolve(*SHORT, "training.epochs=4", longer), "auto")
@@ -105,15 +109,17 @@ def test_without_extend_a_longer_run_is_refused_and_the_word_is_named(begun: Res
         find_start(other, "auto", extend=True)
 
 
-def test_a_finished_run_shows_its_scores_unless_it_is_to_be_longer(begun: ResolvedRun, resolve: Resolve) -> None:
+def test_a_finished_run_stays_finished_unless_it_is_extended(begun: ResolvedRun, resolve: Resolve) -> None:
     run_directory.write_status(begun.run_dir, "finished")
     assert find_start(begun, "auto").finished
     assert find_start(begun, "auto", extend=True).finished
-    with pytest.raises(UserError, match="no checkpoint left"):
+    with pytest.raises(UserError, match="--extend") as refusal:
         find_start(resolve(*SHORT, "training.epochs=8"), "auto", extend=True)
+    assert str(begun.run_dir) in refusal.value.message and "--new" in refusal.value.hint
 
 
 def test_there_must_be_a_run_to_extend(resolve: Resolve) -> None:
-    with pytest.raises(UserError, match="holds no run to --extend"):
+    with pytest.raises(UserError, match="--extend") as refusal:
         find_start(resolve(), "auto", extend=True)
+    assert "run.dir" in refusal.value.hint
     assert find_start(resolve(), "auto") == Start()

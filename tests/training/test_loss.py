@@ -1,4 +1,4 @@
-"""The loss is a sum per target token: how a batch is cut changes nothing."""
+"""The loss is a sum over target tokens: how a batch is split changes nothing."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def example(clips: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 1000), st.sampled_from([0.0, 0.1, 0.4]), st.data())
-def test_token_loss_does_not_care_how_the_batch_is_cut(
+def test_token_loss_does_not_depend_on_how_the_batch_is_split(
     clips: int, tokens: int, seed: int, smoothing: float, data: st.DataObject
 ) -> None:
     logits, labels = example(clips, tokens, seed)
-    cut = data.draw(st.integers(1, clips - 1))
-    parts = sum(token_loss(logits[part], labels[part], smoothing) for part in (slice(cut), slice(cut, None)))
+    split = data.draw(st.integers(1, clips - 1))
+    parts = sum(token_loss(logits[part], labels[part], smoothing) for part in (slice(split), slice(split, None)))
     torch.testing.assert_close(token_loss(logits, labels, smoothing), parts, rtol=1e-5, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_ctc_leaves_out_special_tokens_padding_and_fillers() -> None:
     assert framed.item() == pytest.approx(alone.item())
 
 
-def test_ctc_ignores_what_lies_behind_a_clip() -> None:
+def test_ctc_ignores_padding_frames() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(1, 8, VOCABULARY + 1), torch.tensor([[3, 4]])
     mask = torch.arange(8)[None] < 5
@@ -93,6 +93,6 @@ def test_ctc_ignores_what_lies_behind_a_clip() -> None:
     assert ctc_loss(changed, mask, labels, SPECIAL).item() == ctc_loss(logits, mask, labels, SPECIAL).item()
 
 
-def test_a_clip_too_short_for_its_text_counts_nothing_instead_of_infinity() -> None:
+def test_a_clip_too_short_for_its_text_counts_0_and_not_infinity() -> None:
     logits, mask = torch.randn(1, 2, VOCABULARY + 1), torch.ones(1, 2, dtype=torch.bool)
     assert ctc_loss(logits, mask, torch.tensor([[3, 4, 5]]), SPECIAL).item() == 0.0

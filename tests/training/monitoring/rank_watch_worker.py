@@ -1,4 +1,4 @@
-"""One rank of test_rank_watch.py: takes steps with the others until it is told to stop, die or lag."""
+"""One rank of test_rank_watch.py: takes steps with the others until it has to stop, die or lag."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     data = 4.0 if how == "starves" else 60.0
     limits = Limits(shortest=1.5, median_steps=3, data=data, silence=3.0, poll=0.1)
-    watch = RankWatch(ranks, lambda reason: print(f"told: {reason}", flush=True), limits)
+    watch = RankWatch(ranks, lambda reason: print(f"lost: {reason}", flush=True), limits)
     watch.start()
     for step in range(1, 8):
         if step == LOST_AT and ranks.rank == lost_rank:
@@ -41,7 +41,7 @@ def main() -> None:
                     time.sleep(1)
                     os.kill(os.getpid(), signal.SIGSTOP)
             else:  # an evaluation or a save takes its time
-                with watch.lifted():
+                with watch.paused():
                     time.sleep(5)
         watch.begin(step)
         dist.all_reduce(torch.ones(1))

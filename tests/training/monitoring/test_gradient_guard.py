@@ -1,4 +1,4 @@
-"""The gradient watch, in a process group of one."""
+"""The gradient guard, in a process group of one."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ def group(tmp_path: Path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def test_a_model_whose_every_tensor_learns_passes() -> None:
+def test_finite_gradients_pass() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    watch = GradientGuard(model)
+    guard = GradientGuard(model)
     model(torch.ones(1, 2)).sum().backward()
-    watch.check(CPU)
+    guard.check(CPU)
 
 
 def test_a_tensor_that_the_forward_pass_never_reaches_is_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
-    watch = GradientGuard(model)
+    guard = GradientGuard(model)
     model["used"](torch.ones(1, 2)).sum().backward()
-    with pytest.raises(TrainingStopped, match=r"no gradient: idle\.bias, idle\.weight"):
-        watch.check(CPU)
+    with pytest.raises(TrainingStopped, match=r"idle\.bias, idle\.weight"):
+        guard.check(CPU)
 
 
 def test_frozen_tensors_need_no_gradient() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1).requires_grad_(False)})
-    watch = GradientGuard(model)
+    guard = GradientGuard(model)
     model["used"](torch.ones(1, 2)).sum().backward()
-    watch.check(CPU)
+    guard.check(CPU)
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     model = nn.Linear(2, 1)
-    watch = GradientGuard(model)
+    guard = GradientGuard(model)
     (model(torch.ones(1, 2)).sum() * float("inf")).backward()
-    with pytest.raises(TrainingStopped, match="not finite: bias, weight"):
-        watch.check(CPU)
+    with pytest.raises(TrainingStopped, match="bias, weight"):
+        guard.check(CPU)
 
 
-def test_any_of_several_backward_passes_will_do() -> None:
+def test_one_of_several_backward_passes_is_enough() -> None:
     model = nn.ModuleDict({"first": nn.Linear(2, 1), "second": nn.Linear(2, 1)})
-    watch = GradientGuard(model)
+    guard = GradientGuard(model)
     for name in ("first", "second"):
         model[name](torch.ones(1, 2)).sum().backward()
-    watch.check(CPU)
+    guard.check(CPU)
 
 
-def test_fp16s_first_loss_scale_may_overflow_but_every_tensor_needs_a_gradient() -> None:
+def test_with_fp16_gradients_may_overflow_but_not_be_missing() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
-    watch = GradientGuard(model["used"], may_overflow=True)
+    guard = GradientGuard(model["used"], may_overflow=True)
     (model["used"](torch.ones(1, 2)) * float("inf")).sum().backward()
-    watch.check(CPU)
-    watch = GradientGuard(model, may_overflow=True)
+    guard.check(CPU)
+    guard = GradientGuard(model, may_overflow=True)
     model["used"](torch.ones(1, 2)).sum().backward()
-    with pytest.raises(TrainingStopped, match=r"no gradient: idle"):
-        watch.check(CPU)
+    with pytest.raises(TrainingStopped, match=r"idle\.bias, idle\.weight"):
+        guard.check(CPU)

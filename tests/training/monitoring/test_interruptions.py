@@ -1,4 +1,4 @@
-"""Signals, the time limit and a dead parent raise a flag and do nothing else."""
+"""Signals, the time limit and a dead parent set a flag and do nothing else."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_signal_is_a_reason_to_stop(interruptions: Interruptions, number: sign
     assert interruptions.reason == number.name
 
 
-def close_when_heard(watched: Interruptions) -> str | None:
-    """The reason to stop, once every signal so far has been heard."""
+def close_after_signals(watched: Interruptions) -> str | None:
+    """The reason to stop, after every signal so far was handled."""
     while select.select([watched._reader], [], [], 0)[0]:
         time.sleep(0.01)
     watched.close()
@@ -41,27 +41,27 @@ def close_when_heard(watched: Interruptions) -> str | None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGWINCH, signal.SIGALRM, signal.SIGPIPE, signal.SIGUSR2])
-@pytest.mark.parametrize("wish", [None, signal.SIGTERM])
-def test_signals_of_others_are_no_wish_to_stop(number: signal.Signals, wish: signal.Signals | None) -> None:
-    """Each has a handler in Python, so the pipe tells of it like of those that ask to stop."""
+@pytest.mark.parametrize("stop", [None, signal.SIGTERM])
+def test_other_signals_request_no_stop(number: signal.Signals, stop: signal.Signals | None) -> None:
+    """Each has a handler in Python, so it is written to the pipe like those that request a stop."""
     watched = Interruptions()
     before = signal.signal(number, lambda *_: None)
     try:
-        for sent in [number, number, *([wish] if wish else [])]:
+        for sent in [number, number, *([stop] if stop else [])]:
             os.kill(os.getpid(), sent)
     finally:
-        reason = close_when_heard(watched)
+        reason = close_after_signals(watched)
         signal.signal(number, before)
-    assert reason == (wish and wish.name)
+    assert reason == (stop and stop.name)
 
 
-def test_workers_that_leave_at_the_end_of_an_epoch_are_no_wish_to_stop() -> None:
+def test_workers_that_end_with_an_epoch_request_no_stop() -> None:
     watched = Interruptions()
     try:
         for _ in range(2):
             assert [int(item) for item in DataLoader(range(4), batch_size=None, num_workers=2)] == [0, 1, 2, 3]
     finally:
-        reason = close_when_heard(watched)
+        reason = close_after_signals(watched)
     assert reason is None
 
 
@@ -81,7 +81,7 @@ libc.pthread_mutex_lock(mutex)
 """
 
 
-def test_a_second_ctrl_c_stops_at_once_whatever_the_rank_waits_for() -> None:
+def test_a_second_ctrl_c_stops_at_once_even_inside_a_collective() -> None:
     with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert [process.stdout.readline().strip() for _ in range(2)] == ["SIGINT", "locks"]
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_stops_at_once_whatever_the_rank_waits_for() -> None:
         assert process.wait(timeout=60) == EXIT_AT_ONCE
 
 
-def test_ctrl_c_and_then_the_launchers_sigterm_is_one_wish_to_stop(interruptions: Interruptions) -> None:
+def test_ctrl_c_and_the_launchers_sigterm_are_one_request(interruptions: Interruptions) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
     assert interruptions.reason == "SIGINT"
@@ -107,13 +107,13 @@ def test_the_time_limit() -> None:
         watched.close()
 
 
-def test_close_gives_the_signals_back() -> None:
+def test_close_restores_the_signal_handlers() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     Interruptions().close()
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_what_was_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     watched = Interruptions()
     try:
@@ -133,7 +133,7 @@ def test_a_dead_parent_is_noticed() -> None:
         "while not watched.wanted(): time.sleep(0.05)\n"
         "print(watched.reason, flush=True)\n"
     )
-    # The parent outlives the child's start, then dies and leaves it behind. The pipe ends when the child does.
+    # The parent ends after the child has started. The pipe ends when the child does.
     reader, writer = os.pipe()
     parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(3)"
     subprocess.run([sys.executable, "-c", parent, child], stdout=writer, check=True)
@@ -157,6 +157,6 @@ os.kill(child, signal.SIGKILL)
 """
 
 
-def test_closing_does_not_wait_for_processes_that_were_forked_meanwhile() -> None:
-    """A loader's workers hold every pipe of their parent open."""
+def test_close_does_not_wait_for_forked_processes() -> None:
+    """A loader's workers keep every pipe of their parent open."""
     assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=60).returncode == 0

@@ -67,46 +67,46 @@ def ended() -> Ended:
     return results
 
 
-def test_a_rank_that_gives_no_sign_of_life_is_named(ended: Ended) -> None:
+def test_a_rank_without_a_heartbeat_is_named(ended: Ended) -> None:
     end = ended["1", "stops"]
     assert end.code == 1
     errors = [line for line in end.err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "step 5 has waited for" in errors[0]
-    assert f"rank 1 ({socket.gethostname()}, process {end.pid}) gives no sign of life" in errors[0]
-    assert "told: step 5" in end.out and "done" not in end.out
+    assert f"rank 1 ({socket.gethostname()}, process {end.pid}) has no heartbeat" in errors[0]
+    assert "lost: step 5" in end.out and "done" not in end.out
 
 
-def test_rank_0_keeps_the_store_and_is_named_when_it_is_lost(ended: Ended) -> None:
+def test_rank_0_holds_the_store_and_is_named_when_it_is_lost(ended: Ended) -> None:
     end = ended["0", "stops"]
     assert end.code == 1
-    assert "rank 0 gives no sign of life" in end.err
-    assert "told: step 5" in end.out
+    assert "rank 0 has no heartbeat" in end.err
+    assert "lost: step 5" in end.out
 
 
-def test_a_rank_that_lives_and_does_not_come_is_named(ended: Ended) -> None:
+def test_a_rank_that_is_alive_and_late_is_named(ended: Ended) -> None:
     end = ended["1", "lags"]
     assert end.code == 1
-    assert f"process {end.pid}) lives, and has not come to step 5" in end.err
+    assert f"process {end.pid}) is alive and has not reached step 5" in end.err
 
 
-def test_an_evaluation_is_waited_for(ended: Ended) -> None:
+def test_ranks_wait_for_one_that_evaluates(ended: Ended) -> None:
     end = ended["1", "evaluates"]
     assert (end.code, end.err.count("error:")) == (0, 0)
     assert "done" in end.out
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_waits_for_its_data_says_so_once_and_is_waited_for(ended: Ended, rank: str) -> None:
+def test_a_rank_that_waits_for_its_data_reports_it_once_and_the_others_wait(ended: Ended, rank: str) -> None:
     end = ended[rank, "waits for data"]
     assert (end.code, end.err.count("error:")) == (0, 0)
     assert "done" in end.out
     notes = [line for line in end.lost_err.splitlines() if line.startswith("note:")]
     assert len(notes) == 1
-    assert f"rank {rank} ({socket.gethostname()}, process {end.pid}) waits for its data" in notes[0]
+    assert f"rank {rank} ({socket.gethostname()}, process {end.pid}) has waited for its data" in notes[0]
 
 
-def test_a_rank_whose_data_never_come_ends_the_run_by_itself(ended: Ended) -> None:
+def test_a_rank_whose_data_never_come_ends_the_run(ended: Ended) -> None:
     end = ended["1", "starves"]
     assert end.code != 0 and "done" not in end.out
     errors = [line for line in end.lost_err.splitlines() if line.startswith("error:")]
@@ -117,4 +117,4 @@ def test_a_rank_whose_data_never_come_ends_the_run_by_itself(ended: Ended) -> No
 def test_a_rank_that_is_lost_while_it_waits_for_its_data_is_named(ended: Ended) -> None:
     end = ended["1", "stops while it waits for data"]
     assert end.code == 1
-    assert f"rank 1 ({socket.gethostname()}, process {end.pid}) gives no sign of life" in end.err
+    assert f"rank 1 ({socket.gethostname()}, process {end.pid}) has no heartbeat" in end.err

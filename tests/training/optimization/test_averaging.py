@@ -1,4 +1,4 @@
-"""The average of weights: what it is, and that applying it leaves no trace."""
+"""The average of weights, and that the trained weights are restored after its use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_average_is_that_of_the_weights_after_each_step() -> None:
         torch.testing.assert_close(subject.module.weight.detach(), expected)
 
 
-def test_afterwards_the_weights_are_their_own_to_the_last_bit() -> None:
+def test_the_weights_are_restored_bit_by_bit() -> None:
     subject = engine()
     step(subject)
     update_average(subject, 0.9, 1)

@@ -1,4 +1,4 @@
-"""A backbone that waits: no weight moves, no moment fills, and it begins as if the run began."""
+"""A frozen backbone: no weight and no moment changes, and it starts as in the first step when it thaws."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(module: nn.ModuleDict, engine: Any, steps: int, factor: float) -> None
         engine.optimizer.zero_grad()
 
 
-def test_while_it_waits_nothing_of_it_moves_and_the_rest_learns() -> None:
+def test_nothing_of_a_frozen_backbone_changes_and_the_rest_trains() -> None:
     module = model()
     before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     engine = engine_of(module)
@@ -46,7 +46,7 @@ def test_while_it_waits_nothing_of_it_moves_and_the_rest_learns() -> None:
         assert bool(state["exp_avg"].any()) != name.startswith("backbone"), name
 
 
-def test_thawed_it_learns_as_one_that_has_just_begun() -> None:
+def test_a_thawed_backbone_trains_as_in_a_first_step() -> None:
     module = model()
     engine = engine_of(module)
     freeze = BackboneFreeze(module)
@@ -60,7 +60,7 @@ def test_thawed_it_learns_as_one_that_has_just_begun() -> None:
         torch.testing.assert_close(weight, begun["backbone"].get_parameter(name))
 
 
-def test_the_backbones_rate_waits_and_then_warms_up() -> None:
+def test_the_backbones_rate_is_0_and_then_warms_up() -> None:
     factors = [backbone_factor(1.0, step, frozen_steps=3, warmup_steps=3) for step in range(8)]
     assert factors == [0, 0, 0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert backbone_factor(0.7, 5, frozen_steps=0, warmup_steps=3) == 0.7

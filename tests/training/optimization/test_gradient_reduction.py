@@ -1,4 +1,4 @@
-"""Ranks hold their whole gradient only where it is small and their sums stay exact; a step that fails sends nothing."""
+"""Ranks hold their whole gradient where it is small and its sums stay exact; a failed step reduces nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADI
 
 
 class Engine:
-    """As far as it is asked."""
+    """A DeepSpeed engine, as far as this module reads it."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class Engine:
         try:
             yield
         finally:
-            self.events.append("sent")
+            self.events.append("reduced")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_small_gradient_in_fp32_is_kept(stage: int) -> None:
+def test_a_small_gradient_in_fp32_is_held(stage: int) -> None:
     assert holds_whole_gradient(Engine(stage=stage))
     assert holds_whole_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
 
@@ -50,16 +50,16 @@ def test_a_small_gradient_in_fp32_is_kept(stage: int) -> None:
 @pytest.mark.parametrize(
     "reason",
     [
-        {"stage": 0},  # sends once by itself
+        {"stage": 0},  # reduces once a step already
         {"stage": 1},
-        {"ranks": 1},  # sends nothing
+        {"ranks": 1},  # reduces nothing
         {"dtype": torch.bfloat16},  # would be summed in bf16
         {"dtype": torch.float16},
         {"size": LARGEST_WHOLE_GRADIENT // 4 + 1},
         {"compiled": True},
     ],
 )
-def test_any_other_is_not(reason: dict[str, Any]) -> None:
+def test_any_other_gradient_is_partitioned(reason: dict[str, Any]) -> None:
     assert not holds_whole_gradient(Engine(**reason))
 
 
@@ -71,21 +71,21 @@ def test_frozen_weights_do_not_count() -> None:
     assert holds_whole_gradient(engine)
 
 
-def test_it_is_sent_when_all_micro_batches_are_done_and_the_step_may_follow() -> None:
+def test_gradients_are_reduced_after_the_last_micro_batch() -> None:
     engine = Engine()
     with reduced_once(engine, 2):
         engine.events.append("backward")
-    assert engine.events == ["begin", "backward", "sent", ("boundary", True)]
+    assert engine.events == ["begin", "backward", "reduced", ("boundary", True)]
 
 
-def test_a_lone_micro_batch_is_sent_as_ever() -> None:
+def test_a_single_micro_batch_is_left_to_deepspeed() -> None:
     engine = Engine()
     with reduced_once(engine, 1):
         pass
     assert engine.events == []
 
 
-def test_a_step_that_fails_sends_nothing_for_nobody_would_answer() -> None:
+def test_a_failed_step_starts_no_collective() -> None:
     engine = Engine()
     with pytest.raises(ValueError, match="out of memory"), reduced_once(engine, 2):
         raise ValueError("out of memory")

@@ -1,4 +1,4 @@
-"""Parameter groups: who learns at which rate and who decays; Muon's half; optimisers that are made here."""
+"""Parameter groups: learning rates and weight decay; Muon's groups; optimizers that are made here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def backbone_of(family: str) -> nn.Module:
 
 
 class Translator(nn.Module):
-    """As much of a translator as parameter groups look at."""
+    """As much of a translator as parameter groups read."""
 
     def __init__(self, family: str = "t5") -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_every_familys_layers_are_found_and_counted_from_the_top(family: str) ->
     assert all(where[name].embedding and where[name].above == 3 and not where[name].in_layer for name in tokens)
 
 
-def test_layer_decay_slows_what_lies_deeper(resolve: Callable[..., ResolvedRun]) -> None:
+def test_layer_decay_lowers_the_rate_of_deeper_layers(resolve: Callable[..., ResolvedRun]) -> None:
     model = Translator("t5")
     resolved = resolve("training.learning_rate=1", "training.layer_decay=0.5")
     rates = {id(p): group["lr"] for group in parameter_groups(model, resolved) for p in group["params"]}
@@ -96,7 +96,7 @@ def test_norms_and_biases_do_not_decay_and_the_pose_encoder_has_its_own_rate(
     assert all(group["params"] for group in groups)
 
 
-def test_muon_gets_hidden_matrices_and_no_tables(resolve: Callable[..., ResolvedRun]) -> None:
+def test_muon_steps_hidden_matrices_and_no_embeddings(resolve: Callable[..., ResolvedRun]) -> None:
     model = Translator("t5")
     resolved = resolve("training.optimizer=muon", "training.gradient_clipping=0")
     groups = parameter_groups(model, resolved)
@@ -118,7 +118,7 @@ def test_muons_update_is_as_large_as_adamws(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion"])
-def test_optimisers_of_bitsandbytes_learn_on_a_cpu(resolve: Callable[..., ResolvedRun], optimizer: str) -> None:
+def test_optimizers_of_bitsandbytes_train_on_a_cpu(resolve: Callable[..., ResolvedRun], optimizer: str) -> None:
     torch.manual_seed(0)
     make = client_optimizer(resolve(f"training.optimizer={optimizer}", "training.learning_rate=1e-2"))
     assert make is not None

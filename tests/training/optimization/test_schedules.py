@@ -34,7 +34,7 @@ def test_halfway(schedule: str, halfway: float) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ends_at_nothing_and_stays_there(schedule: str) -> None:
+def test_the_rate_ends_at_0_and_stays_there(schedule: str) -> None:
     assert learning_rate_factor(schedule, 100, 100, 10) == pytest.approx(0.0)
     assert learning_rate_factor(schedule, 150, 100, 10) == pytest.approx(0.0)
 
@@ -66,20 +66,20 @@ def test_a_run_that_was_never_extended_follows_its_schedule(schedule: str) -> No
 @pytest.mark.parametrize("done", [100, 60])
 def test_an_extended_run_rises_without_a_jump_to_the_schedule_of_the_longer_one(schedule: str, done: int) -> None:
     training = training_of(f"training.schedule={schedule}", "training.warmup_ratio=0.1")
-    stood = scheduled_factor(training, done, 100, None)
+    reached = scheduled_factor(training, done, 100, None)
     extension = extended(training, done, 100, 200, None)
     rise = (200 - done) // 10
     found = factors(training, done, 200, extension)
     longer = [learning_rate_factor(schedule, step, 200, 10) for step in range(done, 200)]
     assert found[rise:] == pytest.approx(longer[rise:])
     assert found[:rise] == sorted(found[:rise])
-    largest = (longer[0] - stood) / rise
-    assert stood < found[0] <= stood + largest
+    largest = (longer[0] - reached) / rise
+    assert reached < found[0] <= reached + largest
     assert all(later - earlier <= largest for earlier, later in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
-def test_a_schedule_without_an_end_goes_on_as_if_it_had_always_been_longer(schedule: str) -> None:
+def test_a_schedule_without_an_end_is_the_same_after_an_extension(schedule: str) -> None:
     training = training_of(f"training.schedule={schedule}", "training.warmup_ratio=0.1")
     extension = extended(training, 100, 100, 200, None)
     expected = [learning_rate_factor(schedule, step, 200, 10) for step in range(100, 200)]
@@ -97,13 +97,13 @@ def test_an_extension_can_be_extended() -> None:
     training = training_of("training.schedule=linear", "training.warmup_ratio=0.1")
     once = extended(training, 100, 100, 200, None)
     twice = extended(training, 105, 200, 400, once)  # while the rate was rising
-    stood = scheduled_factor(training, 105, 200, once)
+    reached = scheduled_factor(training, 105, 200, once)
     found = factors(training, 105, 400, twice)
-    assert found[0] == pytest.approx(stood, abs=0.05) and found[0] > stood
+    assert found[0] == pytest.approx(reached, abs=0.05) and found[0] > reached
     assert found[40] == pytest.approx(learning_rate_factor("linear", 145, 400, 10))
     assert twice.warmup_steps == 10
 
 
-def test_the_last_rate_of_a_longer_run_is_nothing_again() -> None:
+def test_the_last_rate_of_an_extended_run_is_0() -> None:
     training = training_of("training.schedule=cosine")
     assert scheduled_factor(training, 200, 200, extended(training, 100, 100, 200, None)) == pytest.approx(0.0)
