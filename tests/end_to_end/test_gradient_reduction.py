@@ -1,4 +1,4 @@
-"""Gradients that are small enough are sent once a step, and are those which every micro-batch would have sent."""
+"""Small gradients are reduced once a step, with the same result as one reduction for each micro-batch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_typ
 LORA = ["model.lora.r=4", "model.lora.dropout=0", "training.ctc_weight=0"]
 # Clips of 55 to 274 frames: a step needs two, three or four micro-batches.
 BUDGET = ["training.micro_batch_size=4", "training.micro_batch_frames=400"]
-CUT = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+PARTITIONED = "ds.zero_optimization.stage3_param_persistence_threshold=0"
 # JSON and overrides; all that trains in these tiny models is small.
 CASES: dict[str, tuple[str, list[str]]] = {
     "zero2": ("zero2", FP32),
     "zero2_offload": ("zero2_offload", FP32),
-    "zero3": ("zero3", [*FP32, CUT]),
+    "zero3": ("zero3", [*FP32, PARTITIONED]),
     "frames": ("zero2", [*FP32, *BUDGET]),
-    "frames, offload": ("zero3_offload", [*FP32, *BUDGET, CUT]),
-    "uneven": ("zero3", [*FP32, "training.global_batch_size=7", CUT]),  # one rank has four clips, the other three
-    "freeze": ("zero3_offload", [*FP32, "training.freeze_backbone_steps=2", CUT]),
+    "frames, offload": ("zero3_offload", [*FP32, *BUDGET, PARTITIONED]),
+    "uneven": ("zero3", [*FP32, "training.global_batch_size=7", PARTITIONED]),  # one rank has four clips, the other three
+    "freeze": ("zero3_offload", [*FP32, "training.freeze_backbone_steps=2", PARTITIONED]),
     "ema": ("zero2", [*FP32, "training.ema=0.5"]),
-    "lora": ("zero3", [*FP32, *LORA, CUT]),
+    "lora": ("zero3", [*FP32, *LORA, PARTITIONED]),
     "lora, autocast": ("zero2_autocast", LORA),
     "bf16": ("zero2", LORA),
-    "bf16, cut": ("zero3", [*LORA, CUT]),
+    "bf16, partitioned": ("zero3", [*LORA, PARTITIONED]),
 }
 
 
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 def trained(
     run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """What each case gave, as a large model's and as a small one's."""
+    """Results of each case, with its gradient handled as a large one and as a small one."""
     folder = tmp_path_factory.mktemp("reduction")
     shared = [*prepared(settings), f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
     shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
@@ -50,7 +50,7 @@ def trained(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_sent_once_a_step_and_is_the_same(trained: dict[str, dict[str, Any]], name: str) -> None:
+def test_it_is_reduced_once_a_step_with_the_same_result(trained: dict[str, dict[str, Any]], name: str) -> None:
     each, once = trained[f"each: {name}"], trained[f"once: {name}"]
     assert len(each["sent"]) == STEPS
     assert once["micro_batches"] == each["micro_batches"] and min(once["micro_batches"]) > 1

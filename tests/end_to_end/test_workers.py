@@ -1,4 +1,4 @@
-"""The loader's workers of a whole run: forked once, before there is anything that a fork could break."""
+"""The loader's workers of a whole run are forked once, before threads and the process group."""
 
 from __future__ import annotations
 
