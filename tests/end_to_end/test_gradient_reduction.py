@@ -14,21 +14,24 @@ FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_typ
 LORA = ["model.lora.r=4", "model.lora.dropout=0", "training.ctc_weight=0"]
 # Clips of 55 to 274 frames: a step needs two, three or four micro-batches.
 BUDGET = ["training.micro_batch_size=4", "training.micro_batch_frames=400"]
-PARTITIONED = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+PARTITION_ALL = "ds.zero_optimization.stage3_param_persistence_threshold=0"
 # JSON and overrides; all that trains in these tiny models is small.
 CASES: dict[str, tuple[str, list[str]]] = {
     "zero2": ("zero2", FP32),
     "zero2_offload": ("zero2_offload", FP32),
-    "zero3": ("zero3", [*FP32, PARTITIONED]),
+    "zero3": ("zero3", [*FP32, PARTITION_ALL]),
     "frames": ("zero2", [*FP32, *BUDGET]),
-    "frames, offload": ("zero3_offload", [*FP32, *BUDGET, PARTITIONED]),
-    "uneven": ("zero3", [*FP32, "training.global_batch_size=7", PARTITIONED]),  # one rank has four clips, the other three
-    "freeze": ("zero3_offload", [*FP32, "training.freeze_backbone_steps=2", PARTITIONED]),
+    "frames, offload": ("zero3_offload", [*FP32, *BUDGET, PARTITION_ALL]),
+    "uneven": (
+        "zero3",
+        [*FP32, "training.global_batch_size=7", PARTITION_ALL],
+    ),  # one rank has four clips, the other three
+    "freeze": ("zero3_offload", [*FP32, "training.freeze_backbone_steps=2", PARTITION_ALL]),
     "ema": ("zero2", [*FP32, "training.ema=0.5"]),
-    "lora": ("zero3", [*FP32, *LORA, PARTITIONED]),
+    "lora": ("zero3", [*FP32, *LORA, PARTITION_ALL]),
     "lora, autocast": ("zero2_autocast", LORA),
     "bf16": ("zero2", LORA),
-    "bf16, partitioned": ("zero3", [*LORA, PARTITIONED]),
+    "bf16, partitioned": ("zero3", [*LORA, PARTITION_ALL]),
 }
 
 
