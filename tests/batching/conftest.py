@@ -15,7 +15,7 @@ from toolkit.recipe.schema import Recipe
 
 
 def make_clip(index: int, frames: int, num_points: int = 50) -> Clip:
-    """A clip whose coordinates tell which clip and frame they come from; one landmark in five is missing."""
+    """A clip of random coordinates that depend on its index; one landmark in five is missing."""
     rng = np.random.default_rng(index)
     features = rng.normal(size=(frames, num_points, 3)).astype(np.float16)
     features[rng.random((frames, num_points)) < 0.2] = np.nan

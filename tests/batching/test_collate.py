@@ -1,4 +1,4 @@
-"""Collation: missing is not zero, padding is not data, fillers never count, targets keep their end."""
+"""Collation: masks of missing landmarks and padding, fillers without labels, truncated targets with their end."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_shapes_types_and_masks(tokenizer):
     assert batch.padding_share == pytest.approx(0.3)
 
 
-def test_a_missing_landmark_is_zero_and_known_to_be_missing(tokenizer):
+def test_a_missing_landmark_is_zero_and_not_visible(tokenizer):
     one = clip(3)
     one.features[1, 2] = np.nan
     batch = collate([one], [0], tokenizer, max_target_tokens=16)
@@ -62,7 +62,7 @@ def test_a_filler_has_no_labels_and_no_frames(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained"])
-def test_a_long_text_is_cut_and_keeps_its_end_of_sentence(tokenizer, kind):
+def test_a_truncated_text_keeps_its_end_of_sentence(tokenizer, kind):
     texts = ["one two three four five six seven", "one", ""]
     chosen = tokenizer if kind == "bytes" else train_tokenizer(texts)
     whole, labels = target_labels(texts, chosen, 100), target_labels(texts, chosen, 5)

@@ -1,7 +1,7 @@
-"""Clips of different lengths become one padded batch of tensors.
+"""Collate clips of different lengths into one padded batch of tensors.
 
-Missing is not zero: a landmark that was not seen is zero in ``poses`` *and* false in ``visible``, and padding is false
-in ``frame_mask``. A filler clip carries no labels, so it can never count in a loss.
+A missing landmark is zero in ``poses`` and false in ``visible``; padding is false in ``frame_mask``. A filler clip has
+no labels, so it does not count in a loss.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from toolkit.corpus.packed import Clip
 
 IGNORED_LABEL = -100
-# Of a float16's bits: all but the sign, and the first pattern that is no number.
+# Bits of a float16: the mask of all but the sign, and infinity, above which all patterns are NaN.
 HALF_WITHOUT_SIGN, HALF_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
 
 
 @dataclass
 class Batch:
-    """What one forward pass of one rank gets.
+    """The clips of one forward pass of one rank.
 
     Attributes:
         uids, texts: of each clip, fillers included.
@@ -33,10 +33,10 @@ class Batch:
         poses: float32 [clips, frames, points, channels], in shoulder widths; 0 where missing or padded.
         visible: bool [clips, frames, points], false where missing or padded.
         frame_mask: bool [clips, frames], false where padded.
-        labels: int64 [clips, tokens], end of sentence included; -100 where padded, and all through a filler.
-        is_filler: bool [clips]; what a filler gives is to be thrown away.
-        num_frames: real frames (neither padding nor fillers).
-        num_target_tokens: labels that count.
+        labels: int64 [clips, tokens], end of sentence included; -100 where padded and for fillers.
+        is_filler: bool [clips]; outputs of a filler must be ignored.
+        num_frames: frames without padding and fillers.
+        num_target_tokens: labels without padding and fillers.
     """
 
     uids: list[str]
@@ -55,12 +55,12 @@ class Batch:
 
     @property
     def num_clips(self) -> int:
-        """Clips that count."""
+        """Clips without fillers."""
         return len(self) - int(self.is_filler.sum())
 
     @property
     def padding_share(self) -> float:
-        """Share of the batch's frames that are padding or belong to fillers, 0..1."""
+        """Share of frames that are padding or in fillers, 0..1."""
         return 1.0 - self.num_frames / self.frame_mask.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -68,7 +68,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the data loader calls this by name."""
+        """The same batch in page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Any) -> Batch:
@@ -131,7 +131,7 @@ def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
     """Turn a batch's texts into its labels.
 
     Args:
-        batch: as :func:`pad` gives it.
+        batch: from :func:`pad`.
         tokenizer: a HuggingFace tokenizer.
         max_target_tokens: longer targets are truncated; the end-of-sentence token stays.
     """

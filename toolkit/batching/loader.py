@@ -1,7 +1,7 @@
-"""The stream of batches of one rank: worker processes read the memory map, augment and pad ahead of the model.
+"""Load the batches of one rank: worker processes read the memory map, augment and pad ahead of the model.
 
-Nothing here depends on the number of workers: the order is fixed before they start, and whatever is random about a clip
-follows from the seed, the epoch and the clip alone.
+The number of workers does not change a batch: the order is fixed before they start, and the augmentation of a clip
+depends on the seed, the epoch and the clip alone.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MAX_REFERENCE_TOKENS = 512
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a batch is made of.
+    """The contents of a batch, before it is loaded.
 
     Attributes:
         clips: indices in the split; a filler is written ``~i``.
-        epoch: decides, with the seed, how each clip is augmented.
-        lengths: rows of :func:`draw_lengths` of these clips; None where nothing is augmented.
+        epoch: for the random generators of augmentation.
+        lengths: rows of :func:`draw_lengths` of these clips; None without augmentation.
     """
 
     clips: Indices
@@ -53,10 +53,9 @@ class MicroBatch:
 
 
 class TrainBatches:
-    """One rank's batches, step by step; its workers, if any, have started by the time it is made.
+    """An iterator over the batches of one rank; its workers, if any, are running.
 
-    Iterating gives for each optimizer step a list of batches: as many as its clips need under the limits of the recipe,
-    on every rank the same number.
+    It gives a list of micro-batches for each optimizer step, on every rank the same number.
     """
 
     def __init__(self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch], labeller: Labeller) -> None:
@@ -64,8 +63,8 @@ class TrainBatches:
         self._batches = batches
         self._labeller = labeller
 
-    def tokenise_by(self, tokenizer: Any) -> None:
-        """Turn texts into labels by this tokenizer, from the next batch on."""
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Use this tokenizer from the next batch on."""
         self._labeller.tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -75,9 +74,9 @@ class TrainBatches:
         return [next(self._batches) for _ in next(self._steps)]
 
     def close(self) -> None:
-        """End the workers; safe to call twice."""
+        """End the workers; may be called twice."""
         self._steps = iter(())
-        self._batches = iter(())  # torch ends the workers of an iterator that nobody holds
+        self._batches = iter(())  # torch ends the workers of an iterator without references
 
 
 def train_batches(
@@ -91,19 +90,19 @@ def train_batches(
     epochs: int | None = 1,
     rank: int = 0,
 ) -> TrainBatches:
-    """One rank's share of one or many epochs, from ``start_step`` of the first on.
+    """One rank's share of one or more epochs, from ``start_step`` of the first epoch on.
 
-    Targets are cut to ``training.max_target_tokens``; ``training/truncated_texts.py`` says how many that are.
+    Targets are truncated to ``training.max_target_tokens``; ``training/truncated_texts.py`` says how many that are.
 
     Args:
         split: the training split.
-        tokenizer: a HuggingFace tokenizer; None where it comes later, by :meth:`TrainBatches.tokenise_by`. It works in
-            this process: a large vocabulary takes half a gigabyte and seconds to load, and texts are short.
+        tokenizer: a HuggingFace tokenizer; None if :meth:`TrainBatches.set_tokenizer` gives it later. It is used in
+            this process, because each copy of a large vocabulary takes half a gigabyte and seconds to load.
         resolved: batch arithmetic, seed, augmentation and number of workers.
-        landmark_set: the corpus's landmarks; augmentation needs to know hands and mirror images.
-        epoch: the first one, from 0.
-        start_step: optimizer steps of this epoch that are done already.
-        epochs: so many, one after the other; None without end.
+        landmark_set: of the corpus, for augmentation.
+        epoch: the first epoch, from 0.
+        start_step: optimizer steps of the first epoch that are done already.
+        epochs: number of epochs; None for no end.
         rank: which of ``resolved.world_size`` ranks this is.
     """
     recipe = resolved.recipe
@@ -111,7 +110,7 @@ def train_batches(
     plan = itertools.chain.from_iterable(
         _steps_of_epoch(split, resolved, number, start_step if number == epoch else 0, rank) for number in wanted
     )
-    # The workers run ahead of the steps, so each follows the plan at its own pace.
+    # The workers read the plan ahead of the steps.
     steps, steps_ahead = itertools.tee(plan)
     augmenter = None if is_off(recipe.augmentation) else Augmenter(recipe, landmark_set)
     dataset, labeller = _Padded(split, augmenter), Labeller(tokenizer, recipe.training.max_target_tokens)
@@ -127,11 +126,11 @@ def train_batches(
 def _steps_of_epoch(
     split: Split, resolved: ResolvedRun, epoch: int, start_step: int, rank: int
 ) -> Iterator[list[MicroBatch]]:
-    """What each optimizer step of an epoch learns on this rank."""
+    """This rank's micro-batches of each optimizer step of an epoch."""
     recipe = resolved.recipe
     training, world_size = recipe.training, resolved.world_size
     lengths = None if is_off(recipe.augmentation) else _lengths_of_epoch(split, recipe, epoch)
-    # Clips meet others that are as long as they are once augmented: a changed speed costs no padding.
+    # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
     frames = split.frames if lengths is None else lengths[:, 1]
     for clips in epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]:
         size, budget = training.micro_batch_size, training.micro_batch_frames
@@ -146,7 +145,7 @@ def _steps_of_epoch(
 
 
 def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.integer]:
-    # Streams of their own: the order of the epoch draws from (seed, epoch), clips from (seed, epoch, 2, clip).
+    # Other random streams: the order of the epoch is drawn from (seed, epoch), clips from (seed, epoch, 2, clip).
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))
     return draw_lengths(split.frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)
 
@@ -162,15 +161,15 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every clip of a split exactly once over all ranks, longest first, nothing augmented.
 
-    The batches are the same for every number of ranks, which deal them out among themselves; every rank gets the same
-    number of batches, the last of which may be one filler. They are made in this process: a search takes far longer.
+    The batches are the same for any number of ranks; every rank gets the same number of them, the last of which may be
+    one filler. They are loaded in this process, because the search takes far longer.
 
     Args:
         split: any split.
         tokenizer: a HuggingFace tokenizer.
-        batch_frames: largest number of padded frames in a batch (a longer clip comes alone).
-        rank, world_size: which of how many ranks this is.
-        max_target_tokens: longer references are cut in ``labels``; ``texts`` keeps them whole.
+        batch_frames: largest number of padded frames in a batch (a longer clip is alone in its batch).
+        rank, world_size: of this process.
+        max_target_tokens: longer references are truncated in ``labels``, but not in ``texts``.
     """
     dataset, labeller = _Padded(split, None), Labeller(tokenizer, max_target_tokens)
     for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
@@ -178,7 +177,7 @@ def evaluation_batches(
 
 
 class Augmenter:
-    """Augments a batch such that what happens to a clip follows from (seed, epoch, clip), whichever batch it is in."""
+    """Augments a batch; the changes of a clip depend on (seed, epoch, clip) and not on its batch."""
 
     def __init__(self, recipe: Recipe, landmark_set: LandmarkSet) -> None:
         self.settings = recipe.augmentation
@@ -204,12 +203,12 @@ class Labeller:
     """Gives a batch its labels.
 
     Args:
-        tokenizer: a HuggingFace tokenizer; it must be there by the first batch.
-        max_target_tokens: longer targets are cut.
+        tokenizer: a HuggingFace tokenizer; it must be set before the first batch.
+        max_target_tokens: longer targets are truncated.
     """
 
     def __init__(self, tokenizer: Any, max_target_tokens: int) -> None:
-        # Texts of a batch are few and short: threads gain nothing, and the library warns of every fork after them.
+        # The few short texts of a batch do not profit from threads, and the library warns of forks after using them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
@@ -218,12 +217,12 @@ class Labeller:
         try:
             return add_labels(batch, self.tokenizer, self.max_target_tokens)
         except Exception as error:
-            error.add_note(_of_these(batch.uids))
+            error.add_note(_clips_note(batch.uids))
             raise
 
 
 class _Padded(Dataset[Batch]):
-    """Makes batches without labels; this is what runs in the worker processes."""
+    """Loads batches without labels, in the worker processes."""
 
     def __init__(self, split: Split, augmenter: Augmenter | None) -> None:
         self.split = split
@@ -241,9 +240,9 @@ class _Padded(Dataset[Batch]):
                 index = int(wanted.clips[len(clips)])
                 error.add_note(f"while clip {index if index >= 0 else ~index} of split {self.split.name} was read")
             else:
-                error.add_note(_of_these([clip.uid for clip in clips]))
+                error.add_note(_clips_note([clip.uid for clip in clips]))
             raise
 
 
-def _of_these(uids: list[str]) -> str:
+def _clips_note(uids: list[str]) -> str:
     return f"in a batch of these clips: {', '.join(uids)}"

@@ -1,10 +1,9 @@
-"""Which clips meet in which batch: one global order that every world size cuts in its own way.
+"""Assign clips to batches: one global order, which is partitioned over any number of ranks.
 
-The order of an epoch follows from the lengths, the seed and the epoch alone. The set of clips behind an optimizer step
-is therefore the same on 1 or 64 ranks, and a run that stopped at step ``k`` goes on at step ``k``, also on other
-hardware.
+The order of an epoch depends on the lengths, the seed and the epoch alone. The clips of an optimizer step are therefore
+the same on 1 or 64 ranks, and a run that stopped at step ``k`` resumes at step ``k`` on any hardware.
 
-A filler is a clip that fills a seat and must not count. It is written ``~i``: the content of clip ``i``, weight zero.
+A filler is a clip that completes a batch and must not count. It is written ``~i``: the content of clip ``i``, weight 0.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from toolkit.recipe.batches import num_micro_batches
 
 Indices = NDArray[np.int64]
 
-# Clips are sorted by length within pools of at most this many global batches: at 100 about 2.4 % of the frames of a
-# batch of 32 are padding (log-normal lengths), and sorting wider gains little. A small corpus has smaller pools, at
-# least two, because one pool over the whole corpus would put nearly the same clips together in every epoch.
+# Clips are sorted by length within pools of at most this many global batches: with 100 about 2.4 % of the frames of a
+# batch of 32 are padding (log-normal lengths), and larger pools gain little. A small corpus has smaller pools, at least
+# two, because one pool over the whole corpus would put nearly the same clips into one batch in every epoch.
 POOL_BATCHES = 100
 MIN_POOLS = 2
 
-# Lengths are blurred by up to this share before sorting, so that neighbours change from epoch to epoch.
+# Lengths are changed at random by up to this share before sorting, so that batches differ from epoch to epoch.
 LENGTH_JITTER = 0.02
 
 
@@ -35,16 +34,16 @@ def steps_per_epoch(num_clips: int, global_batch_size: int) -> int:
 
 
 def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, epoch: int) -> list[Indices]:
-    """Put every clip into exactly one global batch of clips of similar length.
+    """Assign every clip to exactly one global batch of clips of similar length.
 
     Args:
         frames: length of each clip, [clips].
-        global_batch_size: clips behind one optimizer step, over all ranks.
+        global_batch_size: clips of one optimizer step, over all ranks.
         seed: the run's seed.
         epoch: the order differs from epoch to epoch.
 
     Returns:
-        One array of clip indices a step, longest clip first. Full batches come in random order, a partial one last.
+        an array of clip indices for each step, longest clip first; full batches in random order, then a partial one.
 
     Raises:
         ValueError: there are no clips, or the batch size is not positive.
@@ -60,11 +59,11 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
     shuffled = rng.permutation(num_clips)
     pool = np.arange(num_clips) // global_batch_size * num_pools // num_steps
     blurred = np.asarray(frames)[shuffled] * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, num_clips)
-    # One sort does all pools: the pool number outweighs any length.
+    # One sort for all pools: the pool number is weighted more than any length.
     order = shuffled[np.argsort(pool * (2.0 * float(blurred.max()) + 1.0) - blurred)]
 
     if num_left:
-        # Without this the partial batch would always hold the shortest clips of the last pool.
+        # Otherwise the partial batch would always have the shortest clips of the last pool.
         start = global_batch_size * int(rng.integers(-(-(num_pools - 1) * num_steps // num_pools), num_full + 1))
         partial = order[start : start + num_left]
         order = np.concatenate([order[:start], order[start + num_left :], partial])
@@ -76,19 +75,19 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
 def micro_batches(
     global_batch: Sequence[int] | Indices, rank: int, world_size: int, micro_batch_size: int
 ) -> list[Indices]:
-    """Cut one rank's share out of a global batch, into as few micro-batches as the limit allows.
+    """One rank's share of a global batch, in as few micro-batches as the limit allows.
 
-    The batch is sorted by length, so consecutive clips go to the ranks of one accumulation step: little padding within
-    a micro-batch, and ranks that work on similar lengths at the same time wait little for each other. Ranks' shares
-    differ by at most one clip, and so do micro-batches; where clips run short a rank gets one filler.
+    The batch is sorted by length, and consecutive clips go to the ranks of one accumulation step: micro-batches have
+    little padding, and ranks wait little for each other. Shares of ranks differ by at most one clip, and so do
+    micro-batches; a rank without a clip gets one filler.
 
     Args:
         global_batch: indices of clips, longest clip first.
-        rank, world_size: which of how many ranks this is.
+        rank, world_size: of this process.
         micro_batch_size: most clips in a micro-batch.
 
     Returns:
-        Arrays of clip indices, on every rank the same number of them; fillers are negative (``~i``).
+        arrays of clip indices, on every rank the same number of them; fillers are negative (``~i``).
 
     Raises:
         ValueError: the batch is empty.
@@ -116,20 +115,20 @@ def micro_batches_by_frames(
     micro_batch_size: int,
     micro_batch_frames: int,
 ) -> list[Indices]:
-    """Cut one rank's share out of a global batch into as many micro-batches as a frame budget needs.
+    """One rank's share of a global batch, in as many micro-batches as a frame budget needs.
 
-    All ranks come to the same number of micro-batches, and the global batch stays the same set of clips: only where it
-    is cut depends on the budget and on the number of ranks.
+    All ranks get the same number of micro-batches. The clips of the global batch do not depend on the budget or the
+    number of ranks.
 
     Args:
         global_batch: indices of clips.
         frames: length of each clip of the split, [clips].
-        rank, world_size: which of how many ranks this is.
+        rank, world_size: of this process.
         micro_batch_size: most clips in a micro-batch.
-        micro_batch_frames: most padded frames in a micro-batch (a longer clip comes alone).
+        micro_batch_frames: most padded frames in a micro-batch (a longer clip is alone).
 
     Returns:
-        Arrays of clip indices; fillers are negative (``~i``).
+        arrays of clip indices; fillers are negative (``~i``).
 
     Raises:
         ValueError: the batch is empty.
@@ -144,8 +143,8 @@ def micro_batches_by_frames(
     while starts[-1] < len(clips):
         fitting = micro_batch_frames // int(lengths[starts[-1]])
         starts.append(min(starts[-1] + max(1, min(fitting, micro_batch_size)), len(clips)))
-    # The number of micro-batches must divide among the ranks. Halving the largest costs less than one more micro-batch
-    # of fillers, as long as there are clips to part.
+    # The number of micro-batches must be a multiple of the number of ranks. Splitting the largest micro-batch is
+    # cheaper than adding one of fillers.
     seats = -(-(len(starts) - 1) // world_size) * world_size
     while len(starts) - 1 < min(seats, len(clips)):
         sizes = np.diff(starts)
@@ -157,10 +156,10 @@ def micro_batches_by_frames(
 
 
 def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Indices]:
-    """Cut all clips, longest first, into batches of at most ``batch_frames`` padded frames (at least one clip each).
+    """All clips, longest first, in batches of at most ``batch_frames`` padded frames (at least one clip each).
 
-    The longest clips come first so that a batch that does not fit into memory fails at once, not after an hour.
-    The cut does not depend on the number of ranks, so neither do the outputs.
+    The longest clips are first so that a batch that does not fit into memory fails at once and not after an hour. The
+    batches do not depend on the number of ranks, so neither do the outputs.
     """
     lengths = np.asarray(frames)
     order = np.argsort(-lengths, kind="stable")
@@ -174,7 +173,7 @@ def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Ind
 
 
 def share_of_rank(batches: Sequence[Indices], rank: int, world_size: int) -> list[Indices]:
-    """Deal whole batches to ranks in turn; every rank gets the same number, if need be by a batch of one filler."""
+    """Assign batches to ranks in turn; every rank gets the same number, some with a batch of one filler at the end."""
     shares = list(batches[rank::world_size])
     if len(shares) < steps_per_epoch(len(batches), world_size):
         shares.append(~batches[-1][-1:])

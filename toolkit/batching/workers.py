@@ -1,8 +1,7 @@
-"""Processes that prepare batches ahead of the model: started once for a whole run, and gone when it is.
+"""Worker processes that load batches ahead of the model, started once for a whole run.
 
-They are forked, so that corpus, libraries and code cost no worker anything: before the process group, the GPU and all
-threads, because a process that is forked beside a thread inherits the locks which that thread holds, and a copy of all
-that is written later.
+They are forked, so that they share the memory of libraries and code. They must be forked before the process group, the
+GPU and all threads are started, because a process that is forked while a thread runs inherits its locks.
 """
 
 from __future__ import annotations
@@ -21,29 +20,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from toolkit.batching.collate import Batch
 
-# Batches that each worker keeps ready: enough to ride out a slow read, few enough to bound memory.
+# Batches that each worker loads ahead: enough for a slow read, and few enough to bound memory.
 PREFETCHED_BATCHES = 4
-# A request to stop often goes to all processes of a job, but only the main one decides what it means: it saves, then
-# closes the workers.
-FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+# A signal to stop often reaches all processes of a job; the parent handles it: it saves, then closes the workers.
+HANDLED_BY_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 def start_workers(
     dataset: Dataset[Batch], tasks: Iterable[Any], workers: int, finish: Callable[[Batch], Batch]
 ) -> Iterator[Batch]:
-    """Start processes that make ``dataset[task]`` of each task; they end with what is returned, or with this process.
+    """Start processes that load ``dataset[task]`` for each task; they end with the returned iterator or this process.
 
     Args:
-        dataset: makes a batch of a task, in the workers.
-        tasks: what to make; read ahead in this process.
+        dataset: loads the batch of a task, in the workers.
+        tasks: read ahead in this process.
         workers: number of processes.
-        finish: does the rest to a batch, in this process.
+        finish: completes a batch, in this process.
 
     Returns:
         the batches, in the order of the tasks; on a machine with GPUs in page-locked memory.
     """
     with warnings.catch_warnings():
-        # Workers wait for the disk as well: more of them than cores are no mistake.
+        # More workers than cores are useful, because workers also wait for the disk.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: DataLoader[Batch] = DataLoader(
             dataset,
@@ -53,12 +51,12 @@ def start_workers(
             multiprocessing_context="fork",
             worker_init_fn=_become_worker,
             prefetch_factor=PREFETCHED_BATCHES,
-            # By default the iterator draws from the global generator, and a resumed run, which makes one in the middle
-            # of an epoch, would drop out other units than the run that it continues.
+            # By default the iterator draws from the global generator; a resumed run, which creates the iterator in the
+            # middle of an epoch, would then have another dropout than the run that it resumes.
             generator=torch.Generator(),
         )
-        # No moment in which a worker would take a signal for its own; it inherits the mask, and keeps it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)
+        # Signals are blocked before the workers start; they inherit the mask and keep it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_PARENT)
         try:
             batches = iter(loader)
         finally:
@@ -70,7 +68,7 @@ def start_workers(
 def _pinned_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches in page-locked memory, one ahead.
 
-    torch's loader would do it, but as it starts the workers it takes hold of the GPU, and of the first one at that.
+    torch's loader can do this, but it initialises the GPU, and always the first one, as it starts the workers.
     """
 
     def next_one() -> Batch | None:
@@ -84,23 +82,23 @@ def _pinned_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             ahead = thread.submit(next_one)
             yield batch
     finally:
-        thread.shutdown(wait=False)  # a worker may wait for its disk
+        thread.shutdown(wait=False)  # without waiting for a worker that reads from a slow disk
 
 
 def _become_worker(_: int) -> None:
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent and parent.pid
-    threading.Thread(target=_end_with_the_parent, args=[parent.pid], daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[parent.pid], daemon=True).start()
 
 
-def _end_with_the_parent(parent: int) -> None:
-    """End when the parent is dead, or says so by SIGTERM, by which Python ends the workers of a run left half-way.
+def _end_with_parent(parent: int) -> None:
+    """End when the parent has died, or sends SIGTERM, as Python does to workers at its exit.
 
-    torch's workers see by themselves that the parent died, but then wait for somebody to read what they have prepared.
+    torch's workers notice the death of the parent, too, but then wait for a reader of the batches they have loaded.
     """
     while os.getppid() == parent:
-        told = signal.sigtimedwait({signal.SIGTERM}, 2.0)
-        if told and told.si_pid == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 2.0)
+        if received and received.si_pid == parent:
             break
     os._exit(0)

@@ -139,7 +139,7 @@ class Trainer:
             Interrupted: the run was requested to stop; everything is saved.
             TrainingStopped: a guard found the run broken.
         """
-        batches.tokenise_by(self.processor.tokenizer)
+        batches.set_tokenizer(self.processor.tokenizer)
         self.engine.train()
         self.rank_watch.start()
         try:
