@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""List, show, copy and check recipes, and ask what it takes to train a model. Nothing is trained or downloaded by it;
-only `cp` writes a recipe, and `docs` the tables of docs/models.md.
+"""List, show, copy and check recipes, and see what it takes to train a model. Nothing is trained or downloaded; only
+`cp` writes a recipe, and `docs` the tables of docs/models.md.
 
 python launch/recipes.py ls                                          all recipes: model, what trains, DeepSpeed JSON
 python launch/recipes.py ls --memory                                 the same with what trains and its states counted
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_code_of
-from toolkit.recipe.catalogue import catalogue, copy_recipe, glance, millions
+from toolkit.recipe.catalogue import catalogue, copy_recipe, millions, summarise
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.paths import shown
@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
     model.add_argument("--card-gib", type=float, default=24.0, metavar="G", help="memory of a GPU in GiB (default 24)")
     model.add_argument("--world-size", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
     model.set_defaults(run=_check_model)
-    docs = commands.add_parser("docs", parents=[shared], help="write the tables of docs/models.md anew")
+    docs = commands.add_parser("docs", parents=[shared], help="update the tables of docs/models.md")
     docs.set_defaults(run=_docs)
     # Overrides may stand anywhere among the options, which argparse does not allow for a list of positionals.
     arguments, rest = parser.parse_known_args()
@@ -98,7 +98,7 @@ def _parse() -> argparse.Namespace:
 
 def _ls(arguments: argparse.Namespace) -> None:
     recipes, problems = catalogue()
-    entries = [glance(recipe) for recipe in recipes]
+    entries = [summarise(recipe) for recipe in recipes]
     rows = [[entry.name, entry.model, millions(entry.parameters), entry.trains, entry.deepspeed] for entry in entries]
     headings = ["recipe", "model", "parameters", "trains", "deepspeed"]
     shown = [asdict(entry) for entry in entries]
@@ -106,11 +106,11 @@ def _ls(arguments: argparse.Namespace) -> None:
         from toolkit.planning.overview import overview  # it imports torch
 
         counted = [overview(recipe) for recipe in recipes]
-        shown = [entry | one.to_dict() for entry, one in zip(shown, counted, strict=True)]
-        rows = [[*row, millions(one.trainable), one.states_in_words] for row, one in zip(rows, counted, strict=True)]
+        shown = [entry | asdict(one) for entry, one in zip(shown, counted, strict=True)]
+        rows = [[*row, millions(one.trainable), one.states] for row, one in zip(rows, counted, strict=True)]
         headings += ["trainable", "states"]
     if arguments.json:
-        print(json.dumps({"recipes": shown, "problems": problems}))
+        print(json.dumps({"recipes": shown, "problems": [problem.lines for problem in problems]}))
         return
     wide = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     for row, last in zip([headings, *rows], ["description", *(entry.description for entry in entries)], strict=True):
@@ -122,7 +122,7 @@ def _ls(arguments: argparse.Namespace) -> None:
     if arguments.memory:
         print("\nstates: model states on one GPU, estimated by arithmetic; activations come on top")
     for problem in problems:
-        print(f"unreadable: {problem}", file=sys.stderr)
+        print(f"unreadable: {problem.lines}", file=sys.stderr)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -143,7 +143,7 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     run = _resolve(arguments)
-    missing = missing_data(run.recipe)
+    missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
     if arguments.json:
         print(json.dumps({"ok": True, **_to_dict(run), "missing": missing}))
         return
@@ -168,14 +168,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
-    from toolkit.planning.candidates import examine, in_words
+    from toolkit.planning.candidates import describe, examine
 
     recipe = load_recipe("t5_small", [f"model.backbone={arguments.name}", *arguments.overrides])
     candidate = examine(recipe, arguments.card_gib, arguments.world_size)
     if arguments.json:
         print(json.dumps(candidate.to_dict()))
         return
-    for line in in_words(candidate, arguments.card_gib, arguments.world_size):
+    for line in describe(candidate, arguments.card_gib, arguments.world_size):
         print(line)
 
 
@@ -184,7 +184,7 @@ def _docs(arguments: argparse.Namespace) -> None:
 
     path = Path(__file__).resolve().parents[1] / "docs" / "models.md"
     write_tables(path)
-    print(f"{shown(path)} has its tables anew")
+    print(f"{shown(path)}: tables updated")
 
 
 def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
@@ -205,9 +205,9 @@ def _memory(run: ResolvedRun) -> str:
     try:
         states = model_states(count(run.recipe), run.recipe, run.deepspeed, run.world_size)
     except UserError as error:
-        return f"not estimated: {error}"
+        return f"not estimated: {error.message} ({error.hint})"
     host = f", and {states.host / GIB:.1f} GiB of host memory a rank" if states.host else ""
-    return f"a GPU, by arithmetic: {states.sum_in_words()} of model states{host}; activations come on top"
+    return f"a GPU, by arithmetic: {states.sum_of_terms()} of model states{host}; activations come on top"
 
 
 def _to_dict(run: ResolvedRun) -> dict[str, object]:

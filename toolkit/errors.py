@@ -10,7 +10,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # Python's own: an error that is none of the user's
@@ -111,6 +111,20 @@ def discard_unwritten_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_one(problems: Sequence[UserError], about: str) -> UserError:
+    """One error that lists every problem, numbered when there are several, and their hints by the same numbers.
+
+    Args:
+        problems: at least one.
+        about: what all of them are in.
+    """
+    if len(problems) == 1:
+        return problems[0]
+    messages = "; ".join(f"({number}) {problem.message}" for number, problem in enumerate(problems, start=1))
+    hints = "; ".join(f"({number}) {problem.hint}" for number, problem in enumerate(problems, start=1))
+    return UserError(f"{len(problems)} problems in {about}: {messages}", hints)
 
 
 def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:

@@ -65,9 +65,9 @@ def largest_cache(model: PoseTranslator) -> int:
 def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention: str) -> None:
     model = translator(name, stride=1)
     model.backbone.set_attn_implementation(attention)
-    told = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
+    estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
     held = largest_cache(model)
-    assert held <= told.cache <= 1.5 * held
+    assert held <= estimate.cache <= 1.5 * held
     # A stride only makes it less.
     assert largest_cache(translator(name, stride=2)) < held
 

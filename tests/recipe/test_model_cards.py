@@ -94,8 +94,9 @@ def test_shrinking_never_enlarges():
 
 
 def test_an_architecture_that_cannot_be_shrunk_is_named():
-    with pytest.raises(UserError, match="how a reformer shrinks; known: bart"):
+    with pytest.raises(UserError, match="reformer") as caught:
         tiny_config("reformer", {})
+    assert "bart" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,9 @@ def test_which_tokenizer_a_run_uses(overrides, tokenizer):
 
 def test_a_hub_id_has_no_card_and_a_wrong_card_name_is_an_error():
     assert card_of(load_recipe("t5_small", ["model.backbone=google/mt5-small"]).model) is None
-    with pytest.raises(UserError, match=r"model\.backbone=t5-small: no such model card; did you mean t5_small"):
+    with pytest.raises(UserError, match=r"model\.backbone=t5-small") as caught:
         card_of(load_recipe("t5_small", ["model.backbone=t5-small"]).model)
-    with pytest.raises(UserError, match="did you mean t5_small"):
+    assert "did you mean t5_small?" in caught.value.hint
+    with pytest.raises(UserError, match="'t5smal'") as caught:
         load_model_yaml("t5smal")
+    assert "did you mean t5_small?" in caught.value.hint

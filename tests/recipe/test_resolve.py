@@ -1,4 +1,4 @@
-"""The resolver: batch arithmetic, one owner for each value, and every conflict in one line before anything starts."""
+"""The resolver: batch arithmetic, one owner for each value, and every conflict at once before anything starts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from toolkit.recipe.resolve import ResolvedRun, resolve, resolve_named
 from toolkit.recipe.tree import merge, nested
 
 ROOT = Path(__file__).parents[2]
-# What a JSON that needs a GPU host is refused with on a CPU.
+# The key for which a JSON that needs a GPU host is refused on a CPU.
 GPU_HOSTS = {
-    "zero2_fp16": "fp16.enabled=true needs a GPU",
-    "zero3_deepcompile": "compile.deepcompile (DeepCompile) needs a GPU",
-    "zero3_plus_plus": "zero_optimization.zero_quantized_gradients (ZeRO++ quantised gradients) needs a GPU",
+    "zero2_fp16": "fp16.enabled=true",
+    "zero3_deepcompile": "compile.deepcompile",
+    "zero3_plus_plus": "zero_optimization.zero_quantized_gradients",
 }
 EVERYWHERE = [name for name in ds_config_names() if name not in GPU_HOSTS]
 
@@ -34,11 +34,11 @@ def run_of(name="t5_small", *overrides, ds=None, world_size=1, has_gpu=False, ne
     return resolve_named(name, overrides, world_size, has_gpu=has_gpu, ds=ds, needs_data=needs_data)
 
 
-def message_of(*args, **kwargs):
+def error_of(*args, **kwargs):
     with pytest.raises(UserError) as caught:
         run_of(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in caught.value.message and "\n" not in caught.value.hint
+    return caught.value
 
 
 def write(path, value):
@@ -77,19 +77,19 @@ def test_precision_is_the_jsons_and_a_recipe_may_lay_its_own_over_it():
         assert not {"bf16", "torch_autocast"} & demo.deepspeed.keys()
 
 
-@pytest.mark.parametrize(("ds", "reason"), GPU_HOSTS.items())
-def test_what_needs_a_gpu_host_is_refused_elsewhere(ds, reason, tmp_path):
-    # A backbone that bears fp16: T5's family does not.
+@pytest.mark.parametrize(("ds", "key"), GPU_HOSTS.items())
+def test_what_needs_a_gpu_host_is_refused_elsewhere(ds, key, tmp_path):
+    # T5's family overflows in fp16, BART does not.
     write(tmp_path / "config.json", {"model_type": "bart"})
     arguments = ("t5_small", f"model.backbone={tmp_path}")
     ranks = 1 if ds == "zero3_deepcompile" else 8
-    assert reason in message_of(*arguments, ds=ds, world_size=ranks)
+    assert key in error_of(*arguments, ds=ds, world_size=ranks).message
     assert run_of(*arguments, ds=ds, world_size=ranks, has_gpu=True).zero_stage == int(ds[4])
 
 
 def test_parameters_kept_on_each_node_need_whole_nodes():
-    message = message_of("t5_small", ds="zero3_plus_plus", world_size=4, has_gpu=True)
-    assert "zero_hpz_partition_size=8 does not divide 4 ranks" in message
+    message = error_of("t5_small", ds="zero3_plus_plus", world_size=4, has_gpu=True).message
+    assert "zero_hpz_partition_size=8" in message and "4 ranks" in message
     four = "ds.zero_optimization.zero_hpz_partition_size=4"
     assert run_of("t5_small", four, ds="zero3_plus_plus", world_size=4, has_gpu=True).zero_stage == 3
 
@@ -137,9 +137,8 @@ def test_any_number_of_ranks_up_to_the_clips_of_a_step_resolves(total, limit, wo
         run = resolve(recipe, world_size, has_gpu=False)
     except UserError as error:
         assert total < world_size
-        message = str(error)
-        assert f"training.global_batch_size={total} has fewer clips than the {world_size} ranks" in message
-        most, least = re.search(r"start at most (\d+), or set training.global_batch_size=(\d+)", message).groups()
+        assert f"training.global_batch_size={total}" in error.message and f"{world_size} ranks" in error.message
+        most, least = re.search(r"at most (\d+) ranks.* training.global_batch_size=(\d+)", error.hint).groups()
         assert (int(most), int(least)) == (total, world_size)
         return
     assert total >= world_size
@@ -149,13 +148,13 @@ def test_any_number_of_ranks_up_to_the_clips_of_a_step_resolves(total, limit, wo
     config = run.deepspeed
     product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * world_size
     assert config["train_batch_size"] == product >= total, "DeepSpeed asserts it"
-    told = [note for note in run.notes if note.startswith(f"training.micro_batch_size={limit} is an upper limit: ")]
+    notes = [note for note in run.notes if note.startswith(f"training.micro_batch_size={limit} ")]
     equal = total == limit * run.accumulation_steps * world_size
-    assert len(told) == (not equal), "one note, where not all micro-batches are what was asked for"
-    assert all(note.endswith(run.batch) for note in told)
+    assert len(notes) == (not equal), "one note, where not all micro-batches are as large as the limit"
+    assert all(note.endswith(run.batch) for note in notes)
 
 
-def test_what_came_out_of_the_limit_is_said():
+def test_a_note_states_the_micro_batches_that_the_limit_led_to():
     assert run_of("t5_small", world_size=8).notes == ()
     six = run_of("t5_small", world_size=6)
     words = "128 clips = 6 ranks x 2 micro-batches of 10 or 11"
@@ -171,13 +170,14 @@ def test_every_recipe_resolves_on_as_many_ranks_as_a_step_has_clips(world_size):
     for name in recipe_names():
         total = load_recipe(name).training.global_batch_size
         if total < world_size:
-            assert f"start at most {total}, or set" in message_of(name, world_size=world_size, has_gpu=True)
+            assert f"at most {total} ranks" in error_of(name, world_size=world_size, has_gpu=True).hint
         else:
             assert run_of(name, world_size=world_size, has_gpu=True).world_size == world_size
 
 
 def test_fewer_than_one_rank():
-    assert "at least 1, not 0" in message_of(world_size=0)
+    error = error_of(world_size=0)
+    assert "0 ranks" in error.message and "at least 1" in error.hint
 
 
 @pytest.mark.parametrize("dotted", [key for key in OWNED if key not in ("scheduler", "optimizer.type")])
@@ -185,17 +185,16 @@ def test_a_value_that_both_give_names_both_places(tmp_path, dotted):
     config = 16
     for key in reversed(dotted.split(".")):
         config = {key: config}
-    message = message_of(ds=write(tmp_path / "z.json", config))
-    assert f"z.json: {dotted}=16 ({OWNED[dotted]}): recipe t5_small owns what the DeepSpeed JSON gives here" in message
-    assert f"ds.{dotted}=16 ({OWNED[dotted]}): recipe t5_small owns" in message_of("t5_small", f"ds.{dotted}=16")
+    assert f"z.json: {dotted}=16 ({OWNED[dotted]})" in error_of(ds=write(tmp_path / "z.json", config)).message
+    assert f"ds.{dotted}=16 ({OWNED[dotted]})" in error_of("t5_small", f"ds.{dotted}=16").message
 
 
 def test_another_optimizer_or_schedule_in_the_json_is_a_conflict(tmp_path):
     path = write(tmp_path / "z.json", {"optimizer": {"type": "Lamb"}, "scheduler": {"params": {"warmup_max_lr": 1e-3}}})
-    message = message_of(ds=path)
+    message = error_of(ds=path).message
     assert 'z.json: optimizer.type="Lamb" (training.optimizer), ' in message
-    assert 'scheduler={"params.warmup_max_lr": 0.001} (training.schedule and training.warmup_ratio): recipe' in message
-    assert "problems in recipe" not in message  # one sentence for all of them
+    assert 'scheduler={"params.warmup_max_lr": 0.001} (training.schedule and training.warmup_ratio)' in message
+    assert not re.match(r"\d+ problems", message)  # one problem for all values of a place
 
 
 def test_the_adam_of_a_json_from_elsewhere_is_adamw(tmp_path):
@@ -203,7 +202,7 @@ def test_the_adam_of_a_json_from_elsewhere_is_adamw(tmp_path):
     params = {"lr": "auto", "adam_w_mode": True, "bias_correction": True}
     path = write(tmp_path / "z.json", {"optimizer": {"type": "Adam", "params": params}})
     assert run_of(ds=path).deepspeed["optimizer"]["type"] == "AdamW"
-    assert "adam_w_mode is refused" in message_of("t5_small", "ds.optimizer.params.adam_w_mode=false", ds=path)
+    assert "adam_w_mode" in error_of("t5_small", "ds.optimizer.params.adam_w_mode=false", ds=path).message
 
 
 def test_auto_gives_way_to_the_recipe(tmp_path):
@@ -226,65 +225,58 @@ def test_auto_gives_way_to_the_recipe(tmp_path):
     assert any("training.schedule=linear" in note for note in run.notes)
 
 
-def test_auto_elsewhere_is_mended_by_an_override(tmp_path):
+def test_auto_elsewhere_is_replaced_by_an_override(tmp_path):
     path = write(tmp_path / "hf.json", {"bf16": {"enabled": "auto"}, "optimizer": {"params": {"fused": "auto"}}})
-    message = message_of(ds=path)
-    assert 'bf16.enabled, optimizer.params.fused are "auto"' in message
+    assert 'bf16.enabled, optimizer.params.fused are "auto"' in error_of(ds=path).message
     assert run_of("t5_small", "ds.bf16.enabled=true", "ds.optimizer=null", ds=path).precision == "bf16"
 
 
 def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
     path = write(tmp_path / "z.json", {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}})
-    assert "a t5 overflows to NaN in fp16; use bf16" in message_of(ds=path, has_gpu=True)
+    error = error_of(ds=path, has_gpu=True)
+    assert "t5" in error.message and "fp16" in error.message and "ds.bf16.enabled=true" in error.hint
     half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
-    assert "overflows to NaN" in message_of(ds=write(tmp_path / "h.json", half), has_gpu=True)
+    assert "NaN in fp16" in error_of(ds=write(tmp_path / "h.json", half), has_gpu=True).message
     folder = tmp_path / "local_t5"
     folder.mkdir()
     write(folder / "config.json", {"model_type": "mt5"})
-    assert "a mt5 overflows" in message_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True)
+    assert "mt5" in error_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True).message
     write(folder / "config.json", {"model_type": "bart"})
     assert run_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True).precision == "fp16"
-    assert "needs a GPU" in message_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False)
+    assert "fp16.enabled=true" in error_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False).message
 
 
 @pytest.mark.parametrize(
-    ("ds", "override", "part"),
+    ("ds", "override", "named", "remedy"),
     [
-        ("zero0", "ds.zero_optimization.offload_optimizer.device=cpu", "offloaded by ZeRO stages 1, 2 and 3, not by"),
-        ("zero2", "ds.zero_optimization.offload_param.device=cpu", "offloaded by ZeRO stage 3, not by stage 2"),
-        ("zero2_offload", "ds.zero_optimization.offload_optimizer.device=nvme", "NVMe is used by ZeRO stage 3 alone"),
-        ("zero2", "ds.fp16.enabled=true", "bf16 and fp16 are enabled together"),
-        ("zero0", "ds.bf16.enabled=true", "bf16 and torch_autocast are enabled together"),
-        ("zero0", "ds.torch_autocast.dtype=null", "needs torch_autocast.dtype"),
-        ("zero2", "ds.zero_optimization.stage=0", "grad_accum_dtype=fp32 with bf16 parameters needs ZeRO stage 1"),
-        ("zero2", "ds.gradient_allreduce_op=sum", "must be mean"),
-        ("zero3", "ds.zero_optimization.zero_quantized_weights=true", "(ZeRO++ quantised weights) needs a GPU"),
-        ("zero3", "ds.compile.deepcompile=true", "(DeepCompile) needs a GPU"),
-        (
-            "zero3",
-            "ds.zero_optimization.stage3_module_granularity_threshold=9",
-            "(modules gathered as a whole) needs a",
-        ),
-        (
-            "zero3",
-            "ds.zero_optimization.leaf_module.names=[encoder]",
-            "leaf_module (modules gathered as a whole) needs",
-        ),
+        ("zero0", "zero_optimization.offload_optimizer.device=cpu", "ZeRO stages 1, 2 and 3", "--ds "),
+        ("zero2", "zero_optimization.offload_param.device=cpu", "ZeRO stage 3, not by stage 2", "--ds zero3_offload"),
+        ("zero2_offload", "zero_optimization.offload_optimizer.device=nvme", "NVMe", "--ds "),
+        ("zero2", "fp16.enabled=true", "bf16 and fp16", "ds.fp16.enabled=false"),
+        ("zero0", "bf16.enabled=true", "bf16 and torch_autocast", "ds.torch_autocast.enabled=false"),
+        ("zero0", "torch_autocast.dtype=null", "torch_autocast.dtype", "ds.torch_autocast.dtype=bfloat16"),
+        ("zero2", "zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32", "ds.data_types=null"),
+        ("zero2", "gradient_allreduce_op=sum", "gradient_allreduce_op=sum", "ds.gradient_allreduce_op=mean"),
+        ("zero3", "zero_optimization.zero_quantized_weights=true", "zero_quantized_weights", "weights=null"),
+        ("zero3", "compile.deepcompile=true", "compile.deepcompile", "ds.compile.deepcompile=null"),
+        ("zero3", "zero_optimization.stage3_module_granularity_threshold=9", "granularity_threshold", "threshold=null"),
+        ("zero3", "zero_optimization.leaf_module.names=[encoder]", "leaf_module", "leaf_module=null"),
     ],
 )
-def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, part):
-    assert part in message_of("t5_small", override, ds=ds)
+def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, named, remedy):
+    error = error_of("t5_small", f"ds.{override}", ds=ds)
+    assert named in error.message and remedy in error.hint
 
 
 def test_recipe_and_json_problems_are_listed_together():
-    message = message_of("t5_small", "training.epoch=3", "ds.gradient_cliping=1", "model.tinny=true", ds="zero2")
-    assert "3 problems in recipe t5_small" in message
-    for part in ("did you mean training.epochs?", "did you mean gradient_clipping?", "did you mean model.tiny?"):
-        assert part in message
+    error = error_of("t5_small", "training.epoch=3", "ds.gradient_cliping=1", "model.tinny=true", ds="zero2")
+    assert error.message.startswith("3 problems in recipe t5_small")
+    for part in ("training.epochs?", "gradient_clipping?", "model.tiny?"):
+        assert f"did you mean {part}" in error.hint
 
 
 def test_conflicts_of_every_kind_are_listed_together():
-    message = message_of(
+    error = error_of(
         "t5_small",
         "training.global_batch_size=1",
         "ds.train_batch_size=4",
@@ -295,16 +287,18 @@ def test_conflicts_of_every_kind_are_listed_together():
         needs_data=True,
     )
     for part in (
-        "training.global_batch_size=1 has fewer clips than the 2 ranks",
-        "is not told where its clips are: add data.table=FILE.csv data.poses=FOLDER",
-        "speak the vocabulary of google-t5/t5-small",
-        "did you mean gradient_clipping?",
-        "ds.train_batch_size=4 (training.global_batch_size): recipe t5_small owns",
-        "bf16 and fp16 are enabled together",
-        "overflows to NaN",
-        "needs a GPU",
+        "training.global_batch_size=1",
+        "recipe t5_small does not say where its clips are",
+        "google-t5/t5-small",
+        "ds.gradient_cliping",
+        "ds.train_batch_size=4 (training.global_batch_size)",
+        "bf16 and fp16",
+        "NaN in fp16",
+        "fp16.enabled=true needs a GPU",
     ):
-        assert part in message, part
+        assert part in error.message, part
+    for part in ("data.table=FILE.csv data.poses=FOLDER", "did you mean gradient_clipping?", "model.from_scratch=true"):
+        assert part in error.hint, part
 
 
 def paths_of(known, path=()):
@@ -328,7 +322,7 @@ def test_whatever_is_laid_over_a_json_it_resolves_or_is_refused_in_one_line(sett
     try:
         run = resolve(recipe.model_copy(update={"ds": over}), 2, has_gpu=False)
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in error.message and error.hint
     else:
         assert "Infinity" not in json.dumps(run.deepspeed)
         assert run.deepspeed["train_batch_size"] == recipe.training.global_batch_size
@@ -340,21 +334,22 @@ def test_whatever_is_put_into_a_recipe_it_resolves_or_is_refused_in_one_line(set
     try:
         run_of("demo", *overrides, world_size=2, needs_data=True)
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in error.message and error.hint
 
 
 def test_a_ctc_head_must_be_trained_before_it_can_score():
-    assert "needs a CTC head" in message_of("t5_small", "evaluation.ctc_weight=0.3")
+    error = error_of("t5_small", "evaluation.ctc_weight=0.3")
+    assert "evaluation.ctc_weight=0.3" in error.message and "training.ctc_weight=0.3" in error.hint
     run = run_of("t5_small", "evaluation.ctc_weight=0.3", "training.ctc_weight=0.3")
     assert run.recipe.evaluation.ctc_weight == 0.3
 
 
 def test_a_quantised_backbone_needs_an_adapter_and_the_storage_of_the_run():
     assert run_of("t5_small", "model.quantization=nf4", "model.lora.r=4").recipe.model.quantization.kind == "nf4"
-    message = message_of("t5_small", "model.quantization=int8")
-    assert "something beside them must learn" in message and "model.lora.r=16" in message
+    error = error_of("t5_small", "model.quantization=int8")
+    assert "int8" in error.message and "model.lora.r=16" in error.hint
     nf4 = ("model.quantization=nf4", "model.lora.r=4", "model.quantization.storage_dtype=fp32")
-    assert "leave model.quantization.storage_dtype out" in message_of("t5_small", *nf4)
+    assert "model.quantization.storage_dtype=fp32" in error_of("t5_small", *nf4).message
     run_of("t5_small", *nf4, "ds.bf16.enabled=false", "ds.data_types=null")
 
 
@@ -362,17 +357,17 @@ def test_where_the_clips_are():
     assert run_of("demo", needs_data=True)
     assert run_of("t5_small", "data.table=T.csv", "data.poses=P", needs_data=True)
     assert run_of("t5_small", "data.corpus=C", needs_data=True)
-    assert "add data.poses=FOLDER" in message_of("t5_small", "data.table=T.csv", needs_data=True)
-    both = message_of("t5_small", "data.table=T.csv", "data.corpus=C", needs_data=True)
-    assert "data.corpus and data.table both say" in both
+    assert "add data.poses=FOLDER" in error_of("t5_small", "data.table=T.csv", needs_data=True).hint
+    both = error_of("t5_small", "data.table=T.csv", "data.corpus=C", needs_data=True)
+    assert "data.corpus and data.table" in both.message
 
 
 def test_a_backbone_that_does_not_exist():
-    assert "did you mean t5_small?" in message_of("t5_small", "model.backbone=t5_smal")
-    assert "add model.from_scratch=true" in message_of("t5_small", "model.backbone=demo")
+    assert "did you mean t5_small?" in error_of("t5_small", "model.backbone=t5_smal").hint
+    assert error_of("t5_small", "model.backbone=demo").hint == "add model.from_scratch=true"
 
 
-def test_a_run_directory_brings_the_run_back(tmp_path):
+def test_a_run_is_loaded_from_its_directory(tmp_path):
     run = run_of(
         "t5_small", "model.prefix=translate to English:", "ds.zero_optimization.stage=1", ds="zero2", world_size=6
     )
@@ -390,19 +385,19 @@ def test_a_run_directory_brings_the_run_back(tmp_path):
     )
 
 
-def test_half_a_run_directory_is_named(tmp_path):
+def test_a_broken_file_of_a_run_directory_is_named(tmp_path):
     run_of().save(tmp_path)
     (tmp_path / "deepspeed.json").write_text('{"train_batch')
-    with pytest.raises(UserError, match=r"deepspeed\.json: not the deepspeed\.json of a run"):
+    with pytest.raises(UserError, match=r"deepspeed\.json"):
         ResolvedRun.load(tmp_path)
     (tmp_path / "deepspeed.json").unlink()
-    with pytest.raises(UserError, match=r"deepspeed\.json: a resolved DeepSpeed JSON cannot be read"):
+    with pytest.raises(UserError, match=r"deepspeed\.json"):
         ResolvedRun.load(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=str(tmp_path / "file")):
         run_of().save(tmp_path / "file")
 
 

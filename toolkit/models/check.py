@@ -8,7 +8,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
-from toolkit.recipe.deepspeed.cells import cell_of, refusal_in_words
+from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import PoseEncoder, Recipe
 
@@ -23,9 +23,9 @@ def check_model(resolved: ResolvedRun) -> None:
     model = resolved.recipe.model
     config = backbone_config(model)
     check_architecture(config, model.backbone)
-    refusal = refusal_in_words(cell_of(resolved.recipe, resolved.deepspeed, config.model_type))
-    if refusal:
-        raise UserError(f"model.backbone={model.backbone}: {refusal}")
+    problem = cell_problem(cell_of(resolved.recipe, resolved.deepspeed, config.model_type), model.backbone)
+    if problem:
+        raise problem
     if not is_known(config):
         return  # code from the hub says what it can do once it runs
     backbone = empty_backbone(config)

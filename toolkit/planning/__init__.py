@@ -1,4 +1,4 @@
-"""What a run will need, told before it is needed.
+"""Arithmetic on models and batches: what a run will need, before it starts.
 
-This room does arithmetic on models and batches; it trains nothing and generates nothing.
+Must not know how a model is trained or how a text is generated.
 """

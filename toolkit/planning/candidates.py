@@ -1,4 +1,4 @@
-"""Could this backbone be trained here, and how? Asked of its configuration alone: no weights, no training."""
+"""Whether a backbone can be trained, and how; found from its configuration alone, without weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Lora, Quantization, Recipe
 
-# Ways to train, from the one that learns most to the one that needs least.
+# Ways to train, from the most trained parameters to the least memory.
 WAYS: dict[str, dict[str, Any]] = {
     "every weight": {},
     "LoRA": {"lora": Lora()},
@@ -54,11 +54,11 @@ class Candidate:
     """A backbone that can be trained.
 
     Attributes:
-        backbone: as the user calls it.
+        backbone: the name that the user gave.
         architecture: HuggingFace ``model_type``.
         tested: whether the compatibility table, and so the tests, know this architecture.
         hidden_size: width of the vectors that the encoder takes.
-        encoder_positions, decoder_positions: how many it tells apart; None = no limit.
+        encoder_positions, decoder_positions: the most that it reads; None = no limit.
         parameters: of the backbone.
         lora_targets: layers that LoRA would adapt; empty where they must be named.
         ways: all allowed ways.
@@ -83,7 +83,7 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
     """Look at the backbone of a recipe.
 
     Args:
-        recipe: gives the model; its adapter and quantisation are left aside.
+        recipe: gives the model; its adapter and quantisation are ignored.
         card_gib: memory of each GPU, GiB.
         world_size: number of GPUs.
 
@@ -99,7 +99,8 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
     if not takes_vectors(backbone):
         raise UserError(
             f"model.backbone={model.backbone}: the encoder of a {config.model_type} reads token ids only (it takes no "
-            "inputs_embeds), and poses are none: choose another seq2seq model; `python launch/recipes.py ls` shows some"
+            "inputs_embeds), and poses are vectors",
+            "choose another seq2seq model; `python launch/recipes.py ls` lists some",
         )
     return Candidate(
         backbone=model.backbone,
@@ -119,7 +120,7 @@ def _targets(config: Any, recipe: Recipe) -> list[str]:
     try:
         return lora_targets(empty_translator(config, recipe), model)
     except UserError:
-        return []  # not known: the recipe must name them
+        return []  # unknown: the recipe must name them
 
 
 def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iterator[Way]:
@@ -133,7 +134,7 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
         for deepspeed in ds_config_names():
             json = read_deepspeed(deepspeed).config
             cell = cell_of(chosen, json, config.model_type)
-            # Of those that place the states alike the first is the plain one.
+            # Of those that place the states in the same way the first has no further options.
             if refusal(cell) or (cell.zero_stage, cell.offload) in seen:
                 continue
             seen.add((cell.zero_stage, cell.offload))
@@ -141,8 +142,8 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
             yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, states.fits(card_gib))
 
 
-def in_words(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:
-    """What ``check-model`` prints."""
+def describe(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:
+    """The lines that ``check-model`` prints."""
     positions = (candidate.encoder_positions, candidate.decoder_positions)
     poses, text = ("without limit" if limit is None else f"at most {limit:,}" for limit in positions)
     tested = "in the compatibility table" if candidate.tested else "not in the compatibility table: may work, untested"
@@ -150,7 +151,7 @@ def in_words(candidate: Candidate, card_gib: float, world_size: int) -> Iterator
     yield f"  architecture  {candidate.architecture}, {tested}"
     yield f"  takes         inputs_embeds of width {candidate.hidden_size:,}; poses {poses}, text {text}"
     yield f"  parameters    {candidate.parameters / 1e6:,.1f} M"
-    targets = ", ".join(candidate.lora_targets) or "not known: name layers in model.lora.targets"
+    targets = ", ".join(candidate.lora_targets) or "unknown: name layers in model.lora.targets"
     yield f"  LoRA targets  {targets}"
     cards = f"{world_size} GPU{'s' if world_size > 1 else ''} of {card_gib:g} GiB"
     yield f"  model states on {cards}, by arithmetic, where they leave a third of a card for activations:"
@@ -160,8 +161,8 @@ def in_words(candidate: Candidate, card_gib: float, world_size: int) -> Iterator
             continue
         fitting = [_size(way) for way in ways if way.fits]
         least = min(ways, key=lambda way: way.device_gib)
-        told = ", ".join(fitting) or f"none; the least is {_size(least)}"
-        yield f"    {name:<12}  {ways[0].trainable / 1e6:,.1f} M trained: {told}"
+        listed = ", ".join(fitting) or f"none; the least is {_size(least)}"
+        yield f"    {name:<12}  {ways[0].trainable / 1e6:,.1f} M trained: {listed}"
     yield f"  next          a model card of your own, or model.backbone={candidate.backbone} in a copy of a recipe"
 
 

@@ -1,6 +1,6 @@
-"""How many numbers a recipe's model holds, and how many of them train: counted on shapes alone, at full size.
+"""How many parameters a recipe's model has at full size, and how many of them train, counted on the meta device.
 
-Nothing is downloaded and no weight is made. What trains is asked of the code that freezes and adapts in a real run.
+Nothing is downloaded and no weight is made. The code that freezes and adapts a model in a run decides what trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from toolkit.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers held by a translator's parameters; tied ones count once.
+    """Parameters of a translator; tied ones count once.
 
     Attributes:
         backbone: of the backbone, without adapters: the published figure.
@@ -46,7 +46,7 @@ def count(recipe: Recipe) -> Counts:
     """Count a recipe's model; a model card's own dimensions need no hub.
 
     Raises:
-        UserError: the backbone's configuration cannot be had, or LoRA targets match nothing.
+        UserError: the backbone's configuration cannot be read, or LoRA targets match nothing.
     """
     model = recipe.model
     if card_of(model):

@@ -1,7 +1,7 @@
-"""How much memory a translation takes on one rank, by arithmetic, and whether that is free.
+"""How much memory a translation takes on one rank, by arithmetic, and whether so much is free.
 
-Counted are the whole weights and what one batch holds at its fullest. ZeRO stage 3 asks: with the weights gathered once
-an evaluation runs at full speed, with too little room for them it dies.
+Counted are the whole weights and the most that one batch holds. ZeRO stage 3 needs it: with the weights gathered once
+an evaluation runs at full speed, and without room for them it would fail.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def translation_memory(
     """What translating one batch takes at most.
 
     Args:
-        model: its weights may be cut by ZeRO-3; the whole counts all the same.
+        model: its weights may be partitioned by ZeRO-3; they count as whole.
         clips: of the batch.
         frames: of its longest clip, to which all are padded.
         beams, max_new_tokens: of the search.
@@ -84,7 +84,7 @@ def translation_memory(
 def fits_whole(
     engine: Any, *, frames: npt.NDArray[np.integer], batch_frames: int, beams: int, max_new_tokens: int
 ) -> bool:
-    """Whether every rank has room to translate with whole weights; all ranks ask, and get the same answer.
+    """Whether every rank has room to translate with whole weights; all ranks call this and get the same answer.
 
     Args:
         engine: the DeepSpeed engine.
@@ -103,9 +103,9 @@ def fits_whole(
 
 
 def free_memory() -> int:
-    """Bytes that this rank may still take: of its GPU, else its share of the machine's (or the container's) memory."""
+    """Bytes that this rank may allocate: of its GPU, else its share of the machine's (or the container's) memory."""
     if torch.cuda.is_available():
-        # What torch's allocator keeps for later is free to us, though not to others.
+        # What torch's allocator has reserved is free for this process, though not for others.
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return int(torch.cuda.mem_get_info()[0]) + idle
     import psutil
@@ -118,7 +118,7 @@ def _first(config: Any, *names: str, missing: int | None = None) -> int:
     """The first of these settings that a configuration has.
 
     Raises:
-        ValueError: it has none of them, and ``missing`` says nothing.
+        ValueError: it has none of them, and ``missing`` is None.
     """
     found = next((value for name in names if isinstance(value := getattr(config, name, None), int)), missing)
     if found is None:

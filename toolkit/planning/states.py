@@ -1,8 +1,8 @@
-"""Bytes of model states that one rank holds, by arithmetic: bytes per number × numbers.
+"""Model states that one rank holds, in bytes, by arithmetic: numbers × bytes of each.
 
 Model states are parameters, gradients, and the optimizer's master copy and moments (Rajbhandari et al. 2020, "ZeRO").
-Activations, the CUDA context and fragments come on top and are not estimated here; a card is said to fit when the
-states leave them a third of it.
+Activations, the CUDA context and fragments come on top and are not estimated here; a card counts as large enough when
+the states leave a third of it free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class States:
 
     Attributes:
         parameters: on its device.
-        gathered: on its device, at most: parameters that stage 3 has put together for use.
+        gathered: on its device, at most: parameters that stage 3 has gathered for use.
         gradients: on its device.
         optimizer: master copy and moments on its device.
         buckets: on its device, for communication.
@@ -54,7 +54,7 @@ class States:
         """Whether a card of so many GiB holds them and leaves a third for activations."""
         return self.device <= card_gib * GIB * STATES_SHARE
 
-    def sum_in_words(self) -> str:
+    def sum_of_terms(self) -> str:
         """The terms in GiB, largest first, and their sum."""
         terms = {
             "parameters": self.parameters,
@@ -64,8 +64,8 @@ class States:
             "buckets": self.buckets,
         }
         listed = sorted((size, name) for name, size in terms.items() if size >= GIB / 100)
-        told = " + ".join(f"{size / GIB:.2f} {name}" for size, name in reversed(listed))
-        return f"{told} = {self.device / GIB:.1f} GiB"
+        total = " + ".join(f"{size / GIB:.2f} {name}" for size, name in reversed(listed))
+        return f"{total} = {self.device / GIB:.1f} GiB"
 
 
 def model_states(counts: Counts, recipe: Recipe, config: Tree, world_size: int) -> States:
@@ -97,7 +97,7 @@ def model_states(counts: Counts, recipe: Recipe, config: Tree, world_size: int) 
     optimizer = trained * (master + moments * moment) / (world_size if stage >= 1 else 1)
     gathered = buckets = 0.0
     if stage == 3:
-        # A lone rank puts its parameters together from one piece, and that makes a copy, too.
+        # A single rank gathers its parameters from one partition, and that makes a copy, too.
         live = float(value_at(config, "zero_optimization.stage3_max_live_parameters") or 1e9)
         gathered = min(live * number, parameters)
         parameters /= world_size

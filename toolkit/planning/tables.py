@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, drawn from model cards, recipes, arithmetic and the compatibility rules."""
+"""The tables of docs/models.md, drawn from model cards, recipes, arithmetic and the compatibility table."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MEMORY_JSONS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
 def write_tables(path: Path) -> None:
-    """Replace what stands between the marks of a document by the tables of today."""
+    """Update the tables between the marks of a document."""
     path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tables(text: str) -> str:
-    """``text`` with every table between ``<!-- NAME -->`` and ``<!-- /NAME -->`` drawn anew."""
+    """``text`` with every table between ``<!-- NAME -->`` and ``<!-- /NAME -->`` drawn again."""
     for name, draw in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{draw()}\n\n{end}", text, flags=re.DOTALL)  # noqa: B023

@@ -1,4 +1,4 @@
-"""All recipes at a glance, and a copy of one as the start of your own."""
+"""The list of all recipes, and a copy of one as the start of your own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from toolkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Glance:
-    """What a recipe says of itself, read without a model.
+class Summary:
+    """A recipe's row in the list, read without a model.
 
     Attributes:
         name, model, deepspeed, description: as the recipe says.
@@ -32,26 +32,26 @@ class Glance:
     description: str
 
 
-def glance(recipe: Recipe) -> Glance:
-    """A recipe at a glance; nothing is counted."""
+def summarise(recipe: Recipe) -> Summary:
+    """A recipe's row in the list; nothing is counted."""
     model, card = recipe.model, card_of(recipe.model)
     trains = "all"
     if model.lora:
         kind = "DoRA" if model.lora.dora else "rsLoRA" if model.lora.rslora else "LoRA"
         trains = f"{kind} r={model.lora.r}" + (f" on {model.quantization.kind}" if model.quantization else "")
     size = card.parameters if card else None
-    return Glance(recipe.name, model.backbone, size, trains, recipe.deepspeed, recipe.description)
+    return Summary(recipe.name, model.backbone, size, trains, recipe.deepspeed, recipe.description)
 
 
-def catalogue() -> tuple[list[Recipe], list[str]]:
-    """The recipes in ``recipes/``, and one sentence for each that cannot be read."""
+def catalogue() -> tuple[list[Recipe], list[UserError]]:
+    """The recipes in ``recipes/``, and an error for each that cannot be read."""
     recipes, problems = [], []
     for name in recipe_names():
         try:
             recipe = load_recipe(name)
             card_of(recipe.model)
         except UserError as error:
-            problems.append(f"recipe {name}: {error}")
+            problems.append(UserError(f"recipe {name}: {error.message}", error.hint))
         else:
             recipes.append(recipe)
     return recipes, problems
@@ -77,16 +77,18 @@ def copy_recipe(name: str, new: str) -> Path:
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*", new):
         target = (recipes_dir() if is_clone() else Path()) / f"{new}.yaml"
     else:
-        raise UserError(f"{new!r} is no recipe name: letters, digits, _ and -, or a path that ends in .yaml")
+        raise UserError(
+            f"{new!r} is not a recipe name", "use letters, digits, _ and -, or give a path that ends in .yaml"
+        )
     if target.exists():
-        raise UserError(f"{target} exists already: choose another name")
-    called = target.stem if target.parent == recipes_dir() else str(target)
+        raise UserError(f"{target} exists already", "choose another name")
+    name_of_copy = target.stem if target.parent == recipes_dir() else str(target)
     text = read_text(source, "a recipe")
     # The command at the top of the copy should run the copy.
-    write_text_atomically(target, re.sub(rf"(--recipe +){re.escape(source.stem)}\b", rf"\g<1>{called}", text))
+    write_text_atomically(target, re.sub(rf"(--recipe +){re.escape(source.stem)}\b", rf"\g<1>{name_of_copy}", text))
     return target
 
 
 def millions(parameters: int | None) -> str:
-    """A number of parameters as people say it."""
+    """A number of parameters in millions, for a table."""
     return "from the hub" if parameters is None else f"{parameters / 1e6:,.1f} M"

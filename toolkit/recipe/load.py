@@ -1,28 +1,26 @@
 """From a recipe's name and the command line's overrides to a checked ``Recipe``.
 
-A recipe is a YAML file; ``extends: NAME`` puts it on top of another one, key by key, and ``key=value`` overrides go on
-top of all. Every wrong key and value is listed at once, with its file and line.
+A recipe is a YAML file; ``extends: NAME`` merges it into another one, key by key, and ``key=value`` overrides are
+merged last. Every wrong key and value is listed at once, with its file and line.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, as_one
 from toolkit.files import read_text
-from toolkit.recipe.model_cards import ModelCard, load_model_yaml, model_names
+from toolkit.recipe.deepspeed.keys import text_keys
 from toolkit.recipe.paths import recipes_dir, shown
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, nearest, nested
 from toolkit.recipe.yaml_text import parse_value, parse_yaml
-
-__all__ = ["ModelCard", "load_model_yaml", "load_recipe", "model_names", "read_recipe", "recipe_names"]
 
 # Sections for which a bare word says their `kind`.
 NAMED_BY_KIND = ("pose_encoder", "quantization")
@@ -36,10 +34,10 @@ class RecipeText:
     name: str
     tree: Tree = field(default_factory=dict)
     places: dict[tuple[str, ...], str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
 
-    def put(self, tree: Tree, places: dict[tuple[str, ...], str]) -> None:
-        """Lay ``tree`` on top."""
+    def merge(self, tree: Tree, places: dict[tuple[str, ...], str]) -> None:
+        """Let the values of ``tree`` replace those that are here."""
         self.tree = merge(self.tree, tree)
         self.places.update(places)
 
@@ -57,7 +55,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, ds: str | None = None) -> Recipe:
-    """Read a recipe with everything it extends, put the overrides on top, and check it.
+    """Read a recipe with everything it extends, merge the overrides into it, and check it.
 
     Args:
         name_or_path: a name in ``recipes/``, or the path of a YAML file.
@@ -69,53 +67,46 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, ds: str | N
     """
     recipe, text = read_recipe(name_or_path, overrides, ds=ds)
     if recipe is None:
-        raise UserError(one_line(text.problems, f"recipe {text.name}"))
+        raise as_one(text.problems, f"recipe {text.name}")
     return recipe
 
 
 def read_recipe(
     name_or_path: str, overrides: Sequence[str] = (), *, ds: str | None = None
 ) -> tuple[Recipe | None, RecipeText]:
-    """Like ``load_recipe``, but problems are handed back instead of raised, for a caller that adds its own.
+    """Like ``load_recipe``, but wrong keys and values are returned, for a caller that adds problems of its own.
 
     Returns:
         The recipe (None where something is wrong) and its text, with ``text.problems``.
     """
     path = find_recipe(name_or_path)
     text = RecipeText(name=path.stem)
-    _lay(path, text, chain=())
+    _merge_file(path, text, chain=())
     for override in overrides:
-        _lay_override(override, text)
+        _merge_override(override, text)
     if ds is not None:
-        text.put({"deepspeed": ds}, {("deepspeed",): "command line"})
+        text.merge({"deepspeed": ds}, {("deepspeed",): "command line"})
     text.tree = {"name": text.name, **text.tree}
     try:
         recipe = Recipe.model_validate(text.tree)
     except ValidationError as error:
-        text.problems.extend(_in_words(details, text) for details in error.errors())
+        text.problems.extend(_problem(details, text) for details in error.errors())
     return (None if text.problems else recipe), text
-
-
-def one_line(problems: Sequence[str], about: str) -> str:
-    """One line that lists every problem, numbered when there are several."""
-    if len(problems) == 1:
-        return problems[0]
-    listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
-    return f"{len(problems)} problems in {about}: {listed}"
 
 
 def recipe_keys() -> list[str]:
     """Every dotted key that a recipe can set."""
-    return sorted(_keys(Recipe, ""))
+    return sorted(".".join(path) for path, _ in _fields(Recipe))
 
 
-def _keys(model: type[BaseModel], prefix: str) -> Iterable[str]:
-    for name in model.model_fields:
+def _fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and annotation of every key that is no section."""
+    for name, about in model.model_fields.items():
         section = _section_at(model, name)
         if section:
-            yield from _keys(section, f"{prefix}{name}.")
+            yield from _fields(section, (*path, name))
         else:
-            yield f"{prefix}{name}"
+            yield (*path, name), about.annotation
 
 
 def _section_at(model: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -126,6 +117,23 @@ def _section_at(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return None
 
 
+def _holds_text(annotation: Any) -> bool:
+    """Whether a value of this type is a text, or a list or dictionary of texts."""
+    inner = get_args(annotation)
+    if get_origin(annotation) in (dict, Literal):
+        inner = inner[1:] if get_origin(annotation) is dict else ()
+    return annotation is str or any(map(_holds_text, inner))
+
+
+_TEXTS = {path for path, annotation in _fields(Recipe) if _holds_text(annotation)} | {
+    ("ds", *path) for path in text_keys()
+}
+
+
+def _takes_text(path: tuple[str, ...]) -> bool:
+    return any(path[:length] in _TEXTS for length in range(1, len(path) + 1))
+
+
 def find_recipe(name_or_path: str, near: Path | None = None) -> Path:
     """The file of a recipe.
 
@@ -134,62 +142,67 @@ def find_recipe(name_or_path: str, near: Path | None = None) -> Path:
         near: the folder of the recipe that extends it, which is looked at first.
 
     Raises:
-        UserError: there is none; the nearest name is given.
+        UserError: there is none; the hint gives the nearest name.
     """
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
         path = Path(name_or_path) if near is None else near / name_or_path
         if not path.is_file():
-            raise UserError(f"recipe {path}: no such file; `python launch/recipes.py ls` lists the shipped recipes")
+            raise UserError(f"recipe {path}: no such file", "list the shipped recipes: python launch/recipes.py ls")
         return path
     for folder in (near, recipes_dir()):
         if folder is not None and (folder / f"{name_or_path}.yaml").is_file():
             return folder / f"{name_or_path}.yaml"
-    match = nearest(name_or_path, recipe_names(), cutoff=0.4)
-    hint = f"did you mean {match}? " if match else ""
+    otherwise = "list all: python launch/recipes.py ls; or give the path of your own, e.g. --recipe my/recipe.yaml"
     raise UserError(
-        f"recipe {name_or_path!r} does not exist: {hint}`python launch/recipes.py ls` lists all; "
-        "a recipe of your own is given by its path, e.g. --recipe my/recipe.yaml"
+        f"recipe {name_or_path!r} does not exist", did_you_mean(name_or_path, recipe_names(), otherwise, cutoff=0.4)
     )
 
 
-def _lay(path: Path, text: RecipeText, chain: tuple[Path, ...]) -> None:
-    """Lay the recipe at ``path`` onto ``text``, after everything that it extends."""
+def _merge_file(path: Path, text: RecipeText, chain: tuple[Path, ...]) -> None:
+    """Merge the recipe at ``path`` into ``text``, after everything that it extends."""
     real = path.resolve()
     if real in chain:
         names = " -> ".join(step.stem for step in (*chain[chain.index(real) :], real))
-        raise UserError(f"{shown(path)}: extends goes in a circle: {names}; take one `extends` out")
+        raise UserError(f"{shown(path)}: extends forms a cycle: {names}", "remove one `extends`")
     place = shown(path)
-    tree, lines = parse_yaml(read_text(path, "a recipe"), place)
+    tree, lines = parse_yaml(read_text(path, "a recipe"), place, _takes_text)
     if not isinstance(tree, dict):
-        raise UserError(f"{place}: a recipe is a mapping of keys to values, e.g. `model: {{backbone: t5_small}}`")
+        raise UserError(
+            f"{place}: not a mapping of keys to values", "write keys and values, e.g. `model: {backbone: t5_small}`"
+        )
     parent = tree.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str):
-            raise UserError(f"{place} line {lines[('extends',)]}: extends takes the name or path of one recipe")
-        _lay(find_recipe(parent, near=path.parent), text, (*chain, real))
-        # A parent's name and description speak of the parent.
+            raise UserError(
+                f"{place} line {lines[('extends',)]}: extends={parent!r} is not a recipe",
+                "write the name or the path of one recipe, e.g. `extends: _isign`",
+            )
+        _merge_file(find_recipe(parent, near=path.parent), text, (*chain, real))
+        # A parent's name and description are about the parent.
         for own in ("name", "description"):
             text.tree.pop(own, None)
-    text.put(_short_forms(tree), {key: f"{place} line {line}" for key, line in lines.items()})
+    text.merge(_short_forms(tree), {key: f"{place} line {line}" for key, line in lines.items()})
 
 
-def _lay_override(override: str, text: RecipeText) -> None:
+def _merge_override(override: str, text: RecipeText) -> None:
     key, equals, value = override.partition("=")
     key = key.strip()
     if not equals or not _KEY.fullmatch(key):
-        text.problems.append(f"command line: {override!r} is not key=value, e.g. training.epochs=20")
+        problem = UserError(f"command line: {override!r} is not key=value", "write e.g. training.epochs=20")
+        text.problems.append(problem)
         return
+    path = tuple(key.split("."))
     try:
-        parsed = parse_value(value)
+        parsed = parse_value(value, lambda inner: _takes_text((*path, *inner)))
     except UserError as error:
-        text.problems.append(f"command line: {key}: {error}")
+        text.problems.append(UserError(f"command line: {key}: {error.message}", error.hint))
         return
-    tree = _short_forms(nested(tuple(key.split(".")), parsed))
-    text.put(tree, {path[:end]: "command line" for path, _ in leaves(tree) for end in range(1, len(path) + 1)})
+    tree = _short_forms(nested(path, parsed))
+    text.merge(tree, {path[:end]: "command line" for path, _ in leaves(tree) for end in range(1, len(path) + 1)})
 
 
 def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
-    """What people write for short, said in full before merging, so that the parent's other settings stay.
+    """Short forms written out before merging, so that the parent's other settings stay.
 
     ``pose_encoder: linear`` means ``{kind: linear}`` (``quantization: nf4`` likewise), and a section whose keys are all
     commented out changes nothing, unless it is one that null turns off (``lora: null``).
@@ -212,21 +225,24 @@ def _may_be_null(section: type[BaseModel], key: str) -> bool:
     return type(None) in get_args(section.model_fields[key].annotation)
 
 
-def _in_words(details: Any, text: RecipeText) -> str:
-    """One validation error as one sentence that says where, what and how to mend it."""
+def _problem(details: Any, text: RecipeText) -> UserError:
+    """One of pydantic's validation errors as one of ours."""
     location = tuple(str(step) for step in details["loc"])
     key = ".".join(location)
     place = text.place_of(location)
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
-        return f"{place}: no key {key}{_suggestion(location)}"
+        return UserError(f"{place}: {key} is not a setting", _suggestion(location))
     if kind == "missing":
-        return f"{place}: {key} is required"
+        return UserError(f"{place}: {key} is missing", f"set {key}")
     if kind in ("model_type", "dict_type"):
-        return f"{place}: {key}={given!r}: must be a section of keys and values"
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    shown_value = "" if isinstance(given, dict) else f"={given!r}"
-    return f"{place}: {key}{shown_value}: {message}"
+        return UserError(f"{place}: {key}={given!r} is not a section", f"write {key}.KEY=VALUE, or keys below {key}:")
+    if kind == "value_error":  # raised by a validator of the schema
+        message, hint = details["ctx"]["error"].args
+        shown_value = "" if isinstance(given, dict) else f"={given!r}"
+        return UserError(f"{place}: {key}{shown_value}: {message}", hint)
+    wanted = details["msg"].removeprefix("Input should ")
+    return UserError(f"{place}: {key}={given!r} is not a valid value", f"set {key}: it must {wanted}")
 
 
 def _suggestion(location: tuple[str, ...]) -> str:
@@ -237,9 +253,8 @@ def _suggestion(location: tuple[str, ...]) -> str:
         model = _section_at(model, section) if model and section in model.model_fields else None
     here = list(model.model_fields) if model else []
     prefix = "".join(f"{section}." for section in sections)
-    if nearest(word, here):
-        return did_you_mean(word, here, prefix)
     elsewhere = [key for key in recipe_keys() if key.rsplit(".", 1)[-1] == word]
-    if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere)}?"
-    return did_you_mean(word, here, prefix)
+    if elsewhere and not nearest(word, here):
+        return f"did you mean {' or '.join(elsewhere)}?"
+    otherwise = "take it out; `python launch/recipes.py show t5_small` lists every key"
+    return did_you_mean(word, here, otherwise, prefix=prefix)

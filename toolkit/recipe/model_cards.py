@@ -1,6 +1,6 @@
-"""Model cards: one YAML per backbone with its published dimensions, and the same architecture shrunk.
+"""Model cards: one YAML per backbone with its published dimensions, and a small version of each architecture.
 
-A card makes a backbone known without the hub: it can be built from scratch, counted and planned from its numbers.
+With a card a backbone can be built from scratch, counted and planned without the hub.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from toolkit.errors import UserError
 from toolkit.files import read_text
 from toolkit.recipe.paths import models_dir, shown
 from toolkit.recipe.schema import Model, Recipe
-from toolkit.recipe.tree import did_you_mean, nearest
+from toolkit.recipe.tree import did_you_mean
 from toolkit.recipe.yaml_text import parse_yaml
 
 
@@ -49,36 +49,43 @@ def load_model_yaml(name: str) -> ModelCard:
     """
     path = models_dir() / f"{name}.yaml"
     if not path.is_file():
-        match = nearest(name, model_names())
-        hint = f"did you mean {match}? " if match else ""
-        raise UserError(f"model card {name!r} does not exist: {hint}there are {', '.join(model_names())}")
-    tree, _ = parse_yaml(read_text(path, "a model card"), shown(path))
+        raise UserError(
+            f"model card {name!r} does not exist",
+            did_you_mean(name, model_names(), f"choose one of {', '.join(model_names())}"),
+        )
+    tree, lines = parse_yaml(read_text(path, "a model card"), shown(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{shown(path)}: a model card is a mapping of keys to values")
+        raise UserError(
+            f"{shown(path)}: not a mapping of keys to values", "write keys and values, as recipes/models/t5_small.yaml"
+        )
     try:
         return ModelCard.model_validate({"name": name, **tree})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(step) for step in first["loc"])
-        hint = did_you_mean(key, ModelCard.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{shown(path)}: {key}: {first['msg']}{hint}") from error
+        key = str(first["loc"][0])
+        place = f"{shown(path)} line {lines[(key,)]}" if (key,) in lines else shown(path)
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(key, ModelCard.model_fields, "take it out")
+        else:
+            hint = f"write {key} as recipes/models/t5_small.yaml does"
+        raise UserError(f"{place}: {key}: {first['msg']}", hint) from error
 
 
 def card_of(model: Model) -> ModelCard | None:
     """The card that ``model.backbone`` names, or None for a hub id or a folder.
 
     Raises:
-        UserError: the backbone looks like a card's name and there is no such card.
+        UserError: the backbone is neither a card's name nor a hub id nor a folder.
     """
     if model.backbone in model_names():
         return load_model_yaml(model.backbone)
     if "/" in model.backbone or Path(model.backbone).is_dir():
         return None
-    match = nearest(model.backbone, model_names())
-    hint = f"did you mean {match}? " if match else ""
+    otherwise = (
+        f"choose one of {', '.join(model_names())}, a hub id such as google-t5/t5-small, or a folder that exists"
+    )
     raise UserError(
-        f"model.backbone={model.backbone}: no such model card; {hint}cards: {', '.join(model_names())}; "
-        "anything else is a hub id such as google-t5/t5-small or a folder that exists"
+        f"model.backbone={model.backbone}: no such model card", did_you_mean(model.backbone, model_names(), otherwise)
     )
 
 
@@ -92,7 +99,10 @@ def architecture_of(model: Model) -> str | None:
         try:
             return str(json.loads(read_text(config, "a model configuration")).get("model_type")) or None
         except (json.JSONDecodeError, AttributeError) as error:
-            raise UserError(f"{config}: not a HuggingFace configuration: {error}") from error
+            raise UserError(
+                f"{config}: not a HuggingFace configuration: {error}",
+                "save the model again by save_pretrained, or name another folder in model.backbone",
+            ) from error
     return None
 
 
@@ -156,12 +166,13 @@ def tiny_config(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
         config: HuggingFace configuration values; left unchanged.
 
     Raises:
-        UserError: it is not known how this architecture shrinks.
+        UserError: no small version of this architecture is known.
     """
     limits = TINY_LIMITS.get(architecture)
     if limits is None:
         raise UserError(
-            f"model.tiny=true: it is not known how a {architecture} shrinks; known: {', '.join(sorted(TINY_LIMITS))}"
+            f"model.tiny=true: no small version of a {architecture} is known",
+            f"set model.tiny=false, or choose a backbone of {', '.join(sorted(TINY_LIMITS))}",
         )
     return _limited(config, limits)
 

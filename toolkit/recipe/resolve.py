@@ -1,8 +1,8 @@
-"""Recipe + DeepSpeed JSON + number of ranks -> the run: the one place where the three meet.
+"""Recipe + DeepSpeed JSON + number of ranks -> the run.
 
-Who owns what: the DeepSpeed JSON owns ZeRO stage, offload, precision and communication; the recipe owns batch sizes,
-optimiser, schedule and clipping. A value that both give is an error. Every conflict is listed at once, before any
-process group exists, and nothing unresolved reaches ``deepspeed.initialize``.
+The DeepSpeed JSON owns ZeRO stage, offload, precision and communication; the recipe owns batch sizes, optimizer,
+schedule and clipping. A value that both give is an error. Every conflict is listed at once, before any process group
+exists, and nothing unresolved reaches ``deepspeed.initialize``.
 """
 
 from __future__ import annotations
@@ -13,22 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, as_one
 from toolkit.files import read_text, write_text_atomically
 from toolkit.recipe.batches import batch_in_words, micro_batch_sizes, num_micro_batches
-from toolkit.recipe.deepspeed.cells import (
-    BFLOAT,
-    HALF,
-    autocast_type,
-    cell_of,
-    offload_device,
-    parameter_precision,
-    refusal_in_words,
-)
-from toolkit.recipe.deepspeed.compatibility import GPU_ONLY, ZERO_STAGES
+from toolkit.recipe.deepspeed.cells import autocast_type, cell_of, cell_problem, offload_device, parameter_precision
+from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_problems
+from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
 from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
 from toolkit.recipe.deepspeed.keys import OWNED
-from toolkit.recipe.load import load_recipe, one_line, read_recipe
+from toolkit.recipe.load import load_recipe, read_recipe
+from toolkit.recipe.mismatches import mismatches
 from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
@@ -38,12 +32,11 @@ from toolkit.recipe.yaml_text import dump_yaml
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
-PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Everything that is decided before training: what a run directory stores.
+    """Everything that is decided before training, as a run directory stores it.
 
     ``deepspeed`` is exactly what ``deepspeed.initialize`` gets. It holds no scheduler: the training loop sets the
     learning rate, in optimizer steps.
@@ -101,7 +94,9 @@ class ResolvedRun:
             micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
             world_size = config["train_batch_size"] // (micro * accumulation)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the deepspeed.json of a run: {error}") from error
+            raise UserError(
+                f"{path}: not the deepspeed.json of a run: {error}", "name another run.dir, or start again with --new"
+            ) from error
         return cls(recipe, config, world_size, micro, accumulation, folder)
 
 
@@ -127,8 +122,8 @@ def resolve_named(
         try:
             problems += read_deepspeed(config_name, over, world_size=world_size).problems
         except UserError as error:
-            problems.append(str(error))
-    raise UserError(one_line(problems, f"recipe {text.name}"))
+            problems.append(error)
+    raise as_one(problems, f"recipe {text.name}")
 
 
 def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool = True) -> ResolvedRun:
@@ -143,9 +138,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     Raises:
         UserError: conflicts, unknown keys, and fewer clips in a step than ranks: all of them.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    problems.extend(_batch_problems(recipe.training, world_size))
+    problems = _batch_problems(recipe.training, world_size)
     if needs_data:
         problems.extend(missing_data(recipe))
     problems.extend(_model_problems(recipe))
@@ -153,12 +146,11 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     try:
         read = read_deepspeed(recipe.deepspeed, recipe.ds, world_size=world_size)
     except UserError as error:
-        raise UserError(one_line([*problems, str(error)], f"recipe {recipe.name}")) from error
-    config = read.config
+        raise as_one([*problems, error], f"recipe {recipe.name}") from error
+    config, notes = read.config, read.notes
     problems.extend(read.problems)
-    notes.extend(read.notes)
     _take_ownership(config, recipe, problems, notes)
-    problems.extend(_engine_problems(config, has_gpu, world_size))
+    problems.extend(combination_problems(config, has_gpu=has_gpu, world_size=world_size))
     problems.extend(_cell_problems(config, recipe))
     problems.extend(
         optimizer_problems(
@@ -170,9 +162,10 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         )
     )
     if recipe.training.optimizer == "adamw8bit" and not has_gpu:
-        notes.append("training.optimizer=adamw8bit is made for GPUs: on a CPU a step of it takes many times AdamW's")
+        notes.append("training.optimizer=adamw8bit is made for GPUs: on a CPU its step takes many times AdamW's")
     if problems:
-        raise UserError(one_line(problems, f"recipe {recipe.name} with {recipe.deepspeed}"))
+        raise as_one(problems, f"recipe {recipe.name} with {recipe.deepspeed}")
+    notes.extend(mismatches(recipe))
     run_dir = Path(recipe.run.dir or f"runs/{recipe.name}")
     training = recipe.training
     arithmetic = (training.global_batch_size, world_size, training.micro_batch_size)
@@ -191,64 +184,75 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     return replace(run, notes=tuple(notes))
 
 
-def _batch_problems(training: Training, world_size: int) -> list[str]:
+def _batch_problems(training: Training, world_size: int) -> list[UserError]:
     total = training.global_batch_size
     if world_size < 1:
-        return [f"the number of ranks must be at least 1, not {world_size}"]
+        return [UserError(f"{world_size} ranks are too few", "start at least 1")]
     if total < world_size:
         return [
-            f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them: start at "
-            f"most {total}, or set training.global_batch_size={world_size} or more"
+            UserError(
+                f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them",
+                f"start at most {total} ranks, or set training.global_batch_size={world_size} or more",
+            )
         ]
     return []
 
 
-def missing_data(recipe: Recipe) -> list[str]:
-    """What the recipe leaves unsaid, or says twice, about where its clips are; empty when all is well."""
+def missing_data(recipe: Recipe) -> list[UserError]:
+    """What is missing, or given twice, about where the recipe's clips are; empty when nothing is."""
     data = recipe.data
     if data.source == "demo":
         return []
     if data.corpus:
         both = [f"data.{key}" for key in ("table", "poses") if getattr(data, key)]
-        return [f"data.corpus and {' and '.join(both)} both say where the clips are: keep one"] if both else []
+        message = f"data.corpus and {' and '.join(both)} both say where the clips are"
+        return [UserError(message, "keep one of them")] if both else []
     missing = [
         f"data.{key}={what}" for key, what in (("table", "FILE.csv"), ("poses", "FOLDER")) if not getattr(data, key)
     ]
     if not missing:
         return []
-    return [f"recipe {recipe.name} is not told where its clips are: add {' '.join(missing)} (or data.corpus=FOLDER)"]
+    message = f"recipe {recipe.name} does not say where its clips are"
+    return [UserError(message, f"add {' '.join(missing)} (or data.corpus=FOLDER)")]
 
 
-def _search_problems(recipe: Recipe) -> list[str]:
+def _search_problems(recipe: Recipe) -> list[UserError]:
     if recipe.evaluation.ctc_weight > 0 and recipe.training.ctc_weight == 0:
         return [
-            f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, which only "
-            "training.ctc_weight > 0 trains: set training.ctc_weight=0.3 or evaluation.ctc_weight=0"
+            UserError(
+                f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, and training.ctc_weight=0 "
+                "trains none",
+                "set training.ctc_weight=0.3 or evaluation.ctc_weight=0",
+            )
         ]
     return []
 
 
-def _model_problems(recipe: Recipe) -> list[str]:
+def _model_problems(recipe: Recipe) -> list[UserError]:
     model = recipe.model
     try:
         card = card_of(model)
         if model.tiny and card:
             tiny_config(card.architecture, card.config)
     except UserError as error:
-        return [str(error)]
+        return [error]
     random_weights = model.from_scratch or model.tiny
     if card and not card.hub_id and not random_weights:
-        return [f"model.backbone={model.backbone} has no published weights: add model.from_scratch=true"]
+        message = f"model.backbone={model.backbone} has no published weights"
+        return [UserError(message, "add model.from_scratch=true")]
     if model.tokenizer in ("bytes", "train") and not random_weights and card and card.tokenizer != model.tokenizer:
         return [
-            f"model.tokenizer={model.tokenizer}: the published weights of {model.backbone} speak the vocabulary of "
-            f"{card.tokenizer}; drop model.tokenizer, or add model.from_scratch=true"
+            UserError(
+                f"model.tokenizer={model.tokenizer}: the published weights of {model.backbone} have the vocabulary of "
+                f"{card.tokenizer}",
+                "leave model.tokenizer out, or add model.from_scratch=true",
+            )
         ]
     return []
 
 
-def _take_ownership(config: Tree, recipe: Recipe, problems: list[str], notes: list[str]) -> None:
-    """Empty ``config`` of what the recipe owns; a value there is a problem, "auto" gives way."""
+def _take_ownership(config: Tree, recipe: Recipe, problems: list[UserError], notes: list[str]) -> None:
+    """Remove what the recipe owns from ``config``; a value there is a problem, "auto" is none."""
     over = {".".join(path) for path, _ in leaves(recipe.ds)}
     given: dict[str, list[str]] = {}  # place -> keys with their values and owners
     for dotted, owner in OWNED.items():
@@ -266,8 +270,10 @@ def _take_ownership(config: Tree, recipe: Recipe, problems: list[str], notes: li
         given.setdefault("" if is_over else f"{json_place(recipe.deepspeed)}: ", []).append(f"{shown_key} ({owner})")
     for place, values in given.items():
         problems.append(
-            f"{place}{', '.join(values)}: recipe {recipe.name} owns what the DeepSpeed JSON gives here: take it out of "
-            'the JSON (or write "auto") and set the key in brackets'
+            UserError(
+                f"{place}{', '.join(values)}: recipe {recipe.name} owns what the DeepSpeed JSON gives here",
+                'take it out of the JSON (or write "auto") and set the key in brackets',
+            )
         )
 
 
@@ -278,7 +284,7 @@ def _same_optimizer(value: Any, recipe: Recipe) -> bool:
 
 
 def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
-    """What a scheduler section sets itself; "auto" where that is nothing, with a note."""
+    """The values that a scheduler section sets; "auto" where it sets none, with a note."""
     if not isinstance(scheduler, dict) or not scheduler:
         return "auto"
     given = {".".join(path): value for path, value in leaves(scheduler) if value != "auto" and path[-1] != "type"}
@@ -291,62 +297,24 @@ def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
     return "auto"
 
 
-def _engine_problems(config: Tree, has_gpu: bool, world_size: int) -> list[str]:
-    """Combinations that DeepSpeed refuses late, or accepts and gets wrong."""
-    problems = []
-    stage = value_at(config, "zero_optimization.stage") or 0
-    enabled = [name for name in PRECISIONS if value_at(config, f"{name}.enabled")]
-    if len(enabled) > 1:
-        problems.append(f"{' and '.join(enabled)} are enabled together: keep one, e.g. ds.{enabled[-1]}.enabled=false")
-    if enabled == ["torch_autocast"] and autocast_type(config) not in (*BFLOAT, *HALF):
-        problems.append("torch_autocast.enabled=true needs torch_autocast.dtype=bfloat16 (or float16)")
-    held = value_at(config, "data_types.param_dtype")
-    if held and held != parameter_precision(config):
-        problems.append(
-            f"data_types.param_dtype={held} and the run holds its parameters in {parameter_precision(config)}: "
-            f"set ds.data_types.param_dtype=null, or enable {held}"
-        )
-    accumulated = value_at(config, "data_types.grad_accum_dtype")
-    if stage == 0 and accumulated and accumulated != parameter_precision(config):
-        problems.append(
-            f"data_types.grad_accum_dtype={accumulated} with {parameter_precision(config)} parameters needs ZeRO stage "
-            "1 or more: set ds.zero_optimization.stage=1 or ds.data_types=null"
-        )
-    node = value_at(config, "zero_optimization.zero_hpz_partition_size")
-    if has_gpu and isinstance(node, int) and node > 0 and world_size % node:
-        problems.append(
-            f"zero_optimization.zero_hpz_partition_size={node} does not divide {world_size} ranks: it is the number of "
-            "GPUs of a node, ds.zero_optimization.zero_hpz_partition_size=N"
-        )
-    if value_at(config, "gradient_allreduce_op") not in (None, "mean"):
-        problems.append("gradient_allreduce_op must be mean: the loss is scaled for the mean over ranks")
-    if not has_gpu:
-        problems.extend(
-            f"{dotted} ({what}) needs a GPU: take it out or set ds.{dotted}=null"
-            for dotted, what in GPU_ONLY.items()
-            if value_at(config, dotted)
-        )
-        if "fp16" in enabled:
-            problems.append("fp16.enabled=true needs a GPU: on a CPU use ds.fp16.enabled=false ds.bf16.enabled=true")
-    return problems
-
-
-def _cell_problems(config: Tree, recipe: Recipe) -> list[str]:
-    """What the compatibility table says against this model with this DeepSpeed JSON."""
+def _cell_problems(config: Tree, recipe: Recipe) -> list[UserError]:
+    """What the compatibility table refuses of this model with this DeepSpeed JSON."""
     if value_at(config, "zero_optimization.stage") not in (None, *ZERO_STAGES):
         return []  # listed already
     try:
         architecture = architecture_of(recipe.model)
     except UserError:
         architecture = None  # _model_problems has listed why
-    refusal = refusal_in_words(cell_of(recipe, config, architecture))
-    problems = [f"model.backbone={recipe.model.backbone}: {refusal}"] if refusal else []
+    problem = cell_problem(cell_of(recipe, config, architecture), recipe.model.backbone)
+    problems = [problem] if problem else []
     storage = recipe.model.quantization.storage_dtype if recipe.model.quantization else None
     if storage not in (None, parameter_precision(config)):
         problems.append(
-            f"model.quantization.storage_dtype={storage}, and the run holds its parameters in "
-            f"{parameter_precision(config)}: DeepSpeed would cast what is packed: leave "
-            "model.quantization.storage_dtype out"
+            UserError(
+                f"model.quantization.storage_dtype={storage}, and the run holds its parameters in "
+                f"{parameter_precision(config)}: DeepSpeed would cast the packed weights",
+                "leave model.quantization.storage_dtype out",
+            )
         )
     return problems
 
@@ -354,9 +322,9 @@ def _cell_problems(config: Tree, recipe: Recipe) -> list[str]:
 def _filled_in(
     config: Tree, training: Training, world_size: int, micro_batch_size: int, accumulation: int, run_dir: Path
 ) -> Tree:
-    """``config`` with the recipe's values and with the defaults that DeepSpeed would choose otherwise."""
+    """``config`` with the recipe's values, and with our defaults where DeepSpeed's would differ."""
     zero = {"stage": 0, **config.get("zero_optimization", {})}
-    # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms; a JSON that wants it says so.
+    # DeepSpeed overlaps by default at stage 3, which has given NaN and wrong norms.
     zero.setdefault("overlap_comm", False)
     for section in ("offload_optimizer", "offload_param"):
         if value_at(zero, f"{section}.device") == "nvme":
@@ -364,13 +332,13 @@ def _filled_in(
     if training.optimizer == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False  # Muon orthogonalises whole gradients
     offloaded = offload_device(config, "optimizer") is not None
-    # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is switched off, so what is off goes altogether.
+    # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is switched off, so the section is removed.
     config = {key: value for key, value in config.items() if not (key in PRECISIONS and not value.get("enabled"))}
     return {
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
-        # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were
-        # alike. It counts samples by it, in its log alone: the loop marks the boundaries and scales the loss by tokens.
+        # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were of
+        # one size. It only counts samples by it, in its log: the loop marks the boundaries and scales the loss.
         "train_batch_size": micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

@@ -1,7 +1,8 @@
 """The recipe as a typed tree: every key, its unit, its default and its bounds.
 
 The same names serve in YAML (``training: {epochs: 20}``) and on the command line (``training.epochs=20``). Nothing here
-reads a file; see ``load.py``. All models are frozen and refuse unknown keys.
+reads a file; see ``load.py``. All models are frozen and refuse unknown keys. A validator raises ``ValueError(message,
+hint)``, of which ``load.py`` makes a ``UserError``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer"
 class Section(BaseModel):
     """What all sections share: an unknown key is an error, and a recipe never changes once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false are no value for this key")
+            raise ValueError("true and false are not valid values", "write a value of the key's own kind")
         return value
 
 
@@ -60,13 +61,19 @@ class Data(Section):
     @model_validator(mode="after")
     def _shares_leave_training_data(self) -> Data:
         if self.dev_share + self.test_share >= 1.0:
-            raise ValueError(f"dev_share {self.dev_share} + test_share {self.test_share} leave nothing to train on")
+            raise ValueError(
+                f"dev_share {self.dev_share} + test_share {self.test_share} leave no training clips",
+                "set data.dev_share and data.test_share to less than 1 together",
+            )
         if self.min_frames > self.max_frames:
-            raise ValueError(f"min_frames {self.min_frames} is greater than max_frames {self.max_frames}")
+            raise ValueError(
+                f"min_frames {self.min_frames} is greater than max_frames {self.max_frames}",
+                "lower data.min_frames or raise data.max_frames",
+            )
         return self
 
 
-# What `null` (or silence) means to each kind of pose encoder.
+# What `null`, or leaving a key out, means to each kind of pose encoder.
 POSE_ENCODER_DEFAULTS: dict[str, dict[str, int]] = {
     "linear": {"hidden": 1024},
     "conv": {"hidden": 512, "layers": 2, "kernel": 5, "stride": 2},
@@ -102,13 +109,20 @@ class PoseEncoder(Section):
     @model_validator(mode="after")
     def _sizes_fit(self) -> PoseEncoder:
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} has no middle: take an odd number of frames")
+            raise ValueError(f"kernel {self.kernel} is even", "set model.pose_encoder.kernel to an odd number")
         if self.stride & (self.stride - 1):
-            raise ValueError(f"stride {self.stride} is no power of two: take 1, 2, 4 or 8")
+            raise ValueError(
+                f"stride {self.stride} is not a power of two", "set model.pose_encoder.stride to 1, 2, 4 or 8"
+            )
         if self.kind == "conformer" and self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden {self.hidden} must be a multiple of twice the {self.heads} heads")
+            raise ValueError(
+                f"hidden {self.hidden} is not a multiple of twice the {self.heads} heads",
+                f"set model.pose_encoder.hidden to a multiple of {2 * self.heads}",
+            )
         if self.kind == "stgcn" and self.hidden % 4:
-            raise ValueError(f"hidden {self.hidden} must be a multiple of 4 for stgcn")
+            raise ValueError(
+                f"hidden {self.hidden} is not a multiple of 4", "set model.pose_encoder.hidden to a multiple of 4"
+            )
         return self
 
 
@@ -130,7 +144,7 @@ class Quantization(Section):
     kind: Literal["int8", "nf4"]
     double_quantization: bool = True  # nf4: pack its scaling factors, too: 0.4 bits a weight less
     compute_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # nf4: in which its layers multiply
-    storage_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # nf4: disguise; must be the run's precision (None)
+    storage_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # nf4: must be the run's precision (None)
 
 
 class Model(Section):
@@ -152,14 +166,16 @@ class Model(Section):
     @model_validator(mode="after")
     def _nothing_is_frozen_and_trained(self) -> Model:
         if self.lora and self.freeze:
-            raise ValueError(f"lora freezes the backbone already: leave out freeze={self.freeze}")
+            raise ValueError(
+                f"lora freezes the backbone, and freeze={self.freeze} is given, too", "set model.freeze=[]"
+            )
         if len(set(self.extra_tokens)) < len(self.extra_tokens):
-            raise ValueError(f"extra_tokens names a token twice: {self.extra_tokens}")
+            raise ValueError(f"extra_tokens={self.extra_tokens} names a token twice", "name each token once")
         return self
 
 
 class Training(Section):
-    """Batches, optimiser, schedule and how often things happen. The DeepSpeed JSON owns precision and placement."""
+    """Batches, optimizer, schedule and intervals. The DeepSpeed JSON owns precision and placement."""
 
     epochs: Positive = 20.0
     max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
@@ -180,7 +196,7 @@ class Training(Section):
     gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    max_target_tokens: Count = 128  # longer texts are cut, and end where they are cut
+    max_target_tokens: Count = 128  # longer texts are truncated, and learnt as if they ended there
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
     freeze_backbone_steps: CountOrZero = 0  # first optimizer steps, in which only what has random weights learns
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
@@ -196,7 +212,7 @@ class Training(Section):
     workers: CountOrZero = 2  # loader processes per rank; 0 = load in the training process
     rank_timeout: Positive = 60.0  # seconds; a step that takes longer, and ten usual ones, looks for the missing rank
     data_timeout: Positive = 900.0  # seconds for which a rank may wait for a batch, and the others for that rank
-    time_limit: Positive | None = None  # minutes, after which the run saves and leaves with exit code 75
+    time_limit: Positive | None = None  # minutes, after which the run saves and ends with exit code 75
 
 
 class Augmentation(Section):
@@ -213,7 +229,7 @@ class Augmentation(Section):
     landmark_drop: Share = 0.0  # probability per landmark
     hand_drop: Share = 0.0  # probability per hand and clip
     mirror: Share = 0.0  # probability per clip of swapping left and right
-    temporal_crop: Share = 0.0  # largest share of the clip cut off its ends
+    temporal_crop: Share = 0.0  # largest share of the clip that is dropped at its ends
 
 
 class Evaluation(Section):
@@ -255,7 +271,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     deepspeed: str = "zero2"  # name in ds_configs/ or path of a JSON
-    ds: dict[str, Any] = Field(default_factory=dict)  # put into the DeepSpeed JSON, key by key; null removes a key
+    ds: dict[str, Any] = Field(default_factory=dict)  # merged into the DeepSpeed JSON, key by key; null removes a key
     data: Data = Data()
     model: Model
     training: Training = Training()

@@ -1,4 +1,4 @@
-"""Nested dictionaries with dotted keys: merge, walk, set, and the nearest valid spelling of a wrong key."""
+"""Nested dictionaries with dotted keys: merge, walk, look up, and the nearest valid spelling of a wrong key."""
 
 from __future__ import annotations
 
@@ -65,15 +65,12 @@ def without_nulls(tree: Tree) -> Tree:
 
 
 def nearest(word: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The valid spelling nearest to ``word``, or None where none is near."""
+    """The valid spelling nearest to ``word``, or None where none is near: below ``cutoff`` of 0 to 1."""
     matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
-def did_you_mean(word: str, valid: Iterable[str], prefix: str = "") -> str:
-    """``; did you mean ...?``, or what is valid where nothing is near and the list is short enough to read."""
-    valid = sorted(valid)
-    match = nearest(word, valid)
-    if match:
-        return f"; did you mean {prefix}{match}?"
-    return f"; valid here: {', '.join(valid)}" if 0 < len(valid) <= 20 else ""
+def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """A hint for a word that is none of ``valid``: the nearest of them, if any is near, and what to do otherwise."""
+    match = nearest(word, valid, cutoff)
+    return f"did you mean {prefix}{match}? {otherwise}" if match else otherwise

@@ -1,4 +1,4 @@
-"""Older spellings of a DeepSpeed JSON mean what DeepSpeed does with them, and the rules see that."""
+"""Older spellings of a DeepSpeed JSON are translated to what DeepSpeed does with them before the rules read them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_the_flags_of_offloading_become_sections(tmp_path, name):
 
 
 def test_the_rules_of_offloading_hold_for_flags(tmp_path):
-    with pytest.raises(UserError, match="parameters are offloaded by ZeRO stage 3, not by stage 2"):
+    with pytest.raises(UserError, match="ZeRO stage 3, not by stage 2"):
         resolved(write(tmp_path, {"stage": 2, "cpu_offload_param": True}))
-    with pytest.raises(UserError, match=r"DeepSpeed refuses it with zero_optimization\.offload_optimizer"):
+    with pytest.raises(UserError, match=r"adamw8bit .* zero_optimization\.offload_optimizer"):
         resolved(write(tmp_path, {"stage": 2, "cpu_offload": True}), "training.optimizer=adamw8bit")
 
 
@@ -51,18 +51,17 @@ def test_flag_and_section_together_are_an_error_with_a_way_out(tmp_path):
     with pytest.raises(UserError) as caught:
         resolved(path)
     way = "ds.zero_optimization.cpu_offload=null"
-    assert f"zero_optimization.cpu_offload=true and zero_optimization.offload_optimizer are both given: set {way}" in (
-        str(caught.value)
-    )
+    assert "zero_optimization.cpu_offload=true and zero_optimization.offload_optimizer" in caught.value.message
+    assert caught.value.hint == f"set {way}"
     assert resolved(path, way).zero_stage == 2
 
 
 def test_a_flag_of_the_wrong_type_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cpu_offload='yes' must be true or false"):
+    with pytest.raises(UserError, match="cpu_offload='yes'"):
         resolved(write(tmp_path, {"stage": 2, "cpu_offload": "yes"}))
 
 
-def test_pinning_without_anything_to_pin_is_told(tmp_path):
+def test_pinning_without_anything_to_pin_is_reported(tmp_path):
     (note,) = resolved(write(tmp_path, {"stage": 2, "cpu_offload_use_pin_memory": True})).notes
     assert "cpu_offload_use_pin_memory has no effect: write offload_optimizer.pin_memory" in note
 
@@ -75,4 +74,4 @@ def test_bfloat16_and_the_flag_zero_optimization(tmp_path):
     assert "bf16" in run.deepspeed and "bfloat16" not in run.deepspeed
     assert any("zero_optimization=true is read as zero_optimization.stage=1" in note for note in run.notes)
     problems = read_deepspeed(str(path), {"bf16": {"enabled": False}}).problems
-    assert any("bfloat16 and bf16 are the same section: set ds.bfloat16=null" in problem for problem in problems)
+    assert any("bfloat16" in problem.message and problem.hint == "set ds.bfloat16=null" for problem in problems)

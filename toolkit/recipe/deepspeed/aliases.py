@@ -1,7 +1,6 @@
-"""Older spellings of a DeepSpeed JSON, and comments beside its keys: put into today's words before any rule looks.
+"""Older spellings of a DeepSpeed JSON, and comments beside its keys, translated before any rule reads them.
 
-DeepSpeed itself still obeys the deprecated flags of offloading, so a rule that asks for the sections of today alone
-would not see them.
+DeepSpeed obeys its deprecated flags of offloading, so rules that read the current sections alone would miss them.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from toolkit.errors import UserError
 from toolkit.recipe.tree import Tree
 
 Path = tuple[str, ...]
+PlaceOf = Callable[[Path], str]  # how messages name the place of a key: its file, or "ds."
 
 # DeepSpeed's deprecated flag -> the section that it stands for.
 OFFLOAD_FLAGS = {
@@ -24,13 +25,23 @@ PIN_MEMORY = "cpu_offload_use_pin_memory"
 _COMMENT = re.compile(r"_*comments?\d*|(//|#).*", re.IGNORECASE)
 
 
-def translated(config: Tree, place_of: Callable[[Path], str], problems: list[str], notes: list[str]) -> Tree:
-    """``config`` in today's words; what stands for something else is told in ``notes``, what contradicts itself in
-    ``problems``. A flag that is neither true nor false stays, for the check of types to see."""
+def translated(config: Tree, place_of: PlaceOf, problems: list[UserError], notes: list[str]) -> Tree:
+    """``config`` in current keys.
+
+    A flag that is neither true nor false stays, and the check of types reports it.
+
+    Args:
+        config: a DeepSpeed JSON.
+        place_of: how messages name the place of a key.
+        problems: get what is given twice.
+        notes: get what is read as something else.
+    """
     config = _without_comments(config)
     if "bfloat16" in config:
         if "bf16" in config:
-            problems.append(f"{place_of(('bfloat16',))}bfloat16 and bf16 are the same section: set ds.bfloat16=null")
+            problems.append(
+                UserError(f"{place_of(('bfloat16',))}bfloat16 and bf16 are the same section", "set ds.bfloat16=null")
+            )
         config = {"bf16": config["bfloat16"], **{key: value for key, value in config.items() if key != "bfloat16"}}
     if isinstance(config.get("zero_optimization"), bool):
         stage = int(config["zero_optimization"])
@@ -42,19 +53,16 @@ def translated(config: Tree, place_of: Callable[[Path], str], problems: list[str
     return config
 
 
-def _offload(zero: Tree, place_of: Callable[[Path], str], problems: list[str], notes: list[str]) -> Tree:
+def _offload(zero: Tree, place_of: PlaceOf, problems: list[UserError], notes: list[str]) -> Tree:
     zero = dict(zero)
     pinned = zero.get(PIN_MEMORY)
     flags = {flag: zero.pop(flag) for flag in OFFLOAD_FLAGS if isinstance(zero.get(flag), bool)}
-    for flag, value in flags.items():
+    for flag in (flag for flag, value in flags.items() if value):
         section = OFFLOAD_FLAGS[flag]
         where = f"{place_of(('zero_optimization', flag))}zero_optimization.{flag}"
-        if not value:
-            continue
         if section in zero:
-            problems.append(
-                f"{where}=true and zero_optimization.{section} are both given: set ds.zero_optimization.{flag}=null"
-            )
+            message = f"{where}=true and zero_optimization.{section} are both given"
+            problems.append(UserError(message, f"set ds.zero_optimization.{flag}=null"))
             continue
         zero[section] = {"device": "cpu", **({"pin_memory": pinned} if isinstance(pinned, bool) else {})}
         notes.append(f"{where}=true is read as zero_optimization.{section}.device=cpu")

@@ -1,7 +1,8 @@
-"""From a recipe and its DeepSpeed JSON to their cell of the compatibility table, and a refusal in recipe keys."""
+"""From a recipe and its DeepSpeed JSON to their cell of the compatibility table, and its refusal as an error."""
 
 from __future__ import annotations
 
+from toolkit.errors import UserError
 from toolkit.recipe.deepspeed.compatibility import Cell, alternatives, refusal
 from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
 from toolkit.recipe.schema import Recipe
@@ -9,11 +10,11 @@ from toolkit.recipe.tree import Tree, value_at
 
 BFLOAT = ("bfloat16", "bf16")
 HALF = ("float16", "fp16", "half")
-LISTED = 6  # so many alternatives fit a line
+LISTED = 6  # alternatives that fit a line
 
 
 def cell_of(recipe: Recipe, config: Tree, architecture: str | None) -> Cell:
-    """Where in the table a recipe with a DeepSpeed JSON stands.
+    """The cell of a recipe with a DeepSpeed JSON.
 
     Args:
         recipe: the recipe.
@@ -71,17 +72,18 @@ def offload_device(config: Tree, what: str) -> str | None:
     return None if device == "none" else str(device)
 
 
-def refusal_in_words(cell: Cell) -> str | None:
-    """Why a cell cannot be trained and which settings can, or None where it can."""
+def cell_problem(cell: Cell, backbone: str) -> UserError | None:
+    """Why ``backbone`` cannot be trained in this cell and which settings can be; None where it can."""
     reason = refusal(cell)
     if reason is None:
         return None
     ways = [words for other in alternatives(cell) if (words := _as_settings(cell, other))]
-    return f"{reason}; nearest that work: {', or '.join(ways[:LISTED])}" if ways else reason
+    hint = f"nearest that work: {', or '.join(ways[:LISTED])}" if ways else "choose another model.backbone or --ds"
+    return UserError(f"model.backbone={backbone}: {reason}", hint)
 
 
 def _as_settings(cell: Cell, other: Cell) -> str | None:
-    """What to write on the command line to come from one cell to another; None where no shipped JSON leads there."""
+    """What to write on the command line to change from one cell to another; None where no shipped JSON does it."""
     words: list[str | None] = []
     if (other.zero_stage, other.offload) != (cell.zero_stage, cell.offload):
         words.append(_json_for(other))
@@ -96,7 +98,7 @@ def _as_settings(cell: Cell, other: Cell) -> str | None:
     return " ".join(given) if len(given) == len(words) else None
 
 
-# How to come from fp16 or autocast, the precisions that are ever refused, to another one.
+# How to change from fp16 or autocast, the only precisions that are refused, to another one.
 _PRECISION_SETTINGS = {
     "bf16": "ds.fp16.enabled=false ds.torch_autocast.enabled=false ds.bf16.enabled=true",
     "autocast": "ds.fp16.enabled=false ds.torch_autocast.enabled=true ds.torch_autocast.dtype=bfloat16",

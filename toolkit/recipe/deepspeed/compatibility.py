@@ -1,8 +1,8 @@
-"""What goes with what, as data: the compatibility table, asked before a model or a process group exists.
+"""The compatibility table: what can be trained with what, as data.
 
-A cell is one way to train: architecture × precision × adapter × quantisation × ZeRO stage × offload. ``refusal`` says
-why a cell cannot be trained, in words that name the cause; a cell without a refusal is a claim, and the tests train
-every one. Nothing here reads a file or knows how a recipe spells its settings; see ``cells.py``.
+A cell is one way to train: architecture × precision × adapter × quantisation × ZeRO stage × offload. ``refusal`` gives
+the reason why a cell cannot be trained; the tests train every cell that has none. Nothing here reads a file or knows
+how a recipe spells its settings; see ``cells.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {
     "compile.deepcompile": "DeepCompile",
-    "zero_optimization.leaf_module": "modules gathered as a whole",  # their gradients are told to a CUDA stream
+    "zero_optimization.leaf_module": "modules gathered as a whole",  # their gradients are recorded on a CUDA stream
     "zero_optimization.stage3_module_granularity_threshold": "modules gathered as a whole",
     "zero_optimization.zero_hpz_partition_size": "ZeRO++ parameters kept whole on each node",
     "zero_optimization.zero_quantized_weights": "ZeRO++ quantised weights",
@@ -53,7 +53,7 @@ class Cell:
 
     Attributes:
         architecture: HuggingFace ``model_type``; None = not known before the model is read. Rules about an
-            architecture then keep silent.
+            architecture then refuse nothing.
         precision, adapter, quantization, zero_stage, offload: one value of each axis above.
     """
 
@@ -70,21 +70,21 @@ class Cell:
 
 def _overflow(cell: Cell) -> str | None:
     if cell.precision == "fp16" and cell.architecture in OVERFLOWS_IN_FP16:
-        return f"a {cell.architecture} overflows to NaN in fp16; use bf16 or fp32"
+        return f"a {cell.architecture} overflows to NaN in fp16"
     return None
 
 
 def _quantised_without_adapter(cell: Cell) -> str | None:
     if cell.quantization != "none" and cell.adapter == "none":
-        return f"{cell.quantization} weights are frozen, so something beside them must learn: an adapter"
+        return f"{cell.quantization} weights are frozen, and without an adapter nothing of the backbone trains"
     return None
 
 
-def _int8_divided(cell: Cell) -> str | None:
+def _int8_partitioned(cell: Cell) -> str | None:
     if cell.quantization == "int8" and cell.zero_stage == 3:
         return (
-            "int8 and ZeRO stage 3 exclude each other: stage 3 cuts parameters into pieces, and the scales of an int8 "
-            "weight belong to whole rows"
+            "int8 and ZeRO stage 3 exclude each other: stage 3 partitions parameters, and the scales of an int8 weight "
+            "belong to whole rows"
         )
     return None
 
@@ -92,8 +92,8 @@ def _int8_divided(cell: Cell) -> str | None:
 def _dora_on_quantised(cell: Cell) -> str | None:
     if cell.adapter == "dora" and cell.quantization == "int8":
         return (
-            "DoRA looks at whole weights, and bitsandbytes' int8 layer has lost its scales once peft has unpacked it: "
-            "its forward pass fails"
+            "DoRA reads whole weights, and bitsandbytes' int8 layer loses its scales when peft unpacks it: its forward "
+            "pass fails"
         )
     if cell.adapter == "dora" and cell.quantization == "nf4" and cell.zero_stage == 3:
         return (
@@ -105,7 +105,7 @@ def _dora_on_quantised(cell: Cell) -> str | None:
 
 def _led_packed_in_autocast(cell: Cell) -> str | None:
     if cell.architecture == "led" and cell.quantization == "nf4" and cell.precision == "autocast":
-        return "the first gradients of a led with NF4 layers under autocast are NaN; use bf16 or fp32"
+        return "the first gradients of a led with NF4 layers under autocast are NaN"
     return None
 
 
@@ -113,7 +113,7 @@ def _offload_without_its_stage(cell: Cell) -> str | None:
     if cell.offload == "optimizer" and cell.zero_stage == 0:
         return "optimizer states are offloaded by ZeRO stages 1, 2 and 3, not by stage 0"
     if cell.offload == "nvme" and cell.zero_stage != 3:
-        return f"NVMe is used by ZeRO stage 3 alone, not by stage {cell.zero_stage}"
+        return f"NVMe is used by ZeRO stage 3 only, not by stage {cell.zero_stage}"
     if cell.offload in ("param", "optimizer+param") and cell.zero_stage != 3:
         return f"parameters are offloaded by ZeRO stage 3, not by stage {cell.zero_stage}"
     return None
@@ -122,7 +122,7 @@ def _offload_without_its_stage(cell: Cell) -> str | None:
 RULES: tuple[Callable[[Cell], str | None], ...] = (
     _overflow,
     _quantised_without_adapter,
-    _int8_divided,
+    _int8_partitioned,
     _dora_on_quantised,
     _led_packed_in_autocast,
     _offload_without_its_stage,
@@ -175,5 +175,5 @@ def cells() -> Iterator[Cell]:
 
 
 def needs_gpu(cell: Cell) -> bool:
-    """Whether the claim holds on GPUs only: CPUs compute fp16 too slowly to train, and DeepSpeed refuses it there."""
+    """Whether the cell trains on GPUs only: CPUs compute fp16 too slowly, and DeepSpeed refuses it there."""
     return cell.precision == "fp16"

@@ -1,28 +1,26 @@
-"""The DeepSpeed JSONs: read strictly, with overrides put inside, and every unknown key named.
+"""The DeepSpeed JSONs: read strictly, with overrides merged in, and every unknown key named.
 
-DeepSpeed ignores an unknown key at its top level and drops the word "auto" inside a section, so both are checked here.
-Older spellings become today's (``ds_aliases.py``), and what does nothing or harms goes (``ds_refusals.py``), before
-anyone looks at a value. What the values mean together is ``resolve.py``'s business.
+DeepSpeed ignores an unknown key at its top level and drops "auto" inside a section, so both are checked here. Older
+spellings are translated (``aliases.py``), and what does nothing or harms is removed (``refusals.py``), before any value
+is looked at. What the values mean together is decided in ``resolve.py``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, as_one
 from toolkit.files import read_text
-from toolkit.recipe.deepspeed.aliases import translated
+from toolkit.recipe.deepspeed.aliases import PlaceOf, translated
 from toolkit.recipe.deepspeed.keys import AUTO_ALLOWED, KNOWN, OPTIMIZER_IMPLEMENTATION, OWNED
-from toolkit.recipe.deepspeed.refusals import REFUSED, set_aside
+from toolkit.recipe.deepspeed.refusals import REFUSED, without_refused_and_idle
 from toolkit.recipe.paths import ds_configs_dir, shown
-from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, nearest, without_nulls
-
-PlaceOf = Callable[[tuple[str, ...]], str]  # how messages name the place of a key: its file, or "ds."
+from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, without_nulls
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -33,7 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
     "any": (object,),
 }
-_IN_WORDS = {
+_TYPE_NAMES = {
     "int": "a whole number",
     "float": "a finite number",
     "bool": "true or false",
@@ -54,13 +52,13 @@ class ReadJson:
     """A DeepSpeed JSON as it was read.
 
     Attributes:
-        config: in today's words, without what is refused or idle; "auto" stands only where the recipe owns the value.
-        problems: one sentence for each thing that is wrong.
+        config: in current keys, without what is refused or idle; "auto" stands only where the recipe owns the value.
+        problems: one for each thing that is wrong.
         notes: what is read as something else, or has no effect.
     """
 
     config: Tree = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,19 +67,19 @@ def load_deepspeed(name_or_path: str, overrides: Tree | None = None) -> Tree:
 
     Args:
         name_or_path: a name in ``ds_configs/``, or the path of a JSON file.
-        overrides: a tree laid on top; null removes a key.
+        overrides: a tree that is merged in; null removes a key.
 
     Raises:
         UserError: no such file, broken JSON, unknown keys, wrong types, or keys that are refused: all of them.
     """
     read = read_deepspeed(name_or_path, overrides)
     if read.problems:
-        raise UserError("; ".join(read.problems))
+        raise as_one(read.problems, f"DeepSpeed JSON {name_or_path}")
     return read.config
 
 
 def read_deepspeed(name_or_path: str, overrides: Tree | None = None, *, world_size: int = 1) -> ReadJson:
-    """Like ``load_deepspeed``, but what is wrong with keys and types is handed back, not raised.
+    """Like ``load_deepspeed``, but what is wrong with keys and types is returned, not raised.
 
     Args:
         name_or_path, overrides: as there.
@@ -102,8 +100,8 @@ def read_deepspeed(name_or_path: str, overrides: Tree | None = None, *, world_si
     config = translated(without_nulls(merge(base, over)), place_of, read.problems, read.notes)
     check = _Check(place_of, read.problems)
     config = check.section(config, KNOWN, ())
-    check.tell_autos()
-    read.config = set_aside(config, world_size, place_of, read.problems, read.notes)
+    check.report_autos()
+    read.config = without_refused_and_idle(config, world_size, place_of, read.problems, read.notes)
     return read
 
 
@@ -117,11 +115,11 @@ def _find(name_or_path: str) -> Path:
         return Path(name_or_path)
     path = ds_configs_dir() / f"{name_or_path}.json"
     if not path.is_file():
-        match = nearest(name_or_path, ds_config_names())
-        hint = f"did you mean {match}? " if match else ""
+        otherwise = (
+            f"choose one of {', '.join(ds_config_names())}, or give the path of your own, e.g. --ds my/zero.json"
+        )
         raise UserError(
-            f"DeepSpeed JSON {name_or_path!r} does not exist: {hint}there are {', '.join(ds_config_names())}; "
-            "one of your own is given by its path, e.g. --ds my/zero.json"
+            f"DeepSpeed JSON {name_or_path!r} does not exist", did_you_mean(name_or_path, ds_config_names(), otherwise)
         )
     return path
 
@@ -134,7 +132,7 @@ def _read(name_or_path: str) -> tuple[Tree, str]:
         tree: Tree = {}
         for key, value in pairs:
             if key in tree:
-                raise UserError(f"{place}: the key {key} stands twice in one section: keep one of them")
+                raise UserError(f"{place}: the key {key} stands twice in one section", "keep one of the two")
             tree[key] = value
         return tree
 
@@ -142,27 +140,27 @@ def _read(name_or_path: str) -> tuple[Tree, str]:
     try:
         config = json.loads(text, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
-        where = f"{place} line {error.lineno}, column {error.colno}"
-        raise UserError(f"{where}: not JSON: {_what_json_lacks(text, error)}") from error
+        raise _not_json(text, error, place) from error
     if not isinstance(config, dict):
-        raise UserError(f"{place}: a DeepSpeed JSON is one object {{…}}")
+        raise UserError(f"{place}: not one object {{…}}", "put all keys of the DeepSpeed JSON between braces")
     return config, place
 
 
-def _what_json_lacks(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong with a JSON, in words for its two most frequent faults."""
+def _not_json(text: str, error: json.JSONDecodeError, place: str) -> UserError:
+    """The two most frequent faults of a JSON have words of their own."""
+    where = f"{place} line {error.lineno}, column {error.colno}: not JSON"
     rest = text[error.pos :].lstrip()
     if rest.startswith(("//", "/*", "#")):
-        return 'JSON has no comments: take it out, or make it a key: "_comment": "…"'
+        return UserError(f"{where}: it has no comments", 'take the comment out, or make it a key: "_comment": "…"')
     if rest.startswith(("}", "]")) and text[: error.pos].rstrip().endswith(","):
-        return "a comma stands before the closing bracket: take it out"
-    return error.msg
+        return UserError(f"{where}: a comma stands before the closing bracket", "take the comma out")
+    return UserError(f"{where}: {error.msg}", "correct it there; ds_configs/zero2.json is an example")
 
 
 class _Check:
     """Keys and types of a DeepSpeed JSON; what is wrong is added to ``problems``."""
 
-    def __init__(self, place_of: PlaceOf, problems: list[str]) -> None:
+    def __init__(self, place_of: PlaceOf, problems: list[UserError]) -> None:
         self.place_of = place_of
         self.problems = problems
         self.autos: dict[str, list[str]] = {}  # place -> keys
@@ -177,7 +175,7 @@ class _Check:
             result[key] = value
             if key not in known:
                 if dotted not in REFUSED:
-                    self.problems.append(f"{where} is no DeepSpeed key{_suggestion(key, known, path)}")
+                    self.problems.append(UserError(f"{where} is not a DeepSpeed key", _suggestion(key, known, path)))
             elif dotted == "optimizer.params" and isinstance(value, dict):
                 owned = {name.rsplit(".", 1)[-1]: "any" for name in OWNED if name.startswith("optimizer.params.")}
                 result[key] = self.section(value, {**OPTIMIZER_IMPLEMENTATION, **owned}, here)
@@ -189,47 +187,49 @@ class _Check:
                 if isinstance(value, dict):
                     result[key] = self.section(value, known[key], here)
                 else:
-                    self.problems.append(f"{where}={value!r} must be a section {{…}}")
+                    self.problems.append(UserError(f"{where}={value!r} is not a section", f"write {dotted} as {{…}}"))
             else:
                 result[key] = _typed(value, known[key], where, self.problems)
         return result
 
-    def tell_autos(self) -> None:
+    def report_autos(self) -> None:
         """One problem for all "auto" of a place."""
         for place, keys in self.autos.items():
             listed = f", {place if place == 'ds.' else ''}".join(keys)
             self.problems.append(
-                f'{place}{listed} {"is" if len(keys) == 1 else "are"} "auto", which DeepSpeed drops without a word: '
-                f"write the {'value' if len(keys) == 1 else 'values'}, or ds.KEY=null for DeepSpeed's own "
-                f'("auto" serves only where the recipe owns it: {", ".join(OWNED)})'
+                UserError(
+                    f'{place}{listed} {"is" if len(keys) == 1 else "are"} "auto", which DeepSpeed drops',
+                    f"write the {'value' if len(keys) == 1 else 'values'}, or ds.KEY=null for DeepSpeed's default "
+                    f'("auto" is for what the recipe owns: {", ".join(OWNED)})',
+                )
             )
 
 
 def _suggestion(key: str, known: Tree, path: tuple[str, ...]) -> str:
     """Where a key that is not known here belongs: the same word in another section, else the nearest word here."""
-    homes = [home for home in _places_of(key, KNOWN) if home != (*path, key)]
-    if homes and len(homes) <= 3:
-        return f"; it belongs at {' or '.join('.'.join(home) for home in homes)}"
-    return did_you_mean(key, known, "".join(f"{step}." for step in path))
+    homes = [".".join(home) for home in _places_of(key, KNOWN) if home != (*path, key)]
+    if 0 < len(homes) <= 3:
+        return f"move it to {' or '.join(homes)}"
+    return did_you_mean(key, known, "take it out", prefix="".join(f"{step}." for step in path))
 
 
 def _places_of(key: str, known: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for name, kind in known.items():
         if name == key:
             yield (*path, name)
-        if isinstance(kind, dict) and name != "bfloat16":  # bf16 by another name
+        if isinstance(kind, dict) and name != "bfloat16":  # another name of bf16
             yield from _places_of(key, kind, (*path, name))
 
 
-def _typed(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
+def _typed(value: Any, kind: Any, where: str, problems: list[UserError]) -> Any:
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)  # 5e8 is how people write a bucket size
-    wanted = f"one of {', '.join(map(str, kind))}" if isinstance(kind, tuple) else _IN_WORDS[kind]
-    if _endless(value):
+    wanted = f"one of {', '.join(map(str, kind))}" if isinstance(kind, tuple) else _TYPE_NAMES[kind]
+    if not _is_finite(value):
         word = "NaN" if "nan" in str(value) else "Infinity"
-        problems.append(f"{where}: {word} is not JSON: write {wanted}, or take the key out")
+        problems.append(UserError(f"{where}={word} is not JSON", f"write {wanted}, or take the key out"))
     elif not _fits(value, kind):
-        problems.append(f"{where}={value!r} must be {wanted}{_unquoted(value, kind)}")
+        problems.append(UserError(f"{where}={value!r} is not {wanted}", _unquoted(value, kind) or f"write {wanted}"))
     return value
 
 
@@ -240,14 +240,14 @@ def _fits(value: Any, kind: Any) -> bool:
     return not truth_as_number and isinstance(value, _TYPES[kind])
 
 
-def _endless(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, dict | list):
-        return any(map(_endless, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, float) and not math.isfinite(value)
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _unquoted(value: Any, kind: Any) -> str:
-    """A hint for numbers and truth values in quotes."""
+    """The hint for numbers and truth values in quotes; empty where the value is none."""
     if not isinstance(value, str):
         return ""
     try:
@@ -256,4 +256,4 @@ def _unquoted(value: Any, kind: Any) -> str:
         return ""
     if kind == "int" and isinstance(meant, float) and meant.is_integer():
         meant = int(meant)
-    return f": write {json.dumps(meant)} without quotes" if _fits(meant, kind) else ""
+    return f"write {json.dumps(meant)} without quotes" if _fits(meant, kind) else ""

@@ -1,12 +1,13 @@
-"""The keys of a DeepSpeed JSON as data: what exists, of which type, and who owns it.
+"""The keys of a DeepSpeed JSON as data: which there are, their types, and who owns their values.
 
-DeepSpeed itself ignores a misspelt key at the top level, and importing it takes seconds, so the names live here; a test
-compares this table, and that of ``ds_refusals.py``, with the installed DeepSpeed's own. A leaf is a type name
+DeepSpeed ignores a misspelt key at the top level, and importing it takes seconds, so the names are written here; a test
+compares this table, and that of ``refusals.py``, with the installed DeepSpeed. A leaf is a type name
 (``int float bool str list dict any``) or the tuple of its allowed values; a dictionary is a section.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 DEVICES = ("none", "cpu", "nvme")
@@ -202,6 +203,16 @@ KNOWN: dict[str, Any] = {
     "vocabulary_size": "int",
 }
 
+
+def text_keys(known: dict[str, Any] = KNOWN, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key whose value is any text."""
+    for name, kind in known.items():
+        if isinstance(kind, dict):
+            yield from text_keys(kind, (*path, name))
+        elif kind == "str":
+            yield (*path, name)
+
+
 # Keys whose values the recipe owns, and the recipe key that owns each: a value is a conflict, "auto" is replaced.
 OWNED: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
@@ -227,7 +238,7 @@ OPTIMIZER_IMPLEMENTATION: dict[str, Any] = {
     "bias_correction": "bool",
 }
 
-# "auto" is DeepSpeed's own word at these keys; everywhere else it silently drops the setting.
+# "auto" is one of DeepSpeed's own values for these keys; it drops any other key that is "auto", without a message.
 AUTO_ALLOWED = {
     "data_types.keep_in_fp32_modules",
     "zero_optimization.zenflow.select_strategy",

@@ -1,9 +1,9 @@
 """Keys that DeepSpeed reads and that do nothing here, or harm: why, and what to use instead.
 
-Read in the source of DeepSpeed 0.19.8, against a training loop that marks its own accumulation boundaries and writes
-its own checkpoints. A key that is refused stops the run before it starts; one that is idle is taken out and told. What
-is in neither table is obeyed. Either way a value that asks for nothing (false, an empty section, ``"enabled": false``,
-DeepSpeed's own default) passes without a word.
+Read in the source of DeepSpeed 0.19.8, for a training loop that marks its own accumulation boundaries and writes its
+own checkpoints. A key that is refused stops the run before it starts; one that is idle is removed with a note. A key
+in neither table is obeyed. A value that requests nothing (false, an empty section, ``"enabled": false``, DeepSpeed's
+default) is removed without a note.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.errors import UserError
+from toolkit.recipe.deepspeed.aliases import PlaceOf
 from toolkit.recipe.tree import Tree, leaves, value_at, without
-
-Path = tuple[str, ...]
 
 
 def _always(config: Tree, world_size: int) -> bool:
@@ -29,9 +29,9 @@ class Refusal:
 
     Attributes:
         key: dotted; a section is refused with all that is in it.
-        reason: in a clause.
-        instead: words of the command line that do what the key was for; empty where there is nothing to do.
-        default: DeepSpeed's own value, which asks for nothing; of a section, its values by key.
+        reason: a clause.
+        instead: arguments of the command line that do what the key was for; may be empty.
+        default: DeepSpeed's own value, which requests nothing; of a section, its values by key.
         when: whether the key is refused in this DeepSpeed JSON on so many ranks.
     """
 
@@ -44,7 +44,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Idle:
-    """A key that is taken out with a note: key, reason and default as of a :class:`Refusal`."""
+    """A key that is removed with a note: key, reason and default as of a :class:`Refusal`."""
 
     key: str
     reason: str
@@ -135,7 +135,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         f"{OFFLOAD}.ratio",
-        "the share that stays on the device has an optimizer of its own, whose moments are in no checkpoint",
+        "the part that stays on the device has an optimizer of its own, whose moments are in no checkpoint",
         ("--ds zero3_offload",),
         default=1,
     ),
@@ -195,7 +195,9 @@ REFUSALS: tuple[Refusal, ...] = (
         default=1,
         when=_scatters,
     ),
-    Refusal("zero_optimization.compute_grad_norm", "every step clips by the gradient's norm or tells it", default=True),
+    Refusal(
+        "zero_optimization.compute_grad_norm", "every step clips by the gradient's norm or reports it", default=True
+    ),
     # --- compilation
     Refusal(
         "compile.deepcompile",
@@ -260,10 +262,10 @@ NVME = {
 }
 
 
-def set_aside(
-    config: Tree, world_size: int, place_of: Callable[[Path], str], problems: list[str], notes: list[str]
+def without_refused_and_idle(
+    config: Tree, world_size: int, place_of: PlaceOf, problems: list[UserError], notes: list[str]
 ) -> Tree:
-    """``config`` without what is refused (a problem each) and what is idle (a note, where it asks for something).
+    """``config`` without what is refused (a problem each) and what is idle (a note, where it requests something).
 
     Args:
         config: a DeepSpeed JSON whose keys and types are right.
@@ -276,35 +278,32 @@ def set_aside(
         value = value_at(kept, refusal.key)
         if value is None or not refusal.when(config, world_size):
             continue
-        if not _asks_for_nothing(value, refusal.default):
-            problems.append(_in_words(refusal, place_of))
+        if not _requests_nothing(value, refusal.default):
+            instead = f" and use {' '.join(refusal.instead)}" if refusal.instead else ""
+            message = f"{_where(refusal.key, place_of)} is refused: {refusal.reason}"
+            problems.append(UserError(message, f"set ds.{refusal.key}=null{instead}"))
         kept = without(kept, refusal.key)
     for idle in IDLE:
         value = value_at(kept, idle.key)
         if value is None:
             continue
-        if not _asks_for_nothing(value, idle.default):
+        if not _requests_nothing(value, idle.default):
             notes.append(f"{_where(idle.key, place_of)} has no effect: {idle.reason}")
         kept = without(kept, idle.key)
     notes.extend(_idle_here(kept, place_of))
     return kept
 
 
-def _in_words(refusal: Refusal, place_of: Callable[[Path], str]) -> str:
-    instead = f", and use {' '.join(refusal.instead)}" if refusal.instead else ""
-    return f"{_where(refusal.key, place_of)} is refused: {refusal.reason}; set ds.{refusal.key}=null{instead}"
-
-
-def _where(key: str, place_of: Callable[[Path], str]) -> str:
+def _where(key: str, place_of: PlaceOf) -> str:
     return f"{place_of(tuple(key.split('.')))}{key}"
 
 
-def _asks_for_nothing(value: Any, default: Any) -> bool:
+def _requests_nothing(value: Any, default: Any) -> bool:
     if isinstance(value, dict):
         if value.get("enabled") is False:
             return True
         defaults = default if isinstance(default, dict) else {}
-        return all(_asks_for_nothing(inner, defaults.get(key)) for key, inner in value.items())
+        return all(_requests_nothing(inner, defaults.get(key)) for key, inner in value.items())
     if isinstance(value, list):
         return not value
     if isinstance(value, str) and isinstance(default, str):
@@ -312,7 +311,7 @@ def _asks_for_nothing(value: Any, default: Any) -> bool:
     return value is False if default is None else bool(value == default)
 
 
-def _idle_here(config: Tree, place_of: Callable[[Path], str]) -> Iterator[str]:
+def _idle_here(config: Tree, place_of: PlaceOf) -> Iterator[str]:
     """What DeepSpeed reads at another ZeRO stage, with another device, or with DeepCompile only."""
     zero = config.get("zero_optimization")
     if isinstance(zero, dict):
@@ -339,6 +338,6 @@ def _idle_here(config: Tree, place_of: Callable[[Path], str]) -> Iterator[str]:
             yield f"{_listed(keys, 'compile', place_of)} no effect without compile.deepcompile"
 
 
-def _listed(keys: list[str], section: str, place_of: Callable[[Path], str]) -> str:
+def _listed(keys: list[str], section: str, place_of: PlaceOf) -> str:
     first = _where(f"{section}.{keys[0]}" if section else keys[0], place_of)
     return f"{', '.join([first, *keys[1:]])} {'has' if len(keys) == 1 else 'have'}"

@@ -14,7 +14,8 @@ import torch
 from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
-from toolkit.recipe.resolve import BFLOAT, HALF, ResolvedRun
+from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
+from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
 
 
