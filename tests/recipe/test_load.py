@@ -217,12 +217,9 @@ def test_recipes_are_frozen_and_their_defaults_are_not_shared():
         recipe.training.epochs = 3
 
 
-@pytest.mark.parametrize("written", ["1e5", "1.10", "+5", ".5", "1e400", "2024", "-0", "[8]"])
+@pytest.mark.parametrize("written", ["1e5", "1.10", "+5", ".5", "1e400", "2024", "-0"])
 def test_a_text_stays_as_it_is_written(tmp_path, written):
     path = write(tmp_path / "r.yaml", f"extends: t5_small\nrun: {{dir: {written}}}\n")
-    if written.startswith("["):
-        assert "run.dir=[8]" in error_of(path).message
-        return
     for recipe in (load_recipe(path), load_recipe("t5_small", [f"run.dir={written}"])):
         assert recipe.run.dir == written
     recipe = load_recipe(
