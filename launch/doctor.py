@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Say what works on this machine, or build DeepSpeed's C++ ops ahead of the first run.
+"""Show what works on this machine, or build DeepSpeed's C++ ops before the first run.
 
 python launch/doctor.py                          versions, devices, and a list of what works
 python launch/doctor.py --json                   the same as one JSON object
 python launch/doctor.py build-ops                what this machine needs, in one process
 python launch/doctor.py build-ops cpu_adam async_io
-python launch/doctor.py build-ops --force        anew, after a build was killed
+python launch/doctor.py build-ops --force        from scratch, after a build was killed
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     build = commands.add_parser("build-ops", help="build DeepSpeed's C++ ops in one process")
     build.add_argument("names", nargs="*", metavar="OP", help=f"{', '.join(OPS)}; default: shm_comm")
-    build.add_argument("--force", action="store_true", help="remove what a killed build left behind and build anew")
+    build.add_argument("--force", action="store_true", help="remove what a killed build left and build from scratch")
     arguments = parser.parse_args()
     use_extensions_dir()
     command = (lambda: _build(arguments)) if arguments.command == "build-ops" else (lambda: _report(arguments.json))

@@ -32,6 +32,6 @@ if ! command -v deepspeed >/dev/null; then
   PATH=$clone/.venv/bin:$PATH
 fi
 
-# Ctrl-C reaches launch.py and the ranks, which save; deepspeed itself would only print a traceback over their last line.
+# Ctrl-C reaches launch.py and the ranks, which save; deepspeed itself would print a traceback after their last line.
 trap '' INT
 exec deepspeed --num_gpus "$ranks" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$clone/launch/train.py" --recipe "$recipe" "$@"

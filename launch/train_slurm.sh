@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train under SLURM, one task a GPU: what `deepspeed --hostfile` does elsewhere is srun's work here.
+# Train under SLURM, one task a GPU: srun starts the ranks, as `deepspeed --hostfile` does elsewhere.
 #
 #   sbatch launch/train_slurm.sh t5_3b_lora                                    as the lines below say
 #   sbatch --nodes=4 launch/train_slurm.sh t5_3b_lora --ds zero3 training.epochs=40
@@ -33,7 +33,7 @@ fi
 
 recipe=$1
 shift
-# SLURM runs a copy of this script; the clone is where sbatch was called, unless CLONE says otherwise.
+# SLURM runs a copy of this script; the clone is the folder in which sbatch was called, or CLONE.
 clone=${CLONE:-$SLURM_SUBMIT_DIR}
 if [ ! -f "$clone/launch/train.py" ]; then
   echo "error: no launch/train.py in $clone: call sbatch in the clone, or set CLONE=FOLDER" >&2
@@ -42,17 +42,17 @@ fi
 python=python
 [ -x "$clone/.venv/bin/python" ] && python=$clone/.venv/bin/python
 
-# Where the ranks meet: the first node, and a port that two jobs on one node do not share.
+# The address of rank 0: the first node, and a port that two jobs on one node do not share.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# --signal=USR1@120 reaches the tasks of srun, not this script. All ranks then agree, finish their step, save and leave with
-# 75; without --kill-on-bad-exit=0 the first to leave would take along those that still write.
+# --signal=USR1@120 reaches the tasks of srun, not this script. All ranks then finish their step, save and exit with
+# 75; without --kill-on-bad-exit=0 the first exit would kill ranks that still write.
 code=0
 srun --kill-on-bad-exit=0 "$python" -u "$clone/launch/train.py" --recipe "$recipe" "$@" || code=$?
 
-# 75: interrupted with everything saved. The same job goes on from there when its turn comes again.
+# 75: interrupted with everything saved. The job resumes the run when SLURM starts it again.
 if [ "$code" = 75 ]; then
   echo "interrupted with everything saved; the job goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID"

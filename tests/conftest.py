@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             [SLOW_FOLDERS.index(part) + 1 for part in item.path.parts if part in SLOW_FOLDERS], default=0
         )
     )
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that no process uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def moving_clip(frames: int, points: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,4 +1,4 @@
-"""Text files that are either whole or not there."""
+"""Reading and writing text files: a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from toolkit.errors import UserError
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` by way of a temporary name beside it, so that no reader ever sees half a file.
+    """Write ``text`` to a temporary file beside ``path`` and rename it, so that no reader sees half a file.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}",
+            "check its folder's permissions and the space on the disk",
+        ) from error
     finally:
-        with contextlib.suppress(OSError):  # it is gone when all went well, and was never there when the folder was not
-            aside.unlink()
+        with contextlib.suppress(OSError):  # it is renamed by now, or was never made
+            temporary.unlink()
 
 
 def read_text(path: Path, what: str) -> str:
@@ -39,6 +42,10 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {what} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(
+            f"{path}: {what} must be UTF-8 text: {error.reason} at byte {error.start}", "save the file as UTF-8"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: {what} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{path}: {what} cannot be read: {error.strerror}", "check the path and the permissions of the file"
+        ) from error

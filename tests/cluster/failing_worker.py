@@ -1,9 +1,9 @@
-"""The ranks of test_failures.py: they agree with each other, and end as they are told.
+"""The ranks of test_failures.py: each case ends them in its own way.
 
-All are forks of one process that has imported what they need, which saves the seconds that each would take.
+All are forks of one process that has imported torch, which saves seconds per rank.
 
     failing_worker.py FOLDER CASE:RANKS:PORT ...      side by side; FOLDER/CASE_RANK.out, .err, .pid and .code
-    failing_worker.py FOLDER CASE:RANKS:PORT+ ...     one with a plus only begins, and is killed at the end
+    failing_worker.py FOLDER CASE:RANKS:PORT+ ...     a case with a plus is only started, and killed at the end
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_each_node, on_rank_0
 from toolkit.errors import UserError
 
-HANGS = 120.0  # as in a collective for which nobody comes
+HANGS = 120.0  # as in a collective that another rank never enters
 
 
 def record(rank: int, host: str, reason: str) -> None:
@@ -36,12 +36,12 @@ def look(ranks: Ranks) -> dict[str, int]:
 
 
 def hangs(ranks: Ranks) -> None:
-    print("they have met", flush=True)
+    print("all ranks are here", flush=True)
     time.sleep(HANGS)
 
 
 def refuse() -> None:
-    raise UserError("no such table")
+    raise UserError("no such table", "name one")
 
 
 def agrees(ranks: Ranks) -> None:
@@ -138,7 +138,7 @@ def main() -> None:
             continue
         living += pids
         while not all((folder / f"{name}.out").stat().st_size for name in pids.values()):
-            time.sleep(0.05)  # until they have met
+            time.sleep(0.05)  # until all are here
     for pid, name in waiting.items():
         (folder / f"{name}.code").write_text(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
     for pid in living:

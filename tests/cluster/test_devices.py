@@ -1,4 +1,4 @@
-"""The rank's device, and how everything is told of it, where torch says that there are GPUs."""
+"""The rank's device, and how torch is set to use it, with pretended GPUs."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_sees(gpus, visibl
     assert own_device() == torch.device(device)
 
 
-def test_a_command_without_ranks_takes_the_device_that_it_was_told(gpus):
+def test_a_command_without_ranks_uses_the_device_that_was_named(gpus):
     gpus(2)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert own_device() == torch.device("cuda", 1)
@@ -59,14 +59,14 @@ def test_a_device_that_is_not_there_is_refused(gpus, name):
 
 
 def test_a_barrier_names_the_rank_s_gpu(gpus, monkeypatch):
-    told = []
-    monkeypatch.setattr(dist, "barrier", lambda device_ids=None: told.append(device_ids))
+    passed = []
+    monkeypatch.setattr(dist, "barrier", lambda device_ids=None: passed.append(device_ids))
     gpus(4)
     use_device(Ranks(5, 1, 8, 4))
     barrier()
     gpus(0)
     barrier()
-    assert told == [[1], None]
+    assert passed == [[1], None]
 
 
 class Group:

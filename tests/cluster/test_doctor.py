@@ -35,7 +35,7 @@ def test_the_environment_names_versions_and_no_secret(monkeypatch):
     assert not any(word in name for name in VARIABLES for word in ("KEY", "TOKEN", "SECRET", "PASSWORD"))
 
 
-def test_every_finding_that_is_wrong_says_how_to_mend_it():
+def test_every_finding_that_is_wrong_names_its_remedy():
     findings = examine()
     assert {finding.name for finding in findings} >= {"device", "compiler", "op shm_comm", "memory", "disk"}
     assert all(finding.remedy for finding in findings if finding.state == "missing")
@@ -56,22 +56,23 @@ def test_json_is_one_object_on_the_last_line():
     assert set(report) == {"environment", "findings"}
 
 
-def test_an_unknown_op_is_one_line_and_exit_2():
+def test_an_unknown_op_is_an_error_with_a_hint_and_exit_2():
     done = run_doctor("build-ops", "cpu_adm")
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "cpu_adm" in done.stderr
+    message, hint = done.stderr.splitlines()
+    assert "cpu_adm" in message and "cpu_adam" in hint
 
 
-def test_a_stale_lock_stops_a_build_with_one_line(tmp_path):
+def test_a_stale_lock_stops_a_build_with_its_remedy(tmp_path):
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()
     done = run_doctor("build-ops", "shm_comm", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "--force" in done.stderr
+    assert "--force" in done.stderr.splitlines()[-1]
 
 
-def test_a_build_without_a_compiler_is_one_line_and_exit_2(tmp_path):
+def test_a_build_without_a_compiler_is_an_error_with_a_hint_and_exit_2(tmp_path):
     done = run_doctor("build-ops", "shm_comm", TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "shm_comm" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    message, hint = done.stderr.splitlines()
+    assert "shm_comm" in message and "launch/doctor.py" in hint

@@ -1,4 +1,4 @@
-"""One rank does something for all, and one rank fails: the others hear of it, and each node is told once."""
+"""Work that one rank does for all, and ranks that fail: every rank ends, and each node prints the error once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ended:
 
     Attributes:
         codes: their exit codes.
-        out, err: what they said, each as a text of its own.
+        out, err: what they printed, each as a text of its own.
         pids: their process ids.
     """
 
@@ -47,7 +47,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """All lines of the node's terminal that tell of an error."""
+        """All lines of the node's terminal that report an error."""
         return [line for text in self.err for line in text.splitlines() if line.startswith("error:")]
 
 
@@ -88,7 +88,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return run_cases(tmp_path_factory.mktemp("ranks"), *cases)
 
 
-def test_what_rank_0_finds_reaches_all(ended: dict[str, Ended]) -> None:
+def test_the_value_of_rank_0_reaches_all(ended: dict[str, Ended]) -> None:
     case = ended["agrees"]
     assert case.codes == [0, 0], case.err
     assert case.out[0].count("rank 0 looks") == 2
@@ -96,12 +96,13 @@ def test_what_rank_0_finds_reaches_all(ended: dict[str, Ended]) -> None:
 
 
 @pytest.mark.parametrize("name", ["rank_0_refuses", "all_refuse"])
-def test_an_error_of_the_users_is_told_once_and_ends_all_ranks_with_its_code(
+def test_an_error_of_the_user_is_printed_once_and_ends_all_ranks_with_its_code(
     ended: dict[str, Ended], name: str
 ) -> None:
     case = ended[name]
     assert case.codes == [2, 2], case.err
     assert case.errors == ["error: no such table"]
+    assert "".join(case.err).count("hint: name one") == 1
     assert "Traceback" not in "".join(case.err)
 
 
@@ -114,7 +115,7 @@ def test_what_the_system_refuses_rank_0_is_reported_once_without_a_traceback(
     assert len(lines) == 1, ended[case].err
 
 
-def test_a_rank_that_fails_alone_tells_of_it_and_ends_one_that_hangs(ended: dict[str, Ended]) -> None:
+def test_a_rank_that_fails_alone_reports_it_and_ends_one_that_hangs(ended: dict[str, Ended]) -> None:
     case = ended["last_rank_breaks"]
     assert case.codes == [1, 1], case.err
     assert case.err[0] == ""
@@ -126,7 +127,7 @@ def test_a_rank_that_fails_alone_tells_of_it_and_ends_one_that_hangs(ended: dict
     assert case.out[1] == f"recorded: rank 1 of {host}: {why}\nrank 1 tidies up\n"
 
 
-def test_a_bug_in_what_rank_0_does_for_all_is_told_by_rank_0_alone(ended: dict[str, Ended]) -> None:
+def test_a_bug_in_work_for_all_ranks_is_reported_by_rank_0_alone(ended: dict[str, Ended]) -> None:
     case = ended["rank_0_breaks_for_others"]
     assert case.codes == [1, 1], case.err
     assert "ZeroDivisionError" in case.err[0]

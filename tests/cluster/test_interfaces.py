@@ -29,7 +29,7 @@ TWO_NODES = Ranks(rank=8, local_rank=0, world_size=16, local_world_size=8)
         ("", None, None),
     ],
 )
-def test_what_nccl_was_told_counts_then_the_way_to_rank_0(nccl: str, towards: str | None, chosen: str | None) -> None:
+def test_nccls_interface_comes_before_the_route_to_rank_0(nccl: str, towards: str | None, chosen: str | None) -> None:
     assert choose_interface(NODE, towards, nccl) == chosen
 
 
@@ -43,7 +43,9 @@ def test_this_machine_has_addresses_and_a_way_to_itself() -> None:
     assert address_towards("no-such-host.invalid") is None
 
 
-def test_gloo_is_told_on_several_nodes_alone_and_never_against_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloos_interface_is_set_on_several_nodes_only_unless_the_user_set_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(interfaces, "own_addresses", lambda: NODE)
     monkeypatch.setattr(interfaces, "address_towards", lambda host: "10.0.0.2")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")

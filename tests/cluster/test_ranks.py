@@ -84,18 +84,18 @@ def test_nodes_of_a_slurm_step_may_differ(rank, local_rank, tasks, node, here):
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "named"),
     [
-        (of_slurm(11, 5, "8,4", 1), "SLURM_LOCALID=5 does not fit"),
-        (of_slurm(11, 3, "8,4", 2), "SLURM_NODEID=2 is not one of the 2 nodes"),
-        (of_slurm(11, 3, "8,4", None), "no SLURM_NODEID says which node this is"),
-        (of_slurm(11, 3, "eight", 0), "'eight', not a list as 8\\(x2\\),4"),
+        (of_slurm(11, 5, "8,4", 1), "SLURM_LOCALID=5"),
+        (of_slurm(11, 3, "8,4", 2), "SLURM_NODEID=2 .* 2 nodes"),
+        (of_slurm(11, 3, "8,4", None), "SLURM_NODEID"),
+        (of_slurm(11, 3, "eight", 0), "SLURM_STEP_TASKS_PER_NODE is 'eight'"),
     ],
 )
-def test_a_slurm_step_that_contradicts_itself_is_told_in_one_line(environment, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_a_slurm_step_that_contradicts_itself_is_refused(environment, named):
+    with pytest.raises(UserError, match=named) as error:
         read_ranks(environment)
-    assert "\n" not in str(error.value)
+    assert "start the run with" in error.value.hint
 
 
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 20)), min_size=1, max_size=6))
@@ -142,13 +142,13 @@ def test_several_ranks_see_one_gpu_only_where_each_can_have_its_own(variable, on
     if one_each:
         check_ranks(ranks, gpus=1, environment=variable)
     else:
-        with pytest.raises(UserError, match="it has 1 GPU; start at most 1 here"):
+        with pytest.raises(UserError, match=r"--num_gpus 4 .* 1 GPU "):
             check_ranks(ranks, gpus=1, environment=variable)
-    with pytest.raises(UserError, match="it has 2 GPUs"):
+    with pytest.raises(UserError, match="2 GPUs "):
         check_ranks(ranks, gpus=2, environment=variable)
 
 
-def test_a_batch_script_outside_srun_is_a_lone_process():
+def test_a_batch_script_outside_srun_is_a_single_process():
     assert read_ranks({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}) == Ranks()
 
 
@@ -161,26 +161,27 @@ def test_a_batch_script_outside_srun_is_a_lone_process():
     ],
 )
 def test_variables_that_do_not_fit_are_named(environment):
-    with pytest.raises(UserError, match="RANK") as error:
+    with pytest.raises(UserError, match="RANK"):
         read_ranks(environment)
-    assert "\n" not in str(error.value)
 
 
 def test_ranks_must_not_exceed_the_devices():
     eight = Ranks(world_size=8, local_world_size=8)
     check_ranks(eight, gpus=8, cores=2)
     check_ranks(eight, gpus=0, cores=8)
-    with pytest.raises(UserError, match="it has 2 GPUs; start at most 2 here"):
+    with pytest.raises(UserError, match=r"--num_gpus 8 .* 2 GPUs ") as error:
         check_ranks(eight, gpus=2, cores=64)
-    with pytest.raises(UserError, match="it has 1 CPU core; start at most 1 here"):
+    assert "--num_gpus 2" in error.value.hint
+    with pytest.raises(UserError, match="1 CPU core "):
         check_ranks(eight, gpus=0, cores=1)
 
 
 def test_ranks_without_a_master_address_are_refused():
     check_master_address(Ranks(), {})
     check_master_address(Ranks(world_size=2), {"MASTER_ADDR": "node-a"})
-    with pytest.raises(UserError, match=r"2 ranks were started .* set MASTER_ADDR and MASTER_PORT"):
+    with pytest.raises(UserError, match=r"2 ranks .* MASTER_ADDR") as error:
         check_master_address(Ranks(world_size=2), {"SLURM_STEP_NUM_TASKS": "2"})
+    assert "MASTER_ADDR and MASTER_PORT" in error.value.hint
 
 
 def test_only_the_ranks_of_this_node_count():

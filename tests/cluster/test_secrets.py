@@ -30,7 +30,7 @@ def test_a_secret_that_is_part_of_another_does_not_uncover_it(monkeypatch: pytes
     assert redact("hf_secret_of_the_user_and_more") == "<OTHER_TOKEN>"
 
 
-def test_no_file_of_a_run_tells_what_an_error_text_holds(tmp_path: Path) -> None:
+def test_a_secret_in_an_error_text_reaches_no_file_of_a_run(tmp_path: Path) -> None:
     log_to_file(tmp_path / "log.txt")
     try:
         raise RuntimeError("cannot log in with hf_secret_of_the_user")

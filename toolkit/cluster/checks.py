@@ -1,4 +1,4 @@
-"""What works on this machine and what to do about what does not: the findings that ``launch/doctor.py`` prints."""
+"""What works on this machine, and the remedy for what does not: the findings that ``launch/doctor.py`` prints."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Finding:
     """One line of the doctor's list.
 
     Attributes:
-        name: what was looked at.
+        name: of the check.
         state: ``ok``; ``note``: works with a limit; ``missing``: something will fail.
         detail: what was found.
-        remedy: how to mend it; empty where nothing needs mending.
+        remedy: how to correct it; empty where nothing is wrong.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything that a run needs, the most basic first."""
+    """Check everything that a run needs, the most basic first."""
     devices = gpus()
     return [
         _device(devices),
@@ -128,7 +128,7 @@ def _memory() -> Finding:
 
 def _shared_memory() -> Finding:
     if sys.platform != "linux" or not SHARED_MEMORY.exists():
-        return Finding("shared memory", "note", "no /dev/shm: ranks on the CPU talk over gloo alone, which is slower")
+        return Finding("shared memory", "note", "no /dev/shm: ranks on the CPU use gloo alone, which is slower")
     free = shutil.disk_usage(SHARED_MEMORY).free / GIB
     orphans = orphaned_buffers()
     left = f"; {len(orphans)} buffer(s) of dead runs, which the next run removes" if orphans else ""

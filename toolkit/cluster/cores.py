@@ -1,7 +1,7 @@
-"""How many of a node's cores are a rank's own, where the CPU does the work.
+"""How many of a node's cores one rank uses, on CPUs.
 
-Ranks that each take all cores get in each other's way. Which cores a process may use at all is said by its affinity
-(SLURM, mpirun, numactl, taskset) and by the quotas of its cgroups (containers, systemd), not by the machine's count.
+Ranks that each use all cores slow each other down. Which cores a process may use follows from its affinity (SLURM,
+mpirun, numactl, taskset) and the quotas of its cgroups (containers, systemd), not from the machine's count.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cores:
-    """What one process may use of its host's cores.
+    """The cores of a host that one process may use.
 
     Attributes:
         host: name of the machine or container.
         numbers: of the cores on which it may run.
-        quotas: cores' worth of time that each of its cgroups has, by the cgroup's path, where that is limited.
+        quotas: CPU time of each of its cgroups in cores, by the cgroup's path, where it is limited.
     """
 
     host: str
@@ -30,12 +30,12 @@ class Cores:
 
 
 def usable_cores() -> Cores:
-    """What this process may use."""
+    """The cores that this process may use."""
     return Cores(socket.gethostname(), frozenset(os.sched_getaffinity(0)), cgroup_quotas())
 
 
 def share_of_cores(own: Cores, ranks: Sequence[Cores]) -> int:
-    """Threads for one rank such that all ranks together keep their cores busy, and no core has two to serve.
+    """Threads for one rank, so that all ranks together use all cores and no core runs two threads.
 
     Args:
         own: of the rank itself.
@@ -51,7 +51,7 @@ def share_of_cores(own: Cores, ranks: Sequence[Cores]) -> int:
 def cgroup_quotas(
     of_process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> dict[str, float]:
-    """The limits, in cores, of this process's cgroup and of all those that it is in turn in; empty without any."""
+    """The limits, in cores, of this process's cgroup and of all its parents; empty without any."""
     quotas = {}
     try:
         lines = of_process.read_text().splitlines()

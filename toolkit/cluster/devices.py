@@ -1,8 +1,8 @@
 """The one device on which a rank computes.
 
-torch keeps a current GPU for each thread, number 0 until told otherwise, and all that names no GPU goes there: NCCL's
-object collectives and bare barriers, bitsandbytes, what ZeRO-3 gathers. So a command makes the rank's GPU the current
-one as soon as it knows its ranks, before anything is built, and whatever places a tensor asks :func:`own_device`.
+torch keeps a current GPU for each thread, by default number 0, and uses it wherever no GPU is named: NCCL's object
+collectives and barriers, bitsandbytes, the weights that ZeRO-3 gathers. So a command makes the rank's GPU the current
+one before it builds anything, and code that places a tensor calls :func:`own_device`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from toolkit.errors import UserError
 
 
 def use_device(ranks: Ranks) -> torch.device:
-    """Make the rank's device the current one; to be called in the main thread, before anything is built.
+    """Make the rank's device the current one; call it in the main thread, before anything is built.
 
     Args:
         ranks: this process's place in the run, which :func:`toolkit.cluster.ranks.check_ranks` has accepted.
@@ -44,11 +44,16 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--device {name}: {str(error).splitlines()[0]}", "write cpu, cuda or cuda:N, or leave --device out"
+        ) from error
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
         if (device.index or 0) >= gpus:
-            raise UserError(f"--device {name}: torch sees {gpus} GPUs here, numbered from 0: leave --device out")
+            raise UserError(
+                f"--device {name}: torch sees {gpus} GPUs here, numbered from 0",
+                "name one of them, or leave --device out",
+            )
         torch.cuda.set_device(device.index or 0)
         return own_device()
     return device
@@ -64,17 +69,17 @@ def own_device() -> torch.device:
 def barrier() -> None:
     """Wait for all ranks of the default process group.
 
-    NCCL waits by an all-reduce, which needs a device; told of none, it guesses one by the global rank, which is another
-    rank's where nodes differ in their number of ranks.
+    NCCL's barrier is an all-reduce, which needs a device. Without one it derives it from the global rank, which names
+    another rank's GPU where nodes differ in their number of ranks.
     """
     device = own_device()
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def check_bound() -> None:
-    """See that the default process group of several ranks is bound to the rank's GPU.
+    """Check that the default process group of several ranks is bound to the rank's GPU.
 
-    DeepSpeed binds it by LOCAL_RANK, and does not bind that of a lone rank, which has nobody to hang with.
+    DeepSpeed binds it by LOCAL_RANK, and leaves the group of a single rank unbound.
 
     Raises:
         RuntimeError: it is bound to another GPU, or to none.

@@ -1,6 +1,6 @@
-"""What a run ran on: versions, devices, memory and the toolkit's own commit, for ``environment.json`` and the doctor.
+"""Versions, devices, memory and the toolkit's commit, for ``environment.json`` and ``launch/doctor.py``.
 
-Only named facts are collected, never the process's environment as a whole, so that no secret can reach a run directory.
+Only the variables of a list are read, never the environment as a whole, so that no secret reaches a run directory.
 """
 
 from __future__ import annotations

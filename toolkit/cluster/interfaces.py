@@ -1,7 +1,7 @@
-"""By which network interface the nodes of a run reach each other, for gloo, which does not find that out by itself.
+"""The network interface by which the nodes of a run reach each other, set for gloo, which does not find it itself.
 
-Left alone, gloo takes the address that the machine's own name resolves to, often one that other nodes cannot reach.
-Checkpoints meet over gloo on GPUs, too, where users name an interface for NCCL at most.
+By default gloo takes the address that the machine's own name resolves to, often one that other nodes cannot reach.
+Checkpoints use gloo on GPUs, too, where users set an interface for NCCL at most.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ANY_PORT = 9  # nothing is sent there
 
 
 def name_interface(ranks: Ranks) -> None:
-    """Tell gloo the interface between the nodes, before the first group is made.
+    """Set gloo's interface between the nodes, before the first group is made.
 
-    One node needs none, and what the user has told gloo stays.
+    One node needs none, and GLOO_SOCKET_IFNAME of the user stays.
     """
     if ranks.world_size == ranks.local_world_size or os.environ.get(GLOO):
         return
@@ -30,16 +30,16 @@ def name_interface(ranks: Ranks) -> None:
 
 
 def choose_interface(addresses: Mapping[str, Sequence[str]], towards_rank_0: str | None, nccl: str = "") -> str | None:
-    """The interface between the nodes; None where nothing tells.
+    """The interface between the nodes; None where it cannot be known.
 
     Args:
         addresses: of each interface that is up, but for the loopback.
         towards_rank_0: this node's address on the way to rank 0, if there is a way.
-        nccl: what the user told NCCL: names or prefixes of them.
+        nccl: the user's NCCL_SOCKET_IFNAME: names or prefixes of them.
     """
     allowed = [name for name in addresses if is_allowed(name, nccl)]
     on_the_way = [name for name in allowed if towards_rank_0 in addresses[name]]
-    # Rank 0's own node may know itself by its loopback alone; an only interface, or NCCL's, is then the one.
+    # Rank 0's own node may reach itself by its loopback alone; then a single interface, or NCCL's, is taken.
     others = allowed if nccl or len(allowed) == 1 else []
     return next(iter([*on_the_way, *others]), None)
 

@@ -1,4 +1,4 @@
-"""Where libraries and the toolkit log: a file, so that the terminal shows the run."""
+"""Logs of the libraries and the toolkit go to a file, so that the terminal shows the run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from toolkit.cluster.secrets import RedactingFormatter
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written, on a full disk, buries nothing that the terminal says."""
+    """A log that cannot be written, on a full disk, prints no traceback to the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 def log_to_file(log: Path | None) -> None:
-    """Send what DeepSpeed, transformers and we log to a file (or nowhere), so that the terminal shows the run.
-
-    No secret of the environment reaches the file.
-    """
+    """Send the logs of DeepSpeed, transformers and the toolkit to a file without secrets; None drops them."""
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed  # it sets up its logging as it is imported
 

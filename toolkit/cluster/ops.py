@@ -1,12 +1,13 @@
-"""DeepSpeed's C++ ops: where they are built, building them ahead of a run, and locks that a killed build left behind.
+"""DeepSpeed's C++ ops: where they are built, by one process at a time, and locks that a killed build left.
 
-torch builds an extension under a file named ``lock``. A build that is killed leaves it, and every later process then
-waits for it without a word and without end; ``check_locks`` turns that wait into one line before a run starts.
+torch builds an extension under a file named ``lock``. A killed build leaves it, and every later process waits for it
+without end and prints nothing; ``check_locks`` refuses to start there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import sys
@@ -33,7 +34,7 @@ def use_extensions_dir() -> Path | None:
     """Point torch's extension builds into this Python environment; call before DeepSpeed is imported.
 
     A folder of the environment's own is never shared between two torch versions and is removed with the environment.
-    The environment's own ninja comes first, activated or not: another version would build every op again.
+    The environment's own ninja comes first, activated or not: another version builds every op again.
 
     Returns:
         The folder, or None where the environment is read-only and torch's default in the user's cache is used.
@@ -67,14 +68,13 @@ def is_built(name: str) -> bool:
 def stale_locks() -> list[Path]:
     """Lock files in the build folder that no living process of this machine holds.
 
-    torch keeps the file open while it builds, so a lock that nobody has open belongs to a build that died. A lock of
-    another user is left alone: its owner's processes cannot be seen.
+    torch keeps the file open while it builds, so a lock that no process has open belongs to a build that died. Locks of
+    other users are left alone: their processes cannot be seen.
     """
     root = use_extensions_dir()
     suspects = _unheld_locks(root) if root else {}
     if suspects:
-        # A lock may have passed from one living process to the next while we looked: the same file must be unheld
-        # twice.
+        # A lock may pass from one living process to the next meanwhile: the same file must be unheld twice.
         time.sleep(0.2)
         again = _unheld_locks(root) if root else {}
         suspects = {lock: identity for lock, identity in suspects.items() if again.get(lock) == identity}
@@ -82,7 +82,7 @@ def stale_locks() -> list[Path]:
 
 
 def check_locks() -> None:
-    """Refuse to start where a process would wait forever for a build that was killed.
+    """Refuse to start where a process would wait without end for a build that was killed.
 
     Raises:
         UserError: a stale lock is there.
@@ -90,25 +90,43 @@ def check_locks() -> None:
     locks = stale_locks()
     if locks:
         raise UserError(
-            f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}, "
-            f"for which every run would wait: remove it by `{REBUILD}`"
+            f"a build of DeepSpeed's op {locks[0].parent.name} was killed and left {locks[0]}; every run waits for it",
+            f"remove it by `{REBUILD}`",
         )
 
 
+def needed_ops(deepspeed: dict[str, Any], *, has_gpu: bool) -> list[str]:
+    """Names of the ops that DeepSpeed loads for a resolved DeepSpeed JSON."""
+    optimizer, zero = deepspeed.get("optimizer", {}), deepspeed["zero_optimization"]
+    devices = {key: section.get("device", "none") for key, section in zero.items() if isinstance(section, dict)}
+    names = [] if has_gpu else ["shm_comm"]
+    if optimizer.get("type") == "AdamW" and not optimizer["params"].get("torch_adam"):
+        names.append("fused_adam" if devices.get("offload_optimizer", "none") == "none" else "cpu_adam")
+    return [*names, "async_io"] if "nvme" in devices.values() else names
+
+
 def check_needed_ops(deepspeed: dict[str, Any]) -> None:
-    """Refuse to swap to a disk without the op that does it: its build takes minutes, in every rank at once.
+    """Refuse to swap to a disk without async_io, whose build takes minutes and needs a library of the system.
 
     Raises:
         UserError: a resolved DeepSpeed JSON offloads to NVMe and async_io is not built.
     """
-    devices = [
-        section.get("device") for section in deepspeed["zero_optimization"].values() if isinstance(section, dict)
-    ]
-    if "nvme" in devices and op_folder("async_io") and not is_built("async_io"):
+    if "async_io" in needed_ops(deepspeed, has_gpu=True) and op_folder("async_io") and not is_built("async_io"):
         raise UserError(
-            "offload to NVMe needs DeepSpeed's op async_io, which is not built: install libaio-dev, then once "
-            "`python launch/doctor.py build-ops async_io`; or choose --ds zero3_offload"
+            "offload to NVMe needs DeepSpeed's op async_io, which is not built",
+            "install libaio-dev, then run `python launch/doctor.py build-ops async_io`; or choose --ds zero3_offload",
         )
+
+
+def build_missing_ops(names: Iterable[str], echo: Callable[[str], None]) -> None:
+    """Build those of the ops that are not built, before every rank would; one rank of a node calls this.
+
+    Raises:
+        UserError: a build failed.
+    """
+    missing = [name for name in names if op_folder(name) and not is_built(name)]
+    if missing:
+        build_ops(missing, echo=echo)
 
 
 def build_ops(names: Iterable[str], *, force: bool = False, echo: Callable[[str], None] = print) -> dict[str, float]:
@@ -116,8 +134,8 @@ def build_ops(names: Iterable[str], *, force: bool = False, echo: Callable[[str]
 
     Args:
         names: keys of ``OPS``.
-        force: remove what a killed build left behind and build anew.
-        say: receives one line for each op.
+        force: remove what a killed build left behind and build from scratch.
+        echo: receives lines for the user.
 
     Returns:
         Seconds taken by each op that this machine can use.
@@ -128,40 +146,65 @@ def build_ops(names: Iterable[str], *, force: bool = False, echo: Callable[[str]
     names = list(names)
     unknown = [name for name in names if name not in OPS]
     if unknown:
-        raise UserError(f"no op is called {unknown[0]!r}: choose from {', '.join(OPS)}")
+        raise UserError(f"no op is called {unknown[0]!r}", f"choose from {', '.join(OPS)}")
     if force:
         for lock in stale_locks():
             echo(f"removed {lock}, left by a build that was killed")
             lock.unlink()
-        for name in names:
-            folder = op_folder(name)
-            if folder and folder.exists():
-                shutil.rmtree(folder)
     check_locks()
     with _silence():
         from deepspeed.accelerator import get_accelerator
 
-    return {name: seconds for name in names if (seconds := _build(name, get_accelerator(), echo)) is not None}
+    seconds = {}
+    for name in names:
+        with building(name, echo):
+            folder = op_folder(name)
+            if force and folder and folder.exists():
+                shutil.rmtree(folder)
+            taken = _build(name, get_accelerator(), echo)
+        if taken is not None:
+            seconds[name] = taken
+    return seconds
 
 
-def _build(name: str, accelerator: object, echo: Callable[[str], None]) -> float | None:
+@contextlib.contextmanager
+def building(name: str, echo: Callable[[str], None]) -> Iterator[None]:
+    """Within it no other process builds the op; one that does is waited for, and ``echo`` says so.
+
+    The lock is the kernel's, so that it ends with its process. torch's own file stays when its process is killed.
+    """
+    folder = op_folder(name)
+    if folder is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.building", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            echo(f"op {name}: another process builds it; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(name: str, accelerator: Any, echo: Callable[[str], None]) -> float | None:
     builder_class, purpose = OPS[name]
     started = time.monotonic()
     try:
         with _silence():
-            builder = accelerator.create_op_builder(builder_class)  # type: ignore[attr-defined]
+            builder = accelerator.create_op_builder(builder_class)
             usable = builder is not None and builder.is_compatible(verbose=False)
         if not usable:
             echo(f"op {name} ({purpose}): not for this machine, skipped")
             return None
         if not is_built(name):
-            echo(f"op {name} ({purpose}): building, one to four minutes on two cores")
+            echo(f"op {name} ({purpose}): building, one to four minutes on two cores, once per environment")
         with _silence():
             builder.load(verbose=False)
-    except Exception as error:  # whatever the compiler, ninja, CUDA or the loader says is the user's to mend
+    except Exception as error:  # the compiler, ninja, CUDA and the loader fail with classes of their own
         raise UserError(
-            f"DeepSpeed's op {name} could not be built: {_reason(str(error))}; "
-            "`python launch/doctor.py` lists what is missing"
+            f"DeepSpeed's op {name} could not be built: {_reason(str(error))}",
+            "run `python launch/doctor.py`, which lists what is missing",
         ) from error
     seconds = time.monotonic() - started
     echo(f"op {name} ({purpose}): ready after {seconds:.0f} s")
@@ -182,7 +225,7 @@ def _reason(output: str) -> str:
 def _silence() -> Iterator[None]:
     """Keep what DeepSpeed prints while it probes compilers off the terminal; errors arrive as exceptions.
 
-    A real file: DeepSpeed's probe for libaio asks for the descriptor of stderr and takes a stream without one for a
+    A real file: DeepSpeed's probe for libaio uses the descriptor of stderr, and takes a stream without one for a
     missing library.
     """
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

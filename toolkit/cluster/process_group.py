@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import socket
+import sys
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -14,20 +16,25 @@ import torch
 from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.devices import barrier, check_bound, use_device
 from toolkit.cluster.interfaces import name_interface
+from toolkit.cluster.ops import build_missing_ops
 from toolkit.cluster.ranks import Ranks
-from toolkit.cluster.rendezvous import join_rendezvous, leave_rendezvous
+from toolkit.cluster.rendezvous import join_rendezvous, leave_rendezvous, on_each_node
 from toolkit.cpu.shared_memory import release_own_buffer, remove_orphaned_buffers
 
-# A collective ends this much later than the longest permitted wait, so that the rank that is late says why first.
+# A collective ends this much later than the longest permitted wait, so that the late rank reports why first.
 GRACE_SECONDS = 60.0
 
 
-def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
-    """Bring the ranks together, each on its device; a lone process becomes a group of one.
+def join_process_group(ranks: Ranks, longest_wait: float = 0.0, ops: Iterable[str] = ()) -> None:
+    """Make the process group, each rank on its device; a single process becomes a group of one.
 
     Args:
         ranks: which rank this is.
         longest_wait: seconds for which a rank may be late for a collective; never fewer than DeepSpeed grants.
+        ops: DeepSpeed's C++ ops that the ranks load later; those that are missing are built here, once per node.
+
+    Raises:
+        UserError: an op could not be built.
     """
     import deepspeed
     from deepspeed.constants import default_pg_timeout
@@ -35,9 +42,11 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
     join_rendezvous(ranks)
     name_interface(ranks)
     device = use_device(ranks)  # not before: a GPU brings threads, and a run has forked its loader's workers by now
+    names = dict.fromkeys([*([] if device.type == "cuda" else ["shm_comm"]), *ops])
+    on_each_node(lambda: build_missing_ops(names, lambda line: print(f"note: {line}", file=sys.stderr, flush=True)))
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    # DeepSpeed takes LOCAL_RANK for the number of a GPU: that of the only one that a rank sees is 0.
+    # DeepSpeed uses LOCAL_RANK as the GPU's index: a rank that sees one GPU has index 0.
     number = ranks.local_rank if device.index is None else device.index
     os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks.world_size)}
     os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
@@ -53,7 +62,7 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0) -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the group, if there is one; never on the way out of an error, because it waits for the other ranks."""
+    """Leave the group, if there is one; never after an error, because it waits for the other ranks."""
     from torch import distributed as dist
 
     if dist.is_initialized():
@@ -62,9 +71,9 @@ def leave_process_group() -> None:
 
 
 def use_threads(ranks: Ranks) -> None:
-    """Share the cores of a machine without GPUs among its ranks; all of them call this, in the group if there is one.
+    """Divide the cores of a machine without GPUs among its ranks; all ranks call this, in the group if there is one.
 
-    OMP_NUM_THREADS, which `deepspeed --bind_cores_to_rank` and torchrun set, decides where it is set.
+    OMP_NUM_THREADS, which `deepspeed --bind_cores_to_rank` and torchrun set, takes precedence.
     """
     if torch.cuda.is_available():
         return

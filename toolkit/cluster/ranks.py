@@ -1,6 +1,6 @@
-"""Which process of how many this is, read from what the launcher left in the environment.
+"""Which process of how many this is, read from the launcher's environment variables.
 
-No process group is needed, so that wrong input is reported, once per node, before one exists.
+It needs no process group, so that wrong input is reported once per node before there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from toolkit.errors import UserError
 SLURM_TASKS, SLURM_NODE = "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"
 # rank, local rank, world size, ranks on this node: DeepSpeed's and torch's launchers (one says LOCAL_SIZE, the other
 # LOCAL_WORLD_SIZE), Open MPI, MVAPICH2, Hydra (mpiexec of MPICH and Intel MPI), SLURM's srun. srun comes last: the
-# others may start their daemons by it, and SLURM counts those.
+# others may start their daemons with it, and SLURM counts those.
 LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     (
@@ -58,7 +58,7 @@ class Ranks:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """The ranks that a launcher gave to this process; a lone process is rank 0 of 1.
+    """The ranks that a launcher gave to this process; a process without a launcher is rank 0 of 1.
 
     Raises:
         UserError: a launcher's variable is not a number, or the ranks do not fit each other.
@@ -78,14 +78,14 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     if not (0 <= ranks.rank < ranks.world_size and fits_node):
         raise UserError(
             f"{rank}={ranks.rank}, {local_rank}={ranks.local_rank} does not fit {world_size}={ranks.world_size} "
-            f"with {ranks.local_world_size} on this node: "
-            "start the run by `deepspeed`, or unset these variables to run a single process"
+            f"with {ranks.local_world_size} on this node",
+            "start the run with `deepspeed`, or unset these variables to run a single process",
         )
     return ranks
 
 
 def read_local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Number of this process on its node, for those who must print an error: it never raises; 0 where it is unknown."""
+    """Number of this process on its node, for printing an error: it never raises; 0 where it is unknown."""
     names = _launcher(environment)
     try:
         return max(0, int(environment[names[1]])) if names else 0
@@ -129,21 +129,22 @@ def check_ranks(
     if ranks.local_world_size > devices:
         plural = "" if devices == 1 else "s"
         raise UserError(
-            f"--num_gpus {ranks.local_world_size} asks for more ranks than this machine has {kind}s: "
-            f"it has {devices} {kind}{plural}; start at most {devices} here"
+            f"--num_gpus {ranks.local_world_size} is more than the {devices} {kind}{plural} of this machine",
+            f"start at most {devices} with --num_gpus {devices}",
         )
 
 
 def check_master_address(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse ranks that would wait for each other without end, because nobody told them where rank 0 is.
+    """Refuse several ranks without the address of rank 0, which would wait for each other without end.
 
     Raises:
         UserError: no MASTER_ADDR, as under a bare ``srun`` or ``mpirun``.
     """
     if ranks.world_size > 1 and "MASTER_ADDR" not in environment:
         raise UserError(
-            f"{ranks.world_size} ranks were started and none is told where rank 0 is: start the run by `deepspeed` or "
-            "by launch/train_slurm.sh, or set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port of it"
+            f"{ranks.world_size} ranks were started without MASTER_ADDR, the address of rank 0",
+            "start the run with `deepspeed` or launch/train_slurm.sh, or set MASTER_ADDR and MASTER_PORT to the host "
+            "of rank 0 and a free port of it",
         )
 
 
@@ -168,23 +169,31 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         return int(environment[name])
     except ValueError:
         raise UserError(
-            f"environment variable {name} is {environment[name]!r}, not a number: unset it or start by `deepspeed`"
+            f"environment variable {name} is {environment[name]!r}, not a number",
+            "unset it, or start the run with `deepspeed`",
         ) from None
 
 
 def _on_this_node(environment: Mapping[str, str], name: str) -> int:
-    """How many ranks this node has; SLURM says it of all nodes of the step."""
+    """How many ranks this node has; SLURM lists all nodes of the step."""
     if name != SLURM_TASKS:
         return _number(environment, name)
     try:
         tasks = tasks_per_node(environment[name])
     except ValueError:
         raise UserError(
-            f"environment variable {name} is {environment[name]!r}, not a list as 8(x2),4: unset it or start by srun"
+            f"environment variable {name} is {environment[name]!r}, not a list such as 8(x2),4",
+            "unset it, or start the run with srun",
         ) from None
     node = _number(environment, SLURM_NODE) if SLURM_NODE in environment else 0
     if SLURM_NODE not in environment and len(set(tasks)) > 1:
-        raise UserError(f"{name}={environment[name]}, and no {SLURM_NODE} says which node this is: start by srun")
+        raise UserError(
+            f"{name}={environment[name]}, and {SLURM_NODE}, the number of this node, is not set",
+            "start the run with srun, which sets both",
+        )
     if not 0 <= node < len(tasks):
-        raise UserError(f"{SLURM_NODE}={node} is not one of the {len(tasks)} nodes of {name}={environment[name]}")
+        raise UserError(
+            f"{SLURM_NODE}={node} is not one of the {len(tasks)} nodes of {name}={environment[name]}",
+            "start the run with srun, which sets both",
+        )
     return tasks[node]

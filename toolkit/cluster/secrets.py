@@ -1,4 +1,4 @@
-"""No secret reaches a log: the values of environment variables that hold keys are taken out of whatever is written."""
+"""Secrets are redacted from logs: the values of environment variables that hold keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values ("1", "true") are settings, and taking them out would garble every line.
+# Shorter values ("1", "true") are settings, which occur in many lines.
 SHORTEST_SECRET = 8
 
 

@@ -1,10 +1,10 @@
-"""What a run offloads to NVMe: files that are worth nothing to anybody else, so none may outlive the run.
+"""Files that a run offloads to NVMe: useless to any other run, so they are removed with it.
 
     nvme_path/HOST/owner.json      which process made the folder, while that process lives
     nvme_path/HOST/zero_stage_3/   DeepSpeed's files
 
 Every node has a folder of its own, because the path may be on a disk that all nodes share. A run removes its folder at
-its end; what a killed run left behind is removed by the next one that swaps to the same place.
+its end; the next run that swaps to the same place removes the folder of a killed one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def swap_to_this_node(deepspeed: dict[str, Any]) -> list[Path]:
 
 
 def claim_swap_folders(folders: list[Path]) -> None:
-    """Make the folders anew, and remove those beside them whose owners are dead; one rank of a node calls this.
+    """Make the folders, and remove those beside them whose owners are dead; one rank of a node calls this.
 
     Raises:
         UserError: a living run swaps there, or nothing can be written there.
@@ -51,19 +51,21 @@ def claim_swap_folders(folders: list[Path]) -> None:
                 if not _owner_lives(other):
                     _remove(other)
             if folder.exists():
-                raise UserError(f"{folder} is in use by another process of the same run: wait for its end")
+                raise UserError(
+                    f"{folder} is in use by another process of the same run", "wait until that process has ended"
+                )
             folder.mkdir(parents=True)
             owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
             (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"cannot swap to {folder}: {error.strerror}; name the folder of a local disk by "
-                "ds.zero_optimization.offload_optimizer.nvme_path=FOLDER"
+                f"cannot swap to {folder}: {error.strerror}",
+                "name a folder of a local disk with ds.zero_optimization.offload_optimizer.nvme_path=FOLDER",
             ) from error
 
 
 def remove_swap_folders(folders: list[Path]) -> None:
-    """Remove the folders of this node, when no rank of it swaps any more; the rank that claimed them calls this."""
+    """Remove the folders of this node after its ranks have stopped swapping; the rank that claimed them calls this."""
     for folder in folders:
         _remove(folder)
 

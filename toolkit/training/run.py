@@ -20,6 +20,7 @@ from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.writer import CheckpointWriter
 from toolkit.cluster import failures
 from toolkit.cluster.logs import log_to_file
+from toolkit.cluster.ops import needed_ops
 from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import join_rendezvous, on_each_node, on_rank_0
@@ -157,7 +158,8 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
         try:
             on_each_node(lambda: claim_swap_folders(swap))
             training = resolved.recipe.training
-            join_process_group(ranks, max(training.data_timeout, training.rank_timeout))
+            ops = needed_ops(resolved.deepspeed, has_gpu=torch.cuda.is_available())
+            join_process_group(ranks, max(training.data_timeout, training.rank_timeout), ops)
             use_threads(ranks)
             yield interruptions
             leave_process_group()
