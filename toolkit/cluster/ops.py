@@ -95,11 +95,11 @@ def check_locks() -> None:
         )
 
 
-def needed_ops(deepspeed: dict[str, Any], *, has_gpu: bool) -> list[str]:
-    """Names of the ops that DeepSpeed loads for a resolved DeepSpeed JSON."""
+def needed_ops(deepspeed: dict[str, Any]) -> list[str]:
+    """Names of the ops that DeepSpeed loads for a resolved DeepSpeed JSON, besides shm_comm for ranks on the CPU."""
     optimizer, zero = deepspeed.get("optimizer", {}), deepspeed["zero_optimization"]
     devices = {key: section.get("device", "none") for key, section in zero.items() if isinstance(section, dict)}
-    names = [] if has_gpu else ["shm_comm"]
+    names = []
     if optimizer.get("type") == "AdamW" and not optimizer["params"].get("torch_adam"):
         names.append("fused_adam" if devices.get("offload_optimizer", "none") == "none" else "cpu_adam")
     return [*names, "async_io"] if "nvme" in devices.values() else names
@@ -111,7 +111,7 @@ def check_needed_ops(deepspeed: dict[str, Any]) -> None:
     Raises:
         UserError: a resolved DeepSpeed JSON offloads to NVMe and async_io is not built.
     """
-    if "async_io" in needed_ops(deepspeed, has_gpu=True) and op_folder("async_io") and not is_built("async_io"):
+    if "async_io" in needed_ops(deepspeed) and op_folder("async_io") and not is_built("async_io"):
         raise UserError(
             "offload to NVMe needs DeepSpeed's op async_io, which is not built",
             "install libaio-dev, then run `python launch/doctor.py build-ops async_io`; or choose --ds zero3_offload",

@@ -158,8 +158,8 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
         try:
             on_each_node(lambda: claim_swap_folders(swap))
             training = resolved.recipe.training
-            ops = needed_ops(resolved.deepspeed, has_gpu=torch.cuda.is_available())
-            join_process_group(ranks, max(training.data_timeout, training.rank_timeout), ops)
+            longest_wait = max(training.data_timeout, training.rank_timeout)
+            join_process_group(ranks, longest_wait, needed_ops(resolved.deepspeed))
             use_threads(ranks)
             yield interruptions
             leave_process_group()
