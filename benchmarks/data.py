@@ -66,10 +66,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clips = _clips(Path(folder) / "clips", 512 if quick else 4096)
         for measure in (_preparation, _two_workers, _loading, _data_wait):
-            results |= _told(measure(clips, Path(folder), quick))
-        results |= _told(_index(Path(folder), 20_000 if quick else 1_000_000))
-    results |= _told(_padding())
-    results |= _told(_augmentation())
+            results |= _print_rounded(measure(clips, Path(folder), quick))
+        results |= _print_rounded(_index(Path(folder), 20_000 if quick else 1_000_000))
+    results |= _print_rounded(_padding())
+    results |= _print_rounded(_augmentation())
     results["machine"] = {"cores": psutil.cpu_count(), "torch_threads": 1, "quick": quick}
     if quick:
         return
@@ -78,7 +78,7 @@ def main() -> None:
     _chart(results, CHART)
 
 
-def _told(figures: dict[str, float]) -> dict[str, float]:
+def _print_rounded(figures: dict[str, float]) -> dict[str, float]:
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     print("  ".join(f"{name} {value:g}" for name, value in rounded.items()), flush=True)
     return rounded
@@ -138,7 +138,7 @@ def _clips(folder: Path, count: int) -> Path:
 
 
 def _as_576_points(content: bytes) -> bytes:
-    """A recording lengthened to 97 frames, its face of 478 points cut to the 468 that most corpora have."""
+    """A recording lengthened to 97 frames, its face of 478 points reduced to the 468 that most corpora have."""
     pose = Pose.read(content)
     frames = np.arange(FRAMES) % len(pose.body.data)
     kept = [point for point in range(586) if not 33 + 468 <= point < 33 + 478]
@@ -316,7 +316,7 @@ def _chart(results: dict[str, Any], path: Path) -> None:
 
     speedups = ("preparation_speedup", "loading_speedup", "two_worker_speedup")
     preparation, loading, workers = (f"{results[name]:.2g} times as fast" for name in speedups)
-    plain, ours = "pose-format,\nevery epoch anew", "packed corpus"
+    plain, ours = "pose-format,\nevery epoch again", "packed corpus"
     # Of each panel: title, what the figure shows, and a bar each of name, key and color.
     panels = [
         (f"Preparation, {preparation}", "clips/s on one core", [

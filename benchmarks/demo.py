@@ -3,7 +3,7 @@
 
 python benchmarks/demo.py        clones this repository's HEAD into a temporary folder and runs `make demo` there
 
-Writes benchmarks/results/demo.json. The peers are the floors: what one scores without watching.
+Writes benchmarks/results/demo.json. The peers are the floors: scores of sentences chosen without the poses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
-# Lines by which the stages of `make demo` are told apart: the first line of each stage.
+# The first line of each stage of `make demo`.
 STAGES = {
     "set-up": r"^setup: ",
     "ops": r"^op ",
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def note_stage(line: str, now: float, begins: dict[str, float]) -> None:
-    """Remember when each stage said its first word; stages come in order."""
+    """Remember when each stage printed its first line; stages come in order."""
     order = list(STAGES)
     for name in order[len(begins) :]:
         if re.search(STAGES[name], line):
@@ -64,7 +64,7 @@ def note_stage(line: str, now: float, begins: dict[str, float]) -> None:
 
 
 def summary(scores: dict, begins: dict[str, float], total: float) -> dict:
-    """What the results file says."""
+    """The content of the results file."""
     names = [name for name in STAGES if name in begins]
     ends = [*(begins[name] for name in names[1:]), total]
     return {

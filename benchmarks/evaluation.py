@@ -80,7 +80,7 @@ def merge(key: str, result: dict[str, Any], path: Path = RESULTS) -> None:
 def vs_plain_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Corpus order, micro-batches padded to the split's longest clip, HuggingFace's ``generate`` on each."""
     model, processor = load_translator(arguments.model)
-    model.config.ctc_search_weight = 0.0  # HuggingFace's beam search knows the decoder alone
+    model.config.ctc_search_weight = 0.0  # HuggingFace's beam search scores by the decoder only
     split = open_split(arguments.model, arguments.corpus)
     longest = int(split.frames.max())
 

@@ -5,7 +5,7 @@ python benchmarks/evaluation_translate.py    writes translate_vs_bare into bench
 
 The peer imports torch and transformers, makes a backbone of the same dimensions, and calls ``generate`` once for as
 many positions, beams and tokens: it reads no clip, loads no weights, encodes no poses and prints no text. Processes of
-both take turns, so that whatever else the machine does falls on both alike.
+both take turns, so that other load of the machine affects both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """One rank of ``vs_hf_zero3`` in evaluation.py, which starts two of these under ``deepspeed``.
 
-The same weights are evaluated by HuggingFace's ``Seq2SeqTrainer.evaluate`` and by ours, in turns. Every weight is cut
-over the ranks on both sides (``stage3_param_persistence_threshold: 0``), as every large one of a large model is.
+The same weights are evaluated by HuggingFace's ``Seq2SeqTrainer.evaluate`` and by ours, in turns. On both sides every
+weight is partitioned over the ranks (``stage3_param_persistence_threshold: 0``), as the weights of a large model are.
 """
 
 from __future__ import annotations

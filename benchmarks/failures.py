@@ -3,8 +3,8 @@
 
 python benchmarks/failures.py     about 5 minutes on two cores
 
-The faults are those of tests/end_to_end/faults.py, put into the last rank of two and of four. The peer is torch's and
-DeepSpeed's way for the same error: a bare training script that leaves its process group in a ``finally``.
+The faults are those of tests/end_to_end/faults.py, injected into the last rank of two and of four. The peer is
+torch's and DeepSpeed's way for the same error: a bare training script that leaves its process group in a ``finally``.
 """
 
 from __future__ import annotations
@@ -97,21 +97,21 @@ def arguments(clips: Path, folder: Path) -> list[str]:
 def seconds(run: Run, fault: Path, message: str) -> tuple[float, float]:
     """Seconds from the fault until its message is there, and until no process of the run is left."""
     processes: dict[int, psutil.Process] = {}
-    told = None
+    shown = None
     deadline = time.time() + PATIENCE_S
     while time.time() < deadline:
         processes |= {process.pid: process for process in run.processes()}
-        if told is None and message in run.said():
-            told = time.time()
+        if shown is None and message in run.said():
+            shown = time.time()
         if not any(map(is_alive, processes.values())):
             break
         time.sleep(POLL_S)
     else:
         raise SystemExit(f"still running after {PATIENCE_S:g} s:\n{run.said()}")
-    if told is None or not fault.is_file():
+    if shown is None or not fault.is_file():
         raise SystemExit(f"no message, or no fault:\n{run.said()}")
     began = float(fault.read_text())
-    return told - began, time.time() - began
+    return shown - began, time.time() - began
 
 
 def bare_seconds(folder: Path) -> tuple[float, float]:

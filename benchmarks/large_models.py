@@ -112,9 +112,9 @@ def make_letters() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
-    pieces += [f"<unused_{number}>" for number in range(VOCABULARY - len(pieces))]
-    tokenizer = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=2, byte_fallback=False))
+    tokens = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
+    tokens += [f"<unused_{number}>" for number in range(VOCABULARY - len(tokens))]
+    tokenizer = Tokenizer(models.Unigram([(token, 0.0) for token in tokens], unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -48,7 +48,7 @@ GPU_HOSTS = ("zero2_fp16", "zero3_deepcompile", "zero3_plus_plus")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ds_config_names(), help="DeepSpeed JSONs")
-    parser.add_argument("--table", action="store_true", help="only write the table anew, from the results as they are")
+    parser.add_argument("--table", action="store_true", help="only write the table again, from the results as they are")
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -78,7 +78,7 @@ def read_results() -> list[dict[str, Any]]:
 
 
 def with_table(text: str, rows: list[dict[str, Any]]) -> str:
-    """ds_configs/README.md with the table between its two marks drawn anew."""
+    """ds_configs/README.md with the table between its two marks written again."""
     lines = [
         BEGIN,
         "| name | peak memory a rank, training | the same, starting up | seconds a step |",

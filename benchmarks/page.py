@@ -74,12 +74,12 @@ def main() -> None:
 def page() -> str:
     """The whole page, in Markdown."""
     parts = [HEAD]
-    for name, (heading, command, told) in SECTIONS.items():
+    for name, (heading, command, description) in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(f"## {heading}\n\n    {command}\n\n{told}\n")
+        parts.append(f"## {heading}\n\n    {command}\n\n{description}\n")
         if (PAGE.parent / "pictures" / f"{name}.png").exists():
             parts.append(f"![{heading}](pictures/{name}.png)\n")
         parts.extend(f"{table}\n" for table in tables(results))

@@ -10,8 +10,8 @@ Writes benchmarks/results/positions.json and docs/pictures/positions.png.
 ``learning``: the demo recipe on the demo corpus' single words, so many steps each, one seed, `launch/train.py` with one
 thread a run. The encoder learns the letters by CTC, as in the demo, but the words are written by the decoder alone: its
 cross-attention has to find out which letter is next, and that is where positions count. (Without CTC no encoder knows a
-letter after so few steps, and there is nothing to compare.) Told are the decoder's loss in nats per byte over the last
-tenth of the steps, and the character and word error rates on the held-out words of the test split.
+letter after so few steps, and there is nothing to compare.) Reported are the decoder's loss in nats per byte over the
+last tenth of the steps, and the character and word error rates on the held-out words of the test split.
 
 ``cost``: milliseconds of one clip's forward and backward pass through each encoder with its default sizes, 150 frames,
 one thread; the kinds take turns.

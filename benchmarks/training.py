@@ -157,7 +157,7 @@ def start_vs_bare(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
         started = time.perf_counter()
         run_dir = folder / f"start_{number}"
         process = subprocess.Popen([*train, f"run.dir={run_dir}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not first_step_is_told(run_dir) and process.poll() is None:
+        while not first_step_is_printed(run_dir) and process.poll() is None:
             time.sleep(0.02)
         ours.append(time.perf_counter() - started)
         process.kill()
@@ -177,14 +177,14 @@ def start_vs_bare(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def first_step_is_told(run_dir: Path) -> bool:
+def first_step_is_printed(run_dir: Path) -> bool:
     metrics = run_dir / "metrics.jsonl"
     return metrics.exists() and '"step": 1' in metrics.read_text(encoding="utf-8")
 
 
 @contextmanager
 def side_process(side: str, folder: Path, settings: list[str] | tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains in one way whenever it is told to."""
+    """A process that trains in one way, a turn at a time."""
     command = [sys.executable, str(HERE / "training_side.py"), side, str(folder), *settings]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

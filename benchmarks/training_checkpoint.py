@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long a checkpoint keeps training from going on: T5-Base with LoRA at its full size, two ranks.
+"""For how long a checkpoint blocks training: T5-Base with LoRA at its full size, two ranks.
 
 python benchmarks/training_checkpoint.py     about 5 minutes on two cores
 
@@ -35,7 +35,7 @@ SETTINGS = [
     "model.from_scratch=true",
     "model.tokenizer=bytes",
     "model.lora.r=16",
-    "training.global_batch_size=2",  # short steps, beside which a hindrance shows
+    "training.global_batch_size=2",  # short steps, so that a delay is visible
     "training.micro_batch_size=1",
     "training.workers=0",
     f"training.max_steps={2 * SAVES + 2}",
@@ -103,7 +103,7 @@ def one_rank(folder: Path) -> None:
                     start_step=0,
                     rank=ranks.rank,
                 )
-            )[:1]  # the same clips, so that steps are alike
+            )[:1]  # the same clips, so that steps are equal
         )
 
         def step() -> float:

@@ -260,7 +260,7 @@ def pad_to_maximum(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
     batch.poses = functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
     batch.visible = functional.pad(batch.visible, (0, 0, 0, more))
     batch.frame_mask = functional.pad(batch.frame_mask, (0, more))
-    # Padding was learnt like any other token.
+    # Padding was a target like any other token.
     batch.labels = functional.pad(batch.labels, (0, MAX_TOKENS - batch.labels.shape[1]), value=-100)
     batch.labels = batch.labels.masked_fill(batch.labels == -100, tokenizer.pad_token_id)
     return batch
