@@ -34,6 +34,7 @@ test: setup lint ops ## lint, then the tests that need neither network nor GPU
 
 test-nightly: setup ops ## the tests that take long
 	@$(BIN)/python -m pytest -m nightly
+	@TOOLKIT_CPU_CODE=0 $(BIN)/python -m pytest tests/end_to_end/test_strategies.py
 
 lint: setup ## ruff, mypy and the one-way rule between the rooms of the toolkit
 	@$(BIN)/ruff check .

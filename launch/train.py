@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
+    from toolkit.cpu.switch import uses_cpu_code
     from toolkit.models.check import check_model
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))
-    if not gpus:
+    if uses_cpu_code():
         memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
         return_freed_memory() if memory_is_short else keep_freed_memory()
     for note in resolved.notes:

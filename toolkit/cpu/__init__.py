@@ -1,4 +1,4 @@
-"""What only ranks on CPUs use: layers in fewer passes, communication in place, the allocator, shared memory.
+"""Code of ranks on CPUs alone: layers, communication, allocator and shared memory, behind ``TOOLKIT_CPU_CODE``.
 
-Must not know models, recipes' meaning or training.
+It must not know models, the meaning of recipes, or training.
 """

@@ -1,12 +1,11 @@
 """The C allocator of a rank on the CPU: whether memory that was freed goes back to the system.
 
-Under ZeRO stage 3 it must: glibc raises its thresholds as large blocks come and go, and then keeps freed weights in its
-heap; a rank that gathers layer after layer grows until the machine has no memory left. Fixed thresholds give every
-block of 64 KiB or more a mapping of its own, which ends when the block does.
+Under ZeRO stage 3 it must: glibc raises its thresholds as large blocks are freed, and then keeps freed weights in its
+heap, so that a rank that gathers layer after layer fills the machine's memory. With fixed thresholds every block of
+64 KiB or more is a mapping of its own, which ends when the block does.
 
-Everywhere else it had better not: a step asks for the same large blocks as the one before, and pages that the system
-takes away and hands out anew, each filled with zeros, cost time: benchmarks/training.py says how much. What is kept is
-made of huge pages where the system has them, of which there are few to hand out.
+Elsewhere it should not: each step asks for the same large blocks, and pages that the system takes back and fills with
+zeros again cost time; benchmarks/training.py measures it. The kept heap has huge pages where the system offers them.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
 
 
 def return_freed_memory() -> bool:
-    """Make freed blocks leave this process and the ones that it starts; what the environment says already stays.
+    """Return freed blocks of this process, and of those that it starts, to the system; variables that are set stay.
 
-    The environment then tells the settings, so that they are found in ``environment.json``.
+    The settings are put into the environment, so that ``environment.json`` holds them.
 
     Returns:
         whether the settings hold; false where the C library is not glibc.

@@ -1,7 +1,7 @@
-"""Attention with dropout that stays in the type of the run, for training on the CPU.
+"""Attention with dropout in the dtype of the run, for training on the CPU.
 
-With dropout, or with position biases that learn, torch has no fused kernel there: it takes everything to fp32 and draws
-a random number for each weight, one after the other.
+With dropout, or with position biases that are trained, torch has no fused kernel there: it computes in fp32 and draws a
+random number per weight, one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from toolkit.cpu.dropout import draw_kept, drop
 
-NAME = "cpu_sdpa"  # by which transformers finds it
+NAME = "cpu_sdpa"  # in transformers' registry of attention functions
 
 
 def cpu_attention(
@@ -33,20 +33,20 @@ def cpu_attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention (Vaswani et al. 2017), as transformers calls it.
 
-    What drops nothing, runs on a GPU, shares keys among heads or has more to it is left to torch's own.
+    Without dropout, on GPUs, and with shared keys, a cache or a softcap it calls torch's own.
 
     Args:
         module: the attention layer.
         query: [clips, heads, queries, width].
         key: [clips, heads, keys, width].
         value: [clips, heads, keys, width].
-        attention_mask: bool, false where nobody may look, or what is added to the scores; broadcasts to [clips, heads,
+        attention_mask: bool, false for positions that are hidden, or added to the scores; broadcasts to [clips, heads,
             queries, keys].
         dropout: share of the weights that are dropped.
         scaling: of the scores; by default one over the root of the width.
-        is_causal: without a mask, no query looks at later keys; by default as the layer says.
+        is_causal: without a mask, queries attend to no later key; by default as the layer says.
         position_bias: added to the scores; broadcasts like the mask.
-        more: what torch's own takes besides.
+        more: other arguments of torch's own.
 
     Returns:
         [clips, queries, heads, width], and None for the weights.

@@ -1,7 +1,7 @@
-"""Dropout that is quick on the CPU.
+"""Dropout that is fast on the CPU.
 
-torch draws a Bernoulli number for every element there, one after the other. One draw of 64 bits decides four elements
-here, and a generator of numpy's that is seeded from torch's draws it.
+torch draws one Bernoulli number per element there, one after the other. Here one draw of 64 bits decides four elements,
+by a generator of numpy that is seeded from torch's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _LEVELS = 2**16  # of what one quarter of a draw can be
 
 
 class CPUDropout(nn.Dropout):
-    """What :class:`torch.nn.Dropout` computes, decided by torch's generator, with ``p`` rounded to 1/65,536."""
+    """:class:`torch.nn.Dropout` with ``p`` rounded to 1/65,536; torch's seed decides it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of a tensor of any shape.
 
         Args:
-            input: a floating-point tensor; on any other device than the CPU torch's own dropout takes it.
+            input: a floating-point tensor; on other devices than the CPU torch's own dropout is called.
         """
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
             return super().forward(input)
@@ -45,11 +45,11 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_kept(like: Tensor, p: float) -> Tensor:
-    """1 for each element of a tensor that stays, 0 for one that goes, in the tensor's own type and shape.
+    """1 for each element of a tensor that is kept, 0 for one that is dropped, in the tensor's dtype and shape.
 
     Args:
-        like: whose elements are decided about.
-        p: probability with which an element goes.
+        like: the tensor.
+        p: probability with which an element is dropped.
     """
     numel = like.numel()
     seed = int(torch.empty((), dtype=torch.int64).random_())
@@ -61,12 +61,12 @@ def draw_kept(like: Tensor, p: float) -> Tensor:
 
 
 def drop(values: Tensor, kept: Tensor, p: float) -> Tensor:
-    """Values that stay, scaled so that their mean stays, too; the others become zero."""
+    """Kept values, scaled so that the mean stays; the others become zero."""
     return torch.addcmul(values.new_zeros(()), values, kept, value=1 / (1 - p))
 
 
 def use_cpu_dropout(model: nn.Module) -> None:
-    """Turn a model's dropout layers into quick ones; what a backbone drops by a function call stays torch's."""
+    """Make a model's dropout layers :class:`CPUDropout`; calls of ``torch.nn.functional.dropout`` stay torch's."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = CPUDropout

@@ -1,4 +1,4 @@
-"""T5's normalisation in fewer passes over its tensors than autograd takes, which records each of its steps."""
+"""T5's normalisation in fewer passes over its tensors than autograd, which records each of its steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CPURMSNorm(nn.Module):
         """Scale the states to a mean square of one, then by the weight.
 
         Args:
-            hidden_states: [..., width]. In evaluation, and on GPUs, transformers' own steps take it.
+            hidden_states: [..., width]. In evaluation, and on GPUs, transformers' own forward is called.
         """
         if not self.training or hidden_states.device.type != "cpu":
             own: Tensor = super().forward(hidden_states)
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def use_cpu_rms_norm(model: nn.Module) -> None:
-    """Give the normalisation layers of T5 and its kin their quick form."""
+    """Make the normalisation layers of T5 and its kin :class:`CPURMSNorm`."""
     for module in model.modules():
         own = type(module)
         if own.__name__ in _NAMES:

@@ -1,9 +1,8 @@
-"""DeepSpeed's shared-memory buffers on the CPU: none may outlive a run, however the run ended.
+"""DeepSpeed's shared-memory buffers on the CPU: none outlives its run.
 
-On the CPU every rank makes one file of 69 MB in /dev/shm, which is RAM, and DeepSpeed never removes it. A file that
-every rank has mapped needs its name no longer: removing the name leaves the mappings alive until the last process ends,
-by whatever death. So a run removes its names right after start-up, and removes at start what runs that were killed
-before that left behind.
+On the CPU every rank makes one file of 69 MB in /dev/shm, which is RAM, and DeepSpeed never removes it. Once every rank
+has mapped a file, it can be unlinked: the mapping lives until the last process ends. So a run unlinks its files right
+after the process group is made, and before that removes the files that killed runs left.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "deepspeed_allreduce_buffer"
-# A buffer is made by one system call and mapped by the next; younger ones may be between the two.
+# A buffer is made by one system call and mapped by the next; younger files may be between the two.
 GRACE_SECONDS = 10.0
 
 
@@ -25,10 +24,9 @@ def own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> Path:
 
 
 def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> bool:
-    """Remove the name of this rank's buffer; the memory stays usable and is freed when the last rank ends.
+    """Unlink this rank's buffer; the memory stays usable and is freed when the last rank ends.
 
-    Call it after a barrier that follows ``deepspeed.init_distributed``: before it another rank may still have to open
-    the file.
+    Call it after a barrier that follows ``deepspeed.init_distributed``: until then another rank may open it.
 
     Returns:
         Whether there was a buffer to remove.
@@ -52,13 +50,13 @@ def remove_orphaned_buffers(folder: Path = SHARED_MEMORY) -> int:
             size = path.stat().st_size
             path.unlink()
         except FileNotFoundError:
-            continue  # another run tidied at the same moment
+            continue  # another run removed it at the same moment
         freed += size
     return freed
 
 
 def orphaned_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """This user's buffers that no living process maps and that are too old to be just in the making."""
+    """This user's buffers that no living process maps and that are older than ``GRACE_SECONDS``."""
     now = time.time()
     candidates = []
     for path in folder.glob(f"{PREFIX}_{os.getuid()}_*"):
@@ -81,7 +79,7 @@ def _mapped_files() -> set[str]:
         try:
             lines = maps.read_text(errors="replace").splitlines()
         except OSError:
-            continue  # the process ended, or is another user's and cannot map files that only we may open
+            continue  # the process ended, or is another user's and cannot map this user's files
         # address permissions offset device inode path; a path may hold blanks
         mapped.update(fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) == 6)
     return mapped

@@ -12,6 +12,7 @@ from torch import nn
 from toolkit.checkpointing.zero_shards import base_optimizer
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
+from toolkit.cpu.switch import uses_cpu_code
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
@@ -24,7 +25,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     """
     import deepspeed
 
-    if not torch.cuda.is_available():
+    if uses_cpu_code():
         use_cpu_layers(module)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -32,7 +33,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         optimizer=client_optimizer(resolved),
         config=resolved.deepspeed,
     )
-    if not torch.cuda.is_available():
+    if uses_cpu_code():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # the setting alone compiles nothing
