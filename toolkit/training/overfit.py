@@ -24,7 +24,7 @@ MAX_STEPS = 400
 TARGET_LOSS = 0.01
 
 
-class Few:
+class ClipSubset:
     """Some clips of a split, as a split."""
 
     def __init__(self, split: Split, indices: list[int]) -> None:
@@ -100,7 +100,7 @@ def few_clips(corpus: Corpus, count: int) -> Corpus:
     for index, text in enumerate(train.texts):
         first_of_text.setdefault(text, index)
         if len(first_of_text) == count:
-            few: Any = Few(train, list(first_of_text.values()))
+            few: Any = ClipSubset(train, list(first_of_text.values()))
             return replace(corpus, splits={"train": few, "dev": few})
     raise UserError(
         f"--overfit {count}: the training split has only {len(first_of_text)} different texts",
