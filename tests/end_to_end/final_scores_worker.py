@@ -48,8 +48,8 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     """Train and score a case.
 
     Returns:
-        bytes of each rank: ``training`` and ``scoring``, the peaks above what was held before the run; ``tensors``, all
-        tensors while the best model translates; ``model``, one copy of its weights.
+        bytes of each rank, above those that were held before the run: ``training`` and ``scoring``, the peaks;
+        ``tensors``, all tensors while the best model translates; and ``model``, one copy of its weights.
     """
     resolved, corpus = start_run(case, settings, run_dir, ranks)
     measured: dict[str, int] = {}
@@ -71,7 +71,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
             return results
 
         def measured_score_splits(model: Any, *arguments: Any, **options: Any) -> Any:
-            measured["tensors"] = bytes_of_tensors()
+            measured["tensors"] = bytes_of_tensors() - tensors_before
             weights = [getattr(weight, "ds_shape", weight.shape).numel() for weight in model.parameters()]
             measured["model"] = sum(weights) * torch.float32.itemsize
             return score_splits(model, *arguments, **options)
@@ -80,7 +80,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         patch.setattr(training_run, "score_best", measured_score_best)
         patch.setattr(final_scores, "score_splits", measured_score_splits)
         gc.collect()
-        before = reset_peak()
+        tensors_before, before = bytes_of_tensors(), reset_peak()
         training_run.train(resolved, ranks, corpus, Start(), lambda _: None)
     if case.get("again"):  # as after a crash of the scoring: the run is not finished, and has nothing left to train
         if ranks.is_main:
