@@ -26,7 +26,7 @@ from toolkit.recipe.model_cards import load_model_yaml, model_names
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training.run import make_processor
 
-STRATEGIES = ("zero1", "zero3")  # whole on each rank, and cut over both
+STRATEGIES = ("zero1", "zero3")  # whole on each rank, and partitioned over both
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
         resolved.run_dir.mkdir(parents=True)
     tokenizer = make_processor(resolved, ranks, corpus).tokenizer
     model = build_translator(resolved, corpus, tokenizer)
-    is_cut = all(hasattr(parameter, "ds_id") for parameter in model.backbone.parameters())
+    is_partitioned = all(hasattr(parameter, "ds_id") for parameter in model.backbone.parameters())
     found, expected = whole_state_dict(model, keep=True), weights_in(published)
     names = {f"backbone.{name}" for name, _ in model.backbone.named_parameters()}
     differing = [
@@ -62,7 +62,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
     ]
     ids = tokenizer(text_target="good day")["input_ids"]
     return {
-        "cut": is_cut,
+        "partitioned": is_partitioned,
         "differing": everywhere(differing),
         "text": tokenizer.decode(ids, skip_special_tokens=True),
         "unknown": tokenizer.unk_token_id in ids,

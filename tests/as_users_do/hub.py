@@ -1,6 +1,6 @@
-"""A HuggingFace hub on loopback: the part of its protocol that huggingface_hub and transformers speak to load a model.
+"""A HuggingFace hub on loopback: the part of its protocol by which huggingface_hub and transformers load a model.
 
-``HF_ENDPOINT`` leads there. Repositories are folders, ``root/OWNER/NAME``. As the real one does, it redirects large
+``HF_ENDPOINT`` is its address. Repositories are folders, ``root/OWNER/NAME``. As the real one does, it redirects large
 files to another address, answers ``Range``, hides repositories that do not exist behind a 401, and names each error in
 a header. Faults are set on the object while it serves.
 """
@@ -19,19 +19,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".model", ".spm")  # what the real hub keeps in its store of large files
-PIECE = 65536  # bytes that are sent at a time
+BLOCK = 65536  # bytes that are sent at a time
 
 
 class Hub(ThreadingHTTPServer):
     """Serves the repositories below ``root`` until it is closed.
 
     Attributes:
-        gated: repositories whose files only those get who have been granted access.
-        cut: names of files, with how much of what is asked for comes before the connection breaks: for 0.5 once the
-            first half, after which it is whole; for 0 never anything.
-        answers: an error code that all requests get, or None.
-        pause: seconds before every piece of a large file.
-        asked: ``METHOD /path`` of every request, as they came.
+        gated: repositories whose files are only for users with access.
+        truncated: names of files, and the share of a request after which the connection breaks: 0.5 breaks once, after
+            the first half; 0 breaks every time, before the first byte.
+        answers: an error code for all requests, or None.
+        pause: seconds before every block of a large file.
+        asked: ``METHOD /path`` of every request, in order.
         bytes_sent: of large files.
     """
 
@@ -41,7 +41,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Conversation)
         self.root = root
         self.gated: set[str] = set()
-        self.cut: dict[str, float] = {}
+        self.truncated: dict[str, float] = {}
         self.answers: int | None = None
         self.pause = 0.0
         self.asked: list[str] = []
@@ -49,21 +49,21 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What ``HF_ENDPOINT`` has to be."""
+        """The value for ``HF_ENDPOINT``."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     @property
     def store(self) -> str:
-        """Where large files lie; another host, by name, because clients treat redirects to their own host otherwise."""
+        """Address of large files, by another host name: clients treat redirects to the same host differently."""
         return f"http://localhost:{self.server_address[1]}/store"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are no news."""
+        """A client that closes its connection is not an error."""
 
 
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
-    """A hub that serves in a thread of its own."""
+    """A hub in a thread of its own."""
     with Hub(root) as hub:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
@@ -98,7 +98,7 @@ class Conversation(BaseHTTPRequestHandler):
         if self.server.answers:
             self.refuse(self.server.answers, "", "")
         elif words[:2] == ["api", "models"]:
-            self.tell_of(words[2:])
+            self.describe(words[2:])
         elif len(words) > 4 and words[2] == "resolve":
             self.resolve("/".join(words[:2]), words[3], "/".join(words[4:]))
         elif words[0] == "store":
@@ -106,8 +106,8 @@ class Conversation(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound", "there is no such page")
 
-    def tell_of(self, words: list[str]) -> None:
-        """What the API says of a repository: itself, or the list of its files."""
+    def describe(self, words: list[str]) -> None:
+        """The API's answer on a repository: its description, or the list of its files."""
         repository, what = "/".join(words[:2]), words[2:]
         if not self.may_read(repository):
             return
@@ -132,7 +132,7 @@ class Conversation(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit_of(repository)})
 
     def resolve(self, repository: str, revision: str, name: str) -> None:
-        """A file, or where it lies."""
+        """A file, or a redirect to it."""
         if not self.may_read(repository):
             return
         commit = {"X-Repo-Commit": commit_of(repository)}
@@ -148,10 +148,10 @@ class Conversation(BaseHTTPRequestHandler):
             self.send_file(path, {**commit, "ETag": f'"{etag_of(path)}"'})
 
     def may_read(self, repository: str) -> bool:
-        """Whether the repository is there and open to all; if not, that has been said."""
+        """Whether the repository exists and is open to all; if not, this answers the request."""
         if repository in self.server.gated:
-            told = f"Access to model {repository} is restricted. You must have access to it and be authenticated."
-            self.refuse(401, "GatedRepo", told)
+            message = f"Access to model {repository} is restricted. You must have access to it and be authenticated."
+            self.refuse(401, "GatedRepo", message)
         elif not (self.server.root / repository).is_dir():
             self.refuse(401, "RepoNotFound", "Repository not found")
         else:
@@ -159,7 +159,7 @@ class Conversation(BaseHTTPRequestHandler):
         return False
 
     def send_file(self, path: Path, headers: dict[str, str]) -> None:
-        """A whole file, or its end from the byte that is asked for."""
+        """A whole file, or its end from the first byte of ``Range``."""
         data = path.read_bytes()
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if first:
@@ -168,17 +168,17 @@ class Conversation(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         end = len(data)
-        if path.name in self.server.cut:
-            share = self.server.cut[path.name]
+        if path.name in self.server.truncated:
+            share = self.server.truncated[path.name]
             if share:
-                del self.server.cut[path.name]
+                del self.server.truncated[path.name]
             end = first + int((end - first) * share)
             self.close_connection = True
-        for start in range(first, end, PIECE):
+        for start in range(first, end, BLOCK):
             if path.suffix in LARGE:
                 time.sleep(self.server.pause)
-                self.server.bytes_sent += min(end, start + PIECE) - start
-            self.wfile.write(data[start : min(end, start + PIECE)])
+                self.server.bytes_sent += min(end, start + BLOCK) - start
+            self.wfile.write(data[start : min(end, start + BLOCK)])
 
     def send_json(self, content: Any) -> None:
         data = json.dumps(content).encode()

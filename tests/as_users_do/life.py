@@ -1,6 +1,6 @@
-"""The life of a run: it is started, stopped in the middle, goes on to its end, and its model is used.
+"""The life of a run: it is started, stopped, resumed to its end, and its model is used.
 
-Only what makes no other path shrinks: data, epochs, how often a checkpoint is written. Everything else is the recipe's.
+Only data, epochs and the steps between checkpoints are smaller; everything else is the recipe's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Life:
         folder: the run directory.
         recipe: its name.
         stopped_at: the step after which it was stopped.
-        entries: all that it told, ``metrics.jsonl``.
+        entries: the lines of ``metrics.jsonl``.
     """
 
     folder: Path
@@ -52,8 +52,8 @@ def live(user: User, recipe: str, ranks: int) -> Life:
     epochs = max(EPOCHS, 2 * load_recipe(recipe).training.eval_every)
     arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2"]
     folder = user.clone / "runs" / recipe
-    said = user.clone / f"{recipe}.txt"
-    with said.open("w") as out:
+    output = user.clone / f"{recipe}.txt"
+    with output.open("w") as out:
         run = subprocess.Popen(
             user.words("launch/train.py", *arguments, ranks=ranks),
             cwd=user.clone, env=user.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
@@ -65,9 +65,9 @@ def live(user: User, recipe: str, ranks: int) -> Life:
             code = run.wait(TIMEOUT)
         finally:
             run.kill()
-    assert code == EXIT_INTERRUPTED, said.read_text()
+    assert code == EXIT_INTERRUPTED, output.read_text()
     stopped_at = entries_of(folder)[-1]["step"]
-    assert f"after step {stopped_at} of " in said.read_text()
+    assert f"after step {stopped_at} of " in output.read_text()
     done = user.run("launch/train.py", *arguments, "--json", ranks=ranks)
     assert done.code == 0, done.out + done.err
     assert f"checkpoints/step_{stopped_at:06d}" in done.out
@@ -127,5 +127,5 @@ def wait_for_a_step_after_an_evaluation(run: subprocess.Popen[bytes], folder: Pa
 def ranks_of(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The ranks' processes below a launcher; their loaders' workers have the same command line."""
     below = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
-    told = [process for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
-    return [process for process in told if process.parent() not in told]
+    ranks = [process for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
+    return [process for process in ranks if process.parent() not in ranks]

@@ -40,9 +40,9 @@ from toolkit.recipe.yaml_text import dump_yaml, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CLONED = ("ds_configs", "launch", "recipes", "toolkit")
-PIECES = 200
-SHARD = "200KB"  # small enough to cut a tiny model into several
-ROWS = 8  # embeddings have a multiple of so many rows, more than the tokenizer has tokens, as published ones do
+SUBWORDS = 200
+SHARD = "200KB"  # small enough to split a tiny model into several
+ROWS = 8  # the rows of embeddings are a multiple of this, more than the tokenizer's tokens, as in published models
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Form:
 
 
 @cache
-def pieces(**settings: Any) -> bytes:
+def subwords(**settings: Any) -> bytes:
     """A SentencePiece model of the word list."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words()),
         model_writer=model,
-        vocab_size=PIECES,
+        vocab_size=SUBWORDS,
         hard_vocab_limit=False,
         minloglevel=2,
         **settings,
@@ -77,17 +77,17 @@ def pieces(**settings: Any) -> bytes:
     return model.getvalue()
 
 
-def t5_pieces() -> bytes:
-    return pieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+def t5_subwords() -> bytes:
+    return subwords(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
 
 
 def t5(folder: Path) -> None:
-    (folder / "spiece.model").write_bytes(t5_pieces())
+    (folder / "spiece.model").write_bytes(t5_subwords())
     echo(folder, tokenizer_class="T5Tokenizer", model_max_length=512)
 
 
 def mt5(folder: Path) -> None:
-    (folder / "spiece.model").write_bytes(t5_pieces())
+    (folder / "spiece.model").write_bytes(t5_subwords())
     echo(folder, tokenizer_class="T5Tokenizer", extra_ids=0, additional_special_tokens=None)
 
 
@@ -109,7 +109,7 @@ def bart(folder: Path) -> None:
 
 
 def mbart50(folder: Path) -> None:
-    (folder / "sentencepiece.bpe.model").write_bytes(pieces())
+    (folder / "sentencepiece.bpe.model").write_bytes(subwords())
     echo(folder, tokenizer_class="MBart50Tokenizer", src_lang=None, tgt_lang=None, language_codes="ML50")
 
 
@@ -119,11 +119,11 @@ def nllb(folder: Path) -> None:
 
 
 def m2m100(folder: Path) -> None:
-    model = sentencepiece.SentencePieceProcessor(model_proto=pieces())
+    model = sentencepiece.SentencePieceProcessor(model_proto=subwords())
     found = [model.id_to_piece(number) for number in range(3, model.vocab_size())]
     files = {"vocab_file": folder / "vocab.json", "spm_file": folder / "sentencepiece.bpe.model"}
     files["vocab_file"].write_text(json.dumps(numbered([*SPECIAL, *found])))
-    files["spm_file"].write_bytes(pieces())
+    files["spm_file"].write_bytes(subwords())
     names = {key: str(path) for key, path in files.items()}
     codes = [f"__{code}__" for code in M2M100Tokenizer(**names).lang_code_to_token]
     M2M100Tokenizer(**names, additional_special_tokens=codes).save_pretrained(folder)
@@ -131,17 +131,17 @@ def m2m100(folder: Path) -> None:
 
 def pegasus(folder: Path) -> None:
     masks = ["<mask_1>", "<mask_2>", *(f"<unk_{number}>" for number in range(2, 103))]
-    model = pieces(pad_id=0, eos_id=1, unk_id=105, bos_id=-1, user_defined_symbols=tuple(masks))
+    model = subwords(pad_id=0, eos_id=1, unk_id=105, bos_id=-1, user_defined_symbols=tuple(masks))
     (folder / "spiece.model").write_bytes(model)
     echo(folder, tokenizer_class="PegasusTokenizer")
 
 
 def marian(folder: Path) -> None:
-    model = sentencepiece.SentencePieceProcessor(model_proto=pieces())
+    model = sentencepiece.SentencePieceProcessor(model_proto=subwords())
     found = [model.id_to_piece(number) for number in range(3, model.vocab_size())]
     (folder / "vocab.json").write_text(json.dumps(numbered(["</s>", "<unk>", *found, "<pad>"])))
     for name in ("source.spm", "target.spm"):
-        (folder / name).write_bytes(pieces())
+        (folder / name).write_bytes(subwords())
     echo(folder, tokenizer_class="MarianTokenizer", source_lang="de", target_lang="en")
 
 

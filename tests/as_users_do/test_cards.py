@@ -36,7 +36,7 @@ def loaded(at_first_contact: User, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_card_loads_what_was_published(loaded: dict[str, dict[str, Any]], card: str, ds: str) -> None:
     outcome = loaded[f"{card} {ds}"]
     assert "error" not in outcome, outcome["error"]
-    assert outcome["cut"] == (ds == "zero3")
+    assert outcome["partitioned"] == (ds == "zero3")
     assert outcome["differing"] == []
     assert (outcome["text"], outcome["unknown"]) == ("good day", False)
     # How outputs are searched for is the recipe's, whatever was published.

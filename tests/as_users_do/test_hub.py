@@ -1,7 +1,7 @@
-"""A hub that is slow, breaks off, is gated, empty or away: what is loaded is right, or one line says what to do.
+"""A hub that is slow, gated, empty, unreachable or breaks the connection: the load is right, or an error gives a hint.
 
-In this process, where huggingface_hub's settings, which it reads from the environment when it is imported, are set
-directly. ``test_cards.py`` and ``test_recipes.py`` go the whole way.
+The tests set huggingface_hub's settings in this process, because it reads them from the environment only when it is
+imported. ``test_cards.py`` and ``test_recipes.py`` run commands of users.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
-from tests.as_users_do.hub import PIECE, Hub
+from tests.as_users_do.hub import BLOCK, Hub
 from toolkit.errors import UserError
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.build import _backbone
@@ -72,10 +72,10 @@ def check_whole(hub: Hub, source: str, loaded: dict[str, torch.Tensor]) -> None:
 
 
 def refusal(way: Callable[[str], Any], source: str) -> str:
+    """The error and the hint."""
     with pytest.raises(UserError) as refused:
         way(source)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refused.value.lines
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -96,61 +96,61 @@ def test_a_full_cache_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, so
 @pytest.mark.parametrize("way", WAYS)
 def test_an_empty_cache_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    told = refusal(WAYS[way], WHOLE)
-    assert f"is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to ask the hub" in told
+    lines = refusal(WAYS[way], WHOLE)
+    assert WHOLE in lines and constants.HF_HUB_CACHE in lines and "HF_HUB_OFFLINE" in lines
     assert hub.asked == []
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_hub_that_nobody_answers_for(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     reach(monkeypatch, "http://127.0.0.1:9")
-    told = refusal(WAYS[way], WHOLE)
-    assert "and the hub (http://127.0.0.1:9) cannot be reached ([Errno 111] Connection refused)" in told
+    lines = refusal(WAYS[way], WHOLE)
+    assert "http://127.0.0.1:9" in lines and "[Errno 111] Connection refused" in lines
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_gated_model(hub: Hub, way: str) -> None:
     hub.gated.add(WHOLE)
-    told = refusal(WAYS[way], WHOLE)
-    assert f"{WHOLE}' is gated" in told or f"{WHOLE} is gated" in told
-    assert f"ask for access at {hub.address}/{WHOLE}, and log in with `hf auth login`, or set HF_TOKEN" in told
+    lines = refusal(WAYS[way], WHOLE)
+    assert "is gated" in lines
+    assert f"{hub.address}/{WHOLE}" in lines and "hf auth login" in lines and "HF_TOKEN" in lines
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_that_is_not_there(hub: Hub, way: str) -> None:
-    assert f"is not on the hub ({hub.address}), or is private" in refusal(WAYS[way], "nobody/nothing")
+def test_a_model_that_does_not_exist(hub: Hub, way: str) -> None:
+    lines = refusal(WAYS[way], "nobody/nothing")
+    assert "nobody/nothing" in lines and hub.address in lines
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_hub_that_is_out_of_order(hub: Hub, way: str) -> None:
+def test_a_hub_with_an_error_of_its_own(hub: Hub, way: str) -> None:
     hub.answers = 503
-    assert f"the hub ({hub.address}) answers 503; try again later" in refusal(WAYS[way], WHOLE)
+    lines = refusal(WAYS[way], WHOLE)
+    assert hub.address in lines and "503" in lines
 
 
 @pytest.mark.parametrize(
     ("source", "name"), [(WHOLE, "model.safetensors"), (SHARDS, "model-00002-of-00004.safetensors")]
 )
-def test_a_download_that_breaks_off_is_taken_up_where_it_was(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, source: str, name: str
-) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE)  # what is lost at most; 10 MB by default
+def test_an_interrupted_download_resumes(hub: Hub, monkeypatch: pytest.MonkeyPatch, source: str, name: str) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", BLOCK)  # the most that is lost; 10 MB by default
     known = config(source)
-    hub.cut[name] = 0.5
+    hub.truncated[name] = 0.5
     check_whole(hub, source, weights(source, known))
     assert hub.asked.count(f"GET /store/{source}/{name}") == 2
     size = sum(path.stat().st_size for path in (hub.root / source).glob("*.safetensors"))
-    assert size <= hub.bytes_sent < size + PIECE
+    assert size <= hub.bytes_sent < size + BLOCK
 
 
 @pytest.mark.parametrize(
     ("source", "name"), [(WHOLE, "model.safetensors"), (SHARDS, "model-00002-of-00004.safetensors")]
 )
-def test_a_download_that_never_comes(hub: Hub, source: str, name: str) -> None:
+def test_a_download_that_always_breaks(hub: Hub, source: str, name: str) -> None:
     known = config(source)
-    hub.cut[name] = 0
-    told = refusal(lambda source: weights(source, known), source)
-    assert f"{source} was not downloaded whole from the hub ({hub.address}: " in told
-    hub.cut.clear()
+    hub.truncated[name] = 0
+    lines = refusal(lambda source: weights(source, known), source)
+    assert source in lines and hub.address in lines
+    hub.truncated.clear()
     check_whole(hub, source, weights(source, known))
 
 
@@ -159,6 +159,6 @@ def test_a_slow_hub(hub: Hub) -> None:
     check_whole(hub, WHOLE, weights(WHOLE))
 
 
-def test_nobody_is_asked_to_convert_what_is_no_safetensors(hub: Hub) -> None:
+def test_the_hub_is_not_asked_to_convert_weights_to_safetensors(hub: Hub) -> None:
     weights("google/byt5-small")
     assert not [asked for asked in hub.asked if "discussions" in asked or "commits" in asked]

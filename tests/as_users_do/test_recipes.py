@@ -1,4 +1,4 @@
-"""Recipes as they are shipped, typed as README has it, on clips of one's own, over epochs, with a stop in the middle.
+"""Recipes as they are shipped, by the commands of README, on the user's clips, over epochs, stopped and resumed.
 
 Nothing is set for speed: workers, threads, precision, beams, evaluation and augmentation are the recipes'. What shrinks
 is the model, which comes from a hub on loopback (``published.py`` says what that hides), the data, the epochs, and how
@@ -33,8 +33,8 @@ def test_demo_on_two_ranks(user: User) -> None:
     live(user, "demo", ranks=2)
 
 
-def test_a_recipe_of_ones_own_first_learns_eight_clips(user: User) -> None:
-    """README, "Your own data"; forty steps of its four hundred, each an epoch with loader processes of its own."""
+def test_a_recipe_of_the_user_overfits_eight_clips(user: User) -> None:
+    """README, "Your own data"; forty of its four hundred steps, each an epoch with its own loader processes."""
     assert user.run("launch/recipes.py", "cp", "t5_small", "my_recipe").code == 0
     recipe = user.clone / "recipes" / "my_recipe.yaml"
     table, poses = (word.partition("=")[2] for word in user.data[-2:])
@@ -48,7 +48,7 @@ def test_a_recipe_of_ones_own_first_learns_eight_clips(user: User) -> None:
         recipe.unlink()
     assert learned.code == 0, learned.out + learned.err
     assert learned.json["steps"] == 40
-    assert learned.json["loss"] < 6  # of some 8 nats a token at first
+    assert learned.json["loss"] < 6  # about 8 nats per token at first
 
 
 def test_nothing_is_set_for_speed() -> None:
@@ -64,5 +64,5 @@ def test_every_other_recipe_on_two_ranks(user: User, name: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", BY_DAY)
-def test_what_two_ranks_do_one_does(user: User, name: str) -> None:
+def test_one_rank_trains_as_two_do(user: User, name: str) -> None:
     use(user, live(user, name, ranks=1))

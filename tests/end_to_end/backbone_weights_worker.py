@@ -35,23 +35,25 @@ def results_of(plan: dict[str, Any]) -> dict[str, Any]:
         config = AutoConfig.for_model(name, **values)
         for dtype in (torch.float32, torch.bfloat16):
             whole = random_backbone(config, Placement(dtype, CPU), seed=1)
-            cut = random_backbone(config, Placement(dtype, CPU, zero3), seed=1)
-            assert all(parameter.numel() == 0 for parameter in cut.parameters()), "each rank keeps its piece"
-            results[f"{name} {dtype}"] = same(whole.state_dict(), whole_state_dict(cut, keep=True))
+            partitioned = random_backbone(config, Placement(dtype, CPU, zero3), seed=1)
+            assert all(parameter.numel() == 0 for parameter in partitioned.parameters()), (
+                "each rank keeps its partition"
+            )
+            results[f"{name} {dtype}"] = same(whole.state_dict(), whole_state_dict(partitioned, keep=True))
         nf4 = Quantization(kind="nf4")
-        whole, cut = (
+        whole, partitioned = (
             random_backbone(config, Placement(torch.bfloat16, CPU, zero, nf4), seed=1) for zero in (None, zero3)
         )
-        results[f"{name} nf4"] = same(dequantised(whole), dequantised(cut))
+        results[f"{name} nf4"] = same(dequantised(whole), dequantised(partitioned))
     folder, config = plan["published"], AutoConfig.from_pretrained(plan["published"])
     whole = published_backbone(folder, config, Placement(torch.float32, CPU))
     for what, quantization in (("published", None), ("published nf4", nf4)):
-        whole, cut = (
+        whole, partitioned = (
             published_backbone(folder, config, Placement(torch.bfloat16, CPU, zero, quantization))
             for zero in (None, zero3)
         )
         read = dequantised if quantization else (lambda model: whole_state_dict(model, keep=True))
-        results[what] = same(read(whole), read(cut))
+        results[what] = same(read(whole), read(partitioned))
     large = AutoConfig.for_model("t5", **plan["large"])
     results["memory"] = memory(large, Placement(torch.bfloat16, CPU, zero3))
     results["memory nf4"] = memory(large, Placement(torch.bfloat16, CPU, None, nf4))

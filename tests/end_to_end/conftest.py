@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,8 +57,8 @@ class Finished:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that the user is told."""
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
+        """The errors on the terminal, each with its hint."""
+        return re.findall(r"^error:.*(?:\nhint:.*)?", self.err, re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +131,7 @@ def surroundings() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def losses() -> Callable[[Path], list[float]]:
-    """The loss of every step that a run tells of."""
+    """The loss of every step in a run's metrics."""
 
     def losses(run_dir: Path) -> list[float]:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

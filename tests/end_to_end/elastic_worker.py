@@ -20,7 +20,7 @@ from toolkit.training.start import Start, find_start
 
 
 class StopAfter(Interruptions):
-    """Asks a run to stop after so many steps of this start."""
+    """Requests a run to stop after so many steps of this start."""
 
     def __init__(self, steps: int | None) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class StopAfter(Interruptions):
 
 def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     """Train a case from its start, or from the checkpoint that it names, to its end."""
-    said: list[str] = []
-    result: dict[str, Any] = {"said": said, "run_dir": str(run_dir)}
+    printed: list[str] = []
+    result: dict[str, Any] = {"printed": printed, "run_dir": str(run_dir)}
     interruptions = StopAfter(case.get("stop_after"))
     try:
         resolved, corpus = start_run(case, settings, run_dir, ranks)
         start = find_start(resolved, str(run_dir.parent / case["resume"])) if case.get("resume") else Start()
-        with open_trainer(resolved, ranks, corpus, start, interruptions, said.append) as trainer:
+        with open_trainer(resolved, ranks, corpus, start, interruptions, printed.append) as trainer:
             try:
                 trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
             except Interrupted:

@@ -1,6 +1,6 @@
-"""Faults on order, put into one rank by the test that starts it; the toolkit knows nothing of them.
+"""Faults that a test puts into one rank; the toolkit does not know of them.
 
-The variable FAULT says what and where: ``step_5 1`` is an error in the fifth step that rank 1 takes after its start.
+The variable FAULT names fault and rank: ``step_5 1`` is an error in the fifth step of rank 1 after its start.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "FAULT"
-TIMES = "FAULT_TIME"  # names the file to which the time of the fault goes, for those who measure what follows
+TIMES = "FAULT_TIME"  # names a file for the time of the fault, for benchmarks
 LARGEST_FILE = 100_000  # bytes; logs and settings are smaller, states and models are larger
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 class Injected(Exception):
-    """What an error in the code, or in a library, may look like."""
+    """Stands for an error in the code or in a library."""
 
 
 def install() -> None:
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def note_time() -> None:
-    """Write down when the fault happens, where somebody asked for it."""
+    """Write the time of the fault, if FAULT_TIME asks for it."""
     if place := os.environ.get(TIMES):
         Path(place).write_text(str(time.time()))
 
@@ -68,7 +68,7 @@ def fill_the_disk() -> None:
 
 
 def at_call(holder: Any, name: str, number: int, act: Callable[[], None]) -> None:
-    """Act in place of the so-many-th call of a function, or before it where the act returns."""
+    """Act in place of call ``number`` of a function, or before it if ``act`` returns."""
     calls, original = 0, getattr(holder, name)
 
     def called(*arguments: Any, **settings: Any) -> Any:
@@ -118,9 +118,9 @@ def in_final_scores() -> None:
 
 
 def lag() -> None:
-    """See the run directory as over NFS: what was looked for in vain stays away, and all in it, whoever has made it.
+    """See the run directory as over NFS: a path that was missing once stays missing, whichever rank creates it.
 
-    NFS does so for half a minute, here it is for ever. What this process makes itself it sees.
+    NFS remembers it for half a minute, this for the whole run. The process sees the paths that it creates itself.
     """
     run_dir = next(Path(word.removeprefix("run.dir=")) for word in sys.argv if word.startswith("run.dir="))
     missing: set[Path] = set()

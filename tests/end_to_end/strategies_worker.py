@@ -23,15 +23,15 @@ from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADI
 from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
 
-# DeepSpeed's functions by which gradients are summed over ranks, and small numbers besides.
+# DeepSpeed's functions that sum gradients (and some small numbers) over ranks.
 SUMS = ("all_reduce", "inference_all_reduce", "reduce", "reduce_scatter_fn")
 
 
 def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     resolved, corpus = start_run(case, settings, run_dir, ranks)
     interruptions = Interruptions()
-    # The tiny models here stand for those of the usual size, whose gradients nobody holds whole, unless a case is about
-    # small ones.
+    # The tiny models stand for models of the usual size, whose gradients no rank holds whole, except in cases that are
+    # about small models.
     gradient_reduction.LARGEST_WHOLE_GRADIENT = LARGEST_WHOLE_GRADIENT if case.get("small") else 0
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches, sent = count_micro_batches(trainer), count_sent(trainer)
@@ -40,7 +40,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions = trainer.translate(corpus.splits["test"]).predictions
-        # What was saved is what is there: scramble the weights, load, compare.
+        # Change the weights, load the checkpoint, compare.
         change_weights(trainer.engine)
         trainer.checkpoints.wait()
         checkpoint = run_dir / "checkpoints" / f"step_{trainer.progress.step:06d}"
@@ -113,7 +113,7 @@ def count_sent(trainer: Any) -> list[int]:
 def keep_gradients(trainer: Any) -> dict[str, tuple[float, float]]:
     """A dictionary that the first step fills with every gradient's norm and its product with a fixed vector, by name.
 
-    AdamW's first moment after one step is the gradient that it was given, times 1 - beta1: at every stage and cut.
+    AdamW's first moment after one step is the gradient times 1 - beta1, at every stage and division of the batch.
     """
     gradients: dict[str, tuple[float, float]] = {}
     step = trainer.step

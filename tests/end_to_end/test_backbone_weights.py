@@ -44,7 +44,7 @@ def results(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("form", ["torch.float32", "torch.bfloat16", "nf4"])
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_random_weights_are_the_same_whole_and_cut(results: dict[str, Any], architecture: str, form: str) -> None:
+def test_random_weights_are_equal_whole_and_partitioned(results: dict[str, Any], architecture: str, form: str) -> None:
     assert results[f"{architecture} {form}"]
 
 

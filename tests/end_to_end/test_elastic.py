@@ -1,4 +1,4 @@
-"""A run goes on where it was, to the last bit; and on other ranks, ZeRO stages and offloads, to the same losses."""
+"""A run resumes to the last bit; and on other ranks, ZeRO stages and offloads, to the same losses."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tests.rank_workers import prepared, run_worker
 from toolkit.checkpointing.checkpoints import RANK_FILES, name_of
 
 Case = dict[str, Any]
-STEPS, SAVE_EVERY = 6, 2  # an epoch has three steps, so that runs go on in the middle of one
-FIRST, SECOND = 2, 4  # where they are taken up
+STEPS, SAVE_EVERY = 6, 2  # an epoch has three steps, so that runs resume in the middle of one
+FIRST, SECOND = 2, 4  # the steps from which they resume
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
-# So that parameters of a tiny model are cut over ranks, too.
+# Parameters of a tiny model are partitioned over ranks, too.
 SMALL = ["ds.zero_optimization.stage3_param_persistence_threshold=0"]
 LORA = ["model.lora.r=4"]
 KINDS = {
     "full": [],
-    "lora": [*LORA, "training.global_batch_size=7"],  # clips that two ranks cannot share alike
+    "lora": [*LORA, "training.global_batch_size=7"],  # clips that two ranks cannot share equally
     "nf4": [*LORA, "model.quantization=nf4"],
     "int8": [*LORA, "model.quantization=int8"],
 }
 NO_DROPOUT = ["model.dropout=0", "model.pose_encoder.dropout=0"]
 NO_LORA_DROPOUT = ["model.lora.dropout=0"]
-# Where two ranks of ZeRO-2 go on: DeepSpeed JSON, and what kinds of model try it.
+# DeepSpeed JSONs with which runs of two ranks of ZeRO-2 resume, and the kinds of model that try it.
 TARGETS = {"zero0": ["full"], "zero1": ["full", "lora"], "zero3": ["full", "lora", "nf4"], "zero3_offload": ["full"]}
 
 
-# What goes on to the last bit, with dropout and augmentation: DeepSpeed JSON and overrides.
+# Runs that resume to the last bit, with dropout and augmentation: DeepSpeed JSON and overrides.
 EXACT = {
     "zero0": ("zero0", []),
     "zero2_offload": ("zero2_offload", ["training.ema=0.9", "training.freeze_backbone_steps=3"]),
@@ -41,7 +41,7 @@ EXACT = {
     "muon": ("zero2", ["training.optimizer=muon", "training.gradient_clipping=0"]),
 }
 
-# Where fp32 goes on with fewer bits: in the weights, and in the optimizer's moments, too.
+# Runs of fp32 that resume with fewer bits: in the weights, and in the optimizer's moments, too.
 LESS_PRECISE = {"bf16": "zero2", "bf16-states": "zero2_bf16_states"}
 
 
@@ -139,29 +139,29 @@ def trained(
 
 
 @pytest.mark.parametrize(("ds", "kind"), [(ds, kind) for ds, kinds in TARGETS.items() for kind in kinds])
-def test_another_zero_stage_goes_on(trained: dict[str, dict[str, Any]], ds: str, kind: str) -> None:
-    goes_on(trained, kind, f"{kind}-{ds}", SECOND)
-    assert "zero stage 2 ->" in " ".join(trained[f"{kind}-{ds}"]["said"])
+def test_a_run_resumes_at_another_zero_stage(trained: dict[str, dict[str, Any]], ds: str, kind: str) -> None:
+    check_resumed(trained, kind, f"{kind}-{ds}", SECOND)
+    assert "zero stage 2 ->" in " ".join(trained[f"{kind}-{ds}"]["printed"])
 
 
-def test_from_offloaded_shards_to_others(trained: dict[str, dict[str, Any]]) -> None:
-    goes_on(trained, "full", "offload-zero1", SECOND)
+def test_a_run_resumes_from_offloaded_shards(trained: dict[str, dict[str, Any]]) -> None:
+    check_resumed(trained, "full", "offload-zero1", SECOND)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_then_one_then_two(trained: dict[str, dict[str, Any]], kind: str) -> None:
-    goes_on(trained, kind, f"{kind}-one", FIRST)
-    assert "world size 2 -> 1" in " ".join(trained[f"{kind}-one"]["said"])
-    goes_on(trained, kind, f"{kind}-two", SECOND)
-    assert "1 rank is new" in " ".join(trained[f"{kind}-two"]["said"])
+    check_resumed(trained, kind, f"{kind}-one", FIRST)
+    assert "world size 2 -> 1" in " ".join(trained[f"{kind}-one"]["printed"])
+    check_resumed(trained, kind, f"{kind}-two", SECOND)
+    assert "1 rank is new" in " ".join(trained[f"{kind}-two"]["printed"])
 
 
-def goes_on(trained: dict[str, dict[str, Any]], kind: str, name: str, after: int) -> None:
-    """The losses and learning rates of the run that nothing happened to."""
+def check_resumed(trained: dict[str, dict[str, Any]], kind: str, name: str, after: int) -> None:
+    """It has the losses and learning rates of the uninterrupted run."""
     whole, rest = trained[f"{kind}-whole"], trained[name]
     assert "refused" not in rest, rest
     count = len(rest["losses"])
-    # NF4 trains otherwise at ZeRO-3 than at ZeRO-2, interrupted or not: 2e-4 apart after four steps.
+    # NF4 differs between ZeRO-3 and ZeRO-2 without an interruption: by 2e-4 after four steps.
     tolerance = 1e-3 if kind == "nf4" else 1e-4
     assert count and rest["losses"] == pytest.approx(whole["losses"][after : after + count], rel=tolerance)
     assert rest["rates"] == whole["rates"][after : after + count]
@@ -170,22 +170,22 @@ def goes_on(trained: dict[str, dict[str, Any]], kind: str, name: str, after: int
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_same_layout_goes_on_to_the_last_bit(trained: dict[str, dict[str, Any]], name: str) -> None:
+def test_the_same_layout_resumes_to_the_last_bit(trained: dict[str, dict[str, Any]], name: str) -> None:
     whole, rest = trained[f"exact-{name}-whole"], trained[f"exact-{name}-rest"]
     assert len(whole["losses"]) == STEPS
     assert rest["losses"] == whole["losses"][SECOND:]
     assert rest["weights"] == whole["weights"]
     assert rest.get("average") == whole.get("average")
-    assert not [line for line in rest["said"] if line.startswith("note:")]
+    assert not [line for line in rest["printed"] if line.startswith("note:")]
 
 
 @pytest.mark.parametrize("name", LESS_PRECISE)
-def test_another_precision_goes_on_and_says_so(trained: dict[str, dict[str, Any]], name: str) -> None:
-    assert "precision fp32 -> bf16" in " ".join(trained[name]["said"])
+def test_another_precision_resumes_with_a_note(trained: dict[str, dict[str, Any]], name: str) -> None:
+    assert "precision fp32 -> bf16" in " ".join(trained[name]["printed"])
     assert trained[name]["losses"] == pytest.approx(trained["full-whole"]["losses"][SECOND:], rel=0.05)
 
 
-def test_an_8_bit_optimizer_goes_on_only_as_it_was(trained: dict[str, dict[str, Any]]) -> None:
+def test_an_8_bit_optimizer_resumes_only_in_the_same_layout(trained: dict[str, dict[str, Any]]) -> None:
     assert len(trained["eight-same"]["losses"]) == STEPS - SECOND
     refusal = trained["eight-zero1"]["refused"]
     assert "AdamW8bit" in refusal and "zero_stage 2" in refusal and "\n" not in refusal

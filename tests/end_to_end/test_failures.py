@@ -1,7 +1,7 @@
-"""Whatever fails on whichever rank: its reason comes first and once, nothing runs on, and the same command goes on.
+"""A failure of any rank is printed first and once, no process stays, and the same command resumes the run.
 
-One run meets one fault after the other and goes on each time, so that each fault costs one start; at its end it must
-have the losses of a run that met none.
+One run meets one fault after the other and resumes each time, so that each fault costs one start; at its end it must
+have the losses of a run without faults.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.errors import UserError
 
 INJECTED = "Injected: injected"
 STEPS = 18  # more than all faults but the last ones let pass
-# Fault -> what the terminal says of it, after "error: "; {who} is the rank with its host and process.
+# Fault -> the error on the terminal, after "error: "; {who} is the rank with its host and process.
 REASONS = {
     "build": rf"{{who}} failed: {INJECTED}",
     "step_1": rf"{{who}} failed: {INJECTED}",
@@ -35,23 +35,23 @@ REASONS = {
     "disk": r"(the model of step \d+ cannot be|the checkpoint after step \d+ could not be) written",
     "final_scores": rf"{{who}} failed: {INJECTED}",
 }
-# What the user can mend is told in one line and has a code of its own; of others the traceback comes first.
+# Errors without a traceback; for all others it comes first.
 WITHOUT_TRACEBACK = {"killed", "disk"}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run that met a fault left behind."""
+    """What is left of a run that met a fault."""
 
     code: int
-    said: str
+    printed: str
     status: dict[str, Any]
     damaged: list[str]
     unfinished: list[str]
 
-    def told(self) -> list[str]:
-        """Lines that tell of errors, as they came."""
-        return [line for line in self.said.splitlines() if re.match(r"Traceback|error: |\w*Error: |warning: ", line)]
+    def reports(self) -> list[str]:
+        """Lines that report errors, in order."""
+        return [line for line in self.printed.splitlines() if re.match(r"Traceback|error: |\w*Error: |warning: ", line)]
 
 
 def damaged_checkpoints(folder: Path) -> list[str]:
@@ -85,21 +85,21 @@ def meet_faults(warm: Warm, arguments: list[str], folder: Path, faults: list[tup
 
 def check(seen: Seen, fault: str, rank: int) -> None:
     who = rf"rank {rank} \({re.escape(socket.gethostname())}, process \d+\)"
-    told = seen.told()
-    errors = [line for line in told if line.startswith("error: ")]
-    assert len(errors) == 1, seen.said
-    assert re.match("error: " + REASONS[fault].format(who=who), errors[0]), seen.said
-    before = [line for line in told[: told.index(errors[0])] if not line.startswith("warning: ")]
+    reports = seen.reports()
+    errors = [line for line in reports if line.startswith("error: ")]
+    assert len(errors) == 1, seen.printed
+    assert re.match("error: " + REASONS[fault].format(who=who), errors[0]), seen.printed
+    before = [line for line in reports[: reports.index(errors[0])] if not line.startswith("warning: ")]
     if fault in WITHOUT_TRACEBACK:
-        assert before == [], seen.said
+        assert before == [], seen.printed
     else:
-        assert before[0].startswith("Traceback"), seen.said
-    assert told[-1] == errors[0], f"a consequence is told after the cause: {seen.said}"
+        assert before[0].startswith("Traceback"), seen.printed
+    assert reports[-1] == errors[0], f"a consequence is reported after the cause: {seen.printed}"
     assert seen.code != 0
     status = seen.status
-    assert (status["status"], status["host"]) == ("failed", socket.gethostname()), seen.said
-    if fault != "disk":  # every rank hears of it; any of them may say so
-        assert status["rank"] == rank, seen.said
+    assert (status["status"], status["host"]) == ("failed", socket.gethostname()), seen.printed
+    if fault != "disk":  # every rank knows of it; any of them may report it
+        assert status["rank"] == rank, seen.printed
     assert status["reason"] in errors[0] or status["reason"].split(": ", 1)[1] in errors[0], status
     assert seen.damaged == []
     assert seen.unfinished == []
@@ -143,7 +143,7 @@ def test_the_reason_comes_first_and_once_and_nothing_is_lost(faulty: Any, fault:
     check(faulty[0][fault, rank], fault, rank)
 
 
-def test_a_run_that_met_every_fault_has_the_losses_of_one_that_met_none(
+def test_a_run_with_faults_has_the_losses_of_one_without(
     faulty: Any, warm: Warm, arguments: list[str], losses: Callable[[Path], list[float]], tmp_path: Path
 ) -> None:
     run = warm.start(tmp_path / "run", arguments)
@@ -151,9 +151,7 @@ def test_a_run_that_met_every_fault_has_the_losses_of_one_that_met_none(
     assert faulty[1] == losses(run.folder)
 
 
-def test_a_rank_that_sees_late_what_rank_0_makes_trains_with_it(
-    warm: Warm, arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_rank_that_sees_new_files_late_trains(warm: Warm, arguments: list[str], tmp_path: Path) -> None:
     few = [*arguments, "training.max_steps=4"]
     for _ in ("begins", "is shown when finished"):
         run = warm.start(tmp_path / "run", few, **{VARIABLE: "lag 1"})

@@ -1,7 +1,7 @@
-"""However a run is stopped, it goes on to the same losses, to the last bit, and leaves nothing behind.
+"""A run resumes to the same losses, to the last bit, however it is stopped, and leaves no files behind.
 
-One run is stopped again and again and goes on each time, so that each way to stop costs one start; starts are made
-cheap by ``warm_launcher.py``, and some are DeepSpeed's own command.
+One run is stopped many times and resumes each time, so that each way to stop costs one start. Most starts are cheap, by
+``warm_launcher.py``; some are DeepSpeed's own command.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def warm(
 
 @pytest.fixture(scope="module")
 def arguments(settings: list[str]) -> list[str]:
-    """A run with dropout and augmentation, so that every source of randomness must be taken up where it was."""
+    """A run with dropout and augmentation, so that every source of randomness must be restored."""
     return [
         *("--recipe", "t5_small", "--ds", "zero2", *settings, "ds.data_types=null"),
         *("training.epochs=99", f"training.max_steps={STEPS}", "training.eval_every=99", "training.save_every=2"),
@@ -85,18 +85,18 @@ def undisturbed(warm: Warm, losses: Losses, arguments: list[str], tmp_path_facto
     return losses(run.folder)
 
 
-def steps_told(folder: Path) -> int:
+def steps_logged(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
     return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
 
 
 def wait_for_steps(run: Run, more: int) -> None:
-    """Wait until the run has done ``more`` steps since it began or went on."""
-    deadline, went_on = time.monotonic() + PATIENCE, None
+    """Wait until the run has done ``more`` steps since it started or resumed."""
+    deadline, resumed_at = time.monotonic() + PATIENCE, None
     while time.monotonic() < deadline:
-        if went_on is None and "training: " in run.said():
-            went_on = steps_told(run.folder)
-        if went_on is not None and steps_told(run.folder) >= went_on + more:
+        if resumed_at is None and "training: " in run.said():
+            resumed_at = steps_logged(run.folder)
+        if resumed_at is not None and steps_logged(run.folder) >= resumed_at + more:
             return
         time.sleep(0.02)
     pytest.fail(f"{more} steps did not come within {PATIENCE:.0f} s: {run.said()}")
@@ -134,10 +134,10 @@ def stopped(
         signal_to(run, target, number)
         code = run.wait()
         wait_for_the_end(processes)
-        seen[target, number] = {"code": code, "said": run.said(), "steps": steps_told(folder), **status_of(folder)}
+        seen[target, number] = {"code": code, "said": run.said(), "steps": steps_logged(folder), **status_of(folder)}
     run = warm.start(folder, [*arguments, "training.time_limit=0.02"])
     code = run.wait()
-    seen["time limit"] = {"code": code, "said": run.said(), "steps": steps_told(folder), **status_of(folder)}
+    seen["time limit"] = {"code": code, "said": run.said(), "steps": steps_logged(folder), **status_of(folder)}
     run = warm.start(folder, arguments)
     assert run.wait() == 0, run.said()
     return seen, losses(folder)
@@ -205,7 +205,7 @@ def real_start(
     return Run(psutil.Process(process.pid), folder, out, process.wait)
 
 
-def test_ctrl_c_of_the_real_launcher_is_told_in_one_line(
+def test_ctrl_c_of_the_real_launcher_is_one_line(
     arguments: list[str],
     surroundings: dict[str, str],
     command: Callable[..., list[str]],
@@ -223,7 +223,7 @@ def test_ctrl_c_of_the_real_launcher_is_told_in_one_line(
     assert status_of(folder)["status"] == "interrupted", run.said()
     assert "Traceback" not in run.said()
     assert len(re.findall(r"^interrupted: ", run.said(), re.MULTILINE)) == 1, run.said()
-    # SIGKILL to the real launcher and its ranks, and on to the end.
+    # SIGKILL to the real launcher and its ranks, and resume to the end.
     run = real_start("deepspeed", folder, arguments, surroundings, command)
     wait_for_steps(run, 3)
     processes = run.processes()
@@ -244,7 +244,7 @@ def test_ctrl_c_of_the_real_launcher_is_told_in_one_line(
     assert losses(folder) == undisturbed
 
 
-def kill_and_go_on(
+def kill_and_resume(
     kills: int, warm: Warm, arguments: list[str], losses: Losses, folder: Path, seed: int
 ) -> list[float]:
     """Kill all processes of a run at a random moment, so many times, then let it end."""
@@ -284,16 +284,16 @@ def is_old_and_ours(path: Path) -> bool:
     return path.exists()
 
 
-def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_losses(
+def test_a_run_that_is_killed_at_random_moments_resumes_to_the_same_losses(
     warm: Warm, arguments: list[str], undisturbed: list[float], losses: Losses, tmp_path: Path, temporary: Path
 ) -> None:
     folder = tmp_path / "run"
-    assert kill_and_go_on(KILLS, warm, arguments, losses, folder, seed=1) == undisturbed
+    assert kill_and_resume(KILLS, warm, arguments, losses, folder, seed=1) == undisturbed
     assert leftovers(folder, temporary) == []
 
 
 @pytest.mark.nightly
-def test_a_run_that_is_killed_behind_an_evaluation_scores_the_model_that_it_calls_the_best(
+def test_a_run_that_is_killed_after_an_evaluation_scores_its_best_model(
     warm: Warm, arguments: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -323,5 +323,5 @@ def test_fifty_kills(warm: Warm, arguments: list[str], losses: Losses, tmp_path:
     alone = warm.start(tmp_path / "undisturbed", longer)
     assert alone.wait() == 0, alone.said()
     folder = tmp_path / "run"
-    assert kill_and_go_on(KILLS_BY_NIGHT, warm, longer, losses, folder, seed=2) == losses(alone.folder)
+    assert kill_and_resume(KILLS_BY_NIGHT, warm, longer, losses, folder, seed=2) == losses(alone.folder)
     assert leftovers(folder, temporary) == []

@@ -1,4 +1,4 @@
-"""Every DeepSpeed JSON trains on two ranks, saves and loads; in fp32 all of them, and every cut of the batch, agree."""
+"""Every DeepSpeed JSON trains on two ranks, saves and loads; in fp32 all agree, however the batch is divided."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def trained(start: Start) -> dict[str, dict[str, Any]]:
     for kind in ENCODERS:
         encoder = [f"model.pose_encoder={kind}", "model.pose_encoder.hidden=32"]
         cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
-        cases[f"{kind}-cut"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
+        cases[f"{kind}-partitioned"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
         cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, SMALL]}
     for micro in (1, 4):
-        cases[f"cut-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
+        cases[f"micro-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
     # Clips of 55 to 274 frames: a step needs two, three or four of these.
     budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
     for name in IN_FP32:
@@ -102,18 +102,18 @@ def trained(start: Start) -> dict[str, dict[str, Any]]:
 
 
 def uneven(ds: str) -> dict[str, Any]:
-    """A global batch that ranks cannot share alike."""
+    """A global batch that ranks cannot share equally."""
     return {"ds": ds, "overrides": [*UNEVEN, *([SMALL] if ds == "zero3" else [])]}
 
 
 def gradient_cases() -> dict[str, dict[str, Any]]:
-    """One step each, not clipped, by every stage and cut."""
+    """One step each, not clipped, by every stage and micro-batch size."""
     cases = {
         f"gradients-{ds}": {"ds": ds, "overrides": [*UNCLIPPED, *([SMALL] if ds == "zero3" else [])]}
         for ds in ("zero0", "zero1", "zero2", "zero3")
     }
     for micro in (1, 4):
-        cases[f"gradients-cut-{micro}"] = {
+        cases[f"gradients-micro-{micro}"] = {
             "ds": "zero1",
             "overrides": [*UNCLIPPED, f"training.micro_batch_size={micro}"],
         }
@@ -166,24 +166,24 @@ def test_every_strategys_own_precision_follows_fp32(trained: dict[str, dict[str,
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_every_pose_encoder_learns_alike_with_its_weights_cut(trained: dict[str, dict[str, Any]], kind: str) -> None:
-    whole, cut, autocast = (trained[f"{kind}-{how}"] for how in ("whole", "cut", "autocast"))
+def test_pose_encoders_learn_alike_with_partitioned_weights(trained: dict[str, dict[str, Any]], kind: str) -> None:
+    whole, partitioned, autocast = (trained[f"{kind}-{how}"] for how in ("whole", "partitioned", "autocast"))
     assert whole["losses"][-1] < whole["losses"][0]
-    assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert cut["weights_norm"] == pytest.approx(whole["weights_norm"], rel=1e-6)
-    assert cut["restored"] and cut["best_is_last"]
+    assert partitioned["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert partitioned["weights_norm"] == pytest.approx(whole["weights_norm"], rel=1e-6)
+    assert partitioned["restored"] and partitioned["best_is_last"]
     assert autocast["losses"] == pytest.approx(whole["losses"], rel=0.05)
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-def test_how_the_global_batch_is_cut_changes_nothing(trained: dict[str, dict[str, Any]], micro: int) -> None:
-    reference, case = trained["fp32-zero1"], trained[f"cut-{micro}"]
+def test_the_micro_batch_size_changes_nothing(trained: dict[str, dict[str, Any]], micro: int) -> None:
+    reference, case = trained["fp32-zero1"], trained[f"micro-{micro}"]
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_a_frame_budget_changes_nothing_but_the_cut(trained: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_frame_budget_changes_nothing_but_the_micro_batches(trained: dict[str, dict[str, Any]], name: str) -> None:
     reference, case = trained["fp32-zero1"], case_of(trained, f"frames-{name}")
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
@@ -214,14 +214,14 @@ def assert_as_alone(case: dict[str, Any], alone: dict[str, Any]) -> None:
     assert case["weights_norm"] == pytest.approx(alone["weights_norm"], rel=1e-6)
 
 
-def test_the_losses_are_those_that_were_kept(trained: dict[str, dict[str, Any]]) -> None:
+def test_the_losses_are_the_recorded_ones(trained: dict[str, dict[str, Any]]) -> None:
     assert trained["fp32-zero1"]["losses"] == pytest.approx(KEPT, rel=1e-4)
 
 
-def test_gradients_by_name_do_not_know_stages_ranks_and_cuts(trained: dict[str, dict[str, Any]]) -> None:
+def test_gradients_are_the_same_at_all_stages_ranks_and_micro_batch_sizes(trained: dict[str, dict[str, Any]]) -> None:
     reference = trained["gradients-zero1"]["gradients"]
     assert len(reference) > 50
-    others = [f"zero{stage}" for stage in (0, 2, 3)] + ["cut-1", "cut-4", "alone"]
+    others = [f"zero{stage}" for stage in (0, 2, 3)] + ["micro-1", "micro-4", "alone"]
     for other in others:
         found = trained[f"gradients-{other}"]["gradients"]
         assert found.keys() == reference.keys()
@@ -231,7 +231,7 @@ def test_gradients_by_name_do_not_know_stages_ranks_and_cuts(trained: dict[str, 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_learn_save_and_do_not_know_the_stage(trained: dict[str, dict[str, Any]], variant: str) -> None:
+def test_variants_learn_and_save_alike_at_all_stages(trained: dict[str, dict[str, Any]], variant: str) -> None:
     stages = VARIANTS[variant][1]
     reference = trained[f"{variant}-{stages[0]}"]
     # Eight bits are rounded by blocks of what lies together, which depends on the stage.
@@ -244,5 +244,5 @@ def test_variants_learn_save_and_do_not_know_the_stage(trained: dict[str, dict[s
 
 
 @pytest.mark.parametrize("name", ["ema-zero3", "aligned-zero2", "prescaled-zero1", "prescaled-zero3"])
-def test_what_does_not_touch_the_training(trained: dict[str, dict[str, Any]], name: str) -> None:
+def test_settings_without_effect_on_training(trained: dict[str, dict[str, Any]], name: str) -> None:
     assert trained[name]["losses"] == pytest.approx(trained["fp32-zero1"]["losses"], rel=1e-5)
