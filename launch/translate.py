@@ -164,17 +164,18 @@ def watched(translations: Iterable[Translation], total: int) -> Iterator[Transla
 
 def as_lines(translation: Translation, *, several: bool, n_best: int) -> str:
     """One line for each window and hypothesis; columns that would say the same everywhere are left out."""
-    from toolkit.inference.subtitles import printable, timestamp
+    from toolkit.inference.subtitles import timestamp
+    from toolkit.scoring.table import one_line
 
     lines = []
     for window, text in zip(translation.windows, translation.texts, strict=True):
-        first = [printable(translation.uid)] if several else []
+        first = [one_line(translation.uid)] if several else []
         if len(translation.windows) > 1:
             first += [timestamp(window.start), timestamp(window.end)]
         if n_best == 1:
-            lines.append([*first, printable(text)])
+            lines.append([*first, one_line(text)])
         else:
-            lines += [[*first, _number(found.score), printable(found.text)] for found in window.hypotheses]
+            lines += [[*first, _number(found.score), one_line(found.text)] for found in window.hypotheses]
     return "\n".join("\t".join(line) for line in lines)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,15 +42,34 @@ BROWSER_OPTIONS = (
 
 # Folders whose tests start whole commands; they come last, so that a mistake in a small part shows within a minute.
 SLOW_FOLDERS = ("house", "launch", "gpu", "as_users_do", "end_to_end")
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests that start no process (make test-fast)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        sys.addaudithook(_refuse_processes)
+
+
+def _refuse_processes(event: str, _: tuple[Any, ...]) -> None:
+    if event in STARTS_A_PROCESS and "PYTEST_CURRENT_TEST" in os.environ:
+        raise RuntimeError(f"{event} in a test that is not marked `process`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first; within a folder the order stays."""
-    items.sort(
-        key=lambda item: max(
-            [SLOW_FOLDERS.index(part) + 1 for part in item.path.parts if part in SLOW_FOLDERS], default=0
-        )
-    )
+    items.sort(key=_slowness)
+    if config.getoption("--fast"):
+        slow = [item for item in items if _slowness(item) or item.get_closest_marker("process")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+def _slowness(item: pytest.Item) -> int:
+    return max([SLOW_FOLDERS.index(part) + 1 for part in item.path.parts if part in SLOW_FOLDERS], default=0)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from toolkit.inference.translate_files import Translation
+from toolkit.scoring.table import one_line
 
 LINE_WIDTH = 42  # characters, as subtitlers have it
 
@@ -59,9 +60,4 @@ def timestamp(seconds: float, decimal_mark: str = ".") -> str:
 
 def _lines(text: str) -> str:
     """Short lines; an empty one would end the cue."""
-    return "\n".join(textwrap.wrap(printable(text), LINE_WIDTH))
-
-
-def printable(text: str) -> str:
-    """A text on one line; characters that would steer a terminal become spaces."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return "\n".join(textwrap.wrap(one_line(text), LINE_WIDTH))

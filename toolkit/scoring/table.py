@@ -108,11 +108,11 @@ def choose_samples(predictions: Sequence[Prediction], count: int, seed: int = 0)
 def samples_text(predictions: Sequence[Prediction]) -> str:
     """Reference above hypothesis for each prediction, one blank line between them."""
     return "\n\n".join(
-        f"{_one_line(item.uid)}\n  reference   {_one_line(item.reference)}\n  hypothesis  {_one_line(item.hypothesis)}"
+        f"{one_line(item.uid)}\n  reference   {one_line(item.reference)}\n  hypothesis  {one_line(item.hypothesis)}"
         for item in predictions
     )
 
 
-def _one_line(text: str) -> str:
-    """Keep a text on its line, and its control characters away from the terminal."""
+def one_line(text: str) -> str:
+    """A text on one line; control characters, which would steer a terminal, become spaces."""
     return "".join(character if character.isprintable() else " " for character in text)
