@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit.cluster.secrets import RedactingFormatter
@@ -30,6 +31,19 @@ def log_to_file(log: Path | None) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
+    logging.getLogger("toolkit").setLevel(logging.INFO)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def prints_to_log() -> Iterator[None]:
+    """Within it, what a library prints goes to the log: DeepSpeed prints its memory and the time to load an op."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
+            logging.getLogger("toolkit").info(line)

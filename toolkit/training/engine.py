@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from toolkit.checkpointing.zero_shards import base_optimizer
+from toolkit.cluster.logs import prints_to_log
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
@@ -27,12 +28,13 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
 
     if uses_cpu_code():
         use_cpu_layers(module)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=parameter_groups(module, resolved),
-        optimizer=client_optimizer(resolved),
-        config=resolved.deepspeed,
-    )
+    with prints_to_log():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module, resolved),
+            optimizer=client_optimizer(resolved),
+            config=resolved.deepspeed,
+        )
     if uses_cpu_code():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):

@@ -1,0 +1,29 @@
+"""What libraries print goes to the log and not to the terminal."""
+
+import logging
+
+import pytest
+
+from toolkit.cluster.logs import prints_to_log
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """The lines of the toolkit's log, as ``log_to_file`` sets it up."""
+    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="toolkit")
+    return caplog
+
+
+def test_what_a_library_prints_is_logged_line_by_line(logged, capsys):
+    with prints_to_log():
+        print("begin bf16_optimizer\n\nMA 0.0 GB         Max_MA 0.0 GB")
+    assert capsys.readouterr().out == ""
+    assert logged.messages == ["begin bf16_optimizer", "MA 0.0 GB         Max_MA 0.0 GB"]
+
+
+def test_what_was_printed_before_an_error_is_logged_and_the_error_is_passed_on(logged):
+    with pytest.raises(RuntimeError), prints_to_log():
+        print("initializing")
+        raise RuntimeError
+    assert logged.messages == ["initializing"]
