@@ -54,14 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     # transformers wakes DeepSpeed as it saves, which else warns of every machine without a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers.utils import logging
-
+    from toolkit.cluster.logs import show_errors_only
     from toolkit.models.adaptation.export import check_dtype, check_target, export_model
     from toolkit.models.loading.load import load_translator
     from toolkit.reporting.model_card import model_card
 
     check_target(folder, replace=arguments.replace)
-    logging.disable_progress_bar()
+    show_errors_only()
     model, processor = load_translator(run_dir)
     if arguments.merge_lora and not getattr(model, "peft_config", None):
         raise UserError(

@@ -140,12 +140,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, on its device, and its processor."""
-    from transformers.utils import logging
-
     from toolkit.cluster.devices import choose_device
+    from toolkit.cluster.logs import show_errors_only
     from toolkit.models.loading.load import load_translator
 
-    logging.disable_progress_bar()  # of loading weights; ours are shown where waiting is long
+    show_errors_only()
     device = choose_device(arguments.device)
     model, processor = load_translator(arguments.model)
     try:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from toolkit.cluster.logs import prints_to_log
+from toolkit.cluster.logs import LIBRARIES, prints_to_log, show_errors_only
 
 
 @pytest.fixture
@@ -27,3 +27,16 @@ def test_what_was_printed_before_an_error_is_logged_and_the_error_is_passed_on(l
         print("initializing")
         raise RuntimeError
     assert logged.messages == ["initializing"]
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes.backends.cpu.ops", "transformers.modeling_utils", "py.warnings"])
+def test_commands_without_a_log_show_errors_of_libraries_only(name):
+    levels = {library: logging.getLogger(library).level for library in LIBRARIES}
+    try:
+        show_errors_only()
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR)
+    finally:
+        logging.captureWarnings(False)
+        for library, level in levels.items():
+            logging.getLogger(library).setLevel(level)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from toolkit.cluster.secrets import RedactingFormatter
 
+LIBRARIES = ("DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings")
+
 
 class _LogFile(logging.FileHandler):
     """A log that cannot be written, on a full disk, prints no traceback to the terminal."""
@@ -27,7 +29,7 @@ def log_to_file(log: Path | None) -> None:
     handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
-    for name in ("toolkit", "DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings"):
+    for name in ("toolkit", *LIBRARIES):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
@@ -35,6 +37,16 @@ def log_to_file(log: Path | None) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def show_errors_only() -> None:
+    """For commands without a log: of the libraries' logs only errors reach the terminal, and no progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
