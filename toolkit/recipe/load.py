@@ -236,7 +236,7 @@ def _problem(details: Any, text: RecipeText) -> UserError:
     if kind == "missing":
         return UserError(f"{place}: {key} is missing", f"set {key}")
     if kind in ("model_type", "dict_type"):
-        return UserError(f"{place}: {key}={given!r} is not a section", f"write {key}.KEY=VALUE, or keys below {key}:")
+        return UserError(f"{place}: {key}={given!r} is not a section", f"set one of its keys: {key}.KEY=VALUE")
     if kind == "value_error":  # raised by a validator of the schema
         message, hint = details["ctx"]["error"].args
         shown_value = "" if isinstance(given, dict) else f"={given!r}"
