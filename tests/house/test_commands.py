@@ -125,3 +125,21 @@ def test_every_room_has_its_place_in_the_dependency_rule():
     placed = set(re.findall(r"\w+", " ".join(layers)))
     rooms = {path.parent.name for path in (ROOT / "toolkit").glob("*/__init__.py")}
     assert rooms <= placed
+
+
+HELP = [[path, "--help"] for path in sorted(ROOT.glob("launch/*.py"))] + [[ROOT / "launch" / "recipes.py", "ls"]]
+
+
+@pytest.mark.parametrize("words", HELP, ids=lambda words: f"{words[0].stem} {words[1]}")
+def test_help_and_the_list_of_recipes_import_no_heavy_library(words, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = ('torch', 'transformers', 'deepspeed', 'datasets', 'bitsandbytes')\n"
+        "print([name for name in heavy if name in sys.modules], file=open('heavy', 'w'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "heavy").read_text(encoding="utf-8").strip() == "[]"

@@ -59,22 +59,6 @@ def test_ls_json(tmp_path):
         assert 0 < listed[name]["states_gib"] < 16, "a 24 GiB card keeps a third for activations"
 
 
-@pytest.mark.parametrize("command", sorted(COMMAND.parent.glob("*.py")), ids=lambda path: path.stem)
-def test_help_and_ls_import_no_heavy_library(command, tmp_path):
-    code = (
-        "import runpy, sys\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = ('torch', 'transformers', 'deepspeed', 'datasets', 'bitsandbytes')\n"
-        "print([name for name in heavy if name in sys.modules], file=open('heavy', 'w'))\n"
-    )
-    for arguments in (["--help"], ["ls"]) if command == COMMAND else (["--help"],):
-        given = f"import sys; sys.argv = {[str(command), *arguments]!r}\n"
-        done = subprocess.run([sys.executable, "-c", given + code], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "heavy").read_text(encoding="utf-8").strip() == "[]"
-
-
 def test_show_json_is_fully_resolved_and_overrides_stand_anywhere(tmp_path):
     done = recipes(
         "show", "t5_small", "training.epochs=3", "--ds", "zero3", "--json", "--world-size", "8",

@@ -43,6 +43,7 @@ from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.metering import peak_memory_gib
 from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
+from toolkit.training.setting_notes import setting_notes
 from toolkit.training.start import PROCESSOR, Start
 from toolkit.training.trainer import Trainer
 from toolkit.training.truncated_texts import warn_of_truncated_texts
@@ -74,6 +75,10 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
         open_run(resolved, ranks, corpus) as interruptions,
         open_trainer(resolved, ranks, corpus, start, interruptions, echo) as trainer,
     ):
+        if ranks.is_main:
+            lengths = {"steps": trainer.total_steps, "epoch_steps": trainer.epoch_steps}
+            for note in setting_notes(resolved.recipe, corpus, trainer.processor.tokenizer, **lengths):
+                echo(f"note: {note}")
         trainer.run(batches)
         batches.close()
         memory = peak_memory_gib(trainer.engine.device)
