@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolkit.corpus.names import LONGEST_PRINTED, Names, canonical, contradict, is_pose_file, printable, shared_tail
+from toolkit.corpus.names import LONGEST_PRINTED, Names, canonical, contradict, escaped, is_pose_file, shared_tail
 
 _PARTS = st.text("abÜéक्षñ%_- .0", min_size=1, max_size=5).map(str.strip).filter(lambda part: part.strip("."))
 _STEMS = _PARTS.filter(lambda part: not part.startswith("._"))
@@ -79,7 +79,7 @@ def test_what_is_not_there_has_a_nearest_that_is(files: list[str], name: str) ->
     names = Names(files)
     near = names.nearest(name)
     assert near in files and near in names.match(near)
-    assert "\n" not in printable(name)
+    assert "\n" not in escaped(name)
 
 
 def test_folders_that_are_there_are_not_passed_over() -> None:
@@ -128,8 +128,8 @@ def test_contradictions() -> None:
 
 
 def test_names_are_shown_on_one_line_and_not_for_ever() -> None:
-    assert printable("a\nb\x1b[1m\udcff\u00a0") == "a\\nb\\x1b[1m\\udcff\\xa0"
-    assert len(printable("x" * 10_000)) <= LONGEST_PRINTED + 3
+    assert escaped("a\nb\x1b[1m\udcff\u00a0") == "a\\nb\\x1b[1m\\udcff\\xa0"
+    assert len(escaped("x" * 10_000)) <= LONGEST_PRINTED + 3
 
 
 def test_one_file_name_in_a_folder_for_each_clip_costs_no_search() -> None:

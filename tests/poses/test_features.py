@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from toolkit.corpus.demo import find_lexicon
-from toolkit.poses.features import extract_features, resample
+from toolkit.poses.features import extract_features, interpolate_frames
 from toolkit.poses.landmarks import landmark_set_names, load_landmark_set
 from toolkit.poses.pose_file import PoseError
 
@@ -95,7 +95,7 @@ def test_resampling_keeps_time(pose_file, own: float, wanted: float, frames: int
 def test_resampling_between_missing_neighbours() -> None:
     values = np.arange(6, dtype=np.float32).reshape(6, 1, 1)
     visible = np.array([1, 1, 0, 1, 0, 0], bool)[:, None]
-    sampled, seen = resample(values, visible, np.array([0.5, 1.25, 1.75, 2.75, 3.25, 4.5]))
+    sampled, seen = interpolate_frames(values, visible, np.array([0.5, 1.25, 1.75, 2.75, 3.25, 4.5]))
     assert seen[:, 0].tolist() == [True, True, False, True, True, False]
     np.testing.assert_allclose(sampled[seen][:, 0], [0.5, 1, 3, 3])
 

@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
-from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, printable
+from toolkit.corpus.names import SUFFIXES, Names, escaped, is_pose_file
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError
@@ -81,12 +81,12 @@ class PoseFiles:
         name, files = self.match(row)
         if files:
             return (
-                f"several pose files have its name: '{printable(name)}' may be {' or '.join(map(printable, files))}: "
+                f"several pose files have its name: '{escaped(name)}' may be {' or '.join(map(escaped, files))}: "
                 "write the path of the right one as the uid or into a column pose"
             )
-        names = " and ".join(f"'{printable(name)}' ({column})" for column, name in _looked_up(row))
+        names = " and ".join(f"'{escaped(name)}' ({column})" for column, name in _looked_up(row))
         return (
-            f"no pose file has its name: looked up {names}, the nearest is {printable(self.names.nearest(name))}: "
+            f"no pose file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}: "
             "if that is the right one, write it into a column pose"
         )
 

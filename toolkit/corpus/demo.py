@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.errors import UserError
-from toolkit.poses.features import resample
+from toolkit.poses.features import interpolate_frames
 from toolkit.poses.pose_file import FloatArray, read_pose
 
 DEMO_VERSION = 1  # raise it when the same seed gives other clips
@@ -236,7 +236,7 @@ def _vary(letter: Letter, rng: np.random.Generator) -> tuple[FloatArray, FloatAr
     step = letter.fps / FPS * rng.uniform(1 - SPEED, 1 + SPEED)
     positions = np.arange(0, len(letter.values) - 1 + 1e-9, step)
     with_confidence = np.concatenate([letter.values, letter.confidence[..., None]], axis=2)
-    sampled, visible = resample(with_confidence, letter.confidence > 0, positions)
+    sampled, visible = interpolate_frames(with_confidence, letter.confidence > 0, positions)
     values, confidence = sampled[..., :3], np.where(visible, sampled[..., 3], 0.0)
     shown = np.maximum(visible.sum(axis=0), 1)[:, None]
     middle = (values * visible[..., None]).sum(axis=0) / shown

@@ -43,7 +43,7 @@ def shared_tail(first: str, second: str) -> int:
     return _common(canonical(first).split("/")[::-1], canonical(second).split("/")[::-1])
 
 
-def printable(name: str) -> str:
+def escaped(name: str) -> str:
     """A name for a message: on one line, without control characters, and shortened if it is very long."""
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

@@ -114,7 +114,7 @@ class Column(Sequence[str]):
             yield from chunk.to_pylist()
 
 
-_CLIP_COLUMNS = ("uid", "text", "video", "language", "hands_visible")
+_PACKED_COLUMNS = ("uid", "text", "video", "language", "hands_visible")
 # Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
 _Chunk = tuple[list[pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
 
@@ -196,7 +196,7 @@ class Split:
 
     def _chunk(self, chunk: int) -> _Chunk:
         if chunk not in self._chunks:
-            columns = [self._table.column(name).chunk(chunk) for name in _CLIP_COLUMNS]
+            columns = [self._table.column(name).chunk(chunk) for name in _PACKED_COLUMNS]
             lists = self._table.column("features").chunk(chunk)
             frames = lists.values.flatten().to_numpy(zero_copy_only=True)
             frames = frames.reshape(-1, self.num_points, self.num_channels)

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from toolkit.corpus.archives import PoseFiles, open_poses
-from toolkit.corpus.names import canonical, contradict, printable, shared_tail
+from toolkit.corpus.names import canonical, contradict, escaped, shared_tail
 from toolkit.corpus.packed import FORMAT_VERSION
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
 from toolkit.corpus.table import PRESETS, Row, read_table
@@ -186,17 +186,17 @@ def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[t
         if undecided and rank[name] == rank[best]:
             yield (
                 row,
-                f"two names lead to one pose file: '{printable(name)}' and '{printable(others_name)}' (line "
-                f"{other.line}) both to {printable(file)}: set data.poses to the folder that holds the files of both",
+                f"two names lead to one pose file: '{escaped(name)}' and '{escaped(others_name)}' (line "
+                f"{other.line}) both to {escaped(file)}: set data.poses to the folder that holds the files of both",
             )
         elif contradict(name, best):
             yield (
                 row,
-                f"no pose file has its name: looked up '{printable(name)}', the nearest is {printable(file)}, "
-                f"but that is '{printable(best)}' of line {owner.line}: add the missing file",
+                f"no pose file has its name: looked up '{escaped(name)}', the nearest is {escaped(file)}, "
+                f"but that is '{escaped(best)}' of line {owner.line}: add the missing file",
             )
         elif by_uid is not None and name == row.uid:
-            reason = f"duplicate uid: line {by_uid.line} has it too, written '{printable(by_uid.uid)}'"
+            reason = f"duplicate uid: line {by_uid.line} has it too, written '{escaped(by_uid.uid)}'"
             yield row, f"{reason}: remove one of the rows"
         elif name == row.uid:
             by_uid = row

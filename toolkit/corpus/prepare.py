@@ -24,7 +24,7 @@ from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
-from toolkit.corpus.shards import Record, Shard, Work, build_on_ray, build_shards
+from toolkit.corpus.shards import Record, ShardKey, Work, build_on_ray, build_shards
 from toolkit.corpus.splits import leakage
 from toolkit.corpus.table import Row
 from toolkit.corpus.writer import UNFINISHED, finish_corpus, finish_split
@@ -37,7 +37,7 @@ MESSAGE_WHILE_WAITING = 30.0  # seconds
 SHARED_SECONDS = 60.0
 
 
-Build = Callable[[Work, Sequence[Shard]], Iterator[Record]]
+Build = Callable[[Work, Sequence[ShardKey]], Iterator[Record]]
 """Builds shards, here or on a cluster, and yields the record of each as it is finished."""
 
 
@@ -201,7 +201,7 @@ def _work(plan: Plan, unfinished: Path) -> Work:
     return Work(unfinished, plan.inputs.data, plan.inputs.landmark_set, plan.inputs.poses, plan.splits)
 
 
-def _build_with_progress(work: Work, title: str, shards: Sequence[Shard], build: Build) -> float | None:
+def _build_with_progress(work: Work, title: str, shards: Sequence[ShardKey], build: Build) -> float | None:
     """Build those of the shards that are missing.
 
     Returns:

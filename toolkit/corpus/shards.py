@@ -36,7 +36,7 @@ from toolkit.recipe.schema import Data
 
 CODE = Path(__file__).resolve().parents[2]
 LEAST_CLIPS = 256
-Shard = tuple[str, int, int]
+ShardKey = tuple[str, int, int]
 """Split, number of the shard, and number of shards of the split."""
 _CHECK_RAY = "start the cluster by `ray start --head`, and check the address of its head"
 MOST_SHARDS = 256  # of a split: each stays open as a memory map, and a process may have about a thousand open files
@@ -57,16 +57,16 @@ class Work:
     poses: PoseFiles
     splits: dict[str, list[tuple[Row, Any]]]
 
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[ShardKey]:
         """Every shard, in the order of the splits."""
         counts = {name: min(MOST_SHARDS, math.ceil(len(rows) / LEAST_CLIPS)) for name, rows in self.splits.items()}
         return [(name, number, count) for name, count in counts.items() for number in range(count)]
 
-    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+    def missing(self, shards: Sequence[ShardKey]) -> list[ShardKey]:
         """Those of the shards that are not built yet."""
         return [shard for shard in shards if not self.record_file(*shard[:2]).exists()]
 
-    def record(self, shard: Shard) -> Record:
+    def record(self, shard: ShardKey) -> Record:
         """The record of a shard that is built."""
         content = json.loads(self.record_file(*shard[:2]).read_text(encoding="utf-8"))
         return Record(**content | {"rejects": [tuple(reject) for reject in content["rejects"]]})
@@ -74,7 +74,7 @@ class Work:
     def rows(self, split: str, number: int, count: int) -> list[tuple[Row, Any]]:
         return self.splits[split][slice(*self._bounds(split, number, count))]
 
-    def size(self, shard: Shard) -> int:
+    def size(self, shard: ShardKey) -> int:
         """Rows of a shard."""
         start, end = self._bounds(*shard)
         return end - start
@@ -111,7 +111,7 @@ class Record:
     checksum: str
 
 
-def build_shards(work: Work, shards: Sequence[Shard], workers: int) -> Iterator[Record]:
+def build_shards(work: Work, shards: Sequence[ShardKey], workers: int) -> Iterator[Record]:
     """Build shards in processes of this machine.
 
     Args:
@@ -203,7 +203,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     return record
 
 
-def build_on_ray(work: Work, shards: Sequence[Shard], address: str, workers: int = 0) -> Iterator[Record]:
+def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: int = 0) -> Iterator[Record]:
     """Build shards on a running Ray cluster, whose machines must have the same folders.
 
     Args:
@@ -271,7 +271,7 @@ class _Builder:
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def build(self, shard: Shard) -> Record:
+    def build(self, shard: ShardKey) -> Record:
         (record,) = build_shards(self.work, [shard], workers=1)
         return record
 

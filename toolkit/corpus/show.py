@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.corpus.archives import PoseFiles
-from toolkit.corpus.names import Names, printable
+from toolkit.corpus.names import Names, escaped
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
@@ -29,10 +29,10 @@ def find_clip(corpus: Corpus, uid: str) -> tuple[str, Clip]:
     names = Names(places)
     meant = [uid] if uid in places else names.match(uid)
     if not meant:
-        near = f"the nearest is '{printable(names.nearest(uid))}'; " if places else ""
-        raise UserError(f"{corpus.path} has no clip '{printable(uid)}'", f"{near}look for it in rejects.csv")
+        near = f"the nearest is '{escaped(names.nearest(uid))}'; " if places else ""
+        raise UserError(f"{corpus.path} has no clip '{escaped(uid)}'", f"{near}look for it in rejects.csv")
     if len(meant) > 1:
-        raise UserError(f"'{printable(uid)}' may be any of {', '.join(map(printable, meant))}", "name one of them")
+        raise UserError(f"'{escaped(uid)}' may be any of {', '.join(map(escaped, meant))}", "name one of them")
     split, index = places[meant[0]]
     return split, corpus.splits[split].clip(index)
 
@@ -57,7 +57,7 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         key = poses.find(row)
         if key is None:
             reason = poses.reason_not_found(row).rpartition(":")[0]  # without the remedy, which is for tables
-            raise UserError(f"there is no recording of '{printable(clip.uid)}': {reason}", "check --poses")
+            raise UserError(f"there is no recording of '{escaped(clip.uid)}': {reason}", "check --poses")
         try:
             raw = read_clip(poses.read(key))
             panels.insert(0, (f"recorded, {raw.fps:g} fps", recorded_points(raw, corpus.landmark_set), raw.fps))

@@ -15,7 +15,7 @@ from toolkit.corpus.table_lines import table_lines
 from toolkit.corpus.table_records import read_records
 from toolkit.errors import UserError
 
-COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
+CLIP_COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
 # Tables of clips that are files of their own often still have these columns: they are read only if the user maps them.
 ONLY_WHEN_MAPPED = ("start", "end")
@@ -81,9 +81,11 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row
         UserError: the table or a column is missing, or a line cannot be read.
     """
     columns = dict(columns or {})
-    unknown = sorted(set(columns) - set(COLUMNS))
+    unknown = sorted(set(columns) - set(CLIP_COLUMNS))
     if unknown:
-        raise UserError(f"data.columns maps unknown columns: {', '.join(unknown)}", f"known are {', '.join(COLUMNS)}")
+        raise UserError(
+            f"data.columns maps unknown columns: {', '.join(unknown)}", f"known are {', '.join(CLIP_COLUMNS)}"
+        )
     if not path.is_file():
         raise UserError(f"there is no table {path}", "set data.table (--table) to a CSV, TSV or JSONL file")
     required = [columns.get(name, name) for name in REQUIRED]
@@ -100,7 +102,7 @@ def _rows(
     """Convert records to rows, with our names of the columns."""
     for line, record in records:
         values = {}
-        for name in COLUMNS:
+        for name in CLIP_COLUMNS:
             source = columns.get(name, "" if name in ONLY_WHEN_MAPPED else name)
             if source not in record and (name in REQUIRED or name in columns):
                 raise UserError(

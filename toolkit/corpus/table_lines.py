@@ -13,7 +13,7 @@ from toolkit.errors import UserError
 LONGEST_LINE = 1 << 20
 """Characters; a longer line means that the file is not a table."""
 
-Lines = Iterator[tuple[int, str]]
+NumberedLines = Iterator[tuple[int, str]]
 """Line numbers, from 1, and lines without their ends."""
 
 # UTF-32 comes first: its mark begins with that of UTF-16.
@@ -43,7 +43,7 @@ def _as_surrogate(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_AS_SURROGATE, _as_surrogate)
 
 
-def table_lines(path: Path) -> Lines:
+def table_lines(path: Path) -> NumberedLines:
     r"""The lines of a text file in UTF-8, or as its byte order mark says; they end in ``\n``, ``\r\n`` or ``\r``.
 
     Raises:

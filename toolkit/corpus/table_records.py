@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolkit.corpus.table_lines import LONGEST_LINE, Lines
+from toolkit.corpus.table_lines import LONGEST_LINE, NumberedLines
 from toolkit.errors import UserError
 
 Records = Iterator[tuple[int, Mapping[str, Any]]]
@@ -28,7 +28,7 @@ _REST_OF_QUOTED = re.compile(r'((?:[^"]++|"")*+)"[ ]*')
 _SPREADSHEETS_QUOTES = re.compile(r'"((?:[^"]++|"")*+)"')
 
 
-def read_records(lines: Lines, path: Path, required: Sequence[str]) -> tuple[Records, str]:
+def read_records(lines: NumberedLines, path: Path, required: Sequence[str]) -> tuple[Records, str]:
     """The records of a table.
 
     JSONL is recognised by its suffix or its first character. Otherwise the first line is the header, and its most
@@ -112,7 +112,7 @@ def _alike(values: Sequence[str], others: Sequence[str]) -> bool:
     return shape == _shape(others[0]) and "0" in shape
 
 
-def _delimited_records(lines: Lines, separator: str, path: Path, required: Sequence[str]) -> Records:
+def _delimited_records(lines: NumberedLines, separator: str, path: Path, required: Sequence[str]) -> Records:
     number, line = next(lines)
     # A quoted header means that everything is quoted (csv.QUOTE_ALL), in tables with tabs as well.
     quotes = separator != "\t" or line.startswith('"')
@@ -189,7 +189,7 @@ def _wrong_count(number: int, values: int, form: _Form) -> UserError:
     )
 
 
-def _values(number: int, line: str, lines: Lines, form: _Form) -> list[str]:
+def _values(number: int, line: str, lines: NumberedLines, form: _Form) -> list[str]:
     """The values of the record that begins with a line; quoted values read more lines from ``lines``."""
     if '"' not in line:
         return line.split(form.separator)
@@ -216,7 +216,7 @@ def _end_of_value(line: str, position: int, form: _Form) -> int:
 
 
 def _quoted(
-    number: int, line: str, opens: int, lines: Lines, before: Sequence[str], form: _Form
+    number: int, line: str, opens: int, lines: NumberedLines, before: Sequence[str], form: _Form
 ) -> tuple[str, str, int]:
     """Read a value in quotes that follows others of its record.
 
@@ -267,7 +267,7 @@ def _unquoted_where_certain(value: str) -> str:
     return quoted[1].replace('""', '"') if quoted and '""' in quoted[1] else value
 
 
-def _json_records(lines: Lines, path: Path) -> Records:
+def _json_records(lines: NumberedLines, path: Path) -> Records:
     for number, line in lines:
         if not line.strip():
             continue

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from toolkit.corpus.archives import PoseFiles, open_poses
-from toolkit.corpus.names import SUFFIXES, Names, is_pose_file, printable
+from toolkit.corpus.names import SUFFIXES, Names, escaped, is_pose_file
 from toolkit.errors import UserError
 from toolkit.poses.features import read_clip
 from toolkit.poses.pose_file import PoseError, RawPose, read_pose
@@ -91,9 +91,9 @@ def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
         file = folder / found[0]
         return _file(file, file.stem, fps)
     if found:
-        raise UserError(f"{printable(str(path))} may be any of {', '.join(map(printable, found))}", "name one of them")
-    near = f"the nearest is {printable(str(folder / beside.nearest(path.name)))}" if beside.names else "check the path"
-    raise UserError(f"there is no file or folder {printable(str(path))}", near)
+        raise UserError(f"{escaped(str(path))} may be any of {', '.join(map(escaped, found))}", "name one of them")
+    near = f"the nearest is {escaped(str(folder / beside.nearest(path.name)))}" if beside.names else "check the path"
+    raise UserError(f"there is no file or folder {escaped(str(path))}", near)
 
 
 def _is_archive(path: Path) -> bool:
@@ -129,13 +129,9 @@ def _member(path: Path, name: str, fps: float | None) -> ClipSource:
     poses = _open_archive(path)
     found = poses.names.match(name)
     if not found:
-        raise UserError(
-            f"{path} holds no clip {printable(name)}: the nearest is {printable(poses.names.nearest(name))}"
-        )
+        raise UserError(f"{path} holds no clip {escaped(name)}: the nearest is {escaped(poses.names.nearest(name))}")
     if len(found) > 1:
-        raise UserError(
-            f"several clips in {path} may be {printable(name)}: name one of {', '.join(map(printable, found))}"
-        )
+        raise UserError(f"several clips in {path} may be {escaped(name)}: name one of {', '.join(map(escaped, found))}")
     return _clip_of(path, poses, found[0], fps)
 
 

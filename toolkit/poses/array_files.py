@@ -11,8 +11,8 @@ import numpy as np
 
 from toolkit.poses.pose_file import PoseError
 
-KEYPOINTS = ("keypoints", "landmarks", "poses", "pose", "data")
-SCORES = ("scores", "confidence", "confidences", "conf")
+KEYPOINT_NAMES = ("keypoints", "landmarks", "poses", "pose", "data")
+CONFIDENCE_NAMES = ("scores", "confidence", "confidences", "conf")
 """Accepted names of the arrays; if a file has several of them, the first is read."""
 
 # All that numpy arrays are pickled with, in every protocol and by every version of numpy and Python.
@@ -60,8 +60,10 @@ def _by_name(found: Any, what: str) -> dict[str, Any]:
     if isinstance(found, dict):
         return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
     if isinstance(found, np.ndarray):
-        return {KEYPOINTS[0]: found}
-    raise PoseError(f"the {what} holds a {type(found).__name__}, wanted a dict with {KEYPOINTS[0]} and {SCORES[0]}")
+        return {KEYPOINT_NAMES[0]: found}
+    raise PoseError(
+        f"the {what} holds a {type(found).__name__}, wanted a dict with {KEYPOINT_NAMES[0]} and {CONFIDENCE_NAMES[0]}"
+    )
 
 
 def _read_npy(content: bytes) -> Any:
@@ -76,7 +78,7 @@ def _read_npy(content: bytes) -> Any:
 def _read_npz(content: bytes) -> dict[str, Any]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
-        wanted = [name for name in (*KEYPOINTS, *SCORES, "fps") if name in members]
+        wanted = [name for name in (*KEYPOINT_NAMES, *CONFIDENCE_NAMES, "fps") if name in members]
         found = {name: _read_npy(archive.read(members[name])) for name in wanted}
     return found or dict.fromkeys(members)
 

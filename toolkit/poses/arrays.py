@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.poses.array_files import KEYPOINTS, SCORES, read_named_arrays
+from toolkit.poses.array_files import CONFIDENCE_NAMES, KEYPOINT_NAMES, read_named_arrays
 from toolkit.poses.layouts import FACE_68, layouts_by_size
 from toolkit.poses.people import follow_signer, locate_people_in_frames
 from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
@@ -55,12 +55,12 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
 
 def _to_pose(found: dict[str, Any], given_fps: float | None) -> RawPose:
     """Give the arrays of a file the point names and the shape of a pose file."""
-    name = next((name for name in KEYPOINTS if name in found), None)
+    name = next((name for name in KEYPOINT_NAMES if name in found), None)
     if name is None:
         held = ", ".join(key[:40] for key in list(found)[:8]) or "nothing"
-        raise PoseError(f"none of the arrays is called {', '.join(KEYPOINTS)}: the file holds {held}")
+        raise PoseError(f"none of the arrays is called {', '.join(KEYPOINT_NAMES)}: the file holds {held}")
     values = _frames(found[name], name)
-    score_name = next((name for name in SCORES if found.get(name) is not None), None)
+    score_name = next((name for name in CONFIDENCE_NAMES if found.get(name) is not None), None)
     scores = None if score_name is None else _frames(found[score_name], score_name)
     if isinstance(values, np.ndarray) and isinstance(scores, np.ndarray | None):
         values, scores = _of_equal_frames(values, name, scores, score_name)

@@ -7,7 +7,7 @@ from it. Values are in shoulder widths from the middle of the shoulders, so the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -85,55 +85,90 @@ def extract_features(
     raw = read_clip(pose) if isinstance(pose, bytes) else pose
     positions, shortened = _sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
     columns, shoulders = _columns(raw.header, landmark_set)
-    data, all_confidence = _signer(raw, columns)
-    coordinates = 3 if "z" in landmark_set.channels else 2
-    if raw.data.shape[3] < coordinates:
+    if raw.data.shape[3] < _num_coordinates(landmark_set):
         raise PoseError(
             f"the file has no z coordinate, and the landmark set {landmark_set.name} needs one: "
             "choose isign_76 or unisign_69, or a set of your own without z"
         )
+    signer = _Signer(*_find_signer(raw, columns), raw.header)
+    step = _whole_step(positions)
+    with np.errstate(all="ignore"):  # values that are not visible may be anything; they become NaN below
+        values, visible, num_placeless = signer.landmarks(slice(None, None, step), columns, landmark_set)
+        if step:
+            values, visible = values[: len(positions)], visible[: len(positions)]
+        else:
+            values, visible = interpolate_frames(values, visible, positions)
+        if not visible.any():
+            raise PoseError("no landmark of the set is visible in any frame")
+        scale = None
+        if len(shoulders):
+            scale = _shoulder_scale(*signer.landmarks(slice(None), shoulders, landmark_set)[:2])
+        _normalise(values, visible, scale, raw.header, landmark_set)
+        if not visible.all():
+            values[~visible] = np.nan
+    lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
+    normalised_by: Literal["shoulders", "spread"] = "shoulders" if scale else "spread"
+    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking, num_placeless)
 
-    @cache
-    def placeless() -> npt.NDArray[np.bool_]:
-        return without_place(data, all_confidence, raw.header)
 
-    def seen_at(frames: slice, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, npt.NDArray[np.bool_], int]:
-        values = _gather(data[frames], columns)
-        confidence = _gather(all_confidence[frames, :, None], columns)[..., 0]
+def _num_coordinates(landmark_set: LandmarkSet) -> int:
+    return 3 if "z" in landmark_set.channels else 2
+
+
+@dataclass(frozen=True)
+class _Signer:
+    """The recording of one person: data [frames, points, dims] and confidence [frames, points] of all points."""
+
+    data: FloatArray
+    confidence: FloatArray
+    header: PoseHeader
+
+    @cached_property
+    def _without_place(self) -> npt.NDArray[np.bool_]:
+        return without_place(self.data, self.confidence, self.header)
+
+    def landmarks(
+        self, frames: slice, columns: npt.NDArray[np.intp], landmark_set: LandmarkSet
+    ) -> tuple[FloatArray, npt.NDArray[np.bool_], int]:
+        """Select landmarks.
+
+        Returns:
+            values [frames, columns, channels], which of them are visible [frames, columns], and how many of them have
+            a confidence but no place.
+        """
+        coordinates = _num_coordinates(landmark_set)
+        values = _gather(self.data[frames], columns)
+        confidence = _gather(self.confidence[frames, :, None], columns)[..., 0]
         visible = _visible(values[..., :coordinates], confidence, landmark_set.min_confidence)
         visible &= columns >= 0
         num_placeless = 0
         if may_lack_place(values, visible):
-            taken = visible & placeless()[frames][:, columns]
-            num_placeless = int(taken.sum())
-            visible &= ~taken
+            placeless = visible & self._without_place[frames][:, columns]
+            num_placeless = int(placeless.sum())
+            visible &= ~placeless
         if "confidence" in landmark_set.channels:
             values = np.concatenate([values[..., :coordinates], confidence[..., None].clip(0, 1)], axis=2)
         else:
             values = np.ascontiguousarray(values[..., :coordinates])
         return values, visible, num_placeless
 
-    step = _whole_step(positions)
-    with np.errstate(all="ignore"):  # values that are not visible may be anything; they become NaN below
-        values, visible, num_placeless = seen_at(slice(None, None, step), columns)
-        values, visible = (
-            (values[: len(positions)], visible[: len(positions)]) if step else resample(values, visible, positions)
-        )
-        if not visible.any():
-            raise PoseError("no landmark of the set is visible in any frame")
-        scale = _shoulder_scale(*seen_at(slice(None), shoulders)[:2]) if len(shoulders) else None
-        origin, unit = scale or _spread_scale(values[..., :coordinates], visible)
-        values[..., :coordinates] -= origin[:coordinates]
-        values[..., :coordinates] /= unit
-        if coordinates == 3:
-            values[..., 2] *= _depth_unit(raw.header, unit, values[..., 2][visible])
-            _set_depth_origins(values[..., 2], visible, landmark_set)
-        _make_relative_to_anchors(values[..., :coordinates], visible, landmark_set)
-        if not visible.all():
-            values[~visible] = np.nan
-    lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
-    normalised_by: Literal["shoulders", "spread"] = "shoulders" if scale else "spread"
-    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking, num_placeless)
+
+def _normalise(
+    values: FloatArray,
+    visible: npt.NDArray[np.bool_],
+    scale: tuple[FloatArray, float] | None,
+    header: PoseHeader,
+    landmark_set: LandmarkSet,
+) -> None:
+    """Make coordinates relative to the origin, in the unit of ``scale``, in place; without a scale, by their spread."""
+    coordinates = _num_coordinates(landmark_set)
+    origin, unit = scale or _spread_scale(values[..., :coordinates], visible)
+    values[..., :coordinates] -= origin[:coordinates]
+    values[..., :coordinates] /= unit
+    if coordinates == 3:
+        values[..., 2] *= _depth_unit(header, unit, values[..., 2][visible])
+        _set_depth_origins(values[..., 2], visible, landmark_set)
+    _make_relative_to_anchors(values[..., :coordinates], visible, landmark_set)
 
 
 def read_clip(content: bytes, fps: float | None = None) -> RawPose:
@@ -154,7 +189,7 @@ def recorded_points(raw: RawPose, landmark_set: LandmarkSet) -> FloatArray:
         PoseError: the file lacks more than half of the set.
     """
     columns, _ = _columns(raw.header, landmark_set)
-    data, all_confidence = _signer(raw, columns)
+    data, all_confidence = _find_signer(raw, columns)
     values = _gather(data, columns)[..., :2]
     confidence = _gather(all_confidence[:, :, None], columns)[..., 0]
     visible = _visible(values, confidence, landmark_set.min_confidence) & (columns >= 0)
@@ -185,7 +220,7 @@ def _columns(header: PoseHeader, landmark_set: LandmarkSet) -> tuple[npt.NDArray
     )
 
 
-def _signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
+def _find_signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
     """Data [frames, points, dims] and confidence [frames, points] of the person who is seen most."""
     if raw.data.shape[1] == 1:
         return raw.data[:, 0], raw.confidence[:, 0]
@@ -299,7 +334,7 @@ def _make_relative_to_anchors(values: FloatArray, visible: npt.NDArray[np.bool_]
         visible[:, indices] &= visible[:, anchor, None]
 
 
-def resample(
+def interpolate_frames(
     values: FloatArray, visible: npt.NDArray[np.bool_], positions: npt.NDArray[np.float64]
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Sample [frames, points, channels] at fractional frames, by linear interpolation between visible neighbours.

@@ -22,7 +22,7 @@ from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, 
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 FACE_POINTS = 468
-MOST_FRAMES = 120_000
+MOST_VIDEO_FRAMES = 120_000
 """More than an hour at 30 frames a second; 1 GiB of landmarks."""
 
 _INSTALL = "pip install '.[video]' in a clone of the toolkit (or pip install 'mediapipe<0.10.15')"
@@ -82,8 +82,10 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
                 ) as bar,
             ):
                 while (read := video.read())[0]:
-                    if len(frames) == MOST_FRAMES:
-                        raise PoseError(f"the video has more than {MOST_FRAMES:,} frames: split it into shorter ones")
+                    if len(frames) == MOST_VIDEO_FRAMES:
+                        raise PoseError(
+                            f"the video has more than {MOST_VIDEO_FRAMES:,} frames: split it into shorter ones"
+                        )
                     picture = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
                     frames.append(_landmarks(holistic.process(picture), picture.shape[1], picture.shape[0]))
                     width, last_seen = picture.shape[1], video.get(cv2.CAP_PROP_POS_MSEC) / 1000
