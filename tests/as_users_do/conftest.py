@@ -14,6 +14,7 @@ import pytest
 from tests.as_users_do.hub import Hub, serving
 from tests.as_users_do.published import clone_repository, publish
 from tests.end_to_end.conftest import Finished, launcher
+from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 
 TIMEOUT = 900.0
@@ -49,7 +50,7 @@ class User:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=limit(TIMEOUT),
             stdin=subprocess.DEVNULL,
         )
         return Finished(done.returncode, done.stdout, done.stderr)

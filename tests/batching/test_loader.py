@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
+from tests.time_limits import limit
 from toolkit.batching.collate import IGNORED_LABEL, Batch
 from toolkit.batching.loader import evaluation_batches, train_batches
 from toolkit.batching.order import steps_per_epoch
@@ -326,7 +327,7 @@ SCRIPT = """
 
 def test_a_process_can_end_within_an_epoch(corpus):
     script = textwrap.dedent(SCRIPT).replace("for line in sys.stdin", "for line in []")
-    subprocess.run([sys.executable, "-c", script, str(corpus.path)], cwd=REPOSITORY, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(corpus.path)], cwd=REPOSITORY, check=True, timeout=limit(60))
 
 
 @pytest.fixture(params=["corpus"])

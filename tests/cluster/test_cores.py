@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.time_limits import limit
 from toolkit.cluster.cores import Cores, cgroup_quotas, share_of_cores, usable_cores
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def start(rank: int, port: int, **changed: str) -> subprocess.Popen[str]:
 def test_two_ranks_share_the_cores_unless_somebody_said_how_many(free_port: int) -> None:
     all_cores = len(os.sched_getaffinity(0))
     ranks = [start(0, free_port), start(1, free_port, OMP_NUM_THREADS=str(all_cores))]
-    first, second = (rank.communicate(timeout=120)[0].split() for rank in ranks)
+    first, second = (rank.communicate(timeout=limit(120))[0].split() for rank in ranks)
     assert int(first[1]) == min(int(first[0]), share_of_cores(usable_cores(), [usable_cores()] * 2))
     assert int(first[1]) <= max(1, all_cores // 2)
     assert second[1] == second[0]

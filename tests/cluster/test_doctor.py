@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.time_limits import limit
 from toolkit.cluster.checks import examine
 from toolkit.cluster.environment import VARIABLES, describe_environment
 
@@ -20,7 +21,7 @@ def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=300,
+        timeout=limit(300),
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600.0  # seconds
 # Ranks of each case; with three of them two witness the loss of one.
@@ -64,7 +66,7 @@ def run_cases(folder: Path, *cases: tuple[str, int, str]) -> dict[str, Ended]:
         [sys.executable, str(worker), str(folder), *(f"{case}:{size}:{port}" for case, size, port in cases)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"},
         check=True,
-        timeout=PATIENCE,
+        timeout=limit(PATIENCE),
     )
 
     def read(case: str, size: int, kind: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.time_limits import limit
 from toolkit.cluster.launchers import has_died
 
 # A process that starts another one with the rest of its arguments and waits for it, as launchers do.
@@ -50,7 +51,7 @@ def test_only_deepspeeds_own_processes_are_watched(tmp_path: Path, runner: str, 
         assert not has_died(found)
         top.stdin.write("\n")
         top.stdin.flush()
-        top.wait(timeout=60)
+        top.wait(timeout=limit(60))
     assert has_died(found)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import Prepared, prepare
 from toolkit.errors import TooManyRejects, UserError
@@ -75,7 +76,7 @@ def test_shares_at_the_same_time(clips, tmp_path, whole) -> None:
     jobs = [context.Process(target=_share, args=(_data(clips), out, number, results)) for number in (1, 2, 3, 4)]
     for job in jobs:
         job.start()
-    missing = [results.get(timeout=60) for _ in jobs]
+    missing = [results.get(timeout=limit(60)) for _ in jobs]
     for job in jobs:
         job.join()
     assert 0 in missing and _bytes(out) == whole
@@ -100,7 +101,7 @@ def test_the_last_share_counts_the_rejects_of_all(own_clips, tmp_path) -> None:
 
 def _command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit(120))
 
 
 def test_a_ray_cluster_of_two_workers(clips, tmp_path, whole, ray_cluster) -> None:
@@ -120,7 +121,9 @@ def _in_small_shards(tmp_path: Path, clips: Path, poses: Path, out: Path, addres
         "import toolkit.corpus.shards as shards; shards.LEAST_CLIPS = 3\n"
         f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
-    return subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=limit(120)
+    )
 
 
 # In a process of its own, because Ray takes over the signal handlers of the one that starts it.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from tests.time_limits import limit
 from toolkit.corpus import prepare as prepare_module
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus, find_or_prepare, prepare
@@ -228,7 +229,7 @@ def test_many_ranks_prepare_once(clips, tmp_path) -> None:
     ranks = [context.Process(target=_ask, args=(_data(clips, tmp_path), results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    answers = [results.get(timeout=60) for _ in ranks]
+    answers = [results.get(timeout=limit(60)) for _ in ranks]
     for rank in ranks:
         rank.join()
     assert len({path for path, _ in answers}) == 1 and sum(prepared for _, prepared in answers) == 1

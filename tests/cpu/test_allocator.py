@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 
 # Large blocks come and go, so that glibc raises its thresholds; then blocks are freed below others that stay.
@@ -46,7 +48,7 @@ def outcome(script: str, choice: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=limit(60),
     )
     return done.stdout
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
 from toolkit.cpu.shared_memory import (
     GRACE_SECONDS,
     PREFIX,
@@ -97,7 +98,7 @@ def test_two_deepspeed_ranks_reduce_through_buffers_that_have_no_name(free_port)
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=limit(400))[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 3600.0  # ends what hangs; on a busy machine, or one that is slow in bf16, a start may take many minutes
+TIMEOUT = 1800.0  # seconds, on an idle machine; one that is slow in bf16 needs many minutes
 # All that the tests here set so that a run takes seconds, and what of a user's run each hides. Recipes as they are
 # shipped run in tests/as_users_do, which sets none of it; a fault that only shows there belongs there.
 FOR_SPEED = {
@@ -115,7 +116,7 @@ def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=limit(TIMEOUT),
             stdin=subprocess.DEVNULL,
         )
         return Finished(done.returncode, done.stdout, done.stderr)

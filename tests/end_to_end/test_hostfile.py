@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.two_nodes import NODES, TwoNodes, why_not
+from tests.time_limits import limit
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0
@@ -59,7 +60,7 @@ def test_two_nodes_have_the_losses_of_two_ranks_on_one(
             env=surroundings | {"HOME": str(home)},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=limit(PATIENCE),
             stdin=subprocess.DEVNULL,
         )
     assert done.returncode == 0, done.stdout + done.stderr

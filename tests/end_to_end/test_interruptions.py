@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.warm_runs import PATIENCE, Run, Warm, status_of, wait_for_the_end
+from tests.time_limits import limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -92,18 +93,18 @@ def steps_logged(folder: Path) -> int:
 
 def wait_for_steps(run: Run, more: int) -> None:
     """Wait until the run has done ``more`` steps since it started or resumed."""
-    deadline, resumed_at = time.monotonic() + PATIENCE, None
+    deadline, resumed_at = time.monotonic() + limit(PATIENCE), None
     while time.monotonic() < deadline:
         if resumed_at is None and "training: " in run.said():
             resumed_at = steps_logged(run.folder)
         if resumed_at is not None and steps_logged(run.folder) >= resumed_at + more:
             return
         time.sleep(0.02)
-    pytest.fail(f"{more} steps did not come within {PATIENCE:.0f} s: {run.said()}")
+    pytest.fail(f"{more} steps did not come in time: {run.said()}")
 
 
 def wait_until_it_says(run: Run, words: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + limit(PATIENCE)
     while words not in run.said():
         assert time.monotonic() < deadline, run.said()
         time.sleep(0.02)

@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.time_limits import limit
+
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300.0
+PATIENCE = 300.0  # seconds, on an idle machine
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Warm:
 
 def wait_for_the_end(processes: list[psutil.Process]) -> None:
     """Wait until none of them runs; who is left without a parent may stay unburied."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + limit(PATIENCE)
     while time.monotonic() < deadline:
         if not any(is_alive(process) for process in processes):
             return

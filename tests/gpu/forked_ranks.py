@@ -24,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pretend_gpus
 
+from tests.time_limits import limit
+
 RANKS = 2
-LONGEST = 300.0  # seconds of a command
-ALONE = 5.0  # seconds that a rank is given when the other has failed; it waits three times as long to be ended
+# Seconds, on an idle machine.
+LONGEST = 300.0  # of a command
+ALONE = 5.0  # that a rank may run when the other has failed; it would wait three times as long for its end
 EVERYTHING = (
     "deepspeed.ops.adam",
     "peft",
@@ -53,13 +56,13 @@ def codes_of(command: dict[str, Any]) -> list[int]:
         port = listener.getsockname()[1]
     ranks = [fork(rank, port, command) for rank in range(RANKS)]
     codes: dict[int, int] = {}
-    end = time.monotonic() + LONGEST
+    end = time.monotonic() + limit(LONGEST)
     while len(codes) < RANKS:
         for rank, process in enumerate(ranks):
             if rank not in codes and (ended := os.waitpid(process, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(ended[1])
                 if codes[rank]:
-                    end = min(end, time.monotonic() + ALONE)
+                    end = min(end, time.monotonic() + limit(ALONE))
         if time.monotonic() > end:
             for rank in set(range(RANKS)) - codes.keys():
                 os.kill(ranks[rank], signal.SIGKILL)

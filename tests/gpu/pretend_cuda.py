@@ -20,7 +20,7 @@ class Rank:
 
     gpus = 2  # that it sees
     own = torch.device("cuda", 0)  # where it computes
-    current = 0  # GPU 0 until told otherwise
+    current = 0  # GPU 0 until the rank changes it
 
 
 class WrongDevice(BaseException):
@@ -82,7 +82,7 @@ class Moment:
 
 
 def pretend_cuda() -> None:
-    """Let ``torch.cuda`` speak of GPUs."""
+    """Let ``torch.cuda`` report GPUs."""
     gib = 2**30
     properties = SimpleNamespace(name="pretended", total_memory=80 * gib, major=9, minor=0, multi_processor_count=132)
     answers: dict[str, Any] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run_cases(tmp_path_factory: pytest.TempPathFactory) -> RunCases:
-    """Trains cases on two ranks with pretended GPUs: each is stopped after a step, goes on, and its model is scored."""
+    """Trains cases on two ranks with pretended GPUs: each is stopped after a step, resumed, and its model is scored."""
     folder = tmp_path_factory.mktemp("pretended")
     clips = make_demo(folder / "clips", DemoSizes(train=24, dev=4, test=6, test_unseen_languages=3), seed=1)
     settings = [
@@ -89,7 +90,7 @@ def run_cases(tmp_path_factory: pytest.TempPathFactory) -> RunCases:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=limit(TIMEOUT),
         )
         assert done.returncode == 0, done.stderr[-4000:]
         codes = json.loads(done.stdout.splitlines()[-1])
@@ -106,8 +107,8 @@ def check(results: Results) -> None:
         if not right or "WrongDevice" in out:
             wrong[name] = f"exit codes {codes}: {out[-2000:]}"
         elif name.endswith("resumed") and "resuming from" not in out:
-            wrong[name] = "it began anew"
-    assert not wrong, "\n\n".join(f"{name}: {told}" for name, told in wrong.items())
+            wrong[name] = "it did not resume"
+    assert not wrong, "\n\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 
 def test_the_stand_in_notices_what_is_in_the_wrong_place() -> None:
@@ -117,7 +118,7 @@ def test_the_stand_in_notices_what_is_in_the_wrong_place() -> None:
         env=environment(LOCAL_RANK="1"),
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=limit(TIMEOUT),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     noticed = json.loads(done.stdout.splitlines()[-1])
@@ -138,7 +139,7 @@ def test_every_rank_keeps_to_its_own_device_however_the_model_is_divided(run_cas
 @pytest.mark.parametrize("devices", ["cpu", "pretend"])
 def test_the_script_for_two_gpus_runs(devices: str) -> None:
     done = subprocess.run(
-        [str(SCRIPT)], env=environment(DEVICES=devices), capture_output=True, text=True, timeout=TIMEOUT
+        [str(SCRIPT)], env=environment(DEVICES=devices), capture_output=True, text=True, timeout=limit(TIMEOUT)
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "all well" in done.stdout
@@ -148,5 +149,5 @@ def test_the_script_for_two_gpus_runs(devices: str) -> None:
 def test_two_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed")
-    done = subprocess.run([str(SCRIPT)], env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run([str(SCRIPT)], env=environment(), capture_output=True, text=True, timeout=limit(TIMEOUT))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.time_limits import limit
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.weights import save_model, saved_state_dict
@@ -73,6 +74,6 @@ def test_exported_it_translates_and_scores_as_the_run_does(done, run_dir: Path, 
 def test_evaluate_takes_the_run_directory(run_dir: Path, tmp_path: Path) -> None:
     corpus = run_dir.parent / "corpus-of-mine"
     command = [sys.executable, str(SCRIPT), "--model", str(run_dir), "--corpus", str(corpus), "evaluation.num_beams=1"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=limit(200))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["splits"]["test"]["clips"] == 24

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import T5Config
 
+from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.errors import UserError
 from toolkit.inference.demo_app import Reading, accepted_suffixes, confidences, frame, read_clip_file
@@ -110,7 +111,7 @@ def command(*arguments: object) -> list[str]:
 def test_mistakes_are_one_line(tmp_path):
     cases = [["--model", tmp_path], ["--model", "x", "--port", "0"], ["--model", "x", "--max-seconds", "-1"]]
     for arguments in cases:
-        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=limit(120))
         assert done.returncode == 2 and "error: " in done.stderr.strip().splitlines()[-1]
 
 

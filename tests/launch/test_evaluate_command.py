@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.time_limits import limit
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.corpus.writer import write_corpus
@@ -25,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 
 def evaluate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit(200))
 
 
 def write(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation: str = NORMALISATION) -> Corpus:

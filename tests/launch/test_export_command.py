@@ -14,6 +14,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.time_limits import limit
+
 
 class Done(NamedTuple):
     code: int
@@ -64,7 +66,7 @@ def test_the_folder_translates_in_a_fresh_process_elsewhere(
             cwd=tmp_path / "elsewhere",
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=limit(120),
         )
         assert done_elsewhere.returncode == 0, done_elsewhere.stderr
         texts.add(done_elsewhere.stdout)

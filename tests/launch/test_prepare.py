@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.corpus.packed import Corpus
 
@@ -18,7 +19,7 @@ def clips(tmp_path_factory) -> Path:
 
 def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit(120))
 
 
 def test_json_is_the_last_line_and_training_can_take_the_corpus(clips, tmp_path) -> None:

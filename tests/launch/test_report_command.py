@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
 
 
 def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit(120))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.time_limits import limit
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "translate.py"
 Clips = list[Path]
 
@@ -58,7 +60,9 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need(model_folder: Pat
     )
     arguments = [str(SCRIPT), "--model", str(model_folder), str(clip_files[0]), "--window", "0"]
     program = f"import sys; sys.argv = {arguments!r}\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=limit(120)
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"[a-z]{8}\n", done.stdout)
     imported = set((tmp_path / "modules").read_text().split())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
 from toolkit.errors import UserError
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.loading.load import find_model, load_translator
@@ -45,13 +46,13 @@ def test_import_toolkit_auto_registers_the_translator_in_any_order_of_imports(fo
             "    os._exit(0)",
             "assert os.waitpid(child, 0)[1] == 0",
         ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=limit(240))
     assert done.returncode == 0, done.stderr
 
 
 def test_import_toolkit_imports_no_transformers() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toolkit; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=limit(60))
 
 
 def test_a_run_directory_or_its_best_folder(folder: Path) -> None:

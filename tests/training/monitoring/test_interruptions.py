@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from torch.utils.data import DataLoader
 
+from tests.time_limits import limit
 from toolkit.errors import EXIT_AT_ONCE
 from toolkit.training.monitoring.interruptions import SIGNALS, Interruptions
 
@@ -87,7 +88,7 @@ def test_a_second_ctrl_c_stops_at_once_even_inside_a_collective() -> None:
         assert [process.stdout.readline().strip() for _ in range(2)] == ["SIGINT", "locks"]
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "at once\n"
-        assert process.wait(timeout=60) == EXIT_AT_ONCE
+        assert process.wait(timeout=limit(60)) == EXIT_AT_ONCE
 
 
 def test_ctrl_c_and_the_launchers_sigterm_are_one_request(interruptions: Interruptions) -> None:
@@ -159,4 +160,4 @@ os.kill(child, signal.SIGKILL)
 
 def test_close_does_not_wait_for_forked_processes() -> None:
     """A loader's workers keep every pipe of their parent open."""
-    assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=limit(60)).returncode == 0

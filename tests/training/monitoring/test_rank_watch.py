@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import limit
+
 ROOT = Path(__file__).parents[3]
 CASES = [
     *(("1", "stops"), ("0", "stops"), ("1", "lags"), ("1", "evaluates")),
@@ -54,9 +56,9 @@ def ended() -> Ended:
     try:
         for (lost_rank, how), processes in started.items():
             witness, lost = processes[1 - int(lost_rank)], processes[int(lost_rank)]
-            out, err = witness.communicate(timeout=600)
+            out, err = witness.communicate(timeout=limit(600))
             if how in ("waits for data", "starves"):
-                lost.wait(timeout=600)
+                lost.wait(timeout=limit(600))
             lost.kill()
             results[lost_rank, how] = End(witness.returncode, out, err, lost.pid, lost.communicate()[1])
     finally:
