@@ -118,6 +118,7 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
     assert [(scalar.step, scalar.value) for scalar in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.process
 def test_wandb_keeps_a_run_offline_and_resumes_it_under_the_same_id(tmp_path):
     settings = Tracking(wandb="offline", project="test")
     for resume_step in (0, 2):
@@ -132,6 +133,7 @@ def test_wandb_keeps_a_run_offline_and_resumes_it_under_the_same_id(tmp_path):
     assert all(list(folder.glob("*.wandb")) for folder in folders)
 
 
+@pytest.mark.process
 def test_wandb_online_without_a_key_is_one_line_and_stays_offline(tmp_path, capfd):
     with open_tracker(tmp_path, Tracking(wandb="online"), {}, is_main=True) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -140,6 +142,7 @@ def test_wandb_online_without_a_key_is_one_line_and_stays_offline(tmp_path, capf
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.process
 def test_wandb_files_hold_no_description_of_the_machine_and_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
     with open_tracker(tmp_path, Tracking(wandb="offline"), {}, is_main=True) as tracker:
@@ -279,6 +282,7 @@ def wandb_server(request, monkeypatch):
     wandb.teardown()
 
 
+@pytest.mark.process
 def test_a_wandb_server_that_cannot_be_used_is_one_line_and_the_run_is_offline(wandb_server, tmp_path, capfd):
     with open_tracker(tmp_path, Tracking(wandb="online", timeout=20), {}, is_main=True) as tracker:
         tracker.log(1, {"loss": 1.0})

@@ -21,7 +21,7 @@ from toolkit.recipe.resolve import RECIPE_FILE
 from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
 from toolkit.scoring.metrics import SCORE_NAMES
-from toolkit.scoring.table import HEADINGS, NOT_APPLICABLE
+from toolkit.scoring.table import HEADINGS, format_score
 
 SCORES_FILE = "scores.json"
 # Paths on the machine that trained are private, and of no use elsewhere.
@@ -202,7 +202,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
             f"{split}, floor: {kind} sentence": values for kind, values in content["floors"].items()
         }
         for label, values in rows.items():
-            cells = [_cell(name, values.get(name)) for name in names]
+            cells = [format_score(name, values.get(name)) for name in names]
             lines.append(f"| {label} | {' | '.join(cells)} | {content['clips']} |")
     signature = "\n".join(f"- {kind}: `{text}`" for kind, text in summary["signature"].items())
     return (
@@ -216,12 +216,6 @@ def _scores(summary: Mapping[str, Any]) -> str:
 def _belongs(name: str, summary: Mapping[str, Any]) -> bool:
     """Whether a score has its column: reduced BLEU only where it was asked for."""
     return name != "reduced_bleu" or any(split["scores"].get(name) is not None for split in summary["splits"].values())
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return NOT_APPLICABLE
-    return f"{value:.3f}" if name in ("wer", "cer") else f"{value:.2f}"
 
 
 def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
