@@ -32,7 +32,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from toolkit.batching.collate import Batch, collate
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import evaluation_mode, translate_split
-from toolkit.evaluation.evaluate import open_corpus, recipe_of
+from toolkit.evaluation.inputs import open_corpus, recipe_of
 from toolkit.models.loading.load import load_translator
 from toolkit.scoring.addends import frequent_words
 from toolkit.scoring.metrics import score

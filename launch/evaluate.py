@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Score a model on a corpus, beside what one scores without watching; or two sets of translations against each other.
+"""Score a model on a corpus, with floors and a control; or compare two sets of translations.
 
 python launch/evaluate.py --model runs/demo                               the corpus of the run, its test splits
 python launch/evaluate.py --model runs/demo --corpus corpora/mine --split dev --json
-deepspeed --num_gpus 8 launch/evaluate.py --model runs/demo               clips are dealt out over the ranks
+deepspeed --num_gpus 8 launch/evaluate.py --model runs/demo               each rank translates a share
 python launch/evaluate.py --model runs/demo evaluation.num_beams=1        one setting changed
-python launch/evaluate.py compare A.csv B.csv                             which one is better, or is it chance?
+python launch/evaluate.py compare A.csv B.csv                             is the difference significant?
 
 Writes predictions (uid, reference, hypothesis, score, chrF++ of each sentence) and scores.json.
 """
@@ -24,11 +24,20 @@ use_extensions_dir()  # before anything imports DeepSpeed
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from toolkit.cluster.failures import run_rank
 from toolkit.cluster.ranks import Ranks, check_ranks
 from toolkit.errors import UserError, exit_code_of
+
+if TYPE_CHECKING:
+    from toolkit.corpus.packed import Corpus
+    from toolkit.evaluation.splits import SplitResult
+    from toolkit.recipe.schema import Evaluation
+    from toolkit.scoring.neural import NeuralMetrics
 
 PROGRESS_SECONDS = 5.0
 
@@ -47,9 +56,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpus", metavar="FOLDER", help="a prepared corpus (default: the one of the run)")
     parser.add_argument("--split", metavar="NAMES", help="comma-separated (default: every test split)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: evaluation/ in the run)")
-    parser.add_argument("--n-best", type=int, default=1, metavar="N", help="write so many texts a clip, with scores")
+    parser.add_argument("--n-best", type=int, default=1, metavar="N", help="write N texts a clip, with scores")
     parser.add_argument(
-        "--zero3", action="store_true", help="cut the weights over the ranks: for a model larger than one device"
+        "--zero3", action="store_true", help="partition the weights over the ranks: for a model larger than one device"
     )
     parser.add_argument(
         "--neural",
@@ -84,7 +93,7 @@ def parse_comparison(words: list[str]) -> argparse.Namespace:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from toolkit.evaluation.evaluate import compare_files, format_comparison
+    from toolkit.evaluation.comparison import compare_files, format_comparison
 
     first, second = arguments.files
     comparisons = compare_files(first, second, tokenize=arguments.tokenize, lowercase=arguments.lowercase)
@@ -95,118 +104,147 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Whatever can be wrong with the input is found before the process group exists."""
-    import numpy as np
+    """Everything that can be wrong with the input is found before the process group exists."""
     import torch
 
     from toolkit.cluster.devices import use_device
     from toolkit.cluster.logs import log_to_file
     from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
     from toolkit.cluster.rendezvous import on_each_node
-    from toolkit.decoding.whole_weights import cut, whole_weights
-    from toolkit.evaluation.evaluate import (
-        check_fit,
-        choose_splits,
-        default_out_folder,
-        evaluation_settings,
-        format_results,
-        open_corpus,
-        recipe_of,
-        write_results,
-    )
+    from toolkit.cpu.allocator import return_freed_memory
+    from toolkit.evaluation import inputs
     from toolkit.evaluation.splits import score_splits
-    from toolkit.models.loading.load import fetch_translator, load_translator
-    from toolkit.models.tokenizers import language_id
-    from toolkit.planning.memory import fits_whole
-    from toolkit.scoring.metrics import score
+    from toolkit.models.loading.load import fetch_translator, load_processor
+    from toolkit.scoring.addends import make_bleu
     from toolkit.scoring.neural import parse_neural
 
-    def echo(text: str) -> None:
-        if ranks.is_main:
-            print(text, flush=True)
-
     check_ranks(ranks, gpus=torch.cuda.device_count())
-    device = use_device(ranks)
+    use_device(ranks)
     on_each_node(lambda: fetch_translator(arguments.model))
     neural = parse_neural(arguments.neural, arguments.neural_python)
-    recipe = recipe_of(arguments.model, arguments.overrides)
-    settings = evaluation_settings(recipe, arguments.overrides)
-    score([], [], tokenize=settings.tokenize)  # an unknown tokenizer is better known now than after an hour
-    corpus = open_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
-    names = choose_splits(corpus, arguments.split)
+    recipe = inputs.recipe_of(arguments.model, arguments.overrides)
+    settings = inputs.evaluation_settings(recipe, arguments.overrides)
+    make_bleu(settings.tokenize, settings.lowercase)  # raises for an unknown tokenizer
+    corpus = inputs.open_corpus(arguments.model, recipe, arguments.corpus, is_local_main=ranks.is_local_main)
+    names = inputs.choose_splits(corpus, arguments.split)
     log_to_file(None)
-    model, processor = load_translator(arguments.model)
-    check_fit(corpus, processor)
-    search = {
-        name: getattr(settings, name)
-        for name in ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens")
-    }
-    if recipe is None:
-        # A folder by itself knows how to search; only what was asked for changes that.
-        asked = {item.split("=")[0].removeprefix("evaluation.") for item in arguments.overrides}
-        search = {name: value for name, value in search.items() if name in asked}
-    if settings.forced_language:
-        search["forced_bos_token_id"] = language_id(processor.tokenizer, settings.forced_language)
-    beams = search.get("num_beams", model.generation_config.num_beams) or 1
+    processor, generation = load_processor(arguments.model)
+    inputs.check_fit(corpus, processor)
+    search = inputs.search_settings(settings, recipe, arguments.overrides, processor.tokenizer)
+    beams = search.get("num_beams", generation.num_beams) or 1
     if arguments.n_best > beams:
-        raise UserError(f"--n-best {arguments.n_best} needs as many beams: add evaluation.num_beams={arguments.n_best}")
-    out = arguments.out or default_out_folder(arguments.model, corpus)
+        raise UserError(
+            f"--n-best {arguments.n_best} is more than the {beams} beams of the search",
+            f"add evaluation.num_beams={arguments.n_best}",
+        )
+    out = arguments.out or inputs.default_out_folder(arguments.model, corpus)
 
+    if arguments.zero3 and not torch.cuda.is_available():
+        return_freed_memory()
     if ranks.world_size > 1 or arguments.zero3:
         join_process_group(ranks)
     use_threads(ranks)
-    total = sum(len(corpus.splits[name]) for name in names)
-    echo(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams")
-    started = time.monotonic()
-    progress = Progress(corpus, ranks) if ranks.is_main else None
-    how = {"rank": ranks.rank, "world_size": ranks.world_size, "n_best": arguments.n_best, "on_batch": progress}
-    if arguments.zero3:
-        engine = cut(model, ranks.world_size)
-        gather = fits_whole(
-            engine,
-            frames=np.concatenate([corpus.splits[name].frames for name in names]),
-            batch_frames=settings.batch_frames,
-            beams=beams,
-            max_new_tokens=search.get("max_new_tokens") or model.generation_config.max_new_tokens,
+    clips = {name: len(corpus.splits[name]) for name in names}
+    total = sum(clips.values())
+    if ranks.is_main:
+        print(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams", flush=True)
+    length = search.get("max_new_tokens") or generation.max_new_tokens
+    fullest = settings.model_copy(update={"num_beams": beams, "max_new_tokens": length})
+    with open_model(arguments, ranks, corpus, names, fullest) as (model, synced):
+        started = time.monotonic()
+        results = score_splits(
+            model,
+            processor,
+            corpus,
+            names,
+            settings,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            synced=synced,
+            n_best=arguments.n_best,
+            search=search,
+            on_batch=Progress(clips, ranks.world_size) if ranks.is_main else None,
         )
-        with whole_weights(engine, gather=gather) as synced:
-            results = score_splits(
-                engine.module, processor, corpus, names, settings, search=search, synced=synced, **how
-            )
-    else:
-        results = score_splits(model.to(device), processor, corpus, names, settings, search=search, **how)
-    seconds = time.monotonic() - started
+        seconds = time.monotonic() - started
     leave_process_group()
-    if not ranks.is_main:
+    if ranks.is_main:
+        report(arguments, corpus, out, results, total / seconds, neural)
+
+
+@contextmanager
+def open_model(
+    arguments: argparse.Namespace, ranks: Ranks, corpus: Corpus, names: list[str], settings: Evaluation
+) -> Iterator[tuple[Any, bool]]:
+    """Within it the model is loaded, whole on each rank or partitioned over them.
+
+    Yields:
+        the model, and whether ranks must generate in step.
+    """
+    import numpy as np
+
+    from toolkit.cluster.devices import own_device
+    from toolkit.models.loading.load import load_translator
+
+    if not arguments.zero3:
+        yield load_translator(arguments.model)[0].to(own_device()), False
         return
-    summary = write_results(out, arguments.model, corpus, results, total / seconds, neural)
-    echo(f"\n{format_results(results)}\n\n{total / seconds:.1f} clips/s; predictions and scores: {out}")
-    for name, split in summary["splits"].items():
-        for metric, value in split["neural"].items():
-            echo(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")
-    if arguments.json:
-        echo(json.dumps(summary))
+    from toolkit.decoding.whole_weights import partitioned_engine
+    from toolkit.evaluation.splits import ready_to_translate
+
+    engine = partitioned_engine(arguments.model, ranks.world_size)
+    frames = np.concatenate([corpus.splits[name].frames for name in names])
+    with ready_to_translate(engine, frames, settings) as synced:
+        yield engine.module, synced
+
+
+def report(
+    arguments: argparse.Namespace,
+    corpus: Corpus,
+    out: Path,
+    results: dict[str, SplitResult],
+    clips_per_second: float,
+    neural: NeuralMetrics,
+) -> None:
+    """Write the results and print them; they are printed also if they cannot be written, and the reverse."""
+    from toolkit.evaluation.results import format_results, summarise, write_results
+
+    summary = summarise(arguments.model, corpus, out, results, clips_per_second, neural)
+    where = "nothing was written"
+    try:
+        write_results(out, summary, results)
+        where = f"predictions and scores: {out}"
+    finally:
+        print(f"\n{format_results(results)}\n\n{clips_per_second:.1f} clips/s; {where}")
+        for name, split in summary["splits"].items():
+            for metric, value in split["neural"].items():
+                print(f"{name}: {metric} {value:.4f} ({neural.checkpoints[metric]})")
+        if arguments.json:
+            print(json.dumps(summary))
+        sys.stdout.flush()
 
 
 class Progress:
-    """Says on standard error every few seconds how far a long evaluation is; a short one passes in silence."""
+    """Prints every few seconds on standard error how far an evaluation is, and nothing for a short one.
 
-    def __init__(self, corpus: object, ranks: Ranks) -> None:
-        self.corpus = corpus
-        self.ranks = ranks
-        self.started = self.spoke = time.monotonic()
+    Args:
+        clips: of each split.
+        world_size: number of ranks; their shares are equal, so rank 0's progress stands for all.
+    """
+
+    def __init__(self, clips: dict[str, int], world_size: int) -> None:
+        self.clips, self.world_size = clips, world_size
+        self.started = self.printed = time.monotonic()
         self.name = ""
 
     def __call__(self, name: str, done: int) -> None:
         now = time.monotonic()
         if name != self.name:
-            self.name, self.started = name, self.spoke
-        if now - self.spoke < PROGRESS_SECONDS:
+            self.name, self.started = name, self.printed
+        if now - self.printed < PROGRESS_SECONDS:
             return
-        self.spoke = now
-        total = len(self.corpus.splits[name])  # type: ignore[attr-defined]
-        # Ranks get equal shares, so this one's speaks for all.
-        everywhere = min(total, done * self.ranks.world_size)
+        self.printed = now
+        total = self.clips[name]
+        everywhere = min(total, done * self.world_size)
         rate = everywhere / (now - self.started)
         left = (total - everywhere) / rate
         print(

@@ -1,4 +1,4 @@
-"""The weights that ZeRO stage 3 has cut into pieces, whole for the length of an evaluation.
+"""An engine for evaluation under ZeRO stage 3, and its partitioned weights gathered for the length of an evaluation.
 
 Gathered once they cost one pass over the network; gathered layer by layer they cost one for every token of every batch.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from toolkit.models.loading.partitioned import load_partitioned
+
 
 @contextmanager
 def whole_weights(engine: Any, *, gather: bool) -> Iterator[bool]:
@@ -16,7 +18,7 @@ def whole_weights(engine: Any, *, gather: bool) -> Iterator[bool]:
 
     Args:
         engine: the DeepSpeed engine, at any stage.
-        gather: whether there is room for them (``toolkit.planning.memory.fits_whole``); no matter below stage 3.
+        gather: whether there is room for them (``toolkit.planning.memory.fits_whole``); ignored below stage 3.
 
     Yields:
         whether ranks must generate in step, because every layer is gathered when it is needed.
@@ -28,16 +30,17 @@ def whole_weights(engine: Any, *, gather: bool) -> Iterator[bool]:
     elif not gather:
         yield True
     else:
-        # Gathering alone would not do: DeepSpeed's hooks let go of each layer's weights after its first use.
+        # DeepSpeed's hooks would partition each layer's weights again after their first use; this removes them.
         with deepspeed.zero.unwrap_model_for_generation(engine):
             yield False
 
 
-def cut(model: Any, world_size: int) -> Any:
-    """Cut a model's weights over the ranks, for evaluation alone; the process group must be there.
+def partitioned_engine(name: str, world_size: int) -> Any:
+    """A DeepSpeed engine at stage 3 without an optimizer, for evaluation; the process group must be there.
 
-    Returns:
-        a DeepSpeed engine at stage 3 without an optimizer.
+    Args:
+        name: of the model, as :func:`toolkit.models.loading.partitioned.load_partitioned` takes it.
+        world_size: number of ranks; all call this.
     """
     import deepspeed
 
@@ -47,5 +50,5 @@ def cut(model: Any, world_size: int) -> Any:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 3},
     }
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine, *_ = deepspeed.initialize(model=load_partitioned(name, config), config=config)
     return engine

@@ -1,4 +1,4 @@
-"""Outputs and how good they are: generation, scores, floors, prediction files, and the tables and pages that show them.
+"""Evaluation of a model on the splits of a corpus: scores, floors, intervals and prediction files.
 
-This room knows models, batches and corpora. It does not know training or DeepSpeed's engine.
+Must not know training, checkpoints or reports.
 """

@@ -1,16 +1,22 @@
-"""Translate and score whole splits, each beside its floors, with intervals and a control."""
+"""Translate and score whole splits, each with its floors, confidence intervals and control."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import best_predictions, evaluation_mode, find_hypotheses
 from toolkit.decoding.search import Hypothesis
+from toolkit.decoding.whole_weights import whole_weights
 from toolkit.models.translator import PoseTranslator
+from toolkit.planning.memory import fits_whole
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.addends import frequent_words, measure
 from toolkit.scoring.floors import floors, other_clips
@@ -21,12 +27,12 @@ from toolkit.scoring.resampling import Comparison, Interval, compare, intervals
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What a model makes of one split.
+    """Translations of one split and their scores.
 
     Attributes:
         predictions: in the order of the split.
         scores: of all of them.
-        floors: what one scores without watching, by kind.
+        floors: scores of translators that see no poses, by kind.
         intervals: which hold 95 % of each score's resampled values.
         against_control: the model's scores (second) against those on the poses of other clips (first).
         n_best: all hypotheses of each clip, best first.
@@ -41,10 +47,33 @@ class SplitResult:
 
 
 def splits_to_test(corpus: Corpus) -> list[str]:
-    """Every test split; where a corpus has none, what comes nearest to one."""
+    """Every test split; dev in a corpus without one, and train in a corpus without dev."""
     tests = [name for name in corpus.splits if name.startswith("test") and len(corpus.splits[name])]
     others = [name for name in corpus.splits if name in ("dev", "train") and len(corpus.splits[name])]
     return tests or sorted(others)[:1]
+
+
+@contextmanager
+def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: Evaluation) -> Iterator[bool]:
+    """Within it the engine's model translates; all ranks must enter.
+
+    Args:
+        engine: the DeepSpeed engine, at any ZeRO stage.
+        frames: of each clip to translate.
+        settings: beams, and how large a batch may be.
+
+    Yields:
+        whether ranks must generate in step, because whole weights do not fit.
+    """
+    gather = engine.zero_optimization_stage() == 3 and fits_whole(
+        engine,
+        frames=frames,
+        batch_frames=settings.batch_frames,
+        beams=settings.num_beams,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    with evaluation_mode(engine.module), whole_weights(engine, gather=gather) as synced:
+        yield synced
 
 
 def score_splits(
@@ -64,7 +93,7 @@ def score_splits(
     """Translate and score splits; all ranks must call this, and all get the result.
 
     Args:
-        model: says itself how to search.
+        model: its generation configuration says how to search.
         processor: gives the tokenizer.
         corpus: has the splits; its training texts give the floors and the frequent words.
         names: which splits.
@@ -95,23 +124,23 @@ def score_splits(
 
 
 def _score_split(corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation) -> SplitResult:
-    """Score one split's translations every way there is."""
+    """Score one split's translations, with floors, intervals and control."""
     predictions = best_predictions(split, found)
     hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]
     # A corpus of nothing but test clips has no training texts; its own give the floors then.
     train = corpus.splits.get("train")
     texts: Sequence[str] = list(train.texts) if train else references
-    how: dict[str, Any] = {
+    scoring: dict[str, Any] = {
         "tokenize": settings.tokenize,
         "lowercase": settings.lowercase,
         "frequent_words": frequent_words(texts, settings.tokenize),
     }
-    own = measure(hypotheses, references, **how)
-    control = measure([hypotheses[other] for other in other_clips(split.frames, references)], references, **how)
+    own = measure(hypotheses, references, **scoring)
+    control = measure([hypotheses[other] for other in other_clips(split.frames, references)], references, **scoring)
     return SplitResult(
         predictions,
-        add_up(own, **how),
-        floors(texts, references, hypotheses=hypotheses, frames=split.frames, **how),
+        add_up(own, **scoring),
+        floors(texts, references, hypotheses=hypotheses, frames=split.frames, **scoring),
         intervals(own),
         compare(control, own),
         found,

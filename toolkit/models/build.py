@@ -107,7 +107,11 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
 
 
 def rebuild_translator(
-    config: PoseTranslatorConfig, base: BaseReference, tokenizer: PreTrainedTokenizerBase
+    config: PoseTranslatorConfig,
+    base: BaseReference,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    zero3: dict[str, Any] | None = None,
 ) -> tuple[PoseTranslator, str]:
     """The translator as it was before it was trained, to put what was trained onto it.
 
@@ -115,15 +119,16 @@ def rebuild_translator(
         config: of the trained one.
         base: what it stands on.
         tokenizer: of the trained one, with its extra tokens.
+        zero3: a DeepSpeed configuration whose stage 3 partitions the weights; all ranks then call this.
 
     Returns:
-        the translator, and the fingerprint of the backbone that was found or made.
+        the translator, and the fingerprint of the backbone that was found or made, empty on ranks that received it.
 
     Raises:
         UserError: the backbone cannot be had.
     """
     settings = Model.model_validate(base.model)
-    placement = placement_for(base.precision, settings.quantization)
+    placement = placement_for(base.precision, settings.quantization, zero3=zero3)
     fingerprint = Fingerprint()
     torch.manual_seed(base.seed)
     described = _fitted_config(settings, tokenizer)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Split
-from toolkit.decoding.decode_split import evaluation_mode, translate_split
-from toolkit.decoding.whole_weights import whole_weights
+from toolkit.decoding.decode_split import translate_split
+from toolkit.evaluation.splits import ready_to_translate
 from toolkit.models.processor import PoseProcessor
-from toolkit.planning.memory import fits_whole
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.floors import typical_sentence
 from toolkit.scoring.metrics import Scores, score
@@ -40,29 +35,6 @@ class Evaluated:
         values = self.scores.values()
         names = [name for name in SHOWN_SCORES if name in values]
         return "  ".join(f"{name} {format_score(name, values[name])}" for name in names)
-
-
-@contextmanager
-def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: Evaluation) -> Iterator[bool]:
-    """Within it the engine's model translates; all ranks must enter.
-
-    Args:
-        engine: the DeepSpeed engine, at any ZeRO stage.
-        frames: of each clip to translate.
-        settings: beams, and how large a batch may be.
-
-    Yields:
-        whether ranks must generate in step, because whole weights do not fit.
-    """
-    gather = engine.zero_optimization_stage() == 3 and fits_whole(
-        engine,
-        frames=frames,
-        batch_frames=settings.batch_frames,
-        beams=settings.num_beams,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    with evaluation_mode(engine.module), whole_weights(engine, gather=gather) as synced:
-        yield synced
 
 
 def evaluate_split(

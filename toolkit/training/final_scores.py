@@ -15,12 +15,11 @@ import numpy as np
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.evaluation.splits import SplitResult, score_splits
+from toolkit.evaluation.splits import SplitResult, ready_to_translate, score_splits
 from toolkit.models.loading.weights import load_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.recipe.schema import Evaluation
 from toolkit.training.engine import release_training_states
-from toolkit.training.evaluating import ready_to_translate
 
 
 def score_best(

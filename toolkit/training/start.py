@@ -13,7 +13,7 @@ from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, SavedState, choose_checkpoint, read_state
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.evaluation.evaluate import check_fit
+from toolkit.evaluation.inputs import check_fit
 from toolkit.models import PoseProcessor
 from toolkit.poses.features import NORMALISATION
 from toolkit.recipe.resolve import ResolvedRun

@@ -91,7 +91,7 @@ def random_backbone(
     """
     skeleton = make_skeleton(config)
     try:
-        return _filled(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
+        return fill_skeleton(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
     except NotImplementedError as error:
         raise UserError(f"{error}: train it from published weights, without model.from_scratch") from error
 
@@ -127,7 +127,7 @@ def published_backbone(
     with contextlib.suppress(OSError):  # where none was published, the one made from the configuration stays
         skeleton.model.generation_config = GenerationConfig.from_pretrained(source)
     if not placement.fills:
-        return _filled(skeleton, _unread, placement)
+        return fill_skeleton(skeleton, _unread, placement)
     # By its own configuration: ours may leave room for more tokens.
     loaded, info = backbone_class(config).from_pretrained(
         source,
@@ -146,7 +146,7 @@ def published_backbone(
             parameters[name].data = torch.empty(0)  # nobody else holds on to it
         return widened(values, like)
 
-    return _filled(skeleton, read, placement, fingerprint)
+    return fill_skeleton(skeleton, read, placement, fingerprint)
 
 
 def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:
@@ -164,7 +164,7 @@ def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:
                 setattr(module, name, buffer.to(placement.device))
 
 
-def _filled(
+def fill_skeleton(
     skeleton: Skeleton, source: TensorReader, placement: Placement, fingerprint: Fingerprint | None = None
 ) -> PreTrainedModel:
     """The skeleton's model with its weights; parameters that are tied stay tied."""

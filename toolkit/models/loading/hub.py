@@ -27,21 +27,25 @@ NOT_LOADED = (OSError, ValueError, httpx.HTTPError)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def fetch_weights(source: str) -> None:
+def fetch_weights(source: str) -> Path | None:
     """Bring a model's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
 
     Args:
         source: a hub id; a folder has its weights already.
 
+    Returns:
+        the folder that holds them; None where the hub has none in a known form.
+
     Raises: one of ``NOT_LOADED``.
     """
     if Path(source).is_dir():
-        return
+        return Path(source)
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
             if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
                 get_checkpoint_shard_files(source, path)
-            return
+            return Path(path).parent
+    return None
 
 
 def hub_trouble(error: BaseException, source: str) -> str | None:

@@ -30,7 +30,7 @@ def fetch_translator(name: str | Path) -> None:
     """
     source = find_model(name)
     if base := read_base(Path(source)):
-        # As for _load_adapted; and the recipe's schema brings pydantic.
+        # As for load_adapted; and the recipe's schema brings pydantic.
         from toolkit.models.build import fetch_backbone
         from toolkit.recipe.schema import Model
 
@@ -53,22 +53,42 @@ def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, 
     source = find_model(name)
     base = read_base(Path(source))
     if base:
-        model, processor = _load_adapted(Path(source), base)
+        model, processor = load_adapted(Path(source), base)
         return model.to(settings["dtype"]) if settings.get("dtype") else model, processor
     try:
         model = PoseTranslator.from_pretrained(source, **settings).eval()
         processor = PoseProcessor.from_pretrained(source)
     except (*NOT_LOADED, SafetensorError) as error:
-        reason = hub_trouble(error, source) or f"cannot be loaded: {str(error).strip().splitlines()[0]}"
-        raise UserError(f"the model {source} {reason}") from error
+        raise _not_loadable(source, error) from error
     return model, processor
 
 
-def _load_adapted(folder: Path, base: BaseReference) -> tuple[PoseTranslator, PoseProcessor]:
-    """A model of which the folder holds only what was trained."""
+def load_processor(name: str | Path) -> tuple[PoseProcessor, GenerationConfig]:
+    """A translator's processor and how it searches by default, without its weights.
+
+    Raises:
+        UserError: there is no such model, or its folder is not complete.
+    """
+    source = find_model(name)
+    try:
+        return PoseProcessor.from_pretrained(source), GenerationConfig.from_pretrained(source)
+    except NOT_LOADED as error:
+        raise _not_loadable(source, error) from error
+
+
+def _not_loadable(source: str, error: Exception) -> UserError:
+    reason = hub_trouble(error, source) or f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+    return UserError(f"the model {source} {reason}")
+
+
+def load_adapted(
+    folder: Path, base: BaseReference, zero3: dict[str, Any] | None = None
+) -> tuple[PoseTranslator, PoseProcessor]:
+    """A model of which the folder holds only what was trained; ``zero3`` as for ``rebuild_translator``."""
     # They bring PEFT, and DeepSpeed with it; whole models do without.
     from toolkit.models.adaptation.adapter_files import load_trained
     from toolkit.models.build import rebuild_translator
+    from toolkit.models.loading.weights import load_weights
 
     try:
         config = PoseTranslatorConfig.from_pretrained(folder)
@@ -76,10 +96,14 @@ def _load_adapted(folder: Path, base: BaseReference) -> tuple[PoseTranslator, Po
         processor = PoseProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"the model {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    model, fingerprint = rebuild_translator(config, base, processor.tokenizer)
-    check_same(base, fingerprint, folder)
-    load_trained(folder, model)
+    model, fingerprint = rebuild_translator(config, base, processor.tokenizer, zero3=zero3)
+    if fingerprint:
+        check_same(base, fingerprint, folder)
     model.base = base
+    if zero3:
+        load_weights(folder, model)
+    else:
+        load_trained(folder, model)
     model.generation_config = generation
     return model.eval(), processor
 

@@ -122,7 +122,7 @@ def load_weights(folder: Path, model: PoseTranslator) -> None:
     problem: list[str | None] = [None]
     if reads:
         try:
-            read = _saved_weights(folder, model)
+            read = saved_weights(folder, model)
         except UserError as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
@@ -138,7 +138,7 @@ def load_weights(folder: Path, model: PoseTranslator) -> None:
                 dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
 
 
-def _saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
+def saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:
     """The weights in ``folder``, to be read tensor by tensor, by the names that they have in ``model``."""
     if model.base:
         return trained_weights(folder, model)

@@ -1,0 +1,158 @@
+"""What to evaluate: the run that a model came from, its corpus and splits, the search, and whether they fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.cluster.rendezvous import on_rank_0
+from toolkit.corpus.packed import Corpus
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.errors import UserError
+from toolkit.evaluation.splits import splits_to_test
+from toolkit.models.processor import PoseProcessor
+from toolkit.models.tokenizers import language_id
+from toolkit.poses.landmarks import LandmarkSet
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import Evaluation, Recipe
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+SEARCH_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens")
+
+
+def recipe_of(model: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe of the run that a model came from, or None for a model that lies elsewhere.
+
+    Args:
+        model: a run directory or a model folder; the ``best/`` of a run knows its run.
+        overrides: ``key=value``, applied to the recipe.
+
+    Raises:
+        UserError: a key is unknown, or a value out of bounds.
+    """
+    run = run_of(model)
+    return load_recipe(str(run / RECIPE), overrides) if run else None
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The run directory of a model, if it lies in one."""
+    path = Path(model)
+    return next((place for place in (path, path.parent) if (place / RECIPE).is_file()), None)
+
+
+def evaluation_settings(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:
+    """How to evaluate: as the run did, else the defaults; ``evaluation.key=value`` changes either.
+
+    Raises:
+        UserError: an override is not one of ``evaluation.``.
+    """
+    others = [item for item in overrides if not item.startswith("evaluation.")]
+    if others:
+        raise UserError(
+            f"{others[0]} cannot change in a trained model", "leave it out, or change a setting of evaluation.*"
+        )
+    if recipe is not None:
+        return recipe.evaluation
+    return load_recipe(
+        "demo", [f"evaluation.{key}={json.dumps(value)}" for key, value in Evaluation()] + list(overrides)
+    ).evaluation
+
+
+def open_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *, is_local_main: bool) -> Corpus:
+    """The corpus that ``--corpus`` names, else the one that the model was trained on; all ranks call this.
+
+    Raises:
+        UserError: there is none.
+    """
+    if corpus:
+        return Corpus.open(corpus)
+    run = run_of(model)
+    if recipe is None or run is None:
+        raise UserError(f"{model} lies in no run directory, so its corpus is not known", "add --corpus FOLDER")
+    place = on_rank_0(lambda: _corpus_of(run, recipe))
+    return Corpus.open(place or ensure_corpus(recipe.data, is_local_main=is_local_main))
+
+
+def _corpus_of(run: Path, recipe: Recipe) -> Path | None:
+    """The corpus that a run was trained on, if it is still there."""
+    try:
+        trained_on = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8")).get("corpus")
+    except (OSError, ValueError):
+        trained_on = None
+    return next((Path(path) for path in (trained_on, recipe.data.corpus) if path and Path(path).is_dir()), None)
+
+
+def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
+    """Refuse a corpus whose features do not mean what the model has learnt.
+
+    Raises:
+        UserError: landmarks, frame rate or normalisation differ.
+    """
+    extractor, metadata = processor.feature_extractor, corpus.metadata
+    model_set, corpus_set = LandmarkSet.from_dict(extractor.landmark_set), corpus.landmark_set
+    differences = []
+    if _meaning_of(model_set) != _meaning_of(corpus_set):
+        differences.append(f"landmarks {_describe(model_set)} and {_describe(corpus_set)}")
+    for name in ("fps", "normalisation"):
+        ours, theirs = getattr(extractor, name), getattr(metadata, name)
+        if ours != theirs:
+            differences.append(f"{name} {ours} and {theirs}")
+    if differences:
+        raise UserError(
+            f"the model and the corpus {corpus.path} do not fit each other: {'; '.join(differences)}",
+            "prepare the corpus again with the model's settings",
+        )
+
+
+def _meaning_of(landmarks: LandmarkSet) -> tuple[Any, ...]:
+    """What the numbers of a feature mean; names and drawings of landmark sets do not matter to a model."""
+    relative = {part: landmarks.parts[part] for part in landmarks.anchors or {}}
+    return landmarks.points, landmarks.channels, landmarks.anchors or {}, relative
+
+
+def _describe(landmarks: LandmarkSet) -> str:
+    relative = f", {' and '.join(landmarks.anchors)} relative to an anchor" if landmarks.anchors else ""
+    return f"{landmarks.name} ({landmarks.num_points} points, {' '.join(landmarks.channels)}{relative})"
+
+
+def choose_splits(corpus: Corpus, names: str | None) -> list[str]:
+    """The splits that ``--split`` names, comma-separated, else every test split.
+
+    Raises:
+        UserError: the corpus lacks one, or it is empty.
+    """
+    chosen = names.split(",") if names else splits_to_test(corpus)
+    missing = [name for name in chosen if not len(corpus.splits.get(name, ()))]
+    if missing or not chosen:
+        has = ", ".join(f"{name} ({len(split)} clips)" for name, split in corpus.splits.items()) or "none"
+        raise UserError(
+            f"the corpus {corpus.path} has no clips in split {', '.join(missing)}", f"give --split one of: {has}"
+        )
+    return chosen
+
+
+def search_settings(
+    settings: Evaluation, recipe: Recipe | None, overrides: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What ``generate`` is given: the settings of the run, or for a model without one those of the command line alone.
+
+    Raises:
+        UserError: the tokenizer does not know the forced language.
+    """
+    search = {name: getattr(settings, name) for name in SEARCH_SETTINGS}
+    if recipe is None:  # the folder's generation_config.json holds the rest
+        given = {item.split("=")[0].removeprefix("evaluation.") for item in overrides}
+        search = {name: value for name, value in search.items() if name in given}
+    if settings.forced_language:
+        search["forced_bos_token_id"] = language_id(tokenizer, settings.forced_language)
+    return search
+
+
+def default_out_folder(model: str | Path, corpus: Corpus) -> Path:
+    """The folder of the results without ``--out``: in the run, for a model without one in the working directory."""
+    run = run_of(model)
+    return (run / "evaluation" if run else Path("evaluation") / Path(model).name) / corpus.path.name
