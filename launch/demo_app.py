@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Try a translator in the browser: drop a clip, see its skeleton move, read the translation and how sure the model is.
+"""Try a translator in the browser: upload a clip, see its skeleton move, read the translation and the confidence.
 
 python launch/demo_app.py --model runs/demo                          on this machine only, at http://127.0.0.1:7860
 python launch/demo_app.py --model runs/demo --port 8000 --n-best 10
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a run directory, a model folder or a hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--n-best", type=int, default=5, metavar="N", help="readings that are listed (default 5)")
+    parser.add_argument("--n-best", type=int, default=5, metavar="N", help="translations that are listed (default 5)")
     parser.add_argument("--max-megabytes", type=float, default=100, metavar="MB", help="of an upload (default 100)")
     parser.add_argument("--max-seconds", type=float, default=300, metavar="S", help="of a clip (default 300)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import: it would ask the network for news
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import, which would access the network
     from toolkit.inference.demo_app import build_app, check_gradio, serve
 
     check_gradio()

@@ -6,9 +6,9 @@ python launch/translate.py --model runs/demo clips/ archive.zip           one li
 python launch/translate.py --model runs/demo archive.zip:day1/clip.pose   one member of an archive
 python launch/translate.py --model runs/demo long.pose --srt long.srt     a recording of hours, as subtitles
 python launch/translate.py --model runs/demo clip.mp4                     a video (needs the extra [video])
-cat clip.pose | python launch/translate.py --model runs/demo - --json     a pipe, and all there is to know
+cat clip.pose | python launch/translate.py --model runs/demo - --json     from a pipe, with all details
 
-A clip longer than the model reads is cut into overlapping windows; each gets its own line, with its time.
+A clip longer than the model reads is split into overlapping windows; each gets its own line, with its time.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="file, folder, zip, tar, archive.zip:member, or -")
     parser.add_argument("--fps", type=float, metavar="N", help="frames per second of the clips, when files are wrong")
     parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search (default: the model's own)")
-    parser.add_argument("--n-best", type=int, default=1, metavar="N", help="so many texts, with their scores")
+    parser.add_argument("--n-best", type=int, default=1, metavar="N", help="print N texts a clip, with their scores")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text (default: the model's own)")
     parser.add_argument("--batch-frames", type=int, metavar="N", help="frames translated together (default 8192)")
     parser.add_argument(
         "--window",
         type=float,
         metavar="SECONDS",
-        help="cut longer clips into windows of this length; 0 cuts none (default: what the model reads at most)",
+        help="split longer clips into windows of this length; 0 splits none (default: the longest of the model)",
     )
     parser.add_argument(
         "--overlap",
@@ -85,13 +85,13 @@ def parse() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Whatever can be wrong with the names is found before the seconds that loading a model takes."""
+    """Wrong names are found before the model is loaded, which takes seconds."""
     from toolkit.inference.clip_sources import find_clips
     from toolkit.poses.video import check_video_support
 
     sources = find_clips(arguments.clips, arguments.fps)
     if (arguments.srt or arguments.vtt) and len(sources) != 1:
-        raise UserError(f"--srt and --vtt are for one clip, and there are {len(sources):,}: translate it by itself")
+        raise UserError(f"--srt and --vtt are for one clip, and there are {len(sources):,}", "translate it alone")
     if any(source.is_video for source in sources):
         check_video_support()
 
@@ -130,11 +130,11 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"translations": done, "rejects": rejected, "clips": len(sources), "seconds": seconds}))
     if len(sources) == 1 and rejects:
-        raise UserError(f"{rejects[0].where}: {rejects[0].reason}")
+        raise UserError(f"{rejects[0].where}: {rejects[0].reason}", "replace the file")
     if len(rejects) > arguments.max_rejects * len(sources):
         raise TooManyRejects(
-            f"{len(rejects):,} of {len(sources):,} clips could not be translated (listed above; all others are done): "
-            f"mend them, or allow more by --max-rejects {len(rejects) / len(sources):.2g}"
+            f"{len(rejects):,} of {len(sources):,} clips could not be translated (listed above; all others are done)",
+            f"correct them, or allow more by --max-rejects {len(rejects) / len(sources):.2g}",
         )
 
 
@@ -149,8 +149,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model, processor = load_translator(arguments.model)
     try:
         return model.to(device), processor
-    except RuntimeError as error:  # it is full, or torch was built without its kind
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # its memory is full, or torch was built without it
+        raise UserError(
+            f"--device {device}: {str(error).splitlines()[0]}", "give another device, --device cpu for instance"
+        ) from error
 
 
 def watched(translations: Iterable[Translation], total: int) -> Iterator[Translation]:
@@ -162,9 +164,9 @@ def watched(translations: Iterable[Translation], total: int) -> Iterator[Transla
 
 
 def as_lines(translation: Translation, *, several: bool, n_best: int) -> str:
-    """One line for each window and hypothesis; columns that would say the same everywhere are left out."""
+    """One line for each window and hypothesis; the clip and the time only where there are several."""
+    from toolkit.corpus.names import one_line
     from toolkit.inference.subtitles import timestamp
-    from toolkit.scoring.table import one_line
 
     lines = []
     for window, text in zip(translation.windows, translation.texts, strict=True):

@@ -18,9 +18,9 @@ import psutil
 
 from tests.as_users_do.conftest import TIMEOUT, User
 from tests.time_limits import limit
+from toolkit.corpus.names import one_line
 from toolkit.errors import EXIT_INTERRUPTED
 from toolkit.recipe.load import load_recipe
-from toolkit.scoring.table import one_line
 
 EPOCHS = 3
 

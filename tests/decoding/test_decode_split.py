@@ -1,4 +1,4 @@
-"""A split is translated the same however it is cut into batches and dealt out over ranks."""
+"""A split is translated the same in batches of any size and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_greedy_search_has_no_scores(translator: Make, processor: PoseProcessor,
     assert {row.score for row in predictions} == {None}
 
 
-def test_progress_is_told_batch_by_batch(translator: Make, processor: PoseProcessor, corpus: Corpus) -> None:
+def test_progress_is_reported_after_each_batch(translator: Make, processor: PoseProcessor, corpus: Corpus) -> None:
     done: list[int] = []
     translate_split(translator(), corpus.splits["test"], processor, batch_frames=300, on_batch=done.append)
     assert done == sorted(done) and done[-1] == len(corpus.splits["test"]) and len(done) > 3

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 two ranks translate as one does, with whole weights or in step, and the weights are cut again after."""
+"""Under ZeRO-3 two ranks translate as one does, with whole weights or in step; the weights stay partitioned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from toolkit.scoring.predictions import write_predictions
 def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor, path: Path, out: Path) -> None:
     import deepspeed
 
-    # Small parameters are cut like large ones.
+    # Small parameters are partitioned like large ones.
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {
         "train_batch_size": 2,
@@ -45,7 +45,7 @@ def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor
         write_predictions(out / f"rank{rank}_{gather}.csv", rows)
 
 
-def test_two_ranks_with_cut_weights_write_what_one_whole_model_writes(
+def test_two_ranks_with_partitioned_weights_write_what_one_whole_model_writes(
     tmp_path: Path,
     translator: Callable[..., PoseTranslator],
     processor: PoseProcessor,

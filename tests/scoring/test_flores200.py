@@ -1,4 +1,4 @@
-"""The ``flores200`` tokenizer: BLEU on pieces of a SentencePiece model, which lies where sacreBLEU looks for it."""
+"""The ``flores200`` tokenizer: BLEU on the tokens of a SentencePiece model, in the folder that sacreBLEU searches."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ def train_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(str(path))
 
 
-def test_bleu_counts_the_pieces_of_the_model_and_says_so(place: Path) -> None:
-    pieces = train_model(place)
+def test_bleu_counts_the_tokens_of_the_model_and_names_it(place: Path) -> None:
+    model = train_model(place)
     scores = score(HYPOTHESES, REFERENCES, tokenize="flores200")
-    cut = [[" ".join(pieces.EncodeAsPieces(text)) for text in texts] for texts in (HYPOTHESES, REFERENCES)]
-    expected = BLEU(tokenize="none", force=True).corpus_score(cut[0], [cut[1]]).score
+    tokens = [[" ".join(model.encode(text, out_type=str)) for text in texts] for texts in (HYPOTHESES, REFERENCES)]
+    expected = BLEU(tokenize="none", force=True).corpus_score(tokens[0], [tokens[1]]).score
     assert scores.bleu4 == pytest.approx(expected, abs=1e-6)
     assert "tok:flores200" in scores.signature["bleu"]
     assert scores.bleu4 != pytest.approx(score(HYPOTHESES, REFERENCES).bleu4 or 0.0, abs=1.0)
 
 
 @pytest.mark.parametrize("content", [None, b"no model"])
-def test_without_a_usable_file_one_line_says_where_it_belongs(place: Path, content: bytes | None) -> None:
+def test_without_a_usable_file_the_hint_says_where_it_belongs(place: Path, content: bytes | None) -> None:
     if content:
         place.write_bytes(content)
-    with pytest.raises(UserError, match=f"'flores200' cannot be used here: .*: put its SentencePiece model at {place}"):
+    with pytest.raises(UserError, match=r"evaluation\.tokenize.*flores200") as caught:
         score(HYPOTHESES, REFERENCES, tokenize="flores200")
+    assert str(place) in caught.value.hint

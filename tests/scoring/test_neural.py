@@ -14,7 +14,6 @@ from toolkit.scoring.neural import neural_score, parse_neural
 TEXTS = ["we go", "it rains"], ["we went", "it rains"]
 # COMET's interface as far as it is used; it prints more than the score, as the real one does.
 COMET = """
-from statistics import median  # torch needs Python's own, and we have files of such names
 from types import SimpleNamespace
 def download_model(name):
     if name == "gone":
@@ -43,27 +42,24 @@ def test_the_score_comes_from_the_other_python(comet: None) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_line(comet: None) -> None:
-    with pytest.raises(UserError, match=r"the comet checkpoint gone cannot be used: .*not supported"):
+    with pytest.raises(UserError, match=r"comet.* gone .*not supported"):
         neural_score(parse_neural(["comet=gone"]), "comet", *TEXTS)
 
 
 @pytest.mark.parametrize(
     ("words", "python", "complaint"),
     [
-        (["meteor=x"], None, "a name of comet, bleurt, not 'meteor'"),
-        (["comet"], None, "--neural wants NAME=CHECKPOINT"),
-        (["comet=x"], "/nowhere/python", "/nowhere/python is no program"),
-        (
-            ["comet=x"],
-            None,
-            r"cannot import unbabel-comet \(ModuleNotFoundError.*--neural-python neural-env/bin/python",
-        ),
+        (["meteor=x"], None, "--neural meteor"),
+        (["comet"], None, "--neural comet"),
+        (["comet=x"], "/nowhere/python", "/nowhere/python"),
+        (["comet=x"], None, r"import unbabel-comet \(ModuleNotFoundError"),
     ],
 )
-def test_what_cannot_be_computed_is_said_before_anything_is_translated(
+def test_a_metric_that_cannot_be_computed_is_refused_before_the_translation(
     words: list[str], python: str | None, complaint: str
 ) -> None:
     if "import" in complaint and importlib.util.find_spec("comet"):
         pytest.skip("COMET is installed here")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
         parse_neural(words, python)
+    assert "import" not in complaint or "--neural-python neural-env/bin/python" in caught.value.hint

@@ -74,13 +74,13 @@ def test_files_made_elsewhere_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no column uid, reference, hypothesis"),
-        (b"uid,text\nu,t\n", "no column reference, hypothesis"),
-        (b"uid,reference,hypothesis\nu,r\n", "line 2: the row is cut short"),
-        (b"uid,reference,hypothesis,score\nu,r,h,high\n", "line 2: score and chrf must be numbers"),
-        (b"uid,reference,hypothesis\nu,r,\xff\n", "not a CSV file in UTF-8"),
-        (b'uid,reference,hypothesis\nu,r,"h\n', "not a CSV file in UTF-8"),
-        (b"uid,reference,hypothesis\nu,r," + b"h" * 200_000 + b"\n", "not a CSV file in UTF-8"),
+        (b"", "uid, reference, hypothesis"),
+        (b"uid,text\nu,t\n", "reference, hypothesis"),
+        (b"uid,reference,hypothesis\nu,r\n", "line 2"),
+        (b"uid,reference,hypothesis,score\nu,r,h,high\n", "line 2.*'high'"),
+        (b"uid,reference,hypothesis\nu,r,\xff\n", "UTF-8"),
+        (b'uid,reference,hypothesis\nu,r,"h\n', "CSV"),
+        (b"uid,reference,hypothesis\nu,r," + b"h" * 200_000 + b"\n", "CSV"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path, content, message):
@@ -91,5 +91,5 @@ def test_a_broken_file_is_one_line(tmp_path, content, message):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"nothing\.csv.*No such file"):
         read_predictions(tmp_path / "nothing.csv")

@@ -51,6 +51,11 @@ def escaped(name: str) -> str:
     return name if len(name) <= LONGEST_PRINTED else f"{name[:half]}...{name[-half:]}"
 
 
+def one_line(text: str) -> str:
+    """A text on one line, with spaces for control characters."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 class Names:
     """An index of names that finds those which a table or user may mean."""
 

@@ -1,11 +1,11 @@
-"""Beam search that finds what HuggingFace's finds, several times sooner.
+"""Beam search with HuggingFace's results, several times faster.
 
-It goes through ``generate(custom_generate=beam_search)``, so every setting, logits processor and stopping criterion is
-HuggingFace's own; only the loop is ours. Three things make it quick, none of which changes an output:
+It is called by ``generate(custom_generate=beam_search)``, so every setting, logits processor and stopping criterion is
+HuggingFace's own; only the loop is ours. Three things make it faster, and none changes an output:
 
 * **A clip leaves the batch when it is done.** HuggingFace computes all clips until the last one ends. Here a clip also
   ends as soon as no beam can overtake the hypotheses that are to be returned: a log-probability only falls as a text
-  grows, so a beam can at best keep what it has, over the most favourable length.
+  grows, so the best that a beam can reach is its sum over the most favourable length.
 * **The beams of a clip share one copy of its encoding.** Their cross-attention is one product per clip, not one a
   beam, and the largest part of the cache is never copied from step to step.
 * **The first step runs once a clip**, because all its beams begin alike.
@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 # Below any log-probability; HuggingFace's value, since scores are compared with its own.
 NEVER = -1e9
-# Rows of finished clips are computed in vain until this share of a batch has gathered; dropping costs a copy.
+# Finished clips are dropped, which costs a copy, when they are this share of a batch.
 DROP_SHARE = 0.125
 SHARED_ATTENTION = "sdpa_shared_by_beams"
 
@@ -60,7 +60,7 @@ def beam_search(
     """
     beams = generation_config.num_beams
     search = _Search(generation_config, input_ids.view(-1, beams, input_ids.shape[1]), logits_processor)
-    # In one piece, because GPT-2 looks at it through a view.
+    # Contiguous, because GPT-2 takes a view of it.
     hidden = model_kwargs["encoder_outputs"][0][::beams].contiguous()
     mask = model_kwargs["attention_mask"][::beams]
     cache = model_kwargs["past_key_values"]
@@ -85,7 +85,7 @@ def beam_search(
             if not search.rows:
                 if not (synced and _any_rank_searches(False, input_ids.device)):
                     break
-                # Others are still at it: this rank goes through the same layers with a row that nobody will read.
+                # Other ranks still search: this one runs the same layers on one row, whose output is not used.
                 decoder_ids, hidden, mask = decoder_ids[:1], hidden[:1], mask[:1]
                 cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=input_ids.device))
                 continue
@@ -132,9 +132,9 @@ class _Search:
         if self.padding is None:
             self.padding = config._eos_token_tensor[0]
         ends = config._eos_token_tensor
-        # Enough candidates to go on with `beams` texts even if each of the best ends here.
+        # Enough candidates for `beams` unfinished texts even if each of the best ends here.
         self.candidates = beams * max(2, 1 + (len(ends) if ends is not None else 0))
-        # Only the first beam counts at first: they are all alike.
+        # All beams begin alike, so only the first one counts.
         self.running, self.sums = prompts, torch.full((clips, beams), NEVER, device=prompts.device)
         self.sums[:, 0] = 0.0
         shape = (clips, beams, config.max_length)
@@ -142,21 +142,21 @@ class _Search:
         self.is_done = torch.zeros(clips, dtype=torch.bool, device=prompts.device)
         self.clips = torch.arange(clips, device=prompts.device)
         self.results = _Found(self.found.texts.clone(), self.found.scores.clone())
-        # HuggingFace's processors keep nothing from step to step; ours say how to let clips go; of others' none knows.
+        # HuggingFace's processors keep no state between steps, ours have `keep_clips`; any other forbids to drop clips.
         self.keepers = [item for item in processors if hasattr(item, "keep_clips")]
         known = (type(item).__module__.startswith("transformers.") for item in processors if item not in self.keepers)
         self.may_drop = all(known)
 
     @property
     def rows(self) -> int:
-        """Texts under way."""
+        """Unfinished texts."""
         return self.running.shape[0] * self.running.shape[1]
 
     def step(self, logits: Tensor, processors: Any, stops: Any) -> tuple[Tensor, Tensor | None]:
         """Add one token to every text.
 
         Returns:
-            for each text under way the row that it continues, and which clips stay, or None where all of them do.
+            for each unfinished text the row that it continues, and which clips stay, or None where all of them do.
         """
         clips, beams, length = self.running.shape
         scores = processors(self.running.flatten(0, 1), logits.log_softmax(dim=-1))
@@ -176,7 +176,7 @@ class _Search:
     def _collect(self, texts: Tensor, sums: Tensor, ends: Tensor) -> None:
         """Keep the best of the finished texts and those that finish now."""
         beams, length = self.running.shape[1], texts.shape[-1]
-        # Candidates behind the first `beams` are there to go on with, not to finish.
+        # Only the first `beams` candidates may finish; the others are there to be continued.
         counts = ends & ~self.is_done[:, None]
         counts[:, beams:] = False
         if not bool(counts.any()):
@@ -195,16 +195,16 @@ class _Search:
             return is_full
         longest = config.max_length - self.prompt if config.length_penalty > 0 else length
         best, last = self.sums[:, 0], self.found.scores[:, -1]
-        # HuggingFace's rule, which looks at all beams and, unless told "never", expects no longer text to gain.
+        # HuggingFace's rule for all beams; unless early_stopping is "never" it assumes that longer texts gain nothing.
         expected = longest if config.early_stopping == "never" else length
         is_done = is_full & (best / expected**config.length_penalty <= last)
-        # Ours, which looks at what is to be returned, and holds whatever comes.
+        # Our rule for the hypotheses that are returned, which holds for texts of any length.
         returned = self.found.scores[:, config.num_return_sequences - 1]
-        is_settled = best / longest**config.length_penalty < returned
-        return is_done | (is_settled if config.sequence_bias is None else False)
+        is_final = best / longest**config.length_penalty < returned
+        return is_done | (is_final if config.sequence_bias is None else False)
 
     def _drop(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """Let finished clips go, when there are enough of them."""
+        """Drop finished clips, when there are enough of them."""
         done = int(self.is_done.sum())
         if done < len(self.is_done) and (not self.may_drop or done < DROP_SHARE * len(self.is_done)):
             return rows.flatten(), None
@@ -236,7 +236,7 @@ def _pick(values: Tensor, beams: Tensor) -> Tensor:
 
 
 def _any_rank_searches(this_one: bool, device: torch.device) -> bool:
-    """Whether any rank has texts under way; all ranks must ask."""
+    """Whether any rank has unfinished texts; all ranks must call this."""
     searching = torch.tensor(float(this_one), device=device)
     dist.all_reduce(searching, op=dist.ReduceOp.MAX)
     return bool(searching.item())

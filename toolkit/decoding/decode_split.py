@@ -48,7 +48,7 @@ def find_hypotheses(
     """Find the best texts for every clip of ``split``.
 
     Args:
-        model: in evaluation mode; it says itself how to search (its generation configuration).
+        model: in evaluation mode; its generation configuration says how to search.
         split: the clips.
         processor: gives the tokenizer.
         batch_frames: largest number of padded frames in a batch.
@@ -96,7 +96,7 @@ def _gather(rows: list[tuple[int, list[Hypothesis]]], world_size: int) -> list[t
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it ``model`` drops nothing out and keeps no gradients; afterwards it is as it was."""
+    """Within it ``model`` runs without dropout and gradients; its mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""The texts that a model finds for one batch of clips; whoever translates, translates by this one function.
+"""Search for the texts of one batch of clips; every translation of the toolkit is made by this function.
 
-Imports little: ``launch/translate.py`` waits for it.
+It imports little, because ``launch/translate.py`` waits for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models.translator import PoseTranslator
 
-# What lies behind depends on how many threads add up a sum; files made on one rank and on several are to be the same.
+# Later digits depend on the number of threads, and one rank and several must write the same files.
 SCORE_DIGITS = 4
 
 
@@ -41,7 +41,7 @@ def search(
     synced: bool = False,
     **settings: Any,
 ) -> list[list[Hypothesis]]:
-    """Find the ``n_best`` texts for each clip of a batch: our beam search where beams search, else HuggingFace's loop.
+    """Find the ``n_best`` texts for each clip of a batch, by our beam search or HuggingFace's other loops.
 
     Args:
         model: in evaluation mode.

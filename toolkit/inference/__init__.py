@@ -1,4 +1,4 @@
-"""Files, windows of long recordings and videos to text: what a user of a trained model calls, and the demo app.
+"""Translation of clips with a saved model: files and archives, long recordings, subtitles and the demo app.
 
-Must not know training.
+Must not know training, checkpoints or evaluation.
 """

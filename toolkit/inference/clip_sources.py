@@ -1,6 +1,6 @@
-"""Where clips to translate come from: files, videos, folders, archives, members of archives, and standard input.
+"""The clips to translate: files, videos, folders, archives, members of archives, and standard input.
 
-Everything is found before anything is read, so that a mistyped name costs no waiting; clips are read one at a time.
+All are found before any is read, so that a mistyped name is reported at once; clips are read one at a time.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ClipSource:
     """One clip that can be read.
 
     Attributes:
-        uid: its name: the file's without suffix, in folders and archives with the path that leads there.
-        where: what a message calls it.
+        uid: the file's name without suffix, in folders and archives with its path there.
+        where: its name in messages.
         read: reads it; raises PoseError.
         is_video: whether landmarks must be found first.
     """
@@ -45,18 +45,18 @@ class ClipSource:
 
 
 def find_clips(names: Iterable[str], fps: float | None = None) -> list[ClipSource]:
-    """All clips that the names stand for, in their order; those of a folder or archive by name.
+    """All clips of these names, in this order; those of a folder or archive in the order of their names.
 
     Args:
         names: files, videos, folders, zips and tars, ``archive.zip:member``, or ``-`` for standard input.
         fps: frames per second of all of them; overrules what the files say.
 
     Raises:
-        UserError: one of them is not there, or holds no clip.
+        UserError: one of them does not exist, or holds no clip.
     """
     clips = [clip for name in names for clip in _find(name, fps)]
     if not clips:
-        raise UserError("no clip is named: give .pose files, folders, archives, or - for standard input")
+        raise UserError("no clip is named", "give .pose files, folders, archives, or - for standard input")
     times = Counter(clip.uid for clip in clips)
     return [replace(clip, uid=clip.where) if times[clip.uid] > 1 else clip for clip in clips]
 
@@ -65,7 +65,7 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
     if name == STDIN:
         return [ClipSource("stdin", "standard input", partial(_read_stdin, fps))]
     path = Path(name)
-    # os.path, since pathlib's questions raise where a name is too long to be a file's.
+    # os.path, because pathlib's functions raise for a name that is too long.
     if os.path.isdir(path):
         return _in_folder(path, fps)
     if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and os.path.isfile(path):
@@ -77,12 +77,12 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
             return [_member(Path(name[:place]), name[place + 1 :], fps)]
     if os.path.exists(path):
         known = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
-        raise UserError(f"{name} is no clip ({known}), folder, zip or tar")
+        raise UserError(f"{name} is no clip, folder, zip or tar", f"give a file that ends in one of {known}")
     return [_spelled_otherwise(path, fps)]
 
 
 def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
-    """A file that is not called just so, but is meant: another spelling of its letters or suffix, or none."""
+    """The one file whose name differs from this one in the form of its letters or in its suffix alone."""
     folder = path.parent
     files = [entry.name for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
     beside = Names(filter(is_pose_file, files))
@@ -91,7 +91,7 @@ def _spelled_otherwise(path: Path, fps: float | None) -> ClipSource:
         file = folder / found[0]
         return _file(file, file.stem, fps)
     if found:
-        raise UserError(f"{escaped(str(path))} may be any of {', '.join(map(escaped, found))}", "name one of them")
+        raise UserError(f"{escaped(str(path))} names several files", f"name one of {', '.join(map(escaped, found))}")
     near = f"the nearest is {escaped(str(folder / beside.nearest(path.name)))}" if beside.names else "check the path"
     raise UserError(f"there is no file or folder {escaped(str(path))}", near)
 
@@ -115,7 +115,10 @@ def _in_folder(folder: Path, fps: float | None) -> Iterator[ClipSource]:
         if is_pose_file(name) or name.lower().endswith(VIDEO_SUFFIXES)
     )
     if not found:
-        raise UserError(f"{folder} holds no clip ({', '.join((*SUFFIXES, *VIDEO_SUFFIXES))})")
+        raise UserError(
+            f"{folder} holds no clip",
+            f"give a folder with files that end in one of {', '.join((*SUFFIXES, *VIDEO_SUFFIXES))}",
+        )
     for path in found:
         yield _file(path, path.relative_to(folder).with_suffix("").as_posix(), fps)
 
@@ -129,9 +132,11 @@ def _member(path: Path, name: str, fps: float | None) -> ClipSource:
     poses = _open_archive(path)
     found = poses.names.match(name)
     if not found:
-        raise UserError(f"{path} holds no clip {escaped(name)}: the nearest is {escaped(poses.names.nearest(name))}")
+        nearest = escaped(poses.names.nearest(name))
+        raise UserError(f"{path} holds no clip {escaped(name)}", f"the nearest is {nearest}")
     if len(found) > 1:
-        raise UserError(f"several clips in {path} may be {escaped(name)}: name one of {', '.join(map(escaped, found))}")
+        candidates = ", ".join(map(escaped, found))
+        raise UserError(f"several clips in {path} may be {escaped(name)}", f"name one of {candidates}")
     return _clip_of(path, poses, found[0], fps)
 
 

@@ -1,7 +1,7 @@
-"""A page on which anybody can try a translator: drop a clip, see the skeleton move, read what the model makes of it.
+"""A web page to try a translator: upload a clip, see the skeleton move, read the translation.
 
-Gradio, the extra ``[demo_app]``, brings upload and queue. What came out is drawn by the same script as the reports'
-samples, in a frame of its own that may run scripts and reach nothing else.
+Gradio, the extra ``[demo_app]``, does upload and queue. The script of the reports' samples draws the results, in a
+sandboxed frame that may run scripts and access nothing else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SMOOTH_FPS = 25.0
 """Frames per second of the drawing; the model may read fewer."""
 CLIP_BYTES = 1_000_000  # of the landmarks that a browser is sent
-WAITING = 16  # visitors in the queue; more are told to come back
+WAITING = 16  # visitors in the queue; others see a message to come back later
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of one clip.
+    """The translation of one clip, and how sure the model is.
 
     Attributes:
         text: the translation.
@@ -54,7 +54,7 @@ class Reading:
 
 
 def accepted_suffixes() -> list[str]:
-    """The endings of files that can be read here: videos only where MediaPipe is."""
+    """Suffixes of the files that can be read here; videos only where MediaPipe is installed."""
     try:
         check_video_support()
     except UserError:
@@ -68,24 +68,28 @@ def read_clip_file(
     """Translate a file that a visitor sent.
 
     Raises:
-        UserError: it is no clip, is broken, or lasts too long; the message names no folder of this machine.
+        UserError: it is no clip, is broken, or is too long; the message names no folder of this machine.
     """
     if path.suffix.lower() not in accepted_suffixes():
-        raise UserError(f"{path.name} is none of {', '.join(accepted_suffixes())}")
+        raise UserError(f"{path.name} is no clip", f"send a file that ends in {' or '.join(accepted_suffixes())}")
     (source,) = find_clips([str(path)])
     try:
         clip = source.read()
     except PoseError as error:
-        raise UserError(f"{path.name} cannot be used: {error}") from error
+        raise UserError(f"{path.name} cannot be used: {error}", "send another recording of the clip") from error
     seconds = clip.num_frames / clip.fps
     if seconds > most_seconds:
-        raise UserError(f"{path.name} lasts {seconds:,.0f} s; at most {most_seconds:,.0f} s are translated here")
+        raise UserError(
+            f"{path.name} lasts {seconds:,.0f} s and the limit is {most_seconds:,.0f} s", "send a shorter clip"
+        )
     beams = max(model.generation_config.num_beams or 1, n_best)
-    # Finding landmarks in a video takes long; once is enough.
+    # Landmarks of a video are found once, because that takes long.
     sources = [replace(source, read=lambda: clip)]
     (translation,) = translate_clips(model, processor, sources, n_best=n_best, num_beams=beams)
     if translation.reason:
-        raise UserError(f"{path.name} cannot be translated: {translation.reason}")
+        raise UserError(
+            f"{path.name} cannot be translated: {translation.reason}", "send a clip with the signer's hands in view"
+        )
     parts = []
     for window in translation.windows:
         if window.hypotheses:
@@ -114,7 +118,7 @@ def confidences(model: PoseTranslator, processor: PoseProcessor, clip: RawPose, 
     for number, value in enumerate(chances, start=1):
         chance *= value
         decoded = tokenizer.decode(ids[:number], skip_special_tokens=True)
-        # A character whose bytes are not all there yet decodes to the replacement character.
+        # A character of which bytes are missing decodes to the replacement character.
         if len(decoded) > len(done) and not decoded.endswith("\ufffd"):
             parts.append((decoded[len(done) :], chance))
             done, chance = decoded, 1.0
@@ -143,7 +147,7 @@ def frame(reading: Reading, name: str) -> str:
 def check_gradio() -> None:
     """Raise UserError where Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the demo app needs Gradio: pip install '.[demo_app]' in a clone of the toolkit")
+        raise UserError("the demo app needs Gradio", "pip install '.[demo_app]' in a clone of the toolkit")
 
 
 def build_app(
@@ -168,7 +172,9 @@ def build_app(
             reading = read_clip_file(model, processor, path, n_best=n_best, most_seconds=most_seconds)
         except UserError as error:
             # Gradio renders messages as HTML, and a file's name may be anything.
-            raise gradio.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+            raise gradio.Error(
+                html.escape(f"{error.message}: {error.hint}"), duration=None, print_exception=False
+            ) from error
         rows = [[item.text, None if item.score is None else round(item.score, 3)] for item in reading.n_best]
         return reading.text, rows, frame(reading, path.name)
 
@@ -229,5 +235,7 @@ def serve(app: gradio.Blocks, *, host: str, port: int | None, most_megabytes: fl
             quiet=True,
         )
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error}") from error
+        raise UserError(
+            f"--host {host} --port {port}: {error}", "give an address of this machine and a free port"
+        ) from error
     return str(url)

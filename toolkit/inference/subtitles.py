@@ -7,8 +7,8 @@ import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 
+from toolkit.corpus.names import one_line
 from toolkit.inference.translate_files import Translation
-from toolkit.scoring.table import one_line
 
 LINE_WIDTH = 42  # characters, as subtitlers have it
 
@@ -23,7 +23,7 @@ class Cue:
 
 
 def cues(translation: Translation) -> list[Cue]:
-    """The texts of a clip's windows; where two overlap, the second takes over in the middle of the overlap."""
+    """The texts of a clip's windows; of two that overlap, the second begins in the middle of the overlap."""
     windows = translation.windows
     turns = [(left.end + right.start) / 2 for left, right in pairwise(windows)]
     starts, ends = [windows[0].start, *turns], [*turns, windows[-1].end]

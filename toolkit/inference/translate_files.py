@@ -1,4 +1,4 @@
-"""Translate any number of clips with bounded memory: read ahead a little, batch by length, answer in order."""
+"""Translate any number of clips with bounded memory: a few are read ahead, batched by length, and yielded in order."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from toolkit.models.translator import PoseTranslator
 from toolkit.poses.pose_file import PoseError, RawPose
 
 BATCH_FRAMES = 8192
-BATCHES_READ_AHEAD = 4  # enough to find clips of like length, few enough to answer soon
-MOST_CLIPS_OF_A_BATCH = 128  # short clips fill no frame budget, but each one's beams take memory all the same
+BATCHES_READ_AHEAD = 4  # enough to find clips of similar length, few enough to yield soon
+MOST_CLIPS_OF_A_BATCH = 128  # short clips stay below the limit of frames, but the beams of each take memory
 
 
 @dataclass(frozen=True)
 class TranslatedWindow:
-    """What was found in a stretch of a clip.
+    """Hypotheses for one window of a clip.
 
     Attributes:
         start, end: seconds from the clip's beginning.
-        hypotheses: best first; empty if there is a reason.
-        reason: why there is nothing to translate here, if so.
+        hypotheses: best first; empty where ``reason`` says why.
+        reason: why nothing can be translated here; else empty.
     """
 
     start: float
@@ -40,7 +40,7 @@ class TranslatedWindow:
 
 @dataclass(frozen=True)
 class Translation:
-    """What became of one clip.
+    """The translation of one clip.
 
     Attributes:
         uid, where: of its source.
@@ -55,7 +55,7 @@ class Translation:
 
     @property
     def texts(self) -> list[str]:
-        """The best text of each window; what two of them read in their overlap stands in the first only."""
+        """The best text of each window, without words that repeat the end of the one before."""
         return without_repeats([window.hypotheses[0].text if window.hypotheses else "" for window in self.windows])
 
     @property
@@ -66,11 +66,11 @@ class Translation:
 
 @dataclass(frozen=True)
 class Windowing:
-    """How long clips are cut.
+    """How long clips are split into windows.
 
     Attributes:
-        seconds: length of a window; None cuts clips that are longer than the model reads, 0 cuts none.
-        overlap: of neighbours, in seconds; None chooses.
+        seconds: length of a window; None splits clips that are longer than the model reads, 0 splits none.
+        overlap: of neighbours, in seconds; None = the default.
     """
 
     seconds: float | None = None
@@ -106,19 +106,19 @@ def translate_clips(
     batch_frames: int = BATCH_FRAMES,
     **settings: Any,
 ) -> Iterator[Translation]:
-    """Translate clips one after the other as far as their order goes, many at a time as far as the work goes.
+    """Translate clips in batches, and yield their translations in the order of the clips.
 
     Args:
-        model: in evaluation mode; it says itself how to search.
+        model: in evaluation mode; its generation configuration says how to search.
         processor: its processor.
-        sources: the clips; read when their turn comes.
-        windowing: how long clips are cut; by default into the longest windows that the model reads.
+        sources: the clips, which are read a few ahead.
+        windowing: how long clips are split; by default into the longest windows that the model reads.
         n_best: hypotheses of each clip or window; at most ``num_beams``.
         batch_frames: largest number of padded frames in a batch.
         settings: override the model's own generation settings (``num_beams``, ``max_new_tokens``, ...).
 
     Yields:
-        one translation a clip, in the order of the clips; of clips that cannot be used the reason.
+        one translation a clip; for clips that cannot be used it holds the reason.
 
     Raises:
         UserError: the windows do not fit the model.
@@ -139,7 +139,7 @@ def translate_clips(
 
 @dataclass(frozen=True)
 class _PendingWindow:
-    """A window of a clip that waits for its translation; without features if there is a reason."""
+    """A window of a clip before its translation; without features where ``reason`` says why."""
 
     source: ClipSource
     start: float
@@ -173,12 +173,12 @@ def _pending_windows(
 
 
 def _portions(pending: Iterable[_PendingWindow], most_frames: int) -> Iterator[list[_PendingWindow]]:
-    """Cut the stream into lists of about ``most_frames`` frames."""
+    """The stream in lists of about ``most_frames`` frames."""
     before = 0
 
     def portion(window: _PendingWindow) -> int:
         nonlocal before
-        # Clips without features hold their place in the order and cost as much as a frame.
+        # A window without features keeps its place in the order and counts as one frame.
         before += max(window.frames, 1)
         return before // most_frames
 
@@ -193,7 +193,7 @@ def _search(
     batch_frames: int,
     settings: dict[str, Any],
 ) -> list[tuple[Hypothesis, ...]]:
-    """The hypotheses of each seat, none for those without features."""
+    """The hypotheses of each window, none for those without features."""
     device = next(model.parameters()).device
     found: list[tuple[Hypothesis, ...]] = [()] * len(pending)
     for batch in _batches([window.frames for window in pending], batch_frames):
@@ -206,7 +206,7 @@ def _search(
 
 
 def _batches(frames: Sequence[int], batch_frames: int) -> Iterator[list[int]]:
-    """Indices of clips of like length whose padded frames fit the budget; a clip that is longer has its own batch."""
+    """Indices of clips of similar length, at most ``batch_frames`` padded frames; a longer clip goes alone."""
     batch: list[int] = []
     for index in sorted(range(len(frames)), key=lambda index: -frames[index]):
         if frames[index] == 0:

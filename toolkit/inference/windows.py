@@ -1,4 +1,4 @@
-"""Long recordings in overlapping windows: where they are cut, and how their texts fit together again."""
+"""Long recordings in overlapping windows: their start and end, and how their texts are joined."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from toolkit.errors import UserError
 
 OVERLAP = 4.0
-"""Seconds by which neighbouring windows overlap unless told otherwise, at most a quarter of a window."""
+"""Seconds by which neighbouring windows overlap by default, at most a quarter of a window."""
 
 MOST_FRAMES = 512
-"""Of a window, for a model that sets no limit of its own."""
+"""Longest window of a model without a limit of its own."""
 
 
 def window_seconds(fps: float, max_frames: int | None, asked: float | None) -> float:
@@ -20,7 +20,7 @@ def window_seconds(fps: float, max_frames: int | None, asked: float | None) -> f
     Args:
         fps: frames per second that the model reads.
         max_frames: frames that it reads at most.
-        asked: the user's wish; None = as long as the model reads.
+        asked: the length that the user gave; None = the longest that the model reads.
 
     Raises:
         UserError: the model reads no windows of that length.
@@ -31,8 +31,8 @@ def window_seconds(fps: float, max_frames: int | None, asked: float | None) -> f
         return longest
     if not shortest <= asked <= longest:
         raise UserError(
-            f"--window {asked:g}: the model reads windows of {shortest:g} to {longest:g} seconds "
-            "(0 cuts nothing: long clips become what they became in training)"
+            f"--window {asked:g}: not a window of this model, which reads {shortest:g} to {longest:g} seconds",
+            f"choose {shortest:g} to {longest:g}, or 0 to read each clip whole, as in training",
         )
     return asked
 
@@ -41,21 +41,24 @@ def overlap_seconds(window: float, asked: float | None) -> float:
     """By how much windows overlap, in seconds.
 
     Raises:
-        UserError: more than half of a window, or less than nothing.
+        UserError: more than half of a window, or negative.
     """
     if asked is None:
         return min(OVERLAP, window / 4)
     if not 0 <= asked <= window / 2:
-        raise UserError(f"--overlap {asked:g}: choose 0 to {window / 2:g} seconds, half of a window")
+        raise UserError(
+            f"--overlap {asked:g}: more than half of a window of {window:g} seconds, or negative",
+            f"choose 0 to {window / 2:g}",
+        )
     return asked
 
 
 def window_spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
-    """Cut a recording into windows of equal length that are evenly spread.
+    """Windows of equal length, evenly spread over a recording.
 
     Args:
         duration: of the recording, in seconds.
-        window: length of a window; a recording no longer than that is one piece.
+        window: length of a window; a recording no longer than that is one window.
         overlap: of neighbours, at least; less than ``window``.
 
     Returns:
@@ -71,7 +74,7 @@ def window_spans(duration: float, window: float, overlap: float) -> list[tuple[f
 def without_repeats(texts: Sequence[str]) -> list[str]:
     """The texts of neighbouring windows, each without the words at its beginning that end the one before it.
 
-    What is signed within an overlap is read twice; where both windows read the same, it is said once.
+    The signing of an overlap is translated twice; words that both windows have are kept once.
     """
     kept: list[str] = []
     before: list[str] = []

@@ -1,7 +1,7 @@
-"""What each pair of texts contributes to each score, and how such contributions add up to a score of a set.
+"""Addends: what each clip contributes to each score, and the formulas that turn their sums into scores.
 
-Every score of :mod:`toolkit.scoring.metrics` is a function of sums over clips. Keeping the addends makes a score of
-any resampled set a matter of one matrix product, which is what confidence intervals and significance tests need.
+Every score of :mod:`toolkit.scoring.metrics` is a function of sums over clips. With the addends, the scores of a
+resampled set take one matrix product, which confidence intervals and significance tests need.
 
 BLEU and chrF++ are sacreBLEU's: its counts, its formulas. WER and CER are jiwer's: its text preparation, and the edit
 distance that it too takes from rapidfuzz.
@@ -29,13 +29,13 @@ from toolkit.errors import UserError
 Matrix = npt.NDArray[np.float64]
 Formula = Callable[[Matrix], float]
 
-# Texts pass in portions: lists of n-gram counts are a hundred times the size of what remains of them.
+# Clips whose n-gram counts are held at once: they are a hundred times the size of the addends.
 PORTION = 10_000
 MAX_ORDER = 4
 BLEU_NAMES = tuple(f"bleu{order}" for order in range(1, MAX_ORDER + 1))
 
-# Scripts written without spaces, one token a character; elsewhere a run of letters, marks and digits. Python's own \w
-# would drop the vowel signs of Devanagari. The joiners U+200C and U+200D belong inside words.
+# A token is one character of a script without spaces, or a run of letters, marks and digits. Python's own \w drops the
+# vowel signs of Devanagari. The joiners U+200C and U+200D are parts of words.
 _BY_CHARACTER = r"\p{Han}\p{Hiragana}\p{Katakana}"
 _TOKENS = regex.compile(rf"[{_BY_CHARACTER}]|[[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d]--[{_BY_CHARACTER}]]+", regex.V1)
 _HAS_WORD = regex.compile(r"[\p{L}\p{N}]")
@@ -47,8 +47,8 @@ class Measure:
 
     Attributes:
         addends: float64 [clips, numbers], what each clip contributes.
-        formulas: score name -> function of the summed numbers. A BLEU order of which no reference has an n-gram is not
-            applicable and not among them.
+        formulas: score name -> function of the summed numbers; BLEU orders that are not applicable, because no
+            reference has such an n-gram, are left out.
     """
 
     addends: Matrix
@@ -122,16 +122,17 @@ def make_bleu(tokenize: str, lowercase: bool) -> BLEU:
     """
     if tokenize not in BLEU.TOKENIZERS:
         known = ", ".join(BLEU.TOKENIZERS)
-        raise UserError(f"evaluation.tokenize: there is no tokenizer '{tokenize}': choose one of {known}")
+        raise UserError(f"evaluation.tokenize: there is no tokenizer '{tokenize}'", f"choose one of {known}")
     try:
-        # force: a model that writes its full stops apart is judged as it is, without advice on standard error.
+        # force: no warning about texts that look tokenised, because the model's texts are scored as they are.
         return BLEU(tokenize=tokenize, lowercase=lowercase, force=True)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         model = _sentencepiece_file(tokenize)
-        mend = f": put its SentencePiece model at {model}, or set SACREBLEU to a folder that has it" if model else ""
+        hint = f"put its SentencePiece model at {model}, or set SACREBLEU to a folder that has it"
         raise UserError(
-            f"evaluation.tokenize: the tokenizer '{tokenize}' cannot be used here: {reason}{mend}"
+            f"evaluation.tokenize: the tokenizer '{tokenize}' cannot be used here: {reason}",
+            hint if model else "choose another one, 13a for instance",
         ) from error
 
 
@@ -160,12 +161,12 @@ def rouge_tokens(text: str) -> list[str]:
 
 
 def frequent_words(texts: Iterable[str], tokenize: str = "13a", share: float = 0.5) -> frozenset[str]:
-    """The words that reduced BLEU leaves out: the most frequent ones, ``share`` of all words of ``texts``.
+    """The words that reduced BLEU leaves out: the most frequent ones, which make up ``share`` of ``texts``.
 
     Args:
         texts: those of the training split.
         tokenize: as the scores are computed.
-        share: 0..1; words that only together with rarer ones would exceed it stay.
+        share: 0..1, an upper limit.
     """
     bleu = make_bleu(tokenize, False)
     counts = Counter(word for text in texts for word in bleu.tokenizer(text.lower().rstrip()).split())
@@ -181,18 +182,18 @@ def frequent_words(texts: Iterable[str], tokenize: str = "13a", share: float = 0
 
 
 def reduce_text(text: str, bleu: BLEU, frequent: Collection[str]) -> str:
-    """The words of ``text`` that carry its meaning: tokenised, without frequent words and punctuation."""
+    """The tokenised words of ``text`` without frequent words and punctuation."""
     words = bleu.tokenizer((text.lower() if bleu.lowercase else text).rstrip()).split()
     return " ".join(word for word in words if word.lower() not in frequent and _HAS_WORD.search(word))
 
 
 def _sacrebleu_addends(metric: Any, hypotheses: list[str], references: list[str]) -> Matrix:
-    # Private, but what sacreBLEU's own bootstrap resamples; tests compare every result with the public functions.
+    # A private method, which sacreBLEU's own bootstrap uses; tests compare all results with the public functions.
     return np.array(metric._extract_corpus_statistics(hypotheses, [references]), dtype=np.float64)
 
 
 def _bleu_of_order(order: int, sums: Matrix) -> float:
-    """Corpus BLEU up to n-grams of ``order``; never the precision of that order alone."""
+    """Corpus BLEU up to n-grams of ``order``, not the precision of that order alone."""
     hypothesis_length, reference_length = sums[:2].tolist()
     correct, total = sums[2 : 2 + order].tolist(), sums[2 + MAX_ORDER : 2 + MAX_ORDER + order].tolist()
     lengths = int(hypothesis_length), int(reference_length)
@@ -206,5 +207,5 @@ def _error_addends(prepare: Any, hypotheses: list[str], references: list[str]) -
 
 
 def _ratio(sums: Matrix) -> float:
-    """First number over the second; with nothing to be said, the number of insertions, as jiwer has it."""
+    """First number over the second; for empty references the number of insertions, as in jiwer."""
     return float(sums[0] / max(sums[1], 1.0))

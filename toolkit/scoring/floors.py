@@ -1,13 +1,13 @@
-"""What one scores without watching: the floors beside which every score is printed.
+"""Floors: the scores of translators that see no poses, printed beside every score.
 
-Small corpora of formulaic sentences give surprisingly high floors, and a model that has learnt nothing but the language
-of its training texts scores like them. A score says something only by its distance from these:
+Small corpora of formulaic sentences have high floors, and a model that has learnt only the language of its training
+texts reaches them. The distance of a score from its floors shows what the model reads from the poses:
 
-* ``constant``: one typical training sentence, always the same.
+* ``constant``: one typical training sentence for every clip.
 * ``random``: a random training sentence for each clip.
-* ``shuffled``: the model's own translations, dealt out at random. What a model scores by sounding right.
-* ``control``: what the model says to the poses of another clip, the one nearest in length that says something else. It
-  keeps what shuffling destroys, how long the text should be. A model that looks at the signing stands far above it.
+* ``shuffled``: the model's own translations, assigned to clips at random.
+* ``control``: the model's translation of another clip's poses, the clip nearest in length with a different text. Unlike
+  the shuffled translations these have about the right length. A model that uses the poses scores far above them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def floors(
     lowercase: bool = False,
     frequent_words: Collection[str] | None = None,
 ) -> dict[str, Scores]:
-    """Score translators that never look at the signing.
+    """Score translators that see no poses.
 
     Args:
         train_texts: all texts of the training split.
-        references: what was really signed.
+        references: the texts of the clips.
         hypotheses: the model's translations; without them there is neither ``shuffled`` nor ``control``.
         frames: length of each clip; without it there is no ``control``.
         seed: draws the random sentences and shuffles the translations.
@@ -60,30 +60,30 @@ def floors(
         raise ValueError("floors need at least one training text")
     generator = np.random.default_rng(seed)
     drawn = generator.integers(len(train_texts), size=len(references))
-    said = {
+    texts = {
         "constant": [typical_sentence(train_texts)] * len(references),
         "random": [train_texts[int(index)] for index in drawn],
     }
     if hypotheses is not None:
-        said["shuffled"] = [hypotheses[index] for index in generator.permutation(len(hypotheses))]
+        texts["shuffled"] = [hypotheses[index] for index in generator.permutation(len(hypotheses))]
     if hypotheses is not None and frames is not None:
-        said["control"] = [hypotheses[index] for index in other_clips(frames, references)]
+        texts["control"] = [hypotheses[index] for index in other_clips(frames, references)]
     return {
-        kind: score(texts, references, tokenize=tokenize, lowercase=lowercase, frequent_words=frequent_words)
-        for kind, texts in said.items()
+        kind: score(given, references, tokenize=tokenize, lowercase=lowercase, frequent_words=frequent_words)
+        for kind, given in texts.items()
     }
 
 
 def other_clips(frames: npt.NDArray[np.integer], references: Sequence[str]) -> list[int]:
-    """For each clip another one, the nearest in length whose text is different; itself where all texts are alike.
+    """For each clip the index of the nearest in length whose text is different; its own where all texts are alike.
 
-    A translation depends on the poses alone, so what the model says to the other clip's poses is that clip's own
-    translation, and nothing need be translated twice.
+    A translation depends on the poses alone: that of another clip's poses is that clip's translation, and no clip is
+    translated twice.
     """
     order = np.argsort(frames, kind="stable").tolist()
     others = [0] * len(order)
     for place, clip in enumerate(order):
-        nearby = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        nearby = (order[(place + offset) % len(order)] for offset in range(1, len(order)))
         others[clip] = next((other for other in nearby if references[other] != references[clip]), clip)
     return others
 
@@ -91,8 +91,8 @@ def other_clips(frames: npt.NDArray[np.integer], references: Sequence[str]) -> l
 def typical_sentence(texts: Sequence[str]) -> str:
     """The most frequent text.
 
-    Where several are equally frequent (often none occurs twice): among those of median length in words the one whose
-    words occur in most texts, and of these the first in alphabetical order.
+    Of several equally frequent ones: among those of median length in words the one whose words occur in most texts, and
+    of these the first in alphabetical order.
     """
     counts = Counter(texts)
     most = max(counts.values())

@@ -1,4 +1,4 @@
-"""Scores of translations against one reference each, in any script, with the settings that make them comparable.
+"""Scores of translations against one reference each, in any script, and their signatures.
 
 How each score is computed:
 
@@ -6,15 +6,15 @@ How each score is computed:
   Where no reference is long enough for an n-gram of the order the score is not applicable: None.
 * ``reduced_bleu``: BLEU-4 of what remains when frequent words and punctuation are taken out of both texts, 0..100;
   None unless the frequent words are given. A model that has learnt only the phrases of its language scores well in
-  BLEU and near zero here (Tarrés et al. 2023, "Sign Language Translation from Instructional Videos", arXiv:2304.06371,
-  who used a list made by hand for How2Sign; here it is made from the training texts, see ``frequent_words``).
+  BLEU and near zero here (Tarrés et al. 2023, "Sign Language Translation from Instructional Videos", arXiv:2304.06371).
+  Their list was made by hand for How2Sign; here ``frequent_words`` makes it from the training texts.
 * ``chrf``: sacreBLEU's chrF++, that is chrF with word n-grams up to 2 (``nw:2`` in its signature), 0..100.
 * ``rouge_l``: mean over clips of the F1 of the longest common subsequence, 0..100. Tokens are lower-cased runs of
   letters, marks and digits, as in the reference implementation but for all scripts; Chinese and Japanese count by
   character.
-* ``wer``, ``cer``: jiwer's word and character error rate over the whole set; ratios, which insertions push above 1.
+* ``wer``, ``cer``: jiwer's word and character error rate over the whole set; ratios, above 1 with many insertions.
 
-Texts without any word are defined everywhere: equal to each other they match, else they do not.
+Texts without any word have scores, too: two such texts match where they are equal.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def score(
     """Score translations.
 
     Args:
-        hypotheses: what the model wrote, detokenised.
-        references: what it should have written, in the same order.
+        hypotheses: the translations, detokenised.
+        references: the correct texts, in the same order.
         tokenize: name of sacreBLEU's tokenizer for BLEU: 13a, none, char, zh, intl, flores200, ...
         lowercase: compare lower-cased texts.
         frequent_words: words that reduced BLEU leaves out; None = no reduced BLEU.
@@ -95,11 +95,11 @@ def score(
         UserError: the tokenizer is unknown or lacks a file or package that it needs.
     """
     check_lengths(hypotheses, references)
-    how: dict[str, Any] = {"tokenize": tokenize, "lowercase": lowercase, "frequent_words": frequent_words}
+    settings: dict[str, Any] = {"tokenize": tokenize, "lowercase": lowercase, "frequent_words": frequent_words}
     if not references:
         make_bleu(tokenize, lowercase)
         return Scores(None, None, None, None, None, None, None, None, clips=0)
-    return add_up(measure(hypotheses, references, **how), **how)
+    return add_up(measure(hypotheses, references, **settings), **settings)
 
 
 def add_up(
@@ -120,7 +120,7 @@ def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
 
 
 def make_signature(tokenize: str, lowercase: bool, num_frequent_words: int | None) -> dict[str, str]:
-    """The settings behind each kind of score, in sacreBLEU's words where it is sacreBLEU's."""
+    """The settings of each kind of score; for BLEU and chrF++ sacreBLEU's own signatures."""
     bleu, chrf = make_bleu(tokenize, lowercase), CHRF(word_order=2, lowercase=lowercase)
     bleu.num_refs = chrf.num_refs = 1
     signature = {"bleu": bleu.get_signature().format(), "chrf": chrf.get_signature().format()}

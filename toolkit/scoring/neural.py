@@ -1,8 +1,7 @@
-"""Learnt metrics, where their packages are installed: COMET and BLEURT.
+"""Learnt metrics: COMET and BLEURT.
 
-Both want a model of hundreds of megabytes and judge by meaning, in the languages that they were trained on. They are no
-part of ``Scores``: their values depend on a checkpoint, which must be quoted with them. Their packages want older
-transformers than the toolkit, so they are computed by another Python (see ``neural_worker.py``).
+They are not part of ``Scores``, because their values depend on a checkpoint that must be quoted with them. Their
+packages need older transformers than the toolkit, so another Python computes them (see ``neural_worker.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from toolkit.errors import UserError
 
 WORKER = Path(__file__).with_name("neural_worker.py")
-# Name -> what to install, and the module that brings it.
+# Name -> the package to install, and its module.
 PACKAGES = {"comet": ("unbabel-comet", "comet"), "bleurt": ("bleurt-pytorch", "bleurt_pytorch")}
 
 
@@ -28,7 +27,7 @@ class NeuralMetrics:
 
     Attributes:
         checkpoints: by metric.
-        python: the interpreter whose environment has their packages.
+        python: an interpreter in whose environment their packages are.
     """
 
     checkpoints: dict[str, str] = field(default_factory=dict)
@@ -48,17 +47,21 @@ def parse_neural(words: Sequence[str], python: str | None = None) -> NeuralMetri
     metrics = NeuralMetrics(dict(word.partition("=")[::2] for word in words), python or sys.executable)
     for name, checkpoint in metrics.checkpoints.items():
         if name not in PACKAGES or not checkpoint:
-            raise UserError(f"--neural wants NAME=CHECKPOINT with a name of {', '.join(PACKAGES)}, not {name!r}")
+            raise UserError(
+                f"--neural {name}: not a metric with its checkpoint",
+                f"write NAME=CHECKPOINT, with a name of {', '.join(PACKAGES)}",
+            )
         if shutil.which(metrics.python) is None:
-            raise UserError(f"--neural-python {metrics.python} is no program: name the python of an environment")
+            raise UserError(
+                f"--neural-python {metrics.python} is not a program", "give the path of an environment's bin/python"
+            )
         package, module = PACKAGES[name]
         done = subprocess.run([metrics.python, "-c", f"import {module}"], capture_output=True, text=True)
         if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise UserError(
-                f"--neural {name}: {metrics.python} cannot import {package} ({reason}): make an environment for it "
-                f"by `python -m venv neural-env` and `neural-env/bin/pip install {package} 'transformers<5' "
-                "'setuptools<81'`, then add --neural-python neural-env/bin/python"
+                f"--neural {name}: {metrics.python} cannot import {package} ({_last_line(done)})",
+                f"make an environment by `python -m venv neural-env` and `neural-env/bin/pip install {package} "
+                "'transformers<5' 'setuptools<81'`, then add --neural-python neural-env/bin/python",
             )
     return metrics
 
@@ -77,16 +80,17 @@ def neural_score(metrics: NeuralMetrics, name: str, hypotheses: Sequence[str], r
     """
     checkpoint = metrics.checkpoints[name]
     task = {"name": name, "checkpoint": checkpoint, "hypotheses": list(hypotheses), "references": list(references)}
-    # By its text, not by its path: Python would put that folder first among those from which packages import, and our
-    # statistics.py before its own.
-    command = [metrics.python, "-c", WORKER.read_text(encoding="utf-8")]
+    command = [metrics.python, str(WORKER)]
     done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True)
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not answers:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        answer = {"error": reason}
-    else:
-        answer = json.loads(answers[-1])
+    answer = {"error": _last_line(done)} if done.returncode or not answers else json.loads(answers[-1])
     if "error" in answer:
-        raise UserError(f"the {name} checkpoint {checkpoint} cannot be used: {answer['error']}")
+        raise UserError(
+            f"the {name} checkpoint {checkpoint} cannot be used: {answer['error']}",
+            f"give another one: --neural {name}=CHECKPOINT",
+        )
     return float(answer["score"])
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"

@@ -1,8 +1,8 @@
-"""Computes one learnt metric in an environment of its own: run as a program, by whichever Python has the package.
+"""A program that computes one learnt metric, run by the Python of an environment that has the metric's package.
 
 Standard input is one JSON object, ``name, checkpoint, hypotheses, references``; the last line of standard output is
-``{"score": ...}``, or ``{"error": ...}`` where the checkpoint cannot be used. It may import nothing of this toolkit:
-COMET and BLEURT want other versions of transformers than the toolkit does.
+``{"score": ...}``, or ``{"error": ...}`` where the checkpoint cannot be used. It imports nothing of this toolkit:
+COMET and BLEURT need other versions of transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def comet(checkpoint: str, hypotheses: list[str], references: list[str]) -> floa
     package = import_module("comet")
     path = checkpoint if checkpoint.endswith(".ckpt") else package.download_model(checkpoint)
     model = package.load_from_checkpoint(path)
-    # Signing is no text: the source stays empty, and the reference alone decides.
+    # The source is signing and has no text, so COMET scores against the reference alone.
     rows = [{"src": "", "mt": given, "ref": wanted} for given, wanted in zip(hypotheses, references, strict=True)]
     gpus = 1 if import_module("torch").cuda.is_available() else 0
     return float(model.predict(rows, batch_size=BATCH, gpus=gpus, progress_bar=False).system_score)

@@ -1,7 +1,6 @@
-"""Prediction files: one CSV row a clip, written whole or not at all, and read back exactly.
+"""Prediction files: CSV with one row a clip, written atomically and read back exactly.
 
-Newlines, quotes and delimiters in a text are quoted as CSV has it. NUL bytes, which many CSV readers refuse or stop at,
-are written ``\\0``, and a backslash ``\\\\``.
+NUL bytes, which many CSV readers refuse, are written ``\\0``, and a backslash ``\\\\``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class Prediction:
 
     Attributes:
         uid: the clip.
-        reference: what was signed.
-        hypothesis: what the model wrote.
+        reference: the clip's text.
+        hypothesis: the model's translation.
         score: the search's score of the hypothesis (log-probability over length penalty), where there is one.
         chrf: chrF++ of this pair alone, 0..100, where it was computed.
     """
@@ -37,6 +36,7 @@ class Prediction:
 
 COLUMNS = tuple(item.name for item in fields(Prediction))
 _TEXT_COLUMNS = COLUMNS[:3]
+REMEDY = "give a CSV file that evaluate.py wrote, or one like it"
 
 
 def make_predictions(
@@ -56,7 +56,7 @@ def make_predictions(
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Write a prediction file; until it is complete it has another name."""
+    """Write a prediction file, under a temporary name until it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -83,23 +83,24 @@ def read_predictions(path: str | Path) -> list[Prediction]:
             reader = csv.DictReader(file, strict=True)
             missing = [name for name in _TEXT_COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
-                header = ",".join(COLUMNS)
-                raise UserError(f"{path} has no column {', '.join(missing)}: a prediction file begins with {header}")
+                raise UserError(
+                    f"{path} has no column {', '.join(missing)}", f"begin the file with {','.join(_TEXT_COLUMNS)}"
+                )
             return [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
     except OSError as error:
-        raise UserError(f"the prediction file {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"the prediction file {path} cannot be read: {error.strerror}", REMEDY) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}", REMEDY) from error
 
 
 def _parse(row: dict[str, str | None], where: str) -> Prediction:
     texts = [text for name in _TEXT_COLUMNS if (text := row[name]) is not None]
     if len(texts) < len(_TEXT_COLUMNS):
-        raise UserError(f"{where}: the row is cut short; every row needs {', '.join(_TEXT_COLUMNS)}")
+        raise UserError(f"{where}: the row is incomplete", f"give every row {', '.join(_TEXT_COLUMNS)}")
     try:
         score, chrf = (float(cell) if (cell := row.get(name)) else None for name in ("score", "chrf"))
     except ValueError as error:
-        raise UserError(f"{where}: score and chrf must be numbers or empty ({error})") from error
+        raise UserError(f"{where}: {error}", "write numbers as score and chrf, or leave them empty") from error
     uid, reference, hypothesis = map(_unescape, texts)
     return Prediction(uid, reference, hypothesis, score, chrf)
 

@@ -1,9 +1,8 @@
-"""How sure a score is: bootstrap intervals, and whether one set of translations really beats another.
+"""Bootstrap intervals of scores, and paired significance tests of two sets of translations.
 
-Clips are drawn with replacement as often as there are clips, a thousand times over, and scored anew (Koehn 2004,
-"Statistical Significance Tests for Machine Translation Evaluation"). The draws are those of sacreBLEU, from the same
-seed, so that intervals and p-values of BLEU and chrF++ are the ones that ``sacrebleu --confidence`` and
-``sacrebleu --paired-bs`` print.
+Each of a thousand samples draws as many clips as there are, with replacement, and is scored (Koehn 2004, "Statistical
+Significance Tests for Machine Translation Evaluation"). The draws are sacreBLEU's, with the same seed, so intervals and
+p-values of BLEU and chrF++ are those that ``sacrebleu --confidence`` and ``sacrebleu --paired-bs`` print.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from toolkit.scoring.addends import Measure
 
 SAMPLES = 1000
 SEED = 12345
-# Numbers in the table of draws that is held at once: 64 MiB.
+# Size of the table of draws that is held at once: 64 MiB.
 _DRAWS_AT_ONCE = 2**23
 
 Samples = dict[str, npt.NDArray[np.float64]]
@@ -60,20 +59,20 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], samples: int = 
     if len(first[0].addends) != len(second[0].addends):
         raise ValueError("only translations of the same clips can be compared")
     of_first, of_second = resample(first, samples), resample(second, samples)
-    whole_first, whole_second = whole(first), whole(second)
+    whole_first, whole_second = _scores(first), _scores(second)
     results = {}
     for name in of_first.keys() & of_second.keys():
         differences = of_second[name] - of_first[name]
         sizes = np.abs(differences)
         larger = int(np.sum(sizes - sizes.mean() > abs(whole_second[name] - whole_first[name])))
-        # Where no resampled set differs at all the two are alike, which the formula would call a sure difference.
+        # Without any difference between resampled sets the formula would give a small p-value.
         p_value = (larger + 1) / (samples + 1) if sizes.any() else 1.0
         results[name] = Comparison(whole_first[name], whole_second[name], _middle(differences), p_value)
     return results
 
 
-def whole(measures: Sequence[Measure]) -> dict[str, float]:
-    """The scores of the set itself."""
+def _scores(measures: Sequence[Measure]) -> dict[str, float]:
+    """The scores of the set itself, not resampled."""
     return {name: value for part in measures for name, value in part.values(part.addends.sum(axis=0)).items()}
 
 
@@ -102,7 +101,7 @@ def _draws(clips: int, samples: int) -> Iterator[npt.NDArray[np.float64]]:
 
 
 def _middle(values: npt.NDArray[np.float64]) -> Interval:
-    """The middle 95 %, cut off as sacreBLEU does."""
+    """The middle 95 %, with sacreBLEU's rounding of the ends."""
     ordered = np.sort(values)
-    cut = len(ordered) // 40
-    return float(ordered[cut]), float(ordered[len(ordered) - cut - 1])
+    tail = len(ordered) // 40
+    return float(ordered[tail]), float(ordered[len(ordered) - tail - 1])

@@ -1,10 +1,11 @@
-"""Scores and sample outputs as plain text, for terminals and log files alike."""
+"""Scores, comparisons and sample outputs as plain text for terminals and log files."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 
+from toolkit.corpus.names import one_line
 from toolkit.scoring.metrics import SCORE_NAMES, Scores, higher_is_better
 from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.resampling import Comparison, Interval
@@ -21,7 +22,7 @@ HEADINGS = {
     "cer": "CER",
 }
 NOT_APPLICABLE = "n/a"
-# p-value below which a difference counts as shown.
+# A difference with a p-value below this is significant.
 SIGNIFICANT = 0.05
 
 
@@ -63,7 +64,7 @@ def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str
 
 
 def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparison]) -> str:
-    """Two sets of translations score by score: difference, its 95 % interval and the chance that it is none.
+    """Two sets of translations score by score: difference, its 95 % interval and p-value.
 
     Args:
         first, second: what the two are called.
@@ -78,22 +79,22 @@ def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparis
             table.append([HEADINGS[name], *cells, f"{item.p_value:.3f}", verdict(name, item, first, second)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)]
     lines = []
-    for label, *cells, said in table:
+    for label, *cells, better in table:
         numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *numbers, said]).rstrip())
+        lines.append("  ".join([label.ljust(widths[0]), *numbers, better]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
 
 def verdict(name: str, comparison: Comparison, first: str, second: str) -> str:
-    """Which of the two is better, where chance does not explain it at 5 %."""
+    """Which of the two is better, if the difference is significant."""
     if comparison.p_value >= SIGNIFICANT or comparison.difference == 0:
         return "no difference shown"
     return f"{second if (comparison.difference > 0) == higher_is_better(name) else first} is better"
 
 
 def format_score(name: str, value: float | None) -> str:
-    """A score as people print it: two decimals, four for the error rates, which are ratios."""
+    """A score with two decimals, the error rates with four, because they are ratios."""
     if value is None:
         return NOT_APPLICABLE
     return f"{value:.4f}" if name in ("wer", "cer") else f"{value:.2f}"
@@ -111,8 +112,3 @@ def samples_text(predictions: Sequence[Prediction]) -> str:
         f"{one_line(item.uid)}\n  reference   {one_line(item.reference)}\n  hypothesis  {one_line(item.hypothesis)}"
         for item in predictions
     )
-
-
-def one_line(text: str) -> str:
-    """A text on one line; control characters, which would steer a terminal, become spaces."""
-    return "".join(character if character.isprintable() else " " for character in text)
