@@ -168,14 +168,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
-    from toolkit.planning.candidates import describe, examine
+    from toolkit.planning.candidates import describe_candidate, examine
 
     recipe = load_recipe("t5_small", [f"model.backbone={arguments.name}", *arguments.overrides])
     candidate = examine(recipe, arguments.card_gib, arguments.world_size)
     if arguments.json:
         print(json.dumps(candidate.to_dict()))
         return
-    for line in describe(candidate, arguments.card_gib, arguments.world_size):
+    for line in describe_candidate(candidate, arguments.card_gib, arguments.world_size):
         print(line)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolkit.errors import Interrupted, TooManyRejects, UserError, exit_code_of
+from toolkit.errors import Interrupted, TooManyRejects, UserError, as_one, exit_code_of
 
 
 def failing(error: BaseException) -> None:
@@ -96,3 +96,11 @@ def test_a_broken_pipe_elsewhere_is_a_bug() -> None:
     with pytest.raises(BrokenPipeError):
         exit_code_of(lambda: os.write(writer, b"text"), debug=False)
     os.close(writer)
+
+
+def test_several_problems_are_one_error_whose_hints_have_their_numbers() -> None:
+    first, second = UserError("a=1 is wrong", "set a=2"), UserError("b=1 is wrong", "set b=2")
+    assert as_one([first], "recipe r") is first
+    both = as_one([first, second], "recipe r")
+    assert both.message == "2 problems in recipe r: (1) a=1 is wrong; (2) b=1 is wrong"
+    assert both.hint == "(1) set a=2; (2) set b=2"

@@ -142,7 +142,7 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
             yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, states.fits(card_gib))
 
 
-def describe(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:
+def describe_candidate(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:
     """The lines that ``check-model`` prints."""
     positions = (candidate.encoder_positions, candidate.decoder_positions)
     poses, text = ("without limit" if limit is None else f"at most {limit:,}" for limit in positions)
