@@ -135,7 +135,7 @@ def make(resolve: Callable[..., ResolvedRun], corpus: Corpus) -> Callable[..., T
 
 def batches_of(trainer: Trainer) -> Any:
     batches = start_loader(trainer.resolved, trainer.ranks, trainer.corpus, trainer.progress)
-    batches.tokenise_by(trainer.processor.tokenizer)
+    batches.set_tokenizer(trainer.processor.tokenizer)
     return batches
 
 
