@@ -96,7 +96,9 @@ def export_model(
             folder.rename(old)
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}", "give another --to, on a disk with free space"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
