@@ -204,6 +204,21 @@ def test_a_target_loss_ends_the_run(make: Callable[..., Trainer]) -> None:
     assert trainer.progress.step == trainer.total_steps == 1
 
 
+def test_evaluations_without_a_better_one_end_the_run(make: Callable[..., Trainer]) -> None:
+    trainer = make("training.early_stopping=2", "training.eval_every=1")
+    trainer.corpus.splits["dev"] = trainer.corpus.splits["test"]
+    trainer.progress.kept = [(1, 0.5)]
+
+    def evaluate() -> None:
+        trainer.progress.evaluations_since_best += 1
+
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    trainer.run(batches_of(trainer))
+    assert (trainer.progress.step, trainer.progress.epoch) == (4, 1), "two epochs of two steps, of three"
+    assert trainer.checkpoints.saved == [4]  # type: ignore[attr-defined]
+    assert trainer.progress.kept == [(1, 0.5)]
+
+
 def test_leaving_a_trainer_closes_what_was_opened_for_it(make: Callable[..., Trainer]) -> None:
     closed: list[str] = []
     with make() as trainer:

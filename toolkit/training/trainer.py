@@ -163,7 +163,8 @@ class Trainer:
                 self.total_steps = self.progress.step
             if self._evaluation_is_due():
                 self.evaluate()
-            is_last = self.progress.step == self.total_steps  # the evaluation may have ended the run
+                self._stop_early()
+            is_last = self.progress.step == self.total_steps
             if is_last:
                 self._keep_last()
             if stop or is_last or self.progress.step % self.recipe.training.save_every == 0:
@@ -301,26 +302,29 @@ class Trainer:
         of_this_epoch = (self.progress.epoch + 1) % self.recipe.training.eval_every == 0
         return self.progress.step == self.total_steps or (epoch_ends and of_this_epoch)
 
-    def evaluate(self) -> Scores:
-        """Translate and score the dev split, keep the model where it is among the best, and stop early where asked."""
-        progress, settings = self.progress, self.recipe.evaluation
+    def evaluate(self) -> None:
+        """Translate and score the dev split; keep the model where it is among the best."""
+        progress, training = self.progress, self.recipe.training
         with self._paused():
             evaluated = self.translate(self.corpus.splits["dev"])
-            scores, step = evaluated.scores, progress.step
-            kept = admit(progress.kept, step, scores, select_by=settings.select_by, keep=self.recipe.training.keep_best)
+            scores, step, select_by = evaluated.scores, progress.step, self.recipe.evaluation.select_by
+            kept = admit(progress.kept, step, scores, select_by=select_by, keep=training.keep_best)
             is_best = kept[0][0] == step
             self._log_evaluation(evaluated, is_best)
             progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
             if any(kept_step == step for kept_step, _ in kept):
                 self.save_model(kept, scores)
             progress.kept = kept
+
+    def _stop_early(self) -> None:
+        """Let the run end here after ``training.early_stopping`` evaluations without a better one."""
+        progress, select_by = self.progress, self.recipe.evaluation.select_by
         if self._is_patience_over() and progress.step < self.total_steps:
             self.line.echo(
-                f"stopping early: no better {settings.select_by} in {progress.evaluations_since_best} evaluations; "
+                f"stopping early: no better {select_by} in {progress.evaluations_since_best} evaluations; "
                 f"the best model is that of step {progress.best_step}"
             )
             self.total_steps = progress.step
-        return scores
 
     def _keep_last(self) -> None:
         """Keep the last model as the best one where there is no dev split to compare models by."""

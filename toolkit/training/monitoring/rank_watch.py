@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import distributed as dist
 
@@ -156,7 +156,7 @@ class RankWatch:
                 lost = {0: "rank 0 has no heartbeat"}
             late = limit is not None and since is not None and self._since == since
             if lost is not None and late and not self._closed.is_set():
-                self._end_run(lost)
+                self._end_step(lost)
 
     def _check_data(self) -> None:
         """Report once that this rank waits for its data; end the run when the wait takes too long."""
@@ -164,23 +164,15 @@ class RankWatch:
         if since is None or time.monotonic() - since < self.limits.shortest:
             return
         seconds = time.monotonic() - since
-        who = f"rank {self._ranks.rank} ({socket.gethostname()}, process {os.getpid()})"
+        rank = self._ranks.rank
+        who = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
         if seconds > self.limits.data and self._data_since == since and not self._closed.is_set():
-            self._stop(f"{who} has waited for its data for {seconds:.0f} s, the limit of training.data_timeout")
+            self._end(rank, f"{who} has waited for its data for {seconds:.0f} s, the limit of training.data_timeout")
         if not self._has_reported_wait:
             self._has_reported_wait = True
             note = f"{who} has waited for its data for {seconds:.0f} s: check the disk or file server of the corpus"
             log.warning(note)
             print(f"note: {note}", file=sys.stderr, flush=True)
-
-    def _stop(self, reason: str) -> None:
-        """End this process, and so the run."""
-        self._fail(self._ranks.rank, reason)
-        try:
-            self._on_loss(reason)
-        finally:
-            self._print(reason)
-            os._exit(EXIT_RANK_LOST)
 
     def _write_heartbeat(self) -> None:
         self._count += 1
@@ -221,31 +213,28 @@ class RankWatch:
         self._hosts = {rank: heartbeat.host for rank, heartbeat in heartbeats.items()}
         return heartbeats
 
-    def _end_run(self, lost: dict[int, str]) -> None:
+    def _end_step(self, lost: dict[int, str]) -> None:
         """End this process. The first living rank records the reason; the first of each node prints it."""
         found = "; ".join(lost[rank] for rank in sorted(lost)) or "every rank is there: the step itself hangs"
         reason = f"step {self._step} has waited for {time.monotonic() - (self._since or 0):.0f} s: {found}"
         alive = [rank for rank in range(self._ranks.world_size) if rank not in lost]
         first_here = self._ranks.rank - self._ranks.local_rank
         here = range(first_here, first_here + self._ranks.local_world_size)
-        self._fail(min(lost, default=self._ranks.rank), reason)
+        records, prints = alive[:1], [rank for rank in alive if rank in here][:1]
+        rank = self._ranks.rank
+        self._end(min(lost, default=rank), reason, records=rank in records, prints=rank in prints)
+
+    def _end(self, failed: int, reason: str, *, records: bool = True, prints: bool = True) -> NoReturn:
+        """End this process, and so the run: through ``failures`` in a command, else here."""
+        lines = f"error: {reason}\nhint: {HINT}"
+        failures.exit_for_lost_rank(failed, self._hosts.get(failed, socket.gethostname()), reason, lines)
         try:
-            if alive and self._ranks.rank == alive[0]:
+            if records:
                 self._on_loss(reason)
         finally:
-            if self._ranks.rank == next((rank for rank in alive if rank in here), None):
-                self._print(reason)
+            if prints:
+                print(lines, file=sys.stderr, flush=True)
             os._exit(EXIT_RANK_LOST)
-
-    def _fail(self, rank: int, reason: str) -> None:
-        """End this process through ``failures`` in a command; elsewhere the caller ends it."""
-        failures.exit_for_lost_rank(
-            rank, self._hosts.get(rank, socket.gethostname()), reason, f"error: {reason}\nhint: {HINT}"
-        )
-
-    @staticmethod
-    def _print(reason: str) -> None:
-        print(f"error: {reason}\nhint: {HINT}", file=sys.stderr, flush=True)
 
 
 def _own_connection(timeout: timedelta) -> Any:
