@@ -25,6 +25,7 @@ import xxhash
 from toolkit.corpus.names import SUFFIXES, Names, escaped, is_pose_file
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
+from toolkit.poses.compressed import check_size
 from toolkit.poses.pose_file import PoseError
 
 _CHECK_PATH = "check data.poses (--poses): the folder or archive of the pose files"
@@ -291,6 +292,7 @@ class _Zip:
                 yield name, entry, (entry.file_size, entry.CRC)
 
     def read(self, key: zipfile.ZipInfo) -> bytes:
+        check_size(key.file_size)  # zipfile reads no more than that
         try:
             return self._archive.read(key)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:

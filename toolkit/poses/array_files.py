@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.poses.compressed import check_size
 from toolkit.poses.pose_file import PoseError
 
 KEYPOINT_NAMES = ("keypoints", "landmarks", "poses", "pose", "data")
@@ -79,6 +80,7 @@ def _read_npz(content: bytes) -> dict[str, Any]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
         wanted = [name for name in (*KEYPOINT_NAMES, *CONFIDENCE_NAMES, "fps") if name in members]
+        check_size(sum(archive.getinfo(members[name]).file_size for name in wanted))
         found = {name: _read_npy(archive.read(members[name])) for name in wanted}
     return found or dict.fromkeys(members)
 
