@@ -69,7 +69,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.9,<3",
-        # 0.19.3 mended gradients lost under ZeRO-1/2 offload with accumulation. ZeRO++ in bf16 needs 0.19.6, which the
+        # 0.19.3 fixed gradients lost under ZeRO-1/2 offload with accumulation. ZeRO++ in bf16 needs 0.19.6, which the
         # resolver asks for where a DeepSpeed JSON wants that.
         "deepspeed>=0.19.3,<0.20",
         "ninja>=1.11",

@@ -38,7 +38,7 @@ case $version in
 esac
 
 # The environment is up to date when everything that shaped it is as it was: these files, the Python, the index and the place.
-wanted=$( { cat requirements.txt setup.py setup.sh; printf '%s\n' "$version" "$TORCH_INDEX" "$PWD" "$VENV"; } | sha256sum | cut -d ' ' -f 1)
+wanted=$( { cat requirements.txt setup.py setup.sh; printf '%s\n' "$version" "$TORCH_INDEX" "$PWD" "$VENV"; } | sha256sum | awk '{print $1}')
 stamp=$VENV/.setup_stamp
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
 

@@ -22,7 +22,7 @@ if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
 fi
 shift 2
 
-# The launcher of the activated environment, else of the clone's own .venv. Its folder goes on PATH: op builds look for ninja there.
+# The launcher of the activated environment, else of the clone's own .venv. Its folder is added to PATH: op builds look for ninja there.
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if ! command -v deepspeed >/dev/null; then
   if [ ! -x "$clone/.venv/bin/deepspeed" ]; then

@@ -21,7 +21,7 @@ from toolkit.cpu.shared_memory import (
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm and /proc are Linux's")
 
-# Two ranks start as DeepSpeed starts them, give their names back, and go on reducing through the unnamed memory.
+# Two ranks start as DeepSpeed starts them, give their names back, and continue to reduce through the unnamed memory.
 RANK_PROGRAM = """
 import sys
 from toolkit.cluster.ops import use_extensions_dir

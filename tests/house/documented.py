@@ -13,7 +13,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 SCRIPTS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("launch/*.sh")])
 RECIPES = sorted(path for path in ROOT.glob("recipes/*.yaml") if not path.name.startswith("_"))
 
-# A name alone (`srun`, `launch/train.py`) speaks of a program; with arguments it is a command.
+# A name alone (`srun`, `launch/train.py`) is a program; with arguments it is a command.
 PROGRAM = r"(?:make|python|sbatch|(?:deepspeed|srun)(?= .*launch/)|launch/\w+\.\w+) "
 # `cat clip.pose | python ...` and `MASTER_PORT=29501 launch/...` are commands, too.
 COMMAND = re.compile(rf"(?:cat [\w./-]+ \| )?(?:[A-Z_]+=\S+ )*{PROGRAM}.+")
@@ -75,7 +75,7 @@ def trim(line: str) -> str:
 
 
 def code_of(markdown: str) -> list[str]:
-    """Its lines of code, fenced or indented; those that go on in the next line are joined."""
+    """Its lines of code, fenced or indented; those that continue in the next line are joined."""
     lines, fenced = [], False
     for line in re.sub(r" *\\\n\s*", " ", markdown).splitlines():
         if line.lstrip().startswith("```"):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_memory_of_the_recipes_is_what_the_planner_says() -> None:
     command = [sys.executable, "launch/recipes.py", "ls", "--memory", "--json"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    last = next(line for line in reversed(told.splitlines()) if line.startswith("{"))
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = next(line for line in reversed(printed.splitlines()) if line.startswith("{"))
     recipes = {row["name"]: row for row in json.loads(last)["recipes"]}
     rows = [line.split("|") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     table = [row for row in rows if len(row) == 5 and set(re.findall(r"`(\w+)`", row[1])) & recipes.keys()]

@@ -10,7 +10,7 @@ TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def said_by_the_toolkit() -> str:
-    """All source text, with strings that go on in the next line joined and what is put into them taken out."""
+    """All source text, with strings that continue in the next line joined and what is put into them taken out."""
     sources = [
         path.read_text(encoding="utf-8") for room in ("toolkit", "launch") for path in (ROOT / room).rglob("*.py")
     ]
@@ -24,8 +24,8 @@ def test_every_quoted_message_is_one_of_ours():
     reasons = re.findall(r"^\| `([^`]+)` \|", TEXT, re.MULTILINE)
     assert len(quoted) > 20 and len(reasons) > 3
     for message in quoted + reasons:
-        for piece in filter(None, (piece.strip() for piece in message.split("…"))):
-            assert piece in said, f"nothing says {piece!r}"
+        for part in filter(None, (part.strip() for part in message.split("…"))):
+            assert part in said, f"nothing says {part!r}"
 
 
 def test_every_setting_is_a_key_of_recipes():

@@ -144,7 +144,7 @@ class RankExit:
         os._exit(code)
 
     def _enter(self) -> None:
-        """Make this thread the one that ends the process; any other thread that wants to waits for ever."""
+        """Make this thread the one that ends the process; any other one waits until it has ended."""
         with self._lock:
             first = self._exiting_thread is None
             self._exiting_thread = self._exiting_thread or threading.get_ident()
