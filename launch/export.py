@@ -7,7 +7,7 @@ python launch/export.py runs/demo --to exported/demo --push-to-hub me/demo   and
 python launch/export.py runs/t5_3b_lora --to exported/lora              with adapter/, which PEFT loads, too
 python launch/export.py runs/t5_3b_lora --to exported/lora --merge-lora      the adapter added to the weights
 
-What was written is loaded and compared with the trained model before it takes its name.
+The model to be written is compared with the run's, and the folder is loaded and compared before it takes its name.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the folder, then upload it where that was asked for."""
     run_dir, folder = arguments.run, arguments.to
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory (it has no recipe.yaml): give runs/NAME")
+        raise UserError(f"{run_dir} is no run directory (it has no recipe.yaml)", "give runs/NAME")
     if folder.resolve().is_relative_to(run_dir.resolve()):
-        raise UserError(f"{folder} lies within the run: choose a folder of its own for --to")
+        raise UserError(f"{folder} is inside the run directory", "choose a folder outside it for --to")
 
-    # transformers wakes DeepSpeed as it saves, which else warns of every machine without a GPU.
+    # transformers imports DeepSpeed to save, which warns on machines without a GPU unless it is set to the CPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from toolkit.cluster.logs import show_errors_only
     from toolkit.models.adaptation.export import check_dtype, check_target, export_model
@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     show_errors_only()
     model, processor = load_translator(run_dir)
     if arguments.merge_lora and not getattr(model, "peft_config", None):
-        raise UserError(
-            f"{run_dir} was not trained with adapters, so there is nothing to merge: leave out --merge-lora"
-        )
+        raise UserError(f"--merge-lora: {run_dir} was not trained with adapters", "leave out --merge-lora")
     check_dtype(model, arguments.dtype)
     card = model_card(
         run_dir, arguments.push_to_hub or folder.name, model, processor.feature_extractor, merged=arguments.merge_lora
@@ -90,16 +88,16 @@ def run(arguments: argparse.Namespace) -> None:
         "unpacked": quantization.get("kind"),
     }
     if not arguments.json:
-        told = [f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared"]
+        facts = [f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared"]
         if quantization:
-            told.append(f"{quantization['kind']} layers are written as the numbers that they stand for")
+            facts.append(f"{quantization['kind']} layers are written as the numbers that they stand for")
         if model.config.adapter:
-            told.append(f"the adapter lies apart in {folder / model.config.adapter}")
+            facts.append(f"the adapter is in {folder / model.config.adapter}")
         elif arguments.merge_lora:
-            told.append("the adapter is merged")
+            facts.append("the adapter is merged")
         if difference:
-            told.append(f"a token's probability differs by at most {difference:.2g}")
-        print("; ".join(told), flush=True)
+            facts.append(f"a token's probability differs by at most {difference:.2g}")
+        print("; ".join(facts), flush=True)
     if arguments.push_to_hub:
         summary["url"] = push(folder, arguments.push_to_hub)
         if not arguments.json:
@@ -116,17 +114,16 @@ def push(folder: Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi
 
+    from toolkit.models.loading.hub import first_line
+
     api = HfApi()
     try:
         created = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="Exported by the toolkit")
-    except (
-        Exception
-    ) as error:  # a name, a token, a network, a server: the hub's client has an error of its own for each
-        first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # the hub's client has a class for each of name, token, network and server
         raise UserError(
-            f"{repository} cannot be uploaded ({first_line}): {folder} is written; log in by `hf auth login` and try "
-            "again with --replace"
+            f"{folder} is written, and cannot be uploaded to {repository} ({first_line(error)})",
+            "log in with `hf auth login`, and run the same command with --replace",
         ) from error
     return str(created)
 

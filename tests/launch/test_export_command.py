@@ -117,34 +117,34 @@ def test_a_model_is_replaced_only_when_asked_and_nothing_else_ever(export, run_d
     other.mkdir()
     (other / "dear.jpg").touch()
     done = export("--to", other, "--replace")
-    assert done.code == 2 and "no model of this toolkit" in done.err and (other / "dear.jpg").exists()
+    assert done.code == 2 and str(other) in done.err and (other / "dear.jpg").exists()
     done = export("--to", run_dir / "best", "--replace")
-    assert done.code == 2 and "lies within the run" in done.err
+    assert done.code == 2 and "--to" in done.err and str(run_dir / "best") in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "photographs"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--merge-lora"], "there is nothing to merge"),
-        (["--dtype", "fp16"], "a t5 overflows to NaN in fp16"),
+        (["--merge-lora"], "--merge-lora"),
+        (["--dtype", "fp16"], "--dtype fp16"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
     export, tmp_path, arguments: list[str], complaint: str
 ) -> None:
     done = export("--to", tmp_path / "model", *arguments)
-    assert done.code == 2 and complaint in done.err and done.err.count("\n") == 1
+    assert done.code == 2 and complaint in done.err and done.err.count("\n") == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_run_is_refused(export, model_folder: Path, tmp_path) -> None:
     done = export("--to", tmp_path / "model", run=model_folder)
-    assert done.code == 2 and "no run directory" in done.err
+    assert done.code == 2 and str(model_folder) in done.err
 
 
 def test_a_hub_out_of_reach_leaves_the_folder(export, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     done = export("--to", tmp_path / "model", "--push-to-hub", "me/model")
-    assert done.code == 2 and "me/model cannot be uploaded" in done.err and done.err.count("\n") == 1
+    assert done.code == 2 and "me/model" in done.err and done.err.count("\n") == 2
     assert 'from_pretrained("me/model")' in (tmp_path / "model" / "README.md").read_text()

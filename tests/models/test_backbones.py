@@ -1,4 +1,4 @@
-"""Every promised backbone, shrunk: it trains, is saved and loaded, translates, and pays no heed to padding."""
+"""Every promised backbone, shrunk: it trains, is saved and loaded, translates, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -116,6 +116,30 @@ def test_it_trains_and_every_trainable_tensor_is_reached(
     assert losses == sorted(losses, reverse=True)
     # Random weights know nothing yet, and are no worse than that.
     assert losses[0] < 10
+
+
+@every_card
+def test_labelled_tokens_are_scored_alone_as_among_all(
+    name: str, make: Callable[..., PoseTranslator], batch: Batch
+) -> None:
+    model = copy.deepcopy(make(name))
+    if hasattr(model.backbone, "final_logits_bias"):
+        model.backbone.final_logits_bias.normal_()
+    head = model.backbone.get_output_embeddings()
+    labelled = batch["labels"] != -100
+    with head.register_forward_pre_hook(lambda _, inputs: (inputs[0][labelled],)):
+        expected = model(**batch).logits
+    projected = []
+    head.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0].shape[:-1].numel()))
+    assert torch.equal(model(**batch, labelled_only=True).logits, expected)
+    # A filler has no labels: nothing is scored, and every weight gets a gradient of zero.
+    filler = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    logits = model(**filler, labelled_only=True).logits
+    assert logits.shape == (0, expected.shape[-1])
+    assert projected == [labelled.sum(), 0], "padding is not projected onto the vocabulary"
+    logits.sum().backward()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trainable)
 
 
 @every_card

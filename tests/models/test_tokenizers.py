@@ -50,9 +50,9 @@ def test_special_ids_hold_the_end_of_sentence() -> None:
 
 def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"model\.tokenizer=bytes") as refusal:
+    with pytest.raises(UserError, match="nowhere") as refusal:
         make_tokenizer(str(tmp_path / "nowhere"))
-    assert "\n" not in str(refusal.value)
+    assert "model.tokenizer=bytes" in refusal.value.hint
 
 
 def test_characters_that_cannot_be_written_are_counted() -> None:
@@ -83,6 +83,6 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no end-of-sentence token behind a text") as refusal:
+    with pytest.raises(UserError, match="no end-of-sentence token") as refusal:
         make_tokenizer(str(tmp_path))
     assert "\n" not in str(refusal.value)

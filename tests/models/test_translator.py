@@ -126,19 +126,3 @@ def test_the_folder_remembers_how_to_search(tmp_path: Path, translator: Make) ->
     loaded = PoseTranslator.from_pretrained(tmp_path)
     assert loaded.generation_config.num_beams == 3
     assert loaded.config.ctc_search_weight == 0.3
-
-
-@pytest.mark.parametrize("backbone", ["t5", "bart"])
-def test_logits_of_labelled_tokens_alone_are_rows_of_all_logits(
-    translator: Make, processor: PoseProcessor, pose_files: list[Path], backbone: str
-) -> None:
-    model, inputs = translator(backbone, ctc=False), processor(pose_files)
-    every = model(**inputs, labels=LABELS).logits
-    alone = model(**inputs, labels=LABELS, labelled_only=True).logits
-    torch.testing.assert_close(alone, every[LABELS != -100])
-    # A filler has no labels: nothing to score, and still every weight gets a gradient of zero.
-    nothing = model(**inputs, labels=torch.full_like(LABELS, -100), labelled_only=True).logits
-    assert nothing.shape == (0, every.shape[-1])
-    nothing.sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
-    assert model(**inputs, labels=LABELS).logits.shape == every.shape

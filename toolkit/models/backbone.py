@@ -1,24 +1,78 @@
-"""What a seq2seq backbone is, read from its configuration or from its empty modules; nothing here knows of poses.
+"""What differs between seq2seq architectures: class, width, positions, how a text begins, how tokens are scored.
 
-Every architecture answers the same questions here: which class, how wide, how many positions, how a text begins.
+Must not know of poses.
 """
 
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MT5ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+    initialization,
+)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.batching.collate import IGNORED_LABEL
 
-# Published configurations of these say `tie_word_embeddings: false` and mean it: their checkpoints hold an output
-# matrix besides the embedding. transformers 5 ties them all the same. (LongT5 says false, too, and holds one matrix.)
-SEPARATE_OUTPUT = frozenset({"t5", "mt5", "umt5"})
+# Decoders whose scores are the output matrix times their states, plus `final_logits_bias` where there is one; those of
+# T5's kind first multiply the states by `model_dim ** -0.5`, if this key of the configuration is true.
+SCALED_OUTPUT = {"t5": "scale_decoder_outputs", "longt5": "scale_decoder_outputs", "umt5": "tie_word_embeddings"}
+PLAIN_OUTPUT = frozenset({"mt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "led", "gpt2"})
+
+
+class _WithSeparateOutput(PreTrainedModel):
+    """T5's kind with an output matrix of its own, as T5 1.1, Flan-T5, mT5 and UMT5 were published.
+
+    Their configurations say `tie_word_embeddings: false`, and transformers 5 ties the matrix to the embedding all the
+    same. (LongT5 says false, too, and was published with one matrix.)
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        # transformers scales the decoder's states by this width before a tied matrix; a separate one takes them as
+        # they are. UMT5 would scale them, because transformers forces its configuration to be tied.
+        self.model_dim = 1
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # Fan-in, as T5X has it: logits begin near zero.
+            initialization.normal_(self.lm_head.weight, mean=0.0, std=self.config.d_model**-0.5)
+
+
+def _ties_but_the_output(model_class: type[PreTrainedModel]) -> dict[str, str]:
+    return {name: source for name, source in (model_class._tied_weights_keys or {}).items() if "lm_head" not in name}
+
+
+# transformers does not initialise modules without weights of their own in a model of another package: `__module__`
+# says that these are initialised as its own.
+class _T5WithSeparateOutput(_WithSeparateOutput, T5ForConditionalGeneration):
+    __module__ = T5ForConditionalGeneration.__module__
+    _tied_weights_keys = _ties_but_the_output(T5ForConditionalGeneration)
+
+
+class _MT5WithSeparateOutput(_WithSeparateOutput, MT5ForConditionalGeneration):
+    __module__ = MT5ForConditionalGeneration.__module__
+    _tied_weights_keys = _ties_but_the_output(MT5ForConditionalGeneration)
+
+
+class _UMT5WithSeparateOutput(_WithSeparateOutput, UMT5ForConditionalGeneration):
+    __module__ = UMT5ForConditionalGeneration.__module__
+    _tied_weights_keys = _ties_but_the_output(UMT5ForConditionalGeneration)
+
+
+SEPARATE_OUTPUT = {"t5": _T5WithSeparateOutput, "mt5": _MT5WithSeparateOutput, "umt5": _UMT5WithSeparateOutput}
 
 
 def note_output_matrix(config: PreTrainedConfig, published: dict[str, Any]) -> None:
@@ -46,13 +100,14 @@ def is_seq2seq(config: PreTrainedConfig) -> bool:
 
 
 def backbone_class(config: PreTrainedConfig) -> Any:
-    """The class of the backbone: transformers' own, ``AutoModelForSeq2SeqLM`` for code from the hub, or a subclass
-    whose output projection is a matrix of its own. Has ``from_pretrained``.
+    """The class of the backbone: transformers' own, ``AutoModelForSeq2SeqLM`` for code from the hub, or one of
+    ``SEPARATE_OUTPUT``. Has ``from_pretrained``.
     """
     if not is_known(config):
         return AutoModelForSeq2SeqLM
-    model_class = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
-    return _with_separate_output(model_class) if getattr(config, "separate_output", False) else model_class
+    if getattr(config, "separate_output", False):
+        return SEPARATE_OUTPUT[config.model_type]
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
 
 def new_backbone(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
@@ -76,35 +131,6 @@ def empty_backbone(config: PreTrainedConfig, *, trust_remote_code: bool = False)
         model = new_backbone(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
-
-
-@lru_cache
-def _with_separate_output(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A T5-like model whose ``lm_head`` is a matrix of its own, as T5 1.1, Flan-T5, mT5 and UMT5 were published."""
-
-    def __init__(self: Any, config: PreTrainedConfig) -> None:
-        model_class.__init__(self, config)
-        # The library scales the decoder's states by this width before a shared matrix; a separate one takes them as
-        # they are. UMT5 would scale them, because it goes by the tying that the library forces upon it.
-        self.model_dim = 1
-
-    def _init_weights(self: Any, module: Any) -> None:
-        model_class._init_weights(self, module)
-        if module is self:
-            width = self.config.d_model
-            # Fan-in, as T5X has it: logits begin near zero.
-            initialization.normal_(self.lm_head.weight, mean=0.0, std=width**-0.5)
-
-    ties = {name: source for name, source in (model_class._tied_weights_keys or {}).items() if "lm_head" not in name}
-    members = {
-        "__init__": __init__,
-        "_init_weights": torch.no_grad()(_init_weights),
-        "_tied_weights_keys": ties,
-        # The library leaves out modules without weights of their own, attention among them, when it initialises a
-        # model of foreign origin; this one's initialisation is the library's.
-        "__module__": model_class.__module__,
-    }
-    return type(f"{model_class.__name__}WithSeparateOutput", (model_class,), members)
 
 
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -131,7 +157,7 @@ def vocabulary_size(config: PreTrainedConfig) -> int:
 
 
 def position_limit(half: nn.Module) -> int | None:
-    """How many positions an encoder or a decoder can tell apart, by the table that it looks them up in.
+    """How many positions an encoder or a decoder has, by its table of positions.
 
     Args:
         half: the encoder or the decoder, of weights or empty.
@@ -144,7 +170,7 @@ def position_limit(half: nn.Module) -> int | None:
         if name.rpartition(".")[2] in ("embed_positions", "position_embeddings", "wpe") and hasattr(
             module, "num_embeddings"
         ):
-            # BART keeps two rows of its table for a padding scheme of old; RoBERTa counts from behind its padding row.
+            # BART leaves the first two rows of its table unused; RoBERTa counts from after its padding row.
             padding = getattr(module, "padding_idx", None)
             unused = getattr(module, "offset", 0 if padding is None else padding + 1)
             sizes.append(module.num_embeddings - unused)
@@ -152,9 +178,9 @@ def position_limit(half: nn.Module) -> int | None:
 
 
 def cast_position_tables(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let tables of positions that are no parameters (M2M100, NLLB) be of the type of what they are added to.
+    """Cast tables of positions that are no parameters (M2M100, NLLB) to the type of what they are added to.
 
-    DeepSpeed casts parameters and leaves buffers as they are; the sum would be float32 and the next layer refuse it.
+    DeepSpeed casts parameters and not buffers; the sum would be float32, which the next layer refuses.
     """
     for name, module in model.named_modules():
         if name.endswith("embed_positions"):
@@ -171,8 +197,8 @@ def embed_words(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
     """Token ids [clips, tokens] as the encoder embeds them: [clips, tokens, width].
 
     BART, mBART, M2M100 and NLLB multiply by ``sqrt(width)`` inside their embedding module, so calling it is enough.
-    Pegasus and Marian do so in the encoder and only when it is given ids; it is made up for here. Poses are scaled
-    nowhere: the pose encoder ends in a layer norm of its own and learns the scale that suits the backbone.
+    Pegasus and Marian do so in the encoder and only when it is given ids, so it is done here. Poses are not scaled:
+    the pose encoder ends in a layer norm and learns the scale that suits the backbone.
     """
     scale = getattr(backbone.get_encoder(), "embed_scale", 1.0)
     vectors: Tensor = backbone.get_input_embeddings()(ids) * scale
@@ -180,16 +206,48 @@ def embed_words(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def decoder_inputs(labels: Tensor, config: Any) -> Tensor:
-    """What the decoder reads while it is taught to write ``labels``: the same, one later, behind the start token.
+    """What the decoder reads when it is trained to write ``labels``: the start token, then the labels but the last.
 
     All architectures share this. mBART's own rule takes the last token of each text to the front instead, which is the
-    same for whole texts, and wrong for one that was cut; M2M100 has no rule that can be called.
+    same for whole texts and wrong for truncated ones; M2M100 has no rule that can be called.
 
     Args:
-        labels: int64 [clips, tokens], -100 where padded. Where a language code begins every text, it is the first
-            label, and the start token stands before it, as it does when a text is generated.
+        labels: int64 [clips, tokens], -100 where padded. A language code that begins every text is the first
+            label, and the start token stands before it, as it does in generation.
         config: has ``decoder_start_token_id`` and ``pad_token_id``.
     """
     shifted = torch.full_like(labels, config.decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill_(shifted == IGNORED_LABEL, config.pad_token_id)
+
+
+def score_tokens(
+    backbone: PreTrainedModel, hidden: Tensor, mask: Tensor, ids: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """Scores of the next tokens.
+
+    Args:
+        backbone: has weights.
+        hidden: what its encoder gave [clips, positions, width].
+        mask: bool [clips, positions].
+        ids: what its decoder reads [clips, tokens].
+        rows: bool [clips, tokens]: score these places alone. Scores of a whole vocabulary are the largest tensors of a
+            step; architectures that are not in the tables above compute all of them and drop the others.
+
+    Returns:
+        [clips, tokens, vocabulary], or [rows, vocabulary].
+    """
+    mask, kind = mask.long(), decoder_config(backbone.config).model_type
+    if rows is None or kind not in SCALED_OUTPUT.keys() | PLAIN_OUTPUT:
+        encoded = BaseModelOutput(last_hidden_state=hidden)
+        logits = backbone(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids, use_cache=False).logits
+        return logits if rows is None else logits[rows]
+    if (projection := getattr(backbone, "enc_to_dec_proj", None)) is not None:  # halves of different widths
+        hidden = projection(hidden)
+    decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
+    states = decoder(input_ids=ids, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)[0]
+    if kind in SCALED_OUTPUT and getattr(backbone.config, SCALED_OUTPUT[kind]):
+        states = states * backbone.model_dim**-0.5
+    logits = backbone.get_output_embeddings()(states[rows])
+    bias = getattr(backbone, "final_logits_bias", None)
+    return logits if bias is None else logits + bias

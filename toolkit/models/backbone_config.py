@@ -1,6 +1,6 @@
 """The backbone's configuration for a run: of a model card, the hub or a folder, fitted to tokenizer and recipe.
 
-No weights are looked at here: what a card, a recipe and a published ``config.json`` disagree on is found before.
+Where card, recipe and published ``config.json`` disagree is found here, before any weights are read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DROPOUT_KEYS = (
     *("dropout_rate", "dropout", "attention_dropout", "activation_dropout"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
 )
-# Layers that are skipped at random leave their weights without a gradient in that step, and under ZeRO stage 3 ranks
-# would gather different layers and wait for each other for ever.
+# A layer that is skipped at random has no gradient in that step; under ZeRO stage 3 ranks would gather different layers
+# and hang.
 LAYER_DROP_KEYS = ("encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -91,22 +91,33 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
 
 
 def not_loadable(model: Model, error: Exception) -> UserError:
-    """What to tell the user when transformers cannot load the backbone."""
+    """The error to raise where transformers cannot load the backbone."""
     source, reason = source_of(model), " ".join(str(error).split())
+    where = f"model.backbone={model.backbone}"
     if "trust_remote_code" in reason:
         return UserError(
-            f"model.backbone={model.backbone}: {source} brings its own code: read it, and allow it with "
-            "model.trust_remote_code=true if you trust it"
+            f"{where}: {source} needs Python code from the hub, which model.trust_remote_code=false forbids",
+            "read its code, and set model.trust_remote_code=true if you trust it",
         )
     if Path(source).is_dir():
-        return UserError(f"model.backbone={model.backbone}: the folder holds no usable model: {reason[:200]}")
-    trouble = hub_trouble(error, source)
-    if trouble:
         return UserError(
-            f"model.backbone={model.backbone}: {source} {trouble}; or name a folder with model.backbone=FOLDER, or "
-            "train from random weights with model.from_scratch=true"
+            f"{where}: the folder holds no usable model: {_shortened(reason)}",
+            "name a folder that transformers' save_pretrained wrote (config.json and weights)",
         )
-    return UserError(f"model.backbone={model.backbone}: {source} cannot be loaded: {reason[:200]}")
+    if trouble := hub_trouble(error, source):
+        return UserError(
+            f"{where}: {source} {trouble.what}",
+            f"{trouble.remedy}; or set model.backbone=FOLDER, or model.from_scratch=true for random weights",
+        )
+    return UserError(
+        f"{where}: {source} cannot be loaded: {_shortened(reason)}",
+        f"see what `python launch/recipes.py check-model {source}` says, or choose another model",
+    )
+
+
+def _shortened(reason: str) -> str:
+    """What another library says, as part of a message of ours."""
+    return reason[:200].rstrip(". :")
 
 
 def _from_values(architecture: str, values: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
@@ -147,7 +158,8 @@ def _check_vocabulary(config: PreTrainedConfig, model: Model, tokens: int) -> No
     if tokens - len(model.extra_tokens) > rows:
         raise UserError(
             f"model.tokenizer={tokenizer_of(model)} has {tokens} tokens and model.backbone={model.backbone} only "
-            f"{rows} embedding rows: they do not belong together; drop model.tokenizer, or add model.from_scratch=true"
+            f"{rows} embedding rows",
+            "drop model.tokenizer, or add model.from_scratch=true",
         )
 
 
@@ -162,8 +174,8 @@ def _check_against_card(card: ModelCard, found: dict[str, Any], source: str) -> 
         others.insert(0, f"model_type: {card.architecture} on the card, {found.get('model_type')} found")
     if others:
         raise UserError(
-            f"{source} is not what the model card {card.name} says ({'; '.join(others)}): correct the card, or name "
-            f"the model itself: model.backbone={source}"
+            f"{source} is not what the model card {card.name} says ({'; '.join(others)})",
+            f"correct the card, or name the model itself: model.backbone={source}",
         )
 
 

@@ -1,4 +1,4 @@
-"""From a recipe and a corpus to a translator with its processor: loaded, or made from a model card's dimensions."""
+"""The translator and the processor that a recipe describes, with published weights or random ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     stage; those of the pose encoder come from torch's generator, which all ranks seed alike.
 
     Raises:
-        UserError: the backbone cannot be had, or has fewer positions than the longest clip and the prefix take.
+        UserError: the backbone cannot be loaded, or has fewer positions than the longest clip and the prefix take.
     """
     recipe = resolved.recipe
     model = recipe.model
@@ -77,7 +77,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, len(prefix_ids))
     backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint)
     config = PoseTranslatorConfig(
-        # Where the backbone was loaded from is this machine's business.
+        # Without the path that the backbone was loaded from.
         backbone={key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"},
         pose_encoder=model.pose_encoder.model_dump(),
         num_points=corpus.landmark_set.num_points,
@@ -101,7 +101,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
             fingerprint=fingerprint.hexdigest(),
         )
     if recipe.training.gradient_checkpointing:
-        # Reentrant checkpointing loses the gradients of whatever lies before inputs that need none.
+        # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return translator
 
@@ -113,11 +113,11 @@ def rebuild_translator(
     *,
     zero3: dict[str, Any] | None = None,
 ) -> tuple[PoseTranslator, str]:
-    """The translator as it was before it was trained, to put what was trained onto it.
+    """The translator as it was before training, into which trained weights are then loaded.
 
     Args:
         config: of the trained one.
-        base: what it stands on.
+        base: how its backbone is made again.
         tokenizer: of the trained one, with its extra tokens.
         zero3: a DeepSpeed configuration whose stage 3 partitions the weights; all ranks then call this.
 
@@ -125,7 +125,7 @@ def rebuild_translator(
         the translator, and the fingerprint of the backbone that was found or made, empty on ranks that received it.
 
     Raises:
-        UserError: the backbone cannot be had.
+        UserError: the backbone cannot be loaded.
     """
     settings = Model.model_validate(base.model)
     placement = placement_for(base.precision, settings.quantization, zero3=zero3)
@@ -138,7 +138,7 @@ def rebuild_translator(
 
 
 def stands_on_base(settings: Model) -> bool:
-    """Whether a run of this model saves only what it trained, because the rest can be had again."""
+    """Whether a run of this model saves only what it trained, because the rest can be loaded or made again."""
     return settings.lora is not None or settings.quantization is not None
 
 
@@ -152,7 +152,7 @@ def _base_name(settings: Model) -> str:
 def _complete(
     translator: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> None:
-    """What comes on top of a backbone with its weights: new tokens, adapters, and the form of the run."""
+    """Add to a backbone with weights what the recipe asks for: rows of new tokens and adapters, in the run's dtype."""
     if placement.quantization:
         mark_quantised(translator, placement.quantization)
     add_rows(translator, settings, tokenizer)
@@ -169,10 +169,10 @@ def _fitted_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def fetch_backbone(model: Model) -> None:
-    """Bring a backbone's published files into this machine's cache, where they are not there yet; builds nothing.
+    """Download a backbone's published files into this machine's cache; builds nothing.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: they cannot be downloaded.
     """
     if has_random_weights(model):
         return
@@ -204,13 +204,13 @@ def _backbone(
 def _set_generation(
     translator: PoseTranslator, evaluation: Evaluation, frame: list[int], published: GenerationConfig
 ) -> None:
-    """Let the saved folder translate as the recipe evaluates.
+    """Set how the saved model translates: as the recipe evaluates.
 
     Args:
         translator: gets the settings.
         evaluation: the recipe's section.
         frame: the tokens that every target text begins with.
-        published: the backbone's own settings; what it may not write is kept, how it searches is the recipe's.
+        published: the backbone's own settings; tokens that it must not write are kept, how it searches is the recipe's.
     """
     settings: dict[str, Any] = {
         "num_beams": evaluation.num_beams,
@@ -224,7 +224,7 @@ def _set_generation(
     for key in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
         setattr(generation, key, getattr(published, key, None))
     if len(frame) == 1:
-        # Every label begins with it (a language code, or BART's <s>), so every output may as well.
+        # Every label begins with it (a language code, or BART's <s>), so every output does.
         generation.forced_bos_token_id = frame[0]
     for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
         setattr(generation, key, getattr(translator.config, key))

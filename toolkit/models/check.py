@@ -1,4 +1,4 @@
-"""Can this backbone be trained as the run wants it? Asked before a weight is read and before a process group exists."""
+"""Checks that a backbone can be trained as a recipe asks, before weights are read and a process group exists."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import PoseEncoder, Recipe
 
+SEQ2SEQ_HINT = "choose a seq2seq model that reads vectors; `python launch/recipes.py ls` shows some"
+
 
 def check_model(resolved: ResolvedRun) -> None:
-    """See that the backbone can be had and trained as the run wants it; loads no weights and needs no process group.
+    """See that the backbone can be loaded and trained as the recipe asks; reads no weights and needs no process group.
 
     Raises:
-        UserError: it cannot be had, is no encoder-decoder, reads no vectors, has too few positions, or stands
-            in a refused cell of the compatibility table.
+        UserError: it cannot be loaded, is no encoder-decoder, reads no vectors, has too few positions, lacks a layer
+            that LoRA is to adapt, or is in a refused cell of the compatibility table.
     """
     model = resolved.recipe.model
     config = backbone_config(model)
@@ -27,13 +30,15 @@ def check_model(resolved: ResolvedRun) -> None:
     if problem:
         raise problem
     if not is_known(config):
-        return  # code from the hub says what it can do once it runs
+        return  # what code from the hub can do shows when it runs
     backbone = empty_backbone(config)
     if not takes_vectors(backbone):
         raise UserError(
-            f"model.backbone={model.backbone}: the encoder of a {config.model_type} reads token ids only (it takes no "
-            "inputs_embeds), and poses are none: choose another seq2seq model; `python launch/recipes.py ls` shows some"
+            f"model.backbone={model.backbone}: the encoder of a {config.model_type} takes no inputs_embeds for poses",
+            SEQ2SEQ_HINT,
         )
+    if model.lora:
+        lora_targets(backbone, model)
     data = resolved.recipe.data
     frames = Corpus.open(data.corpus).metadata.max_frames if data.corpus else data.max_frames
     check_positions(resolved.recipe, backbone, frames, prefix=0)
@@ -52,14 +57,11 @@ def check_architecture(config: PreTrainedConfig, name: str) -> None:
     if config.is_encoder_decoder and is_seq2seq(config):
         return
     kind = "a model that writes text from text" if config.is_encoder_decoder else "an encoder-decoder"
-    raise UserError(
-        f"model.backbone={name} is a {config.model_type}, not {kind}: choose a seq2seq model; "
-        "`python launch/recipes.py ls` shows some"
-    )
+    raise UserError(f"model.backbone={name} is a {config.model_type}, not {kind}", SEQ2SEQ_HINT)
 
 
 def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int | None, prefix: int) -> None:
-    """See that the backbone tells as many positions apart as the longest clip has, and as the longest text.
+    """See that the backbone has as many positions as the longest clip and the longest text take.
 
     Args:
         recipe: the run's.
@@ -68,7 +70,7 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
         prefix: tokens before the poses.
 
     Raises:
-        UserError: it does not; the message says how to mend it.
+        UserError: it does not.
     """
     name, pose_encoder = recipe.model.backbone, recipe.model.pose_encoder
     limit = position_limit(backbone.get_encoder())
@@ -82,8 +84,8 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
         )
         raise UserError(
             f"model.backbone={name} has {limit} encoder positions; clips of {max_frames} frames"
-            f"{f' behind a prefix of {prefix} tokens' if prefix else ''} take {needed}: set data.max_frames={fitting}, "
-            f"or model.{shorter}"
+            f"{f' after a prefix of {prefix} tokens' if prefix else ''} take {needed}",
+            f"set data.max_frames={fitting}, or model.{shorter}",
         )
     limit = position_limit(backbone.get_decoder())
     lengths = {
@@ -94,7 +96,7 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
     if limit is not None and needed > limit:
         remedy = " ".join(f"{key}={limit}" for key, length in lengths.items() if length > limit)
         raise UserError(
-            f"model.backbone={name} has {limit} decoder positions, and texts take up to {needed}: set {remedy}"
+            f"model.backbone={name} has {limit} decoder positions, and texts take up to {needed}", f"set {remedy}"
         )
 
 

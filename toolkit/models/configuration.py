@@ -1,4 +1,4 @@
-"""The configuration of a pose translator: what ``config.json`` of a model folder says."""
+"""The configuration of a pose translator: ``config.json`` of a model folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class PoseTranslatorConfig(PreTrainedConfig):
         num_points: landmarks per frame.
         num_channels: coordinates per landmark (x, y, z).
         landmark_set: what the landmarks are, as ``LandmarkSet.to_dict`` gives it; ``stgcn`` makes its graph of it.
-        ctc: whether the encoder's output carries a CTC head over the backbone's vocabulary.
+        ctc: whether there is a CTC head over the backbone's vocabulary on the encoder's output.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
         prefix_token_ids: a text prompt whose embeddings stand before the poses.
-        adapter: folder, beside the weights, of the PEFT adapter that belongs onto them; ``from_pretrained`` puts it on,
-            with ``adapter=None`` it leaves it off.
+        adapter: folder, beside the weights, of their PEFT adapter, which ``from_pretrained`` loads; ``adapter=None``
+            leaves it out.
     """
 
     model_type = "pose_translator"

@@ -1,8 +1,8 @@
 """Joint search: beam search scored by the decoder and by the CTC head together.
 
-A decoder knows what words look like but may lose its place in the signing; CTC cannot lose it, because it reads from
-left to right. Scoring each beam by both (Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech
-Recognition", section IV) keeps the strengths of each.
+A decoder writes fluent text but may skip or repeat parts of a clip; CTC reads from left to right and cannot. Each beam
+is scored by both (Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition",
+section IV).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class CtcPrefixScores(LogitsProcessor):
         self, logits: Tensor, mask: Tensor, *, weight: float, end_id: int, special_ids: list[int], num_beams: int
     ) -> None:
         log_probs = logits.float().log_softmax(dim=-1)
-        # Behind a clip's end only silence is possible, which leaves every text as it was.
-        silence = torch.full_like(log_probs[:1, :1], IMPOSSIBLE)
-        silence[..., -1] = 0.0
-        self.log_probs = torch.where(mask.unsqueeze(-1), log_probs, silence)
+        # After a clip's end only the blank is possible, which leaves every text as it is.
+        blank = torch.full_like(log_probs[:1, :1], IMPOSSIBLE)
+        blank[..., -1] = 0.0
+        self.log_probs = torch.where(mask.unsqueeze(-1), log_probs, blank)
         self.blanks = self.log_probs[..., -1].repeat_interleave(num_beams, dim=0)
         self.weight = weight
         self.end_id = end_id
@@ -68,7 +68,7 @@ class CtcPrefixScores(LogitsProcessor):
         return (1 - self.weight) * decoder_scores + self.weight * gains
 
     def keep_clips(self, clips: Tensor) -> None:
-        """Forget all but these clips, which are all that the search goes on with.
+        """Keep the state of these clips alone, where the search continues without the others.
 
         Args:
             clips: their places among those that it had [clips].
@@ -93,7 +93,7 @@ class CtcPrefixScores(LogitsProcessor):
         return torch.logsumexp(reach + emitted, dim=1) - self._prefix[:, None]
 
     def _follow(self, input_ids: Tensor) -> None:
-        """Bring the forward variables up to the texts that the search has chosen."""
+        """Update the forward variables to the texts that the search has chosen."""
         if self.texts is None:
             self.texts = input_ids
             self._starts = torch.zeros(len(input_ids), device=input_ids.device)

@@ -24,7 +24,7 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         landmark_set: the landmarks in order, as ``LandmarkSet.to_dict`` gives them.
         fps: frames per second after resampling.
         max_frames: longer clips are shortened as ``too_long`` says.
-        too_long: ``subsample``, ``cut`` or ``reject``.
+        too_long: as the recipe's ``data.too_long``.
         normalisation: what was done to the coordinates, as text; a folder made by another method is refused.
     """
 

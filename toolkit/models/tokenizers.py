@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from toolkit.errors import UserError
-from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
+from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, first_line, hub_trouble
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
 TRAINED_VOCABULARY = 8000
@@ -33,8 +33,8 @@ def make_tokenizer(
         trust_remote_code: whether code that comes with a hub model may run.
 
     Raises:
-        UserError: the hub id or folder cannot be loaded, knows no such language, must be told one, or makes texts
-            whose end a model could not learn.
+        UserError: the hub id or folder cannot be loaded, does not know the language, needs one that is not given, or
+            ends texts in no token.
     """
     if kind == "bytes":
         tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
@@ -51,39 +51,39 @@ def _load_tokenizer(kind: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
     try:
         return AutoTokenizer.from_pretrained(kind, trust_remote_code=trust_remote_code)
     except (*NOT_LOADED, ImportError) as error:
-        reason = hub_trouble(error, kind) or f"cannot be loaded ({str(error).strip().splitlines()[0]})"
+        trouble = hub_trouble(error, kind) or HubTrouble(f"cannot be loaded ({first_line(error)})", "correct its id")
         raise UserError(
-            f"the tokenizer {kind!r} {reason}; or name a folder that holds it, or use model.tokenizer=bytes, which "
-            "needs no download"
+            f"the tokenizer {kind!r} {trouble.what}",
+            f"{trouble.remedy}; or name a folder that holds it, or set model.tokenizer=bytes, which needs no download",
         ) from error
 
 
 def _set_language(tokenizer: Any, language: str | None, kind: str) -> None:
-    """Let a multilingual tokenizer begin every target text with the code of ``language``."""
+    """Make a multilingual tokenizer begin every target text with the code of ``language``."""
     if not hasattr(tokenizer, "tgt_lang"):
         if language:
             language_id(tokenizer, language)
         return
     if not language:
-        # Left alone it would call every text English, or fail at the first one.
+        # Without one it would mark every text as English, or fail at the first text.
         raise UserError(
-            f"the tokenizer {kind!r} is multilingual and must know the language of the texts: set "
-            f"evaluation.forced_language, e.g. to {', '.join(list(_languages(tokenizer))[:12])}, ..."
+            f"the tokenizer {kind!r} is multilingual, and evaluation.forced_language names no language of the texts",
+            f"set evaluation.forced_language to a language such as {', '.join(list(_languages(tokenizer))[:12])}",
         )
     language_id(tokenizer, language)
     tokenizer.tgt_lang = language.strip("_")
 
 
 def _check_ends(tokenizer: Any, kind: str) -> None:
-    """See that padding and the end of a text can be told; BERT's separator serves as an end."""
+    """See that there is a token for padding and one that ends each text; BERT's separator serves as the latter."""
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token
     ids = tokenizer(text_target="a")["input_ids"]
     if tokenizer.pad_token is None or tokenizer.eos_token_id not in ids:
-        missing = "padding token" if tokenizer.pad_token is None else "end-of-sentence token behind a text"
+        missing = "padding token" if tokenizer.pad_token is None else "end-of-sentence token after a text"
         raise UserError(
-            f"the tokenizer {kind!r} has no {missing}, so a model could not learn where a text ends: use that of a "
-            "seq2seq model, or model.tokenizer=bytes"
+            f"the tokenizer {kind!r} has no {missing}, so a model could not learn where a text ends",
+            "set model.tokenizer to that of a seq2seq model, or to bytes",
         )
 
 
@@ -114,10 +114,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _in_fixed_order(tokenizer: Tokenizer) -> models.Unigram:
-    """The trained model with pieces of equal score in alphabetical order; the trainer leaves that to chance."""
+    """The trained model with tokens of equal score in alphabetical order; the trainer's order is random."""
     trained = json.loads(tokenizer.to_str())["model"]
-    special, pieces = trained["vocab"][: len(SPECIAL_TOKENS)], trained["vocab"][len(SPECIAL_TOKENS) :]
-    ordered = sorted(((piece, score) for piece, score in pieces), key=lambda entry: (-entry[1], entry[0]))
+    special, learnt = trained["vocab"][: len(SPECIAL_TOKENS)], trained["vocab"][len(SPECIAL_TOKENS) :]
+    ordered = sorted(((token, score) for token, score in learnt), key=lambda entry: (-entry[1], entry[0]))
     return models.Unigram([*map(tuple, special), *ordered], unk_id=trained["unk_id"], byte_fallback=False)
 
 
@@ -134,14 +134,18 @@ def language_id(tokenizer: Any, code: str) -> int:
         code: as the tokenizer writes it: ``hi_IN`` (mBART), ``hin_Deva`` (NLLB), ``hi`` or ``__hi__`` (M2M100).
 
     Raises:
-        UserError: the tokenizer knows no such language; the message names those that it knows.
+        UserError: the tokenizer does not know it.
     """
     codes = _languages(tokenizer)
     if code.strip("_") in codes:
         return int(tokenizer.convert_tokens_to_ids(codes[code.strip("_")]))
     few = ", ".join(list(codes)[:12])
-    known = f"it knows {few}{', ...' if len(codes) > 12 else ''}" if codes else "it has none at all"
-    raise UserError(f"evaluation.forced_language: the tokenizer has no language {code!r}: {known}")
+    raise UserError(
+        f"evaluation.forced_language: the tokenizer has no language {code!r}",
+        f"set it to a language such as {few}"
+        if codes
+        else "drop evaluation.forced_language: this tokenizer has no languages",
+    )
 
 
 def _languages(tokenizer: Any) -> dict[str, str]:

@@ -1,14 +1,11 @@
 """The translator: a pose encoder in front of any HuggingFace seq2seq backbone, as one ``PreTrainedModel``.
 
-A saved translator is an ordinary HuggingFace folder. Loading is strict: a missing or unexpected tensor is an error,
-because a model that silently starts from random weights costs its user days.
+A saved translator is an ordinary HuggingFace folder. Loading is strict: a missing or unexpected tensor is an error.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +17,14 @@ from transformers.utils import ModelOutput
 
 from toolkit.batching.collate import IGNORED_LABEL
 from toolkit.errors import UserError
-from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, new_backbone, vocabulary_size
+from toolkit.models.backbone import (
+    decoder_inputs,
+    embed_words,
+    encoder_width,
+    new_backbone,
+    score_tokens,
+    vocabulary_size,
+)
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
 from toolkit.models.encoders import make_pose_encoder
@@ -56,12 +60,12 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "poses"
     supports_gradient_checkpointing = True
-    base: BaseReference | None = None  # what it stands on, when only a part of it is saved
+    base: BaseReference | None = None  # the backbone that it was trained on, when only what trained is saved
 
     def __init__(self, config: PoseTranslatorConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = backbone if backbone is not None else new_backbone(config.backbone_config())
-        # The translator's own settings decide how to search; what the backbone was published with must not fill gaps.
+        # How to search is for the translator's settings; published ones must not replace keys that these leave out.
         self.backbone.generation_config = GenerationConfig()
         width = encoder_width(self.backbone.config)
         self.pose_encoder = make_pose_encoder(
@@ -115,19 +119,13 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         Args:
             poses, visible, frame_mask: as :meth:`encode` takes them.
             labels: token ids [clips, tokens], -100 where padded.
-            labelled_only: give logits [labels that are not -100, vocabulary]. Scores of a whole vocabulary for padding
-                are the largest tensors of a step, and nobody looks at them.
+            labelled_only: give logits [labels that are not -100, vocabulary], without those of padding.
         """
         hidden, mask = self.encode(poses, visible, frame_mask)
-        with _rows_of(self.backbone.get_output_embeddings(), labels != IGNORED_LABEL if labelled_only else None):
-            decoded = self.backbone(
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-                attention_mask=mask.long(),
-                decoder_input_ids=decoder_inputs(labels, self.config),
-                use_cache=False,
-            )
+        rows = labels != IGNORED_LABEL if labelled_only else None
+        logits = score_tokens(self.backbone, hidden, mask, decoder_inputs(labels, self.config), rows)
         ctc_logits, mask = self._ctc(hidden, mask) if self.config.ctc else (None, mask)
-        return PoseTranslatorOutput(logits=decoded.logits, ctc_logits=ctc_logits, encoder_mask=mask)
+        return PoseTranslatorOutput(logits=logits, ctc_logits=ctc_logits, encoder_mask=mask)
 
     def _ctc(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the CTC head and their mask, at the positions that stem from poses."""
@@ -167,7 +165,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         )
 
     def _attach_adapter(self, place: str, settings: dict[str, Any]) -> set[str]:
-        """Put on the adapter that lies beside the weights, and give the names of the tensors that it lacks."""
+        """Load the adapter beside the weights; gives the names of tensors that it lacks or has too many."""
         # transformers' own load_adapter leaves DoRA's magnitudes out (5.23).
         from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
@@ -199,20 +197,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         if problems:
             listed = "; ".join(f"{kind.replace('_keys', '')}: {', '.join(keys[:5])}" for kind, keys in problems.items())
             raise UserError(
-                f"{pretrained_model_name_or_path} does not hold this model's weights ({listed}): "
-                "save it again with save_pretrained, or point to the folder that was trained"
+                f"{pretrained_model_name_or_path} does not hold this model's weights ({listed})",
+                "save it again with save_pretrained, or name the folder that was trained",
             )
         return (model, info) if wants_info else model
-
-
-@contextmanager
-def _rows_of(head: nn.Module, rows: Tensor | None) -> Iterator[None]:
-    """Within, ``head`` sees only these rows [clips, tokens] of its input, as [rows, width]; None = all, as they are."""
-    if rows is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows], *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

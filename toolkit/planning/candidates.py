@@ -11,7 +11,7 @@ from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, encoder_width, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.check import check_architecture
-from toolkit.planning.counts import count_with, empty_translator
+from toolkit.planning.counts import count_with
 from toolkit.planning.states import GIB, model_states
 from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, refusal
@@ -118,7 +118,7 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
 def _targets(config: Any, recipe: Recipe) -> list[str]:
     model = recipe.model.model_copy(update={"lora": Lora()})
     try:
-        return lora_targets(empty_translator(config, recipe), model)
+        return lora_targets(empty_backbone(config), model)
     except UserError:
         return []  # unknown: the recipe must name them
 

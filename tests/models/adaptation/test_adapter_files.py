@@ -29,6 +29,7 @@ from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.adaptation.export import export_model
+from toolkit.models.adaptation.merge import Adapter, merge
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import save_model, saved_state_dict
@@ -49,6 +50,9 @@ GPT2 = GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=4, is_decoder=Tru
 CONFIGS: dict[str, PreTrainedConfig] = {
     "t5": T5Config(vocab_size=384, **T5),
     "bart": BartConfig(vocab_size=384, **BART, pad_token_id=0, eos_token_id=1, decoder_start_token_id=1),
+    "bart, untied": BartConfig(
+        vocab_size=384, **BART, pad_token_id=0, eos_token_id=1, decoder_start_token_id=1, tie_word_embeddings=False
+    ),
     "bert+gpt2": EncoderDecoderConfig(
         encoder=BERT, decoder=GPT2, pad_token_id=0, eos_token_id=1, decoder_start_token_id=1
     ),
@@ -60,6 +64,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lora, tokens": ("t5", ("model.lora.r=4", TOKENS)),
     "dora, norms": ("t5", ("model.lora={r: 4, dora: true, train: [layer_norms]}",)),
     "rslora, embeddings, tokens": ("bart", ("model.lora={r: 4, rslora: true, train: [embeddings]}", TOKENS)),
+    "lora on an untied output": ("bart, untied", ("model.lora={r: 4, targets: [lm_head, q_proj]}", TOKENS)),
     "lora, from random weights": ("t5_small", ("model.lora.r=4", "model.tiny=true", TOKENS)),
     "lora on GPT-2": ("bert+gpt2", ("model.lora.r=4", TOKENS)),
     "qlora": (
@@ -192,6 +197,26 @@ def test_an_export_answers_as_the_trained_model(
         assert torch.equal(answers(by_peft.get_base_model()), answers(exported))
 
 
+# The last one is wrong by less than bf16 rounds, and is seen before its weights are cast.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # In three steps the adapter of int8 learns less than int8 rounds.
+    [*((name, None) for name in RUNS if name != "lora on int8"), ("rslora, embeddings, tokens", "bf16")],
+)
+def test_an_export_that_gives_other_scores_is_refused_before_it_is_written(
+    train: Callable[..., Run], name: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge_twice(model: PoseTranslator, adapter: Adapter) -> None:
+        merge(model, adapter)
+        merge(model, adapter)
+
+    monkeypatch.setattr("toolkit.models.adaptation.export.merge", merge_twice)
+    model, processor = load_translator(train(name).folder)
+    with pytest.raises(UserError, match="standard deviations"):
+        export_model(model, processor, tmp_path / "e", card="", dtype=dtype, replace=False, merge_adapter=True)
+    assert not list(tmp_path.iterdir())
+
+
 def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Callable[[], None]:
     """Change a file of tensors; the returned function undoes it."""
     before = path.read_bytes()
@@ -226,7 +251,7 @@ def test_another_base_is_refused_and_both_are_named(train: Callable[..., Run]) -
     run = train("lora")
     undo = edit(run.backbone / "model.safetensors", lambda t: t["shared.weight"].mul_(1.001))
     expected = json.loads((run.folder / "base.json").read_text())["fingerprint"]
-    with pytest.raises(UserError, match=f"{run.backbone} .*{expected}, this one [0-9a-f]{{32}};") as caught:
+    with pytest.raises(UserError, match=f"{run.backbone} .*{expected}, this one [0-9a-f]{{32}}$") as caught:
         load_translator(run.folder)
     undo()
     assert "\n" not in str(caught.value)
@@ -236,6 +261,6 @@ def test_a_base_file_that_is_not_readable_is_named(train: Callable[..., Run]) ->
     run = train("lora")
     before = (run.folder / "base.json").read_text()
     (run.folder / "base.json").write_text("{}")
-    with pytest.raises(UserError, match=r"base\.json is not readable"):
+    with pytest.raises(UserError, match=r"base\.json"):
         load_translator(run.folder)
     (run.folder / "base.json").write_text(before)

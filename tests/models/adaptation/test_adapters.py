@@ -214,12 +214,36 @@ def test_targets_by_name() -> None:
     assert all(parameter.grad is not None for parameter in trained(model).values())
 
 
-def test_a_target_that_matches_nothing_is_named_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"model.lora.targets: .*'q_proj'; the nearest: q") as caught:
-        adapt(make(), settings(lora={"targets": ["q_proj"]}))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no linear layer"):
-        adapt(make(), settings(lora={"targets": ["output"]}))  # the pose encoder's own, never a target
+@pytest.mark.parametrize("target", ["q_proj", "output"])  # `output` is the pose encoder's, never a target
+def test_a_target_that_matches_nothing_is_named_with_the_nearest(target: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.lora\.targets: .*{target}") as caught:
+        adapt(make(), settings(lora={"targets": [target]}))
+    assert any(near in caught.value.hint for near in (" q,", " o,"))
+
+
+@pytest.mark.parametrize(("family", "table"), [("t5", "shared"), ("bart", "model.shared"), ("bert+gpt2", "wte")])
+@pytest.mark.parametrize("part", ["lm_head", "all of them"])
+def test_an_adapter_of_a_tied_output_is_refused(family: str, table: str, part: str) -> None:
+    """Merging it would change the embeddings, too."""
+    targets = ["lm_head"] if part == "lm_head" else ["lm_head", *FAMILIES[family][1]]
+    with pytest.raises(UserError, match=rf"model\.lora\.targets: .*lm_head .*{table}"):
+        adapt(make(family), settings(lora={"targets": targets}))
+
+
+def test_an_adapter_of_a_layer_that_is_used_twice_is_refused() -> None:
+    model = make("bart")
+    first = model.backbone.model.encoder.layers[0].self_attn
+    first.k_proj = first.q_proj
+    with pytest.raises(UserError, match=r"self_attn\.q_proj .*self_attn\.k_proj"):
+        adapt(model, settings(lora={"r": 2}))
+
+
+def test_an_untied_output_can_have_an_adapter() -> None:
+    model = make("bart, untied")
+    adapt(model, settings(lora={"r": 2, "dropout": 0.0, "targets": ["lm_head"]}))
+    assert {name.split(".lora_")[0] for name in trained(model) if ".lora_" in name} == {"backbone.lm_head"}
+    losses = learn(model, 3)
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ def test_precisions(kind: str, encoder: Any, clips: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kinds_own_sizes_stand_where_the_recipe_says_null(kind: str) -> None:
-    told = PoseEncoder.model_validate({"kind": kind, "hidden": None, "layers": None, "stride": None, "heads": None})
-    assert told == PoseEncoder.model_validate({"kind": kind})
+    given = PoseEncoder.model_validate({"kind": kind, "hidden": None, "layers": None, "stride": None, "heads": None})
+    assert given == PoseEncoder.model_validate({"kind": kind})
     assert PoseEncoder.model_validate({"kind": kind, "hidden": 64}).hidden == 64
 
 

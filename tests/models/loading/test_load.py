@@ -61,10 +61,10 @@ def test_a_run_directory_or_its_best_folder(folder: Path) -> None:
     assert not model.training and processor.tokenizer is not None
 
 
-def test_a_hub_id_is_told_from_a_mistyped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_folder_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert find_model("someone/model") == "someone/model"
     for name in ("runs/demp", "nothing", "some one/model"):
-        with pytest.raises(UserError, match="there is no model folder"):
+        with pytest.raises(UserError, match=name):
             find_model(name)

@@ -1,4 +1,4 @@
-"""What changes a backbone: LoRA, quantisation, extra tokens; merging and exporting what was trained.
+"""LoRA, quantisation, extra tokens; files of what trained, merging and exporting.
 
 Must not know training.
 """

@@ -1,8 +1,8 @@
-"""The folder of a model of which only a part was trained: that part, and what it stands on.
+"""The model folder of a run with adapters or a quantised backbone: what trained, and which base model it needs.
 
     config.json, ...       the configuration and the processor, as in any model folder
-    base.json              how to make the rest again, and its fingerprint
-    adapter/               the adapters alone, in PEFT's own form; only where there are some
+    base.json              how the base model is loaded or made, and its fingerprint
+    adapter/               the adapters, in PEFT's own form; only where there are some
     trained.safetensors    everything else that trained: the pose encoder, norms, embeddings, rows of new tokens
 
 Reading is strict: every tensor that trains must be there with its shape, and nothing else.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import ADAPTER
+from toolkit.models.loading.hub import first_line
 from toolkit.models.translator import PoseTranslator
 
 if TYPE_CHECKING:
@@ -29,14 +30,15 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "trained.safetensors"
+COPY_AGAIN = "copy the folder again, or train from scratch"
 
 
 def save_trained(folder: Path, model: PoseTranslator, weights: Mapping[str, Tensor]) -> None:
-    """Write what trained, and see that it is all there.
+    """Write what trained, and check that every trainable tensor is in the files.
 
     Args:
-        folder: a model folder in the making.
-        model: knows the adapters' configuration and every tensor's true shape.
+        folder: a model folder that is being written.
+        model: gives the adapters' configuration and every tensor's whole shape.
         weights: the trainable tensors, whole, by the model's names.
 
     Raises:
@@ -61,7 +63,7 @@ def save_adapter(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor]
 
 @torch.no_grad()
 def load_trained(folder: Path, model: PoseTranslator) -> None:
-    """Put what trained onto a model that was made and adapted as the one that was saved.
+    """Load what trained into a model that was made and adapted as the one that was saved.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape; they are named.
@@ -81,13 +83,11 @@ def trained_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tens
         files = [safe_open(path, "pt") for path in _files(folder)]
         places = {_name(key): (file, key) for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the trained weights in {folder} cannot be read: {error}") from error
+        raise UserError(f"the trained weights in {folder} cannot be read: {first_line(error)}", COPY_AGAIN) from error
     found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
     problems = _differences(found, {name: _shape(parameter) for name, parameter in _trainable(model).items()})
     if problems:
-        raise UserError(
-            f"{folder} does not hold what this model trains ({problems}): copy the folder again, or train anew"
-        )
+        raise UserError(f"{folder} does not hold what this model trains ({problems})", COPY_AGAIN)
 
     def read(name: str) -> Tensor:
         file, key = places[name]
@@ -136,7 +136,7 @@ def _trainable(model: PoseTranslator) -> dict[str, nn.Parameter]:
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # whole, where ZeRO-3 has cut it
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # whole, where ZeRO-3 has partitioned it
 
 
 def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,7 +1,7 @@
-"""What of a translator trains: low-rank adapters in the backbone, frozen parts, and what stays whole.
+"""Which parameters of a translator train: low-rank adapters in the backbone, and what trains in full or is frozen.
 
-The pose encoder and the CTC head start from random weights and always train in full. This module knows nothing of how
-the weights came here: they may lie whole, cut over ranks by ZeRO-3, or quantised by bitsandbytes.
+The pose encoder and the CTC head start from random weights and always train in full. The backbone's weights may be
+whole, partitioned by ZeRO-3, or quantised by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.errors import UserError
@@ -31,17 +32,17 @@ SEED_OFFSET = 1_000_003  # adapters draw from a stream of their own, not from th
 
 
 def adapt(model: PoseTranslator, settings: Model) -> None:
-    """Put the adapters in and say what trains, as the recipe asks. Changes ``model``.
+    """Add adapters and freeze parameters, as the recipe asks. Changes ``model``.
 
     Args:
-        model: the whole translator; what it has of extra tokens (``extra_tokens.py``) is there already.
+        model: the whole translator, with its extra tokens (``extra_tokens.py``).
         settings: the recipe's ``model`` section.
 
     Raises:
-        UserError: LoRA targets that match nothing; the nearest names are listed.
+        UserError: as :func:`lora_targets`.
     """
     if settings.lora:
-        add_lora(model, settings.lora, lora_targets(model, settings))
+        add_lora(model, settings.lora, lora_targets(model.backbone, settings))
     elif settings.quantization:
         model.backbone.requires_grad_(False)
     for part in settings.freeze:
@@ -51,53 +52,59 @@ def adapt(model: PoseTranslator, settings: Model) -> None:
         parameter.requires_grad_(False)
 
 
-def lora_targets(model: PoseTranslator, settings: Model) -> list[str]:
+def lora_targets(backbone: PreTrainedModel, settings: Model) -> list[str]:
     """Last parts of the names of the modules that get adapters: the recipe's, else the model card's, else looked up.
 
+    Args:
+        backbone: with weights or empty; tied weights are one parameter.
+        settings: the recipe's ``model`` section.
+
     Raises:
-        UserError: one of the recipe's or the card's matches nothing.
+        UserError: one of the recipe's or the card's matches no layer, or one whose weight another module uses, too.
     """
-    layers = dict(linear_layers(model))
+    layers = dict(linear_layers(backbone))
     card = card_of(settings)
     wanted = (settings.lora and settings.lora.targets) or (card and card.lora_targets)
     if wanted == [ALL_LINEAR]:
-        head = model.backbone.get_output_embeddings()
-        return sorted({_last(name) for name, layer in layers.items() if layer is not head})
-    if wanted:
+        head = backbone.get_output_embeddings()
+        targets = {_last(name) for name, layer in layers.items() if layer is not head}
+    elif wanted:
         for target in wanted:
             if not any(_ends_in(name, target) for name in layers):
-                raise UserError(_no_target(target, settings, layers))
-        return sorted(set(wanted))
-    found = sorted({_last(name) for name in layers} & QUERIES_AND_VALUES)
-    if not found:
+                raise _unknown_target(target, settings, layers)
+        targets = set(wanted)
+    else:
+        targets = {_last(name) for name in layers} & QUERIES_AND_VALUES
+    if not targets:
         raise UserError(
-            f"model.lora: it is not known where a {model.backbone.config.model_type} has its queries and values: "
-            f"name its layers in model.lora.targets, of {', '.join(sorted({_last(name) for name in layers})[:12])}"
+            f"model.lora: the names of queries and values in a {backbone.config.model_type} are not known",
+            f"set model.lora.targets to some of {', '.join(sorted({_last(name) for name in layers})[:12])}",
         )
-    return found
+    _check_unshared(backbone, [name for name in layers if any(_ends_in(name, target) for target in targets)], settings)
+    return sorted(targets)
 
 
 def add_lora(model: PoseTranslator, lora: Lora, targets: Iterable[str]) -> None:
-    """Adapters in these layers of the backbone; everything else there is frozen but what ``lora.train`` names.
+    """Add adapters to these layers of the backbone and freeze the rest of it, except what ``lora.train`` names.
 
-    The adapters start from the seed of torch's generator, wherever that stands: the same on every rank.
+    Random values come from the seed of torch's generator, not its state, so that all ranks draw the same ones.
     """
-    from peft import LoraConfig  # it brings bitsandbytes along, which takes its time
+    from peft import LoraConfig  # slow: it imports bitsandbytes
 
     unreached = _unreached_modules(model)
-    left_out = sorted({name for name, layer in linear_layers(model) if layer in unreached})
+    left_out = sorted({f"backbone.{name}" for name, layer in linear_layers(model.backbone) if layer in unreached})
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
-        # From the outer model: the pose encoder has layers of its own that must not match.
+        # Names begin at the translator, whose pose encoder has layers that must not match.
         target_modules=rf"backbone\.(?:.*\.)?(?:{'|'.join(re.escape(target) for target in sorted(targets))})",
         exclude_modules=left_out or None,
     )
     with torch.random.fork_rng(devices=[]), _whole_weights(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sees GPT-2's layout by itself
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT detects GPT-2's layout
         torch.manual_seed(torch.initial_seed() + SEED_OFFSET)
         model.add_adapter(config, ADAPTER)
     for name, module in model.named_children():
@@ -111,8 +118,8 @@ def add_lora(model: PoseTranslator, lora: Lora, targets: Iterable[str]) -> None:
 def unreached_parameters(model: PoseTranslator) -> list[tuple[str, nn.Parameter]]:
     """Parameters of the backbone that no forward pass of a translator uses, and that so never have a gradient.
 
-    The encoder reads poses, not tokens: its own word embeddings lie idle, unless the decoder shares them or a prefix is
-    read by them. A BERT's pooler and a Longformer's global attention are not used either.
+    The encoder reads poses, not tokens: its word embeddings are not used, unless the decoder shares them or there is a
+    prefix. Neither are a BERT's pooler and a Longformer's global attention.
     """
     unreached = _unreached_modules(model)
     return [
@@ -123,9 +130,9 @@ def unreached_parameters(model: PoseTranslator) -> list[tuple[str, nn.Parameter]
     ]
 
 
-def linear_layers(model: PoseTranslator) -> Iterator[tuple[str, nn.Module]]:
-    """Name (from the outer model) and module of every layer of the backbone that can have an adapter."""
-    for name, module in model.backbone.named_modules(prefix="backbone"):
+def linear_layers(backbone: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every layer of the backbone that can have an adapter."""
+    for name, module in backbone.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
 
@@ -163,7 +170,7 @@ def _unreached_modules(model: PoseTranslator) -> set[nn.Module]:
 
 @contextlib.contextmanager
 def _whole_weights(model: PoseTranslator) -> Iterator[None]:
-    """Within it PEFT gathers what ZeRO-3 has cut, where it must see a weight (DoRA's magnitudes)."""
+    """Within it PEFT gathers weights that ZeRO-3 has partitioned, where it reads them (DoRA's magnitudes)."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield
         return
@@ -182,8 +189,31 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _no_target(target: str, settings: Model, layers: Iterable[str]) -> str:
-    known = sorted({_last(name) for name in layers})
-    near = difflib.get_close_matches(target, known, n=5, cutoff=0.0)
-    where = "model.lora.targets" if settings.lora and settings.lora.targets else f"lora_targets of {settings.backbone}"
-    return f"{where}: no linear layer of the backbone is called {target!r}; the nearest: {', '.join(near)}"
+def _check_unshared(backbone: PreTrainedModel, targets: Iterable[str], settings: Model) -> None:
+    """Refuse adapters of a weight that several modules use, as an output matrix that is tied to the embeddings.
+
+    The adapter would belong to one of them, and merging it would change them all.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    for target in targets:
+        names = users[id(backbone.get_submodule(target).weight)]
+        if len(names) > 1:
+            others = ", ".join(name for name in names if name != target)
+            raise UserError(
+                f"{_key(settings)}: {target} shares its weight with {others}, so an adapter cannot belong to it alone",
+                f"drop {_last(target)}; model.lora.train=[embeddings] trains a tied token table in full",
+            )
+
+
+def _unknown_target(target: str, settings: Model, layers: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(target, sorted({_last(name) for name in layers}), n=5, cutoff=0.0)
+    return UserError(
+        f"{_key(settings)}: no linear layer of the backbone is called {target!r}", f"the nearest are {', '.join(near)}"
+    )
+
+
+def _key(settings: Model) -> str:
+    """Where the targets were named."""
+    return "model.lora.targets" if settings.lora and settings.lora.targets else f"lora_targets of {settings.backbone}"

@@ -1,8 +1,8 @@
-"""Special tokens that a recipe adds to a tokenizer, and the rows of the token tables that they need.
+"""Special tokens that a recipe adds to a tokenizer, and their rows in the token tables.
 
-The tables get room for them as the backbone is made. Where the tables train, so do the new rows. Where they are frozen
-(beside LoRA, on a quantised backbone, by ``model.freeze``) the new rows are zero there and live in a small table of
-their own, which trains: an ordinary parameter that ZeRO-3 cuts and DeepSpeed saves like any other.
+The tables get rows for them when the backbone is made. Where the tables train, so do the new rows. Where they are
+frozen (with LoRA, on a quantised backbone, by ``model.freeze``) the new rows are zero there, and a small table of their
+own trains: an ordinary parameter to ZeRO-3 and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ ROW_KEYS = ("vocab_size", "decoder_vocab_size")
 
 
 class NewRows(nn.Module):
-    """Rows of a frozen token table that train: vectors of the new tokens, and scores of them where the table is tied.
+    """Rows of a frozen token table that train: vectors of the new tokens, and their scores where the table is tied.
+
+    They complete the table's result in a forward hook, so that the table keeps its class and the name of its weight:
+    transformers ties it, PEFT adapts it and files name it by these.
 
     Args:
         first: id of the first new token.
@@ -42,11 +45,11 @@ class NewRows(nn.Module):
         self.weight = nn.Parameter(values)
 
     def forward(self, seen: Tensor, result: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Complete what the frozen table gives.
+        """Add the new tokens to a result of the frozen table.
 
         Args:
-            seen: what the table was asked: token ids [...], or hidden states [..., width].
-            result: what it answered, with zero for the new tokens: vectors [..., width], or scores [..., vocabulary].
+            seen: the table's input: token ids [...], or hidden states [..., width].
+            result: its result, zero for the new tokens: vectors [..., width], or scores [..., vocabulary].
             scale: by which the table multiplies its vectors.
         """
         count = len(self.weight)
@@ -64,19 +67,19 @@ class NewRows(nn.Module):
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Teach a tokenizer special tokens.
+    """Add special tokens to a tokenizer.
 
     Raises:
         UserError: it knows one of them already.
     """
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
-        raise UserError(f"model.extra_tokens: the tokenizer knows {', '.join(known)} already: leave out what it knows")
+        raise UserError(f"model.extra_tokens: the tokenizer has {', '.join(known)} already", "drop those that it has")
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
 
 
 def reserve_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Let a backbone's configuration have a row for each of these tokens, which the tokenizer knows."""
+    """Give a backbone's configuration a row for each of these tokens, which the tokenizer has."""
     if not tokens:
         return
     rows = _first_id(tokenizer, tokens) + len(tokens)
@@ -106,7 +109,7 @@ def widened(values: Tensor, like: Tensor) -> Tensor:
 
 
 def add_rows(model: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the new tokens their rows; all ranks call this when ZeRO-3 has cut the tables.
+    """Initialise the rows of new tokens; all ranks call this when ZeRO-3 has partitioned the tables.
 
     Each starts as the mean of all rows before them (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
     Language Models"): it changes the other tokens' probabilities least.
@@ -141,7 +144,7 @@ def tables_are_frozen(settings: Model) -> bool:
 
 
 def fold_rows(model: PoseTranslator, weights: dict[str, Tensor]) -> None:
-    """Put trained rows into their tables, among the whole weights of the model; no trace of them apart stays."""
+    """Move trained rows into their tables, among the whole weights of the model."""
     for name, rows in _apart(model).items():
         trained = weights.pop(f"new_rows.{name}.weight")
         for table in rows.names:
@@ -156,12 +159,12 @@ def unfolded(model: PoseTranslator, read: Callable[[str], Tensor]) -> Callable[[
         read: gives the weight of a name, new rows in their tables.
 
     Returns:
-        what gives the weight of a name as the model holds it.
+        the same for the names and values of the model itself.
     """
     apart = _apart(model)
 
     def count(rows: NewRows) -> int:
-        return int(getattr(rows.weight, "ds_shape", rows.weight.shape)[0])  # whole, where ZeRO-3 has cut it
+        return int(getattr(rows.weight, "ds_shape", rows.weight.shape)[0])  # whole, where it is partitioned
 
     def read_apart(name: str) -> Tensor:
         if is_new_row(name):
@@ -183,7 +186,7 @@ def is_new_row(name: str) -> bool:
 
 
 def merge_rows(model: PoseTranslator) -> None:
-    """Put trained rows into the tables of a whole model, for good."""
+    """Move trained rows into the tables of a whole model and remove their own tables."""
     weights = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     fold_rows(model, weights)
     for rows in _apart(model).values():
@@ -205,7 +208,7 @@ def _first_id(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _whole(weight: nn.Parameter) -> Iterator[None]:
-    """Within it a weight that ZeRO-3 may have cut is whole, and what the first rank writes there holds for all."""
+    """Within it a weight that ZeRO-3 may have partitioned is whole, and all ranks get what rank 0 writes into it."""
     if not hasattr(weight, "ds_id"):
         yield
         return

@@ -1,6 +1,6 @@
-"""A model of which only a part was trained becomes one like any other: adapters taken off or merged, weights unpacked.
+"""Plain weights of a model with adapters or quantised layers: adapters are detached or merged, layers unpacked.
 
-All of this changes the model in place, one layer at a time. It is for whole models in one process, after training.
+All of this changes a whole model in place, one layer at a time, in one process, after training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.models.translator import PoseTranslator
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters apart from the model that they were trained in.
+    """Adapters without the model that they were trained in.
 
     Attributes:
         config: PEFT's description of them.
@@ -32,18 +32,22 @@ class Adapter:
     config: PeftConfig
     weights: dict[str, Tensor]
 
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """The same adapters with weights of another type."""
+        return Adapter(self.config, {name: tensor.to(dtype) for name, tensor in self.weights.items()})
+
 
 def make_standalone(model: PoseTranslator) -> Adapter | None:
-    """Leave a model that needs nothing but its own weights: no adapters, nothing packed, all rows in their tables.
+    """Make a model of plain weights: no adapters, no quantised layers, new rows in their tables.
 
     Args:
         model: as ``load_translator`` gives it.
 
     Returns:
-        the adapters that were taken off; None where there were none.
+        the adapters, detached; None where there were none.
     """
-    adapter = _detach_adapter(model)
-    dtype = next(model.pose_encoder.parameters()).dtype  # that of everything that is not packed
+    adapter = detach_adapter(model)
+    dtype = next(model.pose_encoder.parameters()).dtype  # of everything that is not quantised
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.get_parameter("weight")):
             model.set_submodule(name, _unpacked(module, dtype))
@@ -54,25 +58,26 @@ def make_standalone(model: PoseTranslator) -> Adapter | None:
 
 
 def attach_adapter(model: PoseTranslator, adapter: Adapter) -> None:
-    """Put adapters onto a model that stands alone, as they were."""
+    """Attach adapters to a model of plain weights."""
     model.add_adapter(adapter.config, ADAPTER)
     parameters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
     assert parameters.keys() == adapter.weights.keys(), "the adapters belong to another model"
     for name, parameter in parameters.items():
         parameter.data.copy_(adapter.weights[name])
-    model.train(model.training)  # PEFT's dropout would be on
+    model.train(model.training)  # PEFT switches its dropout on
 
 
 def merge(model: PoseTranslator, adapter: Adapter) -> None:
-    """Add the adapters to the weights of a model that stands alone; it then has none, and answers as with them."""
+    """Add the adapters to the weights of a model of plain weights, which then gives the same results without them."""
     attach_adapter(model, adapter)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
-    _detach_adapter(model)
+    detach_adapter(model)
 
 
-def _detach_adapter(model: PoseTranslator) -> Adapter | None:
+def detach_adapter(model: PoseTranslator) -> Adapter | None:
+    """Remove the adapters from a model, and give them back."""
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if config is None:
         return None

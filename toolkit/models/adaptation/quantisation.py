@@ -39,8 +39,8 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
 
     Args:
         linear: gives weight and bias, and is of no use afterwards.
-        quantization: the recipe's wish.
-        storage: the type that four-bit numbers are disguised as. It must be that of the run's other parameters:
+        quantization: the recipe's section.
+        storage: the dtype in which four-bit numbers are stored. It must be that of the run's other parameters:
             DeepSpeed casts parameters of another floating type, ZeRO gathers those of one type together, and a T5 casts
             activations to the type of its weights.
     """
@@ -52,7 +52,7 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         packed = bitsandbytes.nn.Linear8bitLt(
             *shape, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
         )
-        # It packs what comes from the CPU.
+        # It quantises weights on their way from the CPU.
         weight = bitsandbytes.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         packed = bitsandbytes.nn.Linear4bit(
@@ -70,18 +70,18 @@ def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtyp
         )
     packed.weight = weight.to(device)
     packed.bias = linear.bias
-    del linear.weight  # whoever still holds the layer holds no memory
+    del linear.weight  # frees its memory, also where the layer is still referenced
     packed.requires_grad_(False)
     packed._is_hf_initialized = True  # transformers would draw random numbers into it
     return packed
 
 
 def is_packed(parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds packed numbers, of which type and shape say nothing."""
+    """Whether a parameter is quantised, so that its type and shape are not those of its numbers."""
     return hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
 
 
 def mark_quantised(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Tell PEFT which of its layers go with the model's."""
+    """Mark the model as quantised, by which PEFT chooses its layers."""
     model.is_loaded_in_4bit = quantization.kind == "nf4"
     model.is_loaded_in_8bit = quantization.kind == "int8"

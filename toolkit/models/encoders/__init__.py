@@ -1,11 +1,11 @@
 """Pose encoders: landmark coordinates in, a sequence of backbone-sized vectors and its mask out.
 
-A recipe chooses one by ``model.pose_encoder``; each kind has its file. An encoder knows nothing of text. These promises
-hold for all of them and are tested:
+A recipe chooses one by ``model.pose_encoder``; each kind has its file. An encoder must not know texts. All of them are
+tested for this:
 
-* a missing landmark is known to be missing: a visibility channel says so or a learned embedding stands in for it, and
-  the zero in its place is never read;
-* padding never leaks: frames added behind a clip change nothing, nor do other clips in its batch;
+* a missing landmark is marked by a visibility channel or replaced by a learned embedding, and the zero in its place is
+  never read;
+* frames added after a clip change nothing, nor do other clips in its batch;
 * the vectors carry their absolute position (``positions: true``), because the cross-attention of T5-like backbones has
   none of its own;
 * every parameter gets a gradient from every batch, whatever is missing in it.
@@ -44,7 +44,7 @@ def make_pose_encoder(
     """The encoder that a recipe's ``model.pose_encoder`` describes, with random weights.
 
     Args:
-        settings: ``kind`` and that section's other keys; each kind reads those that it has a use for.
+        settings: ``kind`` and that section's other keys; each kind reads those that it has.
         num_points, num_channels: landmarks of a frame and values of a landmark.
         width: the backbone's hidden size.
         landmark_set: names the landmarks; only ``stgcn`` needs it.

@@ -1,7 +1,7 @@
-"""Convolutions that are fast in bf16 also on processors that know no bf16.
+"""Convolutions that are fast in bf16 on processors without fast bf16 as well.
 
-Without AVX-512 torch convolves bf16 by its reference code, far slower than fp32. There they compute in
-fp32, which loses nothing, and give what they would have given: weights, gradients and names stay.
+There torch convolves bf16 by slow reference code, so these convolve in fp32 and round the result to bf16. Weights,
+gradients and names are those of torch's layers.
 """
 
 from __future__ import annotations

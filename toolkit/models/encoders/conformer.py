@@ -1,9 +1,9 @@
 """``conformer``: strided convolutions, then blocks that attend over the whole clip and convolve over its neighbourhood.
 
 Gulati et al. 2020, "Conformer: Convolution-augmented Transformer for Speech Recognition" (arXiv:2005.08100), with two
-changes: rotary positions (Su et al. 2021, "RoFormer", arXiv:2104.09864) tell the attention how far apart two frames
-are, and the convolution module has LayerNorm in place of batch normalisation, whose statistics padding and the other
-clips of a batch would leak into.
+changes: rotary positions (Su et al. 2021, "RoFormer", arXiv:2104.09864) encode the distance of two frames, and the
+convolution module has LayerNorm in place of batch normalisation, whose statistics depend on padding and on the other
+clips of a batch.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _feed_forward(width: int, dropout: float) -> nn.Sequential:
 
 
 class RotaryAttention(nn.Module):
-    """Pre-norm self-attention over the real positions of a clip, in which distance shows."""
+    """Pre-norm self-attention over the real positions of a clip, with rotary positions."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class RotaryAttention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Pre-norm gated pointwise, depthwise and pointwise convolution over time; padding is silence to it."""
+    """Pre-norm gated pointwise, depthwise and pointwise convolution over time; padding counts as zero."""
 
     def __init__(self, width: int, kernel: int, dropout: float) -> None:
         super().__init__()
@@ -138,8 +138,8 @@ class ConvolutionModule(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        silent = nn.functional.glu(self.gated(self.norm(hidden)), dim=-1) * mask.unsqueeze(-1)
-        mixed = self.depthwise(silent.transpose(1, 2)).transpose(1, 2)
+        unpadded = nn.functional.glu(self.gated(self.norm(hidden)), dim=-1) * mask.unsqueeze(-1)
+        mixed = self.depthwise(unpadded.transpose(1, 2)).transpose(1, 2)
         return self.dropout(self.output(nn.functional.silu(self.depthwise_norm(mixed))))
 
 

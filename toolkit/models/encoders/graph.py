@@ -3,8 +3,8 @@
 Yan et al. 2018, "Spatial Temporal Graph Convolutional Networks for Skeleton-Based Action Recognition"
 (arXiv:1801.07455): a landmark is mixed with its neighbours in the skeleton (their distance partitioning: one matrix for
 itself, one for the neighbours), then each landmark is convolved over time. Part-wise as in Uni-Sign (Li et al. 2025,
-arXiv:2501.15187): both hands share their weights, hands are told from the wrist and a face from the nose, the graph's
-edges start from the skeleton and are learnt, and the parts meet at the end.
+arXiv:2501.15187): both hands share their weights, hands are relative to the wrist and a face to the nose, the graph's
+edges start from the skeleton and are learnt, and the parts are concatenated at the end.
 
 The graph comes from the landmark set (see ``parts.py``); parts that a set lacks have no weights.
 """
@@ -21,14 +21,14 @@ from toolkit.models.encoders.parts import Part, part_groups
 from toolkit.poses.landmarks import LandmarkSet
 
 READOUTS = 4
-"""Weighted means over the landmarks of a part that become its vector: one alone would blur where a finger stands."""
+"""Weighted means over the landmarks of a part that become its vector: a single one would lose where a finger is."""
 
 
 class GraphEncoder(PoseEncoder):
     """Graph blocks for each group of parts that share weights, their readouts side by side, projection.
 
     Args:
-        landmark_set: gives the parts, their edges and what they are told from.
+        landmark_set: gives the parts, their edges and their origins.
         width: the backbone's hidden size.
         hidden: values of a part in the end; its landmarks have ``hidden / READOUTS`` channels each.
         layers: graph blocks, at least ``log2(stride)``.
@@ -77,7 +77,7 @@ class GraphEncoder(PoseEncoder):
         read = []
         mask = frame_mask
         for name, parts in self.groups.items():
-            # Parts that share weights are so many more clips.
+            # Parts that share weights are stacked as further clips.
             values, seen = zip(*(self._nodes(poses, visible, part, origins) for part in parts), strict=True)
             vectors, mask = self.graphs[name](torch.cat(values), torch.cat(seen), frame_mask.repeat(len(parts), 1))
             read += vectors.split(clips)
@@ -91,10 +91,10 @@ class GraphEncoder(PoseEncoder):
         if part.is_relative:
             origin, origin_seen = origins[part.name]
             offset = origin.clone()
-            offset[..., self.coordinates :] = 0.0  # a confidence is no place
+            offset[..., self.coordinates :] = 0.0  # a confidence is no coordinate
             values, seen = values - offset, seen & origin_seen
         if part.guests:
-            # Where hands and face are, which they themselves no longer tell, is for the body to know.
+            # Hands and face have lost their own place, so the body's graph gets it.
             values = torch.cat([values, *(origins[guest][0] for guest in part.guests)], dim=2)
             seen = torch.cat([seen, *(origins[guest][1] for guest in part.guests)], dim=2)
         if part.is_mirrored:
@@ -204,6 +204,6 @@ class GraphBlock(nn.Module):
 
 
 def reset_graph_parameters(module: nn.Module) -> None:
-    """Initialise the tensors of a module that are no layer of torch's own; others it leaves alone."""
+    """Initialise the tensors of this file's modules; other modules are not changed."""
     if isinstance(module, (NodeEmbedding, GraphBlock)):
         module.reset_parameters()

@@ -32,8 +32,8 @@ class PoseEncoder(nn.Module):
             frame_mask: bool [clips, frames], true on real frames.
 
         Returns:
-            vectors [clips, frames / stride, width] and their bool mask [clips, frames / stride]; what stands at masked
-            positions means nothing.
+            vectors [clips, frames / stride, width] and their bool mask [clips, frames / stride]; values at masked
+            positions are arbitrary.
         """
         weights_dtype = next(self.parameters()).dtype
         vectors, mask = self.encode(poses.to(weights_dtype), visible, frame_mask)
@@ -49,7 +49,7 @@ class PoseEncoder(nn.Module):
 def sinusoidal_positions(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Absolute positions of "Attention is all you need" (Vaswani et al. 2017), shape [length, width].
 
-    Computed, not stored, so that no clip is too long for them.
+    Computed, not stored, for clips of any length.
     """
     half = (width + 1) // 2
     rates = torch.exp(torch.arange(half, device=device, dtype=torch.float32) * (-math.log(10_000.0) / max(half - 1, 1)))
@@ -60,10 +60,10 @@ def sinusoidal_positions(length: int, width: int, device: torch.device, dtype: t
 def with_visibility(poses: Tensor, visible: Tensor) -> Tensor:
     """Flatten landmarks and add one visibility channel each.
 
-    To the linear layer behind it the channel's column is a learned embedding of that landmark's absence.
+    In the linear layer that follows, the channel's column is a learned embedding of whether the landmark is seen.
 
     Args:
-        poses: [clips, frames, points, channels]; what stands where a landmark is missing is not read.
+        poses: [clips, frames, points, channels]; values of missing landmarks are not read.
         visible: bool [clips, frames, points].
 
     Returns:
@@ -90,7 +90,7 @@ def halvings(stride: int) -> int:
 
 
 class MaskedConvolution(nn.Module):
-    """A pre-norm residual 1-D convolution over time that treats padding as silence; stride 2 halves the sequence.
+    """A pre-norm residual 1-D convolution over time that treats padding as zero; stride 2 halves the sequence.
 
     Args:
         width: of input and output.
@@ -109,8 +109,8 @@ class MaskedConvolution(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [clips, frames, width] and their mask [clips, frames], and both with frames / stride."""
-        silent = self.norm(hidden) * mask.unsqueeze(-1)
-        mixed = nn.functional.glu(self.convolution(silent.transpose(1, 2)).transpose(1, 2), dim=-1)
+        unpadded = self.norm(hidden) * mask.unsqueeze(-1)
+        mixed = nn.functional.glu(self.convolution(unpadded.transpose(1, 2)).transpose(1, 2), dim=-1)
         mask = mask[:, :: self.stride]
         hidden = hidden[:, :: self.stride] + self.dropout(self.output(mixed))
         return hidden, mask

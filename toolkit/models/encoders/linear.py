@@ -1,4 +1,4 @@
-"""``linear``: every frame by itself, through two linear layers or through one."""
+"""``linear``: two linear layers on every frame by itself, or one."""
 
 from __future__ import annotations
 

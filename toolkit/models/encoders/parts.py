@@ -1,7 +1,4 @@
-"""The parts of a landmark set as graphs: nodes, edges, what they are told from, and which of them share weights.
-
-Everything follows from the names in the set; the coordinates play no role.
-"""
+"""The parts of a landmark set as graphs: nodes, edges, origins, and which of them share weights; by names alone."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from toolkit.poses.landmarks import LandmarkSet
 BODY = "body"
 HANDS = ("left_hand", "right_hand")
 FACE = "face"
-# The landmark that a part is told from, the first of them that the set has. A mesh has its tip of the nose at 4 (or,
+# The landmark that a part is relative to, the first of them that the set has. A mesh has its tip of the nose at 4 (or,
 # a little higher, 1), the face of COCO-WholeBody and OpenPose at 30.
 ORIGINS = {
     "left_hand": (("LEFT_HAND_LANDMARKS", "WRIST"),),
     "right_hand": (("RIGHT_HAND_LANDMARKS", "WRIST"),),
     FACE: (("FACE_LANDMARKS", "4"), ("FACE_LANDMARKS", "1"), ("FACE_68", "30"), ("POSE_LANDMARKS", "NOSE")),
 }
-# Where a part grows on the body, the first of them that the set has.
+# The landmark of the body that a part is joined to, the first of them that the set has.
 JOINTS = {"left_hand": ("LEFT_WRIST", "LEFT_ELBOW"), "right_hand": ("RIGHT_WRIST", "RIGHT_ELBOW"), FACE: ("NOSE",)}
 
 
@@ -31,10 +28,10 @@ class Part:
         name: as the landmark set calls it.
         first, last: its landmarks stand at ``first .. last - 1`` in the set.
         edges: pairs of nodes, counted from the part's first.
-        origin: index in the set of the landmark that its coordinates are told from; None = its own middle.
-        is_relative: whether coordinates have to be told from the origin; not where the features already are.
+        origin: index in the set of the landmark that its coordinates are relative to; None = its own mean.
+        is_relative: whether the encoder makes them relative to the origin; not where the features are already.
         is_mirrored: whether x changes its sign, so that a right hand looks like a left one.
-        guests: parts whose origins are nodes behind the landmarks.
+        guests: parts whose origins are further nodes, after the landmarks.
     """
 
     name: str
@@ -78,20 +75,20 @@ def part_groups(landmark_set: LandmarkSet) -> dict[str, tuple[Part, ...]]:
 def _part(landmark_set: LandmarkSet, name: str) -> Part:
     first, last = _span(landmark_set, name)
     known = (landmark_set.position(*point) for point in ORIGINS.get(name, ()))
-    is_told_already = name in (landmark_set.anchors or {})
+    is_anchored = name in (landmark_set.anchors or {})
     return Part(
         name,
         first,
         last,
         _edges(landmark_set, first, last),
         origin=next((index for index in known if index is not None), None),
-        is_relative=name in ORIGINS and not is_told_already,
+        is_relative=name in ORIGINS and not is_anchored,
         is_mirrored=name == HANDS[1],
     )
 
 
 def _body(landmark_set: LandmarkSet, guests: list[str]) -> Part | None:
-    """The body with the origins of the parts that are told from them; None for a set that has neither."""
+    """The body with the origins of the parts that are relative to them; None for a set that has neither."""
     first, last = _span(landmark_set, BODY) if BODY in landmark_set.parts else (0, 0)
     if not (last - first) + len(guests):
         return None
@@ -105,10 +102,10 @@ def _body(landmark_set: LandmarkSet, guests: list[str]) -> Part | None:
 
 
 def _span(landmark_set: LandmarkSet, name: str) -> tuple[int, int]:
-    """First landmark of a part and the one behind its last: a set numbers them in a row."""
+    """First landmark of a part and the one after its last."""
     indices = landmark_set.parts[name]
     if indices != tuple(range(indices[0], indices[0] + len(indices))):
-        raise ValueError(f"landmark set {landmark_set.name}: the landmarks of part {name} do not stand in a row")
+        raise ValueError(f"landmark set {landmark_set.name}: the landmarks of part {name} are not consecutive")
     return indices[0], indices[-1] + 1
 
 

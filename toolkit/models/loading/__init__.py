@@ -1,4 +1,4 @@
-"""Weights from the hub, a folder or random numbers into a model, in the form that the run holds them.
+"""Weights from the hub, a folder or a random generator into a model, in the run's dtype, device and partition.
 
 Must not know training.
 """

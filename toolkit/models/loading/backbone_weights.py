@@ -1,8 +1,7 @@
-"""From a configuration to a backbone with weights, without ever holding more of them than must be held.
+"""A backbone's weights, random or published, loaded one tensor at a time so that no rank holds a model too many.
 
-A skeleton without memory is filled tensor by tensor, and each weight goes to its final form before the next one comes:
-cut over the ranks under ZeRO stage 3, packed into 4 or 8 bits where the recipe quantises, else cast to the type of the
-run. Where the values come from, random numbers or a published checkpoint, makes no difference to this.
+A skeleton on the meta device is filled tensor by tensor. Each weight gets its final form before the next is read:
+partitioned under ZeRO stage 3, packed into 4 or 8 bits where the recipe quantises, else cast to the run's dtype.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Placement:
     Attributes:
         dtype: of all parameters that are not quantised.
         device: where they live.
-        zero3: the DeepSpeed configuration when its stage 3 cuts the weights over the ranks, else None.
+        zero3: the DeepSpeed configuration when its stage 3 partitions the weights, else None.
         quantization: how the backbone's linear layers are packed, or None.
     """
 
@@ -49,23 +48,22 @@ class Placement:
 
     @property
     def fills(self) -> bool:
-        """Whether this rank brings the values; the others then receive them."""
+        """Whether this rank reads or draws the values; under stage 3 the others receive them."""
         return self.zero3 is None or distributed.get_rank() == 0
 
 
 def placement_of(resolved: ResolvedRun) -> Placement:
     """Where the weights of a run go; a process outside of any process group holds them whole."""
-    cut = resolved.zero_stage == 3 and distributed.is_initialized()
-    return placement_for(
-        resolved.precision, resolved.recipe.model.quantization, zero3=resolved.deepspeed if cut else None
-    )
+    partitioned = resolved.zero_stage == 3 and distributed.is_initialized()
+    zero3 = resolved.deepspeed if partitioned else None
+    return placement_for(resolved.precision, resolved.recipe.model.quantization, zero3=zero3)
 
 
 def placement_for(
     precision: str, quantization: Quantization | None, *, zero3: dict[str, Any] | None = None
 ) -> Placement:
     """The placement of a model that trains, or was trained, in this precision and quantisation."""
-    # Whole weights wait on the CPU until DeepSpeed takes them; what is packed or cut stays where that happens.
+    # DeepSpeed moves whole weights from the CPU; packed or partitioned ones must be on the device already.
     stays = zero3 is not None or quantization is not None
     return Placement(
         dtype=TORCH_DTYPES[precision],
@@ -78,13 +76,13 @@ def placement_for(
 def random_backbone(
     config: PreTrainedConfig, placement: Placement, *, seed: int, fingerprint: Fingerprint | None = None
 ) -> PreTrainedModel:
-    """A backbone with random weights, distributed as transformers has it.
+    """A backbone with random weights, drawn from transformers' distributions.
 
     Args:
         config: describes the backbone.
-        placement: the form that its weights take; all ranks call this when it cuts them.
+        placement: the form that its weights take; under stage 3 all ranks call this.
         seed: the same seed gives the same weights, whatever the placement.
-        fingerprint: takes note of the weights, on ranks that bring them.
+        fingerprint: hashes the weights, on ranks that draw them.
 
     Raises:
         UserError: the architecture does not say how its weights are initialised.
@@ -93,7 +91,7 @@ def random_backbone(
     try:
         return fill_skeleton(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
     except NotImplementedError as error:
-        raise UserError(f"{error}: train it from published weights, without model.from_scratch") from error
+        raise UserError(str(error), "train it from published weights: model.from_scratch=false") from error
 
 
 def published_backbone(
@@ -106,15 +104,15 @@ def published_backbone(
 ) -> PreTrainedModel:
     """A backbone with the weights of a hub id or folder.
 
-    They stay in the file that transformers maps into memory until their turn comes. Under ZeRO stage 3 the first rank
-    alone reads them; the others receive one weight after the other and keep their piece.
+    transformers maps the files into memory, and each weight is read from them when it is needed. Under ZeRO stage 3
+    rank 0 alone reads; the others receive one weight after the other and keep their partition.
 
     Args:
         source: hub id or folder.
         config: of the backbone; rows for tokens that the files lack become zero.
-        placement: the form that its weights take; all ranks call this when it cuts them.
+        placement: the form that its weights take; under stage 3 all ranks call this.
         trust_remote_code: run the code that comes with the model.
-        fingerprint: takes note of the weights, on ranks that bring them.
+        fingerprint: hashes the weights, on ranks that read them.
 
     Raises:
         OSError, ValueError: there is no such model.
@@ -134,7 +132,7 @@ def published_backbone(
         dtype="auto",
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told in ``info`` instead
+        ignore_mismatched_sizes=True,  # listed in ``info`` instead
     )
     parameters = dict(loaded.named_parameters(remove_duplicate=False))
     _check_complete(source, info, parameters, skeleton.model)
@@ -143,16 +141,16 @@ def published_backbone(
     def read(name: str, like: Tensor) -> Tensor:
         values = tensors[name].detach()
         if name in parameters:
-            parameters[name].data = torch.empty(0)  # nobody else holds on to it
+            parameters[name].data = torch.empty(0)  # frees its memory
         return widened(values, like)
 
     return fill_skeleton(skeleton, read, placement, fingerprint)
 
 
 def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:
-    """Bring what was added to the backbone (pose encoder, heads, adapters) into the form of the run.
+    """Cast and move what was added to the backbone (pose encoder, heads, adapters) as the placement asks.
 
-    DeepSpeed casts and moves a model that is whole, and trusts one of which a part is cut to be ready.
+    DeepSpeed does so with a whole model, and expects one with partitioned weights to be ready.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and not is_packed(parameter):
@@ -176,7 +174,7 @@ def fill_skeleton(
         for name, tensor in _own_tensors(module):
             places[id(tensor)].append((module, name))
     to_pack = packable(model, placement.quantization) if placement.quantization else set()
-    cut = _Partitioner(placement.zero3) if placement.zero3 else None
+    partition = _Partitioner(placement.zero3) if placement.zero3 else None
     for path, module in list(model.named_modules()):
         for name, tensor in list(_own_tensors(module)):
             if tensor.device.type != "meta":
@@ -190,9 +188,9 @@ def fill_skeleton(
             assert placement.quantization
             module = quantised(module, placement.quantization, placement.dtype)
             model.set_submodule(path, module)
-        if cut:
+        if partition:
             for parameter in module.parameters(recurse=False):
-                cut(parameter)
+                partition(parameter)
     return model
 
 
@@ -202,19 +200,19 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _values(name: str, tensor: Tensor, source: TensorReader, placement: Placement) -> Tensor:
-    """Values for one tensor of the skeleton, in the type and place of the run, on every rank."""
+    """Values for one tensor of the skeleton, in the run's dtype and on its device, on every rank."""
     dtype = placement.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
     if placement.fills:
         values = source(name, tensor).to(placement.device, dtype).contiguous()
     else:
         values = torch.empty(tensor.shape, dtype=dtype, device=placement.device)
     if placement.zero3 is not None:
-        distributed.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: not all backends know all types
+        distributed.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some dtypes
     return values
 
 
 class _Partitioner:
-    """Cuts parameters over the ranks, one by one, as DeepSpeed's stage 3 will have them.
+    """Partitions parameters over the ranks, one by one, as DeepSpeed's stage 3 does.
 
     Args:
         config: the DeepSpeed configuration.
@@ -228,12 +226,12 @@ class _Partitioner:
         import deepspeed
 
         if hasattr(parameter, "ds_id"):
-            return  # tied to one that is cut already
+            return  # tied to one that is partitioned already
         if self.first is None:
             self.first = parameter
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=copy.deepcopy(self.config))
         else:
-            # By the same settings as the first one; reading them anew for each parameter would take longer.
+            # By the settings of the first one; reading the configuration for each parameter takes longer.
             self.first.convert_to_zero_parameters(param_list=[parameter])
 
 
@@ -260,11 +258,11 @@ def _check_complete(
             if parameters.get(name) is not parameters.get(tied_to[id(parameter)])
         ],
     }
-    told = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in problems.items() if names)
-    if told:
+    listed = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in problems.items() if names)
+    if listed:
         raise UserError(
-            f"the weights in {source} are not those of a {type(skeleton).__name__} with its configuration ({told}): "
-            "download or save the model again, or train from random weights with model.from_scratch=true"
+            f"the weights in {source} are not those of a {type(skeleton).__name__} with its configuration ({listed})",
+            "download or save the model again, or set model.from_scratch=true for random weights",
         )
 
 
@@ -276,4 +274,4 @@ def _fits(published: torch.Size, wanted: torch.Size, rows: set[Any]) -> bool:
 
 
 def _unread(name: str, _: Tensor) -> Tensor:
-    raise AssertionError(f"{name} is read by the first rank alone")
+    raise AssertionError(f"{name} is read by rank 0 alone")

@@ -1,7 +1,6 @@
-"""What an adapter stands on: which weights those are, so that they can be made again and known again.
+"""The base model of adapters: how its weights are loaded or made again, and their fingerprint.
 
-A run that trains adapters, or on top of a quantised backbone, saves what it trained and not the billions of weights
-that it left as they were. Whoever loads it must come by exactly the same ones.
+A run with adapters or a quantised backbone saves what it trained. Loading it needs the same frozen weights.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from toolkit.files import read_text, write_text_atomically
 
 BASE_FILE = "base.json"
 
-# Gives the values of the tensor of that name; what is passed along is the tensor without values.
+# Gives the values of the parameter or buffer of that name; the tensor passed along has its shape and dtype.
 TensorReader = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """How to make a backbone again, and how to know that it is the same.
+    """How to load or make a backbone again, and how to check that it is the same.
 
     Attributes:
-        name: the backbone in words, for people.
+        name: the backbone, as messages name it.
         model: the ``model`` section of the recipe, which says how it is loaded or made, quantised and adapted.
         seed: of its random weights, and of the adapters'.
         precision: ``fp32``, ``bf16`` or ``fp16``: what its weights were cast to.
@@ -50,12 +49,12 @@ class BaseReference:
 
 @dataclass
 class Fingerprint:
-    """Takes note of weights on their way from a source into a model, in any order."""
+    """Hashes weights as they are read into a model, in any order."""
 
     _digests: dict[str, str] = field(default_factory=dict)
 
     def watch(self, source: TensorReader) -> TensorReader:
-        """The same source of tensors, noted as they come."""
+        """The same reader, which hashes what it reads."""
 
         def seen(name: str, tensor: Tensor) -> Tensor:
             values = source(name, tensor)
@@ -66,7 +65,7 @@ class Fingerprint:
         return seen
 
     def hexdigest(self) -> str:
-        """The fingerprint of all that was seen; empty where nothing was (ranks that receive their weights)."""
+        """The fingerprint of all that was read; empty where nothing was (ranks that receive their weights)."""
         if not self._digests:
             return ""
         listed = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
@@ -81,7 +80,7 @@ def _digest(values: Tensor) -> str:
 
 
 def read_base(folder: Path) -> BaseReference | None:
-    """What the weights in ``folder`` stand on; None where they stand alone.
+    """The base model of the weights in ``folder``; None where they are whole.
 
     Raises:
         UserError: it is not readable.
@@ -90,16 +89,16 @@ def read_base(folder: Path) -> BaseReference | None:
     if not path.is_file():
         return None
     try:
-        return BaseReference(**json.loads(read_text(path, "what an adapter stands on")))
+        return BaseReference(**json.loads(read_text(path, "the base of an adapter")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not readable ({error}): copy the run's best/ again") from error
+        raise UserError(f"{path} is not readable ({error})", "copy the run's best/ again") from error
 
 
 def check_same(expected: BaseReference, found: str, folder: Path) -> None:
     """Raise UserError where the backbone that was made is not the one that the adapter was trained on."""
     if found != expected.fingerprint:
         raise UserError(
-            f"{folder} was trained on other weights than those of {expected.name} that are here now: its base has the "
-            f"fingerprint {expected.fingerprint}, this one {found}; get the base back that it was trained on (for a "
-            "hub id its revision, for random weights this toolkit's version)"
+            f"{folder} was trained on other weights of {expected.name} than those found: its base has the fingerprint "
+            f"{expected.fingerprint}, this one {found}",
+            "restore the base: for a hub id its revision, for random weights this toolkit's version",
         )

@@ -1,7 +1,6 @@
-"""Why the hub did not give a model, and what the user can do about it: its errors, told once and in one place.
+"""Downloads from the hub, and what its errors mean.
 
-transformers wraps what huggingface_hub raises into errors of several kinds and many lines; what happened is in the
-chain of their causes.
+transformers wraps what huggingface_hub raises into errors of several kinds and many lines; the cause is in their chain.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -27,11 +27,18 @@ NOT_LOADED = (OSError, ValueError, httpx.HTTPError)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
+class HubTrouble(NamedTuple):
+    """Why a model could not be loaded, in words that follow its name, and the remedy."""
+
+    what: str
+    remedy: str
+
+
 def fetch_weights(source: str) -> Path | None:
-    """Bring a model's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
+    """Download a model's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
 
     Args:
-        source: a hub id; a folder has its weights already.
+        source: a hub id; nothing is done for a folder.
 
     Returns:
         the folder that holds them; None where the hub has none in a known form.
@@ -48,46 +55,60 @@ def fetch_weights(source: str) -> Path | None:
     return None
 
 
-def hub_trouble(error: BaseException, source: str) -> str | None:
-    """What the hub has to do with a model that could not be loaded, and the remedy, in words that follow its name.
+def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
+    """What went wrong at the hub or in its cache.
 
     Args:
         error: one of ``NOT_LOADED``.
         source: the hub id.
 
     Returns:
-        None where the hub has nothing to do with it.
+        None where the error has another cause.
     """
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     elsewhere = f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it"
     for cause in _causes(error):
         match cause:
             case GatedRepoError():
-                return f"is gated: ask for access at {hub}/{source}, and {LOGIN}"
+                return HubTrouble("is gated", f"ask for access at {hub}/{source}, and {LOGIN}")
             case RepositoryNotFoundError():
-                return f"is not on the hub ({hub}), or is private: correct its id, or {LOGIN}"
+                return HubTrouble(f"is not on the hub ({hub}), or is private", f"correct its id, or {LOGIN}")
             case RemoteEntryNotFoundError() | httpx.HTTPStatusError():
-                pass  # transformers looks for several files, and says itself which of them had to be there
+                pass  # transformers looks for several files, and says itself which of them is missing
             case HfHubHTTPError() if cause.response.status_code in (401, 403):
-                return f"is not for this login: the hub ({hub}) answers {cause.response.status_code}; {LOGIN}"
+                return HubTrouble(f"is not for this login: the hub ({hub}) answers {cause.response.status_code}", LOGIN)
             case HfHubHTTPError():
-                return f"was not to be had: the hub ({hub}) answers {cause.response.status_code}; try again later"
+                return HubTrouble(
+                    f"cannot be downloaded: the hub ({hub}) answers {cause.response.status_code}", "try again later"
+                )
             case LocalEntryNotFoundError() if constants.is_offline_mode():
-                return f"is not in the cache ({cache}), and HF_HUB_OFFLINE forbids to ask the hub; {elsewhere}"
+                return HubTrouble(
+                    f"is not in the cache ({cache}), and HF_HUB_OFFLINE forbids asking the hub", elsewhere
+                )
             case httpx.ConnectError() | httpx.ConnectTimeout():
-                return f"is not in the cache ({cache}), and the hub ({hub}) cannot be reached ({cause}); {elsewhere}"
+                return HubTrouble(
+                    f"is not in the cache ({cache}), and the hub ({hub}) cannot be reached ({cause})", elsewhere
+                )
             case httpx.HTTPError():
-                told = str(cause) or type(cause).__name__
-                return f"was not downloaded whole from the hub ({hub}: {told}): run the same command again"
+                reason = str(cause) or type(cause).__name__
+                return HubTrouble(
+                    f"was not downloaded whole from the hub ({hub}: {reason})", "run the same command again"
+                )
             case OSError() if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                return f"does not fit on the disk of the cache ({cache}): set HF_HOME to a larger one"
+                return HubTrouble(f"does not fit on the disk of the cache ({cache})", "set HF_HOME to a larger one")
             case OSError() if cause.errno in (errno.EACCES, errno.EROFS):
-                return f"cannot be written to the cache ({cache}): set HF_HOME to a folder of your own"
+                return HubTrouble(f"cannot be written to the cache ({cache})", "set HF_HOME to a folder of your own")
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, as part of a message of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it came from."""
+    """The error and those that caused it."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

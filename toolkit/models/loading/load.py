@@ -14,23 +14,24 @@ from transformers import GenerationConfig
 from toolkit.errors import UserError
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.loading.base_model import BaseReference, check_same, read_base
-from toolkit.models.loading.hub import NOT_LOADED, fetch_weights, hub_trouble
+from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, fetch_weights, first_line, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.paths import BEST
 
+INTACT_COPY = "copy the whole folder again, or export the run again"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def fetch_translator(name: str | Path) -> None:
-    """Bring a translator's weights, or those that it stands on, into this machine's cache, where the hub has them.
+    """Download a translator's weights, or those of its base model, into this machine's cache, where the hub has them.
 
     Raises:
-        UserError: there is no such model, or what it stands on cannot be had; the rest :func:`load_translator` says.
+        UserError: there is no such model, or its base cannot be loaded; :func:`load_translator` reports the rest.
     """
     source = find_model(name)
     if base := read_base(Path(source)):
-        # As for load_adapted; and the recipe's schema brings pydantic.
+        # Imports PEFT and DeepSpeed, which whole models do without; the recipe's schema imports pydantic.
         from toolkit.models.build import fetch_backbone
         from toolkit.recipe.schema import Model
 
@@ -77,15 +78,15 @@ def load_processor(name: str | Path) -> tuple[PoseProcessor, GenerationConfig]:
 
 
 def _not_loadable(source: str, error: Exception) -> UserError:
-    reason = hub_trouble(error, source) or f"cannot be loaded: {str(error).strip().splitlines()[0]}"
-    return UserError(f"the model {source} {reason}")
+    trouble = hub_trouble(error, source) or HubTrouble(f"cannot be loaded: {first_line(error)}", INTACT_COPY)
+    return UserError(f"the model {source} {trouble.what}", trouble.remedy)
 
 
 def load_adapted(
     folder: Path, base: BaseReference, zero3: dict[str, Any] | None = None
 ) -> tuple[PoseTranslator, PoseProcessor]:
     """A model of which the folder holds only what was trained; ``zero3`` as for ``rebuild_translator``."""
-    # They bring PEFT, and DeepSpeed with it; whole models do without.
+    # These import PEFT and DeepSpeed, which whole models do without.
     from toolkit.models.adaptation.adapter_files import load_trained
     from toolkit.models.build import rebuild_translator
     from toolkit.models.loading.weights import load_weights
@@ -95,7 +96,7 @@ def load_adapted(
         generation = GenerationConfig.from_pretrained(folder)
         processor = PoseProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"the model {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"the model {folder} cannot be loaded: {first_line(error)}", INTACT_COPY) from error
     model, fingerprint = rebuild_translator(config, base, processor.tokenizer, zero3=zero3)
     if fingerprint:
         check_same(base, fingerprint, folder)
@@ -109,21 +110,22 @@ def load_adapted(
 
 
 def find_model(name: str | Path) -> str:
-    """The folder of a model, looked through, or its hub id.
+    """The folder of a model, checked, or its hub id.
 
     Raises:
         UserError: there is no such folder, or it holds no translator or no processor.
     """
     path = Path(name)
     if not path.is_dir():
-        # A mistyped runs/demo looks like a hub id, too; asking the hub for it would only take long.
+        # A mistyped runs/demo looks like a hub id, too, and asking the hub for it takes long.
         if not path.exists() and not path.parent.is_dir() and _HUB_ID.fullmatch(str(name)):
             return str(name)
-        raise UserError(f"there is no model folder {name}: give a run directory, a model folder or a hub id")
+        raise UserError(f"there is no model folder {name}", "give a run directory, a model folder or a hub id")
     folder = next((place for place in (path, path / BEST) if (place / "config.json").is_file()), None)
     if folder is None:
         raise UserError(
-            f"{path} holds no model, neither config.json nor {BEST}/: is it a run that has not been evaluated yet?"
+            f"{path} holds no model, neither config.json nor {BEST}/",
+            "give a run that has been evaluated at least once, or a model folder",
         )
     _check_folder(folder)
     return str(folder)
@@ -134,11 +136,13 @@ def _check_folder(folder: Path) -> None:
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{config} is not readable as a model's configuration: {error}") from error
+        raise UserError(f"{config} is no model's configuration: {first_line(error)}", INTACT_COPY) from error
     if kind != PoseTranslatorConfig.model_type:
-        raise UserError(f"{folder} holds a model of type {kind}, not a pose translator: give a folder that was trained")
+        raise UserError(
+            f"{folder} holds a model of type {kind}, not a pose translator", "give a run directory or an exported model"
+        )
     if not (folder / "processor_config.json").is_file():
         raise UserError(
-            f"{folder} holds a model without its processor (processor_config.json), which knows the landmarks: "
-            "copy the whole folder, or export the run again"
+            f"{folder} holds a model without its processor (processor_config.json), which knows the landmarks",
+            INTACT_COPY,
         )

@@ -1,9 +1,9 @@
-"""Random weights for a model whose tensors hold nothing yet, drawn one tensor at a time.
+"""Random weights for a model on the meta device, drawn one tensor at a time.
 
-A model too large for one process cannot be built first and initialised afterwards. So transformers' own initialisation
-runs over a skeleton on the meta device, where its functions only note what they would do to which tensor; each tensor
-is drawn later, when there is a place for it. Every tensor has a generator of its own, seeded by its name: the numbers
-depend neither on which tensors came before nor on precision, ranks, ZeRO stage or quantisation.
+A model too large for one process cannot be built first and initialised afterwards. transformers' initialisation runs
+over a skeleton on the meta device, where its functions are recorded instead of called; each tensor is drawn later.
+Every tensor has a generator of its own, seeded by its name, so its values do not depend on precision, ranks, ZeRO
+stage, quantisation or the order of drawing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Skeleton:
     """A model on the meta device, and how each of its tensors is initialised.
 
     Attributes:
-        model: its parameters and buffers have shapes and hold nothing; tied weights are one parameter.
+        model: its parameters and buffers have shapes and no memory; tied weights are one parameter.
         steps: by the identity of a tensor, what transformers does to it; later steps overwrite earlier ones.
     """
 
@@ -73,7 +73,7 @@ class Skeleton:
             raise NotImplementedError(f"{type(self.model).__name__} does not say how {name} is initialised")
         generator = torch.Generator().manual_seed(_number(seed, name))
         values = torch.empty(tensor.shape, dtype=tensor.dtype)
-        # What a later step overwrites as a whole need not be drawn.
+        # What a later call overwrites as a whole is not drawn.
         first = max((number for number, step in enumerate(steps) if step.view is None), default=0)
         with torch.no_grad():
             for step in steps[first:]:
@@ -85,7 +85,7 @@ class Skeleton:
 
 def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
     """The seq2seq model that ``config`` describes, without memory for its weights."""
-    # Untied until the initialisation is noted, as transformers has it: a tied weight then is what its source was given.
+    # Untied until the calls are recorded, as in transformers: a tied weight gets its source's initialisation.
     with torch.device("meta"), initialization.no_tie_weights():
         model = new_backbone(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(model)
@@ -97,7 +97,7 @@ def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
 
 @contextmanager
 def _recording(steps: dict[int, list[InitCall]]) -> Iterator[None]:
-    """Within it transformers' initialisation functions note their calls instead of carrying them out."""
+    """Record the calls of transformers' initialisation functions instead of running them."""
 
     def recorder(function: str) -> Callable[..., Tensor]:
         def record(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
@@ -120,5 +120,5 @@ def _recording(steps: dict[int, list[InitCall]]) -> Iterator[None]:
 
 
 def _number(seed: int, name: str) -> int:
-    """A seed for one tensor, alike on every machine."""
+    """A seed for one tensor, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")

@@ -1,4 +1,4 @@
-"""Whole weights out of a model that ZeRO may have cut into pieces, and back; a model folder written in one stroke."""
+"""Whole weights out of a model that ZeRO may have partitioned, and back; writing a model folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import distributed as dist
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapter_files import save_trained, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
+from toolkit.models.loading.hub import first_line
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
+
+START_OVER = "train from scratch with --new"
 
 
 def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -33,7 +36,7 @@ def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The weights that train, by their names in the state dict; frozen ones, cut or packed, are not touched.
+    """The weights that train, by their names in the state dict; frozen ones are not gathered.
 
     Args and ranks as for :func:`whole_state_dict`.
     """
@@ -65,7 +68,7 @@ def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]
 
 
 def count_weights(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers these parameters hold, also where they are packed into few bits or cut over ranks."""
+    """How many numbers these parameters hold, also where they are quantised or partitioned."""
     return sum(math.prod(_whole_shape(parameter)) for parameter in parameters)
 
 
@@ -75,7 +78,7 @@ def _whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:
-    """Write a HuggingFace folder; until it is complete it has another name, and then it takes the old one's place.
+    """Write a HuggingFace folder under a temporary name, which replaces ``folder`` when it is complete.
 
     Args:
         folder: where the model will be.
@@ -105,12 +108,12 @@ def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, we
 
 @torch.no_grad()
 def load_weights(folder: Path, model: PoseTranslator) -> None:
-    """Put the weights that :func:`save_model` wrote into the model that wrote them, whatever the ZeRO stage.
+    """Load the weights that :func:`save_model` wrote into the model that wrote them, whatever the ZeRO stage.
 
-    All ranks must call this: the first one reads, the others receive, and none ever holds a second weight whole.
+    All ranks must call this: rank 0 reads, the others receive, and none ever holds a second weight whole.
 
     Args:
-        folder: a model folder, which only the first rank needs to see.
+        folder: a model folder, which only rank 0 needs to see.
         model: as DeepSpeed holds it.
 
     Raises:
@@ -119,22 +122,22 @@ def load_weights(folder: Path, model: PoseTranslator) -> None:
     import deepspeed
 
     reads = dist.get_rank() == 0
-    problem: list[str | None] = [None]
+    problem: list[UserError | None] = [None]
     if reads:
         try:
             read = saved_weights(folder, model)
         except UserError as error:
-            problem = [str(error)]
+            problem = [error]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise UserError(problem[0])
+        raise problem[0]
     tensors = _trainable(model) if model.base else model.state_dict(keep_vars=True)
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
-        is_cut = hasattr(tensor, "ds_id")
-        with deepspeed.zero.GatheredParameters([tensor] if is_cut else [], modifier_rank=0):
+        is_partitioned = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor] if is_partitioned else [], modifier_rank=0):
             if reads:
                 tensor.copy_(read(name))
-            if not is_cut:
+            if not is_partitioned:
                 dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
 
 
@@ -146,15 +149,15 @@ def saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor
         files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
         places = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {error}") from error
+        raise UserError(f"the weights in {folder} cannot be read: {first_line(error)}", START_OVER) from error
     tensors = model.state_dict(keep_vars=True)
-    # Of weights that are tied the folder holds one.
+    # Tied weights are stored once.
     keys = {id(tensors[key]): key for key in places if key in tensors}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in keys and not is_new_row(name)]
     problems = {"missing": missing, "unexpected": sorted(places.keys() - tensors.keys())}
-    told = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
-    if told:
-        raise UserError(f"{folder} does not hold the weights of this model ({told}): train anew with --new")
+    listed = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+    if listed:
+        raise UserError(f"{folder} does not hold the weights of this model ({listed})", START_OVER)
 
     def read(name: str) -> Tensor:
         key = keys[id(tensors[name])]
