@@ -1,4 +1,4 @@
-"""What is particular to ``stgcn``: a graph of named landmarks, hands that share weights, parts relative to a landmark."""
+"""Peculiarities of ``stgcn``: a graph of named landmarks, hands that share weights, parts relative to a landmark."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def unreached_parameters(model: PoseTranslator) -> list[tuple[str, nn.Parameter]
 
 def linear_layers(backbone: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every layer of the backbone that can have an adapter."""
-    for name, module in backbone.named_modules():
+    for name, module in backbone.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
 
