@@ -70,7 +70,7 @@ def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
     for cause in _causes(error):
         match cause:
             case GatedRepoError():
-                return HubTrouble("is gated", f"ask for access at {hub}/{source}, and {LOGIN}")
+                return HubTrouble(f"is gated ({hub}/{source})", f"ask for access there, and {LOGIN}")
             case RepositoryNotFoundError():
                 return HubTrouble(f"is not on the hub ({hub}), or is private", f"correct its id, or {LOGIN}")
             case RemoteEntryNotFoundError() | httpx.HTTPStatusError():
