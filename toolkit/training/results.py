@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,20 @@ SCORES = "scores.json"
 
 
 def write_scores(
-    resolved: ResolvedRun, progress: Progress, results: dict[str, SplitResult], peak_memory_gib: float
+    resolved: ResolvedRun,
+    progress: Progress,
+    results: dict[str, SplitResult],
+    peak_memory_gib: float,
+    echo: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write ``scores.json`` and one predictions file for each split.
+    """Write ``scores.json`` and one predictions file a split; scores that cannot be written are printed at least.
 
     Returns:
         the content of ``scores.json``; its ``scores`` are those of the first split.
+
+    Raises:
+        OSError, UserError: the run directory cannot be written.
     """
-    predictions = resolved.run_dir / "predictions"
-    for name, result in results.items():
-        write_predictions(predictions / f"{name}.csv", result.predictions)
     main = next(iter(results))
     splits = {
         name: {
@@ -55,7 +60,13 @@ def write_scores(
         "zero_stage": resolved.zero_stage,
         "peak_memory_gib": round(peak_memory_gib, 3),
     }
-    write_text_atomically(resolved.run_dir / SCORES, json.dumps(summary, indent=2) + "\n")
+    try:
+        for name, result in results.items():
+            write_predictions(resolved.run_dir / "predictions" / f"{name}.csv", result.predictions)
+        write_text_atomically(resolved.run_dir / SCORES, json.dumps(summary, indent=2) + "\n")
+    except (OSError, UserError):
+        echo(f"\n{format_scores(summary)}\n")
+        raise
     return summary
 
 
@@ -72,15 +83,20 @@ def read_scores(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable ({error})", "train again with --new") from error
 
 
-def format_summary(summary: dict[str, Any], samples: int, seed: int) -> str:
-    """Scores beside their floors, sample outputs, and the path of the run directory."""
+def format_scores(summary: dict[str, Any]) -> str:
+    """The scores of every split beside their floors, as a table."""
     rows = {}
     for name, split in summary["splits"].items():
         described = {"clips": split["clips"], "signature": summary["signature"]}
         rows[name] = Scores(**split["scores"], **described)
         for kind, values in split["floors"].items():
             rows[f"{name}, {FLOOR_LABELS[kind]}"] = Scores(**values, **described)
+    return scores_table(rows)
+
+
+def format_summary(summary: dict[str, Any], samples: int, seed: int) -> str:
+    """Scores beside their floors, sample outputs, and the path of the run directory."""
     run_dir = Path(summary["run_dir"])
     predictions = read_predictions(run_dir / "predictions" / f"{summary['split']}.csv")
     shown = samples_text(choose_samples(predictions, samples, seed))
-    return f"{scores_table(rows)}\n\nsamples from {summary['split']}\n\n{shown}\n\nrun directory: {run_dir}"
+    return f"{format_scores(summary)}\n\nsamples from {summary['split']}\n\n{shown}\n\nrun directory: {run_dir}"

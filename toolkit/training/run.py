@@ -87,7 +87,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
         results = score_best(
             trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.recipe.evaluation, ranks
         )
-        summary = write_scores(resolved, start.progress, results, memory) if ranks.is_main else {}
+        summary = write_scores(resolved, start.progress, results, memory, echo) if ranks.is_main else {}
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
         echo(draw_report(resolved.run_dir))
