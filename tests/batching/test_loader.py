@@ -84,6 +84,7 @@ def test_features_are_those_of_the_corpus(corpus, resolve, train):
         assert torch.equal(poses, features.nan_to_num(0.0))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_workers_change_nothing(resolve, train, epoch):
     plain, with_workers = (
@@ -188,6 +189,7 @@ class BrokenTokenizer:
         raise ValueError(f"cannot tokenise {len(text_target)} texts")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_tokenizer_names_the_clips(corpus, resolve, workers):
     resolved = resolve(training={"workers": workers})
@@ -199,6 +201,7 @@ def test_an_error_of_the_tokenizer_names_the_clips(corpus, resolve, workers):
     assert re.search(r"in a batch of these clips: clip\d{3}, clip\d{3}, clip\d{3}, clip\d{3}", report)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_exception_in_a_worker_reaches_the_caller_with_its_message_and_the_clips(
     corpus, resolve, tokenizer, monkeypatch, workers
@@ -239,6 +242,7 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_epochs_follow_each_other_in_the_same_workers(corpus, resolve, tokenizer, train, workers):
     resolved = resolve(training={"workers": workers}, augmentation=ALL_ON)
@@ -273,6 +277,7 @@ def test_a_run_that_resumes_at_the_end_of_an_epoch_begins_the_next_one(corpus, r
         assert_same(one, other)
 
 
+@pytest.mark.process
 def test_a_tokenizer_may_come_after_the_workers_have_started(corpus, resolve, tokenizer, train):
     resolved = resolve(training={"workers": 2})
     stream = train_batches(corpus.splits["train"], None, resolved, landmark_set=corpus.landmark_set, epochs=None)
@@ -283,6 +288,7 @@ def test_a_tokenizer_may_come_after_the_workers_have_started(corpus, resolve, to
     stream.close()
 
 
+@pytest.mark.process
 def test_more_workers_than_cores_give_no_warning(corpus, resolve, tokenizer):
     resolved = resolve(training={"workers": 2 * len(os.sched_getaffinity(0)) + 1})
     with warnings.catch_warnings():
@@ -292,6 +298,7 @@ def test_more_workers_than_cores_give_no_warning(corpus, resolve, tokenizer):
     stream.close()
 
 
+@pytest.mark.process
 def test_a_gpu_gets_its_batches_in_page_locked_memory(corpus, resolve, tokenizer, train, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     pinned = []
@@ -325,6 +332,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.process
 def test_a_process_can_end_within_an_epoch(corpus):
     script = textwrap.dedent(SCRIPT).replace("for line in sys.stdin", "for line in []")
     subprocess.run([sys.executable, "-c", script, str(corpus.path)], cwd=REPOSITORY, check=True, timeout=limit(60))
@@ -349,6 +357,7 @@ def loading_process(request):
     process.communicate()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_workers_survive_a_request_to_stop_that_their_parent_handles(loading_process, number):
     os.killpg(loading_process.pid, number)
@@ -359,6 +368,7 @@ def test_workers_survive_a_request_to_stop_that_their_parent_handles(loading_pro
 
 
 # A worker that waits for its parent to read from a full pipe must end, too.
+@pytest.mark.process
 @pytest.mark.parametrize("loading_process", ["corpus", "wordy_corpus"], indirect=True)
 def test_workers_do_not_outlive_a_parent_that_was_killed(loading_process):
     workers = children_of(loading_process.pid)

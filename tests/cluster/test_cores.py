@@ -48,6 +48,7 @@ def test_all_ranks_together_take_no_more_threads_than_cores_or_one_each(sets: li
     assert sum(count for count in threads if count > 1) <= len(set().union(*sets))
 
 
+@pytest.mark.process
 def test_the_affinity_counts_and_not_the_machine() -> None:
     mine = min(os.sched_getaffinity(0))
     script = "import sys, os; os.sched_setaffinity(0, {int(sys.argv[1])}); "
@@ -109,6 +110,7 @@ def start(rank: int, port: int, **changed: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
 def test_two_ranks_share_the_cores_unless_somebody_said_how_many(free_port: int) -> None:
     all_cores = len(os.sched_getaffinity(0))
     ranks = [start(0, free_port), start(1, free_port, OMP_NUM_THREADS=str(all_cores))]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.time_limits import limit
 from toolkit.cluster.checks import examine
 from toolkit.cluster.environment import VARIABLES, describe_environment
@@ -25,6 +27,7 @@ def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.process
 def test_the_environment_names_versions_and_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -50,6 +53,7 @@ def test_a_stale_lock_is_in_the_list_of_what_is_wrong(tmp_path, monkeypatch):
     assert len(found) == 1 and found[0].state == "missing" and "--force" in found[0].remedy
 
 
+@pytest.mark.process
 def test_json_is_one_object_on_the_last_line():
     done = run_doctor("--json")
     assert done.returncode == 0, done.stderr
@@ -57,6 +61,7 @@ def test_json_is_one_object_on_the_last_line():
     assert set(report) == {"environment", "findings"}
 
 
+@pytest.mark.process
 def test_an_unknown_op_is_an_error_with_a_hint_and_exit_2():
     done = run_doctor("build-ops", "cpu_adm")
     assert done.returncode == 2
@@ -64,6 +69,7 @@ def test_an_unknown_op_is_an_error_with_a_hint_and_exit_2():
     assert "cpu_adm" in message and "cpu_adam" in hint
 
 
+@pytest.mark.process
 def test_a_stale_lock_stops_a_build_with_its_remedy(tmp_path):
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()
@@ -72,6 +78,7 @@ def test_a_stale_lock_stops_a_build_with_its_remedy(tmp_path):
     assert "--force" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
 def test_a_build_without_a_compiler_is_an_error_with_a_hint_and_exit_2(tmp_path):
     done = run_doctor("build-ops", "shm_comm", TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr

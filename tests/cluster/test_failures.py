@@ -90,6 +90,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return run_cases(tmp_path_factory.mktemp("ranks"), *cases)
 
 
+@pytest.mark.process
 def test_the_value_of_rank_0_reaches_all(ended: dict[str, Ended]) -> None:
     case = ended["agrees"]
     assert case.codes == [0, 0], case.err
@@ -97,6 +98,7 @@ def test_the_value_of_rank_0_reaches_all(ended: dict[str, Ended]) -> None:
     assert case.out[1] == "{'seen by': 0} {'seen by': 0}\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["rank_0_refuses", "all_refuse"])
 def test_an_error_of_the_user_is_printed_once_and_ends_all_ranks_with_its_code(
     ended: dict[str, Ended], name: str
@@ -108,6 +110,7 @@ def test_an_error_of_the_user_is_printed_once_and_ends_all_ranks_with_its_code(
     assert "Traceback" not in "".join(case.err)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("case", "code"), [("rank_0_cannot_write", 2), ("rank_0_has_no_reader", 141)])
 def test_what_the_system_refuses_rank_0_is_reported_once_without_a_traceback(
     ended: dict[str, Ended], case: str, code: int
@@ -117,6 +120,7 @@ def test_what_the_system_refuses_rank_0_is_reported_once_without_a_traceback(
     assert len(lines) == 1, ended[case].err
 
 
+@pytest.mark.process
 def test_a_rank_that_fails_alone_reports_it_and_ends_one_that_hangs(ended: dict[str, Ended]) -> None:
     case = ended["last_rank_breaks"]
     assert case.codes == [1, 1], case.err
@@ -129,6 +133,7 @@ def test_a_rank_that_fails_alone_reports_it_and_ends_one_that_hangs(ended: dict[
     assert case.out[1] == f"recorded: rank 1 of {host}: {why}\nrank 1 tidies up\n"
 
 
+@pytest.mark.process
 def test_a_bug_in_work_for_all_ranks_is_reported_by_rank_0_alone(ended: dict[str, Ended]) -> None:
     case = ended["rank_0_breaks_for_others"]
     assert case.codes == [1, 1], case.err
@@ -136,6 +141,7 @@ def test_a_bug_in_work_for_all_ranks_is_reported_by_rank_0_alone(ended: dict[str
     assert case.err[1] == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "lost"), [("last_rank_is_killed", 2), ("rank_0_is_killed", 0)])
 def test_a_rank_that_was_killed_is_named_once(ended: dict[str, Ended], name: str, lost: int) -> None:
     case = ended[name]
@@ -147,6 +153,7 @@ def test_a_rank_that_was_killed_is_named_once(ended: dict[str, Ended], name: str
     assert "".join(case.out).count(f"recorded: rank {lost} of") == 1
 
 
+@pytest.mark.process
 def test_a_broken_collective_is_not_taken_for_the_cause(ended: dict[str, Ended]) -> None:
     case = ended["consequence_comes_first"]
     assert case.codes == [1, 1], case.err
@@ -154,6 +161,7 @@ def test_a_broken_collective_is_not_taken_for_the_cause(ended: dict[str, Ended])
     assert case.err[1] == ""
 
 
+@pytest.mark.process
 def test_a_cause_that_was_found_is_not_replaced_by_the_end_of_the_rank_that_reported_it(
     ended: dict[str, Ended],
 ) -> None:
@@ -163,6 +171,7 @@ def test_a_cause_that_was_found_is_not_replaced_by_the_end_of_the_rank_that_repo
     assert case.err[1] == ""
 
 
+@pytest.mark.process
 def test_a_second_run_at_the_same_port_is_refused_and_leaves_the_first_alone(tmp_path: Path) -> None:
     port = free_port()
     second = run_cases(tmp_path, ("hangs", 2, f"{port}+"), ("agrees", 2, port))["agrees"]

@@ -38,6 +38,7 @@ def launched(folder: Path, runner: str, launch: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("runner", "launch", "watched"), [("runner", "launch", 2), ("shell", "launch", 1), ("runner", "other", 1)]
 )
@@ -55,6 +56,7 @@ def test_only_deepspeeds_own_processes_are_watched(tmp_path: Path, runner: str, 
     assert has_died(found)
 
 
+@pytest.mark.process
 def test_one_that_nobody_has_buried_yet_is_dead() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as process:
         found = [psutil.Process(process.pid)]

@@ -77,6 +77,7 @@ def test_a_lock_that_no_process_holds_is_an_error(extensions):
     assert str(lock) in error.value.message and "build-ops --force" in error.value.hint
 
 
+@pytest.mark.process
 def test_a_lock_of_a_living_build_is_left_alone(extensions):
     lock = leave_lock(extensions)
     holder = subprocess.Popen(
@@ -151,6 +152,7 @@ ops.build_missing_ops(["cpu_adam"], lambda line: print(line, flush=True))
 """
 
 
+@pytest.mark.process
 def test_two_processes_never_build_one_op_at_the_same_time(extensions, tmp_path):
     log, library = tmp_path / "log", extensions / "cpu_adam" / "cpu_adam.so"
     texts = [tmp_path / "first.txt", tmp_path / "second.txt"]

@@ -43,6 +43,7 @@ def test_this_node_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert swap_to_this_node({"zero_optimization": {"stage": 2}}) == []
 
 
+@pytest.mark.process
 def test_a_run_leaves_nothing_and_removes_what_killed_ones_left(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     dead, mine = folder_of(tmp_path / "dead", disk), folder_of(tmp_path / "mine", disk)

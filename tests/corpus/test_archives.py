@@ -77,6 +77,7 @@ def test_links_in_circles_are_followed_once(clips, tmp_path) -> None:
     assert sorted(open_poses(tmp_path / "a").files) == ["b/x.pose"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     "form",

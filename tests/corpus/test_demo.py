@@ -58,6 +58,7 @@ def test_phrases_have_one_to_three_words_and_the_languages_of_their_split() -> N
     assert 0.45 < share < 0.55
 
 
+@pytest.mark.process
 def test_the_seed_decides_every_byte_whatever_the_workers(tmp_path) -> None:
     folders = [
         make_demo(tmp_path / "one", SIZES),

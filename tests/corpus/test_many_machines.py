@@ -69,6 +69,7 @@ def _share(data: Data, out: Path, number: int, results) -> None:
     results.put(prepare(data, out, share=(number, 4)).missing_shards)
 
 
+@pytest.mark.process
 def test_shares_at_the_same_time(clips, tmp_path, whole) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
@@ -104,6 +105,7 @@ def _command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit(120))
 
 
+@pytest.mark.process
 def test_a_ray_cluster_of_two_workers(clips, tmp_path, whole, ray_cluster) -> None:
     shutil.make_archive(str(tmp_path / "poses"), "zip", clips, "poses")
     out = tmp_path / "ray"
@@ -162,6 +164,7 @@ def test_a_cluster_that_does_not_answer_is_an_error(clips, tmp_path) -> None:
         prepare(_data(clips), tmp_path / "out", ray="127.0.0.1:1")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -67,6 +67,7 @@ def test_settings_and_sources_change_the_hash(own_clips, tmp_path) -> None:
     assert len(paths) == 4
 
 
+@pytest.mark.process
 def test_workers_do_not_change_a_byte(clips, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("toolkit.corpus.shards.LEAST_CLIPS", 3)
     one = prepare(_data(clips, tmp_path), tmp_path / "one").path
@@ -223,6 +224,7 @@ def _ask(data: Data, results) -> None:
     results.put((str(found.path), found.clips_per_second is not None))
 
 
+@pytest.mark.process
 def test_many_ranks_prepare_once(clips, tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
@@ -235,6 +237,7 @@ def test_many_ranks_prepare_once(clips, tmp_path) -> None:
     assert len({path for path, _ in answers}) == 1 and sum(prepared for _, prepared in answers) == 1
 
 
+@pytest.mark.process
 def test_a_process_that_waits_reports_it(clips, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setattr(prepare_module, "MESSAGE_WHILE_WAITING", 0.2)
     out = tmp_path / "out"

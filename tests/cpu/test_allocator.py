@@ -53,6 +53,7 @@ def outcome(script: str, choice: str) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 def test_freed_blocks_leave_the_process() -> None:
     def kept(choice: str) -> float:
         return float(outcome(SCRIPT, choice))
@@ -85,6 +86,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.process
 def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
     def new_pages(choice: str) -> int:
         return int(outcome(KEEP, choice))

@@ -76,6 +76,7 @@ def test_releasing_a_buffer_that_is_not_there_is_fine(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 @linux
 def test_two_deepspeed_ranks_reduce_through_buffers_that_have_no_name(free_port):
     environment = os.environ | {

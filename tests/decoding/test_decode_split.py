@@ -77,6 +77,7 @@ def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor
         write_predictions(out / f"rank{rank}_{synced}.csv", rows)
 
 
+@pytest.mark.process
 def test_two_ranks_write_the_very_files_that_one_writes(
     tmp_path: Path, translator: Make, processor: PoseProcessor, corpus: Corpus, in_two_processes: Callable[..., None]
 ) -> None:

@@ -66,6 +66,7 @@ def save_model(folder: Path, width: int) -> int:
     return sum(parameter.numel() * 4 for parameter in model.parameters())
 
 
+@pytest.mark.process
 def test_no_rank_holds_more_than_its_partition(tmp_path: Path, in_two_processes: Callable[..., None]) -> None:
     save_model(tmp_path / "small", 8)
     size = save_model(tmp_path / "large", 6144)
@@ -84,6 +85,7 @@ def translate_as_rank(rank: int, folder: Path, processor: PoseProcessor, corpus:
         write_predictions(out / f"{rank}_{gather}.csv", rows)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_a_partitioned_model_translates_as_the_whole_one(
     kind: str,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from toolkit.corpus.packed import Corpus
@@ -45,6 +46,7 @@ def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor
         write_predictions(out / f"rank{rank}_{gather}.csv", rows)
 
 
+@pytest.mark.process
 def test_two_ranks_with_partitioned_weights_write_what_one_whole_model_writes(
     tmp_path: Path,
     translator: Callable[..., PoseTranslator],

@@ -401,6 +401,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         run_of().save(tmp_path / "file")
 
 
+@pytest.mark.process
 def test_resolving_imports_no_heavy_library():
     code = (
         "import sys; from toolkit.recipe.resolve import resolve_named; "

@@ -36,16 +36,19 @@ def comet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+@pytest.mark.process
 def test_the_score_comes_from_the_other_python(comet: None) -> None:
     metrics = parse_neural(["comet=Unbabel/some"], sys.executable)
     assert neural_score(metrics, "comet", *TEXTS) == 0.5
 
 
+@pytest.mark.process
 def test_a_checkpoint_that_cannot_be_used_is_one_line(comet: None) -> None:
     with pytest.raises(UserError, match=r"comet.* gone .*not supported"):
         neural_score(parse_neural(["comet=gone"]), "comet", *TEXTS)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "python", "complaint"),
     [

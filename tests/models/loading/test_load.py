@@ -32,6 +32,7 @@ def folder(tmp_path: Path, translator: Callable[..., PoseTranslator], processor:
     return tmp_path / "run" / "best"
 
 
+@pytest.mark.process
 def test_import_toolkit_auto_registers_the_translator_in_any_order_of_imports(folder: Path) -> None:
     lines = ["import os, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import traceback"]
     # One process an order, forked from one that has imported nothing: what each imports is its own.
@@ -50,6 +51,7 @@ def test_import_toolkit_auto_registers_the_translator_in_any_order_of_imports(fo
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_import_toolkit_imports_no_transformers() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toolkit; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=limit(60))

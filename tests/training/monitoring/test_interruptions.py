@@ -56,6 +56,7 @@ def test_other_signals_request_no_stop(number: signal.Signals, stop: signal.Sign
     assert reason == (stop and stop.name)
 
 
+@pytest.mark.process
 def test_workers_that_end_with_an_epoch_request_no_stop() -> None:
     watched = Interruptions()
     try:
@@ -82,6 +83,7 @@ libc.pthread_mutex_lock(mutex)
 """
 
 
+@pytest.mark.process
 def test_a_second_ctrl_c_stops_at_once_even_inside_a_collective() -> None:
     with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -125,6 +127,7 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.process
 def test_a_dead_parent_is_noticed() -> None:
     child = (
         "import time\n"
@@ -158,6 +161,7 @@ os.kill(child, signal.SIGKILL)
 """
 
 
+@pytest.mark.process
 def test_close_does_not_wait_for_forked_processes() -> None:
     """A loader's workers keep every pipe of their parent open."""
     assert subprocess.run([sys.executable, "-c", FORKS_AND_CLOSES], timeout=limit(60)).returncode == 0

@@ -69,6 +69,7 @@ def ended() -> Ended:
     return results
 
 
+@pytest.mark.process
 def test_a_rank_without_a_heartbeat_is_named(ended: Ended) -> None:
     end = ended["1", "stops"]
     assert end.code == 1
@@ -79,6 +80,7 @@ def test_a_rank_without_a_heartbeat_is_named(ended: Ended) -> None:
     assert "lost: step 5" in end.out and "done" not in end.out
 
 
+@pytest.mark.process
 def test_rank_0_holds_the_store_and_is_named_when_it_is_lost(ended: Ended) -> None:
     end = ended["0", "stops"]
     assert end.code == 1
@@ -86,18 +88,21 @@ def test_rank_0_holds_the_store_and_is_named_when_it_is_lost(ended: Ended) -> No
     assert "lost: step 5" in end.out
 
 
+@pytest.mark.process
 def test_a_rank_that_is_alive_and_late_is_named(ended: Ended) -> None:
     end = ended["1", "lags"]
     assert end.code == 1
     assert f"process {end.pid}) is alive and has not reached step 5" in end.err
 
 
+@pytest.mark.process
 def test_ranks_wait_for_one_that_evaluates(ended: Ended) -> None:
     end = ended["1", "evaluates"]
     assert (end.code, end.err.count("error:")) == (0, 0)
     assert "done" in end.out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_waits_for_its_data_reports_it_once_and_the_others_wait(ended: Ended, rank: str) -> None:
     end = ended[rank, "waits for data"]
@@ -108,6 +113,7 @@ def test_a_rank_that_waits_for_its_data_reports_it_once_and_the_others_wait(ende
     assert f"rank {rank} ({socket.gethostname()}, process {end.pid}) has waited for its data" in notes[0]
 
 
+@pytest.mark.process
 def test_a_rank_whose_data_never_come_ends_the_run(ended: Ended) -> None:
     end = ended["1", "starves"]
     assert end.code != 0 and "done" not in end.out
@@ -116,6 +122,7 @@ def test_a_rank_whose_data_never_come_ends_the_run(ended: Ended) -> None:
     assert "has waited for its data" in errors[0] and "training.data_timeout" in errors[0]
 
 
+@pytest.mark.process
 def test_a_rank_that_is_lost_while_it_waits_for_its_data_is_named(ended: Ended) -> None:
     end = ended["1", "stops while it waits for data"]
     assert end.code == 1
