@@ -62,21 +62,22 @@ def card_of_architecture(architecture: str) -> str:
 
 
 def pairwise_cover(cells: Sequence[Cell]) -> list[Cell]:
-    """Few cells among which every pair of values that stands together in any of ``cells`` stands together, too.
+    """Few cells among which each architecture stands once, and any two of the other settings that go together.
 
-    Greedy: always the cell that brings the most pairs that are still missing (Cohen et al. 1997, "AETG").
+    Greedy: always the cell that brings the most combinations that are still missing (Cohen et al. 1997, "AETG").
     """
     left = list(cells)
     random.Random(0).shuffle(left)  # otherwise ties always fall to the first values of each axis
-    missing = set().union(*(pairs(cell) for cell in left))
+    missing = set().union(*(combinations(cell) for cell in left))
     chosen = []
     while missing:
-        best = max(left, key=lambda cell: len(pairs(cell) & missing))
+        best = max(left, key=lambda cell: len(combinations(cell) & missing))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= combinations(best)
     return chosen
 
 
-def pairs(cell: Cell) -> set[tuple[tuple[str, object], tuple[str, object]]]:
-    """Every two of a cell's settings."""
-    return set(itertools.combinations([(axis, getattr(cell, axis)) for axis in AXES], 2))
+def combinations(cell: Cell) -> set[tuple[object, ...]]:
+    """A cell's architecture, and every two of its other settings."""
+    settings = [(axis, getattr(cell, axis)) for axis in AXES if axis != "architecture"]
+    return {(cell.architecture,), *itertools.combinations(settings, 2)}
