@@ -128,8 +128,9 @@ def trains(
         for ranks in RANKS:
             for has_gpu in (True, False):
                 if parsed.overfit is not None and parsed.overfit < ranks:
-                    with pytest.raises(UserError, match=f"start at most {parsed.overfit}, or use --overfit {ranks} "):
+                    with pytest.raises(UserError, match=f"--overfit {parsed.overfit}: .* {ranks} ranks") as error:
                         train.resolve(parsed, ranks, has_gpu=has_gpu)
+                    assert f"--overfit {ranks} " in error.value.hint
                 else:
                     assert train.resolve(parsed, ranks, has_gpu=has_gpu).world_size == ranks
 
