@@ -6,27 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.corpus.data_settings import data_of
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus, prepare
 from toolkit.errors import TooManyRejects, UserError
-from toolkit.recipe.schema import Data
-
-
-def _data(clips: Path, tmp_path: Path, **settings) -> Data:
-    given = {
-        "table": str(clips / "table.csv"),
-        "poses": str(clips / "poses"),
-        "cache": str(tmp_path / "cache"),
-        "workers": 1,
-    }
-    return Data(**(given | settings))
 
 
 def test_the_wrong_folder_is_an_error_of_its_own(own_clips, tmp_path) -> None:
     for file in list((own_clips / "poses").glob("train*"))[:14]:
         file.unlink()
     with pytest.raises(UserError, match="14 of the 24 clips") as raised:
-        ensure_corpus(_data(own_clips, tmp_path))
+        ensure_corpus(data_of(own_clips, tmp_path))
     assert "data.poses" in raised.value.hint
 
 
@@ -37,7 +27,7 @@ def test_nested_folders_and_names_with_suffix(own_clips, tmp_path) -> None:
     (own_clips / "poses" / "train-00001.pose").rename(nested / "other.pose")
     table = (own_clips / "table.csv").read_text().replace("train-00001,", "deep/er/other.pose,")
     (own_clips / "table.csv").write_text(table)
-    assert Corpus.open(ensure_corpus(_data(own_clips, tmp_path))).summary()["clips"] == 24
+    assert Corpus.open(ensure_corpus(data_of(own_clips, tmp_path))).summary()["clips"] == 24
 
 
 def _table(path: Path, rows: list[tuple[str, ...]], header: str = "uid,pose,text,split") -> str:
@@ -60,12 +50,12 @@ def test_a_name_in_two_folders_is_rejected_and_the_remedy_works(clips, tmp_path,
     rows = [(uid, pose, f"text {uid}", "train") for uid, pose in (("a", ""), ("b", "test/b.pose"), ("test/c", ""))]
     table = _table(tmp_path / "t.csv", rows)
     with pytest.raises(TooManyRejects, match="most often: several pose files have its name: 'a' may be"):
-        prepare(_data(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
+        prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
     (reject,) = rows_of(tmp_path / "out.rejects.csv")
     path = reject["reason"].partition(" may be ")[2].split(" or ")[0]
     rows[0] = (path, *rows[0][1:]) if column == "uid" else ("a", path, *rows[0][2:])
     table = _table(tmp_path / "t.csv", rows)
-    out = prepare(_data(clips, tmp_path, table=table, poses=poses), tmp_path / "out").path
+    out = prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out").path
     assert Corpus.open(out).summary()["clips"] == 3
 
 
@@ -75,8 +65,8 @@ def test_one_uid_for_files_of_two_folders_is_rejected_and_the_remedy_works(clips
     rows = [(path[-6], path, f"text {path}", "train") for path in paths]
     table = _table(tmp_path / "t.csv", rows)
     with pytest.raises(TooManyRejects, match=r"line 2 has it too, with another pose file: use the path"):
-        prepare(_data(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
-    data = _data(clips, tmp_path, table=table, poses=poses, columns={"uid": "pose"})
+        prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
+    data = data_of(clips, tmp_path, table=table, poses=poses, columns={"uid": "pose"})
     assert Corpus.open(prepare(data, tmp_path / "out").path).summary()["clips"] == 4
 
 
@@ -86,7 +76,7 @@ def test_when_most_names_are_ambiguous_the_error_names_the_files(clips, tmp_path
     with pytest.raises(
         UserError, match=r"2 of the 2 clips .* line 2: several pose files have its name: 'a' may be test"
     ):
-        prepare(_data(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
+        prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
 
 
 def test_two_paths_that_lead_to_one_file_are_rejected(clips, tmp_path, rows_of) -> None:
@@ -97,21 +87,21 @@ def test_two_paths_that_lead_to_one_file_are_rejected(clips, tmp_path, rows_of) 
     ]
     table = _table(tmp_path / "t.csv", rows)
     settings = {"table": table, "poses": str(poses / "test"), "max_rejects": 0.5}
-    out = prepare(_data(clips, tmp_path, **settings), tmp_path / "out").path
+    out = prepare(data_of(clips, tmp_path, **settings), tmp_path / "out").path
     reasons = {row["uid"]: row["reason"] for row in rows_of(out / "rejects.csv")}
     assert list(reasons) == ["/data/two/train/a.pose", "/data/two/test/a.pose"]
     assert all(
         "two names lead to one pose file" in reason and "the folder that holds" in reason for reason in reasons.values()
     )
     settings["poses"] = str(poses)  # the folder that holds those of both
-    assert Corpus.open(prepare(_data(clips, tmp_path, **settings), tmp_path / "two-out").path).summary()["clips"] == 4
+    assert Corpus.open(prepare(data_of(clips, tmp_path, **settings), tmp_path / "two-out").path).summary()["clips"] == 4
 
 
 def test_a_missing_file_is_not_replaced_by_one_of_another_folder(clips, tmp_path, rows_of) -> None:
     poses = _in_two_folders(clips, tmp_path, ["a", "b", "c"])
     shutil.rmtree(poses / "test")
     rows = [(f"/data/{path}.pose", "", f"text {path}", "train") for path in ("train/a", "train/b", "train/c", "test/b")]
-    data = _data(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), poses=str(poses), max_rejects=0.5)
+    data = data_of(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), poses=str(poses), max_rejects=0.5)
     (reject,) = rows_of(prepare(data, tmp_path / "out").path / "rejects.csv")
     assert reject["uid"] == "/data/test/b.pose"
     assert "train/b.pose, but that is '/data/train/b.pose' of line 3: add the missing file" in reject["reason"]
@@ -120,7 +110,7 @@ def test_a_missing_file_is_not_replaced_by_one_of_another_folder(clips, tmp_path
 def test_one_uid_in_two_spellings_is_a_duplicate(clips, tmp_path, rows_of) -> None:
     rows = [("train-00000", "", "one", "train"), ("./train-00000.POSE", "", "two", "train")]
     rows += [("train-00001", "", "three", "train"), ("again", "train-00001.pose", "another text of it", "train")]
-    data = _data(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), max_rejects=0.5)
+    data = data_of(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), max_rejects=0.5)
     (reject,) = rows_of(prepare(data, tmp_path / "out").path / "rejects.csv")
     assert reject == {
         "uid": "./train-00000.POSE",
@@ -133,8 +123,8 @@ def test_the_value_that_was_looked_up_and_the_nearest_are_named(clips, tmp_path)
     rows = [(f"clip {n}", f"D:\\all\\train-0000{n}.POSE", f"text {n}", "train") for n in range(4)]
     table = _table(tmp_path / "t.csv", rows, "uid,file,text,split")
     with pytest.raises(UserError, match=r"4 of the 4 clips .* line 2: .* looked up 'clip 0' \(uid\), the nearest is "):
-        prepare(_data(clips, tmp_path, table=table), tmp_path / "out")
-    out = prepare(_data(clips, tmp_path, table=table, columns={"pose": "file"}), tmp_path / "out").path
+        prepare(data_of(clips, tmp_path, table=table), tmp_path / "out")
+    out = prepare(data_of(clips, tmp_path, table=table, columns={"pose": "file"}), tmp_path / "out").path
     assert Corpus.open(out).summary()["clips"] == 4
 
 
@@ -146,5 +136,5 @@ def test_names_from_a_mac_and_suffixes_in_capitals(clips, tmp_path, form: str) -
         name = unicodedata.normalize(form, f"\u00dcbung_{number}\u00e9.POSE")
         shutil.copy(clips / "poses" / f"train-0000{number}.pose", tmp_path / "poses" / name)
     rows = [(unicodedata.normalize(other, f"\u00dcbung_{n}\u00e9"), "", f"text {n}", "train") for n in range(3)]
-    data = _data(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), poses=str(tmp_path / "poses"))
+    data = data_of(clips, tmp_path, table=_table(tmp_path / "t.csv", rows), poses=str(tmp_path / "poses"))
     assert Corpus.open(prepare(data, tmp_path / "out").path).summary()["clips"] == 3

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from tests.corpus.data_settings import data_of
 from tests.time_limits import limit
 from toolkit.corpus import prepare as prepare_module
 from toolkit.corpus.packed import Corpus
@@ -22,22 +23,12 @@ from toolkit.poses.pose_file import read_pose
 from toolkit.recipe.schema import Data
 
 
-def _data(clips: Path, tmp_path: Path, **settings) -> Data:
-    given = {
-        "table": str(clips / "table.csv"),
-        "poses": str(clips / "poses"),
-        "cache": str(tmp_path / "cache"),
-        "workers": 1,
-    }
-    return Data(**(given | settings))
-
-
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_corpus_holds_the_features_of_its_clips(clips, tmp_path, rows_of) -> None:
-    corpus = Corpus.open(ensure_corpus(_data(clips, tmp_path)))
+    corpus = Corpus.open(ensure_corpus(data_of(clips, tmp_path)))
     rows = [row for row in rows_of(clips / "table.csv") if row["split"] == "train"]
     split = corpus.splits["train"]
     assert [(clip.uid, clip.text, clip.language) for clip in split] == [
@@ -53,32 +44,32 @@ def test_a_corpus_holds_the_features_of_its_clips(clips, tmp_path, rows_of) -> N
 
 
 def test_a_second_preparation_finds_the_first(clips, tmp_path) -> None:
-    first, second = (find_or_prepare(_data(clips, tmp_path)) for _ in range(2))
+    first, second = (find_or_prepare(data_of(clips, tmp_path)) for _ in range(2))
     assert first.path == second.path and first.clips_per_second and second.clips_per_second is None
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name[0] != "."] == [first.path.name]
 
 
 def test_settings_and_sources_change_the_hash(own_clips, tmp_path) -> None:
-    paths = {ensure_corpus(_data(own_clips, tmp_path, **change)) for change in ({}, {"fps": 10}, {"max_frames": 50})}
+    paths = {ensure_corpus(data_of(own_clips, tmp_path, **change)) for change in ({}, {"fps": 10}, {"max_frames": 50})}
     with open(own_clips / "table.csv", "a") as table:
         table.write("train-00000x,again,train,ase\n")
     shutil.copy(own_clips / "poses" / "train-00000.pose", own_clips / "poses" / "train-00000x.pose")
-    paths.add(ensure_corpus(_data(own_clips, tmp_path)))
+    paths.add(ensure_corpus(data_of(own_clips, tmp_path)))
     assert len(paths) == 4
 
 
 @pytest.mark.process
 def test_workers_do_not_change_a_byte(clips, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("toolkit.corpus.shards.LEAST_CLIPS", 3)
-    one = prepare(_data(clips, tmp_path), tmp_path / "one").path
-    two = prepare(_data(clips, tmp_path, workers=2), tmp_path / "two").path
+    one = prepare(data_of(clips, tmp_path), tmp_path / "one").path
+    two = prepare(data_of(clips, tmp_path, workers=2), tmp_path / "two").path
     assert _bytes(one) == _bytes(two)
     assert len(list((one / "train").glob("*.arrow"))) == 6
 
 
 def test_an_interrupted_preparation_is_resumed(clips, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("toolkit.corpus.shards.LEAST_CLIPS", 3)
-    whole = prepare(_data(clips, tmp_path), tmp_path / "whole").path
+    whole = prepare(data_of(clips, tmp_path), tmp_path / "whole").path
     read = []
     original = Work.rows
 
@@ -90,9 +81,9 @@ def test_an_interrupted_preparation_is_resumed(clips, tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(Work, "rows", rows)
     with pytest.raises(Interrupted) as raised:
-        prepare(_data(clips, tmp_path), tmp_path / "out")
+        prepare(data_of(clips, tmp_path), tmp_path / "out")
     assert "same command" in raised.value.hint and not (tmp_path / "out").exists()
-    resumed = prepare(_data(clips, tmp_path), tmp_path / "out").path
+    resumed = prepare(data_of(clips, tmp_path), tmp_path / "out").path
     assert len(read) == 4 + 10 - 3, "the three finished shards are not made again"
     assert _bytes(resumed) == _bytes(whole)
 
@@ -105,7 +96,7 @@ def test_what_is_unusable_is_listed_with_its_reason(own_clips, tmp_path, rows_of
     (poses / "train-00002.pose").write_bytes(content[: len(content) // 2])
     with open(own_clips / "table.csv", "a") as table:
         table.write("train-00003,the same uid,train,ase\ntrain-00004x,,train,ase\n")
-    path = ensure_corpus(_data(own_clips, tmp_path, max_rejects=0.5))
+    path = ensure_corpus(data_of(own_clips, tmp_path, max_rejects=0.5))
     assert {row["uid"]: row["reason"] for row in rows_of(path / "rejects.csv")} == {
         "train-00000": "no pose file has its name: looked up 'train-00000' (uid), the nearest is train-00001.pose: "
         "if that is the right one, write it into a column pose",
@@ -122,11 +113,11 @@ def test_too_many_rejects_leave_only_the_list(own_clips, tmp_path, rows_of) -> N
     (own_clips / "poses" / "train-00001.pose").write_bytes(b"not a pose")
     out = tmp_path / "out"
     with pytest.raises(TooManyRejects, match=r"1 of 24 clips \(4.17 %\).*not a \.pose file") as raised:
-        prepare(_data(own_clips, tmp_path), out)
+        prepare(data_of(own_clips, tmp_path), out)
     assert raised.value.exit_code == 3 and "out.rejects.csv" in raised.value.hint
     assert rows_of(tmp_path / "out.rejects.csv")[0]["uid"] == "train-00001"
     assert not out.exists() and not (tmp_path / "out.partial").exists()
-    prepare(_data(own_clips, tmp_path, max_rejects=0.1), out)
+    prepare(data_of(own_clips, tmp_path, max_rejects=0.1), out)
     assert not (tmp_path / "out.rejects.csv").exists()
 
 
@@ -146,7 +137,7 @@ def test_wrong_inputs_are_named_and_leave_nothing(clips, tmp_path, monkeypatch, 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=re.escape(named)) as raised:
-        ensure_corpus(_data(clips, tmp_path, **change))
+        ensure_corpus(data_of(clips, tmp_path, **change))
     assert raised.value.exit_code == 2 and raised.value.hint
     assert not (tmp_path / "cache").exists()
 
@@ -156,7 +147,7 @@ def test_empty_texts_beyond_the_limit_name_their_line(own_clips, tmp_path) -> No
         table.write("a,,train,ase\n")
     shutil.copy(own_clips / "poses" / "train-00000.pose", own_clips / "poses" / "a.pose")
     with pytest.raises(UserError, match="line 26: the text is empty") as raised:
-        ensure_corpus(_data(own_clips, tmp_path))
+        ensure_corpus(data_of(own_clips, tmp_path))
     assert raised.value.exit_code == 2
 
 
@@ -165,7 +156,7 @@ def test_clips_of_one_file_by_start_and_end(clips, tmp_path) -> None:
         "uid,text,video,split,from,to\na,one,train-00000,train,0,0.8\nb,two,train-00000,train,0.8,1.6\n"
     )
     columns = {"start": "from", "end": "to"}
-    data = _data(clips, tmp_path, table=str(tmp_path / "t.csv"), columns=columns, fps=25)
+    data = data_of(clips, tmp_path, table=str(tmp_path / "t.csv"), columns=columns, fps=25)
     assert Corpus.open(ensure_corpus(data)).splits["train"].frames.tolist() == [20, 20]
 
 
@@ -181,9 +172,9 @@ def _without_hands(path: Path) -> None:
 
 def test_clips_without_hands_are_counted_and_rejected_when_asked(own_clips, tmp_path, rows_of) -> None:
     _without_hands(own_clips / "poses" / "train-00003.pose")
-    kept = Corpus.open(ensure_corpus(_data(own_clips, tmp_path)))
+    kept = Corpus.open(ensure_corpus(data_of(own_clips, tmp_path)))
     assert kept.metadata.counts["without_hands"] == 1 and kept.summary()["clips"] == 24
-    path = ensure_corpus(_data(own_clips, tmp_path, no_hands="reject", max_rejects=0.1))
+    path = ensure_corpus(data_of(own_clips, tmp_path, no_hands="reject", max_rejects=0.1))
     assert rows_of(path / "rejects.csv") == [
         {"uid": "train-00003", "reason": "no hands: no frame shows a landmark of either"}
     ]
@@ -196,24 +187,24 @@ def test_removed_texts_are_counted_and_listed(own_clips, tmp_path, rows_of) -> N
     taken["text"] = rows[0]["text"].upper() + "!"
     lines = ["uid,text,split,language", *(",".join(row.values()) for row in rows)]
     (own_clips / "table.csv").write_text("\n".join(lines) + "\n")
-    kept = Corpus.open(ensure_corpus(_data(own_clips, tmp_path)))
+    kept = Corpus.open(ensure_corpus(data_of(own_clips, tmp_path)))
     assert kept.metadata.leakage["test_texts_in_train"] == 1 and not (kept.path / "removed.csv").exists()
-    corpus = Corpus.open(ensure_corpus(_data(own_clips, tmp_path, shared_texts="remove")))
+    corpus = Corpus.open(ensure_corpus(data_of(own_clips, tmp_path, shared_texts="remove")))
     assert corpus.metadata.counts["removed_shared_texts"] == 1 and corpus.summary()["rejects"] == 0
     assert corpus.summary()["splits"]["test"] == 3 and not any(corpus.metadata.leakage.values())
     assert rows_of(corpus.path / "removed.csv") == [{"uid": taken["uid"], "reason": "train has its text"}]
 
 
 def test_a_finished_corpus_is_only_replaced_when_asked(clips, tmp_path) -> None:
-    out = prepare(_data(clips, tmp_path), tmp_path / "out").path
+    out = prepare(data_of(clips, tmp_path), tmp_path / "out").path
     with pytest.raises(UserError, match="out exists"):
-        prepare(_data(clips, tmp_path, fps=5), out)
-    prepare(_data(clips, tmp_path, fps=5), out, replace=True)
+        prepare(data_of(clips, tmp_path, fps=5), out)
+    prepare(data_of(clips, tmp_path, fps=5), out, replace=True)
     assert Corpus.open(out).metadata.fps == 5
 
 
 def test_a_prepared_corpus_is_taken_as_it_is(clips, tmp_path) -> None:
-    out = prepare(_data(clips, tmp_path), tmp_path / "out").path
+    out = prepare(data_of(clips, tmp_path), tmp_path / "out").path
     assert ensure_corpus(Data(corpus=str(out))) == out
     with pytest.raises(UserError, match=r"corpus\.json"):
         ensure_corpus(Data(corpus=str(tmp_path)))
@@ -228,7 +219,7 @@ def _ask(data: Data, results) -> None:
 def test_many_ranks_prepare_once(clips, tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    ranks = [context.Process(target=_ask, args=(_data(clips, tmp_path), results)) for _ in range(4)]
+    ranks = [context.Process(target=_ask, args=(data_of(clips, tmp_path), results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
     answers = [results.get(timeout=limit(60)) for _ in ranks]
@@ -244,7 +235,7 @@ def test_a_process_that_waits_reports_it(clips, tmp_path, monkeypatch, capfd) ->
     held = FileLock(tmp_path / ".out.lock")
     held.acquire()
     context = multiprocessing.get_context("fork")
-    waiting = context.Process(target=prepare, args=(_data(clips, tmp_path), out))
+    waiting = context.Process(target=prepare, args=(data_of(clips, tmp_path), out))
     waiting.start()
     time.sleep(0.7)
     held.release()
@@ -254,7 +245,7 @@ def test_a_process_that_waits_reports_it(clips, tmp_path, monkeypatch, capfd) ->
 
 
 def test_metadata_describe_how_the_features_were_made(clips, tmp_path) -> None:
-    path = ensure_corpus(_data(clips, tmp_path))
+    path = ensure_corpus(data_of(clips, tmp_path))
     metadata = json.loads((path / "corpus.json").read_text())
     assert metadata["landmark_set"]["name"] == "hands_body_50"
     assert metadata["normalisation"].startswith("shoulders")
@@ -288,7 +279,7 @@ def test_the_table_overrules_the_frame_rate_of_a_file(clips, tmp_path) -> None:
         writer = csv.DictWriter(file, [*rows[0], "fps"])
         writer.writeheader()
         writer.writerows(row | {"fps": "25"} for row in rows)
-    data = _data(clips, tmp_path).model_copy(update={"poses": str(poses)})
+    data = data_of(clips, tmp_path).model_copy(update={"poses": str(poses)})
     with pytest.raises(TooManyRejects, match=r"frames per second, which no camera has: .* fps column"):
         ensure_corpus(data)
     corpus = Corpus.open(ensure_corpus(data.model_copy(update={"table": str(table)})))

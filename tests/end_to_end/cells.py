@@ -61,7 +61,7 @@ def card_of_architecture(architecture: str) -> str:
     return next(name for name in model_names() if load_model_yaml(name).architecture == architecture)
 
 
-def pairwise_cover(cells: Sequence[Cell]) -> list[Cell]:
+def small_cover(cells: Sequence[Cell]) -> list[Cell]:
     """Few cells among which each architecture stands once, and any two of the other settings that go together.
 
     Greedy: always the cell that brings the most combinations that are still missing (Cohen et al. 1997, "AETG").

@@ -24,11 +24,11 @@ from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import AXES, card_of_architecture, combinations, overrides_of, pairwise_cover
+from cells import AXES, card_of_architecture, combinations, overrides_of, small_cover
 
 CLAIMED = [cell for cell in cells() if refusal(cell) is None]
 ON_CPU = [cell for cell in CLAIMED if not needs_gpu(cell)]
-COVER = pairwise_cover(ON_CPU)
+COVER = small_cover(ON_CPU)
 
 
 def cell_of_recipe(name: str) -> Cell:
@@ -127,7 +127,7 @@ def test_all_other_cells_train_save_and_load(train_cells: Callable[..., dict[str
 
 @pytest.mark.gpu
 def test_cells_that_need_a_gpu_train_save_and_load(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> None:
-    outcomes = train_cells(pairwise_cover(ON_GPU), [], ranks=1)
+    outcomes = train_cells(small_cover(ON_GPU), [], ranks=1)
     wrong = {name: outcome for name, outcome in outcomes.items() if problem(outcome)}
     assert not wrong, json.dumps(wrong, indent=1)[:8000]
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.recipe.resolving import error_of, run_of, write
 from toolkit.errors import UserError
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.deepspeed.keys import KNOWN, OWNED
@@ -28,22 +29,6 @@ GPU_HOSTS = {
     "zero3_plus_plus": "zero_optimization.zero_quantized_gradients",
 }
 EVERYWHERE = [name for name in ds_config_names() if name not in GPU_HOSTS]
-
-
-def run_of(name="t5_small", *overrides, ds=None, world_size=1, has_gpu=False, needs_data=False):
-    return resolve_named(name, overrides, world_size, has_gpu=has_gpu, ds=ds, needs_data=needs_data)
-
-
-def error_of(*args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        run_of(*args, **kwargs)
-    assert "\n" not in caught.value.message and "\n" not in caught.value.hint
-    return caught.value
-
-
-def write(path, value):
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -244,28 +229,6 @@ def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
     write(folder / "config.json", {"model_type": "bart"})
     assert run_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=True).precision == "fp16"
     assert "fp16.enabled=true" in error_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False).message
-
-
-@pytest.mark.parametrize(
-    ("ds", "override", "named", "remedy"),
-    [
-        ("zero0", "zero_optimization.offload_optimizer.device=cpu", "ZeRO stages 1, 2 and 3", "--ds "),
-        ("zero2", "zero_optimization.offload_param.device=cpu", "ZeRO stage 3, not by stage 2", "--ds zero3_offload"),
-        ("zero2_offload", "zero_optimization.offload_optimizer.device=nvme", "NVMe", "--ds "),
-        ("zero2", "fp16.enabled=true", "bf16 and fp16", "ds.fp16.enabled=false"),
-        ("zero0", "bf16.enabled=true", "bf16 and torch_autocast", "ds.torch_autocast.enabled=false"),
-        ("zero0", "torch_autocast.dtype=null", "torch_autocast.dtype", "ds.torch_autocast.dtype=bfloat16"),
-        ("zero2", "zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32", "ds.data_types=null"),
-        ("zero2", "gradient_allreduce_op=sum", "gradient_allreduce_op=sum", "ds.gradient_allreduce_op=mean"),
-        ("zero3", "zero_optimization.zero_quantized_weights=true", "zero_quantized_weights", "weights=null"),
-        ("zero3", "compile.deepcompile=true", "compile.deepcompile", "ds.compile.deepcompile=null"),
-        ("zero3", "zero_optimization.stage3_module_granularity_threshold=9", "granularity_threshold", "threshold=null"),
-        ("zero3", "zero_optimization.leaf_module.names=[encoder]", "leaf_module", "leaf_module=null"),
-    ],
-)
-def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, named, remedy):
-    error = error_of("t5_small", f"ds.{override}", ds=ds)
-    assert named in error.message and remedy in error.hint
 
 
 def test_recipe_and_json_problems_are_listed_together():
