@@ -10,6 +10,7 @@ import pytest
 from transformers import T5Config
 
 from tests.rank_workers import prepared, run_worker
+from tests.same_translations import assert_same_translations
 
 Scored = tuple[Path, dict[str, list[dict[str, int]]]]
 MEBI = 2**20
@@ -82,4 +83,4 @@ def test_scoring_holds_no_second_model(scored: Scored, name: str) -> None:
 @pytest.mark.parametrize("name", [*MEASURED, *SCORED])
 def test_the_scores_are_those_of_the_saved_best_model(scored: Scored, name: str) -> None:
     run_dir = scored[0] / name
-    assert (run_dir / "predictions" / "test.csv").read_bytes() == (run_dir / "of_its_user.csv").read_bytes()
+    assert_same_translations(run_dir / "predictions" / "test.csv", run_dir / "of_its_user.csv")

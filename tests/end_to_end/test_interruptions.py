@@ -275,8 +275,15 @@ def leftovers(folder: Path, temporary: Path) -> list[str]:
     # torch keeps one cache for all runs of a user, named after them, and fills it by gcc: killed while linking, that
     # leaves files such as ccDrdgim.res.
     torchs = re.compile(r"torchinductor_.*|cc\w{6}\..*")
-    files = [str(path) for path in temporary.iterdir() if not torchs.fullmatch(path.name)]
+    files = [
+        str(path) for path in temporary.iterdir() if not torchs.fullmatch(path.name) and not is_deepspeeds_probe(path)
+    ]
     return unfinished + swapped + files + shared
+
+
+def is_deepspeeds_probe(path: Path) -> bool:
+    """DeepSpeed compiles a small program in every CPU rank that starts; killed meanwhile, that leaves its folder."""
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {"test.c", "test.o", "a.out", "stderr.txt"}
 
 
 def is_old_and_ours(path: Path) -> bool:

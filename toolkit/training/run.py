@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +270,14 @@ def open_trainer(
 def make_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseProcessor:
     """The run's processor, made by rank 0: training a tokenizer twice may give two. All ranks call this.
 
-    Rank 0 sends its files to the others, because a shared file system may show them late.
+    Rank 0 sends its files to the others, because a shared file system may show them late. Each rank reads its own copy
+    from the run directory, so that what a killed rank leaves there is removed when the run resumes.
     """
     folder = resolved.run_dir / PROCESSOR
 
     def make() -> dict[str, bytes]:
+        for left in folder.parent.glob(".processor.rank*.partial"):
+            shutil.rmtree(left)
         if not folder.exists():
             partial = folder.with_name(".processor.partial")
             build_processor(resolved.recipe, corpus).save_pretrained(partial)
@@ -282,12 +285,17 @@ def make_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseP
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     files = on_rank_0(make)
-    with nullcontext(folder) if ranks.is_main else tempfile.TemporaryDirectory() as place:
-        for name, content in () if ranks.is_main else files.items():
-            copy = Path(place, name)
+    if ranks.is_main:
+        return PoseProcessor.from_pretrained(folder)
+    own = folder.with_name(f".processor.rank{ranks.rank}.partial")
+    try:
+        for name, content in files.items():
+            copy = own / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
-        return PoseProcessor.from_pretrained(place)
+        return PoseProcessor.from_pretrained(own)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _resume(engine: Any, resolved: ResolvedRun, start: Start, fingerprint: str, echo: Echo) -> None:
