@@ -71,3 +71,14 @@ def test_the_peak_is_the_fastest_of_its_trials(monkeypatch: pytest.MonkeyPatch) 
     clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0, 30.0, 35.0])  # trials of 4, 2, 3 and 5 seconds
     monkeypatch.setattr("toolkit.training.monitoring.flops.time.perf_counter", lambda: next(clock))
     assert measure_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 2
+
+
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_peak_is_that_of_the_type_in_which_a_cpu_trains(
+    monkeypatch: pytest.MonkeyPatch, is_fast: bool, dtype: torch.dtype
+) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr("toolkit.training.monitoring.flops.has_fast_bf16", lambda: is_fast)
+    monkeypatch.setattr("toolkit.training.monitoring.flops.torch.mm", lambda left, right: seen.append(left.dtype))
+    assert measure_peak(torch.device("cpu"), torch.bfloat16) > 0
+    assert set(seen) == {dtype}

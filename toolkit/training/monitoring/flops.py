@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
+from toolkit.cpu.linear import has_fast_bf16
 from toolkit.training.optimization.learning_rate_layers import stack_layers
 
 PEAK_TRIALS = 4
@@ -142,8 +143,12 @@ def attention_width(config: Any) -> int:
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on one rank, in a fraction of a second.
 
-    It is measured where and as the training runs (threads, clock, other ranks), so MFU needs no table of devices.
+    It is measured where and as the training runs (threads, clock, other ranks), so MFU needs no table of devices. On a
+    CPU without fast bf16, where linear layers multiply in fp32 and a bf16 product of this size takes seconds, it is the
+    peak of fp32.
     """
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_fast_bf16():
+        dtype = torch.float32
     size = 8192 if device.type == "cuda" else 1024
     # A generator of its own: torch's has the state of the checkpoint from which the run resumes.
     generator = torch.Generator(device).manual_seed(0)
