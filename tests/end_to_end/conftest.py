@@ -25,6 +25,7 @@ TIMEOUT = 1800.0  # seconds, on an idle machine; one that is slow in bf16 needs 
 FOR_SPEED = {
     "model.from_scratch=true": "published weights: what the hub says, and how files become a backbone",
     "model.tiny=true": "parameters above ZeRO-3's thresholds and DeepSpeed's buckets, and the memory of it all",
+    "model.pose_encoder.hidden=64": "products of the pose encoder's own width, most of a tiny model's time",
     "training.global_batch_size=8": "steps of many micro-batches; the last step of an epoch, which fillers fill up",
     "training.micro_batch_size=2": "as above",
     "training.workers=0": "loader processes: their forks beside threads, their signals, their end after each epoch",

@@ -122,7 +122,6 @@ def trained(
         f"training.save_every={SAVE_EVERY}",
         "training.keep_last=9",
         "training.learning_rate=3e-3",
-        "model.pose_encoder.hidden=64",
         "training.epochs=9",
         "training.eval_every=99",
         "training.log_every=1",

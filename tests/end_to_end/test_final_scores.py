@@ -22,8 +22,8 @@ LORA = ["model.lora.r=4", "training.ctc_weight=0"]
 # Strategies whose memory is measured, with a model large enough for it.
 MEASURED = ("zero2", "zero3", "zero3_offload", "crowded-zero3")
 # Copies of the model that a rank holds while the best one translates: the shard, and the whole weights that it gathers
-# where there is room. A second model would be one more. With offload half a copy more is measured, of unknown origin.
-COPIES = {"zero2": 1.0, "zero3": 1.5, "zero3_offload": 2.0, "crowded-zero3": 0.5}
+# where there is room. A second model would be one more.
+COPIES = {"zero2": 1.0, "zero3": 1.5, "zero3_offload": 1.5, "crowded-zero3": 0.5}
 # Cases whose scores alone are compared, with a tiny model: those that save and load weights in other ways.
 SCORED = {
     "bf16-zero1": ["ds.bf16.enabled=true"],

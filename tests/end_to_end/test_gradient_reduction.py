@@ -43,7 +43,7 @@ def trained(
     folder = tmp_path_factory.mktemp("reduction")
     shared = [*prepared(settings), f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
     shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
-    shared += ["model.dropout=0", "model.pose_encoder.dropout=0", "model.pose_encoder.hidden=64"]
+    shared += ["model.dropout=0", "model.pose_encoder.dropout=0"]
     cases = {
         f"{size}: {name}": {"ds": ds, "overrides": overrides, "small": size == "once"}
         for name, (ds, overrides) in CASES.items()

@@ -75,12 +75,14 @@ def release_training_states(engine: Any) -> None:
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor in nested dictionaries, sequences and dataclasses."""
+    """Every tensor in nested dictionaries, sequences and dataclasses, and the gradients that they hold."""
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
         yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad  # where offload keeps the gradient of a sub-group
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors_in(item, seen)
