@@ -20,7 +20,8 @@ IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autoca
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 AUTOCAST = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"]
 ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
-UNCLIPPED = [*FP32, "training.max_steps=1", "training.gradient_clipping=0"]
+USUAL_WIDTH = "model.pose_encoder.hidden=512"
+UNCLIPPED = [*FP32, USUAL_WIDTH, "training.max_steps=1", "training.gradient_clipping=0"]
 # What a run may do otherwise -> overrides, and the stages by which it must come out the same.
 VARIANTS = {
     "lion": (["training.optimizer=lion", "training.learning_rate=3e-4"], ["zero0", "zero2_offload", "zero3"]),
@@ -87,7 +88,7 @@ def trained(start: Start) -> dict[str, dict[str, Any]]:
         cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
         cases[f"{kind}-partitioned"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
         cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, SMALL]}
-    cases["kept"] = {"ds": "zero1", "overrides": [*FP32, "model.pose_encoder.hidden=512"]}
+    cases["kept"] = {"ds": "zero1", "overrides": [*FP32, USUAL_WIDTH]}
     for micro in (1, 4):
         cases[f"micro-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
     # Clips of 55 to 274 frames: a step needs two, three or four of these.
