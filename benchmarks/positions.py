@@ -37,9 +37,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.models.encoders import KINDS, PoseEncoder, make_pose_encoder
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe import schema

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,7 +53,7 @@ def _build(arguments: argparse.Namespace) -> None:
 def _report(as_json: bool) -> None:
     environment, findings = describe_environment(), examine()
     if as_json:
-        print(json.dumps({"environment": environment, "findings": [finding.to_dict() for finding in findings]}))
+        print(json.dumps({"environment": environment, "findings": [asdict(finding) for finding in findings]}))
         return
     commit = f" at {environment['git_commit'][:12]}" if environment["git_commit"] else ""
     print(f"toolkit {environment['toolkit']}{commit}, Python {environment['python']}, {environment['platform']}")

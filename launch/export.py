@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, first_line
 
 
 def main() -> None:
@@ -113,8 +113,6 @@ def push(folder: Path, repository: str) -> str:
         UserError: the hub refuses or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
-
-    from toolkit.models.loading.hub import first_line
 
     api = HfApi()
     try:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip
-from toolkit.corpus.writer import write_corpus
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.load import load_recipe

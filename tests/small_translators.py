@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import BartConfig, PreTrainedConfig, T5Config
 
+from tests.written_corpora import write_corpus
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION

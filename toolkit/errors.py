@@ -127,6 +127,12 @@ def as_one(problems: Sequence[UserError], about: str) -> UserError:
     return UserError(f"{len(problems)} problems in {about}: {messages}", hints)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, as part of a message of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")
+
+
 def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:
     """Run ``command`` and turn its outcome into a documented exit code; ``cluster/failures.py`` does so on many ranks.
 

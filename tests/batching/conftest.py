@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe

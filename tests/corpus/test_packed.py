@@ -4,8 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import METADATA_FILE, Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import load_landmark_set
 

@@ -34,10 +34,10 @@ deepspeed.init_distributed("gloo", verbose=False)
 torch.distributed.barrier()
 found = own_buffer(ranks.rank).exists()
 torch.distributed.barrier()
-released = release_own_buffer(ranks.rank)
+release_own_buffer(ranks.rank)
 value = torch.full((1000,), float(ranks.rank + 1))
 deepspeed.comm.all_reduce(value)
-print("RESULT", found, released, own_buffer(ranks.rank).exists(), value[0].item())
+print("RESULT", found, own_buffer(ranks.rank).exists(), value[0].item())
 """
 
 
@@ -59,20 +59,20 @@ def test_buffers_that_nobody_maps_are_removed_and_only_those(tmp_path):
     unrelated.write_bytes(b"x")
     in_use = old_buffer(tmp_path, 4)
     with in_use.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert remove_orphaned_buffers(tmp_path) == 4096
+        remove_orphaned_buffers(tmp_path)
         assert in_use.exists()
     assert not orphan.exists()
     assert of_another_user.exists() and in_the_making.exists() and unrelated.exists()
-    assert remove_orphaned_buffers(tmp_path) == 4096  # its last user is gone
+    remove_orphaned_buffers(tmp_path)  # its last user is gone
     assert not in_use.exists()
 
 
 def test_releasing_a_buffer_that_is_not_there_is_fine(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29999")
-    assert not release_own_buffer(0, tmp_path)
+    release_own_buffer(0, tmp_path)
     own_buffer(0, tmp_path).write_bytes(b"x")
-    assert release_own_buffer(0, tmp_path)
+    release_own_buffer(0, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -123,7 +123,7 @@ def trains(
         train = script(path)
         monkeypatch.setattr(sys, "argv", [path, *arguments])
         parsed = train.parse()
-        if missing_data(load_recipe(parsed.recipe, parsed.overrides, ds=parsed.ds)):
+        if any(missing_data(load_recipe(parsed.recipe, parsed.overrides, ds=parsed.ds))):
             parsed.overrides.append("data.corpus=corpora/mine")
         for ranks in RANKS:
             for has_gpu in (True, False):

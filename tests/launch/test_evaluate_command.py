@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.time_limits import limit
+from tests.written_corpora import write_corpus
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import exit_code_of
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set

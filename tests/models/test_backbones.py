@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedConfig, T5ForConditionalGeneration
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator
 from toolkit.models.build import build_processor, build_translator

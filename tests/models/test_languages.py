@@ -25,8 +25,8 @@ from transformers import (
     NllbTokenizer,
 )
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_inputs
 from toolkit.models.build import build_processor, build_translator

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
+from tests.written_corpora import write_corpus
 from toolkit.batching.collate import collate
 from toolkit.corpus.packed import Clip
-from toolkit.corpus.writer import write_corpus
 from toolkit.models import PoseFeatureExtractor, PoseProcessor
 from toolkit.poses.features import NORMALISATION, extract_features
 from toolkit.poses.landmarks import load_landmark_set

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.written_corpora import write_corpus
 from toolkit.checkpointing import run_directory
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer

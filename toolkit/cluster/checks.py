@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,6 @@ class Finding:
     state: Literal["ok", "note", "missing"]
     detail: str
     remedy: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The finding, ready for JSON."""
-        return asdict(self)
 
 
 def examine() -> list[Finding]:

@@ -54,6 +54,7 @@ def describe_environment() -> dict[str, Any]:
     Imports torch to ask for devices; call it where torch is imported anyway.
     """
     import psutil
+    import torch
 
     return {
         "toolkit": __version__,
@@ -65,7 +66,7 @@ def describe_environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "gpus": gpus(),
-        "cuda": _cuda_version(),
+        "cuda": torch.version.cuda,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -114,12 +115,6 @@ def _git(root: Path, *arguments: str) -> str:
         stdin=subprocess.DEVNULL,
     )
     return done.stdout.strip()
-
-
-def _cuda_version() -> str | None:
-    import torch
-
-    return torch.version.cuda
 
 
 def _cpu_name() -> str:

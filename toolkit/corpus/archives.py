@@ -259,9 +259,6 @@ class _JoinedParts(io.RawIOBase):
         self._position = start + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readable(self) -> bool:
         return True
 

@@ -13,6 +13,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
+from operator import eq
 
 SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
 
@@ -196,5 +198,4 @@ def _similarity(first: str, second: str) -> tuple[int, int]:
 
 def _common(first: Sequence[str], second: Sequence[str]) -> int:
     """How many elements are the same from the first on."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return sum(1 for _ in takewhile(bool, map(eq, first, second)))

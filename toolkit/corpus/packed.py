@@ -32,6 +32,9 @@ from toolkit.poses.landmarks import LandmarkSet
 FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
 MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
+# Settings of preparation that a corpus keeps in its metadata.
+KEPT_SETTINGS = ("fps", "max_frames", "min_frames", "too_long", "no_hands", "shared_texts")
+TEXT_COLUMNS = ("uid", "text", "video", "language")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Column(Sequence[str]):
             yield from chunk.to_pylist()
 
 
-_PACKED_COLUMNS = ("uid", "text", "video", "language", "hands_visible")
+_PACKED_COLUMNS = (*TEXT_COLUMNS, "hands_visible")
 # Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
 _Chunk = tuple[list[pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
 
@@ -149,14 +152,6 @@ class Split:
     @property
     def texts(self) -> Column:
         return Column(self._table.column("text"))
-
-    @property
-    def videos(self) -> Column:
-        return Column(self._table.column("video"))
-
-    @property
-    def languages(self) -> Column:
-        return Column(self._table.column("language"))
 
     @property
     def hands_visible(self) -> npt.NDArray[np.float32]:

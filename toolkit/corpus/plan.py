@@ -16,7 +16,7 @@ import xxhash
 
 from toolkit.corpus.archives import PoseFiles, open_poses
 from toolkit.corpus.names import canonical, contradict, escaped, shared_tail
-from toolkit.corpus.packed import FORMAT_VERSION
+from toolkit.corpus.packed import FORMAT_VERSION, KEPT_SETTINGS
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
 from toolkit.corpus.table import PRESETS, Row, read_table
 from toolkit.errors import UserError
@@ -28,19 +28,7 @@ MOST_FILES_MISSING = 0.5  # share of the clips; if more have no file, the folder
 MOST_EXAMPLES = 20  # rows without a file that are examined for the most frequent reason
 
 # The settings that a corpus depends on; the landmark set, table and poses are hashed by their content.
-_HASHED_SETTINGS = {
-    "source",
-    "fps",
-    "max_frames",
-    "min_frames",
-    "too_long",
-    "no_hands",
-    "columns",
-    "dev_share",
-    "test_share",
-    "split_seed",
-    "shared_texts",
-}
+_HASHED_SETTINGS = {*KEPT_SETTINGS, "source", "columns", "dev_share", "test_share", "split_seed"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from toolkit import __version__
 from toolkit.cluster.rendezvous import on_each_node, on_rank_0
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
-from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
+from toolkit.corpus.packed import KEPT_SETTINGS, METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
 from toolkit.corpus.shards import Record, ShardKey, Work, build_on_ray, build_shards
 from toolkit.corpus.splits import leakage
@@ -272,13 +272,8 @@ def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], n
         clips_checksum.update(record.checksum.encode())
     return Metadata(
         landmark_set=inputs.landmark_set.to_dict(),
-        fps=inputs.data.fps,
         normalisation=NORMALISATION,
-        max_frames=inputs.data.max_frames,
-        min_frames=inputs.data.min_frames,
-        too_long=inputs.data.too_long,
-        no_hands=inputs.data.no_hands,
-        shared_texts=inputs.data.shared_texts,
+        **inputs.data.model_dump(include=set(KEPT_SETTINGS)),
         splits=summaries,
         counts=dict(counts),
         checksums={"table": inputs.table_checksum, "clips": clips_checksum.hexdigest()},

@@ -28,7 +28,7 @@ from toolkit.corpus.packed import Clip
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
 from toolkit.corpus.writer import shard_name, unfinished_name, write_shard
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.poses.features import extract_features, read_clip
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import USUAL_FPS, PoseError
@@ -237,7 +237,7 @@ def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: 
             log_to_driver=False,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: no Ray cluster answers: {_first_line(error)}", _CHECK_RAY) from error
+        raise UserError(f"--ray {address}: no Ray cluster answers: {first_line(error)[:200]}", _CHECK_RAY) from error
     try:
         processors = int(ray.cluster_resources().get("CPU", 1))
         shared = ray.put(replace(work, folder=work.folder.absolute()))
@@ -272,9 +272,4 @@ class _Builder:
         self.work = work
 
     def build(self, shard: ShardKey) -> Record:
-        (record,) = build_shards(self.work, [shard], workers=1)
-        return record
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return build_shard(self.work, *shard)

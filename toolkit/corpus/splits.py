@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
+import regex
 import xxhash
 
 from toolkit.corpus.table import Row
@@ -24,8 +25,7 @@ _VIDEO_OF_UID = (
     re.compile(r"(?P<video>[A-Za-z0-9_-]{11})--\d+"),
     re.compile(r"(?P<video>[A-Za-z0-9_-]{11})_(?:w|d|e\d+)"),
 )
-
-
+_BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # all but letters, marks and digits
 LEAST_WORDS_OF_NEAR_TEXTS = 4
 
 
@@ -97,21 +97,9 @@ def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: splits[name] for name in [*usual, *sorted(set(splits) - set(usual))]}
 
 
-class _LettersOnly(dict[int, int]):
-    """A table for ``str.translate``, filled as characters occur: all but letters, marks and digits is a space."""
-
-    def __missing__(self, character: int) -> int:
-        stays = unicodedata.category(chr(character))[0] in "LMN"
-        self[character] = character if stays else ord(" ")
-        return self[character]
-
-
-_LETTERS_ONLY = _LettersOnly()
-
-
 def normalised_text(text: str) -> str:
     """A text without case, punctuation and spacing; texts count as the same if this is equal."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS_ONLY).split())
+    return _BETWEEN_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def _near_keys(normalised: str) -> set[int]:

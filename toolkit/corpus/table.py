@@ -17,6 +17,8 @@ from toolkit.errors import UserError
 
 CLIP_COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
+_SECONDS = "seconds from the beginning of the file"
+NUMBERS = {"start": _SECONDS, "end": _SECONDS, "fps": "frames per second"}
 # Tables of clips that are files of their own often still have these columns: they are read only if the user maps them.
 ONLY_WHEN_MAPPED = ("start", "end")
 PRESETS: dict[str, dict[str, str]] = {
@@ -27,10 +29,7 @@ PRESETS: dict[str, dict[str, str]] = {
 
 SPLIT_NAMES = {
     "training": "train",
-    "val": "dev",
-    "valid": "dev",
-    "validation": "dev",
-    "development": "dev",
+    **dict.fromkeys(("val", "valid", "validation", "development"), "dev"),
     "testing": "test",
 }
 _KNOWN_SPLITS = {"train", "dev", "test", *SPLIT_NAMES}
@@ -101,7 +100,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Convert records to rows, with our names of the columns."""
     for line, record in records:
-        values = {}
+        values: dict[str, Any] = {}
         for name in CLIP_COLUMNS:
             source = columns.get(name, "" if name in ONLY_WHEN_MAPPED else name)
             if source not in record and (name in REQUIRED or name in columns):
@@ -110,20 +109,10 @@ def _rows(
                     f"name the column of the {name} by data.columns.{name}=NAME (--columns {name}=NAME)",
                 )
             values[name] = _text(record.get(source, ""), name, path, line)
-        yield Row(
-            uid=values["uid"],
-            text=" ".join(values["text"].split()),
-            video=values["video"],
-            split=_split(values["split"], path, line),
-            language=values["language"],
-            pose=values["pose"],
-            start=_number(
-                values["start"], "start", "seconds from the beginning of the file", path, line, decimal_comma
-            ),
-            end=_number(values["end"], "end", "seconds from the beginning of the file", path, line, decimal_comma),
-            fps=_number(values["fps"], "fps", "frames per second", path, line, decimal_comma),
-            line=line,
-        )
+        values["text"] = " ".join(values["text"].split())
+        values["split"] = _split(values["split"], path, line)
+        values |= {name: _number(values[name], name, path, line, decimal_comma) for name in NUMBERS}
+        yield Row(**values, line=line)
 
 
 def _text(value: object, name: str, path: Path, line: int) -> str:
@@ -131,7 +120,7 @@ def _text(value: object, name: str, path: Path, line: int) -> str:
     if value is None or value == "":
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and (name in ("start", "end", "fps") or (isinstance(value, int) and name != "text")):
+    if is_number and (name in NUMBERS or (isinstance(value, int) and name != "text")):
         return str(value)
     if not isinstance(value, str):
         raise UserError(
@@ -161,7 +150,7 @@ def _split(value: str, path: Path, line: int) -> str:
     return name
 
 
-def _number(value: str, name: str, wanted: str, path: Path, line: int, decimal_comma: bool) -> float | None:
+def _number(value: str, name: str, path: Path, line: int, decimal_comma: bool) -> float | None:
     if not value:
         return None
     # 1,234 is a decimal number if semicolons separate the values, and ambiguous otherwise.
@@ -170,7 +159,7 @@ def _number(value: str, name: str, wanted: str, path: Path, line: int, decimal_c
     number = float(value) if _NUMBER.fullmatch(value) else float("inf")
     if number == float("inf"):
         raise UserError(
-            f"{path}, line {line}: {name} is '{value[:40]}'", f"write {wanted}, such as 12.5, or leave it empty"
+            f"{path}, line {line}: {name} is '{value[:40]}'", f"write {NUMBERS[name]}, such as 12.5, or leave it empty"
         )
     return number
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from toolkit.corpus.packed import METADATA_FILE, Clip, Corpus, Metadata
-from toolkit.poses.landmarks import LandmarkSet
+from toolkit.corpus.packed import METADATA_FILE, TEXT_COLUMNS, Clip, Metadata
 
 CLIPS_PER_RECORD_BATCH = 256
 UNFINISHED = ".tmp"
@@ -57,10 +55,7 @@ def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.Re
         flat.reshape(-1, channels)[beyond.reshape(-1, channels).any(axis=1)] = np.nan
     frames_of_clips = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
     columns = [
-        pa.array([clip.uid for clip in clips], pa.string()),
-        pa.array([clip.text for clip in clips], pa.string()),
-        pa.array([clip.video for clip in clips], pa.string()),
-        pa.array([clip.language for clip in clips], pa.string()),
+        *(pa.array([getattr(clip, name) for clip in clips], pa.string()) for name in TEXT_COLUMNS),
         pa.array(frames),
         pa.array([clip.hands_visible for clip in clips], pa.float32()),
         pa.LargeListArray.from_arrays(pa.array(offsets), frames_of_clips),
@@ -71,7 +66,7 @@ def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.Re
 def _schema(width: int) -> pa.Schema:
     features = pa.large_list(pa.list_(pa.float16(), width))
     columns = [
-        *((name, pa.string()) for name in ("uid", "text", "video", "language")),
+        *((name, pa.string()) for name in TEXT_COLUMNS),
         ("frames", pa.int32()),
         ("hands_visible", pa.float32()),
         ("features", features),
@@ -87,7 +82,7 @@ def _dataset_features(width: int) -> dict[str, Any]:
 
     frame = {"feature": value("float16"), "length": width, "_type": "Sequence"}
     return {
-        **{name: value("string") for name in ("uid", "text", "video", "language")},
+        **{name: value("string") for name in TEXT_COLUMNS},
         "frames": value("int32"),
         "hands_visible": value("float32"),
         "features": {"feature": frame, "_type": "LargeList"},
@@ -125,35 +120,6 @@ def finish_corpus(folder: Path, metadata: Metadata) -> None:
     """Write the two files that make a folder of finished splits a corpus; ``metadata.splits`` names them."""
     _write_json(folder / "dataset_dict.json", {"splits": list(metadata.splits)})
     _write_json(folder / METADATA_FILE, asdict(metadata))
-
-
-def write_corpus(
-    folder: Path, splits: dict[str, Iterable[Clip]], landmark_set: LandmarkSet, fps: float, normalisation: str = "none"
-) -> Corpus:
-    """Pack features that are in memory, in one process; ``launch/prepare.py`` packs pose files.
-
-    Args:
-        folder: to be created.
-        splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing (a landmark with
-            a NaN in one channel is missing).
-        fps: frames per second of the features.
-        normalisation: description of the origin and unit of the coordinates.
-    """
-    width = landmark_set.width
-    summaries = {}
-    for name, clips in splits.items():
-        (folder / name).mkdir(parents=True)
-        packed = [replace(clip, features=_missing_in_every_channel(clip.features)) for clip in clips]
-        write_shard(folder / name / shard_name(0, 1), packed, width)
-        finish_split(folder / name, width)
-        summaries[name] = {"clips": len(packed), "frames": sum(len(clip.features) for clip in packed)}
-    finish_corpus(folder, Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries))
-    return Corpus.open(folder)
-
-
-def _missing_in_every_channel(features: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-    seen = np.isfinite(features).all(axis=2, keepdims=True)
-    return np.where(seen, features, np.asarray(np.nan, features.dtype))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -23,36 +23,18 @@ def own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> Path:
     return folder / f"{PREFIX}_{os.getuid()}_{address}_{port}_{rank}"
 
 
-def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> bool:
-    """Unlink this rank's buffer; the memory stays usable and is freed when the last rank ends.
+def release_own_buffer(rank: int, folder: Path = SHARED_MEMORY) -> None:
+    """Unlink this rank's buffer, if it has one; the memory stays usable and is freed when the last rank ends.
 
     Call it after a barrier that follows ``deepspeed.init_distributed``: until then another rank may open it.
-
-    Returns:
-        Whether there was a buffer to remove.
     """
-    try:
-        own_buffer(rank, folder).unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    own_buffer(rank, folder).unlink(missing_ok=True)
 
 
-def remove_orphaned_buffers(folder: Path = SHARED_MEMORY) -> int:
-    """Remove this user's buffers that no living process maps; one rank of a node calls this before the group is built.
-
-    Returns:
-        Bytes freed.
-    """
-    freed = 0
+def remove_orphaned_buffers(folder: Path = SHARED_MEMORY) -> None:
+    """Remove this user's buffers that no living process maps; one rank of a node does so before the group is built."""
     for path in orphaned_buffers(folder):
-        try:
-            size = path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            continue  # another run removed it at the same moment
-        freed += size
-    return freed
+        path.unlink(missing_ok=True)  # another run may remove it at the same moment
 
 
 def orphaned_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:

@@ -14,8 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from toolkit.errors import UserError
-from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, first_line, hub_trouble
+from toolkit.errors import UserError, first_line
+from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, hub_trouble
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
 TRAINED_VOCABULARY = 8000

@@ -12,11 +12,11 @@ What DeepSpeed 0.19.8 does with each, tried on two ranks:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Training
-from toolkit.recipe.tree import Tree
+from toolkit.recipe.tree import Tree, value_at
 
 # The recipe's name -> the ``type`` in the DeepSpeed JSON.
 OPTIMIZER_TYPES = {
@@ -69,7 +69,7 @@ def optimizer_keys(optimizer: str, *, stage: int, offloaded: bool) -> Tree:
 
 def optimizer_problems(
     training: Training, config: Tree, *, stage: int, precision: str, offload: str | None
-) -> list[UserError]:
+) -> Iterator[UserError]:
     """Why DeepSpeed refuses this optimizer here, or would train something else with it; empty when nothing is wrong.
 
     Args:
@@ -82,62 +82,37 @@ def optimizer_problems(
     name = training.optimizer
     key = f"training.optimizer={name}"
     on_host = "ds.zero_optimization.offload_optimizer.device=cpu"
-    problems = []
     if name == "adafactor" and stage:
-        problems.append(
-            UserError(
-                f"{key} needs ZeRO stage 0, not {stage}: it factors whole matrices, which ZeRO partitions, and its "
-                "losses would change with the stage",
-                "use --ds zero0, or set training.optimizer=adamw8bit",
-            )
+        yield UserError(
+            f"{key} needs ZeRO stage 0, not {stage}: it factors whole matrices, which ZeRO partitions, and its "
+            "losses would change with the stage",
+            "use --ds zero0, or set training.optimizer=adamw8bit",
         )
     if name == "adamw8bit" and offload:
-        problems.append(
-            UserError(
-                f"{key} keeps its states on the device, and DeepSpeed refuses it with "
-                f"zero_optimization.offload_optimizer ({offload})",
-                "set training.optimizer=adamw or ds.zero_optimization.offload_optimizer=null",
-            )
+        yield UserError(
+            f"{key} keeps its states on the device, and DeepSpeed refuses it with "
+            f"zero_optimization.offload_optimizer ({offload})",
+            "set training.optimizer=adamw or ds.zero_optimization.offload_optimizer=null",
         )
     if name in ("lion", "muon") and offload == "nvme":
-        problems.append(
-            UserError(f"{key} cannot swap its states to nvme", f"set training.optimizer=adamw or {on_host}")
+        yield UserError(f"{key} cannot swap its states to nvme", f"set training.optimizer=adamw or {on_host}")
+    if name == "muon" and stage and training.gradient_clipping:
+        yield UserError(
+            f"{key} with ZeRO stage {stage} has its update clipped instead of the gradient",
+            "set training.gradient_clipping=0, or use --ds zero0",
         )
-    if name == "muon":
-        problems.extend(_muon_problems(training, config, stage, precision))
+    if name == "muon" and stage == 1 and precision != "fp32":
+        yield UserError(
+            f"{key} at ZeRO stage 1 with {precision} parameters is plain SGD in DeepSpeed", "use --ds zero2"
+        )
+    if name == "muon" and stage == 3 and value_at(config, "zero_optimization.reduce_scatter"):
+        yield UserError(f"{key} at ZeRO stage 3 needs whole gradients", "set ds.zero_optimization.reduce_scatter=false")
     if training.ema and offload == "nvme":
         message = f"training.ema={training.ema} averages in memory what is on nvme"
-        problems.append(UserError(message, f"set training.ema=null or {on_host}"))
-    return problems + _implementation_problems(name, config)
-
-
-def _muon_problems(training: Training, config: Tree, stage: int, precision: str) -> list[UserError]:
-    problems = []
-    if stage and training.gradient_clipping:
-        problems.append(
-            UserError(
-                f"training.optimizer=muon with ZeRO stage {stage} has its update clipped instead of the gradient",
-                "set training.gradient_clipping=0, or use --ds zero0",
-            )
+        yield UserError(message, f"set training.ema=null or {on_host}")
+    given = value_at(config, "optimizer.params")
+    for implementation in given if isinstance(given, dict) and name != "adamw" else ():
+        yield UserError(
+            f"optimizer.params.{implementation} is for AdamW, and training.optimizer is {name}",
+            f"set ds.optimizer.params.{implementation}=null",
         )
-    if stage == 1 and precision != "fp32":
-        message = f"training.optimizer=muon at ZeRO stage 1 with {precision} parameters is plain SGD in DeepSpeed"
-        problems.append(UserError(message, "use --ds zero2"))
-    if stage == 3 and (config.get("zero_optimization") or {}).get("reduce_scatter"):
-        message = "training.optimizer=muon at ZeRO stage 3 needs whole gradients"
-        problems.append(UserError(message, "set ds.zero_optimization.reduce_scatter=false"))
-    return problems
-
-
-def _implementation_problems(name: str, config: Tree) -> list[UserError]:
-    section = config.get("optimizer")
-    given: Any = section.get("params") if isinstance(section, dict) else None
-    if name == "adamw" or not given:
-        return []
-    return [
-        UserError(
-            f"optimizer.params.{key} is for AdamW, and training.optimizer is {name}",
-            f"set ds.optimizer.params.{key}=null",
-        )
-        for key in given
-    ]

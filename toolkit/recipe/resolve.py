@@ -8,7 +8,7 @@ exists, and nothing unresolved reaches ``deepspeed.initialize``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,10 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     Raises:
         UserError: conflicts, unknown keys, and fewer clips in a step than ranks: all of them.
     """
-    problems = _batch_problems(recipe.training, world_size)
+    problems = list(_batch_problems(recipe.training, world_size))
     if needs_data:
         problems.extend(missing_data(recipe))
     problems.extend(_model_problems(recipe))
-    problems.extend(_search_problems(recipe))
     try:
         read = read_deepspeed(recipe.deepspeed, recipe.ds, world_size=world_size)
     except UserError as error:
@@ -184,71 +183,58 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     return replace(run, notes=tuple(notes))
 
 
-def _batch_problems(training: Training, world_size: int) -> list[UserError]:
+def _batch_problems(training: Training, world_size: int) -> Iterator[UserError]:
     total = training.global_batch_size
     if world_size < 1:
-        return [UserError(f"{world_size} ranks are too few", "start at least 1")]
-    if total < world_size:
-        return [
-            UserError(
-                f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them",
-                f"start at most {total} ranks, or set training.global_batch_size={world_size} or more",
-            )
-        ]
-    return []
+        yield UserError(f"{world_size} ranks are too few", "start at least 1")
+    elif total < world_size:
+        yield UserError(
+            f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them",
+            f"start at most {total} ranks, or set training.global_batch_size={world_size} or more",
+        )
 
 
-def missing_data(recipe: Recipe) -> list[UserError]:
+def missing_data(recipe: Recipe) -> Iterator[UserError]:
     """What is missing, or given twice, about where the recipe's clips are; empty when nothing is."""
     data = recipe.data
+    places = {"table": "FILE.csv", "poses": "FOLDER"}
     if data.source == "demo":
-        return []
+        return
     if data.corpus:
-        both = [f"data.{key}" for key in ("table", "poses") if getattr(data, key)]
-        message = f"data.corpus and {' and '.join(both)} both say where the clips are"
-        return [UserError(message, "keep one of them")] if both else []
-    missing = [
-        f"data.{key}={what}" for key, what in (("table", "FILE.csv"), ("poses", "FOLDER")) if not getattr(data, key)
-    ]
-    if not missing:
-        return []
-    message = f"recipe {recipe.name} does not say where its clips are"
-    return [UserError(message, f"add {' '.join(missing)} (or data.corpus=FOLDER)")]
+        if both := [f"data.{key}" for key in places if getattr(data, key)]:
+            message = f"data.corpus and {' and '.join(both)} both say where the clips are"
+            yield UserError(message, "keep one of them")
+    elif missing := [f"data.{key}={what}" for key, what in places.items() if not getattr(data, key)]:
+        message = f"recipe {recipe.name} does not say where its clips are"
+        yield UserError(message, f"add {' '.join(missing)} (or data.corpus=FOLDER)")
 
 
-def _search_problems(recipe: Recipe) -> list[UserError]:
-    if recipe.evaluation.ctc_weight > 0 and recipe.training.ctc_weight == 0:
-        return [
-            UserError(
-                f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, and training.ctc_weight=0 "
-                "trains none",
-                "set training.ctc_weight=0.3 or evaluation.ctc_weight=0",
-            )
-        ]
-    return []
-
-
-def _model_problems(recipe: Recipe) -> list[UserError]:
+def _model_problems(recipe: Recipe) -> Iterator[UserError]:
     model = recipe.model
+    if recipe.evaluation.ctc_weight > 0 and recipe.training.ctc_weight == 0:
+        yield UserError(
+            f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, and training.ctc_weight=0 "
+            "trains none",
+            "set training.ctc_weight=0.3 or evaluation.ctc_weight=0",
+        )
     try:
         card = card_of(model)
         if model.tiny and card:
             tiny_config(card.architecture, card.config)
     except UserError as error:
-        return [error]
-    random_weights = model.from_scratch or model.tiny
-    if card and not card.hub_id and not random_weights:
+        yield error
+        return
+    if model.from_scratch or model.tiny or not card:
+        return
+    if not card.hub_id:
         message = f"model.backbone={model.backbone} has no published weights"
-        return [UserError(message, "add model.from_scratch=true")]
-    if model.tokenizer in ("bytes", "train") and not random_weights and card and card.tokenizer != model.tokenizer:
-        return [
-            UserError(
-                f"model.tokenizer={model.tokenizer}: the published weights of {model.backbone} have the vocabulary of "
-                f"{card.tokenizer}",
-                "leave model.tokenizer out, or add model.from_scratch=true",
-            )
-        ]
-    return []
+        yield UserError(message, "add model.from_scratch=true")
+    elif model.tokenizer in ("bytes", "train") and card.tokenizer != model.tokenizer:
+        yield UserError(
+            f"model.tokenizer={model.tokenizer}: the published weights of {model.backbone} have the vocabulary of "
+            f"{card.tokenizer}",
+            "leave model.tokenizer out, or add model.from_scratch=true",
+        )
 
 
 def _take_ownership(config: Tree, recipe: Recipe, problems: list[UserError], notes: list[str]) -> None:
@@ -297,26 +283,23 @@ def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
     return "auto"
 
 
-def _cell_problems(config: Tree, recipe: Recipe) -> list[UserError]:
+def _cell_problems(config: Tree, recipe: Recipe) -> Iterator[UserError]:
     """What the compatibility table refuses of this model with this DeepSpeed JSON."""
     if value_at(config, "zero_optimization.stage") not in (None, *ZERO_STAGES):
-        return []  # listed already
+        return  # listed already
     try:
         architecture = architecture_of(recipe.model)
     except UserError:
         architecture = None  # _model_problems has listed why
-    problem = cell_problem(cell_of(recipe, config, architecture), recipe.model.backbone)
-    problems = [problem] if problem else []
+    if problem := cell_problem(cell_of(recipe, config, architecture), recipe.model.backbone):
+        yield problem
     storage = recipe.model.quantization.storage_dtype if recipe.model.quantization else None
     if storage not in (None, parameter_precision(config)):
-        problems.append(
-            UserError(
-                f"model.quantization.storage_dtype={storage}, and the run holds its parameters in "
-                f"{parameter_precision(config)}: DeepSpeed would cast the packed weights",
-                "leave model.quantization.storage_dtype out",
-            )
+        yield UserError(
+            f"model.quantization.storage_dtype={storage}, and the run holds its parameters in "
+            f"{parameter_precision(config)}: DeepSpeed would cast the packed weights",
+            "leave model.quantization.storage_dtype out",
         )
-    return problems
 
 
 def _filled_in(

@@ -11,12 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.packed import KEPT_SETTINGS, Corpus
 from toolkit.recipe.schema import Evaluation, Recipe, Training
 from toolkit.scoring.metrics import score
-
-# Settings of preparation that a prepared corpus has of its own.
-OF_CORPUS = ("fps", "max_frames", "min_frames", "too_long", "no_hands", "shared_texts")
 
 
 def setting_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any, *, steps: int, epoch_steps: int) -> Iterator[str]:
@@ -84,7 +81,7 @@ def _search(evaluation: Evaluation, references: Sequence[str], tokenizer: Any) -
 
 
 def _preparation(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
-    pairs = {key: (getattr(recipe.data, key), getattr(corpus.metadata, key)) for key in OF_CORPUS}
+    pairs = {key: (getattr(recipe.data, key), getattr(corpus.metadata, key)) for key in KEPT_SETTINGS}
     pairs["landmarks"] = (Path(recipe.data.landmarks).stem, corpus.landmark_set.name)
     differing = [f"data.{key}={wanted} (corpus: {own})" for key, (wanted, own) in pairs.items() if wanted != own]
     if differing:

@@ -24,8 +24,8 @@ from transformers import (
     T5Config,
 )
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.adaptation.export import export_model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from toolkit.models.encoders.conformer import ConformerEncoder, rotated, rotations
+from toolkit.models.encoders import make_pose_encoder
+from toolkit.models.encoders.conformer import rotated, rotations
 
 
 def test_products_of_rotated_vectors_depend_on_their_distance_alone() -> None:
@@ -18,8 +19,6 @@ def test_products_of_rotated_vectors_depend_on_their_distance_alone() -> None:
 
 
 def test_there_is_no_batch_normalisation() -> None:
-    encoder = ConformerEncoder(
-        num_points=4, num_channels=3, width=8, hidden=8, layers=2, heads=2, kernel=3, stride=2, dropout=0.1,
-        positions=True,
-    )  # fmt: skip
+    settings = {"hidden": 8, "layers": 2, "heads": 2, "kernel": 3, "stride": 2, "dropout": 0.1, "positions": True}
+    encoder = make_pose_encoder({"kind": "conformer", **settings}, num_points=4, num_channels=3, width=8)
     assert not list(encoder.buffers())

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
+from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.corpus.writer import write_corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator
 from toolkit.models.build import build_processor, build_translator

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.adaptation.adapters import ADAPTER
-from toolkit.models.loading.hub import first_line
 from toolkit.models.translator import PoseTranslator
 
 if TYPE_CHECKING:

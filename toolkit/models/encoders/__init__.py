@@ -13,13 +13,12 @@ tested for this:
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 from toolkit.models.encoders.conformer import ConformerEncoder
 from toolkit.models.encoders.convolutional import ConvEncoder
 from toolkit.models.encoders.graph import GraphEncoder
-from toolkit.models.encoders.layers import PoseEncoder
+from toolkit.models.encoders.layers import EncoderSettings, PoseEncoder
 from toolkit.models.encoders.linear import LinearEncoder
 from toolkit.poses.landmarks import LandmarkSet
 
@@ -43,21 +42,9 @@ def make_pose_encoder(
 ) -> PoseEncoder:
     """The encoder that a recipe's ``model.pose_encoder`` describes, with random weights.
 
-    Args:
-        settings: ``kind`` and that section's other keys; each kind reads those that it has.
-        num_points, num_channels: landmarks of a frame and values of a landmark.
-        width: the backbone's hidden size.
-        landmark_set: names the landmarks; only ``stgcn`` needs it.
+    Args: ``settings`` is that section; the others are as in :class:`EncoderSettings`.
 
     Raises:
         ValueError: ``stgcn`` without a landmark set.
     """
-    encoder = KINDS[settings["kind"]]
-    offered = {
-        **settings,
-        "num_points": num_points,
-        "num_channels": num_channels,
-        "width": width,
-        "landmark_set": landmark_set,
-    }
-    return encoder(**{key: value for key, value in offered.items() if key in signature(encoder).parameters})
+    return KINDS[settings["kind"]](EncoderSettings(num_points, num_channels, width, landmark_set, **settings))

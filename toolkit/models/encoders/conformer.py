@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.models.encoders.bf16_convolutions import Conv1d
 from toolkit.models.encoders.layers import (
+    EncoderSettings,
     MaskedConvolution,
     PoseEncoder,
     frame_front,
@@ -27,37 +28,20 @@ WIDENING = 4  # of the feed-forward modules
 class ConformerEncoder(PoseEncoder):
     """Projection of each frame, ``log2(stride)`` strided convolutions, Conformer blocks, projection.
 
-    Args:
-        num_points, num_channels: what a frame holds.
-        width: the backbone's hidden size.
-        hidden: width of the blocks.
-        layers: Conformer blocks.
-        heads: attention heads; ``hidden / heads`` must be even.
-        kernel: frames that one convolution sees (odd).
-        stride: how much shorter the sequence becomes, a power of two.
-        dropout: dropout probability.
-        positions: add sinusoidal absolute positions to the output.
+    The width of an attention head, ``hidden / heads``, must be even.
     """
 
-    def __init__(
-        self,
-        *,
-        num_points: int,
-        num_channels: int,
-        width: int,
-        hidden: int,
-        layers: int,
-        heads: int,
-        kernel: int,
-        stride: int,
-        dropout: float,
-        positions: bool,
-    ) -> None:
-        super().__init__(width, positions)
-        self.front = frame_front(num_points, num_channels, hidden, dropout)
-        self.subsampling = nn.ModuleList(MaskedConvolution(hidden, 3, 2, dropout) for _ in range(halvings(stride)))
-        self.blocks = nn.ModuleList(ConformerBlock(hidden, heads, kernel, dropout) for _ in range(layers))
-        self.back = to_backbone(hidden, width)
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        hidden, heads, dropout = settings.hidden, settings.heads, settings.dropout
+        self.front = frame_front(settings)
+        self.subsampling = nn.ModuleList(
+            MaskedConvolution(hidden, 3, 2, dropout) for _ in range(halvings(settings.stride))
+        )
+        self.blocks = nn.ModuleList(
+            ConformerBlock(hidden, heads, settings.kernel, dropout) for _ in range(settings.layers)
+        )
+        self.back = to_backbone(hidden, settings.width)
         self.head_width = hidden // heads
 
     def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from toolkit.models.encoders.layers import (
+    EncoderSettings,
     MaskedConvolution,
     PoseEncoder,
     frame_front,
@@ -15,40 +16,17 @@ from toolkit.models.encoders.layers import (
 
 
 class ConvEncoder(PoseEncoder):
-    """Gated residual convolutions; the first ``log2(stride)`` of them halve the sequence.
+    """Gated residual convolutions, at least ``log2(stride)``: the first so many of them halve the sequence."""
 
-    Args:
-        num_points, num_channels: what a frame holds.
-        width: the backbone's hidden size.
-        hidden: width of the convolutions.
-        layers: convolutions, at least ``log2(stride)``.
-        kernel: frames that one convolution sees (odd).
-        stride: how much shorter the sequence becomes, a power of two.
-        dropout: dropout probability.
-        positions: add sinusoidal absolute positions.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_points: int,
-        num_channels: int,
-        width: int,
-        hidden: int,
-        layers: int,
-        kernel: int,
-        stride: int,
-        dropout: float,
-        positions: bool,
-    ) -> None:
-        super().__init__(width, positions)
-        self.front = frame_front(num_points, num_channels, hidden, dropout)
-        halving = halvings(stride)
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        self.front = frame_front(settings)
+        halving = halvings(settings.stride)
         self.convolutions = nn.ModuleList(
-            MaskedConvolution(hidden, kernel, 2 if layer < halving else 1, dropout)
-            for layer in range(max(layers, halving))
+            MaskedConvolution(settings.hidden, settings.kernel, 2 if layer < halving else 1, settings.dropout)
+            for layer in range(max(settings.layers, halving))
         )
-        self.back = to_backbone(hidden, width)
+        self.back = to_backbone(settings.hidden, settings.width)
 
     def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden, mask = self.front(with_visibility(poses, visible)), frame_mask

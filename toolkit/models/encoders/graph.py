@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from toolkit.models.encoders.bf16_convolutions import Conv2d
-from toolkit.models.encoders.layers import PoseEncoder, halvings, to_backbone
+from toolkit.models.encoders.layers import EncoderSettings, PoseEncoder, halvings, to_backbone
 from toolkit.models.encoders.parts import Part, part_groups
-from toolkit.poses.landmarks import LandmarkSet
 
 READOUTS = 4
 """Weighted means over the landmarks of a part that become its vector: a single one would lose where a finger is."""
@@ -27,44 +26,21 @@ READOUTS = 4
 class GraphEncoder(PoseEncoder):
     """Graph blocks for each group of parts that share weights, their readouts side by side, projection.
 
-    Args:
-        landmark_set: gives the parts, their edges and their origins.
-        width: the backbone's hidden size.
-        hidden: values of a part in the end; its landmarks have ``hidden / READOUTS`` channels each.
-        layers: graph blocks, at least ``log2(stride)``.
-        kernel: frames that one block sees (odd).
-        stride: how much shorter the sequence becomes, a power of two.
-        dropout: dropout probability.
-        positions: add sinusoidal absolute positions.
+    A part has ``hidden`` values in the end, and its landmarks ``hidden / READOUTS`` channels each.
 
     Raises:
         ValueError: there is no landmark set.
     """
 
-    def __init__(
-        self,
-        *,
-        landmark_set: LandmarkSet | None,
-        width: int,
-        hidden: int,
-        layers: int,
-        kernel: int,
-        stride: int,
-        dropout: float,
-        positions: bool,
-    ) -> None:
-        super().__init__(width, positions)
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        landmark_set = settings.landmark_set
         if landmark_set is None:
             raise ValueError("the stgcn encoder needs the landmark set, whose parts and edges are its graph")
         self.coordinates = sum(channel != "confidence" for channel in landmark_set.channels)
         self.groups = part_groups(landmark_set)
-        self.graphs = nn.ModuleDict(
-            {
-                name: PartGraph(parts[0], landmark_set.num_channels, hidden, layers, kernel, stride, dropout)
-                for name, parts in self.groups.items()
-            }
-        )
-        self.back = to_backbone(hidden * sum(map(len, self.groups.values())), width)
+        self.graphs = nn.ModuleDict({name: PartGraph(parts[0], settings) for name, parts in self.groups.items()})
+        self.back = to_backbone(settings.hidden * sum(map(len, self.groups.values())), settings.width)
 
     def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         clips = len(poses)
@@ -112,25 +88,16 @@ def _origin(poses: Tensor, visible: Tensor, part: Part) -> tuple[Tensor, Tensor]
 
 
 class PartGraph(nn.Module):
-    """The graph of one part, or of several that share its weights.
+    """The graph of one part, or of several that share its weights; at least ``log2(stride)`` blocks."""
 
-    Args:
-        part: gives the nodes and their edges.
-        num_channels: values of a node.
-        hidden: values of the result.
-        layers, kernel, stride, dropout: as :class:`GraphEncoder` takes them.
-    """
-
-    def __init__(
-        self, part: Part, num_channels: int, hidden: int, layers: int, kernel: int, stride: int, dropout: float
-    ) -> None:
+    def __init__(self, part: Part, settings: EncoderSettings) -> None:
         super().__init__()
-        width = hidden // READOUTS
-        self.embedding = NodeEmbedding(part.num_nodes, num_channels, width)
-        halving = halvings(stride)
+        width = settings.hidden // READOUTS
+        self.embedding = NodeEmbedding(part.num_nodes, settings.num_channels, width)
+        halving = halvings(settings.stride)
         self.blocks = nn.ModuleList(
-            GraphBlock(part, width, kernel, 2 if layer < halving else 1, dropout)
-            for layer in range(max(layers, halving))
+            GraphBlock(part, width, settings.kernel, 2 if layer < halving else 1, settings.dropout)
+            for layer in range(max(settings.layers, halving))
         )
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(part.num_nodes, READOUTS, bias=False)

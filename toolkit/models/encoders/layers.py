@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.models.encoders.bf16_convolutions import Conv1d
+from toolkit.poses.landmarks import LandmarkSet
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What a pose encoder is made from; each kind reads what it has a use for.
+
+    Attributes:
+        num_points, num_channels: landmarks of a frame and values of a landmark.
+        width: the backbone's hidden size.
+        landmark_set: names the landmarks; only ``stgcn`` needs it.
+        kind, hidden, dropout, positions, layers, kernel, stride, heads, projection: a recipe's ``model.pose_encoder``.
+    """
+
+    num_points: int
+    num_channels: int
+    width: int
+    landmark_set: LandmarkSet | None
+    kind: str
+    hidden: int
+    dropout: float
+    positions: bool
+    layers: int = 1
+    kernel: int = 1
+    stride: int = 1
+    heads: int = 1
+    projection: str = "mlp"
 
 
 class PoseEncoder(nn.Module):
-    """The interface of every kind; a kind says how to :meth:`encode`.
+    """The interface of every kind; a kind says how to :meth:`encode`."""
 
-    Args:
-        width: the backbone's hidden size.
-        positions: add sinusoidal absolute positions to the output.
-    """
-
-    def __init__(self, width: int, positions: bool) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.width = width
-        self.positions = positions
+        self.width = settings.width
+        self.positions = settings.positions
 
     def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch.
@@ -73,10 +96,10 @@ def with_visibility(poses: Tensor, visible: Tensor) -> Tensor:
     return torch.cat([poses * flags, flags], dim=-1).flatten(2)
 
 
-def frame_front(num_points: int, num_channels: int, hidden: int, dropout: float) -> nn.Sequential:
+def frame_front(settings: EncoderSettings) -> nn.Sequential:
     """Linear-LayerNorm-GELU-Dropout on each frame with its visibility channels: [..., inputs] -> [..., hidden]."""
-    inputs = num_points * (num_channels + 1)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout))
+    inputs, hidden = settings.num_points * (settings.num_channels + 1), settings.hidden
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(settings.dropout))
 
 
 def to_backbone(hidden: int, width: int) -> nn.Sequential:

@@ -101,12 +101,6 @@ def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says first, as part of a message of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and those that caused it."""
     seen: list[BaseException] = []

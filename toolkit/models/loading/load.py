@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.loading.base_model import BaseReference, check_same, read_base
-from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, fetch_weights, first_line, hub_trouble
+from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, fetch_weights, hub_trouble
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.paths import BEST

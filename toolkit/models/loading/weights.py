@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.adaptation.adapter_files import save_trained, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
-from toolkit.models.loading.hub import first_line
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
 
@@ -164,8 +163,3 @@ def saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor
         return places[key].get_tensor(key)
 
     return unfolded(model, read)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a model's weights are."""
-    return next(module.parameters()).device

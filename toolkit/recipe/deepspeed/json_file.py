@@ -22,23 +22,15 @@ from toolkit.recipe.deepspeed.refusals import REFUSED, without_refused_and_idle
 from toolkit.recipe.paths import ds_configs_dir, shown
 from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, without_nulls
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
-    "list": (list,),
-    "dict": (dict,),
-    "any": (object,),
-}
-_TYPE_NAMES = {
-    "int": "a whole number",
-    "float": "a finite number",
-    "bool": "true or false",
-    "str": "a text",
-    "list": "a list",
-    "dict": "a section",
-    "any": "a finite value",
+# What Python reads a type of ``keys.py`` as, and its name in messages.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a finite number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+    "list": (list, "a list"),
+    "dict": (dict, "a section"),
+    "any": (object, "a finite value"),
 }
 
 
@@ -224,7 +216,7 @@ def _places_of(key: str, known: Tree, path: tuple[str, ...] = ()) -> Iterator[tu
 def _typed(value: Any, kind: Any, where: str, problems: list[UserError]) -> Any:
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)  # 5e8 is how people write a bucket size
-    wanted = f"one of {', '.join(map(str, kind))}" if isinstance(kind, tuple) else _TYPE_NAMES[kind]
+    wanted = f"one of {', '.join(map(str, kind))}" if isinstance(kind, tuple) else _TYPES[kind][1]
     if not _is_finite(value):
         word = "NaN" if "nan" in str(value) else "Infinity"
         problems.append(UserError(f"{where}={word} is not JSON", f"write {wanted}, or take the key out"))
@@ -237,7 +229,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return not isinstance(value, bool) and value in kind
     truth_as_number = isinstance(value, bool) and kind in ("int", "float")
-    return not truth_as_number and isinstance(value, _TYPES[kind])
+    return not truth_as_number and isinstance(value, _TYPES[kind][0])
 
 
 def _is_finite(value: Any) -> bool:

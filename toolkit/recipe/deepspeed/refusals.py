@@ -25,7 +25,7 @@ def _always(config: Tree, world_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A key that stops the run.
+    """A key that stops the run, or one that is removed with a note (``IDLE``).
 
     Attributes:
         key: dotted; a section is refused with all that is in it.
@@ -40,15 +40,6 @@ class Refusal:
     instead: tuple[str, ...] = ()
     default: Any = None
     when: Callable[[Tree, int], bool] = _always
-
-
-@dataclass(frozen=True)
-class Idle:
-    """A key that is removed with a note: key, reason and default as of a :class:`Refusal`."""
-
-    key: str
-    reason: str
-    default: Any = None
 
 
 def _several_ranks(config: Tree, world_size: int) -> bool:
@@ -213,18 +204,18 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
-IDLE: tuple[Idle, ...] = (
-    Idle("disable_allgather", "DeepSpeed reads it and does nothing with it"),
-    Idle("vocabulary_size", "DeepSpeed only warns of some sizes"),
-    Idle("seq_parallel_communication_data_type", "sequences are not split over ranks", default="fp32"),
-    Idle("zero_allow_untested_optimizer", "it is set where the recipe's optimizer needs it", default=True),
-    Idle("zero_force_ds_cpu_optimizer", "it is set where the recipe's optimizer needs it", default=True),
-    Idle("fp16.auto_cast", "the model casts what it is given"),
-    Idle("zero_optimization.allgather_partitions", "DeepSpeed reads it and does nothing with it", default=True),
-    Idle("zero_optimization.stage3_gather_16bit_weights_on_model_save", "best/ always holds whole weights"),
-    Idle("zero_optimization.stage3_gather_fp16_weights_on_model_save", "best/ always holds whole weights"),
-    Idle("zero_optimization.save_muon_momentum_buffer_in_memory", "muon is not offloaded to nvme"),
-    Idle(f"{OFFLOAD}.cpuadam_cores_perc", "only super_offload reads it", default=0.8),
+IDLE: tuple[Refusal, ...] = (
+    Refusal("disable_allgather", "DeepSpeed reads it and does nothing with it"),
+    Refusal("vocabulary_size", "DeepSpeed only warns of some sizes"),
+    Refusal("seq_parallel_communication_data_type", "sequences are not split over ranks", default="fp32"),
+    Refusal("zero_allow_untested_optimizer", "it is set where the recipe's optimizer needs it", default=True),
+    Refusal("zero_force_ds_cpu_optimizer", "it is set where the recipe's optimizer needs it", default=True),
+    Refusal("fp16.auto_cast", "the model casts what it is given"),
+    Refusal("zero_optimization.allgather_partitions", "DeepSpeed reads it and does nothing with it", default=True),
+    Refusal("zero_optimization.stage3_gather_16bit_weights_on_model_save", "best/ always holds whole weights"),
+    Refusal("zero_optimization.stage3_gather_fp16_weights_on_model_save", "best/ always holds whole weights"),
+    Refusal("zero_optimization.save_muon_momentum_buffer_in_memory", "muon is not offloaded to nvme"),
+    Refusal(f"{OFFLOAD}.cpuadam_cores_perc", "only super_offload reads it", default=0.8),
 )
 
 REFUSED = {refusal.key for refusal in REFUSALS}
