@@ -226,9 +226,7 @@ def report(
 class Progress:
     """Prints every few seconds on standard error how far an evaluation is, and nothing for a short one.
 
-    Args:
-        clips: of each split.
-        world_size: number of ranks; their shares are equal, so rank 0's progress stands for all.
+    Ranks' shares are equal, so rank 0's progress stands for all.
     """
 
     def __init__(self, clips: dict[str, int], world_size: int) -> None:

@@ -114,12 +114,7 @@ def discard_unwritten_output() -> None:
 
 
 def as_one(problems: Sequence[UserError], about: str) -> UserError:
-    """One error that lists every problem, numbered when there are several, and their hints by the same numbers.
-
-    Args:
-        problems: at least one.
-        about: what all of them are in.
-    """
+    """One error that lists every problem, numbered when there are several, and their hints by the same numbers."""
     if len(problems) == 1:
         return problems[0]
     messages = "; ".join(f"({number}) {problem.message}" for number, problem in enumerate(problems, start=1))
@@ -136,9 +131,7 @@ def first_line(error: BaseException) -> str:
 def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:
     """Run ``command`` and turn its outcome into a documented exit code; ``cluster/failures.py`` does so on many ranks.
 
-    Args:
-        command: does the work of one launch script.
-        debug: raise the user's errors with their traceback instead of printing the message and its hint.
+    ``debug`` raises the user's errors with their traceback instead of printing the message and its hint.
     """
     try:
         command()

@@ -128,13 +128,7 @@ def pad_features(features: Sequence[npt.NDArray[np.float16]]) -> tuple[Tensor, T
 
 
 def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
-    """Turn a batch's texts into its labels.
-
-    Args:
-        batch: from :func:`pad`.
-        tokenizer: a HuggingFace tokenizer.
-        max_target_tokens: longer targets are truncated; the end-of-sentence token stays.
-    """
+    """Turn a padded batch's texts into its labels; longer targets are truncated and keep their end of sentence."""
     labels = target_labels(batch.texts, tokenizer, max_target_tokens)
     labels[batch.is_filler] = IGNORED_LABEL
     batch.labels, batch.num_target_tokens = labels, int((labels != IGNORED_LABEL).sum())

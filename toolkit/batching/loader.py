@@ -164,12 +164,8 @@ def evaluation_batches(
     The batches are the same for any number of ranks; every rank gets the same number of them, the last of which may be
     one filler. They are loaded in this process, because the search takes far longer.
 
-    Args:
-        split: any split.
-        tokenizer: a HuggingFace tokenizer.
-        batch_frames: largest number of padded frames in a batch (a longer clip is alone in its batch).
-        rank, world_size: of this process.
-        max_target_tokens: longer references are truncated in ``labels``, but not in ``texts``.
+    A clip longer than ``batch_frames`` is alone in its batch. References longer than ``max_target_tokens`` are
+    truncated in ``labels``, but not in ``texts``.
     """
     dataset, labeller = _Padded(split, None), Labeller(tokenizer, max_target_tokens)
     for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
@@ -200,12 +196,7 @@ class Augmenter:
 
 
 class Labeller:
-    """Gives a batch its labels.
-
-    Args:
-        tokenizer: a HuggingFace tokenizer; it must be set before the first batch.
-        max_target_tokens: longer targets are truncated.
-    """
+    """Gives a batch its labels; the tokenizer must be set before the first batch."""
 
     def __init__(self, tokenizer: Any, max_target_tokens: int) -> None:
         # The few short texts of a batch do not profit from threads, and the library warns of forks after using them.

@@ -31,11 +31,7 @@ def start_workers(
 ) -> Iterator[Batch]:
     """Start processes that load ``dataset[task]`` for each task; they end with the returned iterator or this process.
 
-    Args:
-        dataset: loads the batch of a task, in the workers.
-        tasks: read ahead in this process.
-        workers: number of processes.
-        finish: completes a batch, in this process.
+    This process reads the tasks ahead, and completes each batch by ``finish``.
 
     Returns:
         the batches, in the order of the tasks; on a machine with GPUs in page-locked memory.

@@ -114,11 +114,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that a run resumes from.
-
-    Args:
-        folder: the run's ``checkpoints``.
-        wanted: "auto" for the newest complete one, or the path of a checkpoint of this run or of another.
+    """The checkpoint that a run resumes from: the one at a path, or with "auto" the newest complete one.
 
     Returns:
         its folder; None where "auto" finds none.
@@ -140,11 +136,7 @@ def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
 
 
 def read_state(checkpoint: Path, *, verify: bool = True) -> SavedState:
-    """Read where a checkpoint stands.
-
-    Args:
-        checkpoint: its folder.
-        verify: compare every file with its checksum.
+    """Read where a checkpoint stands; ``verify`` compares every file with its checksum.
 
     Raises:
         UserError: a file is missing or changed, or the checkpoint is of another version of this toolkit.

@@ -30,14 +30,9 @@ Kept = list[tuple[int, float | None]]
 
 
 def admit(kept: Kept, step: int, scores: Scores, *, select_by: str, keep: int) -> Kept:
-    """The models to keep once another has been scored.
+    """The best ``keep`` models once another has been scored.
 
-    Args:
-        kept: those kept so far.
-        step: of the new one.
-        scores: of the new one.
-        select_by: the score that decides; n/a is worse than any other, and of two equal ones the older is better.
-        keep: how many to keep.
+    A score that is n/a is worse than any other, and of two equal ones the older is better.
     """
     sign = 1 if higher_is_better(select_by) else -1
 
@@ -63,13 +58,7 @@ def place_model(
 ) -> None:
     """Write the model of ``step`` and remove those that are no longer kept; one rank calls this.
 
-    Args:
-        run_dir: of the run.
-        kept: from :func:`admit`; the model is among them.
-        step: its optimizer step.
-        scores: on the dev split, where there is one.
-        save: writes the model to a folder.
-        in_checkpoints: steps of the models that the newest checkpoints list; they stay, too.
+    Models that the newest checkpoints list, by the steps ``in_checkpoints``, stay, too.
 
     Raises:
         UserError: it cannot be written; the models that were kept so far are unchanged.
@@ -119,14 +108,10 @@ def step_of(folder: Path) -> int:
 
 
 def restore_models(run_dir: Path, kept: Kept, step: int, newest: int) -> Kept:
-    """Make the model folders of a run that resumes agree with its checkpoint; one rank calls this.
+    """Make the model folders of a run that resumes at ``step`` agree with its checkpoint; one rank calls this.
 
-    Args:
-        run_dir: of the run.
-        kept: the models that the checkpoint lists.
-        step: optimizer step of the checkpoint.
-        newest: optimizer step of the newest checkpoint of the run. Models between the two are archived as
-            ``best_000500.aside_1``; models after the newest checkpoint are removed, because those steps run again.
+    Models between the checkpoint and ``newest``, the step of the run's newest one, are archived as
+    ``best_000500.aside_1``; models after the newest checkpoint are removed, because those steps run again.
 
     Returns:
         those of ``kept`` that still exist. A run that resumes in another folder, or from a checkpoint that is not its

@@ -36,11 +36,7 @@ ELEMENTWISE = ADAMS | {"Lion"}
 
 
 class _Files:
-    """The tensors in all files of a checkpoint, by parameter.
-
-    Args:
-        checkpoint: its folder.
-    """
+    """The tensors in all files of a checkpoint, by parameter."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -96,12 +92,8 @@ def load_checkpoint(
 ) -> list[str]:
     """Load a verified checkpoint into the engine, and this rank's random state; all ranks must call this.
 
-    Args:
-        engine: the DeepSpeed engine, of any ZeRO stage.
-        checkpoint: folder of the checkpoint.
-        state: as ``read_state`` gave it.
-        layout: of this run; where it differs from the checkpoint's, the state is converted.
-        seed: of the run, for ranks that the checkpoint does not have.
+    Where the run's ``layout`` differs from the checkpoint's, the state is converted. Ranks that the checkpoint does not
+    have are seeded by the run's ``seed``.
 
     Returns:
         lines that say what has changed.

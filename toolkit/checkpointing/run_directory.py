@@ -104,11 +104,7 @@ def archive_run(run_dir: Path) -> Path | None:
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
-    """Refuse to mix two experiments in one run directory.
-
-    Args:
-        resolved: the run that would resume there.
-        extend: whether it may be longer.
+    """Refuse to mix two experiments in one run directory; with ``extend`` the run may be longer.
 
     Raises:
         UserError: the run in the directory was started with other settings; the message lists them.
@@ -156,13 +152,7 @@ def is_to_be_extended(resolved: ResolvedRun) -> bool:
 def check_same_experiment(
     resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path, *, extend: bool = False
 ) -> None:
-    """Refuse a checkpoint of another experiment.
-
-    Args:
-        resolved: the run that would resume from it.
-        recipe: the one in the checkpoint.
-        checkpoint: its folder.
-        extend: whether the run may be longer.
+    """Refuse a checkpoint of another experiment, by the recipe in it; with ``extend`` the run may be longer.
 
     Raises:
         UserError: it was saved with other settings; the message lists them.
@@ -180,12 +170,7 @@ def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def changed_settings(old: Recipe, new: Recipe, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ and that a run may not change: key -> (old value, new value).
-
-    Args:
-        old, new: the recipes.
-        extend: whether the run may be longer.
-    """
+    """Settings that differ and that a run may not change, unless it is to ``extend``: key -> (old value, new value)."""
     before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
     after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
     is_prepared = bool(old.data.corpus or new.data.corpus)

@@ -33,12 +33,9 @@ DTYPE_CODES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """Write tensors to a new file and flush it to the disk.
+    """Write tensors and JSON metadata to a new file, and flush it to the disk.
 
-    Args:
-        path: of the file.
-        tensors: by name; each is copied from its device in chunks.
-        metadata: what :func:`read_metadata` returns; must be JSON.
+    Each tensor is copied from its device in chunks.
 
     Returns:
         xxh3 of the file, in hexadecimal.

@@ -85,13 +85,9 @@ def scalars_of(shard: Shard) -> dict[str, Any]:
 
 
 def set_scalars(engine: Any, shard: Shard, scalars: dict[str, Any], *, same_optimizer: bool) -> None:
-    """Restore what :func:`scalars_of` returned, in the types of this run's optimizer.
+    """Restore what :func:`scalars_of` returned of an optimizer of the same method, in the types of this one.
 
-    Args:
-        engine: the DeepSpeed engine.
-        shard: one of its shards.
-        scalars: of an optimizer of the same method.
-        same_optimizer: whether that optimizer had the same class.
+    ``same_optimizer`` says whether that optimizer had the same class, too.
     """
     base = base_optimizer(engine)
     for key, saved in scalars.items():
@@ -126,14 +122,10 @@ def state_dtype(engine: Any, shard: Shard, key: str, saved: torch.dtype) -> torc
 
 
 def replay_steps(engine: Any, steps: set[int]) -> None:
-    """Restore the powers of beta that DeepSpeedCPUAdam keeps in C++, to the last bit.
+    """Restore the powers of beta that DeepSpeedCPUAdam keeps in C++ to the last bit, from its step counts.
 
     It multiplies them step by step, and recomputes them (with another last bit) when a step count does not follow the
     previous one. Where shards have different counts it always recomputes them, and there is nothing to restore.
-
-    Args:
-        engine: the DeepSpeed engine.
-        steps: the step counts of its shards.
     """
     base: Any = base_optimizer(engine)
     if not hasattr(base, "ds_opt_adam") or len(steps) != 1:

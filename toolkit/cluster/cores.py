@@ -37,9 +37,7 @@ def usable_cores() -> Cores:
 def share_of_cores(own: Cores, ranks: Sequence[Cores]) -> int:
     """Threads for one rank, so that all ranks together use all cores and no core runs two threads.
 
-    Args:
-        own: of the rank itself.
-        ranks: of all ranks of the run, the rank itself included, on whatever host.
+    ``ranks`` are those of the run on all hosts, the rank itself (``own``) included.
     """
     here = [rank for rank in ranks if rank.host == own.host]
     # A core that three ranks may use is a third of a core to each of them.

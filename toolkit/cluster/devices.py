@@ -17,9 +17,6 @@ from toolkit.errors import UserError
 def use_device(ranks: Ranks) -> torch.device:
     """Make the rank's device the current one; call it in the main thread, before anything is built.
 
-    Args:
-        ranks: this process's place in the run, which :func:`toolkit.cluster.ranks.check_ranks` has accepted.
-
     Returns:
         the GPU of the rank's number on its node, or the only one that it sees (srun and mpirun can bind one to each
         rank); the CPU where there is none.
@@ -33,8 +30,7 @@ def use_device(ranks: Ranks) -> torch.device:
 def choose_device(name: str | None) -> torch.device:
     """Make the device that a user named the current one, for a command without ranks.
 
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
+    The name is ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
 
     Raises:
         UserError: there is no such device.

@@ -70,12 +70,7 @@ class Failure:
 
 
 class RankExit:
-    """Ends this process, in one of its threads, and watches the other ranks until then.
-
-    Args:
-        rendezvous: of the ranks.
-        debug: show the traceback of the user's errors, too.
-    """
+    """Ends this process, in one of its threads, and watches the other ranks until then."""
 
     def __init__(self, rendezvous: Rendezvous, *, debug: bool = False) -> None:
         self.debug = debug
@@ -286,9 +281,7 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
 
     The rank that meets an error first reports it, at once, and once per node.
 
-    Args:
-        command: does the work of a launch script.
-        debug: show the traceback of the user's errors, too.
+    ``debug`` shows the traceback of the user's errors, too.
     """
     global _rank_exit
     # When rank 0 is gone, torch's store logs that at length in C++ and on every rank, before the cause is printed.
@@ -341,10 +334,7 @@ def reporting_failures() -> Iterator[None]:
 def exit_for_lost_rank(rank: int, host: str, reason: str, lines: str) -> None:
     """End this process because another rank is lost; does nothing outside of :func:`run_rank`.
 
-    Args:
-        rank, host: of the lost one.
-        reason: for the run directory.
-        lines: for the terminal.
+    ``reason`` is for the run directory, ``lines`` are for the terminal.
     """
     if _rank_exit is not None:
         _rank_exit.exit_for(Failure(rank, host, reason, lines), store_answers=rank != 0)

@@ -59,13 +59,7 @@ class Member:
 
 
 class Rendezvous:
-    """All ranks of a run, and their store.
-
-    Args:
-        ranks: which rank this is.
-        store: torch's; None for a single process.
-        members: by rank.
-    """
+    """All ranks of a run, and their store: torch's, None for a single process. ``members`` are by rank."""
 
     def __init__(self, ranks: Ranks, store: Any, members: list[Member]) -> None:
         self.ranks = ranks
@@ -114,8 +108,7 @@ def leave_rendezvous() -> None:
 def on_rank_0(work: Callable[[], Value]) -> Value:
     """Run ``work`` on rank 0 and return its value on every rank; all ranks call this, and it may take hours.
 
-    Args:
-        work: returns a value that can be pickled; called on rank 0 alone.
+    Only rank 0 calls ``work``, whose value can be pickled.
 
     Raises:
         UserError, Interrupted: rank 0 met it, and so does every rank.

@@ -104,10 +104,9 @@ class PoseFiles:
 
 
 def open_poses(path: Path) -> PoseFiles:
-    """List the pose files of a folder or archive.
+    """List the pose files of a folder, a zip or a tar.
 
-    Args:
-        path: a folder, a zip, a tar, or any one of the parts (``x.zip.part_aa``, ``x.zip.001``) of a zip or tar.
+    Any one of the parts of an archive (``x.zip.part_aa``, ``x.zip.001``) names all of it.
 
     Raises:
         UserError: it is not there, is none of these, or holds no pose file.

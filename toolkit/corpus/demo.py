@@ -127,12 +127,9 @@ def make_demo(
 
     The same sizes and seed give the same bytes, whatever the number of workers.
 
-    Args:
-        folder: appears under its name only when it is complete.
-        sizes: phrases in each split.
-        seed: of words, phrases and all variation.
-        workers: processes.
-        progress: called with the number of clips made since its last call.
+    ``progress`` is called with the number of clips made since its last call.
+
+    The folder appears under its name only when it is complete.
 
     Raises:
         UserError: the lexicon is not installed or not complete.

@@ -62,12 +62,7 @@ class Names:
     """An index of names that finds those which a table or user may mean."""
 
     def __init__(self, names: Iterable[str], root: str = "") -> None:
-        """Index names.
-
-        Args:
-            names: of files or members with their folders, or of clips.
-            root: the folder of the files; a path below it means exactly the file with that path.
-        """
+        """Index names of clips, or of files or members; a path below ``root`` means exactly that file."""
         self.names = list(names)
         self._root = canonical(root) + "/" if root else ""
         self._by_path: dict[str, list[str]] = {}

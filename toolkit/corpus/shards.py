@@ -112,12 +112,7 @@ class Record:
 
 
 def build_shards(work: Work, shards: Sequence[ShardKey], workers: int) -> Iterator[Record]:
-    """Build shards in processes of this machine.
-
-    Args:
-        work: the inputs of the shards.
-        shards: those to build.
-        workers: number of processes; 1 builds in this one.
+    """Build shards in ``workers`` processes of this machine; 1 builds in this one.
 
     Yields:
         the record of each shard as it is finished.
@@ -206,11 +201,8 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
 def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: int = 0) -> Iterator[Record]:
     """Build shards on a running Ray cluster, whose machines must have the same folders.
 
-    Args:
-        work: the inputs of the shards.
-        shards: those to build.
-        address: of the cluster's head (``host:6379``), or ``auto`` on one of its machines.
-        workers: most builders at a time; 0 = one for each processor of the cluster.
+    ``address`` is that of the cluster's head (``host:6379``), or ``auto`` on one of its machines. At most ``workers``
+    builders run at a time; 0 = one for each processor of the cluster.
 
     Yields:
         the record of each shard as it is finished.

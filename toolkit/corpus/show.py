@@ -40,11 +40,7 @@ def find_clip(corpus: Corpus, uid: str) -> tuple[str, Clip]:
 def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None) -> None:
     """Draw a clip as an animated GIF: its features, and beside them the recording when ``poses`` has it.
 
-    Args:
-        corpus: where the clip is.
-        uid: its name.
-        out: the GIF to write.
-        poses: the recordings. A clip with a start or end is drawn beside the whole file.
+    A clip with a start or end is drawn beside the whole file.
 
     Raises:
         UserError: there is no such clip or no readable recording of it.

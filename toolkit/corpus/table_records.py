@@ -34,10 +34,7 @@ def read_records(lines: NumberedLines, path: Path, required: Sequence[str]) -> t
     JSONL is recognised by its suffix or its first character. Otherwise the first line is the header, and its most
     frequent separator is the separator, unless Excel's ``sep=`` comes before it.
 
-    Args:
-        lines: of the file.
-        path: of the file, for its suffix and for messages.
-        required: names of columns that every table needs.
+    ``required`` are names of columns that every table needs.
 
     Returns:
         the records, and the separator ("" for JSONL).

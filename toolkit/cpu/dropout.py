@@ -19,11 +19,7 @@ class CPUDropout(nn.Dropout):
     """:class:`torch.nn.Dropout` with ``p`` rounded to 1/65,536; torch's seed decides it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drop elements of a tensor of any shape.
-
-        Args:
-            input: a floating-point tensor; on other devices than the CPU torch's own dropout is called.
-        """
+        """Drop elements of a tensor of any shape; on other devices than the CPU torch's own dropout does it."""
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
             return super().forward(input)
         dropped: Tensor = _Dropout.apply(input, self.p)
@@ -45,11 +41,9 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_kept(like: Tensor, p: float) -> Tensor:
-    """1 for each element of a tensor that is kept, 0 for one that is dropped, in the tensor's dtype and shape.
+    """1 for each element of a tensor that is kept, 0 for one that is dropped (with probability ``p``).
 
-    Args:
-        like: the tensor.
-        p: probability with which an element is dropped.
+    Dtype and shape are those of the tensor.
     """
     numel = like.numel()
     seed = int(torch.empty((), dtype=torch.int64).random_())

@@ -17,11 +17,7 @@ class Fp32Linear(nn.Linear):
     """:class:`torch.nn.Linear`, whose training in bf16 on a CPU multiplies in fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer.
-
-        Args:
-            input: [..., in_features]. In evaluation, on GPUs and in other types than bf16 torch's own forward takes it.
-        """
+        """Apply the layer to [..., in_features]; outside of training in bf16 on a CPU by torch's own forward."""
         is_bf16 = input.dtype == self.weight.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
         if not self.training or not is_bf16 or input.device.type != "cpu":
             return super().forward(input)

@@ -18,10 +18,9 @@ class CPURMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Scale the states to a mean square of one, then by the weight.
+        """Scale states [..., width] to a mean square of one, then by the weight.
 
-        Args:
-            hidden_states: [..., width]. In evaluation, and on GPUs, transformers' own forward is called.
+        In evaluation, and on GPUs, transformers' own forward is called.
         """
         if not self.training or hidden_states.device.type != "cpu":
             own: Tensor = super().forward(hidden_states)

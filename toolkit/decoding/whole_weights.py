@@ -36,11 +36,9 @@ def whole_weights(engine: Any, *, gather: bool) -> Iterator[bool]:
 
 
 def partitioned_engine(name: str, world_size: int) -> Any:
-    """A DeepSpeed engine at stage 3 without an optimizer, for evaluation; the process group must be there.
+    """A DeepSpeed engine at stage 3 without an optimizer, for evaluation of a model folder, run or hub id.
 
-    Args:
-        name: of the model, as :func:`toolkit.models.loading.partitioned.load_partitioned` takes it.
-        world_size: number of ranks; all call this.
+    All ranks of the process group, which must be there, call this.
     """
     import deepspeed
 

@@ -27,9 +27,7 @@ SEARCH_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_n
 def recipe_of(model: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
     """The recipe of the run that a model came from, or None for a model that lies elsewhere.
 
-    Args:
-        model: a run directory or a model folder; the ``best/`` of a run knows its run.
-        overrides: ``key=value``, applied to the recipe.
+    A run's ``best/`` knows its run.
 
     Raises:
         UserError: a key is unknown, or a value out of bounds.

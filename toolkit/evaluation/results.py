@@ -30,15 +30,7 @@ def summarise(
     clips_per_second: float,
     neural: NeuralMetrics,
 ) -> dict[str, Any]:
-    """The content of ``scores.json``; its ``scores`` are those of the first split.
-
-    Args:
-        model, corpus: what was evaluated on what.
-        out: the folder of the results.
-        results: by split.
-        clips_per_second: speed of the whole evaluation.
-        neural: learnt metrics to add.
-    """
+    """The content of ``scores.json``; its ``scores`` are those of the first split."""
     main = next(iter(results))
     splits = {name: _split_summary(result, neural) for name, result in results.items()}
     return {
@@ -69,11 +61,6 @@ def _split_summary(result: SplitResult, neural: NeuralMetrics) -> dict[str, Any]
 
 def write_results(out: Path, summary: dict[str, Any], results: dict[str, SplitResult]) -> None:
     """Write ``scores.json``, one predictions file a split, and an n-best file where clips have several hypotheses.
-
-    Args:
-        out: the folder, made if it does not exist.
-        summary: as :func:`summarise` gives it.
-        results: by split.
 
     Raises:
         UserError, OSError: the folder cannot be written.

@@ -55,12 +55,7 @@ def splits_to_test(corpus: Corpus) -> list[str]:
 
 @contextmanager
 def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: Evaluation) -> Iterator[bool]:
-    """Within it the engine's model translates; all ranks must enter.
-
-    Args:
-        engine: the DeepSpeed engine, at any ZeRO stage.
-        frames: of each clip to translate.
-        settings: beams, and how large a batch may be.
+    """Within it the engine's model translates clips of so many ``frames``; all ranks must enter.
 
     Yields:
         whether ranks must generate in step, because whole weights do not fit.

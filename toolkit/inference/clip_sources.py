@@ -47,9 +47,8 @@ class ClipSource:
 def find_clips(names: Iterable[str], fps: float | None = None) -> list[ClipSource]:
     """All clips of these names, in this order; those of a folder or archive in the order of their names.
 
-    Args:
-        names: files, videos, folders, zips and tars, ``archive.zip:member``, or ``-`` for standard input.
-        fps: frames per second of all of them; overrules what the files say.
+    A name is a file, video, folder, zip or tar, ``archive.zip:member``, or ``-`` for standard input. ``fps``, frames
+    per second of all clips, overrules what the files say.
 
     Raises:
         UserError: one of them does not exist, or holds no clip.

@@ -153,14 +153,9 @@ def check_gradio() -> None:
 def build_app(
     model: PoseTranslator, processor: PoseProcessor, *, title: str, n_best: int, most_seconds: float
 ) -> gradio.Blocks:
-    """The page, ready to be launched.
+    """The page, ready to be launched, for a model in evaluation mode on its device.
 
-    Args:
-        model: in evaluation mode, on its device.
-        processor: its processor.
-        title: stands above.
-        n_best: readings that are listed.
-        most_seconds: longest clip that is translated.
+    It lists ``n_best`` readings of a clip of at most ``most_seconds``.
     """
     import gradio
 
@@ -204,13 +199,7 @@ def build_app(
 
 
 def serve(app: gradio.Blocks, *, host: str, port: int | None, most_megabytes: float) -> str:
-    """Start serving in the background.
-
-    Args:
-        app: from :func:`build_app`.
-        host: address to listen on.
-        port: None takes the first free one from 7860 on.
-        most_megabytes: of an upload.
+    """Start serving in the background; without a port at the first free one from 7860 on.
 
     Returns:
         the page's address.

@@ -108,14 +108,8 @@ def translate_clips(
 ) -> Iterator[Translation]:
     """Translate clips in batches, and yield their translations in the order of the clips.
 
-    Args:
-        model: in evaluation mode; its generation configuration says how to search.
-        processor: its processor.
-        sources: the clips, which are read a few ahead.
-        windowing: how long clips are split; by default into the longest windows that the model reads.
-        n_best: hypotheses of each clip or window; at most ``num_beams``.
-        batch_frames: largest number of padded frames in a batch.
-        settings: override the model's own generation settings (``num_beams``, ``max_new_tokens``, ...).
+    ``windowing`` says how long clips are split, by default into the longest windows that the model reads. A batch has
+    ``batch_frames`` padded frames at most; ``settings`` override the model's own generation settings.
 
     Yields:
         one translation a clip; for clips that cannot be used it holds the reason.

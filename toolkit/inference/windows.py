@@ -15,12 +15,7 @@ MOST_FRAMES = 512
 
 
 def window_seconds(fps: float, max_frames: int | None, asked: float | None) -> float:
-    """How long a window is, in seconds.
-
-    Args:
-        fps: frames per second that the model reads.
-        max_frames: frames that it reads at most.
-        asked: the length that the user gave; None = the longest that the model reads.
+    """How long a window is in seconds: as ``asked`` for, else the longest that the model reads.
 
     Raises:
         UserError: the model reads no windows of that length.
@@ -54,12 +49,9 @@ def overlap_seconds(window: float, asked: float | None) -> float:
 
 
 def window_spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
-    """Windows of equal length, evenly spread over a recording.
+    """Windows of ``window`` seconds, evenly spread over a recording; a recording no longer than that is one window.
 
-    Args:
-        duration: of the recording, in seconds.
-        window: length of a window; a recording no longer than that is one window.
-        overlap: of neighbours, at least; less than ``window``.
+    Neighbours overlap by ``overlap`` seconds at least, which is less than ``window``.
 
     Returns:
         start and end of each window in seconds.

@@ -111,12 +111,7 @@ def backbone_class(config: PreTrainedConfig) -> Any:
 
 
 def new_backbone(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """A backbone with random weights, or on the meta device an empty one.
-
-    Args:
-        config: describes it.
-        settings: what transformers' ``from_config`` takes (``dtype``, ``trust_remote_code``, ...).
-    """
+    """A backbone with random weights, or on the meta device an empty one; settings as of ``from_config``."""
     model_class = backbone_class(config)
     if model_class is not AutoModelForSeq2SeqLM:
         settings.pop("trust_remote_code", None)  # it is transformers' own
@@ -158,9 +153,6 @@ def vocabulary_size(config: PreTrainedConfig) -> int:
 
 def position_limit(half: nn.Module) -> int | None:
     """How many positions an encoder or a decoder has, by its table of positions.
-
-    Args:
-        half: the encoder or the decoder, of weights or empty.
 
     Returns:
         None where positions are relative, or computed for any length (M2M100, NLLB).

@@ -62,12 +62,7 @@ def backbone_config(model: Model) -> PreTrainedConfig:
 
 
 def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fit a backbone's configuration to a run: its dropout, its vocabulary, and how its texts begin and end.
-
-    Args:
-        config: from :func:`backbone_config`; changed in place.
-        model: the recipe's section.
-        tokenizer: the run's.
+    """Fit a configuration, in place, to a run: its dropout, its vocabulary, how its texts begin and end.
 
     Raises:
         UserError: published weights do not have as many embedding rows as the tokenizer has tokens.

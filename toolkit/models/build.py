@@ -115,11 +115,7 @@ def rebuild_translator(
 ) -> tuple[PoseTranslator, str]:
     """The translator as it was before training, into which trained weights are then loaded.
 
-    Args:
-        config: of the trained one.
-        base: how its backbone is made again.
-        tokenizer: of the trained one, with its extra tokens.
-        zero3: a DeepSpeed configuration whose stage 3 partitions the weights; all ranks then call this.
+    ``zero3`` is a DeepSpeed configuration whose stage 3 partitions the weights; all ranks then call this.
 
     Returns:
         the translator, and the fingerprint of the backbone that was found or made, empty on ranks that received it.
@@ -206,11 +202,7 @@ def _set_generation(
 ) -> None:
     """Set how the saved model translates: as the recipe evaluates.
 
-    Args:
-        translator: gets the settings.
-        evaluation: the recipe's section.
-        frame: the tokens that every target text begins with.
-        published: the backbone's own settings; tokens that it must not write are kept, how it searches is the recipe's.
+    Of the backbone's published settings tokens that it must not write are kept; how it searches is the recipe's.
     """
     settings: dict[str, Any] = {
         "num_beams": evaluation.num_beams,

@@ -45,11 +45,7 @@ def check_model(resolved: ResolvedRun) -> None:
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """See that this is an encoder-decoder for texts.
-
-    Args:
-        config: of the backbone.
-        name: what the user called it.
+    """See that this is the configuration of an encoder-decoder for texts; messages call it ``name``.
 
     Raises:
         UserError: it is not.
@@ -63,11 +59,7 @@ def check_architecture(config: PreTrainedConfig, name: str) -> None:
 def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int | None, prefix: int) -> None:
     """See that the backbone has as many positions as the longest clip and the longest text take.
 
-    Args:
-        recipe: the run's.
-        backbone: empty or with weights.
-        max_frames: of the longest clip; None = not known.
-        prefix: tokens before the poses.
+    ``prefix`` tokens stand before the poses; ``max_frames`` is None where it is not known.
 
     Raises:
         UserError: it does not.

@@ -68,11 +68,7 @@ class CtcPrefixScores(LogitsProcessor):
         return (1 - self.weight) * decoder_scores + self.weight * gains
 
     def keep_clips(self, clips: Tensor) -> None:
-        """Keep the state of these clips alone, where the search continues without the others.
-
-        Args:
-            clips: their places among those that it had [clips].
-        """
+        """Keep the state of the clips at these places [clips] alone; the search continues without the others."""
         beams = torch.arange(self.num_beams, device=clips.device)
         rows = (clips[:, None] * self.num_beams + beams).flatten()
         self.log_probs = self.log_probs[clips]

@@ -51,9 +51,7 @@ class PoseTranslatorOutput(ModelOutput):
 class PoseTranslator(PreTrainedModel, GenerationMixin):
     """Poses to text: pose encoder → backbone encoder → backbone decoder.
 
-    Args:
-        config: the configuration.
-        backbone: a ready backbone (for instance loaded from the hub); made from the configuration when not given.
+    A ready ``backbone``, for instance from the hub, is taken as it is; without one it is made by the configuration.
     """
 
     config_class = PoseTranslatorConfig

@@ -34,9 +34,7 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
     for OpenPose and COCO-WholeBody, else z; the fourth of four is a score. Without scores a point at the origin is
     missing.
 
-    Args:
-        content: the whole file.
-        fps: frames per second; overrules the file.
+    ``fps``, frames per second, overrules the file.
 
     Raises:
         PoseError: the bytes are no such file.

@@ -16,10 +16,7 @@ LARGEST_CLIP = 2**30
 
 
 def check_size(size: int) -> None:
-    """Refuse what is larger than any clip.
-
-    Args:
-        size: bytes when it is decompressed.
+    """Refuse a file that has more bytes, decompressed, than any clip.
 
     Raises:
         PoseError: it is too large.

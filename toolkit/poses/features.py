@@ -172,11 +172,9 @@ def _normalise(
 
 
 def read_clip(content: bytes, fps: float | None = None) -> RawPose:
-    """Parse the bytes of a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file; raises PoseError.
+    """Parse a ``.pose``, ``.npy``, ``.npz`` or ``.pkl`` file, perhaps compressed by gzip; raises PoseError.
 
-    Args:
-        content: the whole file, perhaps compressed by gzip.
-        fps: frames per second as the table or the user gives them; overrules the file.
+    ``fps``, frames per second as the table or the user gives them, overrules the file.
     """
     content = decompress(content)
     return read_arrays(content, fps) if is_array_file(content) else read_pose(content, fps)

@@ -124,11 +124,7 @@ _recent_headers: dict[bytes, PoseHeader] = {}
 
 
 def read_pose(content: bytes | memoryview, fps: float | None = None) -> RawPose:
-    """Parse a ``.pose`` file.
-
-    Args:
-        content: the whole file.
-        fps: frames per second; overrules the file.
+    """Parse the bytes of a ``.pose`` file; ``fps``, frames per second, overrules the file.
 
     Raises:
         PoseError: the bytes are not a usable pose file; the message says why.
@@ -152,11 +148,7 @@ def read_pose(content: bytes | memoryview, fps: float | None = None) -> RawPose:
 
 
 def checked_fps(claimed: float, given: float | None = None) -> float:
-    """The frame rate of a file.
-
-    Args:
-        claimed: by the file.
-        given: by the table or the user, which overrules the file; None when they give none.
+    """The frame rate that a file claims, or the one ``given`` by the table or the user, which overrules it.
 
     Raises:
         PoseError: the rate is not one that a camera has.

@@ -51,9 +51,7 @@ def check_video_support() -> None:
 def read_video(path: Path, fps: float | None = None) -> RawPose:
     """Find the landmarks of the signer in every frame; some 20 frames a second on one core.
 
-    Args:
-        path: the video.
-        fps: frames per second; overrules the video.
+    ``fps``, frames per second, overrules the video.
 
     Returns:
         a pose of 543 points: x and y in pixels, z in widths of the picture, as pose files have it.

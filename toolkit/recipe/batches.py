@@ -8,13 +8,7 @@ from __future__ import annotations
 
 
 def num_micro_batches(clips: int, world_size: int, limit: int) -> int:
-    """Forward passes of each rank: as few as the largest share needs.
-
-    Args:
-        clips: of one optimizer step, over all ranks.
-        world_size: number of ranks.
-        limit: most clips in a forward pass.
-    """
+    """Forward passes of each rank for the clips of one optimizer step, each of at most ``limit`` clips."""
     largest_share = -(-clips // world_size)
     return -(-largest_share // limit)
 
@@ -28,9 +22,7 @@ def micro_batch_sizes(clips: int, world_size: int, limit: int) -> tuple[int, int
 def batch_in_words(clips: int, world_size: int, limit: int, frames: int | None) -> str:
     """The arithmetic of a step in words: ``128 clips = 8 ranks x 1 micro-batch of 16``.
 
-    Args:
-        clips, world_size, limit: as for ``num_micro_batches``.
-        frames: most padded frames in a micro-batch; None = no limit.
+    ``frames`` are the most padded frames in a micro-batch; None = no limit.
     """
     ranks = _counted(world_size, "rank")
     if frames is not None:

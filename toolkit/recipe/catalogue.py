@@ -60,10 +60,8 @@ def catalogue() -> tuple[list[Recipe], list[UserError]]:
 def copy_recipe(name: str, new: str) -> Path:
     """Copy a recipe under a new name, comments and all.
 
-    Args:
-        name: name or path of the recipe to copy.
-        new: a bare name, for ``recipes/NEW.yaml`` in a clone and ``NEW.yaml`` in the current folder otherwise; or a
-            path that ends in ``.yaml``.
+    ``new`` is a bare name, for ``recipes/NEW.yaml`` in a clone and ``NEW.yaml`` in the current folder otherwise, or a
+    path that ends in ``.yaml``.
 
     Returns:
         The new file.

@@ -135,11 +135,7 @@ def _takes_text(path: tuple[str, ...]) -> bool:
 
 
 def find_recipe(name_or_path: str, near: Path | None = None) -> Path:
-    """The file of a recipe.
-
-    Args:
-        name_or_path: a name in ``recipes/``, or a path.
-        near: the folder of the recipe that extends it, which is looked at first.
+    """The file of a recipe, by its name or path; ``near``, the folder of one that extends it, is looked at first.
 
     Raises:
         UserError: there is none; the hint gives the nearest name.

@@ -161,10 +161,6 @@ TINY_LIMITS: dict[str, dict[str, Any]] = {
 def tiny_config(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` shrunk to two narrow layers of the same architecture, trained in seconds.
 
-    Args:
-        architecture: HuggingFace ``model_type``.
-        config: HuggingFace configuration values; left unchanged.
-
     Raises:
         UserError: no small version of this architecture is known.
     """

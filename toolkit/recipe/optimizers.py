@@ -32,13 +32,7 @@ MUON_MOMENTUM = 0.95  # Jordan et al. 2024, https://kellerjordan.github.io/posts
 
 
 def optimizer_section(training: Training, implementation: Tree, *, offloaded: bool) -> Tree:
-    """The JSON's ``optimizer`` section.
-
-    Args:
-        training: the recipe's section.
-        implementation: the JSON's keys for how AdamW is carried out.
-        offloaded: whether optimizer states lie outside the device.
-    """
+    """The JSON's ``optimizer`` section; ``implementation`` are its own keys for how AdamW is carried out."""
     params: Tree = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     name = training.optimizer
     if name == "adafactor":
@@ -70,14 +64,9 @@ def optimizer_keys(optimizer: str, *, stage: int, offloaded: bool) -> Tree:
 def optimizer_problems(
     training: Training, config: Tree, *, stage: int, precision: str, offload: str | None
 ) -> Iterator[UserError]:
-    """Why DeepSpeed refuses this optimizer here, or would train something else with it; empty when nothing is wrong.
+    """Why DeepSpeed refuses this optimizer here, or would train something else with it.
 
-    Args:
-        training: the recipe's section.
-        config: the DeepSpeed JSON.
-        stage: ZeRO stage.
-        precision: of the parameters: ``fp32``, ``bf16`` or ``fp16``.
-        offload: device that optimizer states are offloaded to; None where they are not.
+    ``precision`` is that of the parameters; ``offload`` the device that optimizer states are offloaded to, or None.
     """
     name = training.optimizer
     key = f"training.optimizer={name}"

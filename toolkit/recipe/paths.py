@@ -40,9 +40,7 @@ def swap_folder(run_dir: Path, disk: str | None = None) -> Path:
 
     DeepSpeed names its files by rank alone, so that two runs that share a folder would overwrite each other.
 
-    Args:
-        run_dir: the run's own folder.
-        disk: ``nvme_path`` as the user gave it; None keeps the files in the run directory.
+    It is in ``disk``, the user's ``nvme_path``, or else in the run directory.
     """
     if disk is None:
         return run_dir / SWAP

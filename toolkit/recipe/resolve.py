@@ -129,11 +129,7 @@ def resolve_named(
 def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool = True) -> ResolvedRun:
     """Put recipe, DeepSpeed JSON and number of ranks together.
 
-    Args:
-        recipe: as ``load_recipe`` gives it.
-        world_size: number of ranks.
-        has_gpu: whether ranks run on GPUs.
-        needs_data: whether the recipe must say where its data is; false to look at a recipe without training it.
+    Without ``needs_data`` the recipe need not say where its data is: it is looked at and not trained.
 
     Raises:
         UserError: conflicts, unknown keys, and fewer clips in a step than ranks: all of them.

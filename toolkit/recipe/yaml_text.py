@@ -114,10 +114,6 @@ def parse_value(text: str, takes_text: TakesText = lambda path: False) -> Any:
     A text that opens no bracket or quote is one scalar, whatever colons and hashes it holds, so that
     ``model.prefix=translate to English:`` needs no quotes beyond the shell's.
 
-    Args:
-        text: what stands behind the equals sign.
-        takes_text: as for ``parse_yaml``; the override's own value has the empty path.
-
     Raises:
         UserError: a bracket or quote is not closed.
     """

@@ -94,14 +94,7 @@ python launch/translate.py --model {place} clip.pose
 def model_card(
     run_dir: Path, name: str, model: PoseTranslator, extractor: PoseFeatureExtractor, *, merged: bool = False
 ) -> str:
-    """The README of the model that a run trained.
-
-    Args:
-        run_dir: gives recipe and scores.
-        name: what the model is called: its folder's name, or its id on the hub.
-        model: for its number of parameters.
-        extractor: for what it reads.
-        merged: whether an adapter that it trained is added to its weights.
+    """The README of the model that a run trained; ``name`` is its folder's name, or its id on the hub.
 
     Raises:
         UserError: the run's files are not readable.

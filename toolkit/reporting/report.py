@@ -44,9 +44,8 @@ _OWN_TO_A_RUN = ("run.dir", "name", "description")
 def write_report(run_dir: str | Path, corpus: str | Path | None = None) -> Path:
     """Write ``report.html`` into a run directory, with whatever of the run is there.
 
-    Args:
-        run_dir: a run that ended, was interrupted, crashed or is still running.
-        corpus: where its corpus is; found through the run when not given.
+    The run may have ended, been interrupted, crashed or still be running. Its corpus is found through the run when it
+    is not given.
 
     Returns:
         the page.

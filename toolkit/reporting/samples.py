@@ -151,10 +151,8 @@ def _shortened(text: str) -> str:
 def find_corpus_of_run(run: RunFiles, rows: dict[str, list[Prediction]], given: Path | None = None) -> Corpus | None:
     """The corpus of a run: where it was, or, for a run that was copied from elsewhere, one in the cache with its clips.
 
-    Args:
-        run: a warning is added to it when nothing is found.
-        rows: predictions by split; the corpus must have their clips.
-        given: look here and nowhere else.
+    It must have the clips of all ``rows``; ``given`` is looked at alone. A warning is added to the run when nothing is
+    found.
 
     Raises:
         UserError: ``given`` is no corpus.

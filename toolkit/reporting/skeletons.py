@@ -65,11 +65,7 @@ def pack_clip(features: Floats, landmark_set: LandmarkSet, fps: float, most_byte
 
 
 def place_on_body(places: npt.NDArray[np.float32], landmark_set: LandmarkSet) -> npt.NDArray[np.float32]:
-    """Move parts whose coordinates are relative to their own anchor to their place on the body.
-
-    Args:
-        places: [frames, points, 2].
-    """
+    """Move parts of [frames, points, 2] that are relative to their own anchor to their place on the body."""
     if not landmark_set.anchors:
         return places
     places = places.copy()

@@ -163,10 +163,7 @@ def rouge_tokens(text: str) -> list[str]:
 def frequent_words(texts: Iterable[str], tokenize: str = "13a", share: float = 0.5) -> frozenset[str]:
     """The words that reduced BLEU leaves out: the most frequent ones, which make up ``share`` of ``texts``.
 
-    Args:
-        texts: those of the training split.
-        tokenize: as the scores are computed.
-        share: 0..1, an upper limit.
+    ``share`` (0..1) is an upper limit.
     """
     bleu = make_bleu(tokenize, False)
     counts = Counter(word for text in texts for word in bleu.tokenizer(text.lower().rstrip()).split())

@@ -35,11 +35,7 @@ class NeuralMetrics:
 
 
 def parse_neural(words: Sequence[str], python: str | None = None) -> NeuralMetrics:
-    """``NAME=CHECKPOINT`` for metrics that can be computed here.
-
-    Args:
-        words: ``comet=CHECKPOINT`` or ``bleurt=CHECKPOINT``.
-        python: the interpreter that has the packages; None = this one.
+    """``comet=CHECKPOINT`` or ``bleurt=CHECKPOINT``, for metrics that ``python`` (None: this one) can compute.
 
     Raises:
         UserError: there is no such metric or interpreter, or the interpreter cannot import the metric's package.

@@ -64,12 +64,7 @@ def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str
 
 
 def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparison]) -> str:
-    """Two sets of translations score by score: difference, its 95 % interval and p-value.
-
-    Args:
-        first, second: what the two are called.
-        comparisons: by score.
-    """
+    """Two sets of translations score by score: difference, its 95 % interval and p-value."""
     table = [["", first, second, "difference", "95 % from", "to", "p", ""]]
     for name in SCORE_NAMES:
         if name in comparisons:

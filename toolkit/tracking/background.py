@@ -33,13 +33,7 @@ class BackgroundSink:
     """
 
     def __init__(self, name: str, open_sink: Callable[[], Sink], timeout: float) -> None:
-        """Open the sink.
-
-        Args:
-            name: of the tracker, for messages.
-            open_sink: is called on the thread.
-            timeout: seconds that opening and closing may take.
-        """
+        """Open the sink on the thread; opening and closing may take ``timeout`` seconds each."""
         self._name, self._open_sink, self._timeout = name, open_sink, timeout
         self._calls: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(MOST_WAITING)
         self._opened = threading.Event()
@@ -60,11 +54,7 @@ class BackgroundSink:
         self._put(lambda sink: sink.table(step, name, rows))
 
     def close(self, timeout: float | None = None) -> None:
-        """Let the thread finish what it has; later calls do nothing.
-
-        Args:
-            timeout: seconds, where the run has less time than usual.
-        """
+        """Let the thread finish what it has, within ``timeout`` seconds where that is less; later calls do nothing."""
         timeout = self._timeout if timeout is None else min(timeout, self._timeout)
         self._put(None)
         if not self._failed:

@@ -72,16 +72,7 @@ class ProgressLine:
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        """Prepare the line.
-
-        Args:
-            total_steps: optimizer steps of the whole run.
-            total_epochs: epochs of the whole run.
-            start_step: the step that the run resumes from.
-            log_every: steps between plain lines, where there is no terminal.
-            enabled: whether this is the rank that prints.
-            stream: where to write; standard output by default.
-        """
+        """Prepare the line: without a terminal every ``log_every`` steps; nothing unless ``enabled``, on one rank."""
         self._total_steps = total_steps
         self._total_epochs = total_epochs
         self._log_every = max(1, log_every)

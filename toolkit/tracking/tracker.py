@@ -45,10 +45,9 @@ class Tracker:
             sink.table(step, name, rows)
 
     def close(self, timeout: float | None = None) -> None:
-        """Close the file and the trackers; later calls do nothing.
+        """Close the file and the trackers, each within ``timeout`` seconds where that is less than the recipe's.
 
-        Args:
-            timeout: seconds that each tracker may take, where that is less than the recipe's ``tracking.timeout``.
+        Later calls do nothing.
         """
         if self._file:
             self._file.close()

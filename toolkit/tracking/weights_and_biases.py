@@ -23,12 +23,8 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, mode: str, project: str, config: dict[str, Any], timeout: float) -> None:
         """Start or resume the W&B run of this run directory.
 
-        Args:
-            run_dir: holds the run's id and its offline files.
-            mode: ``online`` or ``offline``; a run that cannot be online, for whatever reason, is offline.
-            project: name of the W&B project.
-            config: the resolved recipe, shown beside the run.
-            timeout: seconds to wait for the W&B server.
+        A run that cannot be ``online``, for whatever reason, is ``offline``; its id and its files are in the run
+        directory. The W&B server may take ``timeout`` seconds.
         """
         # W&B reads it as it is imported; it reports errors of its own to its server otherwise.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

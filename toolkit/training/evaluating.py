@@ -58,12 +58,6 @@ def evaluate_split(
 def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: int, settings: Evaluation) -> str | None:
     """A warning where the model gives almost the same text for every clip, or scores like one constant sentence.
 
-    Args:
-        evaluated: the dev split.
-        train_texts: the constant sentence is the one most typical of these.
-        epoch: epochs done.
-        settings: name the score that selects the best model, and how texts are compared.
-
     Returns:
         the warning, which names the usual causes in the order in which to check them, or None.
     """

@@ -33,14 +33,7 @@ def score_best(
 ) -> dict[str, SplitResult]:
     """Translate and score splits with the weights of a model folder; all ranks call this, and all get the result.
 
-    Args:
-        engine: the DeepSpeed engine that wrote the folder, at any ZeRO stage; it cannot train afterwards.
-        folder: ``best/`` of the run.
-        processor: belongs to the model.
-        corpus: has the splits.
-        names: which splits.
-        settings: of the run.
-        ranks: which rank this is.
+    The engine, at any ZeRO stage, is the one that wrote the folder; it cannot train afterwards.
 
     Raises:
         UserError: the folder does not hold the weights of the engine's model.

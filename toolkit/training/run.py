@@ -56,12 +56,7 @@ Echo = Callable[[str], None]
 def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, echo: Echo) -> dict[str, Any]:
     """Train, or resume training, and score the best model on every test split; all ranks call this.
 
-    Args:
-        resolved: the run.
-        ranks: which rank this is.
-        corpus: the clips to train on.
-        start: from :func:`toolkit.training.start.find_start`.
-        echo: prints a line on rank 0, nothing on the others.
+    ``echo`` prints a line on rank 0, and nothing on the others.
 
     Returns:
         the content of ``scores.json`` on rank 0; an empty dict elsewhere.

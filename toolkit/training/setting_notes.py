@@ -17,15 +17,7 @@ from toolkit.scoring.metrics import score
 
 
 def setting_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any, *, steps: int, epoch_steps: int) -> Iterator[str]:
-    """One note for each setting that has no effect with this corpus, or that surprises.
-
-    Args:
-        recipe: the run's.
-        corpus: what it is trained on.
-        tokenizer: the run's.
-        steps: optimizer steps of the whole run.
-        epoch_steps: optimizer steps of one epoch.
-    """
+    """One note for each setting that has no effect with this corpus, or that surprises."""
     training = recipe.training
     if training.save_every > steps:
         yield (

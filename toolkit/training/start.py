@@ -41,12 +41,9 @@ class Start:
 
 
 def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> Start:
-    """Read the run directory and verify the checkpoint.
+    """Read the run directory and verify the checkpoint: one at a path, or the newest one for ``auto``.
 
-    Args:
-        resolved: the run.
-        wanted: "auto" for the newest complete checkpoint of the run, or the path of one.
-        extend: whether the run may become longer; see :func:`extend_schedule`.
+    With ``extend`` the run may become longer; see :func:`extend_schedule`.
 
     Raises:
         UserError: the directory holds another run; the checkpoint is damaged or of another experiment; there is
@@ -79,10 +76,7 @@ def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> S
 def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = None) -> None:
     """Refuse a corpus without training clips, or another one than the run was started with.
 
-    Args:
-        corpus: the clips to train on.
-        run_dir: directory of the run that is resumed; None for a new run.
-        start: where it resumes from, if anywhere.
+    ``run_dir`` is that of a run that is resumed, None for a new one; ``start`` is where it resumes from, if anywhere.
 
     Raises:
         UserError: there are no training clips; the features differ from those of this toolkit's models, or of the
@@ -117,12 +111,9 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
 
 
 def extend_schedule(resolved: ResolvedRun, corpus: Corpus, start: Start) -> str | None:
-    """Let a run that resumes from a checkpoint of a shorter one follow the longer schedule; see ``schedules.py``.
+    """Let a run that resumes from a checkpoint of a shorter one follow the longer schedule (``schedules.py``).
 
-    Args:
-        resolved: the run.
-        corpus: the clips to train on.
-        start: its progress gets the extension.
+    The progress of ``start`` gets the extension.
 
     Returns:
         a note for the user; None where the run keeps its length.

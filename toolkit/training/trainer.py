@@ -130,10 +130,7 @@ class Trainer:
         self.on_exit.__exit__(*error)
 
     def run(self, batches: TrainBatches) -> None:
-        """Train to the end.
-
-        Args:
-            batches: this rank's, without end, from where the progress stands; the run's tokenizer makes their labels.
+        """Train to the end on this rank's batches, which come without end from where the progress stands.
 
         Raises:
             Interrupted: the run was requested to stop; everything is saved.

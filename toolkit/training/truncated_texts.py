@@ -46,13 +46,7 @@ def warn_of_truncated_texts(
 ) -> None:
     """Warn of truncated texts on the terminal, in the log (and so in the report) and in the run's figures.
 
-    Args:
-        recipe: the run's.
-        texts: of the training split.
-        tokenizer: the run's.
-        tracker: gets one event, before the first step.
-        step: optimizer steps done so far.
-        echo: prints a line.
+    The tracker gets one event, before the first step.
     """
     limit = recipe.training.max_target_tokens
     truncated = find_truncated_texts(texts, tokenizer, limit)

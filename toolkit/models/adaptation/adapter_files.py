@@ -33,12 +33,7 @@ COPY_AGAIN = "copy the folder again, or train from scratch"
 
 
 def save_trained(folder: Path, model: PoseTranslator, weights: Mapping[str, Tensor]) -> None:
-    """Write what trained, and check that every trainable tensor is in the files.
-
-    Args:
-        folder: a model folder that is being written.
-        model: gives the adapters' configuration and every tensor's whole shape.
-        weights: the trainable tensors, whole, by the model's names.
+    """Write the whole weights that trained, and check that every trainable tensor is in the files.
 
     Raises:
         OSError: it cannot be written.

@@ -32,11 +32,7 @@ SEED_OFFSET = 1_000_003  # adapters draw from a stream of their own, not from th
 
 
 def adapt(model: PoseTranslator, settings: Model) -> None:
-    """Add adapters and freeze parameters, as the recipe asks. Changes ``model``.
-
-    Args:
-        model: the whole translator, with its extra tokens (``extra_tokens.py``).
-        settings: the recipe's ``model`` section.
+    """Add adapters to a translator with its extra tokens, and freeze parameters, as the recipe asks.
 
     Raises:
         UserError: as :func:`lora_targets`.
@@ -54,10 +50,6 @@ def adapt(model: PoseTranslator, settings: Model) -> None:
 
 def lora_targets(backbone: PreTrainedModel, settings: Model) -> list[str]:
     """Last parts of the names of the modules that get adapters: the recipe's, else the model card's, else looked up.
-
-    Args:
-        backbone: with weights or empty; tied weights are one parameter.
-        settings: the recipe's ``model`` section.
 
     Raises:
         UserError: one of the recipe's or the card's matches no layer, or one whose weight another module uses, too.

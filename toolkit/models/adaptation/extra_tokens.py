@@ -152,11 +152,7 @@ def fold_rows(model: PoseTranslator, weights: dict[str, Tensor]) -> None:
 
 
 def unfolded(model: PoseTranslator, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """The inverse of :func:`fold_rows`, for weights that are read one by one.
-
-    Args:
-        model: has its new rows apart, or none.
-        read: gives the weight of a name, new rows in their tables.
+    """The inverse of :func:`fold_rows`, for weights that ``read`` gives one by one, new rows in their tables.
 
     Returns:
         the same for the names and values of the model itself.

@@ -40,9 +40,6 @@ class Adapter:
 def make_standalone(model: PoseTranslator) -> Adapter | None:
     """Make a model of plain weights: no adapters, no quantised layers, new rows in their tables.
 
-    Args:
-        model: as ``load_translator`` gives it.
-
     Returns:
         the adapters, detached; None where there were none.
     """

@@ -132,12 +132,7 @@ class NodeEmbedding(nn.Module):
 class GraphBlock(nn.Module):
     """A pre-norm residual block: mix each node with its neighbours, convolve each node over time, mix its channels.
 
-    Args:
-        part: gives the nodes and the edges from which the learnt ones start.
-        width: channels of a node.
-        kernel: frames that the convolution sees (odd).
-        stride: 1 or 2.
-        dropout: dropout probability.
+    ``kernel`` is the odd number of frames that the convolution sees, ``stride`` 1 or 2.
     """
 
     def __init__(self, part: Part, width: int, kernel: int, stride: int, dropout: float) -> None:

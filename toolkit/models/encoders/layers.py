@@ -115,11 +115,7 @@ def halvings(stride: int) -> int:
 class MaskedConvolution(nn.Module):
     """A pre-norm residual 1-D convolution over time that treats padding as zero; stride 2 halves the sequence.
 
-    Args:
-        width: of input and output.
-        kernel: frames that it sees (odd).
-        stride: 1 or 2.
-        dropout: dropout probability.
+    ``kernel`` is the odd number of frames that it sees, ``stride`` 1 or 2.
     """
 
     def __init__(self, width: int, kernel: int, stride: int, dropout: float) -> None:

@@ -78,11 +78,8 @@ def random_backbone(
 ) -> PreTrainedModel:
     """A backbone with random weights, drawn from transformers' distributions.
 
-    Args:
-        config: describes the backbone.
-        placement: the form that its weights take; under stage 3 all ranks call this.
-        seed: the same seed gives the same weights, whatever the placement.
-        fingerprint: hashes the weights, on ranks that draw them.
+    The same seed gives the same weights, whatever the placement; under stage 3 all ranks call this. The fingerprint
+    hashes the weights on ranks that draw them.
 
     Raises:
         UserError: the architecture does not say how its weights are initialised.
@@ -107,12 +104,7 @@ def published_backbone(
     transformers maps the files into memory, and each weight is read from them when it is needed. Under ZeRO stage 3
     rank 0 alone reads; the others receive one weight after the other and keep their partition.
 
-    Args:
-        source: hub id or folder.
-        config: of the backbone; rows for tokens that the files lack become zero.
-        placement: the form that its weights take; under stage 3 all ranks call this.
-        trust_remote_code: run the code that comes with the model.
-        fingerprint: hashes the weights, on ranks that read them.
+    Rows for tokens that the files lack become zero. The fingerprint hashes the weights on ranks that read them.
 
     Raises:
         OSError, ValueError: there is no such model.
@@ -212,11 +204,7 @@ def _values(name: str, tensor: Tensor, source: TensorReader, placement: Placemen
 
 
 class _Partitioner:
-    """Partitions parameters over the ranks, one by one, as DeepSpeed's stage 3 does.
-
-    Args:
-        config: the DeepSpeed configuration.
-    """
+    """Partitions parameters over the ranks, one by one, as DeepSpeed's stage 3 does."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config

@@ -35,10 +35,9 @@ class HubTrouble(NamedTuple):
 
 
 def fetch_weights(source: str) -> Path | None:
-    """Download a model's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
+    """Download a hub id's weights into this machine's cache, in the form that ``from_pretrained`` would choose.
 
-    Args:
-        source: a hub id; nothing is done for a folder.
+    Nothing is done for a folder.
 
     Returns:
         the folder that holds them; None where the hub has none in a known form.
@@ -56,11 +55,7 @@ def fetch_weights(source: str) -> Path | None:
 
 
 def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
-    """What went wrong at the hub or in its cache.
-
-    Args:
-        error: one of ``NOT_LOADED``.
-        source: the hub id.
+    """What went wrong at the hub or in its cache, by one of ``NOT_LOADED``.
 
     Returns:
         None where the error has another cause.

@@ -26,10 +26,6 @@ def load_partitioned(name: str | Path, zero3: dict[str, Any]) -> PoseTranslator:
     Rank 0 reads one weight of the backbone after the other; each rank keeps its partition. The pose encoder, a small
     part of a model, stays whole until DeepSpeed gets it.
 
-    Args:
-        name: as :func:`toolkit.models.loading.load.load_translator` takes it; every rank must see it.
-        zero3: the DeepSpeed configuration.
-
     Raises:
         UserError: there is no such model, or its folder is not complete.
     """

@@ -58,12 +58,7 @@ class Skeleton:
     steps: dict[int, list[InitCall]] = field(default_factory=dict)
 
     def draw(self, tensor: Tensor, name: str, seed: int) -> Tensor:
-        """Values for one of the skeleton's tensors, on the CPU, in the skeleton's own type.
-
-        Args:
-            tensor: a parameter or buffer of ``model``.
-            name: its name, which seeds its generator together with ``seed``.
-            seed: of all the weights.
+        """Values for one of the skeleton's tensors, on the CPU, in its own type; name and seed give its generator.
 
         Raises:
             NotImplementedError: the architecture does not say how this tensor is initialised.

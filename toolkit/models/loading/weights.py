@@ -27,9 +27,7 @@ def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     All ranks must call this: at stage 3 each weight is gathered from all of them, one at a time, so that no rank ever
     holds two.
 
-    Args:
-        module: the model, as DeepSpeed holds it.
-        keep: whether this rank wants the result; the others get an empty dict.
+    Ranks that do not ``keep`` the result get an empty dict.
     """
     return _gathered(module.state_dict(keep_vars=True), keep=keep)
 
@@ -77,14 +75,7 @@ def _whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:
-    """Write a HuggingFace folder under a temporary name, which replaces ``folder`` when it is complete.
-
-    Args:
-        folder: where the model will be.
-        model: gives configuration and generation settings.
-        processor: goes beside it.
-        weights: as :func:`saved_state_dict` gives them.
-    """
+    """Write a HuggingFace folder under a temporary name, which replaces ``folder`` when it is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if model.base:
@@ -107,13 +98,9 @@ def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, we
 
 @torch.no_grad()
 def load_weights(folder: Path, model: PoseTranslator) -> None:
-    """Load the weights that :func:`save_model` wrote into the model that wrote them, whatever the ZeRO stage.
+    """Load the weights that :func:`save_model` wrote into the model that wrote them, at any ZeRO stage.
 
     All ranks must call this: rank 0 reads, the others receive, and none ever holds a second weight whole.
-
-    Args:
-        folder: a model folder, which only rank 0 needs to see.
-        model: as DeepSpeed holds it.
 
     Raises:
         UserError: the folder cannot be read, or holds other weights; all ranks raise it.

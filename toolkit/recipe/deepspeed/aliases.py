@@ -30,11 +30,7 @@ def translated(config: Tree, place_of: PlaceOf, problems: list[UserError], notes
 
     A flag that is neither true nor false stays, and the check of types reports it.
 
-    Args:
-        config: a DeepSpeed JSON.
-        place_of: how messages name the place of a key.
-        problems: get what is given twice.
-        notes: get what is read as something else.
+    ``problems`` get what is given twice, ``notes`` what is read as something else.
     """
     config = _without_comments(config)
     if "bfloat16" in config:

@@ -14,13 +14,7 @@ LISTED = 6  # alternatives that fit a line
 
 
 def cell_of(recipe: Recipe, config: Tree, architecture: str | None) -> Cell:
-    """The cell of a recipe with a DeepSpeed JSON.
-
-    Args:
-        recipe: the recipe.
-        config: the DeepSpeed JSON, resolved or not.
-        architecture: the backbone's HuggingFace ``model_type``; None where it is not known yet.
-    """
+    """The cell of a recipe with a DeepSpeed JSON, resolved or not; ``architecture`` is None before it is known."""
     model = recipe.model
     adapter = "none"
     if model.lora:

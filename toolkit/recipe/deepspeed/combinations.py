@@ -13,13 +13,7 @@ PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 def combination_problems(config: Tree, *, has_gpu: bool, world_size: int) -> Iterator[UserError]:
-    """One problem for each combination.
-
-    Args:
-        config: a DeepSpeed JSON whose keys and types are right.
-        has_gpu: whether ranks run on GPUs.
-        world_size: number of ranks.
-    """
+    """One problem for each combination in a DeepSpeed JSON whose keys and types are right."""
     stage = value_at(config, "zero_optimization.stage") or 0
     precision = parameter_precision(config)
     enabled = [name for name in PRECISIONS if value_at(config, f"{name}.enabled")]

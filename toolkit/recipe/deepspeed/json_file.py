@@ -73,9 +73,7 @@ def load_deepspeed(name_or_path: str, overrides: Tree | None = None) -> Tree:
 def read_deepspeed(name_or_path: str, overrides: Tree | None = None, *, world_size: int = 1) -> ReadJson:
     """Like ``load_deepspeed``, but what is wrong with keys and types is returned, not raised.
 
-    Args:
-        name_or_path, overrides: as there.
-        world_size: number of ranks; some keys are refused on more than one.
+    Some keys are refused where ``world_size`` is more than one rank.
 
     Raises:
         UserError: no such file, or broken JSON.

@@ -258,11 +258,7 @@ def without_refused_and_idle(
 ) -> Tree:
     """``config`` without what is refused (a problem each) and what is idle (a note, where it requests something).
 
-    Args:
-        config: a DeepSpeed JSON whose keys and types are right.
-        world_size: number of ranks.
-        place_of: how messages name the place of a key.
-        problems, notes: are added to.
+    Keys and types of ``config`` are right; ``place_of`` is how messages name the place of a key.
     """
     kept = config
     for refusal in REFUSALS:

@@ -58,10 +58,6 @@ class CostRecorder:
 
     Hooks read the sizes of input and output of every linear layer and convolution, so it does not matter how DeepSpeed,
     PEFT or bitsandbytes store the weight. Attention is computed from the shapes, without the pose encoder's.
-
-    Args:
-        model: the translator.
-        batch: the input of that pass.
     """
 
     def __init__(self, model: Any, batch: Batch) -> None:

@@ -18,10 +18,8 @@ class GradientGuard:
     Hooks see the gradients as autograd makes them. DeepSpeed's ``safe_get_full_grad`` reads them afterwards and fails
     under ZeRO-2 with offload where a tensor is partitioned over two ranks (0.19.8).
 
-    Args:
-        module: the model, before its first backward pass; at any ZeRO stage.
-        may_overflow: accept gradients that are not finite: the loss scale of fp16 finds its value by overflows, whose
-            steps DeepSpeed skips.
+    It is made before the first backward pass, at any ZeRO stage. With ``may_overflow`` gradients need not be finite:
+    the loss scale of fp16 finds its value by overflows, whose steps DeepSpeed skips.
     """
 
     def __init__(self, module: nn.Module, *, may_overflow: bool = False) -> None:

@@ -25,12 +25,7 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, step: int, loss: float, grad_norm: float | None) -> str | None:
-        """Add a step.
-
-        Args:
-            step: optimizer steps done.
-            loss: of the last step, nats per token.
-            grad_norm: of the last step, before clipping; None where it is not known.
+        """Add a step: its loss in nats per token, and the gradient norm before clipping, where it is known.
 
         Returns:
             a warning, or None.

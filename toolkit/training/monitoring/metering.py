@@ -41,13 +41,7 @@ class StepCounts:
 
 
 class StepMeter:
-    """Measures steps: each from the end of the one before, over the wait for data, to its own end.
-
-    Args:
-        resolved: gives the type of the matrix products.
-        device: the rank's.
-        world_size: number of ranks; all of them must make a meter.
-    """
+    """Measures steps: each from the end of the one before, over the wait for data, to its own end."""
 
     def __init__(self, resolved: ResolvedRun, device: torch.device, world_size: int) -> None:
         self._device = device

@@ -75,10 +75,7 @@ class RankWatch:
     It judges steps, from the second on: the first may compile, and saves and evaluations have no limit. Waits for data
     have a limit of their own, from the first on.
 
-    Args:
-        ranks: which rank this is.
-        on_loss: called with the reason on one surviving rank, before that process ends.
-        limits: how long to wait.
+    ``on_loss`` is called with the reason on one surviving rank, before that process ends.
     """
 
     def __init__(self, ranks: Ranks, on_loss: Callable[[str], None], limits: Limits | None = None) -> None:

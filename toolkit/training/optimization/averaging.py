@@ -19,13 +19,10 @@ AVERAGE = "average"  # key in a shard's state
 
 @torch.no_grad()
 def update_average(engine: Any, decay: float, step: int) -> None:
-    """Update the average after an optimizer step.
+    """Update the average after an optimizer step, at any ZeRO stage with its states in memory.
 
-    Args:
-        engine: the DeepSpeed engine, at any stage, with its states in memory.
-        decay: weight of the old average. It is less during the first steps, (1 + step) / (10 + step), so that the
-            random initial weights lose their influence soon.
-        step: optimizer steps done, from 1.
+    The old average weighs ``decay``, or less during the first steps, (1 + step) / (10 + step), so that the random
+    initial weights lose their influence soon. ``step`` counts from 1.
     """
     for shard in shards(engine):
         # Optimizers fill a state that is empty, so nothing may be in it before their first step.

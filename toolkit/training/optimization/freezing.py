@@ -22,11 +22,7 @@ from toolkit.training.optimization.optimizers import FRESH
 
 
 class BackboneFreeze:
-    """Freezes the backbone until :meth:`thaw`.
-
-    Args:
-        module: the translator, as DeepSpeed holds it, before its first backward pass.
-    """
+    """Freezes the backbone of a translator, as DeepSpeed holds it, until :meth:`thaw`."""
 
     def __init__(self, module: nn.Module) -> None:
         self._handles = [
@@ -36,11 +32,7 @@ class BackboneFreeze:
         ]
 
     def thaw(self, engine: Any) -> None:
-        """Train the backbone from the next step on.
-
-        Args:
-            engine: the DeepSpeed engine, at any stage.
-        """
+        """Train the backbone from the next step on."""
         for handle in self._handles:
             handle.remove()
         for shard in shards(engine):

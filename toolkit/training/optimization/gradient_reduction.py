@@ -24,9 +24,7 @@ T5-Base has 1 GiB, which stages 2 and 3 are chosen to avoid.
 def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:
     """A context for the backward passes of one step; when it ends, their gradients are summed over ranks.
 
-    Args:
-        engine: the DeepSpeed engine, at any ZeRO stage.
-        micro_batches: of this step, the same number on all ranks.
+    All ranks have the same number of micro-batches.
     """
     return _reduced_once(engine) if micro_batches > 1 and holds_whole_gradient(engine) else nullcontext()
 

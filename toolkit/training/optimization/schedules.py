@@ -25,11 +25,7 @@ def scheduled_factor(training: Training, step: int, total: int, extension: Exten
     An extended run continues by the schedule of the longer run. Where that is higher than the rate that the run had,
     the rate rises to it over a second warm-up: ``training.warmup_ratio`` of the steps from there to the new end.
 
-    Args:
-        training: the recipe's section.
-        step: optimizer steps done before this one, from 0.
-        total: optimizer steps of the whole run, the extension's included.
-        extension: the last one; None where the run was never extended.
+    ``step`` optimizer steps are done before this one; ``total`` includes those of the extension.
     """
     factor = learning_rate_factor(training.schedule, step, total, warmup_steps(training, total, extension))
     if extension is None:
@@ -40,26 +36,16 @@ def scheduled_factor(training: Training, step: int, total: int, extension: Exten
 
 
 def extended(training: Training, step: int, before: int, after: int, extension: Extension | None) -> Extension:
-    """The extension of a run from ``before`` to ``after`` optimizer steps, of which ``step`` are done.
-
-    Args:
-        training: the recipe's section.
-        step, before, after: optimizer steps.
-        extension: an earlier one of the same run.
-    """
+    """The extension of a run from ``before`` to ``after`` optimizer steps, of which ``step`` are done."""
     warmup = warmup_steps(training, before, extension)
     reached = scheduled_factor(training, step, before, extension)
     return Extension(step, min(1.0, reached / learning_rate_factor(training.schedule, step, after, warmup)), warmup)
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """The factor on the peak learning rate.
+    """The factor on the peak learning rate after ``step`` optimizer steps.
 
-    Args:
-        schedule: ``linear``, ``cosine``, ``constant`` or ``inverse_sqrt``, each after a linear warm-up.
-        step: optimizer steps done before this one, from 0.
-        total_steps: optimizer steps of the whole run.
-        warmup_steps: optimizer steps until the peak.
+    The schedule is ``linear``, ``cosine``, ``constant`` or ``inverse_sqrt``, each after a linear warm-up.
 
     Raises:
         ValueError: the schedule is unknown.
@@ -79,13 +65,9 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
 
 
 def backbone_factor(factor: float, step: int, frozen_steps: int, warmup_steps: int) -> float:
-    """The same for a backbone that is frozen at first: 0, then a second warm-up.
+    """The same for a backbone that is frozen for the first steps: 0, then a second warm-up.
 
-    Args:
-        factor: that of the rest of the model.
-        step: optimizer steps done before this one, from 0.
-        frozen_steps: optimizer steps for which the backbone is frozen; 0 = none.
-        warmup_steps: optimizer steps of its warm-up, which ends at the rate of the rest.
+    ``factor`` is that of the rest of the model, at which the warm-up ends.
     """
     if step < frozen_steps:
         return 0.0
