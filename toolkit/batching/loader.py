@@ -39,17 +39,11 @@ MAX_REFERENCE_TOKENS = 512
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The contents of a batch, before it is loaded.
+    """The contents of a batch, before it is loaded."""
 
-    Attributes:
-        clips: indices in the split; a filler is written ``~i``.
-        epoch: for the random generators of augmentation.
-        lengths: rows of :func:`draw_lengths` of these clips; None without augmentation.
-    """
-
-    clips: Indices
-    epoch: int = 0
-    lengths: NDArray[np.integer] | None = None
+    clips: Indices  # indices in the split; a filler is written ``~i``
+    epoch: int = 0  # for the random generators of augmentation
+    lengths: NDArray[np.integer] | None = None  # rows of :func:`draw_lengths` of these clips; None without augmentation
 
 
 class TrainBatches:

@@ -34,17 +34,11 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Extension:
-    """Where ``--extend`` made a run longer.
+    """Where ``--extend`` made a run longer."""
 
-    Attributes:
-        step: optimizer steps done by then.
-        ratio: the learning rate at that step over that of the longer schedule, 0..1.
-        warmup_steps: optimizer steps of the run's warm-up, which is neither repeated nor made longer.
-    """
-
-    step: int
-    ratio: float
-    warmup_steps: int
+    step: int  # optimizer steps done by then
+    ratio: float  # the learning rate at that step over that of the longer schedule, 0..1
+    warmup_steps: int  # optimizer steps of the run's warm-up, which is neither repeated nor made longer
 
 
 @dataclass
@@ -79,27 +73,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What ``state.json`` says.
+    """What ``state.json`` says."""
 
-    Attributes:
-        progress: where the run stood.
-        layout: its ``world_size``, ``zero_stage`` and ``precision``.
-        optimizer: class of the optimizer.
-        recipe: the resolved recipe.
-        corpus: identity of the training data; see ``run_directory.corpus_identity``.
-        base: fingerprint of frozen weights that the checkpoint does not hold.
-        counters: of the DeepSpeed engine.
-        format: of the checkpoint.
-    """
-
-    progress: Progress
-    layout: dict[str, Any]
-    optimizer: str
-    recipe: dict[str, Any]
-    corpus: dict[str, Any]
-    base: str
-    counters: dict[str, Any]
-    format: int = FORMAT
+    progress: Progress  # where the run stood
+    layout: dict[str, Any]  # its ``world_size``, ``zero_stage`` and ``precision``
+    optimizer: str  # class of the optimizer
+    recipe: dict[str, Any]  # the resolved recipe
+    corpus: dict[str, Any]  # identity of the training data; see ``run_directory.corpus_identity``
+    base: str  # fingerprint of frozen weights that the checkpoint does not hold
+    counters: dict[str, Any]  # of the DeepSpeed engine
+    format: int = FORMAT  # of the checkpoint
 
 
 def name_of(step: int) -> str:

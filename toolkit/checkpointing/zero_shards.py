@@ -20,38 +20,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """Consecutive elements of one parameter.
+    """Consecutive elements of one parameter."""
 
-    Attributes:
-        name: of the parameter, as ``named_parameters`` of the unwrapped model gives it.
-        shape: of the whole parameter.
-        start: its first element, counted in the flattened parameter.
-        numel: number of elements.
-        offset: index of the first one in the shard.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    offset: int
+    name: str  # of the parameter, as ``named_parameters`` of the unwrapped model gives it
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # its first element, counted in the flattened parameter
+    numel: int  # number of elements
+    offset: int  # index of the first one in the shard
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor that the optimizer updates on this rank.
+    """A tensor that the optimizer updates on this rank."""
 
-    Attributes:
-        values: [elements] the weights, in the precision of the optimizer. Writing to it changes them.
-        state: the optimizer's state of them (``exp_avg``, ``step``, ...); empty before the first step.
-        fragments: the parts of parameters in it; elements outside them are padding.
-        replicated: every rank has this same shard.
-    """
-
-    values: Tensor
-    state: dict[str, Any]
-    fragments: tuple[Fragment, ...]
-    replicated: bool = False
+    values: Tensor  # [elements] the weights, in the precision of the optimizer. Writing to it changes them.
+    state: dict[str, Any]  # the optimizer's state of them (``exp_avg``, ``step``, ...); empty before the first step
+    fragments: tuple[Fragment, ...]  # the parts of parameters in it; elements outside them are padding
+    replicated: bool = False  # every rank has this same shard
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -20,19 +20,12 @@ BUFFER_GIB = 0.07
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's list.
+    """One line of the doctor's list."""
 
-    Attributes:
-        name: of the check.
-        state: ``ok``; ``note``: works with a limit; ``missing``: something will fail.
-        detail: what was found.
-        remedy: how to correct it; empty where nothing is wrong.
-    """
-
-    name: str
-    state: Literal["ok", "note", "missing"]
-    detail: str
-    remedy: str = ""
+    name: str  # of the check
+    state: Literal["ok", "note", "missing"]  # ``ok``; ``note``: works with a limit; ``missing``: something will fail
+    detail: str  # what was found
+    remedy: str = ""  # how to correct it; empty where nothing is wrong
 
 
 def examine() -> list[Finding]:

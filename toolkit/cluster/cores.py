@@ -16,17 +16,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cores:
-    """The cores of a host that one process may use.
+    """The cores of a host that one process may use."""
 
-    Attributes:
-        host: name of the machine or container.
-        numbers: of the cores on which it may run.
-        quotas: CPU time of each of its cgroups in cores, by the cgroup's path, where it is limited.
-    """
-
-    host: str
-    numbers: frozenset[int]
-    quotas: dict[str, float]
+    host: str  # name of the machine or container
+    numbers: frozenset[int]  # of the cores on which it may run
+    quotas: dict[str, float]  # CPU time of each of its cgroups in cores, by the cgroup's path, where it is limited
 
 
 def usable_cores() -> Cores:

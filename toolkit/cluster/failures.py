@@ -50,23 +50,14 @@ BROKEN_COLLECTIVE = ("closed by peer", "reset by peer", "Broken pipe", "gloo/tra
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ends.
+    """Why a run ends."""
 
-    Attributes:
-        rank: which rank failed.
-        host: its machine.
-        reason: for the run directory.
-        lines: for the terminal, once a node.
-        code: exit code of all ranks.
-        reported_by: the rank that claims it.
-    """
-
-    rank: int
-    host: str
-    reason: str
-    lines: str
-    code: int = EXIT_FAILED
-    reported_by: int = -1
+    rank: int  # which rank failed
+    host: str  # its machine
+    reason: str  # for the run directory
+    lines: str  # for the terminal, once a node
+    code: int = EXIT_FAILED  # exit code of all ranks
+    reported_by: int = -1  # the rank that claims it
 
 
 class RankExit:

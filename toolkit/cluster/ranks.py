@@ -32,19 +32,12 @@ LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run.
+    """This process's place in the run."""
 
-    Attributes:
-        rank: number of this process, 0 to ``world_size - 1``.
-        local_rank: number of this process on its node.
-        world_size: processes in the whole run.
-        local_world_size: processes on this node.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
+    rank: int = 0  # number of this process, 0 to ``world_size - 1``
+    local_rank: int = 0  # number of this process on its node
+    world_size: int = 1  # processes in the whole run
+    local_world_size: int = 1  # processes on this node
 
     @property
     def is_main(self) -> bool:

@@ -38,21 +38,13 @@ class OtherRankFailed(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One process of the run.
+    """One process of the run."""
 
-    Attributes:
-        rank: its number.
-        host: name of its machine.
-        node: name of the machine and its process-id namespace; processes of one node see each other's ids.
-        pid: its process id on that node.
-        started: when it began, in seconds since the epoch; process ids are reused.
-    """
-
-    rank: int
-    host: str
-    node: str
-    pid: int
-    started: float
+    rank: int  # its number
+    host: str  # name of its machine
+    node: str  # name of the machine and its process-id namespace; processes of one node see each other's ids
+    pid: int  # its process id on that node
+    started: float  # when it began, in seconds since the epoch; process ids are reused
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.pid})"

@@ -47,19 +47,12 @@ class _Container(Protocol):
 
 @dataclass(frozen=True)
 class PoseFiles:
-    """The pose files of a corpus in a folder or archive.
+    """The pose files of a corpus in a folder or archive."""
 
-    Attributes:
-        container: reads a file by its key.
-        files: the key of each file by its name, which is its path in the container.
-        names: finds a file by what a table calls it.
-        identity: hash of the names and versions of all files.
-    """
-
-    container: _Container
-    files: dict[str, Any]
-    names: Names
-    identity: str
+    container: _Container  # reads a file by its key
+    files: dict[str, Any]  # the key of each file by its name, which is its path in the container
+    names: Names  # finds a file by what a table calls it
+    identity: str  # hash of the names and versions of all files
 
     def match(self, row: Row) -> tuple[str, list[str]]:
         """Look up a row's clip.

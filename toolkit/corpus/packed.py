@@ -207,17 +207,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A packed corpus, opened.
+    """A packed corpus, opened."""
 
-    Attributes:
-        path: its folder.
-        metadata: how its features were made.
-        splits: by name, e.g. train, dev, test.
-    """
-
-    path: Path
-    metadata: Metadata
-    splits: dict[str, Split]
+    path: Path  # its folder
+    metadata: Metadata  # how its features were made
+    splits: dict[str, Split]  # by name, e.g. train, dev, test.
 
     @property
     def landmark_set(self) -> LandmarkSet:

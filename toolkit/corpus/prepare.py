@@ -43,17 +43,11 @@ Build = Callable[[Work, Sequence[ShardKey]], Iterator[Record]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus, or this job's share of one.
+    """A prepared corpus, or this job's share of one."""
 
-    Attributes:
-        path: its folder.
-        clips_per_second: rate of this preparation, all workers together; None if there was nothing to read.
-        missing_shards: shards that other jobs must still build; 0 if the corpus is complete.
-    """
-
-    path: Path
-    clips_per_second: float | None
-    missing_shards: int = 0
+    path: Path  # its folder
+    clips_per_second: float | None  # rate of this preparation, all workers together; None if there was nothing to read
+    missing_shards: int = 0  # shards that other jobs must still build; 0 if the corpus is complete
 
 
 def ensure_corpus(data: Data, *, is_local_main: bool = True) -> Path:

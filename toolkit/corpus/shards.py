@@ -44,18 +44,13 @@ MOST_SHARDS = 256  # of a split: each stays open as a memory map, and a process 
 
 @dataclass(frozen=True)
 class Work:
-    """What the shards of a corpus are functions of.
+    """What the shards of a corpus are functions of."""
 
-    Attributes:
-        folder: the unfinished corpus.
-        splits: rows of each split, each with its pose file.
-    """
-
-    folder: Path
+    folder: Path  # the unfinished corpus
     data: Data
     landmark_set: LandmarkSet
     poses: PoseFiles
-    splits: dict[str, list[tuple[Row, Any]]]
+    splits: dict[str, list[tuple[Row, Any]]]  # rows of each split, each with its pose file
 
     def shards(self) -> list[ShardKey]:
         """Every shard, in the order of the splits."""

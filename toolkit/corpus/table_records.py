@@ -69,18 +69,12 @@ def _separator(header: str, required: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """The format of a delimited table.
-
-    Attributes:
-        separator: between two values.
-        quotes: whether quotes have their meaning in CSV.
-        columns: number of values of the header.
-    """
+    """The format of a delimited table."""
 
     path: Path
-    separator: str
-    quotes: bool
-    columns: int
+    separator: str  # between two values
+    quotes: bool  # whether quotes have their meaning in CSV
+    columns: int  # number of values of the header
 
     @property
     def hint(self) -> str:

@@ -105,15 +105,10 @@ def beam_search(
 
 @dataclass
 class _Found:
-    """The best finished texts of each clip.
+    """The best finished texts of each clip."""
 
-    Attributes:
-        texts: token ids [clips, beams, longest text].
-        scores: [clips, beams], best first; NEVER where nothing has finished yet.
-    """
-
-    texts: Tensor
-    scores: Tensor
+    texts: Tensor  # token ids [clips, beams, longest text]
+    scores: Tensor  # [clips, beams], best first; NEVER where nothing has finished yet
 
 
 class _Search:

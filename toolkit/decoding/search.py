@@ -19,15 +19,10 @@ SCORE_DIGITS = 4
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One text that the search found.
+    """One text that the search found."""
 
-    Attributes:
-        text: detokenised.
-        score: log-probability over length penalty; None for greedy search, which has none.
-    """
-
-    text: str
-    score: float | None
+    text: str  # detokenised
+    score: float | None  # log-probability over length penalty; None for greedy search, which has none
 
 
 def search(

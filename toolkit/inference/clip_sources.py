@@ -29,19 +29,12 @@ MAP_FROM = 64 << 20
 
 @dataclass(frozen=True)
 class ClipSource:
-    """One clip that can be read.
+    """One clip that can be read."""
 
-    Attributes:
-        uid: the file's name without suffix, in folders and archives with its path there.
-        where: its name in messages.
-        read: reads it; raises PoseError.
-        is_video: whether landmarks must be found first.
-    """
-
-    uid: str
-    where: str
-    read: Callable[[], RawPose]
-    is_video: bool = False
+    uid: str  # the file's name without suffix, in folders and archives with its path there
+    where: str  # its name in messages
+    read: Callable[[], RawPose]  # reads it; raises PoseError
+    is_video: bool = False  # whether landmarks must be found first
 
 
 def find_clips(names: Iterable[str], fps: float | None = None) -> list[ClipSource]:

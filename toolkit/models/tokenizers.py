@@ -159,17 +159,11 @@ def _languages(tokenizer: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class UnknownCharacters:
-    """What a tokenizer cannot write of a corpus.
+    """What a tokenizer cannot write of a corpus."""
 
-    Attributes:
-        characters: each with how often it occurs, the most frequent first.
-        character_share: of all characters but white space, 0..1.
-        text_share: texts that hold one, 0..1.
-    """
-
-    characters: list[tuple[str, int]]
-    character_share: float
-    text_share: float
+    characters: list[tuple[str, int]]  # each with how often it occurs, the most frequent first
+    character_share: float  # of all characters but white space, 0..1
+    text_share: float  # texts that hold one, 0..1
 
     def __str__(self) -> str:
         shown = ", ".join(f"{character} U+{ord(character):04X} ({count}x)" for character, count in self.characters[:8])

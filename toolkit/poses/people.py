@@ -21,17 +21,11 @@ _NEAR = 0.25  # of a person's size
 
 @dataclass(frozen=True)
 class People:
-    """The people of each frame, in the order of the file.
+    """The people of each frame, in the order of the file."""
 
-    Attributes:
-        score: how well each is seen, [frames, people]; 0 where there is nobody.
-        middle: the middle of their points, [frames, people, 2].
-        reach: how far they may move from one frame to the next, [frames, people].
-    """
-
-    score: FloatArray
-    middle: FloatArray
-    reach: FloatArray
+    score: FloatArray  # how well each is seen, [frames, people]; 0 where there is nobody
+    middle: FloatArray  # the middle of their points, [frames, people, 2]
+    reach: FloatArray  # how far they may move from one frame to the next, [frames, people]
 
 
 def locate_people(values: FloatArray, confidence: FloatArray, seen: BoolArray) -> People:

@@ -23,15 +23,10 @@ PACKAGES = {"comet": ("unbabel-comet", "comet"), "bleurt": ("bleurt-pytorch", "b
 
 @dataclass(frozen=True)
 class NeuralMetrics:
-    """Which learnt metrics to compute.
+    """Which learnt metrics to compute."""
 
-    Attributes:
-        checkpoints: by metric.
-        python: an interpreter in whose environment their packages are.
-    """
-
-    checkpoints: dict[str, str] = field(default_factory=dict)
-    python: str = sys.executable
+    checkpoints: dict[str, str] = field(default_factory=dict)  # by metric
+    python: str = sys.executable  # an interpreter in whose environment their packages are
 
 
 def parse_neural(words: Sequence[str], python: str | None = None) -> NeuralMetrics:

@@ -25,19 +25,12 @@ PROCESSOR = "processor"  # folder in the run directory
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts.
+    """Where a run starts."""
 
-    Attributes:
-        progress: how far the run has come.
-        checkpoint: folder to resume from; None to train from scratch.
-        state: what that checkpoint says.
-        finished: whether the run has its scores already.
-    """
-
-    progress: Progress = field(default_factory=Progress)
-    checkpoint: Path | None = None
-    state: SavedState | None = None
-    finished: bool = False
+    progress: Progress = field(default_factory=Progress)  # how far the run has come
+    checkpoint: Path | None = None  # folder to resume from; None to train from scratch
+    state: SavedState | None = None  # what that checkpoint says
+    finished: bool = False  # whether the run has its scores already
 
 
 def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> Start:

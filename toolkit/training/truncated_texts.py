@@ -15,17 +15,11 @@ log = logging.getLogger("toolkit")
 
 @dataclass(frozen=True)
 class TruncatedTexts:
-    """Texts of which only the first tokens are trained on.
+    """Texts of which only the first tokens are trained on."""
 
-    Attributes:
-        count: number of truncated texts.
-        total: number of texts.
-        longest: tokens of the longest one.
-    """
-
-    count: int
-    total: int
-    longest: int
+    count: int  # number of truncated texts
+    total: int  # number of texts
+    longest: int  # tokens of the longest one
 
 
 def find_truncated_texts(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> TruncatedTexts | None:

@@ -22,15 +22,10 @@ from toolkit.models.translator import PoseTranslator
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters without the model that they were trained in.
+    """Adapters without the model that they were trained in."""
 
-    Attributes:
-        config: PEFT's description of them.
-        weights: by the names that they have in a model.
-    """
-
-    config: PeftConfig
-    weights: dict[str, Tensor]
+    config: PeftConfig  # PEFT's description of them
+    weights: dict[str, Tensor]  # by the names that they have in a model
 
     def to(self, dtype: torch.dtype) -> Adapter:
         """The same adapters with weights of another type."""

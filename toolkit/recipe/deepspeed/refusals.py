@@ -25,21 +25,13 @@ def _always(config: Tree, world_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A key that stops the run, or one that is removed with a note (``IDLE``).
+    """A key that stops the run, or one that is removed with a note (``IDLE``)."""
 
-    Attributes:
-        key: dotted; a section is refused with all that is in it.
-        reason: a clause.
-        instead: arguments of the command line that do what the key was for; may be empty.
-        default: DeepSpeed's own value, which requests nothing; of a section, its values by key.
-        when: whether the key is refused in this DeepSpeed JSON on so many ranks.
-    """
-
-    key: str
-    reason: str
-    instead: tuple[str, ...] = ()
-    default: Any = None
-    when: Callable[[Tree, int], bool] = _always
+    key: str  # dotted; a section is refused with all that is in it
+    reason: str  # a clause
+    instead: tuple[str, ...] = ()  # arguments of the command line that do what the key was for; may be empty
+    default: Any = None  # DeepSpeed's own value, which requests nothing; of a section, its values by key
+    when: Callable[[Tree, int], bool] = _always  # whether the key is refused in this DeepSpeed JSON on so many ranks
 
 
 def _several_ranks(config: Tree, world_size: int) -> bool:

@@ -24,21 +24,13 @@ PEAK_TRIALS = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """What training on a batch costs, in FLOPs.
+    """What training on a batch costs, in FLOPs."""
 
-    Attributes:
-        per_frame: matrix products over frames or what the pose encoder makes of them, for each padded frame.
-        per_token: matrix products over target tokens, for each padded token.
-        positions_per_frame: encoder positions for each padded frame.
-        encoder_attention: for each pair of encoder positions of a clip.
-        decoder_attention: for each pair of a target token and what it attends to: tokens and encoder positions.
-    """
-
-    per_frame: float
-    per_token: float
-    positions_per_frame: float
-    encoder_attention: float
-    decoder_attention: float
+    per_frame: float  # matrix products over frames or what the pose encoder makes of them, for each padded frame
+    per_token: float  # matrix products over target tokens, for each padded token
+    positions_per_frame: float  # encoder positions for each padded frame
+    encoder_attention: float  # for each pair of encoder positions of a clip
+    decoder_attention: float  # for each pair of a target token and what it attends to: tokens and encoder positions
 
     def of(self, batch: Batch) -> float:
         """The FLOPs of one forward and backward pass over a batch, padding included."""

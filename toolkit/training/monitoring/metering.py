@@ -21,23 +21,14 @@ from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the micro-batches of one optimizer step hold, summed over all ranks.
+    """What the micro-batches of one optimizer step hold, summed over all ranks."""
 
-    Attributes:
-        tokens: target tokens that count.
-        clips: clips that count.
-        frames: real frames.
-        padded_frames: frames of the batches, padding and fillers included.
-        flops: model FLOPs; 0 while they are not known.
-        waited: seconds that ranks waited for their batches.
-    """
-
-    tokens: int
-    clips: int
-    frames: int
-    padded_frames: int
-    flops: float
-    waited: float
+    tokens: int  # target tokens that count
+    clips: int  # clips that count
+    frames: int  # real frames
+    padded_frames: int  # frames of the batches, padding and fillers included
+    flops: float  # model FLOPs; 0 while they are not known
+    waited: float  # seconds that ranks waited for their batches
 
 
 class StepMeter:

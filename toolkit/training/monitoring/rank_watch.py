@@ -41,21 +41,13 @@ log = logging.getLogger("toolkit")
 
 @dataclass(frozen=True)
 class Limits:
-    """When waiting becomes too long, in seconds.
+    """When waiting becomes too long, in seconds."""
 
-    Attributes:
-        shortest: no step is too long before this, and no wait for data is reported.
-        median_steps: nor is a step too long before so many median steps.
-        data: a rank that waits longer for a batch ends the run.
-        silence: a rank without a heartbeat for so long counts as dead.
-        poll: between two heartbeats.
-    """
-
-    shortest: float = 60.0
-    median_steps: float = 10.0
-    data: float = 900.0
-    silence: float = 10.0
-    poll: float = 1.0
+    shortest: float = 60.0  # no step is too long before this, and no wait for data is reported
+    median_steps: float = 10.0  # nor is a step too long before so many median steps
+    data: float = 900.0  # a rank that waits longer for a batch ends the run
+    silence: float = 10.0  # a rank without a heartbeat for so long counts as dead
+    poll: float = 1.0  # between two heartbeats
 
 
 @dataclass(frozen=True)
