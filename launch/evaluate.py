@@ -24,7 +24,7 @@ use_extensions_dir()  # before anything imports DeepSpeed
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             synced=synced,
             n_best=arguments.n_best,
             search=search,
-            on_batch=Progress(clips, ranks.world_size) if ranks.is_main else None,
+            on_batch=progress_bars(clips, ranks.world_size) if ranks.is_main else None,
         )
         seconds = time.monotonic() - started
     leave_process_group()
@@ -223,33 +223,24 @@ def report(
         sys.stdout.flush()
 
 
-class Progress:
-    """Prints every few seconds on standard error how far an evaluation is, and nothing for a short one.
+def progress_bars(clips: dict[str, int], world_size: int) -> Callable[[str, int], None]:
+    """A function that shows on standard error how far each split is, once that takes long.
 
     Ranks' shares are equal, so rank 0's progress stands for all.
     """
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    def __init__(self, clips: dict[str, int], world_size: int) -> None:
-        self.clips, self.world_size = clips, world_size
-        self.started = self.printed = time.monotonic()
-        self.name = ""
+    interval = 0.5 if sys.stderr.isatty() else PROGRESS_SECONDS
+    bars = {}
 
-    def __call__(self, name: str, done: int) -> None:
-        now = time.monotonic()
-        if name != self.name:
-            self.name, self.started = name, self.printed
-        if now - self.printed < PROGRESS_SECONDS:
-            return
-        self.printed = now
-        total = self.clips[name]
-        everywhere = min(total, done * self.world_size)
-        rate = everywhere / (now - self.started)
-        left = (total - everywhere) / rate
-        print(
-            f"{name}: {everywhere:,} of {total:,} clips, {rate:.1f} clips/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+    def show(name: str, done: int) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=clips[name], desc=name, unit=" clips", delay=3, mininterval=interval)
+        bars[name].update(min(clips[name], done * world_size) - bars[name].n)
+        if bars[name].n == clips[name]:
+            bars[name].close()
+
+    return show
 
 
 if __name__ == "__main__":

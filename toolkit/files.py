@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def write_text_atomically(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):  # it is renamed by now, or was never made
             temporary.unlink()
+
+
+def next_free(path: Path, ending: str) -> Path:
+    """``path`` with an ending and the first number from 1 by which there is nothing yet: ``NAME.1``, ``NAME.2``, ..."""
+    numbered = (path.with_name(f"{path.name}{ending}{number}") for number in itertools.count(1))
+    return next(name for name in numbered if not name.exists())
 
 
 def read_text(path: Path, what: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from toolkit.checkpointing.kept_models import Kept
 from toolkit.checkpointing.tensor_files import checksum
 from toolkit.errors import UserError
-from toolkit.files import write_text_atomically
+from toolkit.files import next_free, write_text_atomically
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -167,14 +167,7 @@ def archive_newer(folder: Path, step: int) -> list[Path]:
         write_text_atomically(folder / LATEST, older[-1].name + "\n")
     elif newer:
         (folder / LATEST).unlink(missing_ok=True)
-    archived = []
-    for path in newer:
-        number = 1
-        while (target := path.with_name(f"{path.name}.aside_{number}")).exists():
-            number += 1
-        path.rename(target)
-        archived.append(target)
-    return archived
+    return [path.rename(next_free(path, ".aside_")) for path in newer]
 
 
 def partial_name_of(name: str) -> str:

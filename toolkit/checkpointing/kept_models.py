@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from toolkit.errors import UserError
-from toolkit.files import write_text_atomically
+from toolkit.files import next_free, write_text_atomically
 from toolkit.recipe.paths import BEST
 from toolkit.scoring.metrics import Scores, higher_is_better
 
@@ -123,7 +123,7 @@ def restore_models(run_dir: Path, kept: Kept, step: int, newest: int) -> Kept:
     kept = [(earlier, value) for earlier, value in kept if earlier in found]
     for other in found.keys() - dict(kept).keys():
         if step < other <= newest:
-            _archive(run_dir, found[other], other)
+            found[other].rename(next_free(folder_of(run_dir, other), ".aside_"))
         else:
             _remove(found[other])
     if kept:
@@ -139,13 +139,6 @@ def _name_best(run_dir: Path, step: int) -> None:
             return
         best.rename(folder_of(run_dir, step_of(best)))
     folder_of(run_dir, step).rename(best)
-
-
-def _archive(run_dir: Path, folder: Path, step: int) -> None:
-    number = 1
-    while (target := run_dir / f"{folder_of(run_dir, step).name}.aside_{number}").exists():
-        number += 1
-    folder.rename(target)
 
 
 def _remove(folder: Path) -> None:

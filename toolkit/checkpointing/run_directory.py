@@ -13,7 +13,7 @@ from toolkit.cluster.environment import describe_environment
 from toolkit.cluster.secrets import redact
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.files import write_text_atomically
+from toolkit.files import next_free, write_text_atomically
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
 from toolkit.recipe.schema import Recipe
@@ -96,11 +96,7 @@ def archive_run(run_dir: Path) -> Path | None:
     """Rename the run directory to the next free ``NAME.1``, ``NAME.2``, ...; None where there is none."""
     if not run_dir.exists():
         return None
-    number = 1
-    while (archived := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    run_dir.rename(archived)
-    return archived
+    return run_dir.rename(next_free(run_dir, "."))
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:

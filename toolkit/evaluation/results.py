@@ -50,10 +50,7 @@ def summarise(
 def _split_summary(result: SplitResult, neural: NeuralMetrics) -> dict[str, Any]:
     texts = [row.hypothesis for row in result.predictions], [row.reference for row in result.predictions]
     return {
-        "clips": result.scores.clips,
-        "scores": result.scores.values(),
-        "intervals": {name: list(interval) for name, interval in result.intervals.items()},
-        "floors": {kind: scores.values() for kind, scores in result.floors.items()},
+        **result.summary(),
         "neural": {name: neural_score(neural, name, *texts) for name in neural.checkpoints},
         "against_control": {name: asdict(item) for name, item in result.against_control.items()},
     }

@@ -45,6 +45,15 @@ class SplitResult:
     against_control: dict[str, Comparison] = field(default_factory=dict)
     n_best: list[list[Hypothesis]] = field(default_factory=list)
 
+    def summary(self) -> dict[str, Any]:
+        """Scores, intervals and floors by name, ready for JSON."""
+        return {
+            "clips": self.scores.clips,
+            "scores": self.scores.values(),
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "floors": {kind: scores.values() for kind, scores in self.floors.items()},
+        }
+
 
 def splits_to_test(corpus: Corpus) -> list[str]:
     """Every test split; dev in a corpus without one, and train in a corpus without dev."""

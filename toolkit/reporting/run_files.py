@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from toolkit.errors import UserError
-from toolkit.recipe.tree import leaves
+from toolkit.recipe.tree import leaves, value_at
 from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
 
 # Points that a curve is drawn with; more cannot be distinguished on a screen.
@@ -64,10 +64,7 @@ class RunFiles:
 
     def setting(self, dotted: str) -> Any:
         """A value of the recipe by its dotted name; None where the recipe lacks it."""
-        value: Any = self.recipe
-        for key in dotted.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return value_at(self.recipe, dotted)
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -36,15 +36,7 @@ def write_scores(
         OSError, UserError: the run directory cannot be written.
     """
     main = next(iter(results))
-    splits = {
-        name: {
-            "clips": result.scores.clips,
-            "scores": result.scores.values(),
-            "intervals": {score: list(interval) for score, interval in result.intervals.items()},
-            "floors": {kind: scores.values() for kind, scores in result.floors.items()},
-        }
-        for name, result in results.items()
-    }
+    splits = {name: result.summary() for name, result in results.items()}
     summary = {
         "run_dir": str(resolved.run_dir),
         "steps": progress.step,

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 import torch
@@ -49,67 +49,45 @@ from toolkit.training.optimization.schedules import backbone_factor, scheduled_f
 log = logging.getLogger("toolkit")
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Trains one translator on one corpus. A context manager; leaving it runs ``on_exit``.
 
     All ranks build one and call its methods in the same order.
-
-    Args:
-        engine: the DeepSpeed engine.
-        peaks: name and peak learning rate of each of its parameter groups.
-        resolved: the run.
-        ranks: which rank this is.
-        corpus: the model trains on its ``train`` split; its ``dev`` split selects the best model.
-        processor: belongs to the model.
-        tracker: receives the figures.
-        checkpoints: writes the run's state.
-        interruptions: requests to stop early.
-        progress: where the run stands.
-        target_loss: nats per token below which to stop early; None to train to the end.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        peaks: list[tuple[str, float]],
-        *,
-        resolved: ResolvedRun,
-        ranks: Ranks,
-        corpus: Corpus,
-        processor: PoseProcessor,
-        tracker: Tracker,
-        checkpoints: CheckpointWriter,
-        interruptions: Interruptions,
-        progress: Progress,
-        target_loss: float | None = None,
-    ) -> None:
-        self.engine = engine
-        self.peaks = peaks
-        self.resolved = resolved
-        self.recipe = resolved.recipe
-        self.ranks = ranks
-        self.corpus = corpus
-        self.processor = processor
-        self.tracker = tracker
-        self.checkpoints = checkpoints
-        self.interruptions = interruptions
-        self.progress = progress
-        self.target_loss = target_loss
+    engine: Any  # DeepSpeed's
+    peaks: list[tuple[str, float]]  # name and peak learning rate of each of its parameter groups
+    _: KW_ONLY
+    resolved: ResolvedRun
+    ranks: Ranks
+    corpus: Corpus  # the model trains on its ``train`` split; its ``dev`` split selects the best model
+    processor: PoseProcessor
+    tracker: Tracker
+    checkpoints: CheckpointWriter
+    interruptions: Interruptions
+    progress: Progress
+    target_loss: float | None = None  # nats per token below which to stop early; None to train to the end
+
+    def __post_init__(self) -> None:
+        self.recipe, resolved, progress = self.resolved.recipe, self.resolved, self.progress
         self.on_exit = ExitStack()
         training = self.recipe.training
         self.gradient_guard: GradientGuard | None = GradientGuard(
-            engine.module, may_overflow=resolved.precision == "fp16"
+            self.engine.module, may_overflow=resolved.precision == "fp16"
         )
-        self.freeze = BackboneFreeze(engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
+        self.freeze = (
+            BackboneFreeze(self.engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
+        )
         self.loss_spikes = LossSpikes()
         self.rank_watch = RankWatch(
-            ranks,
+            self.ranks,
             lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
             Limits(shortest=training.rank_timeout, data=training.data_timeout),
         )
-        self.meter = StepMeter(resolved, engine.device, ranks.world_size)
+        self.meter = StepMeter(resolved, self.engine.device, self.ranks.world_size)
         self.loss = math.inf  # of the last step, nats per token
-        self.train_split = corpus.splits["train"]
+        self.train_split = self.corpus.splits["train"]
         self.epoch_steps = steps_per_epoch(len(self.train_split), training.global_batch_size)
         self.total_steps = total_steps(training, self.epoch_steps)
         if self._is_patience_over():
@@ -119,9 +97,9 @@ class Trainer:
             total_epochs=self.total_steps / self.epoch_steps,
             start_step=progress.step,
             log_every=training.log_every,
-            enabled=ranks.is_main,
+            enabled=self.ranks.is_main,
         )
-        self.special_ids = torch.tensor(special_ids(processor.tokenizer), device=engine.device)
+        self.special_ids = torch.tensor(special_ids(self.processor.tokenizer), device=self.engine.device)
 
     def __enter__(self) -> Trainer:
         return self

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +43,7 @@ def save_trained(folder: Path, model: PoseTranslator, weights: Mapping[str, Tens
         save_adapter(folder / ADAPTER_FOLDER, config, weights)
     others = {name: tensor.contiguous() for name, tensor in weights.items() if not is_adapter(name)}
     save_file(others, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
-    problems = _differences(_shapes_in(folder), {name: _shape(p) for name, p in _trainable(model).items()})
+    problems = _differences(_places(folder), model)
     assert not problems, f"what was written is not what was trained: {problems}"
 
 
@@ -63,7 +63,7 @@ def load_trained(folder: Path, model: PoseTranslator) -> None:
         UserError: a tensor is missing, unexpected or of another shape; they are named.
     """
     read = trained_weights(folder, model)
-    for name, parameter in _trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         parameter.copy_(read(name))
 
 
@@ -74,13 +74,10 @@ def trained_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tens
         UserError: a tensor is missing, unexpected or of another shape; they are named.
     """
     try:
-        files = [safe_open(path, "pt") for path in _files(folder)]
-        places = {_name(key): (file, key) for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
+        places = _places(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the trained weights in {folder} cannot be read: {first_line(error)}", COPY_AGAIN) from error
-    found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
-    problems = _differences(found, {name: _shape(parameter) for name, parameter in _trainable(model).items()})
-    if problems:
+    if problems := _differences(places, model):
         raise UserError(f"{folder} does not hold what this model trains ({problems})", COPY_AGAIN)
 
     def read(name: str) -> Tensor:
@@ -113,27 +110,23 @@ def _name(key: str) -> str:
     return name.removesuffix(".weight") + f".{ADAPTER}.weight"
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in (folder / TRAINED_WEIGHTS, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS) if path.is_file()]
+def _places(folder: Path) -> dict[str, tuple[Any, str]]:
+    """File and key of each tensor in the folder, by the model's name of it."""
+    paths = (folder / TRAINED_WEIGHTS, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
+    files = [safe_open(path, "pt") for path in paths if path.is_file()]
+    return {_name(key): (file, key) for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
 
 
-def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder):
-        with safe_open(path, "pt") as file:
-            shapes |= {_name(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return shapes
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _trainable(model: PoseTranslator) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # whole, where ZeRO-3 has partitioned it
-
-
-def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _differences(places: Mapping[str, tuple[Any, str]], model: PoseTranslator) -> str:
+    found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
+    # Whole shapes, where ZeRO-3 has partitioned them.
+    parameters = trainable_parameters(model).items()
+    wanted = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
     problems = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from toolkit.errors import UserError, first_line
-from toolkit.models.adaptation.adapter_files import save_trained, trained_weights
+from toolkit.models.adaptation.adapter_files import save_trained, trainable_parameters, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
@@ -37,7 +37,7 @@ def trainable_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
     Args and ranks as for :func:`whole_state_dict`.
     """
-    return _gathered(_trainable(module), keep=keep)
+    return _gathered(trainable_parameters(module), keep=keep)
 
 
 def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
@@ -46,10 +46,6 @@ def saved_state_dict(model: PoseTranslator, *, keep: bool) -> dict[str, Tensor]:
     Args and ranks as for :func:`whole_state_dict`.
     """
     return trainable_state_dict(model, keep=keep) if model.base else whole_state_dict(model, keep=keep)
-
-
-def _trainable(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -117,7 +113,8 @@ def load_weights(folder: Path, model: PoseTranslator) -> None:
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise problem[0]
-    tensors = _trainable(model) if model.base else model.state_dict(keep_vars=True)
+    tensors: Mapping[str, Tensor]
+    tensors = trainable_parameters(model) if model.base else model.state_dict(keep_vars=True)
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
         is_partitioned = hasattr(tensor, "ds_id")
         with deepspeed.zero.GatheredParameters([tensor] if is_partitioned else [], modifier_rank=0):
