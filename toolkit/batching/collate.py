@@ -25,30 +25,18 @@ HALF_WITHOUT_SIGN, HALF_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
 
 @dataclass
 class Batch:
-    """The clips of one forward pass of one rank.
+    """The clips of one forward pass of one rank."""
 
-    Attributes:
-        uids, texts: of each clip, fillers included.
-        clips: int64 [clips], each clip's index in its split.
-        poses: float32 [clips, frames, points, channels], in shoulder widths; 0 where missing or padded.
-        visible: bool [clips, frames, points], false where missing or padded.
-        frame_mask: bool [clips, frames], false where padded.
-        labels: int64 [clips, tokens], end of sentence included; -100 where padded and for fillers.
-        is_filler: bool [clips]; outputs of a filler must be ignored.
-        num_frames: frames without padding and fillers.
-        num_target_tokens: labels without padding and fillers.
-    """
-
-    uids: list[str]
-    texts: list[str]
-    clips: Tensor
-    poses: Tensor
-    visible: Tensor
-    frame_mask: Tensor
-    labels: Tensor
-    is_filler: Tensor
-    num_frames: int
-    num_target_tokens: int
+    uids: list[str]  # of each clip, fillers included
+    texts: list[str]  # the same
+    clips: Tensor  # int64 [clips], each clip's index in its split
+    poses: Tensor  # float32 [clips, frames, points, channels], in shoulder widths; 0 where missing or padded
+    visible: Tensor  # bool [clips, frames, points], false where missing or padded
+    frame_mask: Tensor  # bool [clips, frames], false where padded
+    labels: Tensor  # int64 [clips, tokens], end of sentence included; -100 where padded and for fillers
+    is_filler: Tensor  # bool [clips]; outputs of a filler must be ignored
+    num_frames: int  # without padding and fillers
+    num_target_tokens: int  # labels without padding and fillers
 
     def __len__(self) -> int:
         return len(self.uids)

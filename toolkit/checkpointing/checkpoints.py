@@ -43,27 +43,16 @@ class Extension:
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        step: optimizer steps done.
-        epoch: the current epoch, from 0.
-        epoch_step: optimizer steps done in this epoch.
-        kept: the models that are kept by score, the best one first; see ``kept_models.py``.
-        seconds: spent in training steps.
-        clips: number of clips trained on; a clip counts once per epoch.
-        evaluations_since_best: number of consecutive evaluations without a better score.
-        extension: where ``--extend`` made the run longer; None where it did not.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    epoch_step: int = 0
-    kept: Kept = field(default_factory=list)
-    seconds: float = 0.0
-    clips: int = 0
-    evaluations_since_best: int = 0
-    extension: Extension | None = None
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the current one, from 0
+    epoch_step: int = 0  # optimizer steps done in this epoch
+    kept: Kept = field(default_factory=list)  # the best first; see ``kept_models.py``
+    seconds: float = 0.0  # spent in training steps
+    clips: int = 0  # trained on; a clip counts once per epoch
+    evaluations_since_best: int = 0  # in a row without a better score
+    extension: Extension | None = None  # where ``--extend`` made the run longer; None where it did not
 
     @property
     def best_step(self) -> int | None:

@@ -41,22 +41,15 @@ TEXT_COLUMNS = ("uid", "text", "video", "language")
 class Clip:
     """One clip as a model sees it.
 
-    Attributes:
-        uid: its name in the table.
-        text: its translation.
-        features: float16 [frames, points, channels]; a landmark that is missing is NaN in every channel. A read-only
-            view into the memory map.
-        video: the source video.
-        language: its sign language; empty if the table has none.
-        hands_visible: share of frames that show at least one hand.
+    A landmark that is missing is NaN in every channel of the features, which are read-only.
     """
 
-    uid: str
-    text: str
-    features: npt.NDArray[np.floating[Any]]
-    video: str = ""
-    language: str = ""
-    hands_visible: float = 1.0
+    uid: str  # its name in the table
+    text: str  # its translation
+    features: npt.NDArray[np.floating[Any]]  # float16 [frames, points, channels], a view into the map
+    video: str = ""  # the source video
+    language: str = ""  # its sign language; empty if the table has none
+    hands_visible: float = 1.0  # share of frames that show at least one hand
 
 
 @dataclass(frozen=True)

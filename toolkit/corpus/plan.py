@@ -51,18 +51,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of a preparation.
-
-    Attributes:
-        splits: rows with their pose files, by split.
-        rejects: line, uid and reason of the rows that are rejected already.
-        removed: the same of the rows removed from held-out splits because their text is in train.
-    """
+    """The work of a preparation."""
 
     inputs: Inputs
-    splits: dict[str, list[tuple[Row, Any]]]
-    rejects: list[tuple[int, str, str]]
-    removed: list[tuple[int, str, str]]
+    splits: dict[str, list[tuple[Row, Any]]]  # rows with their pose files, by split
+    rejects: list[tuple[int, str, str]]  # line, uid and reason of the rows that are rejected already
+    removed: list[tuple[int, str, str]]  # the same of held-out rows whose text is in train
 
 
 def read_inputs(data: Data) -> Inputs:

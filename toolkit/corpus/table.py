@@ -42,29 +42,18 @@ _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table.
+    """One line of a table."""
 
-    Attributes:
-        uid, text: the clip's name and its translation.
-        video: its source video; empty if the table has none.
-        split: as the table names it; empty if the table has none.
-        language: sign language; may be empty.
-        pose: name of the pose file, if it is neither the uid nor the video.
-        start, end: seconds of the clip within its pose file.
-        fps: frames per second of the pose file; overrules the file.
-        line: number of its first line, from 1.
-    """
-
-    uid: str
-    text: str
-    video: str = ""
-    split: str = ""
-    language: str = ""
-    pose: str = ""
-    start: float | None = None
-    end: float | None = None
-    fps: float | None = None
-    line: int = 0
+    uid: str  # the clip's name
+    text: str  # its translation
+    video: str = ""  # its source video; empty if the table has none
+    split: str = ""  # as the table names it; empty if the table has none
+    language: str = ""  # sign language; may be empty
+    pose: str = ""  # name of the pose file, if it is neither the uid nor the video
+    start: float | None = None  # seconds of the clip within its pose file
+    end: float | None = None  # the same
+    fps: float | None = None  # frames per second of the pose file; overrules the file
+    line: int = 0  # number of its first line, from 1
 
 
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:

@@ -27,23 +27,14 @@ from toolkit.scoring.resampling import Comparison, Interval, compare, intervals
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Translations of one split and their scores.
+    """Translations of one split and their scores."""
 
-    Attributes:
-        predictions: in the order of the split.
-        scores: of all of them.
-        floors: scores of translators that see no poses, by kind.
-        intervals: which hold 95 % of each score's resampled values.
-        against_control: the model's scores (second) against those on the poses of other clips (first).
-        n_best: all hypotheses of each clip, best first.
-    """
-
-    predictions: list[Prediction]
-    scores: Scores
-    floors: dict[str, Scores]
-    intervals: dict[str, Interval] = field(default_factory=dict)
-    against_control: dict[str, Comparison] = field(default_factory=dict)
-    n_best: list[list[Hypothesis]] = field(default_factory=list)
+    predictions: list[Prediction]  # in the order of the split
+    scores: Scores  # of all of them
+    floors: dict[str, Scores]  # of translators that see no poses, by kind
+    intervals: dict[str, Interval] = field(default_factory=dict)  # hold 95 % of each score's resampled values
+    against_control: dict[str, Comparison] = field(default_factory=dict)  # first: on other clips' poses; second: own
+    n_best: list[list[Hypothesis]] = field(default_factory=list)  # of each clip, best first
 
     def summary(self) -> dict[str, Any]:
         """Scores, intervals and floors by name, ready for JSON."""

@@ -38,19 +38,12 @@ WAITING = 16  # visitors in the queue; others see a message to come back later
 
 @dataclass(frozen=True)
 class Reading:
-    """The translation of one clip, and how sure the model is.
+    """The translation of one clip, and how sure the model is."""
 
-    Attributes:
-        text: the translation.
-        n_best: other readings, the best first; of the first window of a long clip.
-        parts: of the translation, with the model's probability (0..1) of each, given what stands before it.
-        drawing: ``skeleton`` and ``clip`` for ``skeleton.js``.
-    """
-
-    text: str
-    n_best: tuple[Hypothesis, ...]
-    parts: list[tuple[str, float]]
-    drawing: dict[str, Any]
+    text: str  # the translation
+    n_best: tuple[Hypothesis, ...]  # other readings, the best first; of the first window of a long clip
+    parts: list[tuple[str, float]]  # of the translation, each with its probability (0..1) given what stands before it
+    drawing: dict[str, Any]  # ``skeleton`` and ``clip`` for ``skeleton.js``
 
 
 def accepted_suffixes() -> list[str]:

@@ -24,34 +24,22 @@ MOST_CLIPS_OF_A_BATCH = 128  # short clips stay below the limit of frames, but t
 
 @dataclass(frozen=True)
 class TranslatedWindow:
-    """Hypotheses for one window of a clip.
+    """Hypotheses for one window of a clip."""
 
-    Attributes:
-        start, end: seconds from the clip's beginning.
-        hypotheses: best first; empty where ``reason`` says why.
-        reason: why nothing can be translated here; else empty.
-    """
-
-    start: float
-    end: float
-    hypotheses: tuple[Hypothesis, ...] = ()
-    reason: str = ""
+    start: float  # seconds from the clip's beginning
+    end: float  # the same
+    hypotheses: tuple[Hypothesis, ...] = ()  # best first; empty where ``reason`` says why
+    reason: str = ""  # why nothing can be translated here; else empty
 
 
 @dataclass(frozen=True)
 class Translation:
-    """The translation of one clip.
+    """The translation of one clip."""
 
-    Attributes:
-        uid, where: of its source.
-        windows: one for a clip that was translated whole.
-        reason: why it could not be translated; empty if it could.
-    """
-
-    uid: str
-    where: str
-    windows: tuple[TranslatedWindow, ...]
-    reason: str = ""
+    uid: str  # of its source
+    where: str  # the same
+    windows: tuple[TranslatedWindow, ...]  # one for a clip that was translated whole
+    reason: str = ""  # why it could not be translated; empty if it could
 
     @property
     def texts(self) -> list[str]:
@@ -66,15 +54,10 @@ class Translation:
 
 @dataclass(frozen=True)
 class Windowing:
-    """How long clips are split into windows.
+    """How long clips are split into windows."""
 
-    Attributes:
-        seconds: length of a window; None splits clips that are longer than the model reads, 0 splits none.
-        overlap: of neighbours, in seconds; None = the default.
-    """
-
-    seconds: float | None = None
-    overlap: float | None = None
+    seconds: float | None = None  # of a window; None splits clips that are longer than the model reads, 0 none
+    overlap: float | None = None  # of neighbours, in seconds; None = the default
 
     def spans(self, clip: RawPose, extractor: PoseFeatureExtractor) -> list[tuple[float, float]]:
         """Start and end of each window of a clip in seconds; raises UserError for lengths that do not fit the model."""

@@ -38,23 +38,14 @@ _FLATTEST_PIXELS = 3.0
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """The features of one clip and what was done to get them.
+    """The features of one clip and what was done to get them."""
 
-    Attributes:
-        values: float32 [frames, points, channels]; NaN = missing.
-        normalised_by: ``shoulders``, or ``spread`` where no frame shows both shoulders.
-        shortened: the clip was longer than allowed and was subsampled or truncated.
-        hands_visible: share of frames that show a landmark of at least one hand; 1.0 for sets without hands.
-        lacking: the landmarks of the set that the file does not contain; they are missing in every frame.
-        without_place: how many landmarks, over all frames, had a confidence but no place; they are missing.
-    """
-
-    values: FloatArray
-    normalised_by: Literal["shoulders", "spread"]
-    shortened: bool
-    hands_visible: float
-    lacking: tuple[tuple[str, str], ...]
-    without_place: int
+    values: FloatArray  # float32 [frames, points, channels]; NaN = missing
+    normalised_by: Literal["shoulders", "spread"]  # spread: no frame shows both shoulders
+    shortened: bool  # the clip was longer than allowed and was subsampled or truncated
+    hands_visible: float  # share of frames that show a landmark of a hand; 1.0 for sets without hands
+    lacking: tuple[tuple[str, str], ...]  # landmarks of the set that the file does not contain
+    without_place: int  # landmarks, over all frames, with a confidence but no place; they are missing
 
 
 def extract_features(

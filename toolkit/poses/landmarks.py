@@ -24,27 +24,16 @@ _EXAMPLE = f"compare with {SETS_FOLDER / 'hands_body_50.yaml'}"
 
 @dataclass(frozen=True)
 class LandmarkSet:
-    """An ordered choice of landmarks.
+    """An ordered choice of landmarks."""
 
-    Attributes:
-        name: what recipes and corpora call it.
-        points: ``(component, point)`` of each landmark, in the order of the features.
-        parts: indices of the landmarks of each part; the usual parts are body, left_hand, right_hand and face.
-        mirror: for each landmark the index of its left-right counterpart (its own where it has none).
-        edges: pairs of indices that a skeleton drawing connects.
-        channels: what each landmark holds: ``x, y``, then optionally ``z`` and ``confidence``.
-        min_confidence: a landmark at or below this confidence is missing.
-        anchors: parts whose coordinates are relative to one landmark of the same frame: part -> its index.
-    """
-
-    name: str
-    points: tuple[tuple[str, str], ...]
-    parts: dict[str, tuple[int, ...]]
-    mirror: tuple[int, ...]
-    edges: tuple[tuple[int, int], ...]
-    channels: tuple[str, ...] = ("x", "y", "z")
-    min_confidence: float = 0.0
-    anchors: dict[str, int] | None = None
+    name: str  # what recipes and corpora call it
+    points: tuple[tuple[str, str], ...]  # (component, point) of each landmark, in the order of the features
+    parts: dict[str, tuple[int, ...]]  # indices of the landmarks of body, left_hand, right_hand, face or others
+    mirror: tuple[int, ...]  # the index of the left-right counterpart of each (its own where it has none)
+    edges: tuple[tuple[int, int], ...]  # pairs of indices that a skeleton drawing connects
+    channels: tuple[str, ...] = ("x", "y", "z")  # what each holds: x, y, then optionally z and confidence
+    min_confidence: float = 0.0  # a landmark at or below it is missing
+    anchors: dict[str, int] | None = None  # part -> landmark of the same frame that its coordinates are relative to
 
     @property
     def num_points(self) -> int:

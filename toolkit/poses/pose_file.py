@@ -48,19 +48,12 @@ class PoseHeader:
 
 @dataclass(frozen=True)
 class RawPose:
-    """One clip as recorded.
+    """One clip as recorded."""
 
-    Attributes:
-        fps: frames per second.
-        header: names of the points.
-        data: float32 [frames, people, points, dims], usually pixels; a view of the file's bytes where that is possible.
-        confidence: float32 [frames, people, points]; 0 means missing.
-    """
-
-    fps: float
-    header: PoseHeader
-    data: FloatArray
-    confidence: FloatArray
+    fps: float  # frames per second
+    header: PoseHeader  # names of the points
+    data: FloatArray  # float32 [frames, people, points, dims], usually pixels; a view of the file's bytes if possible
+    confidence: FloatArray  # float32 [frames, people, points]; 0 means missing
 
     @property
     def num_frames(self) -> int:

@@ -17,21 +17,13 @@ from toolkit.scoring.metrics import sentence_chrf
 
 @dataclass(frozen=True)
 class Prediction:
-    """One clip's translation.
+    """One clip's translation."""
 
-    Attributes:
-        uid: the clip.
-        reference: the clip's text.
-        hypothesis: the model's translation.
-        score: the search's score of the hypothesis (log-probability over length penalty), where there is one.
-        chrf: chrF++ of this pair alone, 0..100, where it was computed.
-    """
-
-    uid: str
-    reference: str
-    hypothesis: str
-    score: float | None = None
-    chrf: float | None = None
+    uid: str  # the clip
+    reference: str  # the clip's text
+    hypothesis: str  # the model's translation
+    score: float | None = None  # the search's: log-probability over length penalty
+    chrf: float | None = None  # chrF++ of this pair alone, 0..100, where it was computed
 
 
 COLUMNS = tuple(item.name for item in fields(Prediction))

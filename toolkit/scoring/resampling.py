@@ -26,18 +26,12 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of two sets of translations of the same clips.
+    """One score of two sets of translations of the same clips."""
 
-    Attributes:
-        first, second: the score of either.
-        interval: 95 % of the resampled differences (second - first) lie in it.
-        p_value: chance of so large a difference if there were none.
-    """
-
-    first: float
-    second: float
-    interval: Interval
-    p_value: float
+    first: float  # the score of one
+    second: float  # the score of the other
+    interval: Interval  # 95 % of the resampled differences (second - first) lie in it
+    p_value: float  # chance of so large a difference if there were none
 
     @property
     def difference(self) -> float:

@@ -23,40 +23,23 @@ RECENT_STEPS = 50
 
 @dataclass(frozen=True)
 class StepFigures:
-    """The figures of one optimizer step.
+    """The figures of one optimizer step."""
 
-    Attributes:
-        step: optimizer steps done so far.
-        epoch: epochs done so far, with its fraction.
-        loss: mean loss per target token.
-        learning_rate: of the step just taken.
-        grad_norm: before clipping; None where the engine does not know it.
-        clips_per_second: over all ranks.
-        frames_per_second: over all ranks, padding not counted.
-        tokens_per_second: target tokens over all ranks.
-        padding_share: share of padded frames in the batches, 0 to 1.
-        data_wait_share: share of the step's time that ranks waited for their batches, 0 to 1.
-        memory_gib: resident memory of this process.
-        tflops: model FLOPs a second of all ranks, in units of 10^12; None while they are not known.
-        mfu: their share of what the devices can do, 0 to 1.
-        gpu_memory_gib, gpu_peak_memory_gib: torch's on this GPU, now and at the highest; None without one.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float | None
-    clips_per_second: float
-    frames_per_second: float
-    tokens_per_second: float
-    padding_share: float
-    data_wait_share: float
-    memory_gib: float
-    tflops: float | None = None
-    mfu: float | None = None
-    gpu_memory_gib: float | None = None
-    gpu_peak_memory_gib: float | None = None
+    step: int  # optimizer steps done so far
+    epoch: float  # epochs done so far, with its fraction
+    loss: float  # mean per target token
+    learning_rate: float  # of the step just taken
+    grad_norm: float | None  # before clipping; None where the engine does not know it
+    clips_per_second: float  # over all ranks
+    frames_per_second: float  # over all ranks, padding not counted
+    tokens_per_second: float  # target tokens over all ranks
+    padding_share: float  # of the frames in the batches, 0 to 1
+    data_wait_share: float  # of the step's time that ranks waited for their batches, 0 to 1
+    memory_gib: float  # resident memory of this process
+    tflops: float | None = None  # model FLOPs a second of all ranks, in units of 10^12; None while not known
+    mfu: float | None = None  # their share of what the devices can do, 0 to 1
+    gpu_memory_gib: float | None = None  # torch's on this GPU now; None without one
+    gpu_peak_memory_gib: float | None = None  # the same at its highest
 
 
 class ProgressLine:

@@ -32,19 +32,12 @@ from toolkit.recipe.schema import Quantization
 
 @dataclass(frozen=True)
 class Placement:
-    """The form in which a run holds a model's weights.
+    """The form in which a run holds a model's weights."""
 
-    Attributes:
-        dtype: of all parameters that are not quantised.
-        device: where they live.
-        zero3: the DeepSpeed configuration when its stage 3 partitions the weights, else None.
-        quantization: how the backbone's linear layers are packed, or None.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    zero3: dict[str, Any] | None = None
-    quantization: Quantization | None = None
+    dtype: torch.dtype  # of all parameters that are not quantised
+    device: torch.device  # where they live
+    zero3: dict[str, Any] | None = None  # the DeepSpeed configuration when its stage 3 partitions the weights
+    quantization: Quantization | None = None  # how the backbone's linear layers are packed, or None
 
     @property
     def fills(self) -> bool:

@@ -26,21 +26,13 @@ TensorReader = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BaseReference:
-    """How to load or make a backbone again, and how to check that it is the same.
+    """How to load or make a backbone again, and how to check that it is the same."""
 
-    Attributes:
-        name: the backbone, as messages name it.
-        model: the ``model`` section of the recipe, which says how it is loaded or made, quantised and adapted.
-        seed: of its random weights, and of the adapters'.
-        precision: ``fp32``, ``bf16`` or ``fp16``: what its weights were cast to.
-        fingerprint: of its weights as they came, before they were cast or quantised.
-    """
-
-    name: str
-    model: dict[str, Any]
-    seed: int
-    precision: str
-    fingerprint: str
+    name: str  # the backbone, as messages name it
+    model: dict[str, Any]  # the recipe's section: how it is loaded or made, quantised and adapted
+    seed: int  # of its random weights, and of the adapters'
+    precision: str  # ``fp32``, ``bf16`` or ``fp16``: what its weights were cast to
+    fingerprint: str  # of its weights as they came, before they were cast or quantised
 
     def save(self, folder: Path) -> None:
         """Write it beside the weights."""

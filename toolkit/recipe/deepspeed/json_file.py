@@ -43,15 +43,12 @@ def ds_config_names() -> list[str]:
 class ReadJson:
     """A DeepSpeed JSON as it was read.
 
-    Attributes:
-        config: in current keys, without what is refused or idle; "auto" stands only where the recipe owns the value.
-        problems: one for each thing that is wrong.
-        notes: what is read as something else, or has no effect.
+    "auto" stands only where the recipe owns the value.
     """
 
-    config: Tree = field(default_factory=dict)
-    problems: list[UserError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    config: Tree = field(default_factory=dict)  # in current keys, without what is refused or idle
+    problems: list[UserError] = field(default_factory=list)  # one for each thing that is wrong
+    notes: list[str] = field(default_factory=list)  # what is read as something else, or has no effect
 
 
 def load_deepspeed(name_or_path: str, overrides: Tree | None = None) -> Tree:

@@ -18,16 +18,12 @@ from torch import nn
 class Place:
     """Where a parameter of the backbone is.
 
-    Attributes:
-        above: layers of its stack above it: 0 in the last layer and in what follows it (final norm, output layer), as
-            many as the stack has in its embeddings.
-        in_layer: whether it belongs to a layer of a stack.
-        embedding: whether it is an embedding, tied to the output layer or not.
+    The last layer, and what follows it (final norm, output layer), have 0 layers above, embeddings all of the stack.
     """
 
-    above: int
-    in_layer: bool
-    embedding: bool
+    above: int  # layers of its stack above it
+    in_layer: bool  # whether it belongs to a layer of a stack
+    embedding: bool  # whether it is an embedding, tied to the output layer or not
 
 
 def places(model: nn.Module) -> dict[str, Place]:
