@@ -100,11 +100,7 @@ def archive_run(run_dir: Path) -> Path | None:
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
-    """Refuse to mix two experiments in one run directory; with ``extend`` the run may be longer.
-
-    Raises:
-        UserError: the run in the directory was started with other settings; the message lists them.
-    """
+    """Raise UserError where the run in the directory has other settings; with ``extend`` it may become longer."""
     stored = resolved.run_dir / RECIPE_FILE
     if stored.is_file() and (differences := changed_settings(load_recipe(str(stored)), resolved.recipe, extend=extend)):
         longer = "add --extend to make that run longer, " if differences.keys() <= set(LENGTH) else ""
@@ -117,11 +113,7 @@ def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:
 
 
 def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
-    """Refuse a corpus with other clips than those of the run in ``run_dir``; it may be in another place.
-
-    Raises:
-        UserError: the clips differ.
-    """
+    """Raise UserError for a corpus with other clips than those of the run in ``run_dir``, wherever it is."""
     path = run_dir / CORPUS_FILE
     if not path.is_file():
         return
@@ -148,11 +140,7 @@ def is_to_be_extended(resolved: ResolvedRun) -> bool:
 def check_same_experiment(
     resolved: ResolvedRun, recipe: dict[str, Any], checkpoint: Path, *, extend: bool = False
 ) -> None:
-    """Refuse a checkpoint of another experiment, by the recipe in it; with ``extend`` the run may be longer.
-
-    Raises:
-        UserError: it was saved with other settings; the message lists them.
-    """
+    """Raise UserError where a checkpoint has other settings; with ``extend`` the run may become longer."""
     if differences := changed_settings(Recipe.model_validate(recipe), resolved.recipe, extend=extend):
         raise UserError(
             f"{checkpoint} was saved with other settings ({_listed(differences)})",

@@ -82,11 +82,7 @@ def stale_locks() -> list[Path]:
 
 
 def check_locks() -> None:
-    """Refuse to start where a process would wait without end for a build that was killed.
-
-    Raises:
-        UserError: a stale lock is there.
-    """
+    """Raise UserError where every process would wait without end for a build that was killed."""
     locks = stale_locks()
     if locks:
         raise UserError(
@@ -106,11 +102,7 @@ def needed_ops(deepspeed: dict[str, Any]) -> list[str]:
 
 
 def check_needed_ops(deepspeed: dict[str, Any]) -> None:
-    """Refuse to swap to a disk without async_io, whose build takes minutes and needs a library of the system.
-
-    Raises:
-        UserError: a resolved DeepSpeed JSON offloads to NVMe and async_io is not built.
-    """
+    """Raise UserError for offload to NVMe without async_io, which takes minutes to build and needs a library."""
     if "async_io" in needed_ops(deepspeed) and op_folder("async_io") and not is_built("async_io"):
         raise UserError(
             "offload to NVMe needs DeepSpeed's op async_io, which is not built",

@@ -128,11 +128,7 @@ def check_ranks(
 
 
 def check_master_address(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse several ranks without the address of rank 0, which would wait for each other without end.
-
-    Raises:
-        UserError: no MASTER_ADDR, as under a bare ``srun`` or ``mpirun``.
-    """
+    """Raise UserError for several ranks without MASTER_ADDR, which would wait for each other without end."""
     if ranks.world_size > 1 and "MASTER_ADDR" not in environment:
         raise UserError(
             f"{ranks.world_size} ranks were started without MASTER_ADDR, the address of rank 0",

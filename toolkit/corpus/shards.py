@@ -238,11 +238,7 @@ def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: 
 
 
 def _check_port(address: str) -> None:
-    """Check that a process listens at ``host:port``; Ray itself would try for many minutes.
-
-    Raises:
-        UserError: none does.
-    """
+    """Raise UserError where no process listens at ``host:port``; Ray itself would try for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # `auto` and others, which Ray looks up in files of this machine

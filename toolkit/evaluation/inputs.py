@@ -85,11 +85,7 @@ def _corpus_of(run: Path, recipe: Recipe) -> Path | None:
 
 
 def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
-    """Refuse a corpus whose features do not mean what the model has learnt.
-
-    Raises:
-        UserError: landmarks, frame rate or normalisation differ.
-    """
+    """Raise UserError where a corpus has other landmarks, frame rate or normalisation than the model has learnt."""
     extractor, metadata = processor.feature_extractor, corpus.metadata
     model_set, corpus_set = LandmarkSet.from_dict(extractor.landmark_set), corpus.landmark_set
     differences = []

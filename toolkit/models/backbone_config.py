@@ -144,11 +144,7 @@ def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def _check_vocabulary(config: PreTrainedConfig, model: Model, tokens: int) -> None:
-    """See that published weights have a row for every token, but for those that the recipe adds.
-
-    Raises:
-        UserError: they have not.
-    """
+    """Raise UserError where published weights lack a row for a token that the recipe does not add."""
     rows = vocabulary_size(config)
     if tokens - len(model.extra_tokens) > rows:
         raise UserError(
@@ -159,11 +155,7 @@ def _check_vocabulary(config: PreTrainedConfig, model: Model, tokens: int) -> No
 
 
 def _check_against_card(card: ModelCard, found: dict[str, Any], source: str) -> None:
-    """See that a published configuration has the card's dimensions.
-
-    Raises:
-        UserError: it has others; all of them are named.
-    """
+    """Raise UserError, with all of them, where a published configuration has other dimensions than the card."""
     others = list(_differences(card.config, found))
     if card.architecture != found.get("model_type"):
         others.insert(0, f"model_type: {card.architecture} on the card, {found.get('model_type')} found")

@@ -45,11 +45,7 @@ def check_model(resolved: ResolvedRun) -> None:
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """See that this is the configuration of an encoder-decoder for texts; messages call it ``name``.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError unless this configures an encoder-decoder for texts; ``name`` is for the message."""
     if config.is_encoder_decoder and is_seq2seq(config):
         return
     kind = "a model that writes text from text" if config.is_encoder_decoder else "an encoder-decoder"

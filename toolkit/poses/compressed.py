@@ -16,11 +16,7 @@ LARGEST_CLIP = 2**30
 
 
 def check_size(size: int) -> None:
-    """Refuse a file that has more bytes, decompressed, than any clip.
-
-    Raises:
-        PoseError: it is too large.
-    """
+    """Raise PoseError for a file that has more bytes, decompressed, than any clip."""
     if size > LARGEST_CLIP:
         raise PoseError(f"decompressed, the file has more than {LARGEST_CLIP / 2**30:.0f} GiB")
 

@@ -37,11 +37,7 @@ _SIZES = tuple((len(names), 3) for _, names in _PARTS.values())
 
 
 def check_video_support() -> None:
-    """Check that videos can be read.
-
-    Raises:
-        UserError: the extra is not installed, or MediaPipe is a release without Holistic.
-    """
+    """Raise UserError where MediaPipe is not installed, or is a release without Holistic."""
     if importlib.util.find_spec("mediapipe") is None or importlib.util.find_spec("cv2") is None:
         raise UserError("reading a video needs MediaPipe, which is not installed", _INSTALL)
     if importlib.util.find_spec("mediapipe.python") is None:

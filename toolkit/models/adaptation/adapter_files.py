@@ -57,11 +57,7 @@ def save_adapter(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor]
 
 @torch.no_grad()
 def load_trained(folder: Path, model: PoseTranslator) -> None:
-    """Load what trained into a model that was made and adapted as the one that was saved.
-
-    Raises:
-        UserError: a tensor is missing, unexpected or of another shape; they are named.
-    """
+    """Load what trained into a model that was adapted as the one that was saved; raises as trained_weights."""
     read = trained_weights(folder, model)
     for name, parameter in trainable_parameters(model).items():
         parameter.copy_(read(name))

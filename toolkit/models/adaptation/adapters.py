@@ -32,11 +32,7 @@ SEED_OFFSET = 1_000_003  # adapters draw from a stream of their own, not from th
 
 
 def adapt(model: PoseTranslator, settings: Model) -> None:
-    """Add adapters to a translator with its extra tokens, and freeze parameters, as the recipe asks.
-
-    Raises:
-        UserError: as :func:`lora_targets`.
-    """
+    """Add adapters to a translator and freeze parameters, as the recipe asks; raises as :func:`lora_targets`."""
     if settings.lora:
         add_lora(model, settings.lora, lora_targets(model.backbone, settings))
     elif settings.quantization:

@@ -67,11 +67,7 @@ class NewRows(nn.Module):
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Add special tokens to a tokenizer.
-
-    Raises:
-        UserError: it knows one of them already.
-    """
+    """Add special tokens to a tokenizer; raise UserError where it knows one of them already."""
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise UserError(f"model.extra_tokens: the tokenizer has {', '.join(known)} already", "drop those that it has")
