@@ -86,10 +86,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that a run resumes from: the one at a path, or with "auto" the newest complete one.
-
-    Returns:
-        its folder; None where "auto" finds none.
+    """The checkpoint that a run resumes from: the one at a path, or with "auto" the newest complete one, if any.
 
     Raises:
         UserError: there is no complete checkpoint at that path.

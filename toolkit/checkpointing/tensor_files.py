@@ -33,12 +33,9 @@ DTYPE_CODES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """Write tensors and JSON metadata to a new file, and flush it to the disk.
+    """Write tensors and JSON metadata to a new file, flush it to the disk, and return its xxh3 in hexadecimal.
 
     Each tensor is copied from its device in chunks.
-
-    Returns:
-        xxh3 of the file, in hexadecimal.
 
     Raises:
         OSError: the disk is full or not writable.

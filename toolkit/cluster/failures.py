@@ -270,9 +270,8 @@ _rank_exit: RankExit | None = None
 def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
     """Run ``command`` on this rank, and end the process with a documented exit code.
 
-    The rank that meets an error first reports it, at once, and once per node.
-
-    ``debug`` shows the traceback of the user's errors, too.
+    The rank that meets an error first reports it, at once, and once per node. ``debug`` shows the traceback of the
+    user's errors, too.
     """
     global _rank_exit
     # When rank 0 is gone, torch's store logs that at length in C++ and on every rank, before the cause is printed.

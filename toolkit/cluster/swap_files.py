@@ -25,11 +25,7 @@ OWNER = "owner.json"
 
 
 def swap_to_this_node(deepspeed: dict[str, Any]) -> list[Path]:
-    """Put this node's name into every ``nvme_path`` of a resolved DeepSpeed JSON.
-
-    Returns:
-        The folders that this node will swap to; none where nothing is offloaded to NVMe.
-    """
+    """Put this node's name into every ``nvme_path`` of a resolved DeepSpeed JSON, and return these folders."""
     folders = []
     for section in deepspeed.get("zero_optimization", {}).values():
         if isinstance(section, dict) and section.get("device") == "nvme":

@@ -125,11 +125,8 @@ def make_demo(
 ) -> Path:
     """Write ``table.csv`` (uid, text, split, language) and ``poses/{uid}.pose`` into ``folder``.
 
-    The same sizes and seed give the same bytes, whatever the number of workers.
-
-    ``progress`` is called with the number of clips made since its last call.
-
-    The folder appears under its name only when it is complete.
+    The same sizes and seed give the same bytes, whatever the number of workers. ``progress`` is called with the number
+    of clips made since its last call. The folder appears under its name only when it is complete.
 
     Raises:
         UserError: the lexicon is not installed or not complete.

@@ -54,36 +54,22 @@ class Clip:
 
 @dataclass(frozen=True)
 class Metadata:
-    """How the features of a corpus were made.
+    """How the features of a corpus were made."""
 
-    Attributes:
-        landmark_set: ``LandmarkSet.to_dict()``.
-        fps: frames per second of the features.
-        normalisation: description of the origin and unit of the coordinates.
-        max_frames, min_frames, too_long: the lengths that were accepted, and how longer clips were treated.
-        no_hands, shared_texts: how clips without hands, and held-out clips whose text is in train, were treated.
-        splits: of each split the number of ``clips`` and ``frames``.
-        counts: clips rejected, shortened, normalised without shoulders, without hands.
-        checksums: xxh3 of the table and of all clips in order.
-        leakage: texts and videos that splits share.
-        lacking: landmarks of the set that files lacked, each with the number of clips.
-        versions: of the toolkit that wrote it.
-    """
-
-    landmark_set: dict[str, Any]
-    fps: float
-    normalisation: str
-    max_frames: int | None = None
+    landmark_set: dict[str, Any]  # ``LandmarkSet.to_dict()``
+    fps: float  # frames per second of the features
+    normalisation: str  # description of the origin and unit of the coordinates
+    max_frames: int | None = None  # the lengths that were accepted, and how longer clips were treated
     min_frames: int = 1
     too_long: str = "subsample"
-    no_hands: str = "keep"
-    shared_texts: str = "keep"
-    splits: dict[str, dict[str, int]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    checksums: dict[str, str] = field(default_factory=dict)
-    leakage: dict[str, int] = field(default_factory=dict)
-    lacking: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    no_hands: str = "keep"  # how clips without hands were treated
+    shared_texts: str = "keep"  # how held-out clips whose text is in train were treated
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)  # of each the number of ``clips`` and ``frames``
+    counts: dict[str, int] = field(default_factory=dict)  # rejected, shortened, without hands ...
+    checksums: dict[str, str] = field(default_factory=dict)  # xxh3 of table and clips
+    leakage: dict[str, int] = field(default_factory=dict)  # texts and videos that splits share
+    lacking: dict[str, int] = field(default_factory=dict)  # landmarks -> clips that lack them
+    versions: dict[str, str] = field(default_factory=dict)  # of the toolkit that wrote it
     format_version: int = FORMAT_VERSION
 
     @property

@@ -196,11 +196,7 @@ def _work(plan: Plan, unfinished: Path) -> Work:
 
 
 def _build_with_progress(work: Work, title: str, shards: Sequence[ShardKey], build: Build) -> float | None:
-    """Build those of the shards that are missing.
-
-    Returns:
-        clips read per second; None if there was nothing to read.
-    """
+    """Build those of the shards that are missing; returns clips read per second, None if there were none."""
     missing = work.missing(shards)
     clips = sum(work.size(shard) for shard in missing)
     started = time.perf_counter()

@@ -87,30 +87,22 @@ class Work:
 class Record:
     """The result of one shard.
 
-    Attributes:
-        split, number: which shard.
-        rejects: line in the table, uid and reason.
-        counts: clips that were shortened, normalised without shoulders, show no hands, have landmarks with a
-            confidence but without a place, have an unusual frame rate, or lack landmarks of the set.
-        lacking: landmarks that files lack, each with the number of clips.
-        checksum: xxh3 of the pose files, in order.
+    ``counts`` are of clips that were shortened, normalised without shoulders, show no hands, have landmarks with a
+    confidence but without a place, have an unusual frame rate, or lack landmarks of the set.
     """
 
     split: str
     number: int
     clips: int
     frames: int
-    rejects: list[tuple[int, str, str]]
+    rejects: list[tuple[int, str, str]]  # line in the table, uid and reason
     counts: dict[str, int]
-    lacking: dict[str, int]
-    checksum: str
+    lacking: dict[str, int]  # landmarks that files lack, each with the number of clips
+    checksum: str  # xxh3 of the pose files, in order
 
 
 def build_shards(work: Work, shards: Sequence[ShardKey], workers: int) -> Iterator[Record]:
-    """Build shards in ``workers`` processes of this machine; 1 builds in this one.
-
-    Yields:
-        the record of each shard as it is finished.
+    """Build shards in ``workers`` processes (1: in this one), and yield the record of each as it is finished.
 
     Raises:
         UserError: a worker process was killed.
@@ -194,13 +186,10 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
 
 
 def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: int = 0) -> Iterator[Record]:
-    """Build shards on a running Ray cluster, whose machines must have the same folders.
+    """The same on a running Ray cluster, whose machines must have the same folders.
 
     ``address`` is that of the cluster's head (``host:6379``), or ``auto`` on one of its machines. At most ``workers``
     builders run at a time; 0 = one for each processor of the cluster.
-
-    Yields:
-        the record of each shard as it is finished.
 
     Raises:
         UserError: Ray is not installed, or the cluster does not answer.

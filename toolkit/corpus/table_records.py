@@ -29,15 +29,12 @@ _SPREADSHEETS_QUOTES = re.compile(r'"((?:[^"]++|"")*+)"')
 
 
 def read_records(lines: NumberedLines, path: Path, required: Sequence[str]) -> tuple[Records, str]:
-    """The records of a table.
+    """The records of a table, and its separator ("" for JSONL).
 
     JSONL is recognised by its suffix or its first character. Otherwise the first line is the header, and its most
     frequent separator is the separator, unless Excel's ``sep=`` comes before it.
 
     ``required`` are names of columns that every table needs.
-
-    Returns:
-        the records, and the separator ("" for JSONL).
 
     Raises:
         UserError: here or from the iterator: a line cannot be read.

@@ -192,10 +192,7 @@ def build_app(
 
 
 def serve(app: gradio.Blocks, *, host: str, port: int | None, most_megabytes: float) -> str:
-    """Start serving in the background; without a port at the first free one from 7860 on.
-
-    Returns:
-        the page's address.
+    """Start serving in the background, and return the address; without a port the first free one from 7860 on.
 
     Raises:
         UserError: the address cannot be used.

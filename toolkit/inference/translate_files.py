@@ -89,13 +89,10 @@ def translate_clips(
     batch_frames: int = BATCH_FRAMES,
     **settings: Any,
 ) -> Iterator[Translation]:
-    """Translate clips in batches, and yield their translations in the order of the clips.
+    """Translate clips in batches, in their order; for those that cannot be used a translation holds the reason.
 
     ``windowing`` says how long clips are split, by default into the longest windows that the model reads. A batch has
     ``batch_frames`` padded frames at most; ``settings`` override the model's own generation settings.
-
-    Yields:
-        one translation a clip; for clips that cannot be used it holds the reason.
 
     Raises:
         UserError: the windows do not fit the model.

@@ -49,12 +49,10 @@ def overlap_seconds(window: float, asked: float | None) -> float:
 
 
 def window_spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
-    """Windows of ``window`` seconds, evenly spread over a recording; a recording no longer than that is one window.
+    """Start and end, in seconds, of windows of equal length that are evenly spread over a recording.
 
-    Neighbours overlap by ``overlap`` seconds at least, which is less than ``window``.
-
-    Returns:
-        start and end of each window in seconds.
+    Neighbours overlap by ``overlap`` seconds at least, which is less than ``window``. A recording no longer than
+    ``window`` is one.
     """
     if duration <= window:
         return [(0.0, duration)]

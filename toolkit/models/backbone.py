@@ -154,8 +154,7 @@ def vocabulary_size(config: PreTrainedConfig) -> int:
 def position_limit(half: nn.Module) -> int | None:
     """How many positions an encoder or a decoder has, by its table of positions.
 
-    Returns:
-        None where positions are relative, or computed for any length (M2M100, NLLB).
+    None where they are relative, or computed for any length (M2M100, NLLB).
     """
     sizes = []
     for name, module in half.named_modules():

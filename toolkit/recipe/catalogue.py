@@ -16,18 +16,12 @@ from toolkit.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Summary:
-    """A recipe's row in the list, read without a model.
-
-    Attributes:
-        name, model, deepspeed, description: as the recipe says.
-        parameters: of the backbone at full size; None = known only once the hub model is read.
-        trains: of the backbone: all, or which adapter on which weights.
-    """
+    """A recipe's row in the list, read without a model."""
 
     name: str
     model: str
-    parameters: int | None
-    trains: str
+    parameters: int | None  # of the backbone at full size; None = known only once the hub model is read
+    trains: str  # of the backbone: all, or which adapter on which weights
     deepspeed: str
     description: str
 
@@ -58,13 +52,10 @@ def catalogue() -> tuple[list[Recipe], list[UserError]]:
 
 
 def copy_recipe(name: str, new: str) -> Path:
-    """Copy a recipe under a new name, comments and all.
+    """Copy a recipe under a new name, comments and all, and return its path.
 
     ``new`` is a bare name, for ``recipes/NEW.yaml`` in a clone and ``NEW.yaml`` in the current folder otherwise, or a
     path that ends in ``.yaml``.
-
-    Returns:
-        The new file.
 
     Raises:
         UserError: no such recipe, or the new file exists.

@@ -38,9 +38,8 @@ def is_clone() -> bool:
 def swap_folder(run_dir: Path, disk: str | None = None) -> Path:
     """The folder in which one run keeps what it offloads to NVMe, and nobody else keeps anything.
 
-    DeepSpeed names its files by rank alone, so that two runs that share a folder would overwrite each other.
-
-    It is in ``disk``, the user's ``nvme_path``, or else in the run directory.
+    DeepSpeed names its files by rank alone, so that two runs that share a folder would overwrite each other. It is in
+    ``disk``, the user's ``nvme_path``, or else in the run directory.
     """
     if disk is None:
         return run_dir / SWAP

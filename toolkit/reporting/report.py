@@ -42,13 +42,10 @@ _OWN_TO_A_RUN = ("run.dir", "name", "description")
 
 
 def write_report(run_dir: str | Path, corpus: str | Path | None = None) -> Path:
-    """Write ``report.html`` into a run directory, with whatever of the run is there.
+    """Write ``report.html`` into a run directory, with whatever of the run is there, and return its path.
 
     The run may have ended, been interrupted, crashed or still be running. Its corpus is found through the run when it
     is not given.
-
-    Returns:
-        the page.
 
     Raises:
         UserError: there is no run, no such corpus, or the page cannot be written.

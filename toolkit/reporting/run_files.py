@@ -34,29 +34,22 @@ _LOG_LINE = re.compile(r"^[\d\- :,.]+\s*(?P<source>\S+) (?P<level>WARNING|ERROR|
 class RunFiles:
     """A run directory, read.
 
-    Attributes:
-        folder: where it is.
-        status, recipe, deepspeed, environment, scores: the files of these names; empty where there is none.
-        texts: recipe and DeepSpeed JSON as written.
-        train: figure -> (steps, values) of the training loop, each a list in the order of logging.
-        evaluations: figure -> (steps, values).
-        events: entries of kind ``event``.
-        samples: tables of sample outputs: (step, name, rows).
-        warnings: what a reader should know, in words.
+    ``status`` to ``scores`` are the files of these names, empty where there is none. Figures are those of the training
+    loop and of evaluations, each a list in the order of logging; ``samples`` are tables of sample outputs.
     """
 
-    folder: Path
+    folder: Path  # where it is
     status: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    train: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
-    evaluations: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[tuple[int, str, list[dict[str, Any]]]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # recipe and DeepSpeed JSON as written
+    train: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)  # figure -> (steps, values)
+    evaluations: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)  # the same
+    events: list[dict[str, Any]] = field(default_factory=list)  # entries of kind ``event``
+    samples: list[tuple[int, str, list[dict[str, Any]]]] = field(default_factory=list)  # step, name, rows
+    warnings: list[str] = field(default_factory=list)  # what a reader should know, in words
 
     @property
     def name(self) -> str:

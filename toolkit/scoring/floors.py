@@ -39,7 +39,7 @@ def floors(
     lowercase: bool = False,
     frequent_words: Collection[str] | None = None,
 ) -> dict[str, Scores]:
-    """Score translators that see no poses.
+    """The scores, by kind of floor, of translators that see no poses.
 
     Args:
         train_texts: all texts of the training split.
@@ -49,9 +49,6 @@ def floors(
         seed: draws the random sentences and shuffles the translations.
         tokenize, lowercase, frequent_words: as :func:`toolkit.scoring.metrics.score` takes them; give those of the
             model's scores.
-
-    Returns:
-        scores by kind of floor.
 
     Raises:
         ValueError: there are no training texts.

@@ -56,10 +56,9 @@ def evaluate_split(
 
 
 def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: int, settings: Evaluation) -> str | None:
-    """A warning where the model gives almost the same text for every clip, or scores like one constant sentence.
+    """A warning, if the model gives almost the same text for every clip, or scores like one constant sentence.
 
-    Returns:
-        the warning, which names the usual causes in the order in which to check them, or None.
+    It names the usual causes in the order in which to check them.
     """
     hypotheses = [row.hypothesis for row in evaluated.predictions]
     references = [row.reference for row in evaluated.predictions]

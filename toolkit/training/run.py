@@ -312,10 +312,9 @@ def _resume(engine: Any, resolved: ResolvedRun, start: Start, fingerprint: str, 
 
 
 def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
-    """Make the folders of the kept models agree with the progress; all ranks call this.
+    """Make the folders of the kept models agree with the progress; returns the steps of those that are missing.
 
-    Returns:
-        the steps of those that are missing.
+    All ranks call this.
     """
     remembered = progress.kept
 

@@ -106,10 +106,7 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
 def extend_schedule(resolved: ResolvedRun, corpus: Corpus, start: Start) -> str | None:
     """Let a run that resumes from a checkpoint of a shorter one follow the longer schedule (``schedules.py``).
 
-    The progress of ``start`` gets the extension.
-
-    Returns:
-        a note for the user; None where the run keeps its length.
+    The progress of ``start`` gets the extension. Returns a note for the user, None where the run keeps its length.
 
     Raises:
         UserError: the run would become shorter, or would end at once.

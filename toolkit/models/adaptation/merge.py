@@ -33,11 +33,7 @@ class Adapter:
 
 
 def make_standalone(model: PoseTranslator) -> Adapter | None:
-    """Make a model of plain weights: no adapters, no quantised layers, new rows in their tables.
-
-    Returns:
-        the adapters, detached; None where there were none.
-    """
+    """Make a model of plain weights, with new rows in their tables; returns its adapters, detached, if any."""
     adapter = detach_adapter(model)
     dtype = next(model.pose_encoder.parameters()).dtype  # of everything that is not quantised
     for name, module in list(model.named_modules()):

@@ -22,26 +22,16 @@ JOINTS = {"left_hand": ("LEFT_WRIST", "LEFT_ELBOW"), "right_hand": ("RIGHT_WRIST
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the body as a graph.
+    """One part of the body as a graph."""
 
-    Attributes:
-        name: as the landmark set calls it.
-        first, last: its landmarks stand at ``first .. last - 1`` in the set.
-        edges: pairs of nodes, counted from the part's first.
-        origin: index in the set of the landmark that its coordinates are relative to; None = its own mean.
-        is_relative: whether the encoder makes them relative to the origin; not where the features are already.
-        is_mirrored: whether x changes its sign, so that a right hand looks like a left one.
-        guests: parts whose origins are further nodes, after the landmarks.
-    """
-
-    name: str
-    first: int
+    name: str  # as the landmark set calls it
+    first: int  # its landmarks stand at ``first .. last - 1`` in the set
     last: int
-    edges: tuple[tuple[int, int], ...]
-    origin: int | None = None
-    is_relative: bool = False
-    is_mirrored: bool = False
-    guests: tuple[str, ...] = ()
+    edges: tuple[tuple[int, int], ...]  # pairs of nodes, counted from the part's first
+    origin: int | None = None  # index in the set of what its coordinates are relative to; None = its own mean
+    is_relative: bool = False  # the encoder makes them so; not where the features are already
+    is_mirrored: bool = False  # x changes its sign, so that a right hand looks like a left one
+    guests: tuple[str, ...] = ()  # parts whose origins are further nodes, after the landmarks
 
     @property
     def num_nodes(self) -> int:

@@ -55,11 +55,7 @@ def fetch_weights(source: str) -> Path | None:
 
 
 def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
-    """What went wrong at the hub or in its cache, by one of ``NOT_LOADED``.
-
-    Returns:
-        None where the error has another cause.
-    """
+    """What went wrong at the hub or in its cache, by one of ``NOT_LOADED``; None if it has another cause."""
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     elsewhere = f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it"
     for cause in _causes(error):

@@ -32,17 +32,13 @@ SETTING = ("constant_", "ones_", "zeros_", "eye_", "dirac_", "copy_")
 class InitCall:
     """One call of an initialisation function.
 
-    Attributes:
-        function: its name in ``transformers.initialization``.
-        view: size, stride and offset of the part of the tensor that it fills; None for all of it.
-        arguments: its other positional arguments.
-        settings: its keyword arguments.
+    ``view`` is size, stride and offset of the part of the tensor that it fills; None for all of it.
     """
 
-    function: str
+    function: str  # its name in ``transformers.initialization``
     view: tuple[tuple[int, ...], tuple[int, ...], int] | None
-    arguments: tuple[Any, ...]
-    settings: dict[str, Any]
+    arguments: tuple[Any, ...]  # its other positional arguments
+    settings: dict[str, Any]  # its keyword arguments
 
 
 @dataclass

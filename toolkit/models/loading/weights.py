@@ -25,9 +25,7 @@ def whole_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Every weight of ``module`` on the CPU, whatever the ZeRO stage.
 
     All ranks must call this: at stage 3 each weight is gathered from all of them, one at a time, so that no rank ever
-    holds two.
-
-    Ranks that do not ``keep`` the result get an empty dict.
+    holds two. Ranks that do not ``keep`` the result get an empty dict.
     """
     return _gathered(module.state_dict(keep_vars=True), keep=keep)
 

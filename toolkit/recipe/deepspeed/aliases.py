@@ -28,9 +28,8 @@ _COMMENT = re.compile(r"_*comments?\d*|(//|#).*", re.IGNORECASE)
 def translated(config: Tree, place_of: PlaceOf, problems: list[UserError], notes: list[str]) -> Tree:
     """``config`` in current keys.
 
-    A flag that is neither true nor false stays, and the check of types reports it.
-
-    ``problems`` get what is given twice, ``notes`` what is read as something else.
+    A flag that is neither true nor false stays, and the check of types reports it. ``problems`` get what is given
+    twice, ``notes`` what is read as something else.
     """
     config = _without_comments(config)
     if "bfloat16" in config:

@@ -25,11 +25,7 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, step: int, loss: float, grad_norm: float | None) -> str | None:
-        """Add a step: its loss in nats per token, and the gradient norm before clipping, where it is known.
-
-        Returns:
-            a warning, or None.
-        """
+        """Add a step's loss, in nats per token, and gradient norm, if known; returns a warning where it jumped."""
         before = list(self._losses)
         self._losses.append(loss)
         if len(before) < FEWEST_STEPS:

@@ -78,11 +78,7 @@ class StepMeter:
         self.cost = recorder.cost()
 
     def end(self, counts: StepCounts) -> tuple[float, dict[str, float]]:
-        """End a step.
-
-        Returns:
-            its seconds, the wait for data included, and its figures by name.
-        """
+        """End a step; gives its seconds, the wait for data included, and its figures by name."""
         now = time.monotonic()
         seconds = now - self._since
         self._since = now
