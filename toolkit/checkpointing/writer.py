@@ -86,7 +86,9 @@ class CheckpointWriter:
         partial = self.folder / partial_name_of(name_of(progress.step))
         files: dict[str, Future[str]] = {}
         waiting: deque[tuple[Future[str], int]] = deque()
-        counters = {name: int(getattr(engine, name)) for name in COUNTERS} | {"loss_scaler": _loss_scaler(engine)}
+        scaler = loss_scaler(engine)
+        counters: dict[str, Any] = {name: int(getattr(engine, name)) for name in COUNTERS}
+        counters["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
         for number, (tensors, metadata, size) in enumerate(_portions(engine)):
             name = f"rank_{dist.get_rank():02d}_{number:02d}.safetensors"
             files[name] = self._thread.submit(_write, partial / name, tensors, metadata)
@@ -263,12 +265,6 @@ def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in part.named_buffers(prefix, recurse=False):
             if name.removeprefix(f"{prefix}.") not in part._non_persistent_buffers_set:
                 yield name, buffer
-
-
-def _loss_scaler(engine: Any) -> dict[str, float]:
-    """State of fp16's dynamic loss scale; empty in other precisions."""
-    scaler = loss_scaler(engine)
-    return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def loss_scaler(engine: Any) -> Any:

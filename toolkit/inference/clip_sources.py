@@ -55,7 +55,7 @@ def find_clips(names: Iterable[str], fps: float | None = None) -> list[ClipSourc
 
 def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
     if name == STDIN:
-        return [ClipSource("stdin", "standard input", partial(_read_stdin, fps))]
+        return [ClipSource("stdin", "standard input", lambda: read_clip(_read_all(sys.stdin.buffer), fps))]
     path = Path(name)
     # os.path, because pathlib's functions raise for a name that is too long.
     if os.path.isdir(path):
@@ -63,7 +63,8 @@ def _find(name: str, fps: float | None) -> Iterable[ClipSource]:
     if path.name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES)) and os.path.isfile(path):
         return [_file(path, path.stem, fps)]
     if _is_archive(path):
-        return _in_archive(path, fps)
+        poses = _open_archive(path)
+        return [_clip_of(path, poses, name, fps) for name in sorted(poses.files)]
     for place, letter in enumerate(name):
         if letter == ":" and _is_archive(Path(name[:place])):
             return [_member(Path(name[:place]), name[place + 1 :], fps)]
@@ -115,11 +116,6 @@ def _in_folder(folder: Path, fps: float | None) -> Iterator[ClipSource]:
         yield _file(path, path.relative_to(folder).with_suffix("").as_posix(), fps)
 
 
-def _in_archive(path: Path, fps: float | None) -> list[ClipSource]:
-    poses = _open_archive(path)
-    return [_clip_of(path, poses, name, fps) for name in sorted(poses.files)]
-
-
 def _member(path: Path, name: str, fps: float | None) -> ClipSource:
     poses = _open_archive(path)
     found = poses.names.match(name)
@@ -141,8 +137,8 @@ def _open_archive(path: Path) -> PoseFiles:
 
 
 def _clip_of(path: Path, poses: PoseFiles, name: str, fps: float | None) -> ClipSource:
-    read = partial(_read_member, poses, poses.files[name], fps)
-    return ClipSource(str(PurePosixPath(name).with_suffix("")), f"{path}:{name}", read)
+    uid, key = str(PurePosixPath(name).with_suffix("")), poses.files[name]
+    return ClipSource(uid, f"{path}:{name}", lambda: read_clip(poses.read(key), fps))
 
 
 def _read_file(path: Path, fps: float | None) -> RawPose:
@@ -154,14 +150,6 @@ def _read_file(path: Path, fps: float | None) -> RawPose:
             return read_clip(_read_all(file), fps)
     except OSError as error:
         raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
-
-
-def _read_member(poses: PoseFiles, key: Any, fps: float | None) -> RawPose:
-    return read_clip(poses.read(key), fps)
-
-
-def _read_stdin(fps: float | None) -> RawPose:
-    return read_clip(_read_all(sys.stdin.buffer), fps)
 
 
 def _read_all(file: Any) -> bytes:

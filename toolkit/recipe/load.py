@@ -212,13 +212,9 @@ def _short_forms(tree: Tree, section: type[BaseModel] = Recipe) -> Tree:
             full[key] = _short_forms(value, inner)
         elif key in NAMED_BY_KIND and isinstance(value, str):
             full[key] = {"kind": value}
-        elif value is not None or _may_be_null(section, key):
+        elif value is not None or type(None) in get_args(section.model_fields[key].annotation):
             full[key] = value
     return full
-
-
-def _may_be_null(section: type[BaseModel], key: str) -> bool:
-    return type(None) in get_args(section.model_fields[key].annotation)
 
 
 def _problem(details: Any, text: RecipeText) -> UserError:

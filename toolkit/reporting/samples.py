@@ -162,7 +162,8 @@ def find_corpus_of_run(run: RunFiles, rows: dict[str, list[Prediction]], given: 
     for path in _candidates(run):
         try:
             corpus = Corpus.open(path)
-            if all(_first_is_in(corpus, name, split) for name, split in rows.items()):
+            firsts = {name: {split[0].uid: split[0].reference} for name, split in rows.items()}
+            if all(_indices(corpus, name, first) for name, first in firsts.items()):
                 return corpus
         except (UserError, OSError, ValueError, KeyError, TypeError):
             continue  # another folder may be the one
@@ -179,11 +180,6 @@ def _candidates(run: RunFiles) -> Iterator[Path]:
         roots = [Path.cwd(), *run.folder.parents[:3]]
         for root in dict.fromkeys(roots):
             yield from sorted(path.parent for path in (root / cache).glob("*/corpus.json"))
-
-
-def _first_is_in(corpus: Corpus, name: str, rows: list[Prediction]) -> bool:
-    found = _indices(corpus, name, {rows[0].uid: rows[0].reference})
-    return rows[0].uid in found
 
 
 def _indices(corpus: Corpus, name: str, wanted: dict[str, str]) -> dict[str, tuple[str, int]]:

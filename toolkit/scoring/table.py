@@ -53,14 +53,8 @@ def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str
                 format_score(name, bound[place]) if bound else "" for name, bound in zip(names, bounds, strict=True)
             ]
             table.append([f"  95 % {end}", *cells, ""])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = []
-    for label, *cells in table:
-        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
     signatures = {f"{name}: {text}": None for scores in rows.values() for name, text in scores.signature.items()}
-    return "\n".join([*lines, *signatures])
+    return "\n".join([*_aligned(table), *signatures])
 
 
 def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparison]) -> str:
@@ -72,13 +66,19 @@ def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparis
             values = (item.first, item.second, item.difference, *item.interval)
             cells = [format_score(name, value) for value in values]
             table.append([HEADINGS[name], *cells, f"{item.p_value:.3f}", verdict(name, item, first, second)])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)]
+    longest = max(len(row[-1]) for row in table)
+    return "\n".join(_aligned([[*row[:-1], row[-1].ljust(longest)] for row in table]))
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    """Lines of a table, its first column to the left and the others to the right, with a rule below the headings."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
-    for label, *cells, better in table:
+    for label, *cells in table:
         numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *numbers, better]).rstrip())
+        lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return lines
 
 
 def verdict(name: str, comparison: Comparison, first: str, second: str) -> str:
