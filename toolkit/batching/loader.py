@@ -88,16 +88,8 @@ def train_batches(
 
     Targets are truncated to ``training.max_target_tokens``; ``training/truncated_texts.py`` says how many that are.
 
-    Args:
-        split: the training split.
-        tokenizer: a HuggingFace tokenizer; None if :meth:`TrainBatches.set_tokenizer` gives it later. It is used in
-            this process, because each copy of a large vocabulary takes half a gigabyte and seconds to load.
-        resolved: batch arithmetic, seed, augmentation and number of workers.
-        landmark_set: of the corpus, for augmentation.
-        epoch: the first epoch, from 0.
-        start_step: optimizer steps of the first epoch that are done already.
-        epochs: number of epochs; None for no end.
-        rank: which of ``resolved.world_size`` ranks this is.
+    The tokenizer may come later, by :meth:`TrainBatches.set_tokenizer`; it is used in this process, because each copy
+    of a large vocabulary takes half a gigabyte and seconds to load. ``epochs`` is None for no end.
     """
     recipe = resolved.recipe
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)

@@ -120,12 +120,8 @@ def micro_batches_by_frames(
     All ranks get the same number of micro-batches. The clips of the global batch do not depend on the budget or the
     number of ranks.
 
-    Args:
-        global_batch: indices of clips.
-        frames: length of each clip of the split, [clips].
-        rank, world_size: of this process.
-        micro_batch_size: most clips in a micro-batch.
-        micro_batch_frames: most padded frames in a micro-batch (a longer clip is alone).
+    A micro-batch has ``micro_batch_size`` clips and ``micro_batch_frames`` padded frames at most; a longer clip is
+    alone. ``frames`` are the lengths of all clips of the split.
 
     Returns:
         arrays of clip indices; fillers are negative (``~i``).

@@ -53,11 +53,8 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 class CheckpointWriter:
     """Writes the checkpoints of a run; its methods are collective.
 
-    Args:
-        folder: the run's ``checkpoints``.
-        identity: layout, recipe, corpus and base; its progress, optimizer and counters are filled in at each save.
-        keep_last: how many checkpoints to keep; older ones are removed.
-        echo: prints a line on one rank.
+    ``identity`` gives layout, recipe, corpus and base; progress, optimizer and counters are filled in at each save. All
+    but the ``keep_last`` newest checkpoints are removed.
     """
 
     def __init__(self, folder: Path, identity: SavedState, *, keep_last: int, echo: Callable[[str], None]) -> None:

@@ -124,10 +124,7 @@ def build_missing_ops(names: Iterable[str], echo: Callable[[str], None]) -> None
 def build_ops(names: Iterable[str], *, force: bool = False, echo: Callable[[str], None] = print) -> dict[str, float]:
     """Build ops one after the other in this process, and load each to prove that it works.
 
-    Args:
-        names: keys of ``OPS``.
-        force: remove what a killed build left behind and build from scratch.
-        echo: receives lines for the user.
+    ``force`` removes what a killed build left behind and builds from scratch; ``echo`` receives lines for the user.
 
     Returns:
         Seconds taken by each op that this machine can use.

@@ -28,10 +28,8 @@ GRACE_SECONDS = 60.0
 def join_process_group(ranks: Ranks, longest_wait: float = 0.0, ops: Iterable[str] = ()) -> None:
     """Make the process group, each rank on its device; a single process becomes a group of one.
 
-    Args:
-        ranks: which rank this is.
-        longest_wait: seconds for which a rank may be late for a collective; never fewer than DeepSpeed grants.
-        ops: DeepSpeed's C++ ops that the ranks load later; those that are missing are built here, once per node.
+    A rank may be ``longest_wait`` seconds late for a collective, and never fewer than DeepSpeed grants. Missing ones of
+    the C++ ``ops`` that the ranks load later are built here, once per node.
 
     Raises:
         UserError: an op could not be built.

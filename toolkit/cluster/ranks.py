@@ -104,13 +104,9 @@ def tasks_per_node(text: str) -> list[int]:
 def check_ranks(
     ranks: Ranks, *, gpus: int, cores: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse more ranks on this node than it has devices.
+    """Refuse more ranks on this node than GPUs or, without a GPU, than CPU ``cores`` (None: counted here).
 
-    Args:
-        ranks: this process's place in the run.
-        gpus: GPUs that this process sees; 0 runs on the CPU.
-        cores: CPU cores of this node; None counts them.
-        environment: says whether srun or mpirun started the ranks, which can bind a GPU to each.
+    The environment says whether srun or mpirun started the ranks, which can bind a GPU to each.
 
     Raises:
         UserError: more ranks than GPUs, or than cores where the CPU does the work.

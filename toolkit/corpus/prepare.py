@@ -76,10 +76,8 @@ def find_or_prepare(data: Data, *, is_local_main: bool = True, ray: str | None =
 
     Many processes may call this at the same time: one prepares, and the others wait for it.
 
-    Args:
-        data: ``corpus`` names a prepared one; else it is in ``cache``, under a hash of all that it depends on.
-        is_local_main: whether this process reports that it waits for another.
-        ray: address of a Ray cluster to prepare on; None prepares on this machine.
+    ``data.corpus`` names a prepared one; else it is in ``data.cache``, under a hash of all that it depends on. ``ray``
+    is the address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
         UserError: an input is missing or wrong.

@@ -47,11 +47,7 @@ def assign_splits(
     Whole videos go to dev until it has its share of the clips, then to test, and the rest to train; the order of the
     table does not matter. Every row is in exactly one split.
 
-    Args:
-        rows: one a clip.
-        dev_share, test_share: shares of the clips, used if the table names no splits.
-        seed: of the order of the videos.
-        table: for messages.
+    The shares, of the clips, are used if the table names no splits; ``seed`` is of the order of the videos.
 
     Raises:
         UserError: some rows name their split and others do not, or there are too few videos to split.

@@ -87,17 +87,9 @@ def score_splits(
 ) -> dict[str, SplitResult]:
     """Translate and score splits; all ranks must call this, and all get the result.
 
-    Args:
-        model: its generation configuration says how to search.
-        processor: gives the tokenizer.
-        corpus: has the splits; its training texts give the floors and the frequent words.
-        names: which splits.
-        settings: batch budget and how to score.
-        rank, world_size: which of how many ranks this is.
-        synced: whether ranks must step together (ZeRO stage 3).
-        n_best: hypotheses for each clip.
-        search: settings of HuggingFace's ``generate`` that override the model's own.
-        on_batch: called with a split's name and how many of its clips this rank has translated.
+    Texts of the corpus' training split give the floors and the frequent words. ``search`` are settings of HuggingFace's
+    ``generate`` that override the model's own; ``on_batch`` is called with a split's name and how many of its clips
+    this rank has translated. The others are as for :func:`find_hypotheses`.
     """
     results = {}
     for name in names:

@@ -78,9 +78,8 @@ SEPARATE_OUTPUT = {"t5": _T5WithSeparateOutput, "mt5": _MT5WithSeparateOutput, "
 def note_output_matrix(config: PreTrainedConfig, published: dict[str, Any]) -> None:
     """Write into ``config`` whether the output projection is a matrix of its own, which transformers 5 forgets.
 
-    Args:
-        config: of the backbone; gets ``separate_output=True``, which outlives saving, or nothing.
-        published: the values of ``config.json`` or of a model card, before transformers read them.
+    ``published`` are the values of ``config.json`` or of a model card before transformers read them; ``config`` gets
+    ``separate_output=True``, which outlives saving, or nothing.
     """
     # T5 saved again by transformers 5 says `true` but remembers that it is not scaled, which only untied ones are.
     unscaled = config.model_type == "t5" and published.get("scale_decoder_outputs") is False

@@ -20,12 +20,8 @@ from toolkit.poses.pose_file import RawPose
 class PoseFeatureExtractor(FeatureExtractionMixin):
     """Turns pose files into padded tensors.
 
-    Args:
-        landmark_set: the landmarks in order, as ``LandmarkSet.to_dict`` gives them.
-        fps: frames per second after resampling.
-        max_frames: longer clips are shortened as ``too_long`` says.
-        too_long: as the recipe's ``data.too_long``.
-        normalisation: what was done to the coordinates, as text; a folder made by another method is refused.
+    The landmarks are as ``LandmarkSet.to_dict`` gives them, ``fps`` as after resampling, and longer clips than
+    ``max_frames`` are shortened by ``too_long``, as in a recipe. A folder made by another normalisation is refused.
     """
 
     model_input_names = ["poses", "visible", "frame_mask"]  # noqa: RUF012 (transformers reads this name)

@@ -24,13 +24,9 @@ TRAINED_VOCABULARY = 8000
 def make_tokenizer(
     kind: str, texts: Iterable[str] = (), *, language: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Make or load a tokenizer.
+    """Make or load a tokenizer: ``bytes``, ``train`` (on the texts), or one of a hub id or a folder.
 
-    Args:
-        kind: ``bytes``, ``train``, a hub id or a folder.
-        texts: training texts, read only by ``train``.
-        language: the language of the texts, as a multilingual tokenizer calls it; every text then carries its code.
-        trust_remote_code: whether code that comes with a hub model may run.
+    With ``language``, as a multilingual tokenizer calls it, every text carries its code.
 
     Raises:
         UserError: the hub id or folder cannot be loaded, does not know the language, needs one that is not given, or
@@ -129,9 +125,7 @@ def special_ids(tokenizer: Any) -> list[int]:
 def language_id(tokenizer: Any, code: str) -> int:
     """The token with which a multilingual backbone begins a text in this language.
 
-    Args:
-        tokenizer: the backbone's.
-        code: as the tokenizer writes it: ``hi_IN`` (mBART), ``hin_Deva`` (NLLB), ``hi`` or ``__hi__`` (M2M100).
+    ``code`` is as the tokenizer writes it: ``hi_IN`` (mBART), ``hin_Deva`` (NLLB), ``hi`` or ``__hi__`` (M2M100).
 
     Raises:
         UserError: the tokenizer does not know it.

@@ -50,9 +50,7 @@ def locate_people(values: FloatArray, confidence: FloatArray, seen: BoolArray) -
 def locate_people_in_frames(counts: Sequence[int], frame: Callable[[int], tuple[FloatArray, FloatArray]]) -> People:
     """Locate people in frames that list different numbers of them; shorter frames are filled up with nobody.
 
-    Args:
-        counts: the number of people of each frame.
-        frame: gives the coordinates [people, points, 2 or more] and confidences [people, points] of a frame.
+    ``frame`` gives the coordinates [people, points, 2 or more] and confidences [people, points] of a frame.
     """
     most = max([*counts, 1])
     score, reach = np.zeros((2, len(counts), most), np.float32)

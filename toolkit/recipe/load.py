@@ -57,10 +57,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, ds: str | None = None) -> Recipe:
     """Read a recipe with everything it extends, merge the overrides into it, and check it.
 
-    Args:
-        name_or_path: a name in ``recipes/``, or the path of a YAML file.
-        overrides: ``key=value`` texts, values in YAML, e.g. ``training.learning_rate=1e-4``.
-        ds: name or path of the DeepSpeed JSON to use instead of the recipe's own.
+    Overrides are ``key=value`` texts with values in YAML, e.g. ``training.learning_rate=1e-4``; ``ds`` is the name or
+    path of the DeepSpeed JSON to use instead of the recipe's own.
 
     Raises:
         UserError: no such recipe, a cycle of ``extends``, or wrong keys or values: all of them, each with its place.

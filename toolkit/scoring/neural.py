@@ -60,11 +60,8 @@ def parse_neural(words: Sequence[str], python: str | None = None) -> NeuralMetri
 def neural_score(metrics: NeuralMetrics, name: str, hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """The mean of a learnt metric over all pairs.
 
-    Args:
-        metrics: its checkpoint: for COMET a name such as ``Unbabel/wmt22-comet-da`` or the path of a ``.ckpt``, for
-            BLEURT a hub id such as ``lucadiliello/BLEURT-20`` or a folder.
-        name: ``comet`` or ``bleurt``.
-        hypotheses, references: texts in the same order.
+    A checkpoint is for COMET a name such as ``Unbabel/wmt22-comet-da`` or the path of a ``.ckpt``, for BLEURT a hub id
+    such as ``lucadiliello/BLEURT-20`` or a folder.
 
     Raises:
         UserError: the checkpoint cannot be used.

@@ -27,13 +27,10 @@ class Tracker:
         return [*([self._file] if self._file else []), *self._trackers]
 
     def log(self, step: int, values: Mapping[str, float | str], kind: Kind = "train") -> None:
-        """Record named figures of one optimizer step.
+        """Record named figures of one optimizer step, such as ``{"loss": 2.31, "clips_per_second": 41.0}``.
 
-        Args:
-            step: optimizer steps done so far.
-            values: figure by name, such as ``{"loss": 2.31, "clips_per_second": 41.0}``.
-            kind: ``train`` for the loop's figures, ``eval`` for scores, ``event`` for what happened once (a save, an
-                interruption).
+        The kind is ``train`` for the loop's figures, ``eval`` for scores, ``event`` for what happened once (a save, an
+        interruption).
         """
         for sink in self._sinks:
             sink.log(step, values, kind)
@@ -68,13 +65,8 @@ def open_tracker(
 
     A tracker that fails or hangs, at any time, is one line on the terminal and in the log.
 
-    Args:
-        run_dir: the run directory, which exists.
-        settings: the recipe's ``tracking`` section.
-        config: the resolved recipe as a plain dict, shown by trackers that have a place for it.
-        is_main: whether this is rank 0; the other ranks record nothing.
-        resume_step: the optimizer step that the run resumes from; 0 for a run from scratch. Figures beyond it, which a
-            run logged that was killed after its last checkpoint, are dropped: they will be logged again.
+    Only rank 0 (``is_main``) records. Figures beyond ``resume_step``, which a run logged that was killed after its last
+    checkpoint, are dropped: they will be logged again. ``config`` is the resolved recipe, for trackers that show it.
 
     Raises:
         UserError: ``metrics.jsonl`` of an earlier start cannot be rewritten.

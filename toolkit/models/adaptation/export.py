@@ -64,14 +64,8 @@ def export_model(
     Quantised layers are written as the numbers that they stand for. An adapter is merged, or written beside the weights
     in PEFT's own form, which ``from_pretrained`` loads. Nothing is written unless the result agrees with the model.
 
-    Args:
-        model: becomes a model of plain weights in ``dtype``, in place.
-        processor: goes beside it.
-        folder: where it will be; until it is complete and read back it has another name.
-        card: the text of its README.
-        dtype: ``fp32``, ``bf16`` or ``fp16`` of the weights; None leaves them as they are.
-        replace: whether to replace a model that is there.
-        merge_adapter: add the adapter to the weights that it adapts.
+    The model becomes one of plain weights in ``dtype`` (None: as they are), in place. The folder has another name until
+    it is complete and read back; ``card`` is the text of its README.
 
     Returns:
         the largest difference of a next-token probability between the model and what was written; 0 unless ``dtype``,

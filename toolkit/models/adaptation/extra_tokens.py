@@ -31,10 +31,8 @@ class NewRows(nn.Module):
     They complete the table's result in a forward hook, so that the table keeps its class and the name of its weight:
     transformers ties it, PEFT adapts it and files name it by these.
 
-    Args:
-        first: id of the first new token.
-        values: the rows [tokens, width].
-        names: the weights, as the translator names them, whose rows these are.
+    ``first`` is the id of the first new token, ``values`` are the rows [tokens, width], and ``names`` are the weights,
+    as the translator names them, whose rows these are.
     """
 
     def __init__(self, first: int, values: Tensor, names: Sequence[str]) -> None:

@@ -37,12 +37,9 @@ def packable(backbone: PreTrainedModel, quantization: Quantization) -> set[str]:
 def quantised(linear: nn.Linear, quantization: Quantization, storage: torch.dtype) -> nn.Linear:
     """A linear layer whose weight is packed, where that weight is; it is frozen.
 
-    Args:
-        linear: gives weight and bias, and is of no use afterwards.
-        quantization: the recipe's section.
-        storage: the dtype in which four-bit numbers are stored. It must be that of the run's other parameters:
-            DeepSpeed casts parameters of another floating type, ZeRO gathers those of one type together, and a T5 casts
-            activations to the type of its weights.
+    Four-bit numbers are stored in the dtype ``storage``, which must be that of the run's other parameters: DeepSpeed
+    casts parameters of another floating type, ZeRO gathers those of one type together, and a T5 casts activations to
+    the type of its weights. ``linear`` is of no use afterwards.
     """
     import bitsandbytes
 

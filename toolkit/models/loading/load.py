@@ -42,11 +42,9 @@ def fetch_translator(name: str | Path) -> None:
 
 
 def load_translator(name: str | Path, **settings: Any) -> tuple[PoseTranslator, PoseProcessor]:
-    """Load a translator, in evaluation mode, and its processor.
+    """Load a translator, in evaluation mode, and its processor; settings as of ``from_pretrained``.
 
-    Args:
-        name: a run directory (its ``best/`` is meant), a model folder, or the id of a model on the hub.
-        settings: what ``from_pretrained`` takes (``dtype``, ``token``, ...).
+    A run directory (its ``best/`` is meant), a model folder, or the id of a model on the hub names it.
 
     Raises:
         UserError: there is no such model, or it is not whole.

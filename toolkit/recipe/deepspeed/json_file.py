@@ -54,9 +54,7 @@ class ReadJson:
 def load_deepspeed(name_or_path: str, overrides: Tree | None = None) -> Tree:
     """A DeepSpeed JSON with ``overrides`` inside, not yet resolved: "auto" may stand where the recipe owns the value.
 
-    Args:
-        name_or_path: a name in ``ds_configs/``, or the path of a JSON file.
-        overrides: a tree that is merged in; null removes a key.
+    Overrides are a tree that is merged in; null removes a key.
 
     Raises:
         UserError: no such file, broken JSON, unknown keys, wrong types, or keys that are refused: all of them.

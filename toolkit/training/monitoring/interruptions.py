@@ -31,9 +31,7 @@ class Interruptions:
     A Ctrl-C after another request ends the process at once, without saving, even while it waits in a collective for
     another rank, where no Python handler runs.
 
-    Args:
-        time_limit: minutes after which to stop; None for no limit.
-        at_once: called, from another thread, before the process is ended at once.
+    ``time_limit`` is in minutes; ``at_once`` is called, from another thread, before the process is ended at once.
     """
 
     def __init__(self, time_limit: float | None = None, at_once: Callable[[], None] = lambda: None) -> None:
