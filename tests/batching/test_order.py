@@ -101,17 +101,6 @@ def test_padding_is_at_most_four_percent_on_signing_lengths():
     assert 1 - frames.sum() / padded <= 0.04
 
 
-def test_no_clips_are_refused():
-    with pytest.raises(ValueError, match="0 clips"):
-        epoch_order(np.array([], np.int32), 8, 0, 0)
-    for function in (
-        micro_batches,
-        lambda *arguments: micro_batches_by_frames(arguments[0], np.array([], int), *arguments[1:], 9),
-    ):
-        with pytest.raises(ValueError, match="at least one clip"):
-            function(np.array([], int), 0, 2, 2)
-
-
 @given(lengths, st.integers(1, 2000), st.integers(1, 5))
 def test_evaluation_sees_every_clip_once_in_the_same_batches_on_every_number_of_ranks(frames, budget, world_size):
     batches = evaluation_order(frames, budget)

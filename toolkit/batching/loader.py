@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,8 +99,10 @@ def train_batches(
     )
     # The workers read the plan ahead of the steps.
     steps, steps_ahead = itertools.tee(plan)
-    augmenter = None if is_off(recipe.augmentation) else Augmenter(recipe, landmark_set)
-    dataset, labeller = _Padded(split, augmenter), Labeller(tokenizer, recipe.training.max_target_tokens)
+    augmentation = (
+        None if is_off(recipe.augmentation) else partial(_augmented, recipe=recipe, landmark_set=landmark_set)
+    )
+    dataset, labeller = _Padded(split, augmentation), Labeller(tokenizer, recipe.training.max_target_tokens)
     tasks = itertools.chain.from_iterable(steps_ahead)
     batches: Iterator[Batch]
     if recipe.training.workers:
@@ -158,27 +161,21 @@ def evaluation_batches(
         yield labeller(dataset[MicroBatch(share)])
 
 
-class Augmenter:
-    """Augments a batch; the changes of a clip depend on (seed, epoch, clip) and not on its batch."""
-
-    def __init__(self, recipe: Recipe, landmark_set: LandmarkSet) -> None:
-        self.settings = recipe.augmentation
-        self.seed = recipe.training.seed
-        self.landmark_set = landmark_set
-
-    def __call__(self, batch: Batch, epoch: int, lengths: NDArray[np.integer] | None) -> Batch:
-        assert lengths is not None
-        batch.poses, batch.visible, batch.frame_mask = augment(
-            batch.poses,
-            batch.visible,
-            batch.frame_mask,
-            self.settings,
-            self.landmark_set,
-            lengths,
-            [np.random.default_rng((self.seed, epoch, 2, clip)) for clip in batch.clips.tolist()],
-        )
-        batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
-        return batch
+def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: LandmarkSet) -> Batch:
+    """Augment a batch; the changes of a clip depend on (seed, epoch, clip) and not on its batch."""
+    assert wanted.lengths is not None
+    seed = recipe.training.seed
+    batch.poses, batch.visible, batch.frame_mask = augment(
+        batch.poses,
+        batch.visible,
+        batch.frame_mask,
+        recipe.augmentation,
+        landmark_set,
+        wanted.lengths,
+        [np.random.default_rng((seed, wanted.epoch, 2, clip)) for clip in batch.clips.tolist()],
+    )
+    batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
+    return batch
 
 
 class Labeller:
@@ -201,9 +198,9 @@ class Labeller:
 class _Padded(Dataset[Batch]):
     """Loads batches without labels, in the worker processes."""
 
-    def __init__(self, split: Split, augmenter: Augmenter | None) -> None:
+    def __init__(self, split: Split, augmentation: Callable[[Batch, MicroBatch], Batch] | None) -> None:
         self.split = split
-        self.augmenter = augmenter
+        self.augmentation = augmentation
 
     def __getitem__(self, wanted: MicroBatch) -> Batch:
         clips: list[Clip] = []
@@ -211,7 +208,7 @@ class _Padded(Dataset[Batch]):
             for index in wanted.clips.tolist():
                 clips.append(self.split.clip(index if index >= 0 else ~index))
             batch = pad(clips, wanted.clips.tolist())
-            return self.augmenter(batch, wanted.epoch, wanted.lengths) if self.augmenter else batch
+            return self.augmentation(batch, wanted) if self.augmentation else batch
         except Exception as error:
             if len(clips) < len(wanted.clips):
                 index = int(wanted.clips[len(clips)])

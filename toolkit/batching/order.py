@@ -44,13 +44,8 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
 
     Returns:
         an array of clip indices for each step, longest clip first; full batches in random order, then a partial one.
-
-    Raises:
-        ValueError: there are no clips, or the batch size is not positive.
     """
     num_clips = len(frames)
-    if num_clips == 0 or global_batch_size < 1:
-        raise ValueError(f"cannot order {num_clips} clips into batches of {global_batch_size}")
     rng = np.random.default_rng((seed, epoch))
     num_full, num_left = divmod(num_clips, global_batch_size)
     num_steps = steps_per_epoch(num_clips, global_batch_size)
@@ -88,13 +83,8 @@ def micro_batches(
 
     Returns:
         arrays of clip indices, on every rank the same number of them; fillers are negative (``~i``).
-
-    Raises:
-        ValueError: the batch is empty.
     """
     clips = np.asarray(global_batch, dtype=np.int64)
-    if not len(clips):
-        raise ValueError("a global batch holds at least one clip")
     accumulation_steps = num_micro_batches(len(clips), world_size, micro_batch_size)
     seats = world_size * accumulation_steps
     smaller, larger_shares = divmod(len(clips), seats)
@@ -125,13 +115,8 @@ def micro_batches_by_frames(
 
     Returns:
         arrays of clip indices; fillers are negative (``~i``).
-
-    Raises:
-        ValueError: the batch is empty.
     """
     clips = np.asarray(global_batch, dtype=np.int64)
-    if not len(clips):
-        raise ValueError("a global batch holds at least one clip")
     lengths = np.maximum(np.asarray(frames)[clips], 1)
     longest_first = np.argsort(-lengths, kind="stable")
     clips, lengths = clips[longest_first], lengths[longest_first]

@@ -87,15 +87,8 @@ def augment(
 
     Returns:
         new tensors like the first three, with as many frames as the longest clip now has.
-
-    Raises:
-        ValueError: the poses do not fit the landmark set, or there is not one generator for each clip.
     """
-    if poses.shape[2:] != (landmark_set.num_points, landmark_set.num_channels) or len(generators) != len(poses):
-        raise ValueError(
-            f"poses {tuple(poses.shape)} with {len(generators)} generators do not fit the landmark set "
-            f"'{landmark_set.name}' of {landmark_set.num_points} points x {landmark_set.num_channels} channels"
-        )
+    assert poses.shape[2:] == (landmark_set.num_points, landmark_set.num_channels), "poses of another landmark set"
     if is_off(settings):
         return poses, visible, frame_mask
 

@@ -42,19 +42,14 @@ def floors(
     """The scores, by kind of floor, of translators that see no poses.
 
     Args:
-        train_texts: all texts of the training split.
+        train_texts: all texts of the training split, at least one.
         references: the texts of the clips.
         hypotheses: the model's translations; without them there is neither ``shuffled`` nor ``control``.
         frames: length of each clip; without it there is no ``control``.
         seed: draws the random sentences and shuffles the translations.
         tokenize, lowercase, frequent_words: as :func:`toolkit.scoring.metrics.score` takes them; give those of the
             model's scores.
-
-    Raises:
-        ValueError: there are no training texts.
     """
-    if not len(train_texts):
-        raise ValueError("floors need at least one training text")
     generator = np.random.default_rng(seed)
     drawn = generator.integers(len(train_texts), size=len(references))
     texts = {

@@ -63,13 +63,7 @@ class Scores:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a higher value of this score is better.
-
-    Raises:
-        ValueError: there is no such score.
-    """
-    if name not in SCORE_NAMES:
-        raise ValueError(f"there is no score '{name}': choose one of {', '.join(SCORE_NAMES)}")
+    """Whether a higher value of this score is better."""
     return name not in _LOWER_IS_BETTER
 
 
@@ -94,7 +88,8 @@ def score(
         ValueError: the two lists differ in length.
         UserError: the tokenizer is unknown or lacks a file or package that it needs.
     """
-    check_lengths(hypotheses, references)
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses cannot be scored against {len(references)} references")
     settings: dict[str, Any] = {"tokenize": tokenize, "lowercase": lowercase, "frequent_words": frequent_words}
     if not references:
         make_bleu(tokenize, lowercase)
@@ -111,12 +106,6 @@ def add_up(
         values |= part.values(part.addends.sum(axis=0))
     signature = make_signature(tokenize, lowercase, None if frequent_words is None else len(frequent_words))
     return Scores(**values, clips=len(measures[0].addends), signature=signature)
-
-
-def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
-    """Raise ValueError unless there is one reference for each hypothesis."""
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses cannot be scored against {len(references)} references")
 
 
 def make_signature(tokenize: str, lowercase: bool, num_frequent_words: int | None) -> dict[str, str]:

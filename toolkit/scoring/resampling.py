@@ -45,13 +45,8 @@ def intervals(measures: Sequence[Measure], samples: int = SAMPLES) -> dict[str, 
 
 
 def compare(first: Sequence[Measure], second: Sequence[Measure], samples: int = SAMPLES) -> dict[str, Comparison]:
-    """Paired bootstrap test of two sets of translations against the same references, by score.
-
-    Raises:
-        ValueError: the sets differ in length.
-    """
-    if len(first[0].addends) != len(second[0].addends):
-        raise ValueError("only translations of the same clips can be compared")
+    """Paired bootstrap test of two sets of translations against the same references, by score."""
+    assert len(first[0].addends) == len(second[0].addends), "translations of the same clips"
     of_first, of_second = resample(first, samples), resample(second, samples)
     whole_first, whole_second = _scores(first), _scores(second)
     results = {}

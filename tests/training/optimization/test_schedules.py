@@ -43,11 +43,6 @@ def test_inverse_square_root_halves_when_steps_quadruple() -> None:
     assert learning_rate_factor("inverse_sqrt", 43, 1000, 10) == pytest.approx(0.5)
 
 
-def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="sawtooth"):
-        learning_rate_factor("sawtooth", 5, 10, 0)
-
-
 def training_of(*overrides: str) -> Training:
     return load_recipe("demo", [*overrides]).training
 

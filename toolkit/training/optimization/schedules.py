@@ -46,9 +46,6 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
     """The factor on the peak learning rate after ``step`` optimizer steps.
 
     The schedule is ``linear``, ``cosine``, ``constant`` or ``inverse_sqrt``, each after a linear warm-up.
-
-    Raises:
-        ValueError: the schedule is unknown.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -59,9 +56,7 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "linear":
         return 1.0 - progress
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"unknown schedule {schedule!r}")
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def backbone_factor(factor: float, step: int, frozen_steps: int, warmup_steps: int) -> float:
