@@ -19,10 +19,6 @@ from toolkit.recipe.deepspeed.aliases import PlaceOf
 from toolkit.recipe.tree import Tree, leaves, value_at, without
 
 
-def _always(config: Tree, world_size: int) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Refusal:
     """A key that stops the run, or one that is removed with a note (``IDLE``)."""
@@ -31,7 +27,7 @@ class Refusal:
     reason: str  # a clause
     instead: tuple[str, ...] = ()  # arguments of the command line that do what the key was for; may be empty
     default: Any = None  # DeepSpeed's own value, which requests nothing; of a section, its values by key
-    when: Callable[[Tree, int], bool] = _always  # whether the key is refused in this DeepSpeed JSON on so many ranks
+    when: Callable[[Tree, int], bool] | None = None  # whether it is refused in this JSON on so many ranks
 
 
 def _several_ranks(config: Tree, world_size: int) -> bool:
@@ -63,6 +59,7 @@ ZERO_PLUS_PLUS_IN_BF16 = (0, 19, 6)
 REMOVED = "DeepSpeed has removed it (DeepSpeed#8489)"
 OWN_CHECKPOINTS = "checkpoints are this toolkit's own: DeepSpeed writes and reads none of them"
 NO_EXPERTS = "the backbones have no experts"
+SCATTERED = "DeepSpeed refuses it where gradients are scattered: ZeRO stages 2 and 3"
 QUANTISED = ("model.quantization=nf4", "model.lora.r=16")
 OFFLOAD = "zero_optimization.offload_optimizer"
 
@@ -165,19 +162,8 @@ REFUSALS: tuple[Refusal, ...] = (
         when=_autocast,
     ),
     # --- communication
-    Refusal(
-        "prescale_gradients",
-        "DeepSpeed refuses it where gradients are scattered: ZeRO stages 2 and 3",
-        ("--ds zero1",),
-        when=_scatters,
-    ),
-    Refusal(
-        "gradient_predivide_factor",
-        "DeepSpeed refuses it where gradients are scattered: ZeRO stages 2 and 3",
-        ("--ds zero1",),
-        default=1,
-        when=_scatters,
-    ),
+    Refusal("prescale_gradients", SCATTERED, ("--ds zero1",), when=_scatters),
+    Refusal("gradient_predivide_factor", SCATTERED, ("--ds zero1",), default=1, when=_scatters),
     Refusal(
         "zero_optimization.compute_grad_norm", "every step clips by the gradient's norm or reports it", default=True
     ),
@@ -255,7 +241,7 @@ def without_refused_and_idle(
     kept = config
     for refusal in REFUSALS:
         value = value_at(kept, refusal.key)
-        if value is None or not refusal.when(config, world_size):
+        if value is None or (refusal.when and not refusal.when(config, world_size)):
             continue
         if not _requests_nothing(value, refusal.default):
             instead = f" and use {' '.join(refusal.instead)}" if refusal.instead else ""
