@@ -186,7 +186,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
 
 
 def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: int = 0) -> Iterator[Record]:
-    """The same on a running Ray cluster, whose machines must have the same folders.
+    """Build shards on a running Ray cluster, whose machines have the same folders, and yield their records.
 
     ``address`` is that of the cluster's head (``host:6379``), or ``auto`` on one of its machines. At most ``workers``
     builders run at a time; 0 = one for each processor of the cluster.

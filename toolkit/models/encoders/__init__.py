@@ -42,7 +42,7 @@ def make_pose_encoder(
 ) -> PoseEncoder:
     """The encoder that a recipe's ``model.pose_encoder`` describes, with random weights.
 
-    Args: ``settings`` is that section; the others are as in :class:`EncoderSettings`.
+    ``settings`` is that section; the others are as in :class:`EncoderSettings`.
 
     Raises:
         ValueError: ``stgcn`` without a landmark set.
