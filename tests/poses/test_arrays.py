@@ -193,8 +193,8 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
         (_npy(np.array(["a"])), "wanted numbers"),
         (_npy(np.array([None])), "no people"),
         (_npy(np.array([{"a": 1}, {}], dtype=object)), "frame 0 holds dict, wanted numbers"),
-        (_npy(_keypoints())[:-8], "cannot be read: EOF"),
-        (_npy(np.zeros((4, 133, 2))).replace(b"(4, 133, 2)", b"(9999,99,9)"), "cannot be read: EOF"),
+        (_npy(_keypoints())[:-8], "needs 6,384 bytes, and the file has 6,376"),
+        (_npy(np.zeros((4, 133, 2))).replace(b"(4, 133, 2)", b"(9999,99,9)"), "the file has 8,512"),
         (_saved(keypoints=_keypoints(), fps=0), "0 frames per second"),
         (
             _saved(keypoints=_keypoints(), scores=np.ones(5)),
@@ -231,7 +231,7 @@ def test_a_list_that_holds_itself_is_a_reason() -> None:
 
 
 def test_words_are_no_numbers() -> None:
-    with pytest.raises(PoseError, match="frame 0 holds <U1000, wanted numbers"):
+    with pytest.raises(PoseError, match="frame 0 holds str, wanted numbers"):
         read_arrays(pickle.dumps({"keypoints": [["a" * 1000] * 1000]}))
 
 

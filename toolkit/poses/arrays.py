@@ -15,12 +15,15 @@ import numpy as np
 from toolkit.poses.array_files import CONFIDENCE_NAMES, KEYPOINT_NAMES, read_named_arrays
 from toolkit.poses.layouts import FACE_68, layouts_by_size
 from toolkit.poses.people import follow_signer, locate_people_in_frames
-from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, checked_fps
+from toolkit.poses.pose_file import FloatArray, PoseError, PoseHeader, RawPose, check_dense, check_people, checked_fps
 
 DEFAULT_FPS = 25.0
 """Frame rate of arrays for which neither the file (``fps``) nor the table gives one."""
 
 _LARGEST_GROUP = 8  # more people than this, and more than frames, mean that the axes are in the wrong order
+_MOST_SHARED = 1 << 22  # numbers beyond one for each byte of the file: the same list may be in several places
+_NOBODY: FloatArray = np.zeros(0, np.float32)
+_PLAIN_NUMBERS = (int, float, np.number)
 Frames = FloatArray | list[FloatArray]
 """[frames, ...] where all frames have one shape, else one array a frame."""
 
@@ -43,7 +46,7 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
         # A damaged file makes numpy and pickle warn before it is rejected.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            return _to_pose(read_named_arrays(content), fps)
+            return _to_pose(read_named_arrays(content), fps, len(content))
     except PoseError:
         raise
     except Exception as error:  # damaged array files raise too many kinds of errors to name them
@@ -51,19 +54,19 @@ def read_arrays(content: bytes, fps: float | None = None) -> RawPose:
         raise PoseError(f"the arrays cannot be read: {reason}") from error
 
 
-def _to_pose(found: dict[str, Any], given_fps: float | None) -> RawPose:
-    """Give the arrays of a file the point names and the shape of a pose file."""
+def _to_pose(found: dict[str, Any], given_fps: float | None, size: int) -> RawPose:
+    """Give the arrays of a file of ``size`` bytes the point names and the shape of a pose file."""
     name = next((name for name in KEYPOINT_NAMES if name in found), None)
     if name is None:
         held = ", ".join(key[:40] for key in list(found)[:8]) or "nothing"
         raise PoseError(f"none of the arrays is called {', '.join(KEYPOINT_NAMES)}: the file holds {held}")
-    values = _frames(found[name], name)
+    values = _frames(found[name], name, size)
     score_name = next((name for name in CONFIDENCE_NAMES if found.get(name) is not None), None)
-    scores = None if score_name is None else _frames(found[score_name], score_name)
+    scores = None if score_name is None else _frames(found[score_name], score_name, size)
     if isinstance(values, np.ndarray) and isinstance(scores, np.ndarray | None):
         values, scores = _of_equal_frames(values, name, scores, score_name)
     else:
-        values, scores = _signer_of_frames(values, name, scores, score_name)
+        values, scores = _signer_of_frames(values, name, scores, score_name, size)
 
     points = layouts_by_size()[values.shape[2]]
     flat_layout = any(component == FACE_68 for component, _ in points)
@@ -90,29 +93,59 @@ def _header(num_points: int, dims: int) -> PoseHeader:
     return PoseHeader(0.0, points, sizes)
 
 
-def _frames(value: Any, name: str) -> Frames:
+def _frames(value: Any, name: str, size: int) -> Frames:
     """An array of all frames, or a list of numbers or of one array a frame, as float32."""
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return _numbers(value, name)
+        return _numbers(value, name, size)
     if not isinstance(value, np.ndarray | list | tuple):
         raise PoseError(f"{name} holds a {type(value).__name__}, wanted numbers")
-    frames = [_numbers(item, f"{name}, frame {number}") for number, item in enumerate(value)]
+    check_dense(len(value), min(layouts_by_size()), 2, size)
+    left = size + _MOST_SHARED
+    frames = []
+    for number, item in enumerate(value):
+        frames.append(_numbers(item, f"{name}, frame {number}", left))
+        left -= frames[-1].size
     if len({frame.shape for frame in frames}) == 1 and frames[0].size:
         return np.stack(frames)
     return frames
 
 
-def _numbers(value: Any, where: str) -> FloatArray:
+def _numbers(value: Any, where: str, most: int) -> FloatArray:
+    """An array, or nested lists of at most so many numbers."""
     if value is None:
-        return np.zeros(0, np.float32)
+        return _NOBODY
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    count = _count_numbers(value, where, {})
+    if count > most:
+        raise PoseError(f"{where}: lists that repeat each other hold {count:,} numbers, more than the file has bytes")
+    if not count:
+        return _NOBODY if isinstance(value, list | tuple) else np.asarray(value, np.float32)
     try:
-        array = np.asarray(value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value)
+        array = np.asarray(value)
     except ValueError as error:
         raise PoseError(f"{where}: the people do not all have the same number of points") from error
     if array.dtype.kind not in "fiu":
         kind = type(value).__name__ if array.dtype == object else array.dtype
         raise PoseError(f"{where} holds {kind}, wanted numbers")
     return array.astype(np.float32)
+
+
+def _count_numbers(value: Any, where: str, known: dict[int, int]) -> int:
+    """How many numbers nested lists hold; one list may be in many places, so each is counted once."""
+    if isinstance(value, _PLAIN_NUMBERS):
+        return 1
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return value.size
+    is_array = isinstance(value, np.ndarray)
+    if not isinstance(value, list | tuple) and not (is_array and value.dtype == object):
+        raise PoseError(f"{where} holds {value.dtype if is_array else type(value).__name__}, wanted numbers")
+    if id(value) not in known:
+        items = value.ravel().tolist() if is_array else value
+        known[id(value)] = sum(
+            1 if isinstance(item, _PLAIN_NUMBERS) else _count_numbers(item, where, known) for item in items
+        )
+    return known[id(value)]
 
 
 def _of_equal_frames(
@@ -130,6 +163,7 @@ def _of_equal_frames(
     frames, people = values.shape[:2]
     if people > max(frames, _LARGEST_GROUP):
         raise PoseError(f"the {name} have shape {shape}, which is {people} people in {frames} frames")
+    check_people(people)
     _check_points(values.shape[2], name)
     if scores is not None:
         if scores.size != values[..., 0].size or len(scores) != frames:
@@ -157,7 +191,7 @@ def _check_points(points: int, where: str) -> None:
 
 
 def _signer_of_frames(
-    values: Frames, name: str, scores: Frames | None, score_name: str | None
+    values: Frames, name: str, scores: Frames | None, score_name: str | None, size: int
 ) -> tuple[FloatArray, FloatArray | None]:
     """The signer alone, in the shapes of ``_of_equal_frames``, of frames whose number of people varies."""
     if scores is not None and len(scores) != len(values):
@@ -167,6 +201,8 @@ def _signer_of_frames(
     if shape is None:
         raise PoseError("the file holds no people" if people else "the file holds no frames")
     _check_points(shape[0], name)
+    check_people(max(map(len, people)))
+    check_dense(len(people), shape[0], shape[1], size)
     confidences: list[FloatArray] = []
     for number, frame in enumerate(people):
         where = f"{name}, frame {number}"

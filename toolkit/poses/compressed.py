@@ -15,6 +15,9 @@ _UNSUPPORTED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
 LARGEST_CLIP = 2**30
 
 
+_PART = 1 << 22  # gzip allocates what it is asked for
+
+
 def check_size(size: int) -> None:
     """Raise PoseError for a file that has more bytes, decompressed, than any clip."""
     if size > LARGEST_CLIP:
@@ -33,9 +36,11 @@ def decompress(content: bytes) -> bytes:
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
+        found = bytearray()
         with gzip.open(io.BytesIO(content)) as file:
-            found = file.read(LARGEST_CLIP + 1)
+            while len(found) <= LARGEST_CLIP and (part := file.read(_PART)):
+                found += part
     except (OSError, EOFError, zlib.error) as error:
         raise PoseError(f"the gzip file cannot be decompressed: {error}") from error
     check_size(len(found))
-    return found
+    return bytes(found)

@@ -94,8 +94,7 @@ def _assign(
     near = sorted(
         (distance[person, place], person, int(place))
         for place in listed
-        for person in range(len(last))
-        if np.isfinite(distance[person, place])
+        for person in np.flatnonzero(np.isfinite(distance[:, place])).tolist()
     )
     free = {int(place) for place in listed} - set(taken.values())
     for _, person, place in near:

@@ -21,6 +21,10 @@ FloatArray = npt.NDArray[np.float32]
 # Frames per second. Phones record up to 240: a file with a higher rate is wrong, a user who gives one may be right.
 _FASTEST_CLAIMED = 300
 _FASTEST_GIVEN = 1000
+MOST_PEOPLE = 32  # in a frame; following a person compares all with all
+_MOST_POINTS = 1 << 16
+# A frame that shows nobody takes two bytes of a file, or one, and as much memory as any other.
+_DENSE_PER_BYTE, _DENSE_BEYOND = 4, 100 << 20
 USUAL_FPS = (10, 120)
 """Frame rates at which sign language is usually recorded; clips of other rates are counted."""
 
@@ -171,12 +175,16 @@ def _read_header(reader: _Reader) -> PoseHeader:
     if num_components == 0:
         raise PoseError("the header names no components")
     points: list[tuple[str, str]] = []
+    total = 0
     sizes: list[tuple[int, int]] = []
     for _ in range(num_components):
         name, layout = reader.text(), reader.text()
         num_points, num_limbs, num_colors = reader.ushorts(3)
         if not 3 <= len(layout) <= 5:
             raise PoseError("the header names a point format other than XYC or XYZC")
+        total += num_points
+        if total > _MOST_POINTS:
+            raise PoseError(f"the header names more than {_MOST_POINTS:,} points")
         points += mediapipe_names(name, [reader.text() for _ in range(num_points)])
         reader.take(4 * num_limbs + 6 * num_colors)
         sizes.append((num_points, len(layout) - 1))
@@ -212,6 +220,7 @@ def _read_dense(reader: _Reader, header: PoseHeader, frames: int, people: int) -
     """The body of v0.1 and v0.2: all coordinates, then all confidences."""
     if frames == 0 or people == 0:
         raise PoseError("the file holds no frames" if frames == 0 else "the file holds no people")
+    check_people(people)
     points = len(header.points)
     return reader.floats(frames, people, points, header.dims), reader.floats(frames, people, points)
 
@@ -220,40 +229,73 @@ def _read_sparse(reader: _Reader, header: PoseHeader, frames: int) -> tuple[Floa
     """The signer in the body of v0.0: a count of people in every frame, each with a block of every component."""
     if frames == 0:
         raise PoseError("the file holds no frames")
-    width = sum(points * (dims + 1) for points, dims in header.component_sizes)
-    found: list[list[FloatArray]] = []
+    block = 2 + 4 * sum(points * (dims + 1) for points, dims in header.component_sizes)  # the first is the person's id
+    starts, counts = [], []
     for _ in range(frames):
         (people,) = reader.ushorts(1)
-        blocks = []
-        for _ in range(people):
-            reader.take(2)  # the person's id
-            blocks.append(reader.floats(width))
-        found.append(blocks)
-    if not any(found):
+        starts.append(reader.take(people * block))
+        counts.append(people)
+    if not any(counts):
         raise PoseError("the file holds no people")
+    check_people(max(counts))
     points, dims = len(header.points), header.dims
+    check_dense(frames, points, dims, len(reader.content))
 
-    places = [min(len(blocks), 1) - 1 for blocks in found]
-    if any(len(blocks) > 1 for blocks in found):
-        counts = [len(blocks) for blocks in found]
-        people_found = locate_people_in_frames(counts, lambda frame: _unpack_people(found[frame], header))
-        places = follow_signer(people_found).tolist()
+    def people_of(frame: int) -> tuple[FloatArray, FloatArray]:
+        blocks = np.frombuffer(reader.content, np.uint8, counts[frame] * block, starts[frame])
+        return _unpack_people(blocks.reshape(counts[frame], block)[:, 2:].copy().view("<f4"), header)
+
+    places = [min(count, 1) - 1 for count in counts]
+    if max(counts) > 1:
+        places = follow_signer(locate_people_in_frames(counts, people_of)).tolist()
     data, confidence = np.zeros((frames, 1, points, dims), np.float32), np.zeros((frames, 1, points), np.float32)
     for frame, place in enumerate(places):
         if place >= 0:
-            data[frame], confidence[frame] = _unpack_people(found[frame][place : place + 1], header)
+            found = people_of(frame)
+            data[frame], confidence[frame] = found[0][place], found[1][place]
     return data, confidence
 
 
-def _unpack_people(blocks: list[FloatArray], header: PoseHeader) -> tuple[FloatArray, FloatArray]:
-    """Coordinates [people, points, dims] and confidences [people, points] of some people of a v0.0 file."""
+def _unpack_people(blocks: FloatArray, header: PoseHeader) -> tuple[FloatArray, FloatArray]:
+    """Coordinates [people, points, dims] and confidences [people, points] of one frame of a v0.0 file."""
     data = np.zeros((len(blocks), len(header.points), header.dims), np.float32)
     confidence = np.zeros(data.shape[:2], np.float32)
-    for person, block in enumerate(blocks):
-        offset = point = 0
-        for count, dims in header.component_sizes:
-            part = block[offset : offset + count * (dims + 1)].reshape(count, dims + 1)
-            data[person, point : point + count, :dims] = part[:, :-1]
-            confidence[person, point : point + count] = part[:, -1]
-            offset, point = offset + count * (dims + 1), point + count
+    offset = point = 0
+    for count, dims in header.component_sizes:
+        part = blocks[:, offset : offset + count * (dims + 1)].reshape(len(blocks), count, dims + 1)
+        data[:, point : point + count, :dims] = part[..., :-1]
+        confidence[:, point : point + count] = part[..., -1]
+        offset, point = offset + count * (dims + 1), point + count
     return data, confidence
+
+
+def check_people(most: int) -> None:
+    """Refuse a clip that shows a crowd.
+
+    Args:
+        most: people of one frame.
+
+    Raises:
+        PoseError: they are too many.
+    """
+    if most > MOST_PEOPLE:
+        raise PoseError(f"the file has {most:,} people in one frame, at most {MOST_PEOPLE} are read")
+
+
+def check_dense(frames: int, points: int, dims: int, size: int) -> None:
+    """Refuse a clip that needs much more memory than its file, because most of its frames show nobody.
+
+    Args:
+        frames: their number, with or without people.
+        points: of a person.
+        dims: coordinates of a point; its confidence comes beside them.
+        size: bytes of the file.
+
+    Raises:
+        PoseError: it does.
+    """
+    needed = 4 * frames * points * (dims + 1)
+    if needed > _DENSE_PER_BYTE * size + _DENSE_BEYOND:
+        raise PoseError(
+            f"the file claims {frames:,} frames of {points:,} points and has {size:,} bytes: nearly all show nobody"
+        )
