@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import exit_code_of
+from toolkit.errors import exit_code_of, parsed
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parsed(parse)
     sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
 
 
@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_gradio()
     from toolkit.cluster.devices import choose_device
+    from toolkit.cluster.logs import show_errors_only
     from toolkit.models.loading.load import load_translator
 
+    show_errors_only()
     device = choose_device(arguments.device)
     model, processor = load_translator(arguments.model)
     model.to(device)

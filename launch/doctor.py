@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toolkit.cluster.checks import examine
 from toolkit.cluster.environment import describe_environment
 from toolkit.cluster.ops import OPS, build_ops, use_extensions_dir
-from toolkit.errors import exit_code_of
+from toolkit.errors import exit_code_of, parsed
 
 MARKS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
 
@@ -34,7 +34,7 @@ def main() -> None:
     build = commands.add_parser("build-ops", help="build DeepSpeed's C++ ops in one process")
     build.add_argument("names", nargs="*", metavar="OP", help=f"{', '.join(OPS)}; default: shm_comm")
     build.add_argument("--force", action="store_true", help="remove what a killed build left and build from scratch")
-    arguments = parser.parse_args()
+    arguments = parsed(parser.parse_args)
     use_extensions_dir()
     command = (lambda: _build(arguments)) if arguments.command == "build-ops" else (lambda: _report(arguments.json))
     sys.exit(exit_code_of(command, debug=arguments.debug))

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.cluster.failures import run_rank
 from toolkit.cluster.ranks import Ranks, check_ranks
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, parsed
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Corpus
@@ -44,9 +44,9 @@ PROGRESS_SECONDS = 5.0
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        words = parse_comparison(sys.argv[2:])
+        words = parsed(lambda: parse_comparison(sys.argv[2:]))
         sys.exit(exit_code_of(lambda: compare(words), debug=words.debug))
-    arguments = parse(sys.argv[1:])
+    arguments = parsed(lambda: parse(sys.argv[1:]))
     run_rank(lambda ranks: run(arguments, ranks), debug=arguments.debug)
 
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.cluster.devices import use_device
-    from toolkit.cluster.logs import log_to_file
+    from toolkit.cluster.logs import log_to_file, show_errors_only
     from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
     from toolkit.cluster.rendezvous import on_each_node
     from toolkit.cpu.allocator import return_freed_memory
@@ -118,6 +118,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.scoring.addends import make_bleu
     from toolkit.scoring.neural import parse_neural
 
+    show_errors_only()
     check_ranks(ranks, gpus=torch.cuda.device_count())
     use_device(ranks)
     on_each_node(lambda: fetch_translator(arguments.model))

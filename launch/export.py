@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import UserError, exit_code_of, first_line
+from toolkit.errors import UserError, exit_code_of, first_line, parsed
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parsed(parse)
     sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
 
 

@@ -31,7 +31,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import Prepared, find_or_prepare, prepare
 from toolkit.corpus.show import animate
 from toolkit.corpus.table import PRESETS
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Data
 
@@ -63,9 +63,9 @@ SETTINGS = {
 
 def main() -> None:
     if sys.argv[1:2] == ["show"]:
-        arguments = _parse_show(sys.argv[2:])
+        arguments = parsed(lambda: _parse_show(sys.argv[2:]))
         sys.exit(exit_code_of(lambda: _show(arguments), debug=arguments.debug))
-    arguments = _parse()
+    arguments = parsed(_parse)
     sys.exit(exit_code_of(lambda: _prepare(arguments), debug=arguments.debug))
 
 

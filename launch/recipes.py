@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.recipe.catalogue import catalogue, copy_recipe, millions, summarise
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
@@ -40,7 +40,7 @@ _NUMBERS = ("parameters", "trainable", "states")  # columns that are set to the 
 
 
 def main() -> None:
-    arguments = _parse()
+    arguments = parsed(_parse)
     sys.exit(exit_code_of(lambda: arguments.run(arguments), debug=arguments.debug))
 
 

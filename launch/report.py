@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.reporting.report import COMPARISON, write_comparison, write_report
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where a comparison goes (default {COMPARISON})")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args()
+    arguments = parsed(parser.parse_args)
     sys.exit(exit_code_of(lambda: _report(arguments), debug=arguments.debug))
 
 

@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING
 
 from toolkit.cluster.failures import run_rank
 from toolkit.cluster.ranks import Ranks, check_ranks
-from toolkit.errors import UserError
+from toolkit.errors import UserError, parsed
 
 if TYPE_CHECKING:
     from toolkit.recipe.resolve import ResolvedRun
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parsed(parse)
     run_rank(lambda ranks: run(arguments, ranks), debug=arguments.debug)
 
 

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import TooManyRejects, UserError, exit_code_of
+from toolkit.errors import TooManyRejects, UserError, exit_code_of, parsed
 
 if TYPE_CHECKING:
     from toolkit.inference.translate_files import Translation
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parsed(parse)
     sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
 
 

@@ -5,12 +5,17 @@ Every command in ``launch/`` ends with one of these codes; docs and tests refer 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Parsed = TypeVar("Parsed")
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # Python's own: an error that is none of the user's
@@ -126,6 +131,20 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says first, as part of a message of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")
+
+
+def parsed(parse: Callable[[], Parsed]) -> Parsed:
+    """Parse a command line; help that cannot be printed ends as other output does: ``--help | head``.
+
+    Args:
+        parse: calls an ``argparse`` parser, which prints help itself and ignores that it could not be written.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return parse()
+    except SystemExit as end:
+        sys.exit(exit_code_of(lambda: print(printed.getvalue(), end=""), debug=False) or end.code)
 
 
 def exit_code_of(command: Callable[[], None], *, debug: bool) -> int:

@@ -96,3 +96,26 @@ def test_training_into_a_path_below_a_file_is_one_error(place: Path) -> None:
     errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "file" in errors[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.py")))
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_help_that_cannot_be_printed(script: str, output: str, tmp_path: Path) -> None:
+    """``--help | head`` where the help is longer than a buffer: the description is made so long."""
+    lengthened = (
+        "import argparse, runpy, sys; make = argparse.ArgumentParser.__init__\n"
+        "def longer(self, *a, **k): make(self, *a, **k | {'description': 'word ' * 9000})\n"
+        "argparse.ArgumentParser.__init__ = longer; sys.argv[0] = sys.argv.pop(1)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    if output == "closed":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    with os.fdopen(writer, "w") as file:
+        command = [sys.executable, "-c", lengthened, str(LAUNCH / script), "--help"]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == {"closed": 141, "full": 2}[output], done.stderr
+    assert done.stderr.split()[0] == {"closed": "interrupted:", "full": "error:"}[output], done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -16,10 +16,6 @@ def test_a_shipped_recipe_has_none(name: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "named"),
     [
-        ("t5_small", ["model.from_scratch=true"], "evaluation.no_repeat_ngram_size=3"),
-        ("t5_small", ["model.from_scratch=true", "model.tokenizer=bytes"], "evaluation.no_repeat_ngram_size=0"),
-        ("byt5_small", ["evaluation.no_repeat_ngram_size=2"], "evaluation.no_repeat_ngram_size=2"),
-        ("t5_small", ["model.backbone=google/byt5-base"], "evaluation.no_repeat_ngram_size=3"),
         ("t5_small", ["training.warmup_ratio=1"], "training.warmup_ratio=1.0"),
         ("demo", ["data.table=T.csv"], "data.table=T.csv"),
         ("demo", ["data.poses=P"], "data.poses=P"),

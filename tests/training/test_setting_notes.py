@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
+from toolkit.models.tokenizers import make_tokenizer, train_tokenizer
 from toolkit.recipe.load import load_recipe
 from toolkit.training.setting_notes import setting_notes
 
@@ -15,15 +16,22 @@ LONG = ["a first sentence of words", "and a second one"]
 METADATA = {"fps": 12.5, "max_frames": 300, "min_frames": 2, "too_long": "subsample", "no_hands": "keep"}
 
 
-def notes(*overrides: str, dev: list[str] | None = LONG, steps: int = 1000, epoch_steps: int = 100) -> list[str]:
+def notes(
+    *overrides: str,
+    dev: list[str] | None = LONG,
+    steps: int = 1000,
+    epoch_steps: int = 100,
+    tokenizer: Any = None,
+    repeats: int = 0,
+) -> list[str]:
     splits = {"train": SimpleNamespace(texts=LONG)} | ({"dev": SimpleNamespace(texts=dev)} if dev else {})
     corpus: Any = SimpleNamespace(
         splits=splits,
         metadata=SimpleNamespace(**METADATA, shared_texts="keep"),
         landmark_set=SimpleNamespace(name="hands_body_50"),
     )
-    recipe = load_recipe("t5_small", ["data.corpus=C", *overrides])
-    return list(setting_notes(recipe, corpus, ByT5Tokenizer(), steps=steps, epoch_steps=epoch_steps))
+    recipe = load_recipe("t5_small", ["data.corpus=C", f"evaluation.no_repeat_ngram_size={repeats}", *overrides])
+    return list(setting_notes(recipe, corpus, tokenizer or ByT5Tokenizer(), steps=steps, epoch_steps=epoch_steps))
 
 
 def test_settings_that_go_together_get_no_note() -> None:
@@ -61,3 +69,16 @@ def test_words_are_those_of_the_score() -> None:
     assert notes("evaluation.tokenize=zh", dev=chinese) == []
     assert notes("evaluation.select_by=bleu1", dev=["one", "two"]) == []
     assert notes("evaluation.select_by=cer", dev=["one", "two"]) == []
+
+
+def test_a_tokenizer_of_bytes_is_known_by_its_tokens(tmp_path) -> None:
+    """A model in a folder of any name has it, too."""
+    texts = ["Stop, go, stop नमस्ते"] * 8
+    for tokenizer in (ByT5Tokenizer(), make_tokenizer("bytes")):
+        tokenizer.save_pretrained(tmp_path / "mine")
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "mine")
+        (note,) = notes(repeats=3, tokenizer=loaded)
+        assert "evaluation.no_repeat_ngram_size=3" in note and "set evaluation.no_repeat_ngram_size=0" in note
+        assert notes(repeats=0, tokenizer=loaded) == []
+    words = train_tokenizer(texts)
+    assert notes(repeats=3, tokenizer=words) == []

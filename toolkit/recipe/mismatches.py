@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from toolkit.recipe.model_cards import tokenizer_of
 from toolkit.recipe.schema import POSE_ENCODER_DEFAULTS, Model, Quantization, Recipe
 from toolkit.recipe.tree import value_at
 
@@ -22,12 +21,6 @@ def mismatches(recipe: Recipe) -> list[str]:
         for key, reason in _not_read(recipe)
         if (value := value_at(given, key)) not in (None, value_at(_DEFAULTS, key))
     ]
-    size, tokenizer = recipe.evaluation.no_repeat_ngram_size, tokenizer_of(recipe.model)
-    if size and (tokenizer == "bytes" or "byt5" in tokenizer.lower()):
-        notes.append(
-            f"evaluation.no_repeat_ngram_size={size} counts bytes with this tokenizer, and most texts repeat {size} of "
-            "them: set evaluation.no_repeat_ngram_size=0"
-        )
     if recipe.training.warmup_ratio == 1:
         notes.append("training.warmup_ratio=1.0 raises the learning rate to the last step: set a share such as 0.1")
     return notes

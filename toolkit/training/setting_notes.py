@@ -29,6 +29,8 @@ def setting_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any, *, steps: int,
             f"training.freeze_backbone_steps={training.freeze_backbone_steps} and the run has {steps} steps: the "
             "backbone does not train"
         )
+    if note := _repeated_bytes(recipe.evaluation.no_repeat_ngram_size, tokenizer):
+        yield note
     dev = corpus.splits.get("dev")
     yield from _evaluation_intervals(training, math.ceil(steps / epoch_steps) if dev else 0)
     if dev:
@@ -49,6 +51,17 @@ def _evaluation_intervals(training: Training, epochs: int) -> Iterator[str]:
             f"training.early_stopping={training.early_stopping} has no effect: the run scores a dev split "
             f"{evaluations} times"
         )
+
+
+def _repeated_bytes(size: int, tokenizer: Any) -> str | None:
+    """A note on n-grams that may not repeat where the tokens are bytes, whatever the tokenizer is called."""
+    probe = "Stop नमस्ते"
+    if not size or len(tokenizer(probe, add_special_tokens=False)["input_ids"]) < len(probe.encode()):
+        return None
+    return (
+        f"evaluation.no_repeat_ngram_size={size} counts bytes with this tokenizer, and most texts repeat {size} of "
+        "them: set evaluation.no_repeat_ngram_size=0"
+    )
 
 
 def _search(evaluation: Evaluation, references: Sequence[str], tokenizer: Any) -> Iterator[str]:
