@@ -39,6 +39,7 @@ from toolkit.corpus.packed import Clip, Corpus, Metadata, Split
 from toolkit.corpus.prepare import prepare
 from toolkit.corpus.writer import finish_corpus, finish_split, shard_name, write_shard
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.loss import token_loss
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.augmentation import augment, draw_lengths
 from toolkit.poses.features import extract_features
@@ -46,7 +47,6 @@ from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import resolve
 from toolkit.recipe.schema import Augmentation, Data
-from toolkit.training.loss import token_loss
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 CHART = Path(__file__).parents[1] / "docs" / "pictures" / "data.png"

@@ -34,9 +34,9 @@ from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import saved_state_dict
+from toolkit.models.loss import token_loss
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.engine import make_engine
-from toolkit.training.loss import token_loss
 from toolkit.training.monitoring.gradient_guard import GradientGuard
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import open_trainer, start_loader

@@ -21,7 +21,7 @@ NAMES = {
         "_non_persistent_buffers_set",
     ],
     "torch/_C/_VariableFunctions.pyi": ["_softmax_backward_data"],
-    "torch/_C/__init__.pyi": ["_base"],
+    "torch/_C/__init__.pyi": ["_base", "_cdata"],
     "torch/distributed/distributed_c10d.py": ["_get_default_store"],
     "transformers/models/t5/modeling_t5.py": ["variance_epsilon"],
     "transformers/configuration_utils.py": ["_attn_implementation"],

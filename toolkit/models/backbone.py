@@ -178,6 +178,21 @@ def cast_position_tables(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, key, table.to(dtype))
 
 
+def layer_list(stack: nn.Module) -> nn.ModuleList:
+    """The layers of an encoder or decoder, from the bottom; empty where it has none.
+
+    Every family has them in one ``ModuleList``: ``block`` in T5, ``layers`` in BART and M2M, ``encoder.layer`` in BERT,
+    ``transformer.h`` in GPT-2. It is the first one that a walk from the stack's top meets.
+    """
+    lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList) and len(module))
+    return next(lists, nn.ModuleList())
+
+
+def stack_layers(stack: nn.Module) -> list[nn.Module]:
+    """The same as a list, which outlives changes of the stack."""
+    return list(layer_list(stack))
+
+
 def takes_vectors(backbone: PreTrainedModel) -> bool:
     """Whether the encoder reads vectors in place of token ids."""
     return "inputs_embeds" in inspect.signature(backbone.get_encoder().forward).parameters

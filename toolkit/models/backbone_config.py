@@ -61,12 +61,8 @@ def backbone_config(model: Model) -> PreTrainedConfig:
     return config
 
 
-def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fit a configuration, in place, to a run: its dropout, its vocabulary, how its texts begin and end.
-
-    Raises:
-        UserError: published weights do not have as many embedding rows as the tokenizer has tokens.
-    """
+def fit_dropout(config: PreTrainedConfig, model: Model) -> None:
+    """Set, in place, a configuration's dropout to the recipe's; no layer is dropped."""
     for part in _parts(config):
         for key in DROPOUT_KEYS:
             if model.dropout is not None and hasattr(part, key):
@@ -74,6 +70,15 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
         for key in LAYER_DROP_KEYS:
             if hasattr(part, key):
                 setattr(part, key, 0.0)
+
+
+def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fit a configuration, in place, to a run: its dropout, its vocabulary, how its texts begin and end.
+
+    Raises:
+        UserError: published weights do not have as many embedding rows as the tokenizer has tokens.
+    """
+    fit_dropout(config, model)
     card = card_of(model)
     if has_random_weights(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
         _fit_vocabulary(config, tokenizer)
@@ -127,13 +132,19 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield from {id(part): part for part in (config, encoder_config(config), decoder_config(config))}.values()
 
 
+def fit_rows(config: PreTrainedConfig, tokens: int) -> None:
+    """Set, in place, how many tokens a configuration for random weights has."""
+    for part in _parts(config):
+        part.vocab_size = tokens
+        if hasattr(part, "decoder_vocab_size"):
+            part.decoder_vocab_size = tokens
+
+
 def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fit a configuration for random weights to another vocabulary than its published one."""
     starts_with_padding = config.decoder_start_token_id == config.pad_token_id
+    fit_rows(config, len(tokenizer))
     for part in _parts(config):
-        part.vocab_size = len(tokenizer)
-        if hasattr(part, "decoder_vocab_size"):
-            part.decoder_vocab_size = len(tokenizer)
         part.pad_token_id = tokenizer.pad_token_id
         part.eos_token_id = tokenizer.eos_token_id
         # Ids of the published vocabulary, which mean something else in this one.

@@ -72,14 +72,45 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
         )
 
 
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a translator.
+
+    Attributes:
+        numel: its numbers.
+        trained: whether it trains.
+        packed: whether it is held in int8 or NF4.
+    """
+
+    numel: int
+    trained: bool
+    packed: bool = False
+
+
+def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTranslator, list[Weight]]:
+    """The recipe's translator with its adapters, on the meta device, and each of its parameters once."""
+    translator = empty_translator(config, recipe)
+    packed = _packed(translator, recipe)
+    with torch.device("meta"):
+        adapt(translator, recipe.model)
+    weights = [Weight(item.numel(), item.requires_grad, id(item) in packed) for item in translator.parameters()]
+    return translator, weights
+
+
+def _packed(translator: PoseTranslator, recipe: Recipe) -> set[int]:
+    """Identities of the weights that are held in int8 or NF4."""
+    backbone, quantization = translator.backbone, recipe.model.quantization
+    paths = packable(backbone, quantization) if quantization else set()
+    return {id(weight) for path in paths for weight in backbone.get_submodule(path).parameters()}
+
+
 def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
     """Count with a backbone of this configuration."""
     model = recipe.model
     translator = empty_translator(config, recipe)
     backbone = translator.backbone
     numbers = _sum(backbone.parameters())
-    paths = packable(backbone, model.quantization) if model.quantization else set()
-    packed = {id(weight) for path in paths for weight in backbone.get_submodule(path).parameters()}
+    packed = _packed(translator, recipe)
     with torch.device("meta"):
         adapt(translator, model)
     parameters = list(backbone.parameters())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from toolkit.batching.collate import IGNORED_LABEL, Batch
+from toolkit.batching.collate import Batch
 from toolkit.batching.loader import TrainBatches
 from toolkit.batching.order import steps_per_epoch
 from toolkit.checkpointing.checkpoints import Progress
@@ -25,6 +25,7 @@ from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
 from toolkit.models.loading.weights import save_model, saved_state_dict
+from toolkit.models.loss import translation_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.recipe.resolve import ResolvedRun
@@ -35,7 +36,6 @@ from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
 from toolkit.training.engine import gradient_norm, set_learning_rate
 from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
-from toolkit.training.loss import ctc_loss, token_loss
 from toolkit.training.monitoring.gradient_guard import GradientGuard, TrainingStopped
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.loss_spikes import LossSpikes
@@ -217,18 +217,15 @@ class Trainer:
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
         training = self.recipe.training
-        output = self.engine(
-            poses=batch.poses,
-            visible=batch.visible,
-            frame_mask=batch.frame_mask,
-            labels=batch.labels,
-            labelled_only=True,
+        return translation_losses(
+            self.engine,
+            batch.poses,
+            batch.visible,
+            batch.frame_mask,
+            batch.labels,
+            self.special_ids,
+            label_smoothing=training.label_smoothing if self.engine.training else 0.0,
         )
-        counted = batch.labels[batch.labels != IGNORED_LABEL]
-        nll = token_loss(output.logits, counted, training.label_smoothing if self.engine.training else 0.0)
-        if output.ctc_logits is None:
-            return nll, torch.zeros_like(nll)
-        return nll, ctc_loss(output.ctc_logits, output.encoder_mask, batch.labels, self.special_ids)
 
     def _sum_over_ranks(self, own: list[float], batches: Sequence[Batch]) -> list[float]:
         """Sum this rank's losses and request to stop over all ranks.

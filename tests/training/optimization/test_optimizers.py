@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, EncoderDecoderConfig, EncoderDecoderModel
 
+from toolkit.models.backbone import stack_layers
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.optimization.learning_rate_layers import places, stack_layers
+from toolkit.training.optimization.learning_rate_layers import places
 from toolkit.training.optimization.optimizers import client_optimizer, muon_rate, parameter_groups
 
 SMALL: dict[str, dict[str, Any]] = {

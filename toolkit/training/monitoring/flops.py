@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
 from toolkit.cpu.linear import has_fast_bf16
-from toolkit.training.optimization.learning_rate_layers import stack_layers
+from toolkit.models.backbone import stack_layers
 
 PEAK_TRIALS = 4
 

@@ -1,8 +1,4 @@
-"""The layer of the backbone that each parameter is in, found from the modules so that no family needs a table of names.
-
-Every family has the layers of a stack in one ``ModuleList``: ``block`` in T5, ``layers`` in BART and M2M,
-``encoder.layer`` in BERT, ``transformer.h`` in GPT-2. It is the first one that a walk from the stack's top meets.
-"""
+"""The layer of the backbone that each parameter is in, found from the modules: no family needs a table of names."""
 
 from __future__ import annotations
 
@@ -12,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from toolkit.models.backbone import stack_layers
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,6 @@ def places(model: nn.Module) -> dict[str, Place]:
         for name, parameter in model.named_parameters()
         if name.startswith("backbone.")
     }
-
-
-def stack_layers(stack: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder or decoder, from the bottom; empty where it has none."""
-    lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList) and len(module))
-    return list(next(lists, []))
 
 
 def _embeddings(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.training.loss import ctc_loss, token_loss
+from toolkit.models.loss import ctc_loss, token_loss
 
 VOCABULARY = 7
 SPECIAL = torch.tensor([0, 1])

@@ -15,8 +15,13 @@ from torch.nn import functional
 
 from toolkit.batching.collate import IGNORED_LABEL
 
+# Scores that are computed in fp32 at once: what fits a CPU's cache, and what occupies a GPU.
+CPU_SCORES, GPU_SCORES = 2**19, 2**27
 
-def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+
+def token_loss(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, scores_at_once: int | None = None
+) -> Tensor:
     """Summed negative log-likelihood of the labels, in nats.
 
     Computed in fp32, a few rows at a time: the scores of a vocabulary are the largest tensors of a step, and fp32
@@ -26,47 +31,75 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
         logits: [..., tokens, vocabulary].
         labels: [..., tokens], -100 where nothing counts.
         label_smoothing: share of the target mass spread over the vocabulary (Szegedy et al. 2016).
+        scores_at_once: how many scores are computed in fp32 at once; None = as suits the device.
     """
-    return _TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), label_smoothing)
+    at_once = scores_at_once or (GPU_SCORES if logits.is_cuda else CPU_SCORES)
+    return _TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), label_smoothing, at_once)
 
 
 class _TokenLoss(torch.autograd.Function):
     """Cross-entropy that saves the logits and one number per row, and computes the gradient from them."""
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    def forward(context: Any, logits: Tensor, labels: Tensor, smoothing: float, at_once: int) -> Tensor:
         counts = labels != IGNORED_LABEL
         targets = labels.where(counts, 0)[:, None]
         norms = torch.empty(len(logits), device=logits.device)
         losses = torch.empty_like(norms)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, at_once):
             scores = logits[rows].float()
             norms[rows] = scores.logsumexp(dim=-1)
             expected = (1 - smoothing) * scores.gather(-1, targets[rows]).squeeze(-1)
             losses[rows] = norms[rows] - expected - (smoothing * scores.mean(dim=-1) if smoothing else 0.0)
         context.save_for_backward(logits, counts, targets, norms)
-        context.smoothing = smoothing
+        context.smoothing, context.at_once = smoothing, at_once
         return losses.where(counts, 0.0).sum()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, counts, targets, norms = context.saved_tensors
         smoothing, result = context.smoothing, torch.empty_like(logits)
         weights = (gradient * counts)[:, None]
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, context.at_once):
             slopes = logits[rows].float().sub_(norms[rows, None]).exp_()
             if smoothing:
                 slopes.sub_(smoothing / logits.shape[-1])
             slopes.scatter_add_(-1, targets[rows], slopes.new_full((len(slopes), 1), smoothing - 1))
             result[rows] = slopes.mul_(weights[rows])
-        return result, None, None
+        return result, None, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows that together fit a CPU's cache, or occupy a GPU."""
-    rows = max(1, (2**27 if logits.is_cuda else 2**19) // logits.shape[-1])
+def _chunks(logits: Tensor, at_once: int) -> Iterator[slice]:
+    """Rows that together have so many scores."""
+    rows = max(1, at_once // logits.shape[-1])
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
+
+
+def translation_losses(
+    model: Any,
+    poses: Tensor,
+    visible: Tensor,
+    frame_mask: Tensor,
+    labels: Tensor,
+    special_ids: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    scores_at_once: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed token loss and CTC loss of a micro-batch, in nats; the second is 0 without a CTC head.
+
+    Args:
+        model: a translator, or the engine around one.
+        poses, visible, frame_mask, labels: of the micro-batch.
+        special_ids: as for :func:`ctc_loss`.
+        label_smoothing, scores_at_once: as for :func:`token_loss`.
+    """
+    output = model(poses=poses, visible=visible, frame_mask=frame_mask, labels=labels, labelled_only=True)
+    nll = token_loss(output.logits, labels[labels != IGNORED_LABEL], label_smoothing, scores_at_once)
+    if output.ctc_logits is None:
+        return nll, torch.zeros_like(nll)
+    return nll, ctc_loss(output.ctc_logits, output.encoder_mask, labels, special_ids)
 
 
 def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Say what a recipe needs before it runs: memory of every rank, host and disk under each DeepSpeed JSON, the largest
+micro-batch that fits, and which JSON to take. It needs no GPU, no weights and no hub.
+
+python launch/plan.py --recipe t5_3b_lora --gpus 8 --gpu-memory 24GiB
+python launch/plan.py --recipe t5_large --gpus 16 --nodes 2 --gpu-memory 40GiB --host-memory 256GiB --nvme 1TB
+python launch/plan.py --recipe t5_small --gpus 1 --gpu-memory 8GiB --ds zero2 training.micro_batch_size=32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toolkit.errors import UserError, exit_code_of
+from toolkit.planning.hardware import Hardware, parse_size
+from toolkit.recipe.deepspeed.json_file import ds_config_names
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+OVERRIDES = "Further arguments key=value change the recipe, as for launch/train.py."
+
+
+def main() -> None:
+    arguments = _parse()
+    sys.exit(exit_code_of(lambda: plan(arguments), debug=arguments.debug))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=OVERRIDES
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe's name or the path of its YAML file")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of all nodes together (default 1)")
+    parser.add_argument("--gpu-memory", default="24GiB", metavar="SIZE", help="memory of each (default 24GiB)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that they are in (default 1)")
+    parser.add_argument("--host-memory", metavar="SIZE", help="main memory of each node; not checked without")
+    parser.add_argument("--nvme", metavar="SIZE", help="free disk of each node, for offloading")
+    parser.add_argument("--ds", default="all", metavar="NAME", help="one DeepSpeed JSON, or all (default)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments, rest = parser.parse_known_args()
+    if wrong := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    arguments.overrides = rest
+    return arguments
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print the plan.
+
+    Raises:
+        UserError: the hardware is none, no JSON goes with the recipe, or not one clip fits.
+    """
+    hardware = Hardware(
+        gpus=arguments.gpus,
+        gpu_memory=parse_size(arguments.gpu_memory, "--gpu-memory"),
+        nodes=arguments.nodes,
+        host_memory=arguments.host_memory and parse_size(arguments.host_memory, "--host-memory"),
+        nvme=arguments.nvme and parse_size(arguments.nvme, "--nvme"),
+    )
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    names = ds_config_names() if arguments.ds == "all" else [arguments.ds]
+    if recipe.deepspeed not in names and arguments.ds == "all":
+        names.append(recipe.deepspeed)  # of the user's own
+    runs: dict[str, ResolvedRun | UserError] = {}
+    for name in sorted(names, key=lambda name: (name != recipe.deepspeed, name)):
+        try:
+            runs[name] = resolve_named(
+                arguments.recipe, arguments.overrides, hardware.gpus, has_gpu=True, ds=name, needs_data=False
+            )
+        except UserError as error:
+            runs[name] = error
+    if all(isinstance(run, UserError) for run in runs.values()):
+        raise next(run for run in runs.values() if isinstance(run, UserError))
+
+    from toolkit.planning.comparison import compare  # it imports torch
+    from toolkit.planning.plan import Subject
+    from toolkit.planning.table import as_dict, as_text
+    from toolkit.planning.workload import workload_of
+
+    workload = workload_of(recipe, hardware.gpus)
+    subject = Subject.of(recipe)
+    comparison = compare(subject, runs, hardware, workload, recipe.deepspeed)
+    command = [f"--recipe {arguments.recipe}", *arguments.overrides]
+    if arguments.json:
+        print(json.dumps(as_dict(comparison, recipe, hardware, workload, command)))
+    else:
+        print(as_text(comparison, subject, hardware, workload, command))
+    if comparison.recommended is None:
+        best = max(comparison.advice, key=lambda advice: (advice.fits, advice.gain), default=None)
+        raise UserError(
+            f"recipe {recipe.name}: not one clip fits on {hardware.in_words()}",
+            f"{best.change}: {best.settings}" if best else "give larger GPUs, or a smaller backbone",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`launch/plan.py`: its table, its JSON and its bad input."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit.recipe.deepspeed.json_file import ds_config_names
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "plan.py"
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_every_json_is_planned_for_t5_3b_with_lora() -> None:
+    done = plan("--recipe", "t5_3b_lora", "--gpus", "8", "--gpu-memory", "24GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {row["deepspeed"]: row for row in found["jsons"]}
+    assert rows.keys() == set(ds_config_names())
+    for row in rows.values():
+        assert {"fits", "per_rank_gib", "host_gib", "max_micro_batch", "relative_speed"} <= row.keys()
+    zero2, zero3 = rows["zero2"]["per_rank_gib"], rows["zero3"]["per_rank_gib"]
+    # 2,851.6 M frozen weights in bf16: 5.31 GiB, and an eighth of them at stage 3.
+    assert zero2["frozen weights"] == pytest.approx(5.31, abs=0.01)
+    assert zero3["frozen weights"] == pytest.approx(5.31 / 8, abs=0.01)
+    assert rows["zero2_fp16"]["conflicts"]
+    assert rows["zero2_fp16"]["per_rank_gib"] is None
+    assert found["recommended"] in rows
+    assert rows[found["recommended"]]["max_micro_batch"] >= 1
+    assert f"--ds {found['recommended']}" in found["command"]
+    assert max(row["relative_speed"] or 0 for row in rows.values()) == 1.0
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert peak < 2, "no weights are made"
+
+
+def test_the_table_says_what_a_rank_holds_and_what_to_run() -> None:
+    done = plan("--recipe", "t5_small", "--gpus", "2", "--gpu-memory", "12GiB", "--ds", "zero2")
+    assert done.returncode == 0, done.stderr
+    assert "128 clips = 2 ranks x 4 micro-batches of 16" in done.stdout
+    assert "activations" in done.stdout
+    assert (
+        "deepspeed --num_gpus 2 launch/train.py --recipe t5_small --ds zero2 training.micro_batch_size=" in done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--recipe", "t5_small", "--gpus", "0"),
+        ("--recipe", "t5_small", "--gpus", "3", "--nodes", "2"),
+        ("--recipe", "t5_small", "--gpu-memory", "24 parsecs"),
+        ("--recipe", "t5_small", "--gpu-memory", "9999TiB"),
+        ("--recipe", "no_such_recipe"),
+        ("--recipe", "t5_small", "--ds", "no_such_json"),
+        ("--recipe", "t5_small", "training.epoch=3"),
+        ("--recipe", "t5_small", "model.backbone=./no/such/model"),
+    ],
+)
+def test_bad_input_is_two_lines(arguments: tuple[str, ...]) -> None:
+    done = plan(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_card_for_not_one_clip_gets_advice() -> None:
+    done = plan("--recipe", "t5_base", "--gpu-memory", "1500MiB", "--ds", "zero2", "--json")
+    assert done.returncode == 2
+    found = json.loads(done.stdout)
+    assert found["recommended"] is None
+    assert {"settings", "gain_gib", "fits"} <= found["advice"][0].keys()
+    assert "not one clip fits" in done.stderr
+
+
+def test_a_corpus_that_is_not_prepared_is_replaced_by_the_maxima(tmp_path: Path) -> None:
+    corpus = tmp_path / "nothing"
+    done = plan("--recipe", "t5_small", "--ds", "zero1", "--json", f"data.corpus={corpus}")
+    assert done.returncode == 0, done.stderr
+    workload = json.loads(done.stdout)["workload"]
+    assert str(corpus) in workload
+    assert "300 frames" in workload

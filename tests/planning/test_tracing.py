@@ -1,0 +1,95 @@
+"""Traced passes against real ones on the CPU, and the extrapolation of depth and of the micro-batch against traces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolkit.models.backbone import layer_list
+from toolkit.models.backbone_config import backbone_config, fit_dropout
+from toolkit.models.loss import GPU_SCORES, translation_losses
+from toolkit.planning import tracing
+from toolkit.planning.counts import adapted_translator
+from toolkit.planning.tracing import shorten, trace
+from toolkit.recipe.load import load_recipe
+
+SHAPE = {"clips": 4, "frames": 60, "tokens": 9}
+
+
+def empty(name: str, *overrides: str):
+    recipe = load_recipe(name, [*overrides, "model.from_scratch=true"])
+    config = backbone_config(recipe.model)
+    fit_dropout(config, recipe.model)
+    return adapted_translator(config, recipe)[0]
+
+
+@pytest.mark.parametrize("name", ["t5_small", "bart_large", "m2m100", "byt5_small"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_left_out_count_as_if_they_were_traced(
+    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SHAPE, "dtype": torch.bfloat16, "checkpointing": checkpointing}
+    from_two = trace(shorten(empty(name)), **settings)
+    monkeypatch.setattr(tracing, "LAYERS", 99)
+    whole = trace(shorten(empty(name)), **settings)
+    assert from_two.saved == pytest.approx(whole.saved, rel=0.01)
+    assert from_two.peak == pytest.approx(whole.peak, rel=0.03)
+    assert from_two.flops == pytest.approx(whole.flops, rel=0.001)
+    assert from_two.kernels == pytest.approx(whole.kernels, rel=0.08)
+
+
+def test_saved_bytes_are_those_of_a_real_pass() -> None:
+    """Without dropout and attention the kernels of a CPU keep what those of a GPU keep."""
+    overrides = ("model.dropout=0", "model.pose_encoder.dropout=0", "model.tiny=true")
+    traced = trace(shorten(empty("t5_small", *overrides)), **SHAPE, dtype=torch.float32)
+    model = empty("t5_small", *overrides).to_empty(device="cpu").train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    clips, frames, tokens = SHAPE.values()
+    points, channels = model.config.num_points, model.config.num_channels
+    mask = torch.ones(clips, frames, dtype=torch.bool)
+    mask[0, 50:] = False
+    with tracing.as_on_gpu(autocast=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        translation_losses(
+            model,
+            torch.randn(clips, frames, points, channels),
+            torch.ones(clips, frames, points, dtype=torch.bool),
+            mask,
+            torch.randint(3, 30, (clips, tokens)),
+            torch.tensor([0]),
+            label_smoothing=0.1,
+            scores_at_once=GPU_SCORES,
+        )
+    # What lives beside it: the inputs and the losses.
+    assert traced.saved == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+def test_a_quarter_of_the_clips_takes_a_quarter() -> None:
+    shortened = shorten(empty("t5_small"))
+    small, large = (trace(shortened, **{**SHAPE, "clips": clips}, dtype=torch.bfloat16) for clips in (4, 16))
+    assert large.saved == pytest.approx(4 * small.saved, rel=0.02)
+
+
+def test_adapters_train_with_fewer_saved_tensors() -> None:
+    full = trace(shorten(empty("t5_base")), **SHAPE, dtype=torch.bfloat16)
+    lora = trace(shorten(empty("t5_base", "model.lora.r=16")), **SHAPE, dtype=torch.bfloat16)
+    assert lora.flops < 0.8 * full.flops
+
+
+def test_the_model_is_as_it_was_after_a_trace() -> None:
+    functional = torch.nn.functional
+    before = (functional.dropout, functional.linear, functional.scaled_dot_product_attention, torch.matmul)
+    shortened = shorten(empty("demo", "model.tiny=true"))
+    trace(shortened, **SHAPE, dtype=torch.float32, autocast=True, ctc_weight=1.0)
+    assert (functional.dropout, functional.linear, functional.scaled_dot_product_attention, torch.matmul) == before
+    assert all(parameter.grad is None for parameter in shortened.model.parameters())
+    assert len(layer_list(shortened.model.backbone.get_encoder())) <= 2

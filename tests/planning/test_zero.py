@@ -1,0 +1,78 @@
+"""What DeepSpeed holds, for a billion weights: the ZeRO paper's figures, and what its optimizers add to them."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.planning.counts import Weight
+from toolkit.planning.zero import ZeroMemory, zero_memory
+from toolkit.recipe.deepspeed.json_file import load_deepspeed
+from toolkit.recipe.load import load_recipe
+
+BILLION = [Weight(10**7, True)] * 100
+
+
+def memory(
+    ds: str, ranks: int = 1, *, weights: list[Weight] = BILLION, recipe: str = "t5_small", **zero: object
+) -> ZeroMemory:
+    config = load_deepspeed(ds)
+    config["zero_optimization"] |= zero
+    return zero_memory(weights, load_recipe(recipe), config, ranks)
+
+
+def states(item: ZeroMemory) -> float:
+    return item.trained + item.master + item.moments + item.kept_gradients + item.gradients
+
+
+@pytest.mark.parametrize(
+    ("ds", "bytes_of_one", "bytes_of_eight"),
+    [
+        ("zero0", 16, 16),  # fp32: weight, gradient, two moments; no copy
+        ("zero1", 20, 2 + 4 + 2 + 12 / 8),  # whole fp32 and bf16 gradients stay
+        ("zero2", 18, 2 + 16 / 8),
+        ("zero2_bf16_states", 10, 2 + 8 / 8),
+        ("zero2_autocast", 20, 4 + 16 / 8),
+        ("zero3", 18, 18 / 8),
+        ("zero3_bf16_states", 10, 10 / 8),
+    ],
+)
+def test_bytes_a_parameter(ds: str, bytes_of_one: float, bytes_of_eight: float) -> None:
+    assert states(memory(ds)) == pytest.approx(bytes_of_one * 1e9)
+    assert states(memory(ds, 8)) == pytest.approx(bytes_of_eight * 1e9)
+
+
+def test_offloaded_states_are_on_the_host() -> None:
+    item = memory("zero2_offload", 2)
+    assert (item.master, item.moments) == (0, 0)
+    assert item.host == pytest.approx((16 + 2) * 1e9 / 2)
+    assert item.pinned == item.host
+    on_disk = memory("zero3_nvme", 2)
+    assert on_disk.nvme == pytest.approx(16e9 / 2)
+    assert (on_disk.trained, on_disk.master) == (0, 0)
+
+
+def test_buckets_have_the_size_of_the_json() -> None:
+    assert memory("zero2").buckets == 50_000_000 * 2
+    assert memory("zero2_autocast").buckets == 2 * 50_000_000 * 4  # one for each type that is sent
+    assert memory("zero2", reduce_bucket_size=1000).buckets == 2000
+
+
+def test_stage_3_gathers_no_more_than_it_may() -> None:
+    assert memory("zero3", 8).gathered == pytest.approx(2e9)
+    assert memory("zero3", 8, stage3_max_live_parameters=10**8).gathered == pytest.approx(2e8)
+
+
+def test_frozen_weights_have_no_gradients_and_quantised_ones_half_a_byte() -> None:
+    frozen = [Weight(10**9, False), Weight(10**6, True)]
+    item = memory("zero2", weights=frozen)
+    assert (item.frozen, item.gradients) == (2e9, 4e6)
+    packed = memory("zero2", weights=[Weight(10**9, False, packed=True), *BILLION[:1]], recipe="t5_3b_qlora")
+    assert packed.packed == pytest.approx(0.516e9, rel=1e-3)
+    assert packed.unpacked == 2e9
+
+
+def test_one_rank_sends_nothing_and_stage_2_sends_again() -> None:
+    assert memory("zero2").sent == 0
+    assert memory("zero1", 8).sent_again == 0
+    assert memory("zero2", 8).sent_again > 0
+    assert memory("zero3", 8).sent > memory("zero2", 8).sent

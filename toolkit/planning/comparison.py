@@ -1,0 +1,200 @@
+"""Every DeepSpeed JSON for one recipe and hardware: which fit, which is fastest, what to change where none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.planning.hardware import Hardware
+from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
+from toolkit.planning.speed import step_seconds
+from toolkit.planning.workload import Workload, from_maxima
+from toolkit.recipe.resolve import ResolvedRun, resolve
+from toolkit.recipe.schema import Lora, Quantization
+from toolkit.recipe.tree import Tree, value_at
+
+OFFLOAD = "zero3_offload"  # what leaves least on a device
+CLOSE = 0.95  # of the best speed: the recipe's own JSON is kept within it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One DeepSpeed JSON.
+
+    Attributes:
+        name: of the JSON.
+        conflicts: why it cannot be used with this recipe, in words; then there is no plan.
+        plan: with the recipe's micro-batch.
+        lacking: what the hardware has too little of.
+        max_micro_batch: the most clips of a forward pass that fit; 0 = not one.
+        seconds: of a step with that micro-batch, by the model of the hardware.
+        config: the resolved JSON.
+    """
+
+    name: str
+    conflicts: str = ""
+    plan: Plan | None = None
+    lacking: tuple[str, ...] = ()
+    max_micro_batch: int = 0
+    seconds: float | None = None
+    config: Tree | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe's own micro-batch fits."""
+        return self.plan is not None and not self.lacking
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change that saves memory.
+
+    Attributes:
+        change: what to do, in words.
+        settings: as the command line takes them.
+        gain: bytes of a device that it saves.
+        fits: whether the run then fits.
+    """
+
+    change: str
+    settings: str
+    gain: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of a recipe.
+
+    Attributes:
+        rows: one for each JSON.
+        recommended: the name of one of them; None where nothing fits.
+        reason: why that one.
+        advice: what to change where nothing fits, the largest gain first.
+    """
+
+    rows: list[Row]
+    recommended: Row | None
+    reason: str
+    advice: list[Advice]
+
+    def relative_speed(self, row: Row) -> float | None:
+        """Of the fastest row, 0..1; None where it cannot run."""
+        known = [other.seconds for other in self.rows if other.seconds is not None]
+        return min(known) / row.seconds if row.seconds is not None else None
+
+
+def compare(
+    subject: Subject, runs: dict[str, ResolvedRun | UserError], hardware: Hardware, workload: Workload, own: str
+) -> Comparison:
+    """Plan a recipe under each JSON.
+
+    Args:
+        subject: the recipe's model.
+        runs: by the JSON's name the resolved run, or why there is none.
+        hardware: where it is to run.
+        workload: its longest clips.
+        own: the recipe's own JSON.
+    """
+    rows = [
+        Row(name, conflicts=f"{run.message} ({run.hint})")
+        if isinstance(run, UserError)
+        else _row(name, subject, run, hardware, workload)
+        for name, run in runs.items()
+    ]
+    candidates = [row for row in rows if row.seconds is not None]
+    plain = [row for row in candidates if not _changes_results(row.config)] or candidates
+    advice: list[Advice] = []
+    if not plain:
+        planned = [row for row in rows if row.plan]
+        if planned:
+            least = min(planned, key=lambda row: row.plan.total if row.plan else 0.0)
+            run = runs[least.name]
+            assert isinstance(run, ResolvedRun)
+            advice = list(_advice(run, hardware, workload))
+        return Comparison(rows, None, "nothing fits", advice)
+    best = min(plain, key=lambda row: row.seconds or 0.0)
+    enough = (best.seconds or 0.0) / CLOSE
+    chosen = next((row for row in plain if row.name == own and (row.seconds or 0.0) <= enough), best)
+    reason = (
+        "the recipe's own JSON fits, and no other is expected to be faster by more than 5 %"
+        if chosen.name == own
+        else "the fastest of those that fit, by the model of the hardware"
+    )
+    return Comparison(rows, chosen, reason, advice)
+
+
+def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:
+    plan = make_plan(subject, run, hardware, workload)
+    largest = largest_micro_batch(subject, run, hardware, workload)
+    seconds = None
+    if largest:
+        fastest = make_plan(subject, run, hardware, workload, micro_batch_size=largest)
+        seconds = step_seconds(fastest, run, hardware, subject.weights)
+    return Row(name, "", plan, tuple(plan.lacking(hardware)), largest, seconds, run.deepspeed)
+
+
+def _changes_results(config: Tree | None) -> bool:
+    """Whether a JSON rounds more than bf16 training does, or compiles: chosen by people, never recommended first."""
+    keys = ("bf16.bf16_master_weights_and_grads", "fp16.enabled", "compile.deepcompile")
+    return any(value_at(config or {}, key) for key in keys)
+
+
+def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterator[Advice]:
+    """What each change would save under the JSON that needs least, and all of them together."""
+    before = make_plan(Subject.of(run.recipe), run, hardware, workload)
+    recipe = run.recipe
+    changes: list[tuple[str, str, dict[str, dict[str, Any]], str]] = []
+    if not recipe.training.gradient_checkpointing:
+        recompute = {"training": {"gradient_checkpointing": True}}
+        changes.append(("recompute activations", "training.gradient_checkpointing=true", recompute, ""))
+    if recipe.training.micro_batch_size > 1:
+        one = {"training": {"micro_batch_size": 1}}
+        changes.append(("one clip in a forward pass", "training.micro_batch_size=1", one, ""))
+    if recipe.evaluation.batch_frames > recipe.data.max_frames:
+        setting = f"evaluation.batch_frames={recipe.data.max_frames}"
+        one = {"evaluation": {"batch_frames": recipe.data.max_frames}}
+        changes.append(("one long clip in a generation batch", setting, one, ""))
+    lora = recipe.model.lora or Lora()
+    if recipe.model.lora is None:
+        changes.append(("train LoRA adapters alone", "model.lora.r=16", {"model": {"lora": lora, "freeze": []}}, ""))
+    if recipe.model.quantization is None:
+        words = "model.quantization=nf4" + ("" if recipe.model.lora else " model.lora.r=16")
+        packed = {"model": {"lora": lora, "freeze": [], "quantization": Quantization(kind="nf4")}}
+        changes.append(("hold the frozen weights in NF4", words, packed, ""))
+    if value_at(run.deepspeed, "zero_optimization.offload_param.device") in (None, "none"):
+        changes.append((f"offload weights and states to the host ({OFFLOAD})", f"--ds {OFFLOAD}", {}, OFFLOAD))
+    for change, settings, updates, ds in changes:
+        yield from _gain(change, settings, updates, ds, before, run, hardware, workload)
+    together: dict[str, dict[str, Any]] = {}
+    for *_, updates, _ in changes:
+        for section, values in updates.items():
+            together[section] = together.get(section, {}) | values
+    words = " ".join(words for _, words, updates, _ in changes if updates)
+    words = " ".join(dict.fromkeys(words.split()))  # quantisation names LoRA again
+    yield from _gain("all of them but offloading", words, together, "", before, run, hardware, workload)
+
+
+def _gain(
+    change: str,
+    settings: str,
+    updates: dict[str, dict[str, Any]],
+    ds: str,
+    before: Plan,
+    run: ResolvedRun,
+    hardware: Hardware,
+    workload: Workload,
+) -> Iterator[Advice]:
+    """The advice to make a change; nothing where it cannot be made."""
+    sections = {name: getattr(run.recipe, name).model_copy(update=values) for name, values in updates.items()}
+    recipe = run.recipe.model_copy(update=sections | {"deepspeed": ds or run.recipe.deepspeed})
+    if workload.steps_per_epoch is None:
+        workload = from_maxima(recipe)
+    try:
+        changed = resolve(recipe, run.world_size, has_gpu=True, needs_data=False)
+        plan = make_plan(Subject.of(recipe), changed, hardware, workload)
+    except UserError:
+        return
+    yield Advice(change, settings, before.total - plan.total, not plan.lacking(hardware))

@@ -1,0 +1,299 @@
+"""What a run will need, item by item: a pure function of a resolved run, the hardware and the longest clips.
+
+Nothing is downloaded, no weight is made and no GPU is needed. What the JSONs of one recipe share (the model, its traced
+passes) is a :class:`Subject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows, has_random_weights
+from toolkit.models.dtypes import TORCH_DTYPES
+from toolkit.models.tokenizers import TRAINED_VOCABULARY
+from toolkit.planning.counts import Weight, adapted_translator
+from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
+from toolkit.planning.memory import TranslationMemory, translation_memory
+from toolkit.planning.tracing import Trace, TracedModel, shorten, trace
+from toolkit.planning.workload import Workload
+from toolkit.planning.zero import ZeroMemory, zero_memory
+from toolkit.recipe.batches import num_micro_batches
+from toolkit.recipe.deepspeed.cells import parameter_precision
+from toolkit.recipe.model_cards import card_of, tokenizer_of
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.tree import Tree, value_at
+
+BYTE_VOCABULARY = 384  # rows of ByT5's table
+CHECKPOINT_BYTES = 12  # a trained weight in a checkpoint: master copy and two moments
+PHASES = ("start", "step", "evaluation", "save")
+
+Items = dict[str, float]
+
+
+@dataclass
+class Subject:
+    """A recipe's model without memory, whose passes are traced when a plan asks for them.
+
+    Attributes:
+        recipe: decides the model.
+        weights: each parameter once.
+    """
+
+    recipe: Recipe
+    weights: list[Weight]
+    _traced: TracedModel
+    _traces: dict[tuple[object, ...], Trace] = field(default_factory=dict)
+    _translations: dict[tuple[object, ...], TranslationMemory] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: int | None = None) -> Subject:
+        """Build the model's shapes.
+
+        Args:
+            recipe: the recipe.
+            rows: tokens of a vocabulary that is made for the run; None = the most that it may have.
+
+        Raises:
+            UserError: neither a model card nor a configuration of the backbone is here.
+        """
+        model = recipe.model
+        if card_of(model):
+            model = model.model_copy(update={"from_scratch": True})  # the card's dimensions need no hub
+        config = backbone_config(model)
+        fit_dropout(config, model)
+        rows = rows or {"train": TRAINED_VOCABULARY, "bytes": BYTE_VOCABULARY}.get(tokenizer_of(recipe.model))
+        if rows and has_random_weights(recipe.model):
+            fit_rows(config, rows)
+        translator, weights = adapted_translator(config, recipe)
+        return cls(recipe, weights, shorten(translator))
+
+    def trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool) -> Trace:
+        """A forward and backward pass over a micro-batch under a DeepSpeed JSON.
+
+        Two sizes of micro-batch are traced; figures of others lie on the line through them.
+        """
+        small, large = (self._trace(number, frames, tokens, config, checkpointing) for number in (2, 8))
+        share = (clips - 2) / 6
+        figures = {
+            name: max(0.0, getattr(small, name) + share * (getattr(large, name) - getattr(small, name)))
+            for name in ("saved", "peak", "kernels", "flops")
+        }
+        return Trace(**figures)
+
+    def _trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool) -> Trace:
+        dtype = TORCH_DTYPES[parameter_precision(config)]
+        dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as many bytes, and no second trace
+        autocast = bool(value_at(config, "torch_autocast.enabled"))
+        key = (clips, frames, tokens, dtype, autocast, checkpointing)
+        if key not in self._traces:
+            self._traces[key] = trace(
+                self._traced,
+                clips=clips,
+                frames=frames,
+                tokens=tokens,
+                dtype=dtype,
+                autocast=autocast,
+                checkpointing=checkpointing,
+                ctc_weight=self.recipe.training.ctc_weight,
+            )
+        return self._traces[key]
+
+    def translation(self, config: Tree, workload: Workload) -> TranslationMemory:
+        """The largest generation batch of an evaluation."""
+        dtype = TORCH_DTYPES[parameter_precision(config)]
+        key = (dtype, workload.evaluated)
+        if key not in self._translations:
+            settings = self.recipe.evaluation
+            model = self._traced.model.to(dtype)  # its configuration has all layers
+            self._translations[key] = max(
+                (
+                    translation_memory(
+                        model,
+                        clips=clips,
+                        frames=frames,
+                        beams=settings.num_beams,
+                        max_new_tokens=settings.max_new_tokens,
+                    )
+                    for clips, frames in workload.evaluated
+                ),
+                key=lambda memory: max(memory.encoder, memory.cache + memory.scores),
+            )
+        return self._translations[key]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One recipe under one DeepSpeed JSON on one hardware; all sizes in bytes.
+
+    Attributes:
+        deepspeed: name of the JSON.
+        micro_batch_size: clips of the largest forward pass.
+        accumulation_steps: forward passes of a step.
+        items: of a rank's device, in the moment when most is there.
+        moment: which moment that is.
+        phases: the most that each phase takes, the context included.
+        host: of a node's memory, by all its ranks.
+        pinned: of that, page-locked.
+        nvme: of a node's disk.
+        checkpoint: one checkpoint on the shared disk.
+        zero: DeepSpeed's items.
+        pass_: a forward and backward pass over the largest micro-batch.
+    """
+
+    deepspeed: str
+    micro_batch_size: int
+    accumulation_steps: int
+    items: Items
+    moment: str
+    phases: Items
+    host: float
+    pinned: float
+    nvme: float
+    checkpoint: float
+    zero: ZeroMemory
+    pass_: Trace
+
+    @property
+    def total(self) -> float:
+        """Bytes of a device at most."""
+        return sum(self.items.values())
+
+    @property
+    def allocated(self) -> float:
+        """What ``torch.cuda.max_memory_allocated`` will say: without the context and the allocator's fragments."""
+        return self.total - self.items["CUDA context"] - self.items["allocator"]
+
+    def lacking(self, hardware: Hardware) -> list[str]:
+        """What the hardware has too little of, in words; empty where the run fits."""
+        found = []
+        if self.total > hardware.gpu_memory:
+            found.append(f"{(self.total - hardware.gpu_memory) / GIB:.2f} GiB of GPU memory")
+        if hardware.host_memory is not None and self.host > hardware.host_memory:
+            found.append(f"{(self.host - hardware.host_memory) / GIB:.1f} GiB of host memory")
+        if self.nvme and self.nvme > (hardware.nvme or 0):
+            found.append(f"{(self.nvme - (hardware.nvme or 0)) / GIB:.1f} GiB of NVMe")
+        return found
+
+
+def make_plan(
+    subject: Subject,
+    resolved: ResolvedRun,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    micro_batch_size: int | None = None,
+    checkpointing: bool | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        subject: of the run's recipe.
+        resolved: decides the placement.
+        hardware: where it is to run; its number of GPUs is ``resolved.world_size``.
+        workload: the longest clips.
+        micro_batch_size, checkpointing: instead of the recipe's.
+    """
+    recipe, config = resolved.recipe, resolved.deepspeed
+    training = recipe.training
+    clips = micro_batch_size or resolved.micro_batch_size
+    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
+    recompute = training.gradient_checkpointing if checkpointing is None else checkpointing
+    zero = zero_memory(subject.weights, recipe, config, resolved.world_size)
+    first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
+    later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
+    translation = subject.translation(config, workload)
+    always = _always(zero)
+    moments: dict[str, Items] = {
+        "start": always | {"weights before they are flattened": zero.trained},
+        "first micro-batch": _in_pass(always, zero, first.peak, gradients=0.0),
+        "gradient reduction": always
+        | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
+        | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction},
+        "update": always | {"gradients": zero.kept_gradients + zero.gradients, "copies of the update": zero.update},
+        "evaluation": always
+        | {"generation": max(translation.encoder, translation.cache + translation.scores)}
+        | {"gathered weights": zero.whole},
+        "save": always,
+    }
+    if accumulation > 1:
+        moments["later micro-batches"] = _in_pass(always, zero, later.peak, gradients=zero.gradients)
+    moments = {name: _complete(items, hardware) for name, items in moments.items()}
+    if zero.whole > zero.gathered and sum(moments["evaluation"].values()) > hardware.gpu_memory:
+        # Then ranks generate in step, and gather layer by layer.
+        evaluation = always | {"gathered weights": zero.gathered, "generation": translation.cache + translation.scores}
+        moments["evaluation"] = _complete(evaluation, hardware)
+    largest = max(moments, key=lambda name: sum(moments[name].values()))
+    of_step = [name for name in moments if name not in PHASES]
+    phases = {name: sum(moments[name].values()) for name in PHASES if name in moments}
+    phases["step"] = max(sum(moments[name].values()) for name in of_step)
+    ranks = hardware.ranks_per_node
+    trained = sum(item.numel for item in subject.weights if item.trained)
+    return Plan(
+        deepspeed=recipe.deepspeed,
+        micro_batch_size=clips,
+        accumulation_steps=accumulation,
+        items=moments[largest],
+        moment=largest,
+        phases={name: phases[name] for name in PHASES},
+        host=ranks * (PROCESS + zero.host),
+        pinned=ranks * zero.pinned,
+        nvme=ranks * zero.nvme,
+        checkpoint=trained * CHECKPOINT_BYTES,
+        zero=zero,
+        pass_=first,
+    )
+
+
+def largest_micro_batch(
+    subject: Subject,
+    resolved: ResolvedRun,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    checkpointing: bool | None = None,
+) -> int:
+    """The most clips of a forward pass that fit, at most a rank's whole share of a step; 0 where not one does."""
+    low, high = 0, -(-resolved.recipe.training.global_batch_size // resolved.world_size)
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=middle, checkpointing=checkpointing)
+        low, high = (low, middle - 1) if plan.lacking(hardware) else (middle, high)
+    return low
+
+
+def _always(zero: ZeroMemory) -> Items:
+    return {
+        "quantised weights": zero.packed,
+        "frozen weights": zero.frozen,
+        "trained weights": zero.trained,
+        "master copy": zero.master,
+        "moments": zero.moments,
+        "weight average": zero.average,
+        "gradients": zero.kept_gradients,
+        "buckets": zero.kept_buckets,
+    }
+
+
+def _in_pass(always: Items, zero: ZeroMemory, activations: float, gradients: float) -> Items:
+    return always | {
+        "gathered weights": zero.gathered,
+        "gradients": zero.kept_gradients + gradients,
+        "buckets": zero.kept_buckets + zero.buckets,
+        "activations": activations,
+        "unpacked weight": zero.unpacked,
+    }
+
+
+def _complete(items: Items, hardware: Hardware) -> Items:
+    """With what no tensor of ours has; items of nothing are left out."""
+    items = {name: size for name, size in items.items() if size} | {"cuBLAS workspaces": float(CUBLAS_WORKSPACES)}
+    return items | {"allocator": FRAGMENTS * sum(items.values()), "CUDA context": float(hardware.context)}
+
+
+def gradient_tensors(weights: Sequence[Weight]) -> int:
+    """Parameters that train: each has its hook in the backward pass."""
+    return sum(item.trained for item in weights)

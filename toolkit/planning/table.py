@@ -1,0 +1,166 @@
+"""A comparison as a text for people, and as the object that ``--json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from toolkit.planning.comparison import Comparison, Row
+from toolkit.planning.hardware import GIB, Hardware, in_gib
+from toolkit.planning.plan import Subject
+from toolkit.planning.workload import Workload, total_steps
+from toolkit.recipe.batches import batch_in_words
+from toolkit.recipe.catalogue import millions
+from toolkit.recipe.schema import Recipe
+
+
+def command_of(row: Row, hardware: Hardware, words: Sequence[str]) -> str:
+    """How to run what is recommended."""
+    launcher = f"deepspeed --num_gpus {hardware.ranks_per_node}"
+    if hardware.nodes > 1:
+        launcher = f"deepspeed --hostfile hostfile --num_nodes {hardware.nodes} --num_gpus {hardware.ranks_per_node}"
+    own = [word for word in words if not word.startswith("training.micro_batch_size=")]
+    micro = f"training.micro_batch_size={row.max_micro_batch}"
+    return " ".join([launcher, "launch/train.py", own[0], f"--ds {row.name}", *own[1:], micro])
+
+
+def as_dict(
+    comparison: Comparison, recipe: Recipe, hardware: Hardware, workload: Workload, words: Sequence[str]
+) -> dict[str, Any]:
+    """For ``--json``; sizes in GiB."""
+    chosen = comparison.recommended
+    return {
+        "recipe": recipe.name,
+        "hardware": hardware.in_words(),
+        "workload": workload.source,
+        "batch": _batch(recipe, hardware),
+        "steps": total_steps(recipe, workload),
+        "jsons": [_row(row, comparison, hardware) for row in comparison.rows],
+        "recommended": chosen and chosen.name,
+        "reason": comparison.reason,
+        "command": chosen and command_of(chosen, hardware, words),
+        "advice": [
+            {"change": item.change, "settings": item.settings, "gain_gib": _gib(item.gain), "fits": item.fits}
+            for item in comparison.advice
+        ],
+    }
+
+
+def _row(row: Row, comparison: Comparison, hardware: Hardware) -> dict[str, Any]:
+    speed = comparison.relative_speed(row)
+    shared = {"deepspeed": row.name, "fits": row.fits, "max_micro_batch": row.max_micro_batch}
+    shared |= {"relative_speed": None if speed is None else round(speed, 3), "conflicts": row.conflicts or None}
+    plan = row.plan
+    if plan is None:
+        return shared | {"per_rank_gib": None, "host_gib": None}
+    return shared | {
+        "lacking": list(row.lacking),
+        "per_rank_gib": {name: _gib(size) for name, size in plan.items.items()} | {"total": _gib(plan.total)},
+        "peak": plan.moment,
+        "phases_gib": {name: _gib(size) for name, size in plan.phases.items()},
+        "headroom_gib": _gib(hardware.gpu_memory - plan.total),
+        "host_gib": _gib(plan.host),
+        "pinned_gib": _gib(plan.pinned),
+        "nvme_gib": _gib(plan.nvme),
+        "checkpoint_gib": _gib(plan.checkpoint),
+        "micro_batch_size": plan.micro_batch_size,
+        "accumulation_steps": plan.accumulation_steps,
+    }
+
+
+def as_text(
+    comparison: Comparison, subject: Subject, hardware: Hardware, workload: Workload, words: Sequence[str]
+) -> str:
+    """The table, the recommended run item by item, and the command."""
+    return "\n".join(_lines(comparison, subject, hardware, workload, words))
+
+
+def _lines(
+    comparison: Comparison, subject: Subject, hardware: Hardware, workload: Workload, words: Sequence[str]
+) -> Iterator[str]:
+    recipe = subject.recipe
+    every = sum(item.numel for item in subject.weights)
+    trained = sum(item.numel for item in subject.weights if item.trained)
+    yield f"plan of recipe {recipe.name} on {hardware.in_words()}"
+    yield f"  model     {recipe.model.backbone}: {millions(every)} parameters, {millions(trained)} of them trained"
+    yield f"  clips     {workload.source}"
+    yield f"  batch     a step of {_batch(recipe, hardware)}"
+    yield f"  steps     {_steps(recipe, workload)}"
+    yield ""
+    yield from _table(comparison, hardware)
+    chosen = comparison.recommended
+    shown = chosen or min((row for row in comparison.rows if row.plan), key=lambda row: _total(row), default=None)
+    if shown and shown.plan:
+        yield ""
+        yield f"a rank with {shown.name} and micro-batches of {shown.plan.micro_batch_size}, GiB ({shown.plan.moment}):"
+        for name, size in sorted(shown.plan.items.items(), key=lambda item: -item[1]):
+            yield f"  {name:<32}{size / GIB:>8.2f}"
+        yield f"  {'total':<32}{shown.plan.total / GIB:>8.2f}"
+        phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shown.plan.phases.items())
+        yield f"  by phase: {phases}"
+        yield f"  a checkpoint takes {in_gib(shown.plan.checkpoint)} of disk; recipes keep {recipe.training.keep_last}"
+    for row in comparison.rows:
+        if row.conflicts:
+            yield f"not possible: {row.name}: {row.conflicts}"
+    yield ""
+    if chosen:
+        yield f"recommended: {chosen.name}: {comparison.reason}"
+        yield f"  {command_of(chosen, hardware, words)}"
+        return
+    yield "nothing fits; each of these saves, of a rank's GPU memory:"
+    for item in sorted(comparison.advice, key=lambda item: -item.gain):
+        verdict = "then it fits" if item.fits else "not enough alone"
+        yield f"  {item.gain / GIB:>7.2f} GiB  {item.change} ({item.settings}): {verdict}"
+
+
+def _table(comparison: Comparison, hardware: Hardware) -> Iterator[str]:
+    heading = ("DeepSpeed JSON", "fits", "GiB a rank", "headroom", "host GiB", "NVMe GiB", "micro-batch", "speed")
+    rows: list[tuple[str, ...]] = [heading]
+    for row in comparison.rows:
+        if row.plan is None:
+            rows.append((row.name, "-", *["-"] * 6))
+            continue
+        speed = comparison.relative_speed(row)
+        rows.append(
+            (
+                row.name,
+                "yes" if row.fits else "no",
+                f"{row.plan.total / GIB:.2f}",
+                f"{(hardware.gpu_memory - row.plan.total) / GIB:+.2f}",
+                f"{row.plan.host / GIB:.1f}",
+                f"{row.plan.nvme / GIB:.1f}",
+                f"{row.max_micro_batch}",
+                "-" if speed is None else f"{speed:.2f}",
+            )
+        )
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        first, *others = (
+            f"{cell:<{width}}" if number == 0 else f"{cell:>{width}}"
+            for number, (cell, width) in enumerate(zip(cells, wide, strict=True))
+        )
+        yield "  ".join([first, *others])
+
+
+def _batch(recipe: Recipe, hardware: Hardware) -> str:
+    training = recipe.training
+    return batch_in_words(
+        training.global_batch_size, hardware.gpus, training.micro_batch_size, training.micro_batch_frames
+    )
+
+
+def _steps(recipe: Recipe, workload: Workload) -> str:
+    total = total_steps(recipe, workload)
+    if total is None:
+        return "known with the corpus"
+    warmup = f"{int(recipe.training.warmup_ratio * total):,} of them warm-up"
+    an_epoch = f", {workload.steps_per_epoch:,} an epoch" if workload.steps_per_epoch else ""
+    return f"{total:,} in all, {warmup}{an_epoch}"
+
+
+def _total(row: Row) -> float:
+    return row.plan.total if row.plan else 0.0
+
+
+def _gib(size: float) -> float:
+    return round(size / GIB, 3)

@@ -1,0 +1,399 @@
+"""Bytes that a forward and backward pass holds, traced on the meta device through the code that trains.
+
+Tensors on the meta device have shapes and no memory, so a pass of any size takes about a second. Every storage that an
+operation makes counts from then until Python or autograd drops it. Encoder and decoder keep two layers each; what their
+last one adds is multiplied by the layers that were left out. Where torch has other kernels on a GPU than on the meta
+device (attention, dropout, autocast), stand-ins keep what those kernels keep.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from toolkit.models.backbone import layer_list
+from toolkit.models.loss import GPU_SCORES, translation_losses
+from toolkit.models.translator import PoseTranslator
+
+LAYERS = 2  # that are traced of each stack
+INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten._unsafe_index_put.default")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward and backward pass of the whole model over a micro-batch.
+
+    Attributes:
+        saved: bytes that wait for the backward pass when the loss is known.
+        peak: most bytes at once, inputs, saved and temporary tensors; gradients of weights leave at once.
+        kernels: operations that compute something.
+        flops: of its matrix products, recomputation included.
+    """
+
+    saved: float
+    peak: float
+    kernels: float
+    flops: float
+
+
+@dataclass
+class TracedModel:
+    """A model on the meta device whose stacks were shortened.
+
+    Attributes:
+        model: has at most ``LAYERS`` layers in encoder and decoder.
+        left_out: how many layers of encoder and decoder were removed.
+    """
+
+    model: PoseTranslator
+    left_out: tuple[int, int]
+
+
+def shorten(model: PoseTranslator) -> TracedModel:
+    """Remove all but the first layers of encoder and decoder; changes ``model``."""
+    left_out = []
+    for stack in (model.backbone.get_encoder(), model.backbone.get_decoder()):
+        layers = layer_list(stack)
+        left_out.append(max(0, len(layers) - LAYERS))
+        if left_out[-1]:
+            del layers[LAYERS:]
+    return TracedModel(model, (left_out[0], left_out[1]))
+
+
+def trace(
+    traced: TracedModel,
+    *,
+    clips: int,
+    frames: int,
+    tokens: int,
+    dtype: torch.dtype,
+    autocast: bool = False,
+    checkpointing: bool = False,
+    ctc_weight: float = 0.0,
+) -> Trace:
+    """Trace one micro-batch.
+
+    Args:
+        traced: from :func:`shorten`.
+        clips, frames, tokens: of the micro-batch, padding included.
+        dtype: of the parameters.
+        autocast: whether matrix products of fp32 parameters are computed in bf16.
+        checkpointing: whether layers are recomputed in the backward pass.
+        ctc_weight: of the recipe.
+    """
+    model = traced.model
+    model.to(dtype).train()
+    _set_checkpointing(model, checkpointing)
+    config = model.config
+    points = config.num_points
+    meta = torch.device("meta")
+    with meta:
+        poses = torch.empty(clips, frames, points, config.num_channels)
+        visible = torch.empty(clips, frames, points, dtype=torch.bool)
+        mask = torch.empty(clips, frames, dtype=torch.bool)
+        labels = torch.empty(clips, tokens, dtype=torch.int64)
+        special = torch.empty(3, dtype=torch.int64)
+    live = _Live([*model.parameters(), *model.buffers()])
+    with as_on_gpu(autocast), _watching(model, live) as marks, live:
+        for tensor in (poses, visible, mask, labels):
+            live.add(tensor)
+        # As the trainer does: in meta's world the device context makes new tensors there, too.
+        with meta:
+            nll, ctc = translation_losses(
+                model, poses, visible, mask, labels, special, label_smoothing=0.1, scores_at_once=GPU_SCORES
+            )
+            loss = nll + ctc_weight * ctc
+        saved = live.live
+        live.region, live.backward = "scores", True
+        torch.autograd.backward(loss)
+    return _extrapolate(traced, marks, live, saved)
+
+
+@dataclass
+class _Marks:
+    """What was alive, launched and computed when each layer of a stack was done, in the first forward pass."""
+
+    stacks: tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]
+
+
+def _extrapolate(traced: TracedModel, marks: _Marks, live: _Live, saved: int) -> Trace:
+    """The figures of the whole model from those of the shortened one."""
+    of_layer = [_last_layer(stack) for stack in marks.stacks]
+    encoder, decoder = (number * layer[0] for number, layer in zip(traced.left_out, of_layer, strict=True))
+    # Which of the layers that were left out hold their tensors while a part of the model computes.
+    held = {"pose encoder": 0, "encoder": encoder, "words": encoder} | dict.fromkeys(
+        ("decoder", "scores"), encoder + decoder
+    )
+    kernels, flops = float(live.kernels), live.flops
+    for number, layer, region in zip(traced.left_out, of_layer, ("encoder", "decoder"), strict=True):
+        backward = [count / LAYERS for count in live.of_backward.get(region, (0, 0.0))]
+        kernels += number * (layer[1] + backward[0])
+        flops += number * (layer[2] + backward[1])
+    return Trace(
+        saved=saved + encoder + decoder,
+        peak=max(peak + held[region] for region, peak in live.peaks.items()),
+        kernels=kernels,
+        flops=flops,
+    )
+
+
+def _last_layer(stack: list[tuple[int, int, float]]) -> tuple[int, int, float]:
+    """Bytes, operations and FLOPs that the last layer of a stack added."""
+    if len(stack) < 2:
+        return 0, 0, 0.0
+    before, after = stack[-2:]
+    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+
+
+def _set_checkpointing(model: PoseTranslator, on: bool) -> None:
+    if on:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.backbone.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
+    """Follow which part of the model computes, forward and backward; drop gradients of weights, as DeepSpeed does."""
+    encoder, decoder = model.backbone.get_encoder(), model.backbone.get_decoder()
+    marks = _Marks(([], []))
+    forward = {"encoder", "decoder"}  # whose first pass is not over: recomputation comes by again
+
+    def enter(region: str) -> Any:
+        def hook(*_: Any) -> None:
+            live.region = region
+
+        return hook
+
+    def encoder_starts(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        if "encoder" in forward:
+            live.region = "encoder"
+            vectors = named["inputs_embeds"]
+            if vectors.requires_grad:
+                handles.append(vectors.register_hook(enter("pose encoder")))
+
+    def encoder_ends(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        if "encoder" in forward:
+            live.region = "decoder"
+            forward.discard("encoder")
+            if output[0].requires_grad:
+                handles.append(output[0].register_hook(enter("encoder")))
+
+    def decoder_starts(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        words = inputs[0] if inputs else named["hidden_states"]
+        if "decoder" in forward and words.requires_grad:
+            handles.append(words.register_hook(enter("words")))
+
+    def decoder_ends(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        if "decoder" in forward:
+            live.region = "scores"
+            forward.discard("decoder")
+            if output[0].requires_grad:
+                handles.append(output[0].register_hook(enter("decoder")))
+
+    def marker(stack: list[tuple[int, int, float]], number: int) -> Any:
+        def hook(*_: Any) -> None:
+            if len(stack) == number:
+                stack.append((live.live, live.kernels, live.flops))
+
+        return hook
+
+    handles: list[Any] = [
+        encoder.register_forward_pre_hook(encoder_starts, with_kwargs=True),
+        encoder.register_forward_hook(encoder_ends, with_kwargs=True),
+        decoder.register_forward_hook(decoder_ends, with_kwargs=True),
+    ]
+    for layer in layer_list(decoder)[:1]:
+        handles.append(layer.register_forward_pre_hook(decoder_starts, with_kwargs=True))
+    for stack, found in zip((encoder, decoder), marks.stacks, strict=True):
+        handles += [
+            layer.register_forward_hook(marker(found, number)) for number, layer in enumerate(layer_list(stack))
+        ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
+    try:
+        yield marks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, and the operations.
+
+    Args:
+        owned: the model's tensors, of which operations make views.
+    """
+
+    def __init__(self, owned: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._owned = {tensor.untyped_storage()._cdata for tensor in owned}
+        self.region = "pose encoder"
+        self.backward = False
+        self.of_backward: dict[str, tuple[int, float]] = {}
+        self.peaks: dict[str, int] = {}
+        self.live = 0
+        self.kernels = 0
+        self.flops = 0.0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func)
+        if name == "aten._local_scalar_dense.default":
+            # Models ask whether a mask hides nothing: here every batch has padding.
+            return False if args[0].dtype == torch.bool else 1
+        by_mask = name in INDEXING and _by_mask(args[1])
+        result = _all_rows(name, args) if by_mask else func(*args, **kwargs)
+        packet = func.overloadpacket
+        flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0.0
+        made = [self.add(tensor) for tensor in _tensors(result)]
+        launches = any(made) or name.split(".")[1].endswith("_")
+        self.kernels, self.flops = self.kernels + launches, self.flops + flops
+        if self.backward:
+            before = self.of_backward.get(self.region, (0, 0.0))
+            self.of_backward[self.region] = (before[0] + launches, before[1] + flops)
+        return result
+
+    def add(self, tensor: Tensor) -> bool:
+        """Count the storage of a tensor; whether it is a new one."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._owned:
+            return False
+        self._sizes[key] = size = storage.nbytes()
+        self.live += size
+        self.peaks[self.region] = max(self.peaks.get(self.region, 0), self.live)
+        weakref.finalize(storage, self._remove, key)
+        return True
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    values = result if isinstance(result, tuple | list) else (result,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _by_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def _all_rows(name: str, args: Any) -> Tensor:
+    """The result of indexing by a mask that is true everywhere: how many rows a real one has depends on its values."""
+    values, indices = args[0], args[1]
+    if name != "aten.index.Tensor":
+        return values if name == "aten.index_put_.default" else torch.empty_like(values)
+    mask = next(index for index in indices if index is not None)
+    return values.new_empty((mask.numel(), *values.shape[mask.ndim :]))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps: its inputs, its output and a number for each query; no scores."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = query.new_empty((*query.shape[:3], value.shape[-1]))
+        norms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        context.save_for_backward(query, key, value, mask, output, norms)
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = context.saved_tensors[:4]
+        return tuple(
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip(inputs, context.needs_input_grad, strict=True)
+        )
+
+
+class _Ctc(torch.autograd.Function):
+    """Keeps what the CTC kernel keeps: log-probabilities and the forward variables of its lattice."""
+
+    @staticmethod
+    def forward(context: Any, log_probabilities: Tensor, tokens: int) -> Tensor:
+        positions, clips, _ = log_probabilities.shape
+        lattice = torch.empty(clips, positions, 2 * tokens + 1, dtype=torch.float32, device=log_probabilities.device)
+        context.save_for_backward(log_probabilities, lattice)
+        return log_probabilities.new_empty(clips)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        log_probabilities, lattice = context.saved_tensors
+        torch.empty_like(lattice)
+        return torch.empty_like(log_probabilities), None
+
+
+@contextmanager
+def as_on_gpu(autocast: bool) -> Iterator[None]:
+    """Within it torch's functions keep on the meta device what they keep on a GPU."""
+    casts: dict[int, Tensor] = {}
+
+    def low(tensor: Tensor | None) -> Tensor | None:
+        if not autocast or tensor is None or tensor.dtype != torch.float32:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.to(torch.bfloat16)
+        # Autocast keeps the copy of a weight while the forward pass lasts, and autograd until the backward pass.
+        return casts.setdefault(id(tensor), tensor.to(torch.bfloat16))
+
+    def in_low(function: Any) -> Any:
+        def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+            result: Tensor = function(low(input), low(weight), low(bias), *rest, **named)
+            return result
+
+        return call
+
+    def product(left: Tensor, right: Tensor, **named: Any) -> Tensor:
+        result: Tensor = originals["matmul"](low(left), low(right), **named)
+        return result
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        return _FusedAttention.apply(low(query), low(key), low(value), attn_mask)
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    def layer_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
+        result: Tensor = originals["layer_norm"](input.float() if autocast else input, *rest, **named)
+        return result
+
+    def ctc(log_probabilities: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Ctc.apply(log_probabilities, len(targets) // log_probabilities.shape[1])
+
+    stand_ins = {
+        "linear": in_low(functional.linear),
+        "conv1d": in_low(functional.conv1d),
+        "conv2d": in_low(functional.conv2d),
+        "dropout": dropout,
+        "layer_norm": layer_norm,
+        "scaled_dot_product_attention": attention,
+        "ctc_loss": ctc,
+    }
+    originals = {name: getattr(functional, name) for name in stand_ins} | {"matmul": torch.matmul}
+    try:
+        for name, stand_in in stand_ins.items():
+            setattr(functional, name, stand_in)
+        setattr(torch, "matmul", product)  # noqa: B010 - its type says a function of torch
+        yield
+    finally:
+        for name in stand_ins:
+            setattr(functional, name, originals[name])
+        setattr(torch, "matmul", originals["matmul"])  # noqa: B010

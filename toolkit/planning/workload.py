@@ -1,0 +1,108 @@
+"""The heaviest batches of a run: from its corpus where it is prepared, else from the recipe's maxima."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.batching.order import epoch_order, evaluation_order, micro_batches, steps_per_epoch
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.poses.augmentation import draw_lengths, is_off
+from toolkit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan needs to know of the clips.
+
+    Attributes:
+        frames: of the longest clip in training, after augmentation.
+        tokens: of the longest target.
+        later_frames: the same in the second micro-batch of a step.
+        evaluated: clips and padded frames of generation batches, the largest ones.
+        steps_per_epoch: optimizer steps; None without a corpus.
+        source: where the figures come from, in words.
+    """
+
+    frames: int
+    tokens: int
+    later_frames: int
+    evaluated: tuple[tuple[int, int], ...]
+    steps_per_epoch: int | None
+    source: str
+
+
+def workload_of(recipe: Recipe, world_size: int) -> Workload:
+    """From the recipe's prepared corpus, else from its maxima; ``source`` says which."""
+    if recipe.data.corpus:
+        try:
+            return from_corpus(recipe, Corpus.open(recipe.data.corpus), world_size)
+        except (UserError, KeyError) as error:
+            reason = error.message if isinstance(error, UserError) else "it has no training split"
+            assumed = from_maxima(recipe)
+            return replace(assumed, source=f"{reason}; assumed instead: {assumed.source}")
+    return from_maxima(recipe)
+
+
+def from_maxima(recipe: Recipe) -> Workload:
+    """A recipe without its corpus: every clip and every text as long as the recipe allows."""
+    frames, tokens = recipe.data.max_frames, recipe.training.max_target_tokens
+    clips = max(1, recipe.evaluation.batch_frames // frames)
+    source = f"the recipe's maxima, {frames} frames and {tokens} tokens in every clip (data.corpus names no corpus)"
+    return Workload(frames, tokens, frames, ((clips, frames),), None, source)
+
+
+def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2) -> Workload:
+    """The heaviest micro-batches of the first epochs, in the order that the loader will take.
+
+    Texts count as one token for each byte, at most ``training.max_target_tokens``: no tokenizer is loaded.
+    """
+    training, split = recipe.training, corpus.splits["train"]
+    longest, later = 1, 1
+    for epoch in range(epochs):
+        frames = _lengths(split.frames, recipe, epoch)
+        for batch in epoch_order(frames, training.global_batch_size, training.seed, epoch):
+            shares = micro_batches(batch, 0, world_size, training.micro_batch_size)
+            longest = max(longest, _longest(frames, shares[0]))
+            if len(shares) > 1:
+                later = max(later, _longest(frames, shares[1]))
+    tokens = min(training.max_target_tokens, 1 + max(len(text.encode()) for text in split.texts))
+    held_out = next(
+        (corpus.splits[name] for name in ("dev", "test", "train") if len(corpus.splits.get(name, ()))), split
+    )
+    batches = evaluation_order(held_out.frames, recipe.evaluation.batch_frames)
+    evaluated = sorted({(len(batch), int(held_out.frames[batch[0]])) for batch in batches})
+    return Workload(
+        longest,
+        tokens,
+        later,
+        tuple({evaluated[0], evaluated[-1]}),
+        steps_per_epoch(len(split), training.global_batch_size),
+        f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames",
+    )
+
+
+def _lengths(frames: npt.NDArray[np.integer], recipe: Recipe, epoch: int) -> npt.NDArray[np.integer]:
+    if is_off(recipe.augmentation):
+        return frames
+    rng = np.random.default_rng((recipe.training.seed, epoch, 1))  # as the loader draws them
+    lengths: npt.NDArray[np.integer] = draw_lengths(
+        frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames
+    )[:, 1]
+    return lengths
+
+
+def _longest(frames: npt.NDArray[np.integer], share: npt.NDArray[np.int64]) -> int:
+    return int(frames[np.where(share < 0, ~share, share)].max())
+
+
+def total_steps(recipe: Recipe, workload: Workload) -> int | None:
+    """Optimizer steps of the run, where its corpus or ``training.max_steps`` says them."""
+    if workload.steps_per_epoch is None:
+        return recipe.training.max_steps
+    steps = math.ceil(recipe.training.epochs * workload.steps_per_epoch)
+    return min(steps, recipe.training.max_steps or steps)

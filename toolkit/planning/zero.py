@@ -1,0 +1,211 @@
+"""What DeepSpeed 0.19.8 allocates on a rank for weights, gradients and optimizer, item by item and phase by phase.
+
+Read off its optimizers: none at stage 0 with fp32 weights, ``BF16_Optimizer`` at stage 1 with bf16 weights and fp32
+accumulation, ``stage_1_and_2.py`` and ``stage3.py`` otherwise. Which item is there when:
+
+* *weights, master copy, moments, average*: always.
+* *gradients*: between the first backward pass of a step and its update; always where DeepSpeed keeps a buffer for them.
+* *buckets*: in the backward pass; always at stage 3.
+* *reduction*: copies while gradients are summed over ranks, when the activations are gone.
+* *update*: copies while the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from toolkit.planning.counts import Weight
+from toolkit.planning.states import BYTES, MOMENTS, PACKED_BYTES
+from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.tree import Tree, value_at
+
+# DeepSpeed's engine sums gradients in pieces of so many numbers where no ZeRO optimizer does.
+ENGINE_BUCKET = 500_000_000
+SWAP_BUFFERS = 4  # buffers of a sub-group through which NVMe is read and written
+
+
+@dataclass(frozen=True)
+class ZeroMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        trained, frozen, packed: weights on the device, by kind.
+        gathered: whole weights that stage 3 holds at once beside its partition.
+        whole: all weights, which stage 3 gathers for an evaluation.
+        master, moments, average: of the optimizer, on the device.
+        kept_gradients: always on the device.
+        gradients: on the device from the first backward pass of a step to its update.
+        kept_buckets, buckets: for communication, always or in the backward pass.
+        reduction, update: copies in these moments, on the device.
+        unpacked: the largest quantised weight, unpacked while it is used.
+        host: in the host's memory.
+        pinned: of that, page-locked.
+        nvme: on the disk.
+        sent: bytes that the rank sends in a step with one micro-batch; ``sent_again`` with each further one.
+        over_link: bytes between device and host in a step.
+        of_optimizer: bytes that the update reads and writes, wherever they are.
+    """
+
+    trained: float = 0.0
+    frozen: float = 0.0
+    packed: float = 0.0
+    gathered: float = 0.0
+    whole: float = 0.0
+    master: float = 0.0
+    moments: float = 0.0
+    average: float = 0.0
+    kept_gradients: float = 0.0
+    gradients: float = 0.0
+    kept_buckets: float = 0.0
+    buckets: float = 0.0
+    reduction: float = 0.0
+    update: float = 0.0
+    unpacked: float = 0.0
+    host: float = 0.0
+    pinned: float = 0.0
+    nvme: float = 0.0
+    sent: float = 0.0
+    sent_again: float = 0.0
+    over_link: float = 0.0
+    of_optimizer: float = 0.0
+
+
+def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: int) -> ZeroMemory:
+    """What one rank holds.
+
+    Args:
+        weights: of the recipe's translator, with adapters.
+        recipe: names optimizer, quantisation and averaging.
+        config: the DeepSpeed JSON, resolved or not.
+        world_size: number of ranks.
+    """
+    stage = int(value_at(config, "zero_optimization.stage") or 0)
+    size = BYTES[parameter_precision(config)]
+    lean = bool(value_at(config, "bf16.bf16_master_weights_and_grads"))
+    named = value_at(config, "data_types.grad_accum_dtype")
+    accumulated = BYTES[named] if named else size
+    kind = recipe.model.quantization.kind if recipe.model.quantization else None
+    each = PACKED_BYTES[kind] if kind else size
+    trained = sum(item.numel for item in weights if item.trained)
+    frozen = sum(item.numel for item in weights if not item.trained and not item.packed)
+    packed = sum(item.numel for item in weights if item.packed)
+    numbers, moment = MOMENTS[recipe.training.optimizer]
+    if value_at(config, "bf16.bf16_optimizer_states"):
+        moment = min(moment, BYTES["bf16"])
+    own = trained / (world_size if stage else 1)  # numbers that this rank updates
+    master_size = size if lean else BYTES["fp32"]
+    memory = ZeroMemory(
+        trained=trained * size,
+        frozen=frozen * size,
+        packed=packed * each,
+        unpacked=max((item.numel for item in weights if item.packed), default=0) * size if kind == "nf4" else 0.0,
+        master=own * master_size,
+        moments=own * numbers * moment,
+        average=own * BYTES["fp32"] if recipe.training.ema else 0.0,
+        of_optimizer=own * (2 * master_size + 2 * numbers * moment + BYTES["fp32"]),
+    )
+    bucket = float(value_at(config, "zero_optimization.reduce_bucket_size") or 5e8)
+    types = 2 if value_at(config, "torch_autocast.enabled") else 1  # of what is communicated: each has its bucket
+    buckets, filled = bucket * size * types, min(bucket, trained) * size
+    offloaded = offload_device(config, "optimizer")
+    if stage == 0:
+        memory = _stage_0(memory, trained, size)
+    elif stage == 1 and size == BYTES["bf16"] and accumulated == BYTES["fp32"] and not offloaded:
+        engine_bucket = min(ENGINE_BUCKET, trained)
+        memory = replace(
+            memory,
+            kept_gradients=trained * (accumulated + size),  # bf16 gradients are set to zero, and not freed
+            reduction=engine_bucket * (accumulated + size),
+        )
+    elif stage < 3:
+        memory = _stage_1_or_2(memory, trained, own, size, accumulated, master_size, partitioned=stage == 2)
+        memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled)
+    else:
+        memory = _stage_3(memory, config, weights, world_size, size, accumulated)
+        memory = replace(memory, kept_buckets=buckets, reduction=min(bucket, trained) * accumulated)
+    memory = _sent(memory, stage, trained * size, (trained + frozen) * size + packed * each, world_size)
+    return _offloaded(memory, config, stage, own, size, master_size)
+
+
+def _stage_0(memory: ZeroMemory, trained: float, size: float) -> ZeroMemory:
+    """No ZeRO: fp32 weights are updated in place; others have a whole fp32 copy, and their gradients too."""
+    if size == BYTES["fp32"]:
+        return replace(memory, master=0.0, gradients=trained * size, reduction=min(ENGINE_BUCKET, trained) * size)
+    return replace(memory, gradients=trained * size, update=trained * BYTES["fp32"])
+
+
+def _stage_1_or_2(
+    memory: ZeroMemory, trained: float, own: float, size: float, accumulated: float, master: float, *, partitioned: bool
+) -> ZeroMemory:
+    # In the type of the master copy gradients are summed into one flat buffer, which is also what the update reads.
+    if partitioned and accumulated == BYTES["fp32"] != size:
+        return replace(memory, gradients=own * accumulated)
+    gradients = own * accumulated if partitioned else trained * max(accumulated, size)
+    return replace(memory, gradients=gradients, reduction=own * size, update=own * master)
+
+
+def _stage_3(
+    memory: ZeroMemory, config: Tree, weights: Sequence[Weight], world_size: int, size: float, accumulated: float
+) -> ZeroMemory:
+    live = float(value_at(config, "zero_optimization.stage3_max_live_parameters") or 1e9)
+    group = float(value_at(config, "zero_optimization.sub_group_size") or 1e9)
+    smallest = int(value_at(config, "zero_optimization.stage3_param_persistence_threshold") or 100_000)
+    whole = memory.trained + memory.frozen + memory.packed
+    numbers = sum(item.numel for item in weights)
+    persistent = sum(item.numel for item in weights if item.numel < smallest) * size
+    own = sum(-(-item.numel // world_size) for item in weights if item.trained)
+    return replace(
+        memory,
+        trained=memory.trained / world_size,
+        frozen=memory.frozen / world_size,
+        packed=memory.packed / world_size,
+        # A weight stays whole until so many others have been used: a small model is whole from forward to backward.
+        gathered=max(persistent, whole * min(1.0, live / numbers)),
+        whole=whole,
+        master=0.0 if size == BYTES["fp32"] else memory.master,
+        kept_gradients=own * accumulated,
+        update=min(group, own) * BYTES["fp32"],
+    )
+
+
+def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: float, master: float) -> ZeroMemory:
+    """Move what the JSON offloads from the device to the host's memory, or to a disk."""
+    optimizer, parameters = offload_device(config, "optimizer"), offload_device(config, "param")
+    host = pinned = nvme = over_link = 0.0
+    if optimizer:
+        states = memory.master + memory.moments + own * master  # and the gradient that the update reads
+        held = memory.kept_gradients + (own * size if stage < 3 else 0.0)  # and a copy of the weights on their way back
+        over_link += own * (2 * size + BYTES["fp32"])
+        if optimizer == "nvme":
+            group = min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), own)
+            nvme, over_link = states, over_link + 2 * states
+            states = SWAP_BUFFERS * group * BYTES["fp32"]
+        host = states + held + memory.average
+        pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
+        # Below stage 3 the device sums gradients; an H100 held the sum twice (measured, not found in the source).
+        gradients = 2 * memory.gradients if stage < 3 else memory.gradients
+        memory = replace(
+            memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, gradients=gradients, update=0.0
+        )
+    if parameters:
+        weights = memory.trained + memory.frozen + memory.packed
+        over_link += 2 * memory.gathered
+        if parameters == "nvme":
+            nvme += weights
+        else:
+            host += weights
+            pinned += weights if value_at(config, "zero_optimization.offload_param.pin_memory") else 0.0
+        memory = replace(memory, trained=0.0, frozen=0.0, packed=0.0)
+    return replace(memory, host=host, pinned=pinned, nvme=nvme, over_link=over_link)
+
+
+def _sent(memory: ZeroMemory, stage: int, gradients: float, weights: float, world_size: int) -> ZeroMemory:
+    """What a ring of ranks sends: an all-reduce twice its bytes, a gather or a scatter once."""
+    share = (world_size - 1) / world_size
+    once = 2 * gradients * share
+    if stage == 3:
+        gathers = 2 * weights * share
+        return replace(memory, sent=once + gathers, sent_again=once + gathers)
+    return replace(memory, sent=once + (gradients * share if stage else 0.0), sent_again=once if stage == 2 else 0.0)
