@@ -1,4 +1,4 @@
-"""A resolved run and a small corpus of random motion."""
+"""A resolved run, a small corpus of random motion, and one without motion."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from toolkit.corpus.packed import Clip, Corpus
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+
+def still_corpus(folder: Path, *texts: str) -> Corpus:
+    """Write a corpus whose clips are four frames without motion, one for each text."""
+    clips = [Clip(f"clip-{n}", text, np.zeros((4, 50, 3), np.float16)) for n, text in enumerate(texts)]
+    return write_corpus(folder, {"train": clips}, load_landmark_set("hands_body_50"), 10.0, NORMALISATION)
 
 
 @pytest.fixture

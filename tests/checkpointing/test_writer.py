@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from tests.process_groups import group_of_one
 from toolkit.checkpointing import writer as checkpoint_writer
 from toolkit.checkpointing.checkpoints import LATEST, Progress, SavedState, complete_checkpoints, name_of, read_state
 from toolkit.checkpointing.reader import load_checkpoint
@@ -26,11 +27,9 @@ IDENTITY = SavedState(Progress(), LAYOUT, "", {}, {}, "", {})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with group_of_one(tmp_path_factory.mktemp("group")):
+        yield
 
 
 class Model(nn.Module):

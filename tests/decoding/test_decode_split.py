@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.process_groups import run_in_two_processes
 from tests.same_translations import assert_same_translations
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding.decode_split import evaluation_mode, find_hypotheses, translate_split
@@ -80,11 +81,11 @@ def translate_as_rank(rank: int, model: PoseTranslator, processor: PoseProcessor
 
 @pytest.mark.process
 def test_two_ranks_write_the_translations_that_one_writes(
-    tmp_path: Path, translator: Make, processor: PoseProcessor, corpus: Corpus, in_two_processes: Callable[..., None]
+    tmp_path: Path, translator: Make, processor: PoseProcessor, corpus: Corpus
 ) -> None:
     model = translator(vocabulary=384)
     write_predictions(tmp_path / "one.csv", translate_split(model, corpus.splits["test"], processor, batch_frames=300))
-    in_two_processes(translate_as_rank, model, processor, corpus.path, tmp_path)
+    run_in_two_processes(translate_as_rank, model, processor, corpus.path, tmp_path)
     assert len(read_predictions(tmp_path / "one.csv")) == 37
     for name in ("rank0_False", "rank1_False", "rank0_True", "rank1_True"):
         assert_same_translations(tmp_path / f"{name}.csv", tmp_path / "one.csv")

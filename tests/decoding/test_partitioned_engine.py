@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import T5Config
 
+from tests.process_groups import run_in_two_processes
 from tests.same_translations import assert_same_translations
+from tests.small_configs import POSE_ENCODER, T5, translator_config
 from toolkit.corpus.packed import Corpus
 from toolkit.cpu.allocator import return_freed_memory
 from toolkit.decoding.decode_split import translate_split
 from toolkit.decoding.whole_weights import partitioned_engine, whole_weights
-from toolkit.models import PoseProcessor, PoseTranslator, PoseTranslatorConfig
+from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.scoring.predictions import write_predictions
 
 
@@ -57,22 +59,19 @@ def load_as_rank(rank: int, small: Path, large: Path, size: int) -> None:
 
 def save_model(folder: Path, width: int) -> int:
     """Write a model that is about 12 layers of 2 x 512 x ``width`` weights, and give its size in bytes."""
-    backbone = T5Config(
-        vocab_size=384, d_model=512, d_kv=8, num_heads=4, d_ff=width, num_layers=6, decoder_start_token_id=0
-    )
-    encoder = {"kind": "conv", "hidden": 24, "layers": 1, "kernel": 5, "stride": 2, "dropout": 0.0, "positions": True}
-    model = PoseTranslator(PoseTranslatorConfig(backbone=backbone.to_dict(), pose_encoder=encoder, num_points=50))
+    backbone = T5Config(**T5 | {"d_model": 512, "d_ff": width, "num_layers": 6})
+    model = PoseTranslator(translator_config(backbone, pose_encoder=POSE_ENCODER | {"layers": 1}))
     model.save_pretrained(folder)
     (folder / "processor_config.json").write_text("{}")  # a folder without one is refused
     return sum(parameter.numel() * 4 for parameter in model.parameters())
 
 
 @pytest.mark.process
-def test_no_rank_holds_more_than_its_partition(tmp_path: Path, in_two_processes: Callable[..., None]) -> None:
+def test_no_rank_holds_more_than_its_partition(tmp_path: Path) -> None:
     save_model(tmp_path / "small", 8)
     size = save_model(tmp_path / "large", 6144)
     assert size > 300e6
-    in_two_processes(load_as_rank, tmp_path / "small", tmp_path / "large", size)
+    run_in_two_processes(load_as_rank, tmp_path / "small", tmp_path / "large", size)
 
 
 def translate_as_rank(rank: int, folder: Path, processor: PoseProcessor, corpus: Path, out: Path) -> None:
@@ -94,7 +93,6 @@ def test_a_partitioned_model_translates_as_the_whole_one(
     translator: Callable[..., PoseTranslator],
     processor: PoseProcessor,
     corpus: Corpus,
-    in_two_processes: Callable[..., None],
 ) -> None:
     folder = tmp_path / "model"
     translator(kind, vocabulary=384).save_pretrained(folder)
@@ -102,7 +100,7 @@ def test_a_partitioned_model_translates_as_the_whole_one(
     whole = PoseTranslator.from_pretrained(folder).eval()
     rows = translate_split(whole, corpus.splits["test"], processor, batch_frames=300)
     write_predictions(tmp_path / "one.csv", rows)
-    in_two_processes(translate_as_rank, folder, processor, corpus.path, tmp_path)
+    run_in_two_processes(translate_as_rank, folder, processor, corpus.path, tmp_path)
     found = sorted(tmp_path.glob("[01]_*.csv"))
     assert len(found) == 4
     for path in found:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.process_groups import run_in_two_processes
 from tests.same_translations import assert_same_translations
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding.decode_split import translate_split
@@ -53,11 +54,10 @@ def test_two_ranks_with_partitioned_weights_write_what_one_whole_model_writes(
     translator: Callable[..., PoseTranslator],
     processor: PoseProcessor,
     corpus: Corpus,
-    in_two_processes: Callable[..., None],
 ) -> None:
     model, split = translator(vocabulary=384), corpus.splits["test"]
     rows = translate_split(model, split, processor, batch_frames=300, max_new_tokens=6)
     write_predictions(tmp_path / "one.csv", rows)
-    in_two_processes(translate_as_rank, model, processor, corpus.path, tmp_path)
+    run_in_two_processes(translate_as_rank, model, processor, corpus.path, tmp_path)
     for name in ("rank0_True", "rank1_True", "rank0_False", "rank1_False"):
         assert_same_translations(tmp_path / f"{name}.csv", tmp_path / "one.csv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from tests.scripts import load_script
 from toolkit.checkpointing.checkpoints import complete_checkpoints, read_state
 from toolkit.cluster.ranks import read_ranks
 from toolkit.errors import exit_code_of
@@ -52,10 +52,7 @@ def refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Run the trainer in this process, which costs no start, expect a refusal and return its error and hint."""
-    specification = importlib.util.spec_from_file_location("launch_train", TRAIN)
-    assert specification and specification.loader
-    command = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(command)
+    command = load_script("launch/train.py")
     for name in ("keep_freed_memory", "return_freed_memory"):  # their settings would outlive the test
         monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
 

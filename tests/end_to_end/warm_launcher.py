@@ -15,32 +15,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 import faults  # it lies beside this script
 
+from tests.forks import end_with, import_all, write_to
+
 ROOM_FOR_A_COMMAND_LINE = 16384
 RealPopen = subprocess.Popen
-EVERYTHING = (
-    "deepspeed.launcher.launch",
-    "deepspeed.launcher.runner",
-    "deepspeed.ops.adam",
-    "transformers.models.auto",
-    "transformers.models.t5.modeling_t5",
-    "toolkit.reporting.report",
-    "toolkit.training.results",
-    "toolkit.training.overfit",
-    "toolkit.training.run",
-)
+LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner")
 
 
 class ForkingPopen(RealPopen):  # type: ignore[type-arg]
@@ -70,36 +60,23 @@ def run(command: list[str], environment: dict[str, str] | None) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     words = [word for word in command[1:] if word != "-u"]
-    code = 1
-    try:
-        if words[0] == "-m":
-            sys.argv = words[1:]
-            main_of(words[1])()
-        else:
-            subprocess.Popen = RealPopen  # type: ignore[misc]
-            sys.argv = words
-            faults.install()
-            runpy.run_path(words[0], run_name="__main__")
-        code = 0
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        sys.stderr.flush()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end_with(lambda: run_module(words[1:]) if words[0] == "-m" else run_script(words))
 
 
-def main_of(module: str) -> Any:
-    """The entry point of one of DeepSpeed's two launchers."""
+def run_module(words: list[str]) -> None:
+    """``python -m`` with these arguments: one of DeepSpeed's two launchers."""
     from deepspeed.launcher import launch, runner
 
-    return {"deepspeed.launcher.runner": runner.main, "deepspeed.launcher.launch": launch.main}[module]
+    sys.argv = words
+    {"deepspeed.launcher.runner": runner.main, "deepspeed.launcher.launch": launch.main}[words[0]]()
+
+
+def run_script(words: list[str]) -> None:
+    """A script with its arguments: a rank, which may have a fault."""
+    subprocess.Popen = RealPopen  # type: ignore[misc]
+    sys.argv = words
+    faults.install()
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def show_as(command: list[str]) -> None:
@@ -111,9 +88,8 @@ def show_as(command: list[str]) -> None:
 
 
 def import_everything() -> None:
-    """What a run imports, on its way from the recipe to the report."""
-    for module in EVERYTHING:
-        importlib.import_module(module)
+    """Import what the processes need; none of it may start a thread, which no fork would have."""
+    import_all(LAUNCHERS)
     threads = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}
     others = threads - {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}  # jemalloc expects forks
     assert not others, f"a process with threads must not be forked: {others}"
@@ -135,9 +111,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
-            out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            for stream in (1, 2):
-                os.dup2(out, stream)
+            write_to(order["out"])
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             run([sys.executable, "-m", "deepspeed.launcher.runner", *order["start"]], order["environment"])
         print(child, flush=True)

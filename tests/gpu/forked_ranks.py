@@ -9,14 +9,12 @@ ranks; both write into ``out``. It prints a JSON object: the exit codes of each 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,28 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pretend_gpus
 
+from tests.forks import end_with, import_all, write_to
 from tests.time_limits import limit
 
 RANKS = 2
 # Seconds, on an idle machine.
 LONGEST = 300.0  # of a command
 ALONE = 5.0  # that a rank may run when the other has failed; it would wait three times as long for its end
-EVERYTHING = (
-    "deepspeed.ops.adam",
-    "peft",
-    "transformers.models.auto",
-    "transformers.models.t5.modeling_t5",
-    "toolkit.reporting.report",
-    "toolkit.training.results",
-    "toolkit.training.overfit",
-    "toolkit.training.run",
-)
 
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    for module in EVERYTHING:
-        importlib.import_module(module)
+    import_all(["peft"])
     print(json.dumps({command["name"]: codes_of(command) for command in plan}), flush=True)
 
 
@@ -83,20 +71,8 @@ def be(rank: int, port: int, command: dict[str, Any]) -> NoReturn:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ |= command.get("environment", {})
-    out = os.open(command["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    code = 1
-    try:
-        pretend_gpus.run(command["words"])
-        code = 0
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    write_to(command["out"])
+    end_with(lambda: pretend_gpus.run(command["words"]))
 
 
 if __name__ == "__main__":

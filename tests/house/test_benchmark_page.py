@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def benchmark_page() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("benchmark_page", ROOT / "benchmarks" / "page.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/page.py")
 
 
 def test_the_page_is_drawn_from_the_results_as_they_are(benchmark_page: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.house.documented import ROOT, Command, commands_of, documented
+from tests.scripts import load_script
 from toolkit.errors import UserError
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import missing_data
@@ -56,10 +56,7 @@ def script() -> Callable[[str], ModuleType]:
 
     def load(path: str) -> ModuleType:
         if path not in loaded:
-            specification = importlib.util.spec_from_file_location(f"documented_{Path(path).stem}", ROOT / path)
-            assert specification and specification.loader
-            loaded[path] = importlib.util.module_from_spec(specification)
-            specification.loader.exec_module(loaded[path])
+            loaded[path] = load_script(path)
         return loaded[path]
 
     return load

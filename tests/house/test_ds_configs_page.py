@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts import load_script
 from toolkit.recipe.deepspeed.json_file import ds_config_names
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("benchmark_memory", ROOT / "benchmarks" / "memory.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_script("benchmarks/memory.py")
     if not module.RESULTS.exists():
         pytest.skip("nothing was measured yet: python benchmarks/memory.py")
     return module

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
 # File of an installed library -> names that it must hold. An upgrade that drops one breaks what the page says of it.
@@ -142,8 +144,4 @@ def test_every_file_that_changes_a_librarys_objects_is_on_the_page() -> None:
 
 def test_the_drawing_of_the_rooms_is_up_to_date() -> None:
     """``python docs/rooms.py`` writes it."""
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
-    assert spec is not None and spec.loader is not None
-    rooms = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rooms)
-    assert rooms.page() == PAGE
+    assert load_script("docs/rooms.py").page() == PAGE

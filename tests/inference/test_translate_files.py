@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import T5Config
 
+from tests.small_configs import POSE_ENCODER, T5, translator_config
 from toolkit.decoding.beam_search import beam_search
 from toolkit.errors import UserError
 from toolkit.inference.clip_sources import ClipSource
 from toolkit.inference.translate_files import Windowing, translate_clips
-from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
+from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.poses.pose_file import PoseError, RawPose, read_pose
@@ -30,11 +31,7 @@ Model = tuple[PoseTranslator, PoseProcessor]
 def tiny() -> Model:
     torch.manual_seed(2)
     landmark_set = load_landmark_set("hands_body_50")
-    backbone = T5Config(
-        vocab_size=384, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=1, decoder_start_token_id=0
-    )
-    encoder = {"kind": "conv", "hidden": 24, "layers": 1, "kernel": 5, "stride": 2, "dropout": 0.0, "positions": True}
-    config = PoseTranslatorConfig(backbone=backbone.to_dict(), pose_encoder=encoder, num_points=50)
+    config = translator_config(T5Config(**T5 | {"num_layers": 1}), pose_encoder=POSE_ENCODER | {"layers": 1})
     model = PoseTranslator(config).eval()
     model.generation_config.update(num_beams=3, max_new_tokens=5)
     extractor = PoseFeatureExtractor(landmark_set=landmark_set.to_dict(), max_frames=MAX_FRAMES)

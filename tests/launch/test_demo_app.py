@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import T5Config
 
+from tests.small_configs import T5, translator_config
 from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.errors import UserError
 from toolkit.inference.demo_app import Reading, accepted_suffixes, confidences, frame, read_clip_file
-from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
+from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import read_clip
 from toolkit.poses.landmarks import load_landmark_set
@@ -41,14 +42,7 @@ def translator() -> tuple[PoseTranslator, PoseProcessor]:
     """Untrained, which is all that a page needs."""
     torch.manual_seed(3)
     landmark_set = load_landmark_set("hands_body_50")
-    backbone = T5Config(
-        vocab_size=384, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0
-    )
-    encoder = {"kind": "conv", "hidden": 24, "layers": 2, "kernel": 5, "stride": 2, "dropout": 0.0, "positions": True}
-    config = PoseTranslatorConfig(
-        backbone=backbone.to_dict(), pose_encoder=encoder, num_points=50, num_channels=3, special_token_ids=[0, 1, 2]
-    )
-    model = PoseTranslator(config).eval()
+    model = PoseTranslator(translator_config(T5Config(**T5))).eval()
     model.generation_config.max_new_tokens = 6
     extractor = PoseFeatureExtractor(landmark_set=landmark_set.to_dict(), max_frames=64)
     return model, PoseProcessor(extractor, make_tokenizer("bytes"))

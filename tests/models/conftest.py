@@ -10,23 +10,12 @@ import pytest
 import torch
 from transformers import BartConfig, PreTrainedConfig, T5Config
 
-from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator, PoseTranslatorConfig
+from tests.small_configs import BART, T5, translator_config
+from toolkit.models import PoseFeatureExtractor, PoseProcessor, PoseTranslator
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.landmarks import load_landmark_set
 
-BACKBONES: dict[str, PreTrainedConfig] = {
-    "t5": T5Config(vocab_size=384, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0),
-    "bart": BartConfig(
-        vocab_size=384,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-    ),
-}
+BACKBONES: dict[str, PreTrainedConfig] = {"t5": T5Config(**T5), "bart": BartConfig(**BART)}
 
 
 @pytest.fixture
@@ -40,25 +29,8 @@ def translator() -> Callable[..., PoseTranslator]:
         backbone: str = "t5", *, ctc: bool = True, prefix: tuple[int, ...] = (), search: float = 0.0
     ) -> PoseTranslator:
         torch.manual_seed(0)
-        landmark_set = load_landmark_set("hands_body_50")
-        encoder = {
-            "kind": "conv",
-            "hidden": 24,
-            "layers": 2,
-            "kernel": 5,
-            "stride": 2,
-            "dropout": 0.0,
-            "positions": True,
-        }
-        config = PoseTranslatorConfig(
-            backbone=BACKBONES[backbone].to_dict(),
-            pose_encoder=encoder,
-            num_points=landmark_set.num_points,
-            num_channels=landmark_set.num_channels,
-            ctc=ctc,
-            ctc_search_weight=search,
-            special_token_ids=[0, 1, 2],
-            prefix_token_ids=list(prefix),
+        config = translator_config(
+            BACKBONES[backbone], ctc=ctc, ctc_search_weight=search, prefix_token_ids=list(prefix)
         )
         return PoseTranslator(config).eval()
 

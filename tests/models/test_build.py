@@ -5,30 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedConfig, T5ForConditionalGeneration
 
-from tests.written_corpora import write_corpus
-from toolkit.corpus.packed import Clip, Corpus
+from tests.small_runs import still_corpus
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.check import check_model
 from toolkit.models.tokenizers import make_tokenizer
-from toolkit.poses.features import NORMALISATION
-from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    landmark_set = load_landmark_set("hands_body_50")
-    clips = [
-        Clip(f"clip-{n}", text, np.zeros((4, 50, 3), np.float16)) for n, text in enumerate(["good day", "good night"])
-    ]
-    return write_corpus(tmp_path / "corpus", {"train": clips}, landmark_set, 10.0, NORMALISATION)
+    return still_corpus(tmp_path / "corpus", "good day", "good night")
 
 
 @pytest.fixture

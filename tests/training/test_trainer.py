@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
+from tests.process_groups import group_of_one
 from toolkit.checkpointing.checkpoints import Progress
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
@@ -103,9 +104,8 @@ class Stops:
 
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with group_of_one(tmp_path):
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -24,8 +23,8 @@ from transformers import (
     T5Config,
 )
 
-from tests.written_corpora import write_corpus
-from toolkit.corpus.packed import Clip, Corpus
+from tests.small_runs import still_corpus
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.adaptation.export import export_model
@@ -34,8 +33,6 @@ from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.tokenizers import make_tokenizer
-from toolkit.poses.features import NORMALISATION
-from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import resolve_named
 
 SETTINGS = ("ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "training.ctc_weight=0.1")
@@ -89,9 +86,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    clips = [Clip(f"clip-{n}", "good day", np.zeros((4, 50, 3), np.float16)) for n in range(2)]
-    landmark_set = load_landmark_set("hands_body_50")
-    return write_corpus(tmp_path_factory.mktemp("c") / "corpus", {"train": clips}, landmark_set, 10.0, NORMALISATION)
+    return still_corpus(tmp_path_factory.mktemp("c") / "corpus", "good day", "good day")
 
 
 @pytest.fixture(scope="module")

@@ -12,24 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, T5Config
 from transformers import PreTrainedConfig as Configuration
 
+from tests.small_configs import BART, T5
 from toolkit.errors import UserError
 from toolkit.models.loading.backbone_weights import Placement, published_backbone, random_backbone
 
 CPU = torch.device("cpu")
-T5 = T5Config(
-    vocab_size=40, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0, num_beams=3
-)
-BART = BartConfig(
-    vocab_size=40,
-    d_model=32,
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-)
-CONFIGS: dict[str, Configuration] = {"t5": T5, "bart": BART}
+CONFIGS: dict[str, Configuration] = {
+    "t5": T5Config(**T5 | {"vocab_size": 40}, num_beams=3),
+    "bart": BartConfig(**BART | {"vocab_size": 40}),
+}
 
 
 @pytest.fixture(params=CONFIGS)

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import distributed
 
-from tests.written_corpora import write_corpus
-from toolkit.corpus.packed import Clip, Corpus
+from tests.process_groups import group_of_one
+from tests.small_runs import still_corpus
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.weights import load_weights, save_model, saved_state_dict
-from toolkit.poses.features import NORMALISATION
-from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import resolve_named
 
 TOKENS = "model.extra_tokens=['<loc>', '<per>']"
@@ -38,17 +35,13 @@ MODELS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meet = tmp_path_factory.mktemp("group") / "meet"
-    distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with group_of_one(tmp_path_factory.mktemp("group")):
+        yield
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    clips = [Clip(f"clip-{n}", "good day", np.zeros((4, 50, 3), np.float16)) for n in range(2)]
-    landmark_set = load_landmark_set("hands_body_50")
-    return write_corpus(tmp_path_factory.mktemp("c") / "corpus", {"train": clips}, landmark_set, 10.0, NORMALISATION)
+    return still_corpus(tmp_path_factory.mktemp("c") / "corpus", "good day", "good day")
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
+from tests.process_groups import group_of_one
 from toolkit.training.monitoring.gradient_guard import GradientGuard, TrainingStopped
 
 CPU = torch.device("cpu")
@@ -16,9 +17,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with group_of_one(tmp_path):
+        yield
 
 
 def test_finite_gradients_pass() -> None:
