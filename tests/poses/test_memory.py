@@ -187,9 +187,9 @@ def test_damaged_files(pose_file, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_many_damaged_files(pose_file, tmp_path: Path) -> None:
-    pieces = list(_damaged(_seeds(pose_file), 20_000))
-    for start in range(0, len(pieces), 500):
-        _check(tmp_path, dict(pieces[start : start + 500]))
+    contents = list(_damaged(_seeds(pose_file), 20_000))
+    for start in range(0, len(contents), 500):
+        _check(tmp_path, dict(contents[start : start + 500]))
 
 
 def _numpy_load(content: bytes) -> None:
