@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import load_script
 from tests.time_limits import limit
+from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.demo import DemoSizes, make_demo
+from toolkit.errors import exit_code_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1800.0  # seconds, on an idle machine; one that is slow in bf16 needs many minutes
@@ -123,6 +126,23 @@ def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def train_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run the trainer in this process, which costs no start, to a refusal before there is a process group."""
+    command = load_script("launch/train.py")
+    for name in ("keep_freed_memory", "return_freed_memory"):  # their settings would outlive the test
+        monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
+
+    def train(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = exit_code_of(lambda: command.run(command.parse(), read_ranks()), debug=False)
+        printed = capsys.readouterr()
+        return Finished(code, printed.out, printed.err)
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,15 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def refused(run: Run, settings: list[str], tmp_path: Path) -> Callable[..., str]:
-    """Run the trainer, expect a refusal, and return its error and hint."""
+def refused(
+    run: Run, train_here: Callable[..., Any], settings: list[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Run the trainer, without a start of its own where ``ranks`` is None, expect a refusal; its error and hint."""
 
-    def refused(*arguments: object, code: int = 2, recipe: str = "t5_small", ranks: int = 0) -> str:
+    def refused(*arguments: object, code: int = 2, recipe: str = "t5_small", ranks: int | None = None) -> str:
         run_dir = tmp_path / "run"
-        done = run("launch/train.py", "--recipe", recipe, *settings, *arguments, f"run.dir={run_dir}", ranks=ranks)
+        words = ["--recipe", recipe, *settings, *arguments, f"run.dir={run_dir}"]
+        done = train_here(*words) if ranks is None else run("launch/train.py", *words, ranks=ranks)
         assert done.code == code, done.out + done.err
         assert len(done.errors) == 1, done.err
         assert "Traceback" not in done.err
@@ -31,7 +34,7 @@ def refused(run: Run, settings: list[str], tmp_path: Path) -> Callable[..., str]
 
 
 def test_no_such_table(refused: Callable[..., str], tmp_path: Path) -> None:
-    error = refused(f"data.table={tmp_path}/nowhere.csv")
+    error = refused(f"data.table={tmp_path}/nowhere.csv", ranks=0)
     assert "nowhere.csv" in error
 
 
@@ -105,5 +108,5 @@ def test_two_ranks_print_it_once(refused: Callable[..., str], tmp_path: Path) ->
 
 
 def test_a_model_that_is_not_in_the_cache_while_offline(refused: Callable[..., str], tmp_path: Path) -> None:
-    error = refused("model.backbone=somebody/some-model", "model.from_scratch=false", "model.tiny=false")
+    error = refused("model.backbone=somebody/some-model", "model.from_scratch=false", "model.tiny=false", ranks=0)
     assert "somebody/some-model" in error and "HF_HOME" in error
