@@ -178,7 +178,7 @@ _MUTATED = st.lists(_FRAGMENTS, max_size=40).map(lambda parts: ("uid,text\na,b\n
 def _check_bytes(tmp_path, examples: int) -> None:
     path = tmp_path / "fuzzed.csv"
 
-    @settings(max_examples=examples, deadline=1000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(_MUTATED | st.binary(max_size=200) | _MUTATED.map(lambda content: content[13:]))
     def run(content: bytes) -> None:
         path.write_bytes(content)

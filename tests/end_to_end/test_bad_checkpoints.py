@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,10 @@ from typing import Any
 import pytest
 import xxhash
 
-from tests.scripts import load_script
 from toolkit.checkpointing.checkpoints import complete_checkpoints, read_state
-from toolkit.cluster.ranks import read_ranks
-from toolkit.errors import exit_code_of
 
 Run = Callable[..., Any]
 BEFORE, NEWEST = "step_000001", "step_000002"
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +43,16 @@ def run_dir(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Run the trainer in this process, which costs no start, expect a refusal and return its error and hint."""
-    command = load_script("launch/train.py")
-    for name in ("keep_freed_memory", "return_freed_memory"):  # their settings would outlive the test
-        monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
+def refused(arguments: list[str], train_here: Callable[..., Any]) -> Callable[..., str]:
+    """Run the trainer in this process, expect a refusal and return its error and hint."""
 
     def refused(run_dir: Path, *more: object) -> str:
         before = contents(run_dir)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *map(str, more), f"run.dir={run_dir}"])
-        capsys.readouterr()
-        code = exit_code_of(lambda: command.run(command.parse(), read_ranks()), debug=False)
-        printed = capsys.readouterr().err
-        assert code == 2
-        assert re.fullmatch(r"error: .+\nhint: .+\n", printed), printed
+        done = train_here(*arguments, *more, f"run.dir={run_dir}")
+        assert done.code == 2
+        assert re.fullmatch(r"error: .+\nhint: .+\n", done.err), done.err
         assert contents(run_dir) == before
-        return printed
+        return str(done.err)
 
     return refused
 

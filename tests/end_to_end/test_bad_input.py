@@ -15,9 +15,7 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def refused(
-    run: Run, train_here: Callable[..., Any], settings: list[str], tmp_path: Path
-) -> Callable[..., str]:
+def refused(run: Run, train_here: Callable[..., Any], settings: list[str], tmp_path: Path) -> Callable[..., str]:
     """Run the trainer, without a start of its own where ``ranks`` is None, expect a refusal; its error and hint."""
 
     def refused(*arguments: object, code: int = 2, recipe: str = "t5_small", ranks: int | None = None) -> str:

@@ -291,7 +291,7 @@ def _check_mutations(examples: int) -> None:
     seeds += [gzip.compress(seeds[0])]
     landmarks = load_landmark_set("unisign_69")
 
-    @settings(max_examples=examples, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(
         st.sampled_from(seeds), st.lists(st.tuples(st.integers(0, 600), st.binary(min_size=1, max_size=3)), max_size=4)
     )

@@ -201,7 +201,7 @@ def mutations(draw, seeds: list[bytes]) -> bytes:
 
 
 def _check_mutations(pose_file, examples: int) -> None:
-    @settings(max_examples=examples, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(mutations(_seeds(pose_file)))
     def run(content: bytes) -> None:
         _features_or_a_reason(content)
