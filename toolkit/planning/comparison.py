@@ -127,7 +127,10 @@ def compare(
 
 
 def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:
-    plan = make_plan(subject, run, hardware, workload)
+    try:
+        plan = make_plan(subject, run, hardware, workload)
+    except UserError as error:
+        return Row(name, conflicts=f"{error.message} ({error.hint})")
     largest = largest_micro_batch(subject, run, hardware, workload)
     seconds = None
     if largest:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from toolkit.errors import UserError
 from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows, has_random_weights
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
@@ -90,16 +91,24 @@ class Subject:
         autocast = bool(value_at(config, "torch_autocast.enabled"))
         key = (clips, frames, tokens, dtype, autocast, checkpointing)
         if key not in self._traces:
-            self._traces[key] = trace(
-                self._traced,
-                clips=clips,
-                frames=frames,
-                tokens=tokens,
-                dtype=dtype,
-                autocast=autocast,
-                checkpointing=checkpointing,
-                ctc_weight=self.recipe.training.ctc_weight,
-            )
+            try:
+                self._traces[key] = trace(
+                    self._traced,
+                    clips=clips,
+                    frames=frames,
+                    tokens=tokens,
+                    dtype=dtype,
+                    autocast=autocast,
+                    checkpointing=checkpointing,
+                    ctc_weight=self.recipe.training.ctc_weight,
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                # A model that decides by the values of tensors, which the meta device does not have.
+                raise UserError(
+                    f"model.backbone={self.recipe.model.backbone}: its passes cannot be traced without memory: "
+                    f"{str(error).splitlines()[0][:120]}",
+                    "plan a recipe with a similar backbone, or try small micro-batches",
+                ) from error
         return self._traces[key]
 
     def translation(self, config: Tree, workload: Workload) -> TranslationMemory:

@@ -106,12 +106,10 @@ def trace(
     with as_on_gpu(autocast), _watching(model, live) as marks, live:
         for tensor in (poses, visible, mask, labels):
             live.add(tensor)
-        # As the trainer does: in meta's world the device context makes new tensors there, too.
-        with meta:
-            nll, ctc = translation_losses(
-                model, poses, visible, mask, labels, special, label_smoothing=0.1, scores_at_once=GPU_SCORES
-            )
-            loss = nll + ctc_weight * ctc
+        nll, ctc = translation_losses(
+            model, poses, visible, mask, labels, special, label_smoothing=0.1, scores_at_once=GPU_SCORES
+        )
+        loss = nll + ctc_weight * ctc
         saved = live.live
         live.region, live.backward = "scores", True
         torch.autograd.backward(loss)
@@ -254,7 +252,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func)
-        if name == "aten._local_scalar_dense.default":
+        if name == "aten._local_scalar_dense.default" and args[0].is_meta:
             # Models ask whether a mask hides nothing: here every batch has padding.
             return False if args[0].dtype == torch.bool else 1
         by_mask = name in INDEXING and _by_mask(args[1])
