@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.errors import UserError, exit_code_of
+from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.planning.hardware import Hardware, parse_size
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.load import load_recipe
@@ -26,7 +26,7 @@ OVERRIDES = "Further arguments key=value change the recipe, as for launch/train.
 
 
 def main() -> None:
-    arguments = _parse()
+    arguments = parsed(_parse)
     sys.exit(exit_code_of(lambda: plan(arguments), debug=arguments.debug))
 
 
@@ -78,11 +78,13 @@ def plan(arguments: argparse.Namespace) -> None:
     if all(isinstance(run, UserError) for run in runs.values()):
         raise next(run for run in runs.values() if isinstance(run, UserError))
 
-    from toolkit.planning.comparison import compare  # it imports torch
+    from toolkit.cluster.logs import show_errors_only  # these import torch
+    from toolkit.planning.comparison import compare
     from toolkit.planning.plan import Subject
     from toolkit.planning.table import as_dict, as_text
     from toolkit.planning.workload import workload_of
 
+    show_errors_only()
     workload = workload_of(recipe, hardware.gpus)
     subject = Subject.of(recipe)
     comparison = compare(subject, runs, hardware, workload, recipe.deepspeed)

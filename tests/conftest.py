@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+import torch
 
 from tests.written_corpora import write_corpus
 from toolkit.corpus.packed import Clip
@@ -27,6 +29,7 @@ from toolkit.scoring.predictions import make_predictions, write_predictions
 # Small translators, a corpus of invented clips and two processes, for tests of several rooms.
 pytest_plugins = ["tests.small_translators"]
 
+hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine makes an example slow, not wrong
 BROWSER_OPTIONS = (
     "--headless",
     "--no-sandbox",  # Chromium's own sandbox does not start as root
@@ -50,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Threads that wait for each other cost small tensors several times what they save, most of all on a busy machine.
+    torch.set_num_threads(1)
+    hypothesis.settings.load_profile("busy")
     if config.getoption("--fast"):
         sys.addaudithook(_refuse_processes)
 

@@ -164,7 +164,7 @@ def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
     """Follow which part of the model computes, forward and backward; drop gradients of weights, as DeepSpeed does."""
     encoder, decoder = model.backbone.get_encoder(), model.backbone.get_decoder()
     marks = _Marks(([], []))
-    forward = {"encoder", "decoder"}  # whose first pass is not over: recomputation comes by again
+    forward = {"encoder", "decoder"}  # whose first pass is not over: recomputation passes again
 
     def enter(region: str) -> Any:
         def hook(*_: Any) -> None:

@@ -21,7 +21,7 @@ from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 
-# DeepSpeed's engine sums gradients in pieces of so many numbers where no ZeRO optimizer does.
+# DeepSpeed's engine sums gradients in buckets of so many numbers where no ZeRO optimizer does.
 ENGINE_BUCKET = 500_000_000
 SWAP_BUFFERS = 4  # buffers of a sub-group through which NVMe is read and written
 
