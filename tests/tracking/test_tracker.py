@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from itertools import count
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -16,7 +17,9 @@ from toolkit.tracking import background
 from toolkit.tracking.background import BackgroundSink
 from toolkit.tracking.jsonl import METRICS_FILE, keep_until, read_lines
 from toolkit.tracking.tracker import open_tracker
-from toolkit.tracking.weights_and_biases import RUN_ID_FILE, has_key
+from toolkit.tracking.weights_and_biases import RUN_ID_FILE
+
+KEY = "0123456789" * 4
 
 
 @pytest.fixture(autouse=True)
@@ -152,17 +155,35 @@ def test_wandb_files_hold_no_description_of_the_machine_and_no_secret(tmp_path, 
     assert not any(path.name == "wandb-metadata.json" for path in written)
 
 
-def test_a_key_is_looked_for_where_wandb_keeps_it(tmp_path, monkeypatch):
-    assert not has_key()
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine api.wandb.ai\n  login user\n  password k\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    assert has_key()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not has_key()
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert has_key()
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("machine", "environment", "mode"),
+    [
+        ("api.forge.coreweave.com", {}, "online"),  # the host of this W&B
+        ("api.wandb.ai", {}, "online"),  # that of earlier ones
+        ("wandb.example.org", {}, "offline"),
+        ("wandb.example.org:8080", {"WANDB_BASE_URL": "http://wandb.example.org:8080"}, "online"),
+        ("api.wandb.ai", {"WANDB_BASE_URL": "https://wandb.example.org"}, "offline"),
+        ("nowhere", {"WANDB_API_KEY": KEY}, "online"),
+        ("nowhere", {"WANDB_API_KEY": "no key"}, "offline"),
+        ("nowhere", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "online"),  # the recipe decides
+    ],
+)
+def test_a_key_is_found_where_wandb_keeps_it(machine, environment, mode, tmp_path, monkeypatch, capfd):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # else it has the key of a test before
+    (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    for name, value in ({"NETRC": str(tmp_path / "netrc")} | environment).items():
+        monkeypatch.setenv(name, value)
+    modes = []
+    monkeypatch.setattr(wandb, "init", lambda **arguments: modes.append(arguments["mode"]) or MagicMock())
+    with open_tracker(tmp_path, Tracking(wandb="online"), {}, is_main=True):
+        pass
+    wandb.teardown()
+    assert modes == [mode]
+    output = capfd.readouterr()
+    assert len(output.err.splitlines()) == (mode == "offline") and not output.out and KEY not in output.err
 
 
 class FakeSink:
@@ -269,7 +290,7 @@ def wandb_server(request, monkeypatch):
             except OSError:
                 return
 
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
     if request.param == "refuses":
         server.close()
@@ -288,6 +309,6 @@ def test_a_wandb_server_that_cannot_be_used_is_one_line_and_the_run_is_offline(w
         tracker.log(1, {"loss": 1.0})
     output = capfd.readouterr()
     (line,) = output.err.splitlines()
-    assert "wandb sync" in line and "0123456789" not in line and not output.out
+    assert "wandb sync" in line and KEY not in line and not output.out
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))

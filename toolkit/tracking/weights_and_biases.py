@@ -48,16 +48,17 @@ class WeightsAndBiases:
             init_timeout=timeout,
         )
         # Logging in knows only these settings, not those of the run.
-        wandb.setup(wandb.Settings(silent=True))
+        wandb.setup(wandb.Settings(silent=True, mode=mode))
         arguments = {"project": project, "name": run_dir.name, "id": _run_id(run_dir), "config": config}
-        if mode == "online" and has_key():
+        if mode == "online":
             try:
-                return wandb.init(**arguments, resume="allow", mode="online", dir=str(run_dir), settings=settings)
+                # W&B knows where it keeps keys, and for which host; it asks for none here.
+                if wandb.login(prompt=False, verify=False):
+                    return wandb.init(**arguments, resume="allow", mode="online", dir=str(run_dir), settings=settings)
+                _warn_offline(run_dir, "no API key here")
             except Exception as error:
                 _warn_offline(run_dir, f"W&B cannot be reached ({type(error).__name__})")
                 wandb.teardown()  # its process holds the run's id, as that of a run that is being started
-        elif mode == "online":
-            _warn_offline(run_dir, "no API key here")
         return wandb.init(**arguments, resume="allow", mode="offline", dir=str(run_dir), settings=settings)
 
     def log(self, step: int, values: Mapping[str, float | str], kind: str) -> None:
@@ -74,20 +75,6 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the W&B run; what has not been sent yet is sent first."""
         self._run.finish()
-
-
-def has_key() -> bool:
-    """Whether W&B could log in: a key in the environment or in the user's netrc; the key itself is not looked at."""
-    import netrc
-    from urllib.parse import urlparse
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _warn_offline(run_dir: Path, why: str) -> None:
