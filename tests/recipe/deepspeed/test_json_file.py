@@ -98,6 +98,12 @@ def test_every_unknown_key_and_wrong_type_is_named_at_once(tmp_path):
         ('{"offload_optimizer": {}}', "offload_optimizer", "move it to zero_optimization.offload_optimizer"),
         ('{"zero_optimization": {"aio": {}}}', "zero_optimization.aio", "move it to aio"),
         ('{"aio": {"nvme_path": "x"}}', "aio.nvme_path", "move it to zero_optimization.offload_param.nvme_path or"),
+        ('{"aio": {"thread_count": 1}}', "aio.thread_count", "rename it to aio.intra_op_parallelism"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"buffer_size": 9}, "offload_param": {"buffer_size": 8}}}',
+            "offload_optimizer.buffer_size",
+            "take it out: zero_optimization.offload_param.buffer_size",
+        ),
         ("", "line 1, column 1", "zero2.json"),
     ],
 )

@@ -17,10 +17,10 @@ from typing import Any
 from toolkit.errors import UserError, as_one
 from toolkit.files import read_text
 from toolkit.recipe.deepspeed.aliases import PlaceOf, translated
-from toolkit.recipe.deepspeed.keys import AUTO_ALLOWED, KNOWN, OPTIMIZER_IMPLEMENTATION, OWNED
+from toolkit.recipe.deepspeed.keys import AUTO_ALLOWED, KNOWN, OPTIMIZER_IMPLEMENTATION, OWNED, RENAMED
 from toolkit.recipe.deepspeed.refusals import REFUSED, without_refused_and_idle
 from toolkit.recipe.paths import ds_configs_dir, shown
-from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, without_nulls
+from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, value_at, without_nulls
 
 # What Python reads a type of ``keys.py`` as, and its name in messages.
 _TYPES: dict[str, tuple[Any, str]] = {
@@ -83,7 +83,7 @@ def read_deepspeed(name_or_path: str, overrides: Tree | None = None, *, world_si
 
     read = ReadJson()
     config = translated(without_nulls(merge(base, over)), place_of, read.problems, read.notes)
-    check = _Check(place_of, read.problems)
+    check = _Check(config, place_of, read.problems)
     config = check.section(config, KNOWN, ())
     check.report_autos()
     read.config = without_refused_and_idle(config, world_size, place_of, read.problems, read.notes)
@@ -145,7 +145,8 @@ def _not_json(text: str, error: json.JSONDecodeError, place: str) -> UserError:
 class _Check:
     """Keys and types of a DeepSpeed JSON; what is wrong is added to ``problems``."""
 
-    def __init__(self, place_of: PlaceOf, problems: list[UserError]) -> None:
+    def __init__(self, config: Tree, place_of: PlaceOf, problems: list[UserError]) -> None:
+        self.config = config  # the whole JSON
         self.place_of = place_of
         self.problems = problems
         self.autos: dict[str, list[str]] = {}  # place -> keys
@@ -160,7 +161,8 @@ class _Check:
             result[key] = value
             if key not in known:
                 if dotted not in REFUSED:
-                    self.problems.append(UserError(f"{where} is not a DeepSpeed key", _suggestion(key, known, path)))
+                    hint = _suggestion(key, known, path, self.config)
+                    self.problems.append(UserError(f"{where} is not a DeepSpeed key", hint))
             elif dotted == "optimizer.params" and isinstance(value, dict):
                 owned = {name.rsplit(".", 1)[-1]: "any" for name in OWNED if name.startswith("optimizer.params.")}
                 result[key] = self.section(value, {**OPTIMIZER_IMPLEMENTATION, **owned}, here)
@@ -190,11 +192,17 @@ class _Check:
             )
 
 
-def _suggestion(key: str, known: Tree, path: tuple[str, ...]) -> str:
-    """Where a key that is not known here belongs: the same word in another section, else the nearest word here."""
-    homes = [".".join(home) for home in _places_of(key, KNOWN) if home != (*path, key)]
+def _suggestion(key: str, known: Tree, path: tuple[str, ...], config: Tree) -> str:
+    """Where a key that is not known here belongs: its name of today, the same word in another section of ``config``
+    that does not give it yet, else the nearest word here.
+    """
+    dotted = ".".join((*path, key))
+    homes = [RENAMED[dotted]] if dotted in RENAMED else [".".join(home) for home in _places_of(key, KNOWN)]
+    homes = [home for home in homes if home != dotted]
     if 0 < len(homes) <= 3:
-        return f"move it to {' or '.join(homes)}"
+        free = [home for home in homes if value_at(config, home) is None]
+        verb = "rename" if dotted in RENAMED else "move"
+        return f"{verb} it to {' or '.join(free)}" if free else f"take it out: {' and '.join(homes)} is given already"
     return did_you_mean(key, known, "take it out", prefix="".join(f"{step}." for step in path))
 
 

@@ -151,6 +151,7 @@ AIO = {
     "overlap_events": "bool",
     "use_gds": "bool",
 }
+RENAMED = {"aio.thread_count": "aio.intra_op_parallelism"}  # keys that DeepSpeed no longer reads -> of today
 FLOPS_PROFILER = {
     "enabled": "bool",
     "recompute_fwd_factor": "float",
