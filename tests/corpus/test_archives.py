@@ -24,9 +24,9 @@ def _zip(poses: Path, path: Path, method: int = zipfile.ZIP_STORED) -> Path:
     return path
 
 
-def _tar(poses: Path, path: Path) -> Path:
+def _tar(poses: Path, path: Path, top: str = "poses") -> Path:
     with tarfile.open(path, "w") as archive:
-        archive.add(poses, "poses")
+        archive.add(poses, top)
     return path
 
 
@@ -85,6 +85,7 @@ def test_links_in_circles_are_followed_once(clips, tmp_path) -> None:
         "zip",
         "deflated",
         "tar",
+        "tar of ./",
         "three parts of a zip",
         "numbered parts of a zip",
         "parts of a tar",
@@ -99,6 +100,8 @@ def test_byte_identical_from_everywhere(clips, tmp_path, monkeypatch, from_folde
         where = _zip(poses, tmp_path / "p.zip", zipfile.ZIP_DEFLATED)
     elif form == "tar":
         where = _tar(poses, tmp_path / "p.tar")
+    elif form == "tar of ./":
+        where = _tar(poses, tmp_path / "p.tar", ".")
     elif form == "parts of a tar":
         where = _split(_tar(poses, tmp_path / "p.tar"), 3, "letters")
     elif form == "numbered parts of a zip":

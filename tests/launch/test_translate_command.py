@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.time_limits import limit
+from toolkit.poses.pose_file import read_pose
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "translate.py"
 Clips = list[Path]
@@ -123,6 +125,18 @@ def test_the_one_spoiled_clip_of_many_is_named_and_the_others_are_translated(
     assert len(done.json["translations"]) == 99
     assert done.json["rejects"] == [{"uid": "042", "source": str(spoiled), "reason": "the file is truncated"}]
     assert "1 of 100 clips" in done.err and "--max-rejects 0.01" in done.err.splitlines()[-1]
+
+
+def test_fps_overrules_the_rate_of_a_file(translate, clip_files: Clips, tmp_path) -> None:
+    raw = read_pose(clip_files[0].read_bytes())
+    whole = bytearray(clip_files[0].read_bytes())
+    # The rate, and the numbers of frames and people, stand before the body.
+    struct.pack_into("<f", whole, len(whole) - raw.data.nbytes - raw.confidence.nbytes - 10, 1000.0)
+    (tmp_path / "clip.pose").write_bytes(whole)
+    done = translate(tmp_path / "clip.pose", "--window", 0)
+    assert (done.code, done.out) == (2, "") and "--fps" in done.err
+    done = translate(tmp_path / "clip.pose", "--window", 0, "--n-best", 1, "--fps", raw.fps)
+    assert done.code == 0 and done.out == translate(clip_files[0], "--window", 0, "--n-best", 1).out
 
 
 def test_n_best_with_scores(translate, clip_files: Clips) -> None:

@@ -118,6 +118,14 @@ def test_a_finished_run_stays_finished_unless_it_is_extended(begun: ResolvedRun,
     assert str(begun.run_dir) in refusal.value.message and "--new" in refusal.value.hint
 
 
+@pytest.mark.parametrize("other", ["model.backbone=bart_large", "training.seed=9", "evaluation.num_beams=9"])
+def test_a_finished_run_is_no_result_of_other_settings(begun: ResolvedRun, resolve: Resolve, other: str) -> None:
+    run_directory.write_status(begun.run_dir, "finished")
+    with pytest.raises(UserError, match=other.partition("=")[0]) as refusal:
+        find_start(resolve(*SHORT, "training.epochs=4", other), "auto")
+    assert str(begun.run_dir) in refusal.value.message and "--new" in refusal.value.hint
+
+
 def test_there_must_be_a_run_to_extend(resolve: Resolve) -> None:
     with pytest.raises(UserError, match="--extend") as refusal:
         find_start(resolve(), "auto", extend=True)
