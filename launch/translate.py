@@ -119,7 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
         if translation.reason:
             rejects.append(translation)
             if len(sources) > 1:
-                print(f"rejected: {translation.where}: {translation.reason}", file=sys.stderr, flush=True)
+                hint = f"\nhint: {translation.hint}" if translation.hint else ""
+                print(f"rejected: {translation.where}: {translation.reason}{hint}", file=sys.stderr, flush=True)
         elif arguments.json:
             done.append(as_json(translation))
         else:
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"translations": done, "rejects": rejected, "clips": len(sources), "seconds": seconds}))
     if len(sources) == 1 and rejects:
-        raise UserError(f"{rejects[0].where}: {rejects[0].reason}", "replace the file")
+        raise UserError(f"{rejects[0].where}: {rejects[0].reason}", rejects[0].hint or "replace the file")
     if len(rejects) > arguments.max_rejects * len(sources):
         raise TooManyRejects(
             f"{len(rejects):,} of {len(sources):,} clips could not be translated (listed above; all others are done)",

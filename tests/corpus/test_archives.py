@@ -199,8 +199,8 @@ def test_two_files_of_one_name_are_distinguished_by_their_folders(tmp_path) -> N
     assert poses.read(poses.find(Row("b/x", "t"))) == b"b"
     assert poses.read(poses.find(Row("u", "t", pose="a/x.pose"))) == b"a"
     assert poses.reason_not_found(Row("x", "t")) == (
-        "several pose files have its name: 'x' may be a/x.pose or b/x.pose: "
-        "write the path of the right one as the uid or into a column pose"
+        "several pose files have its name: 'x' may be a/x.pose or b/x.pose",
+        "write the path of the right one as the uid or into a column pose",
     )
 
 
@@ -254,7 +254,7 @@ def test_one_name_is_found_in_every_place(tmp_path, form: str, looked_up: Row) -
 def test_unusual_names_are_names(tmp_path, form: str, stem: str) -> None:
     poses = open_poses(_hold(form, {f"{stem}.pose": b"it", "b.pose": b"other"}, tmp_path))
     assert [poses.read(poses.find(Row(name, "t"))) for name in (stem, f"/data/{stem}.pose")] == [b"it", b"it"]
-    reason = poses.reason_not_found(Row(f"{stem}_", "t"))
+    reason, _ = poses.reason_not_found(Row(f"{stem}_", "t"))
     assert f"looked up '{stem}_' (uid), the nearest is {stem}.pose" in reason and "\n" not in reason
 
 
@@ -287,8 +287,9 @@ def test_a_pose_column_is_the_only_name_looked_up(tmp_path) -> None:
     """Another file that has the uid's name may be another clip."""
     poses = open_poses(_hold("folder", {"u.pose": b"another", "w1.pose": b"another"}, tmp_path))
     row = Row("u", "t", pose="w.pose")
-    assert poses.find(row) is None and "looked up 'w.pose' (pose), the nearest is w1.pose" in poses.reason_not_found(
-        row
+    assert (
+        poses.find(row) is None
+        and "looked up 'w.pose' (pose), the nearest is w1.pose" in poses.reason_not_found(row)[0]
     )
 
 
@@ -297,5 +298,5 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path) -> None:
     with open(bytes(tmp_path / "p") + b"/\xdcbung.pose", "wb"):
         pass
     poses = open_poses(tmp_path / "p")
-    reason = poses.reason_not_found(Row("\u00dcbung", "t"))
+    reason, _ = poses.reason_not_found(Row("\u00dcbung", "t"))
     assert "the nearest is \\udcdcbung.pose" in reason and reason.encode("utf-8")

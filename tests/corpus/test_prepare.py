@@ -97,13 +97,15 @@ def test_what_is_unusable_is_listed_with_its_reason(own_clips, tmp_path, rows_of
     with open(own_clips / "table.csv", "a") as table:
         table.write("train-00003,the same uid,train,ase\ntrain-00004x,,train,ase\n")
     path = ensure_corpus(data_of(own_clips, tmp_path, max_rejects=0.5))
-    assert {row["uid"]: row["reason"] for row in rows_of(path / "rejects.csv")} == {
-        "train-00000": "no pose file has its name: looked up 'train-00000' (uid), the nearest is train-00001.pose: "
-        "if that is the right one, write it into a column pose",
-        "train-00001": "not a .pose file, or of an unknown version",
-        "train-00002": "the file is truncated",
-        "train-00003": "duplicate uid: line 5 has it too",
-        "train-00004x": "the text is empty",
+    assert {row["uid"]: (row["reason"], row["hint"]) for row in rows_of(path / "rejects.csv")} == {
+        "train-00000": (
+            "no pose file has its name: looked up 'train-00000' (uid), the nearest is train-00001.pose",
+            "if that is the right one, write it into a column pose",
+        ),
+        "train-00001": ("not a .pose file, or of an unknown version", ""),
+        "train-00002": ("the file is truncated", ""),
+        "train-00003": ("duplicate uid: line 5 has it too", ""),
+        "train-00004x": ("the text is empty", ""),
     }
     summary = Corpus.open(path).summary()
     assert (summary["clips"], summary["rejects"]) == (21, 5)
@@ -176,7 +178,7 @@ def test_clips_without_hands_are_counted_and_rejected_when_asked(own_clips, tmp_
     assert kept.metadata.counts["without_hands"] == 1 and kept.summary()["clips"] == 24
     path = ensure_corpus(data_of(own_clips, tmp_path, no_hands="reject", max_rejects=0.1))
     assert rows_of(path / "rejects.csv") == [
-        {"uid": "train-00003", "reason": "no hands: no frame shows a landmark of either"}
+        {"uid": "train-00003", "reason": "no hands: no frame shows a landmark of either", "hint": ""}
     ]
     assert Corpus.open(path).metadata.counts["without_hands"] == 0
 
@@ -280,7 +282,24 @@ def test_the_table_overrules_the_frame_rate_of_a_file(clips, tmp_path) -> None:
         writer.writeheader()
         writer.writerows(row | {"fps": "25"} for row in rows)
     data = data_of(clips, tmp_path).model_copy(update={"poses": str(poses)})
-    with pytest.raises(TooManyRejects, match=r"frames per second, which no camera has: .* fps column"):
+    with pytest.raises(TooManyRejects, match="0 frames per second") as raised:
         ensure_corpus(data)
+    assert "fps column" in raised.value.hint
     corpus = Corpus.open(ensure_corpus(data.model_copy(update={"table": str(table)})))
     assert corpus.metadata.counts["rejects"] == 0 and corpus.metadata.counts["unusual_fps"] == 0
+
+
+def test_a_reason_and_its_remedy_have_columns_of_their_own(own_clips, tmp_path, rows_of) -> None:
+    poses = own_clips / "poses"
+    rate = read_pose((poses / "train-00001.pose").read_bytes())
+    content = (poses / "train-00001.pose").read_bytes()
+    place = len(content) - rate.data.nbytes - rate.confidence.nbytes - 10
+    (poses / "train-00001.pose").write_bytes(content[:place] + np.float32(0).tobytes() + content[place + 4 :])
+    (poses / "train-00002.pose").write_bytes(b"BZh91AY")
+    with pytest.raises(TooManyRejects) as raised:
+        prepare(data_of(own_clips, tmp_path), tmp_path / "out")
+    rejects = {row["uid"]: row for row in rows_of(tmp_path / "out.rejects.csv")}
+    assert "fps column" in rejects["train-00001"]["hint"] and "gzip" in rejects["train-00002"]["hint"]
+    assert not any(row["hint"] and row["hint"] in row["reason"] for row in rejects.values())
+    first = next(row for row in rejects.values() if row["reason"] in raised.value.message)
+    assert first["hint"] in raised.value.hint and first["hint"] not in raised.value.message

@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import struct
 
 import numpy as np
@@ -200,8 +201,8 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
             _saved(keypoints=_keypoints(), scores=np.ones(5)),
             r"the scores have shape \(5,\), the keypoints \(6, 133, 2\)",
         ),
-        (_npy(np.zeros((3, 40, 75))), "are the coordinates the first axis"),
-        (_npy(np.zeros((40, 225))), "are these 75 points of 3 values"),
+        (_npy(np.zeros((3, 40, 75))), "move the coordinates"),
+        (_npy(np.zeros((40, 225))), "give the 3 values of 75 points"),
         (_npy(np.zeros((1, 40, 75, 3))), "40 people in 1 frames"),
         (pickle.dumps({"keypoints": [np.zeros((40, 75, 3))]}), "40 people in 1 frames"),
         (_saved(kpts=np.zeros((4, 75, 3))), "none of the arrays is called .*: the file holds kpts"),
@@ -219,8 +220,9 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
     ],
 )
 def test_damage_is_a_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(PoseError, match=reason):
+    with pytest.raises(PoseError) as raised:
         read_clip(content)
+    assert re.search(reason, f"{raised.value}: {raised.value.hint}")
 
 
 def test_a_list_that_holds_itself_is_a_reason() -> None:

@@ -157,8 +157,9 @@ def test_no_frames_and_no_people_say_so(pose_file, version: float) -> None:
 @pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), -25.0, 0.04, 1000, 90_000, 1e9])
 def test_a_rate_that_no_camera_has_is_an_error_unless_a_rate_is_given(pose_file, fps: float) -> None:
     content = pose_file.bytes(*pose_file.body(), fps=fps)
-    with pytest.raises(PoseError, match=r"frames per second, which no camera has: .* fps column .* --fps"):
+    with pytest.raises(PoseError, match="frames per second, which no camera has") as raised:
         read_pose(content)
+    assert "fps column" in raised.value.hint and "--fps" in raised.value.hint
     assert read_pose(content, 25).fps == 25
     with pytest.raises(PoseError, match="fps column says 0 frames per second, wanted 1 to 1,000"):
         read_pose(content, 0)

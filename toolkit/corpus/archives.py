@@ -70,18 +70,18 @@ class PoseFiles:
         _, files = self.match(row)
         return self.files[files[0]] if len(files) == 1 else None
 
-    def reason_not_found(self, row: Row) -> str:
-        """Why ``find`` finds no file, and after the last colon the remedy."""
+    def reason_not_found(self, row: Row) -> tuple[str, str]:
+        """Why ``find`` finds no file, and the remedy."""
         name, files = self.match(row)
         if files:
             return (
-                f"several pose files have its name: '{escaped(name)}' may be {' or '.join(map(escaped, files))}: "
-                "write the path of the right one as the uid or into a column pose"
+                f"several pose files have its name: '{escaped(name)}' may be {' or '.join(map(escaped, files))}",
+                "write the path of the right one as the uid or into a column pose",
             )
         names = " and ".join(f"'{escaped(name)}' ({column})" for column, name in _looked_up(row))
         return (
-            f"no pose file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}: "
-            "if that is the right one, write it into a column pose"
+            f"no pose file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}",
+            "if that is the right one, write it into a column pose",
         )
 
     def read(self, key: Any) -> bytes:

@@ -24,6 +24,9 @@ from toolkit.poses.features import FEATURES_VERSION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.schema import Data
 
+Reject = tuple[int, str, str, str]
+"""Line in the table, uid, reason, and the remedy, which is empty where the file itself must be replaced."""
+
 MOST_FILES_MISSING = 0.5  # share of the clips; if more have no file, the folder or the names are wrong
 MOST_EXAMPLES = 20  # rows without a file that are examined for the most frequent reason
 
@@ -55,8 +58,8 @@ class Plan:
 
     inputs: Inputs
     splits: dict[str, list[tuple[Row, Any]]]  # rows with their pose files, by split
-    rejects: list[tuple[int, str, str]]  # line, uid and reason of the rows that are rejected already
-    removed: list[tuple[int, str, str]]  # the same of held-out rows whose text is in train
+    rejects: list[Reject]  # rows that are rejected already
+    removed: list[tuple[int, str, str]]  # line, uid and reason of held-out rows whose text is in train
 
 
 def read_inputs(data: Data) -> Inputs:
@@ -90,23 +93,23 @@ def make_plan(inputs: Inputs) -> Plan:
     return Plan(inputs, with_files, rejects, removed)
 
 
-def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str, str]]]:
-    """Rows with a uid, a text and a pose file of their own; and the others as rejects (line, uid, reason).
+def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[Reject]]:
+    """Rows with a uid, a text and a pose file of their own; and the others as rejects.
 
     Raises:
         UserError: most files are missing or ambiguous.
     """
     found: list[tuple[Row, str, str]] = []  # with the name that was looked up and its file
     without_file: list[Row] = []
-    rejects: list[tuple[int, str, str]] = []
+    rejects: list[Reject] = []
     first: dict[str, Row] = {}
     for row in inputs.rows:
         if not row.uid:
-            rejects.append((row.line, "", f"line {row.line} has no uid"))
+            rejects.append((row.line, "", f"line {row.line} has no uid", ""))
         elif row.uid in first:
-            rejects.append((row.line, row.uid, _duplicate(row, first[row.uid])))
+            rejects.append((row.line, row.uid, *_duplicate(row, first[row.uid])))
         elif not row.text:
-            rejects.append((row.line, row.uid, "the text is empty"))
+            rejects.append((row.line, row.uid, "the text is empty", ""))
         else:
             name, files = inputs.poses.match(row)
             if len(files) == 1:
@@ -117,34 +120,36 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, Any]], list[tuple[int, str,
     reasons = {row.line: reason for row, reason in _conflicts(found)}
     if len(without_file) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
         raise _most_files_missing(inputs, without_file, reasons)
-    rejects += [(row.line, row.uid, inputs.poses.reason_not_found(row)) for row in without_file]
-    rejects += [(row.line, row.uid, reasons[row.line]) for row, _, _ in found if row.line in reasons]
+    rejects += [(row.line, row.uid, *inputs.poses.reason_not_found(row)) for row in without_file]
+    rejects += [(row.line, row.uid, *reasons[row.line]) for row, _, _ in found if row.line in reasons]
     return [(row, inputs.poses.files[file]) for row, _, file in found if row.line not in reasons], rejects
 
 
-def _duplicate(row: Row, first: Row) -> str:
+def _duplicate(row: Row, first: Row) -> tuple[str, str]:
+    """The reason and the remedy."""
     reason = f"duplicate uid: line {first.line} has it too"
     if not row.pose or canonical(row.pose) == canonical(first.pose):
-        return reason
-    return f"{reason}, with another pose file: use the path of the file as the uid, which may contain folders"
+        return reason, ""
+    return f"{reason}, with another pose file", "use the path of the file as the uid, which may contain folders"
 
 
-def _most_files_missing(inputs: Inputs, without_file: Sequence[Row], reasons: Mapping[int, str]) -> UserError:
+def _most_files_missing(
+    inputs: Inputs, without_file: Sequence[Row], reasons: Mapping[int, tuple[str, str]]
+) -> UserError:
     """The error for a table most of whose rows have no pose file, with an example of the most frequent reason."""
     examples = [(row.line, inputs.poses.reason_not_found(row)) for row in without_file[:MOST_EXAMPLES]]
     examples += list(reasons.items())[:MOST_EXAMPLES]
-    (kind, _), *_ = Counter(reason.partition(":")[0] for _, reason in examples).most_common(1)
-    line, reason = next(example for example in examples if example[1].startswith(kind))
-    reason, _, remedy = reason.rpartition(": ")
+    (kind, _), *_ = Counter(reason.partition(":")[0] for _, (reason, _) in examples).most_common(1)
+    line, (reason, remedy) = next(example for example in examples if example[1][0].startswith(kind))
     return UserError(
         f"{len(without_file) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
         f"of their own in {inputs.data.poses}, such as line {line}: {reason}",
-        f"check data.poses (--poses); if it is right: {remedy}",
+        f"check data.poses (--poses); if it is right: {remedy or 'remove one of the rows'}",
     )
 
 
-def _conflicts(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, str]]:
-    """Rows whose name leads to the file of another row, and the reason.
+def _conflicts(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, tuple[str, str]]]:
+    """Rows whose name leads to the file of another row, and the reason with the remedy.
 
     Several clips may come from one file if they name it alike. But ``/data/train/7.pose`` and ``/data/test/7.pose`` are
     two files, even if only one file 7 exists.
@@ -157,7 +162,7 @@ def _conflicts(found: Sequence[tuple[Row, str, str]]) -> Iterator[tuple[Row, str
             yield from _conflicts_of_file(file, rows)
 
 
-def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, tuple[str, str]]]:
     rank = {name: shared_tail(name, file) for _, name in rows}
     owner, best = max(rows, key=lambda claim: rank[claim[1]])
     rivals = [claim for claim in rows if contradict(claim[1], best)]
@@ -168,17 +173,23 @@ def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]]) -> Iterator[t
         if undecided and rank[name] == rank[best]:
             yield (
                 row,
-                f"two names lead to one pose file: '{escaped(name)}' and '{escaped(others_name)}' (line "
-                f"{other.line}) both to {escaped(file)}: set data.poses to the folder that holds the files of both",
+                (
+                    f"two names lead to one pose file: '{escaped(name)}' and '{escaped(others_name)}' (line "
+                    f"{other.line}) both to {escaped(file)}",
+                    "set data.poses to the folder that holds the files of both",
+                ),
             )
         elif contradict(name, best):
             yield (
                 row,
-                f"no pose file has its name: looked up '{escaped(name)}', the nearest is {escaped(file)}, "
-                f"but that is '{escaped(best)}' of line {owner.line}: add the missing file",
+                (
+                    f"no pose file has its name: looked up '{escaped(name)}', the nearest is {escaped(file)}, "
+                    f"but that is '{escaped(best)}' of line {owner.line}",
+                    "add the missing file",
+                ),
             )
         elif by_uid is not None and name == row.uid:
             reason = f"duplicate uid: line {by_uid.line} has it too, written '{escaped(by_uid.uid)}'"
-            yield row, f"{reason}: remove one of the rows"
+            yield row, (reason, "remove one of the rows")
         elif name == row.uid:
             by_uid = row

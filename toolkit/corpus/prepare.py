@@ -23,7 +23,7 @@ from toolkit.cluster.rendezvous import on_each_node, on_rank_0
 from toolkit.corpus.card import write_card
 from toolkit.corpus.demo import DEMO_VERSION, DemoSizes, find_lexicon, make_demo, words
 from toolkit.corpus.packed import KEPT_SETTINGS, METADATA_FILE, Corpus, Metadata
-from toolkit.corpus.plan import Inputs, Plan, make_plan, read_inputs
+from toolkit.corpus.plan import Inputs, Plan, Reject, make_plan, read_inputs
 from toolkit.corpus.shards import Record, ShardKey, Work, build_on_ray, build_shards
 from toolkit.corpus.splits import leakage
 from toolkit.corpus.table import Row
@@ -32,6 +32,7 @@ from toolkit.errors import Interrupted, TooManyRejects, UserError
 from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
 from toolkit.recipe.schema import Data
 
+REJECT_COLUMNS = ("uid", "reason", "hint")
 MESSAGE_WHILE_WAITING = 30.0  # seconds
 # How long a shared file system may take to show a node what another one has written.
 SHARED_SECONDS = 60.0
@@ -223,9 +224,9 @@ def _finish(plan: Plan, work: Work, out: Path) -> None:
     metadata = _metadata(plan, splits, records, len(rejects))
     for name in splits:
         finish_split(unfinished / name, inputs.landmark_set.width)
-    _write_reasons(unfinished / "rejects.csv", rejects)
+    _write_reasons(unfinished / "rejects.csv", REJECT_COLUMNS, rejects)
     if plan.removed:
-        _write_reasons(unfinished / "removed.csv", plan.removed)
+        _write_reasons(unfinished / "removed.csv", REJECT_COLUMNS[:2], plan.removed)
     finish_corpus(unfinished, metadata)
     write_card(Corpus.open(unfinished))
     shutil.rmtree(unfinished / "progress")
@@ -289,22 +290,23 @@ def _rejects_beside(out: Path) -> Path:
     return out.with_name(out.name + ".rejects.csv")
 
 
-def _write_reasons(path: Path, rejects: list[tuple[int, str, str]]) -> None:
+def _write_reasons(path: Path, columns: Sequence[str], rows: Sequence[tuple[int | str, ...]]) -> None:
+    """Write rows that begin with their line in the table, without it."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["uid", "reason"])
-        rows.writerows((uid, reason) for _, uid, reason in rejects)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(row[1:] for row in rows)
 
 
-def _too_many_rejects(inputs: Inputs, rejects: list[tuple[int, str, str]], out: Path) -> UserError:
+def _too_many_rejects(inputs: Inputs, rejects: list[Reject], out: Path) -> UserError:
     """The error for a preparation with too many rejects; their list is written beside ``out``."""
     listed = _rejects_beside(out)
-    _write_reasons(listed, rejects)
+    _write_reasons(listed, REJECT_COLUMNS, rejects)
     # Reasons of one kind are alike up to the first colon.
-    (kind, number), *_ = Counter(reason.partition(":")[0] for _, _, reason in rejects).most_common(1)
-    reason = next(reason for _, _, reason in rejects if reason.partition(":")[0] == kind)
+    (kind, number), *_ = Counter(reason.partition(":")[0] for _, _, reason, _ in rejects).most_common(1)
+    reason, hint = next(reject[2:] for reject in rejects if reject[2].partition(":")[0] == kind)
     share = 100 * len(rejects) / len(inputs.rows)
-    empty = [line for line, _, reason in rejects if reason == "the text is empty"]
+    empty = [line for line, _, reason, _ in rejects if reason == "the text is empty"]
     if len(empty) > inputs.data.max_rejects * len(inputs.rows):
         return UserError(
             f"{inputs.data.table}, line {empty[0]}: the text is empty ({len(empty)} such rows)",
@@ -313,7 +315,7 @@ def _too_many_rejects(inputs: Inputs, rejects: list[tuple[int, str, str]], out: 
     return TooManyRejects(
         f"{len(rejects)} of {len(inputs.rows)} clips ({share:.3g} %) cannot be used, data.max_rejects allows "
         f"{100 * inputs.data.max_rejects:g} %; most often: {reason} ({number})",
-        f"correct the clips, which are listed in {listed}, or raise data.max_rejects (--max-rejects)",
+        f"{hint or 'correct the clips'}; all are listed in {listed}; or raise data.max_rejects (--max-rejects)",
     )
 
 

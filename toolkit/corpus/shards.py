@@ -95,7 +95,7 @@ class Record:
     number: int
     clips: int
     frames: int
-    rejects: list[tuple[int, str, str]]  # line in the table, uid and reason
+    rejects: list[tuple[int, str, str, str]]  # line in the table, uid, reason and remedy
     counts: dict[str, int]
     lacking: dict[str, int]  # landmarks that files lack, each with the number of clips
     checksum: str  # xxh3 of the pose files, in order
@@ -145,7 +145,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     """Extract the features of all rows of a shard and write them; rejects are in the record."""
     data = work.data
     clips: list[Clip] = []
-    rejects: list[tuple[int, str, str]] = []
+    rejects: list[tuple[int, str, str, str]] = []
     counts: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     checksum = xxhash.xxh3_64()
@@ -165,7 +165,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
             if features.hands_visible == 0 and data.no_hands == "reject":
                 raise PoseError("no hands: no frame shows a landmark of either")
         except PoseError as error:
-            rejects.append((row.line, row.uid, str(error)))
+            rejects.append((row.line, row.uid, str(error), error.hint))
             continue
         counts["shortened"] += features.shortened
         counts["normalised_without_shoulders"] += features.normalised_by == "spread"

@@ -52,7 +52,7 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         row = Row(clip.uid, clip.text, clip.video, start=0.0)
         key = poses.find(row)
         if key is None:
-            reason = poses.reason_not_found(row).rpartition(":")[0]  # without the remedy, which is for tables
+            reason = poses.reason_not_found(row)[0]  # the remedy is for tables
             raise UserError(f"there is no recording of '{escaped(clip.uid)}': {reason}", "check --poses")
         try:
             raw = read_clip(poses.read(key))

@@ -30,6 +30,7 @@ class TranslatedWindow:
     end: float  # the same
     hypotheses: tuple[Hypothesis, ...] = ()  # best first; empty where ``reason`` says why
     reason: str = ""  # why nothing can be translated here; else empty
+    hint: str = ""  # the remedy, if there is one
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Translation:
     where: str  # the same
     windows: tuple[TranslatedWindow, ...]  # one for a clip that was translated whole
     reason: str = ""  # why it could not be translated; empty if it could
+    hint: str = ""  # the remedy, if there is one
 
     @property
     def texts(self) -> list[str]:
@@ -104,10 +106,11 @@ def translate_clips(
     windows: list[TranslatedWindow] = []
     for pending in _portions(_pending_windows(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
         for window, hypotheses in zip(pending, _search(model, processor, pending, batch_frames, settings), strict=True):
-            windows.append(TranslatedWindow(window.start, window.end, hypotheses, window.reason))
+            windows.append(TranslatedWindow(window.start, window.end, hypotheses, window.reason, window.hint))
             if window.is_last:
-                reason = "" if any(window.hypotheses for window in windows) else windows[0].reason
-                yield Translation(window.source.uid, window.source.where, tuple(windows), reason)
+                failed = TranslatedWindow(0.0, 0.0) if any(window.hypotheses for window in windows) else windows[0]
+                source = window.source
+                yield Translation(source.uid, source.where, tuple(windows), failed.reason, failed.hint)
                 windows = []
 
 
@@ -121,6 +124,7 @@ class _PendingWindow:
     is_last: bool
     features: npt.NDArray[np.float16] | None = None
     reason: str = ""
+    hint: str = ""
 
     @property
     def frames(self) -> int:
@@ -134,7 +138,7 @@ def _pending_windows(
         try:
             clip = source.read()
         except PoseError as error:
-            yield _PendingWindow(source, 0.0, 0.0, True, reason=str(error))
+            yield _PendingWindow(source, 0.0, 0.0, True, reason=str(error), hint=error.hint)
             continue
         spans = windowing.spans(clip, extractor)
         for number, (start, end) in enumerate(spans):
@@ -143,7 +147,7 @@ def _pending_windows(
                 features = extractor.features(clip.between(start, end) if len(spans) > 1 else clip)
                 yield _PendingWindow(source, start, end, is_last, features)
             except PoseError as error:
-                yield _PendingWindow(source, start, end, is_last, reason=str(error))
+                yield _PendingWindow(source, start, end, is_last, reason=str(error), hint=error.hint)
 
 
 def _portions(pending: Iterable[_PendingWindow], most_frames: int) -> Iterator[list[_PendingWindow]]:

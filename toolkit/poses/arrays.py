@@ -157,8 +157,8 @@ def _of_equal_frames(
         values = values[:, None]
     if values.ndim != 4 or not 2 <= values.shape[3] <= 4 or 0 in values.shape:
         raise PoseError(
-            f"the {name} have shape {shape}, wanted [frames, points, 2..4] or [frames, people, points, 2..4]"
-            f"{_advice_on_axes(shape)}"
+            f"the {name} have shape {shape}, wanted [frames, points, 2..4] or [frames, people, points, 2..4]",
+            _advice_on_axes(shape),
         )
     frames, people = values.shape[:2]
     if people > max(frames, _LARGEST_GROUP):
@@ -176,11 +176,11 @@ def _advice_on_axes(shape: tuple[int, ...]) -> str:
     """Which other order or number of axes the array may have."""
     known = layouts_by_size()
     if len(shape) == 3 and 2 <= shape[0] <= 4 and shape[2] in known:
-        return ": are the coordinates the first axis? They belong last"
+        return "move the coordinates from the first axis to the last"
     if len(shape) == 2:
         for points in known:
             if shape[1] in (2 * points, 3 * points, 4 * points):
-                return f": are these {points} points of {shape[1] // points} values? Give them an axis of their own"
+                return f"give the {shape[1] // points} values of {points} points an axis of their own"
     return ""
 
 

@@ -32,7 +32,7 @@ def decompress(content: bytes) -> bytes:
     """
     for first, name in _UNSUPPORTED.items():
         if content.startswith(first):
-            raise PoseError(f"the file is compressed by {name}: decompress it, or compress it by gzip")
+            raise PoseError(f"the file is compressed by {name}", "decompress it, or compress it by gzip")
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:

@@ -78,8 +78,8 @@ def extract_features(
     columns, shoulders = _columns(raw.header, landmark_set)
     if raw.data.shape[3] < _num_coordinates(landmark_set):
         raise PoseError(
-            f"the file has no z coordinate, and the landmark set {landmark_set.name} needs one: "
-            "choose isign_76 or unisign_69, or a set of your own without z"
+            f"the file has no z coordinate, and the landmark set {landmark_set.name} needs one",
+            "choose isign_76 or unisign_69, or a set of your own without z",
         )
     signer = _Signer(*_find_signer(raw, columns), raw.header)
     step = _whole_step(positions)

@@ -51,7 +51,7 @@ def _check_memory(content: bytes) -> None:
             raise PoseError(f"the pickle is damaged: it numbers an object {argument:,}")
     if cost > _MOST_COST * len(content) + _COST_BEYOND:
         raise PoseError(
-            f"the pickle holds so many small objects that they need {cost >> 20:,} MiB: save arrays instead"
+            f"the pickle holds so many small objects that they need {cost >> 20:,} MiB", "save arrays instead"
         )
 
 

@@ -30,7 +30,16 @@ USUAL_FPS = (10, 120)
 
 
 class PoseError(ValueError):
-    """A clip cannot be used; the message is the reason that ``rejects.csv`` gives."""
+    """A clip cannot be used.
+
+    Args:
+        reason: what is wrong with it, as ``rejects.csv`` gives it.
+        hint: the remedy; empty where the file itself must be replaced.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: comparing hundreds of names would take longer than reading
@@ -156,8 +165,8 @@ def checked_fps(claimed: float, given: float | None = None) -> float:
         return float(given)
     if not 1 <= claimed <= _FASTEST_CLAIMED:  # true for NaN
         raise PoseError(
-            f"the file claims {claimed:g} frames per second, which no camera has: write the right rate into the "
-            "table's fps column (translate.py: --fps)"
+            f"the file claims {claimed:g} frames per second, which no camera has",
+            "write the right rate into the table's fps column (translate.py: --fps)",
         )
     return float(claimed)
 

@@ -63,7 +63,7 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
 
         video = cv2.VideoCapture(str(path))
         if not video.isOpened():
-            raise PoseError("the video cannot be opened: is it damaged, or of an unknown format?")
+            raise PoseError("the video cannot be opened", "check that it plays: it is damaged, or of an unknown format")
         total = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
         frames: list[FloatArray] = []
         width, last_seen = 0, 0.0
@@ -78,7 +78,7 @@ def read_video(path: Path, fps: float | None = None) -> RawPose:
                 while (read := video.read())[0]:
                     if len(frames) == MOST_VIDEO_FRAMES:
                         raise PoseError(
-                            f"the video has more than {MOST_VIDEO_FRAMES:,} frames: split it into shorter ones"
+                            f"the video has more than {MOST_VIDEO_FRAMES:,} frames", "split it into shorter ones"
                         )
                     picture = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
                     frames.append(_landmarks(holistic.process(picture), picture.shape[1], picture.shape[0]))
