@@ -239,11 +239,15 @@ def test_a_process_that_waits_reports_it(clips, tmp_path, monkeypatch, capfd) ->
     context = multiprocessing.get_context("fork")
     waiting = context.Process(target=prepare, args=(data_of(clips, tmp_path), out))
     waiting.start()
-    time.sleep(0.7)
+    deadline, printed = time.monotonic() + limit(30), ""
+    while f"waiting for another process that prepares {out}" not in printed:
+        assert time.monotonic() < deadline, printed
+        time.sleep(0.02)
+        printed += capfd.readouterr().err
+    assert not out.exists()
     held.release()
-    waiting.join(30)
+    waiting.join(limit(30))
     assert waiting.exitcode == 0 and out.exists()
-    assert f"waiting for another process that prepares {out}" in capfd.readouterr().err
 
 
 def test_metadata_describe_how_the_features_were_made(clips, tmp_path) -> None:

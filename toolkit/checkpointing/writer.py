@@ -69,6 +69,7 @@ class CheckpointWriter:
         self._kept = [identity.progress.kept]
         self._naming = threading.Lock()
         self._discarded = False
+        self._partial: Path | None = None  # of the last checkpoint
         if dist.get_rank() == 0:
             remove_unfinished(folder)
         barrier()
@@ -80,7 +81,7 @@ class CheckpointWriter:
         training continues and the previous checkpoint stays.
         """
         self._finish_last()
-        partial = self.folder / partial_name_of(name_of(progress.step))
+        partial = self._partial = self.folder / partial_name_of(name_of(progress.step))
         files: dict[str, Future[str]] = {}
         waiting: deque[tuple[Future[str], int]] = deque()
         scaler = loss_scaler(engine)
@@ -132,8 +133,9 @@ class CheckpointWriter:
         self._thread.shutdown(wait=False, cancel_futures=True)
         with self._naming:  # a checkpoint that is complete stays
             self._discarded = True
-        if dist.get_rank() == 0:
-            remove_unfinished(self.folder)
+        # By every rank: one that ends later may have written into the folder after the others removed it.
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
 
     def _finish_last(self) -> UserError | None:
         last, self._last = self._last, None
