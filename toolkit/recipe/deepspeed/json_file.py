@@ -201,8 +201,8 @@ def _suggestion(key: str, known: Tree, path: tuple[str, ...], config: Tree) -> s
     homes = [home for home in homes if home != dotted]
     if 0 < len(homes) <= 3:
         free = [home for home in homes if value_at(config, home) is None]
-        verb = "rename" if dotted in RENAMED else "move"
-        return f"{verb} it to {' or '.join(free)}" if free else f"take it out: {' and '.join(homes)} is given already"
+        verb = "rename it to" if dotted in RENAMED else "move it to"
+        return f"{verb} {' or '.join(free)}" if free else f"take it out: {' and '.join(homes)} is given already"
     return did_you_mean(key, known, "take it out", prefix="".join(f"{step}." for step in path))
 
 
