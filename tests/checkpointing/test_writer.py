@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,3 +259,25 @@ def test_the_loss_scale_of_fp16_is_restored(writer: CheckpointWriter) -> None:
     load(again, writer.folder / name_of(1))
     assert again.optimizer.loss_scaler.cur_scale == 1024.0
     load(make_engine(), writer.folder / name_of(1))  # another precision has no use for it
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_discards_a_checkpoint_that_a_failure_cut_off(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The last rank that ends may have written its files after rank 0 removed the folder."""
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def for_ranks_that_are_dead(*_: Any) -> None:
+        waits.set()
+        goes_on.wait()
+
+    monkeypatch.setattr(checkpoint_writer, "FINISH_SECONDS", 0)
+    monkeypatch.setattr(writer, "_complete", for_ranks_that_are_dead)
+    writer.save(make_engine(), Progress(step=3))
+    waits.wait()
+    assert len(list(writer.folder.iterdir())) == 1
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    writer.finish_or_discard()
+    goes_on.set()
+    assert list(writer.folder.iterdir()) == []

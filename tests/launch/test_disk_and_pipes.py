@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_path(line: str, run_c
     assert "file" in errors[0]
 
 
+def taking_nothing(output: str) -> IO[str]:
+    """A pipe that nobody reads any more ("closed"), or a full disk ("full")."""
+    if output == "full":
+        return open("/dev/full", "w")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
 @pytest.mark.parametrize("output", ["closed", "full"])
 @pytest.mark.parametrize(
     "line",
@@ -76,12 +86,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_path(line: str, run_c
 def test_standard_output_that_takes_nothing_is_one_error(
     line: str, output: str, run_command, monkeypatch, capsys
 ) -> None:
-    if output == "closed":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open("/dev/full", os.O_WRONLY)
-    with os.fdopen(writer, "w") as file:
+    with taking_nothing(output) as file:
         monkeypatch.setattr(sys, "stdout", file)
         assert run_command(line) == {"closed": 141, "full": 2}[output]
     errors = [text for text in capsys.readouterr().err.splitlines() if not text.startswith("hint: ")]
@@ -108,12 +113,7 @@ def test_help_that_cannot_be_printed(script: str, output: str, tmp_path: Path) -
         "argparse.ArgumentParser.__init__ = longer; sys.argv[0] = sys.argv.pop(1)\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    if output == "closed":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open("/dev/full", os.O_WRONLY)
-    with os.fdopen(writer, "w") as file:
+    with taking_nothing(output) as file:
         command = [sys.executable, "-c", lengthened, str(LAUNCH / script), "--help"]
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == {"closed": 141, "full": 2}[output], done.stderr

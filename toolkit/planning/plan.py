@@ -106,7 +106,7 @@ class Subject:
                 # A model that decides by the values of tensors, which the meta device does not have.
                 raise UserError(
                     f"model.backbone={self.recipe.model.backbone}: its passes cannot be traced without memory: "
-                    f"{str(error).splitlines()[0][:120]}",
+                    f"{(str(error) or type(error).__name__).splitlines()[0][:120]}",
                     "plan a recipe with a similar backbone, or try small micro-batches",
                 ) from error
         return self._traces[key]

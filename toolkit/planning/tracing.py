@@ -179,24 +179,20 @@ def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
             if vectors.requires_grad:
                 handles.append(vectors.register_hook(enter("pose encoder")))
 
-    def encoder_ends(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        if "encoder" in forward:
-            live.region = "decoder"
-            forward.discard("encoder")
-            if output[0].requires_grad:
-                handles.append(output[0].register_hook(enter("encoder")))
+    def ends(part: str, following: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+            if part in forward:
+                live.region = following
+                forward.discard(part)
+                if output[0].requires_grad:
+                    handles.append(output[0].register_hook(enter(part)))
+
+        return hook
 
     def decoder_starts(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         words = inputs[0] if inputs else named["hidden_states"]
         if "decoder" in forward and words.requires_grad:
             handles.append(words.register_hook(enter("words")))
-
-    def decoder_ends(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        if "decoder" in forward:
-            live.region = "scores"
-            forward.discard("decoder")
-            if output[0].requires_grad:
-                handles.append(output[0].register_hook(enter("decoder")))
 
     def marker(stack: list[tuple[int, int, float]], number: int) -> Any:
         def hook(*_: Any) -> None:
@@ -207,8 +203,8 @@ def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
 
     handles: list[Any] = [
         encoder.register_forward_pre_hook(encoder_starts, with_kwargs=True),
-        encoder.register_forward_hook(encoder_ends, with_kwargs=True),
-        decoder.register_forward_hook(decoder_ends, with_kwargs=True),
+        encoder.register_forward_hook(ends("encoder", "decoder"), with_kwargs=True),
+        decoder.register_forward_hook(ends("decoder", "scores"), with_kwargs=True),
     ]
     for layer in layer_list(decoder)[:1]:
         handles.append(layer.register_forward_pre_hook(decoder_starts, with_kwargs=True))
