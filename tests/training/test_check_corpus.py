@@ -12,6 +12,7 @@ import pytest
 
 from tests.written_corpora import write_corpus
 from toolkit.checkpointing import run_directory
+from toolkit.checkpointing.run_directory import PROCESSOR
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.errors import UserError
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
@@ -19,7 +20,7 @@ from toolkit.models.tokenizers import make_tokenizer
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.start import PROCESSOR, check_corpus
+from toolkit.training.start import check_corpus
 
 
 def corpus_of(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation: str = NORMALISATION) -> Corpus:

@@ -131,3 +131,22 @@ def test_there_must_be_a_run_to_extend(resolve: Resolve) -> None:
         find_start(resolve(), "auto", extend=True)
     assert "run.dir" in refusal.value.hint
     assert find_start(resolve(), "auto") == Start()
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_run_that_failed_before_its_first_step_starts_with_other_settings(
+    begun: ResolvedRun, resolve: Resolve, status: run_directory.Status
+) -> None:
+    run_directory.write_status(begun.run_dir, status)
+    assert find_start(resolve("training.epochs=9", "training.seed=9"), "auto") == Start()
+    assert not (begun.run_dir / run_directory.CORPUS_FILE).exists(), "its clips may be others, too"
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step_000002/state.json", "metrics.jsonl"])
+def test_a_run_that_failed_later_keeps_its_settings(begun: ResolvedRun, resolve: Resolve, left: str) -> None:
+    path = begun.run_dir / left
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"kind": "train", "step": 1}\n')
+    run_directory.write_status(begun.run_dir, "failed")
+    with pytest.raises(UserError, match=r"training.seed 42 -> 9"):
+        find_start(resolve(*SHORT, "training.epochs=4", "training.seed=9"), "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from toolkit.recipe.tree import leaves
 Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
 CORPUS_FILE = "corpus.json"
+PROCESSOR = "processor"  # folder of the run's processor
+CHECKPOINTS = "checkpoints"
 
 # Settings that may change when a run resumes: where it runs, how fast, how often it saves and evaluates; not what is
 # learnt, and not how the best model is chosen. The DeepSpeed JSON may change, because a run that did not fit in memory
@@ -97,6 +100,22 @@ def archive_run(run_dir: Path) -> Path | None:
     if not run_dir.exists():
         return None
     return run_dir.rename(next_free(run_dir, "."))
+
+
+def forget_failed_start(run_dir: Path) -> None:
+    """Remove the settings of a run that ended before it logged a step or saved a checkpoint.
+
+    Nothing was trained by them, so that the next start may have others: after a download that broke, or a first step
+    that ran out of memory. Its log stays.
+    """
+    if read_status(run_dir) not in ("failed", "interrupted") or any((run_dir / CHECKPOINTS).glob("*")):
+        return
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        return
+    for name in (RECIPE_FILE, CORPUS_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / PROCESSOR, ignore_errors=True)
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:

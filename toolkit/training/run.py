@@ -44,7 +44,7 @@ from toolkit.training.monitoring.metering import peak_memory_gib
 from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
 from toolkit.training.setting_notes import setting_notes
-from toolkit.training.start import PROCESSOR, Start
+from toolkit.training.start import Start
 from toolkit.training.trainer import Trainer
 from toolkit.training.truncated_texts import warn_of_truncated_texts
 
@@ -268,7 +268,7 @@ def make_processor(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> PoseP
     Rank 0 sends its files to the others, because a shared file system may show them late. Each rank reads its own copy
     from the run directory, so that what a killed rank leaves there is removed when the run resumes.
     """
-    folder = resolved.run_dir / PROCESSOR
+    folder = resolved.run_dir / run_directory.PROCESSOR
 
     def make() -> dict[str, bytes]:
         for left in folder.parent.glob(".processor.rank*.partial"):

@@ -20,8 +20,6 @@ from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe
 from toolkit.training.optimization.schedules import extended, total_steps
 
-PROCESSOR = "processor"  # folder in the run directory
-
 
 @dataclass(frozen=True)
 class Start:
@@ -42,12 +40,14 @@ def find_start(resolved: ResolvedRun, wanted: str, *, extend: bool = False) -> S
         UserError: the directory holds another run; the checkpoint is damaged or of another experiment; there is
             nothing to extend.
     """
+    if wanted == "auto":
+        run_directory.forget_failed_start(resolved.run_dir)
     run_directory.check_same_run(resolved, extend=extend)
     status = run_directory.read_status(resolved.run_dir)
     is_finished = wanted == "auto" and status == "finished"
     if is_finished and not (extend and run_directory.is_to_be_extended(resolved)):
         return Start(finished=True)
-    checkpoint = choose_checkpoint(resolved.run_dir / "checkpoints", wanted)
+    checkpoint = choose_checkpoint(resolved.run_dir / run_directory.CHECKPOINTS, wanted)
     if checkpoint is None:
         if is_finished:
             raise UserError(
@@ -86,9 +86,9 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
             f"but models read features with '{NORMALISATION}'",
             "prepare it again with launch/prepare.py",
         )
-    if run_dir and (run_dir / PROCESSOR).is_dir():
+    if run_dir and (run_dir / run_directory.PROCESSOR).is_dir():
         try:
-            check_fit(corpus, PoseProcessor.from_pretrained(run_dir / PROCESSOR))
+            check_fit(corpus, PoseProcessor.from_pretrained(run_dir / run_directory.PROCESSOR))
         except UserError as error:
             raise UserError(
                 f"{run_dir}: {error.message}",
