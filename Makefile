@@ -37,7 +37,7 @@ test-fast: setup ## the tests that start no process, in minutes: for work on one
 
 test-nightly: setup ops ## the tests that take long
 	@$(BIN)/python -m pytest -m nightly
-	@TOOLKIT_CPU_CODE=0 $(BIN)/python -m pytest tests/end_to_end/test_strategies.py
+	@TOOLKIT_CPU_CODE=0 $(BIN)/python -m pytest -m "not gpu and not gpu2" tests/end_to_end/test_strategies.py
 
 lint: setup ## ruff, mypy and the one-way rule between the rooms of the toolkit
 	@$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from tests.by_night import cases, is_night
 from tests.rank_workers import prepared, run_worker
 from toolkit.checkpointing.checkpoints import RANK_FILES, name_of
 
@@ -44,6 +45,17 @@ EXACT = {
 # Runs of fp32 that resume with fewer bits: in the weights, and in the optimizer's moments, too.
 LESS_PRECISE = {"bf16": "zero2", "bf16-states": "zero2_bf16_states"}
 
+# What `make test` trains: a run that resumes at another stage, on other ranks, and to the last bit. The rest by night.
+TARGETS_BY_DAY = ("full-zero1", "lora-zero3")
+KINDS_BY_DAY = ("lora",)
+EXACT_BY_DAY = ("zero2_offload", "zero3")
+BY_DAY = {
+    *TARGETS_BY_DAY,
+    *("full-whole", "lora-whole"),
+    *(f"{kind}-{which}" for kind in KINDS_BY_DAY for which in ("one", "two")),
+    *(f"exact-{name}-{which}" for name in EXACT_BY_DAY for which in ("whole", "rest")),
+}
+
 
 def exactly(kind: str) -> list[str]:
     """Overrides under which a run's losses do not depend on its ranks."""
@@ -55,8 +67,8 @@ def saved(name: str, step: int) -> str:
 
 
 def cases_of_two_ranks() -> list[Case]:
-    cases: list[Case] = [{"name": f"{kind}-whole", "ds": "zero2", "overrides": exactly(kind)} for kind in KINDS]
-    cases += [
+    found: list[Case] = [{"name": f"{kind}-whole", "ds": "zero2", "overrides": exactly(kind)} for kind in KINDS]
+    found += [
         {
             "name": f"{kind}-{ds}",
             "ds": ds,
@@ -67,20 +79,20 @@ def cases_of_two_ranks() -> list[Case]:
         for kind in kinds
     ]
     full = exactly("full")
-    cases.append({"name": "offload", "ds": "zero3_offload", "overrides": full, "stop_after": SECOND})
-    cases.append({"name": "offload-zero1", "ds": "zero1", "overrides": full, "resume": saved("offload", SECOND)})
+    found.append({"name": "offload", "ds": "zero3_offload", "overrides": full, "stop_after": SECOND})
+    found.append({"name": "offload-zero1", "ds": "zero1", "overrides": full, "resume": saved("offload", SECOND)})
     bf16 = [*NO_DROPOUT, "training.ema=0.9"]
     for name, ds in LESS_PRECISE.items():
-        cases.append({"name": name, "ds": ds, "overrides": bf16, "resume": saved("full-whole", SECOND)})
+        found.append({"name": name, "ds": ds, "overrides": bf16, "resume": saved("full-whole", SECOND)})
     eight = [*FP32, "training.optimizer=adamw8bit"]
-    cases.append({"name": "eight", "ds": "zero2", "overrides": eight, "stop_after": SECOND})
-    cases.append({"name": "eight-same", "ds": "zero2", "overrides": eight, "resume": saved("eight", SECOND)})
-    cases.append({"name": "eight-zero1", "ds": "zero1", "overrides": eight, "resume": saved("eight", SECOND)})
-    return cases
+    found.append({"name": "eight", "ds": "zero2", "overrides": eight, "stop_after": SECOND})
+    found.append({"name": "eight-same", "ds": "zero2", "overrides": eight, "resume": saved("eight", SECOND)})
+    found.append({"name": "eight-zero1", "ds": "zero1", "overrides": eight, "resume": saved("eight", SECOND)})
+    return found
 
 
 def cases_of_one_rank() -> list[Case]:
-    cases: list[Case] = [
+    found: list[Case] = [
         {
             "name": f"{kind}-one",
             "ds": "zero2",
@@ -93,9 +105,9 @@ def cases_of_one_rank() -> list[Case]:
     for name, (ds, extra) in EXACT.items():
         same = [*FP32, "augmentation.noise=0.02", *extra]
         whole = f"exact-{name}-whole"
-        cases.append({"name": whole, "ds": ds, "overrides": same})
-        cases.append({"name": f"exact-{name}-rest", "ds": ds, "overrides": same, "resume": saved(whole, SECOND)})
-    return cases
+        found.append({"name": whole, "ds": ds, "overrides": same})
+        found.append({"name": f"exact-{name}-rest", "ds": ds, "overrides": same, "resume": saved(whole, SECOND)})
+    return found
 
 
 def cases_of_two_ranks_again() -> list[Case]:
@@ -112,7 +124,10 @@ def cases_of_two_ranks_again() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def trained(
-    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+    run: Callable[..., Any],
+    settings: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> dict[str, dict[str, Any]]:
     """What each case gave, by name: two ranks, then one, then two."""
     folder = tmp_path_factory.mktemp("elastic")
@@ -128,8 +143,8 @@ def trained(
     ]
     results: dict[str, dict[str, Any]] = {}
     phases = (cases_of_two_ranks(), 2), (cases_of_one_rank(), 0), (cases_of_two_ranks_again(), 2)
-    for cases, ranks in phases:
-        by_name = {case["name"]: case for case in cases}
+    for group, ranks in phases:
+        by_name = {case["name"]: case for case in group if case["name"] in BY_DAY or is_night(request)}
         results |= run_worker(
             run, "tests/end_to_end/elastic_worker.py", folder, ranks=ranks, cases=by_name, settings=shared
         )
@@ -137,17 +152,20 @@ def trained(
     return results
 
 
-@pytest.mark.parametrize(("ds", "kind"), [(ds, kind) for ds, kinds in TARGETS.items() for kind in kinds])
-def test_a_run_resumes_at_another_zero_stage(trained: dict[str, dict[str, Any]], ds: str, kind: str) -> None:
-    check_resumed(trained, kind, f"{kind}-{ds}", SECOND)
-    assert "zero stage 2 ->" in " ".join(trained[f"{kind}-{ds}"]["printed"])
+@pytest.mark.parametrize(
+    "name", cases((f"{kind}-{ds}" for ds, kinds in TARGETS.items() for kind in kinds), TARGETS_BY_DAY)
+)
+def test_a_run_resumes_at_another_zero_stage(trained: dict[str, dict[str, Any]], name: str) -> None:
+    check_resumed(trained, name.partition("-")[0], name, SECOND)
+    assert "zero stage 2 ->" in " ".join(trained[name]["printed"])
 
 
+@pytest.mark.nightly
 def test_a_run_resumes_from_offloaded_shards(trained: dict[str, dict[str, Any]]) -> None:
     check_resumed(trained, "full", "offload-zero1", SECOND)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases(KINDS, KINDS_BY_DAY))
 def test_two_ranks_then_one_then_two(trained: dict[str, dict[str, Any]], kind: str) -> None:
     check_resumed(trained, kind, f"{kind}-one", FIRST)
     assert "world size 2 -> 1" in " ".join(trained[f"{kind}-one"]["printed"])
@@ -168,7 +186,7 @@ def check_resumed(trained: dict[str, dict[str, Any]], kind: str, name: str, afte
         assert rest["average"] == pytest.approx(whole["average"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", cases(EXACT, EXACT_BY_DAY))
 def test_the_same_layout_resumes_to_the_last_bit(trained: dict[str, dict[str, Any]], name: str) -> None:
     whole, rest = trained[f"exact-{name}-whole"], trained[f"exact-{name}-rest"]
     assert len(whole["losses"]) == STEPS
@@ -178,19 +196,21 @@ def test_the_same_layout_resumes_to_the_last_bit(trained: dict[str, dict[str, An
     assert not [line for line in rest["printed"] if line.startswith("note:")]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LESS_PRECISE)
 def test_another_precision_resumes_with_a_note(trained: dict[str, dict[str, Any]], name: str) -> None:
     assert "precision fp32 -> bf16" in " ".join(trained[name]["printed"])
     assert trained[name]["losses"] == pytest.approx(trained["full-whole"]["losses"][SECOND:], rel=0.05)
 
 
+@pytest.mark.nightly
 def test_an_8_bit_optimizer_resumes_only_in_the_same_layout(trained: dict[str, dict[str, Any]]) -> None:
     assert len(trained["eight-same"]["losses"]) == STEPS - SECOND
     refusal = trained["eight-zero1"]["refused"]
     assert "AdamW8bit" in refusal and "zero_stage 2" in refusal and "\n" not in refusal
 
 
-@pytest.mark.parametrize("kind", ["lora", "nf4", "int8"])
+@pytest.mark.parametrize("kind", cases(["lora", "nf4", "int8"], KINDS_BY_DAY))
 def test_frozen_weights_are_not_saved_again(trained: dict[str, dict[str, Any]], kind: str) -> None:
     checkpoint = Path(trained[f"{kind}-whole"]["run_dir"]) / "checkpoints" / name_of(FIRST)
     names = set()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.by_night import cases, is_night
 from tests.rank_workers import prepared, run_worker
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -21,12 +22,19 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora-zero3": {"ds": "zero3", "overrides": [*LORA, "model.quantization={kind: nf4, compute_dtype: fp32}"]},
     "int8-zero2": {"ds": "zero2", "overrides": [*LORA, "model.quantization=int8"]},
 }
+# Trained by `make test`; the others by night.
+BY_DAY = ("full-zero2", "lora-zero3", "tokens-zero3", "qlora-zero3")
 # Largest difference of a token's probability. int8 rounds activations in training, which an export does not.
 TOLERANCES = {"int8-zero2": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def trained(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(
+    run: Callable[..., Any],
+    settings: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("exports")
     shared = [*prepared(settings), "training.max_steps=3", "training.learning_rate=1e-2", "training.eval_every=99"]
     shared += [
@@ -35,14 +43,15 @@ def trained(run: Callable[..., Any], settings: list[str], tmp_path_factory: pyte
         "training.epochs=9",
         "evaluation.num_beams=1",
     ]
-    cases = {
+    plan = {
         name: case | {"overrides": [*case["overrides"], *(SMALL if case["ds"] == "zero3" else [])]}
         for name, case in CASES.items()
+        if name in BY_DAY or is_night(request)
     }
-    return run_worker(run, "tests/end_to_end/exports_worker.py", folder, ranks=2, cases=cases, settings=shared)
+    return run_worker(run, "tests/end_to_end/exports_worker.py", folder, ranks=2, cases=plan, settings=shared)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, BY_DAY))
 def test_saved_loaded_and_exported_it_answers_as_it_did(trained: dict[str, Any], name: str) -> None:
     case, tolerance = trained[name], TOLERANCES.get(name, 1e-5)
     assert case["loaded"] < 1e-5
@@ -53,11 +62,12 @@ def test_saved_loaded_and_exported_it_answers_as_it_did(trained: dict[str, Any],
     assert case["files"] == files
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if TOKENS in CASES[name]["overrides"]])
+@pytest.mark.parametrize("name", cases((name for name in CASES if TOKENS in CASES[name]["overrides"]), BY_DAY))
 def test_rows_of_new_tokens_train_and_no_other_row(trained: dict[str, Any], name: str) -> None:
     assert trained[name]["changed_rows"] == [384, 385]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_every_stage_saves_the_same_tensors(trained: dict[str, Any], kind: str) -> None:
     assert len({trained[f"{kind}-{stage}"]["elements"] for stage in STAGES}) == 1

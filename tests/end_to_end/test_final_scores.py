@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from transformers import T5Config
 
+from tests.by_night import cases, is_night
 from tests.rank_workers import prepared, run_worker
 from tests.same_translations import assert_same_translations
 
+# Trained by `make test`; the others by night.
+BY_DAY = ("zero2", "crowded-zero3", "nf4-zero2", "lora-zero3")
 Scored = tuple[Path, dict[str, list[dict[str, int]]]]
 MEBI = 2**20
 WEIGHTS = 60 * MEBI  # about the size of the model whose memory is measured
@@ -39,7 +42,12 @@ CROWDED = ("rows-zero3", "crowded-zero3")  # no room for whole weights: layers a
 
 
 @pytest.fixture(scope="module")
-def scored(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(
+    run: Callable[..., Any],
+    settings: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Scored:
     """The folder of the runs, and by case the bytes that each rank measured."""
     folder = tmp_path_factory.mktemp("final-scores")
     (folder / "backbone").mkdir()
@@ -53,7 +61,7 @@ def scored(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytes
     ]
     shared = [*prepared(settings), "ds.bf16.enabled=false", "training.max_steps=2", "training.epochs=1"]
     small = "ds.zero_optimization.stage3_param_persistence_threshold=0"
-    cases = {
+    plan = {
         name: {
             "ds": name.split("-")[-1],
             "overrides": [*overrides, *([small] if "zero3" in name else [])],
@@ -61,26 +69,27 @@ def scored(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytes
             "crowded": name in CROWDED,
         }
         for name, overrides in (dict.fromkeys(MEASURED, large) | SCORED).items()
+        if name in BY_DAY or is_night(request)
     }
     return folder, run_worker(
-        run, "tests/end_to_end/final_scores_worker.py", folder, ranks=2, cases=cases, settings=shared
+        run, "tests/end_to_end/final_scores_worker.py", folder, ranks=2, cases=plan, settings=shared
     )
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", cases(MEASURED, BY_DAY))
 def test_scoring_takes_no_more_memory_than_training(scored: Scored, name: str) -> None:
     for rank in scored[1][name]:
         assert rank["training"] > WEIGHTS, "the model is too small to measure"
         assert rank["scoring"] <= 1.05 * rank["training"]
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", cases(MEASURED, BY_DAY))
 def test_scoring_holds_no_second_model(scored: Scored, name: str) -> None:
     for rank in scored[1][name]:
         assert rank["tensors"] < (COPIES[name] + 0.25) * rank["model"]
 
 
-@pytest.mark.parametrize("name", [*MEASURED, *SCORED])
+@pytest.mark.parametrize("name", cases([*MEASURED, *SCORED], BY_DAY))
 def test_the_scores_are_those_of_the_saved_best_model(scored: Scored, name: str) -> None:
     run_dir = scored[0] / name
     assert_same_translations(run_dir / "predictions" / "test.csv", run_dir / "of_its_user.csv")

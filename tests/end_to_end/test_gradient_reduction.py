@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.by_night import cases, is_night
 from tests.rank_workers import prepared, run_worker
 
 STEPS = 3
@@ -33,26 +34,32 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "bf16": ("zero2", LORA),
     "bf16, partitioned": ("zero3", [*LORA, PARTITION_ALL]),
 }
+# Trained by `make test`; the others by night.
+BY_DAY = ("frames", "lora", "bf16, partitioned")
 
 
 @pytest.fixture(scope="module")
 def trained(
-    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+    run: Callable[..., Any],
+    settings: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> dict[str, dict[str, Any]]:
     """Results of each case, with its gradient handled as a large one and as a small one."""
     folder = tmp_path_factory.mktemp("reduction")
     shared = [*prepared(settings), f"training.max_steps={STEPS}", "training.epochs=9", "training.eval_every=99"]
     shared += ["training.learning_rate=3e-3", "training.warmup_ratio=0", "training.ctc_weight=0.5"]
     shared += ["model.dropout=0", "model.pose_encoder.dropout=0"]
-    cases = {
+    plan = {
         f"{size}: {name}": {"ds": ds, "overrides": overrides, "small": size == "once"}
         for name, (ds, overrides) in CASES.items()
         for size in ("each", "once")
+        if name in BY_DAY or is_night(request)
     }
-    return run_worker(run, "tests/end_to_end/strategies_worker.py", folder, ranks=2, cases=cases, settings=shared)
+    return run_worker(run, "tests/end_to_end/strategies_worker.py", folder, ranks=2, cases=plan, settings=shared)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, BY_DAY))
 def test_it_is_reduced_once_a_step_with_the_same_result(trained: dict[str, dict[str, Any]], name: str) -> None:
     each, once = trained[f"each: {name}"], trained[f"once: {name}"]
     assert len(each["sent"]) == STEPS

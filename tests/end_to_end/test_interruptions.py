@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.by_night import cases, is_night
 from tests.end_to_end.warm_runs import PATIENCE, Run, Warm, status_of, wait_for_the_end
 from tests.time_limits import limit
 
@@ -44,8 +45,13 @@ CODES = {
     ("group", signal.SIGINT): -2,
 }
 WAYS = [(target, number) for target in TARGETS for number in SIGNALS]
+WAYS_BY_DAY = [
+    *((target, signal.SIGTERM) for target in TARGETS),
+    ("one rank", signal.SIGUSR1),
+    ("group", signal.SIGINT),
+]
 STEPS = 72  # more than all interruptions together let pass
-KILLS = 10
+KILLS = 5
 KILLS_BY_NIGHT = 50
 
 Losses = Callable[[Path], list[float]]
@@ -123,12 +129,12 @@ def signal_to(run: Run, target: str, number: signal.Signals) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(
-    warm: Warm, arguments: list[str], losses: Losses, tmp_path_factory: Any
+    warm: Warm, arguments: list[str], losses: Losses, tmp_path_factory: Any, request: pytest.FixtureRequest
 ) -> tuple[dict[Any, dict[str, Any]], list[float]]:
     """What was seen at each way to stop one and the same run, and the losses of that run in the end."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     seen: dict[Any, dict[str, Any]] = {}
-    for target, number in WAYS:
+    for target, number in WAYS if is_night(request) else WAYS_BY_DAY:
         run = warm.start(folder, arguments)
         wait_for_steps(run, 2)
         processes = run.processes()
@@ -144,10 +150,11 @@ def stopped(
     return seen, losses(folder)
 
 
-@pytest.mark.parametrize(("target", "number"), WAYS, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize("way", cases(WAYS, WAYS_BY_DAY), ids=lambda way: f"{way[0]}-{way[1].name}")
 def test_every_signal_to_every_process_saves_and_stops_all_of_them(
-    stopped: Any, target: str, number: signal.Signals
+    stopped: Any, way: tuple[str, signal.Signals]
 ) -> None:
+    target, number = way
     seen = stopped[0][target, number]
     assert seen["status"] == "interrupted", seen["said"]
     assert seen["code"] == CODES[target, number], seen["said"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 
+from tests.by_night import cases, is_night
 from tests.rank_workers import prepared, run_worker
 from toolkit.cluster.ops import is_built
 from toolkit.recipe.deepspeed.json_file import ds_config_names
@@ -20,6 +21,11 @@ IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autoca
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
 AUTOCAST = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"]
 ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
+# What `make test` trains of the lists above and below; the rest is trained by night.
+ENCODERS_BY_DAY = ("conformer",)
+FRAMES_BY_DAY = ("zero1", "zero3_offload")
+VARIANTS_BY_DAY = ("muon", "ema", "freeze")
+UNEVEN_BY_DAY = ("zero0", "zero2", "zero3")
 USUAL_WIDTH = "model.pose_encoder.hidden=512"
 UNCLIPPED = [*FP32, USUAL_WIDTH, "training.max_steps=1", "training.gradient_clipping=0"]
 # What a run may do otherwise -> overrides, and the stages by which it must come out the same.
@@ -71,39 +77,40 @@ def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
-def trained(start: Start) -> dict[str, dict[str, Any]]:
+def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """What each case gave, by name."""
+    night = is_night(request)
     here = [name for name in CONFIGS if name not in NVME or is_built("async_io")]
     stage3 = [name for name in here if name.startswith("zero3")]
-    cases = {
+    chosen = {
         f"{precision}-{name}": {"ds": name, "overrides": [*extra, *([SMALL] if name in stage3 else [])]}
         for precision, extra, names in (("own", [], CONFIGS), ("fp32", FP32, IN_FP32))
         for name in names
         if name in here
     }
-    for kind in ENCODERS:
+    for kind in ENCODERS if night else ENCODERS_BY_DAY:
         encoder = [f"model.pose_encoder={kind}", "model.pose_encoder.hidden=32"]
         if kind != "linear":
             encoder.append("model.pose_encoder.layers=2")
-        cases[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
-        cases[f"{kind}-partitioned"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
-        cases[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, SMALL]}
-    cases["kept"] = {"ds": "zero1", "overrides": [*FP32, USUAL_WIDTH]}
+        chosen[f"{kind}-whole"] = {"ds": "zero1", "overrides": [*FP32, *encoder]}
+        chosen[f"{kind}-partitioned"] = {"ds": "zero3", "overrides": [*FP32, *encoder, SMALL]}
+        chosen[f"{kind}-autocast"] = {"ds": "zero3", "overrides": [*AUTOCAST, *encoder, SMALL]}
+    chosen["kept"] = {"ds": "zero1", "overrides": [*FP32, USUAL_WIDTH]}
     for micro in (1, 4):
-        cases[f"micro-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
+        chosen[f"micro-{micro}"] = {"ds": "zero1", "overrides": [*FP32, f"training.micro_batch_size={micro}"]}
     # Clips of 55 to 274 frames: a step needs two, three or four of these.
     budget = [*FP32, "training.micro_batch_size=4", "training.micro_batch_frames=400"]
-    for name in IN_FP32:
+    for name in IN_FP32 if night else FRAMES_BY_DAY:
         if name not in here:
             continue
-        cases[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([SMALL] if name in stage3 else [])]}
+        chosen[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([SMALL] if name in stage3 else [])]}
 
-    cases |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
-    cases |= optimizer_cases()
-    cases |= {f"uneven-{ds}": uneven(ds) for ds in UNEVEN_ON}
-    alone = {"gradients-alone": cases["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
+    chosen |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
+    chosen |= optimizer_cases(VARIANTS if night else VARIANTS_BY_DAY)
+    chosen |= {f"uneven-{ds}": uneven(ds) for ds in (UNEVEN_ON if night else UNEVEN_BY_DAY)}
+    alone = {"gradients-alone": chosen["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
     alone["uneven-alone"] = uneven("zero1")
-    return {name: found for ranks, group in ((2, cases), (1, alone)) for name, found in start(ranks, group).items()}
+    return {name: found for ranks, group in ((2, chosen), (1, alone)) for name, found in start(ranks, group).items()}
 
 
 def uneven(ds: str) -> dict[str, Any]:
@@ -113,26 +120,26 @@ def uneven(ds: str) -> dict[str, Any]:
 
 def gradient_cases() -> dict[str, dict[str, Any]]:
     """One step each, not clipped, by every stage and micro-batch size."""
-    cases = {
+    found = {
         f"gradients-{ds}": {"ds": ds, "overrides": [*UNCLIPPED, *([SMALL] if ds == "zero3" else [])]}
         for ds in ("zero0", "zero1", "zero2", "zero3")
     }
     for micro in (1, 4):
-        cases[f"gradients-micro-{micro}"] = {
+        found[f"gradients-micro-{micro}"] = {
             "ds": "zero1",
             "overrides": [*UNCLIPPED, f"training.micro_batch_size={micro}"],
         }
-    return cases
+    return found
 
 
-def optimizer_cases() -> dict[str, dict[str, Any]]:
+def optimizer_cases(names: Collection[str]) -> dict[str, dict[str, Any]]:
     """Other optimisers, averaged weights and a backbone that waits, each by the stages that differ most."""
-    cases = {
+    return {
         f"{name}-{ds}": {"ds": ds, "overrides": [*FP32, *overrides, *([SMALL] if ds.startswith("zero3") else [])]}
         for name, (overrides, stages) in VARIANTS.items()
+        if name in names
         for ds in stages
     }
-    return cases
 
 
 def case_of(trained: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def test_every_strategys_own_precision_follows_fp32(trained: dict[str, dict[str,
     assert case["grad_norms"][0] == pytest.approx(reference["grad_norms"][0], rel=0.02), "a sum where a mean belongs?"
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", cases(ENCODERS, ENCODERS_BY_DAY))
 def test_pose_encoders_learn_alike_with_partitioned_weights(trained: dict[str, dict[str, Any]], kind: str) -> None:
     whole, partitioned, autocast = (trained[f"{kind}-{how}"] for how in ("whole", "partitioned", "autocast"))
     assert whole["losses"][-1] < whole["losses"][0]
@@ -187,7 +194,7 @@ def test_the_micro_batch_size_changes_nothing(trained: dict[str, dict[str, Any]]
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", IN_FP32)
+@pytest.mark.parametrize("name", cases(IN_FP32, FRAMES_BY_DAY))
 def test_a_frame_budget_changes_nothing_but_the_micro_batches(trained: dict[str, dict[str, Any]], name: str) -> None:
     reference, case = trained["fp32-zero1"], case_of(trained, f"frames-{name}")
     assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
@@ -197,7 +204,7 @@ def test_a_frame_budget_changes_nothing_but_the_micro_batches(trained: dict[str,
     assert case["restored"]
 
 
-@pytest.mark.parametrize("name", UNEVEN_ON)
+@pytest.mark.parametrize("name", cases(UNEVEN_ON, UNEVEN_BY_DAY))
 def test_unequal_shares_change_nothing(trained: dict[str, dict[str, Any]], name: str) -> None:
     case = trained[f"uneven-{name}"]
     assert_as_alone(case, trained["uneven-alone"])
@@ -235,7 +242,7 @@ def test_gradients_are_the_same_at_all_stages_ranks_and_micro_batch_sizes(traine
             assert found[name][1] == pytest.approx(product, abs=2e-5 * norm), (other, name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", cases(VARIANTS, VARIANTS_BY_DAY))
 def test_variants_learn_and_save_alike_at_all_stages(trained: dict[str, dict[str, Any]], variant: str) -> None:
     stages = VARIANTS[variant][1]
     reference = trained[f"{variant}-{stages[0]}"]
@@ -248,6 +255,8 @@ def test_variants_learn_and_save_alike_at_all_stages(trained: dict[str, dict[str
         assert case["best_is_last"] == (variant != "ema"), "best/ holds the averaged weights where there are any"
 
 
-@pytest.mark.parametrize("name", ["ema-zero3", "aligned-zero2", "prescaled-zero1", "prescaled-zero3"])
+@pytest.mark.parametrize(
+    "name", cases(["ema-zero3", "aligned-zero2", "prescaled-zero1", "prescaled-zero3"], ["ema-zero3"])
+)
 def test_settings_without_effect_on_training(trained: dict[str, dict[str, Any]], name: str) -> None:
     assert trained[name]["losses"] == pytest.approx(trained["fp32-zero1"]["losses"], rel=1e-5)
