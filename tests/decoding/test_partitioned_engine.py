@@ -86,7 +86,7 @@ def translate_as_rank(rank: int, folder: Path, processor: PoseProcessor, corpus:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.nightly)])
 def test_a_partitioned_model_translates_as_the_whole_one(
     kind: str,
     tmp_path: Path,

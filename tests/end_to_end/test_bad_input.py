@@ -90,14 +90,24 @@ def test_a_deepspeed_json_with_an_unknown_key(refused: Callable[..., str], tmp_p
     assert "overlap_comm" in error and "mine.json" in error
 
 
-def test_fewer_clips_in_a_batch_than_ranks(refused: Callable[..., str]) -> None:
-    error = refused("training.global_batch_size=1", ranks=2)
+def as_rank_0_of(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Let this process be the first of so many ranks, as a launcher starts them; the others are not there."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(ranks))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+
+
+def test_fewer_clips_in_a_batch_than_ranks(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank_0_of(monkeypatch, 2)
+    error = refused("training.global_batch_size=1")
     assert "training.global_batch_size=2" in error
 
 
-def test_more_ranks_than_the_machine_has(refused: Callable[..., str]) -> None:
+def test_more_ranks_than_the_machine_has(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = 1 + (torch.cuda.device_count() or os.cpu_count() or 1)
-    error = refused(ranks=ranks)
+    as_rank_0_of(monkeypatch, ranks)
+    error = refused()
     assert f"--num_gpus {ranks}" in error
 
 

@@ -59,6 +59,7 @@ def test_an_extended_run_resumes_to_the_last_bit(
     assert figures(stopped, "learning_rate") == rates
 
 
+@pytest.mark.nightly
 def test_without_a_dev_split_the_best_model_is_the_last_one_of_the_longer_run(
     run: Run, settings: list[str], arguments: list[str], finished: Path, tmp_path: Path
 ) -> None:

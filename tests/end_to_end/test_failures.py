@@ -152,6 +152,7 @@ def test_a_run_with_faults_has_the_losses_of_one_without(
     assert faulty[1] == losses(run.folder)
 
 
+@pytest.mark.nightly
 def test_a_rank_that_sees_new_files_late_trains(warm: Warm, arguments: list[str], tmp_path: Path) -> None:
     few = [*arguments, "training.max_steps=4"]
     for _ in ("begins", "is shown when finished"):

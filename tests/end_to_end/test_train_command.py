@@ -129,6 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(
     assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.nightly  # tests/as_users_do overfits by day
 def test_overfit_reports_whether_it_worked(run: Run, settings: list[str], tmp_path: Path) -> None:
     learning = ["training.learning_rate=3e-3", "training.pose_encoder_learning_rate=3e-3", "training.max_steps=400"]
     sizes = ("training.global_batch_size", "training.micro_batch_size")
