@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_main
 from toolkit.planning.hardware import GIB
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 
@@ -16,8 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "plan.py"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run_main("launch/plan.py", *arguments)
 
 
 # The command, and on its last line of stderr the most memory that it held, in kB.

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_main
 from toolkit.recipe.paths import recipes_dir
 
 COMMAND = Path(__file__).parents[2] / "launch" / "recipes.py"
 
 
 def recipes(*arguments, cwd):
-    return subprocess.run([sys.executable, str(COMMAND), *arguments], cwd=cwd, capture_output=True, text=True)
+    return run_main("launch/recipes.py", *arguments, cwd=cwd)
 
 
 RECIPES = {
@@ -26,7 +27,7 @@ RECIPES = {
 
 
 def test_ls_prints_one_row_a_recipe(tmp_path):
-    done = recipes("ls", cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(COMMAND), "ls"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     heading, *rows = done.stdout.splitlines()
     assert heading.split() == ["recipe", "model", "parameters", "trains", "deepspeed", "description"]
