@@ -5,7 +5,6 @@ Only data, epochs and the steps between checkpoints are smaller; everything else
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from tests.time_limits import limit
 from toolkit.corpus.names import one_line
 from toolkit.errors import EXIT_INTERRUPTED
 from toolkit.recipe.load import load_recipe
+from toolkit.scoring.predictions import read_predictions
 
 EPOCHS = 3
 
@@ -86,8 +86,7 @@ def use(user: User, life: Life, ranks: int = 0) -> None:
     """Type the commands that come after training, and hold what they say to what the run says."""
     run = f"runs/{life.recipe}"
     scores = json.loads((life.folder / "scores.json").read_text())
-    with (life.folder / "predictions" / "test.csv").open(newline="") as file:
-        first = next(csv.DictReader(file))
+    first = read_predictions(life.folder / "predictions" / "test.csv")[0]
 
     evaluated = user.run("launch/evaluate.py", "--model", run, "--json", ranks=ranks)
     assert evaluated.code == 0, evaluated.err
@@ -95,9 +94,9 @@ def use(user: User, life: Life, ranks: int = 0) -> None:
     assert found == scores["splits"]["test"]["scores"]
 
     poses = Path(user.data[-1].partition("=")[2])
-    translated = user.run("launch/translate.py", "--model", run, poses / f"{first['uid']}.pose")
+    translated = user.run("launch/translate.py", "--model", run, poses / f"{first.uid}.pose")
     assert translated.code == 0, translated.err
-    assert translated.out.strip() == one_line(first["hypothesis"]).strip()
+    assert translated.out.strip() == one_line(first.hypothesis).strip()
 
     exported = user.run("launch/export.py", run, "--to", f"exported/{life.recipe}")
     assert exported.code == 0, exported.err

@@ -37,18 +37,20 @@ def test_a_gated_model_on_two_ranks(user: User) -> None:
 @pytest.mark.parametrize(("recipe", "ds"), [("t5_large", "zero1"), ("bart_large", "zero3")])
 def test_a_download_that_always_breaks_on_two_ranks(user: User, recipe: str, ds: str) -> None:
     """Under ZeRO-3 the first rank alone reads them, while the other waits for its partitions."""
+    arguments = ["--recipe", recipe, "--ds", ds, *user.data, f"run.dir=runs/broken_{recipe}"]
     user.hub.truncated["model.safetensors"] = 0
-    done = user.run("launch/train.py", "--recipe", recipe, "--ds", ds, *user.data, ranks=2)
+    done = user.run("launch/train.py", *arguments, ranks=2)
     assert recipe.replace("_", "-") in error_of(done)
     user.hub.truncated.clear()
     shrunk = ["training.max_steps=1", "training.epochs=1"]  # a run that failed before its first step may change them
-    done = user.run("launch/train.py", "--recipe", recipe, "--ds", ds, *user.data, *shrunk, ranks=2)
+    done = user.run("launch/train.py", *arguments, *shrunk, ranks=2)
     assert done.code == 0, done.out + done.err
 
 
 @pytest.mark.nightly
 def test_offline_with_an_empty_cache_and_with_a_full_one(user: User) -> None:
     arguments = ["--recipe", "flan_t5_base", *user.data, "training.max_steps=1", "training.epochs=1"]
+    arguments.append("run.dir=runs/offline")
     done = user.run("launch/train.py", *arguments, HF_HUB_OFFLINE="1")
     assert "google/flan-t5-base" in error_of(done)
     assert user.run("launch/train.py", *arguments).code == 0
