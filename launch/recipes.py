@@ -199,15 +199,19 @@ def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
 
 
 def _memory(run: ResolvedRun) -> str:
-    from toolkit.planning.counts import count
-    from toolkit.planning.states import GIB, model_states
+    from toolkit.planning.costs.counts import count
+    from toolkit.planning.costs.zero import zero_memory
+    from toolkit.planning.hardware import GIB
 
     try:
-        states = model_states(count(run.recipe), run.recipe, run.deepspeed, run.world_size)
+        states = zero_memory(count(run.recipe).weights, run.recipe, run.deepspeed, run.world_size)
     except UserError as error:
         return f"not estimated: {error.message} ({error.hint})"
     host = f", and {states.host / GIB:.1f} GiB of host memory a rank" if states.host else ""
-    return f"a GPU, by arithmetic: {states.sum_of_terms()} of model states{host}; activations come on top"
+    terms = sorted(states.states.items(), key=lambda item: -item[1])
+    listed = " + ".join(f"{size / GIB:.2f} {name}" for name, size in terms if size >= GIB / 100)
+    activations = f"activations come on top: python launch/plan.py --recipe {run.recipe.name}"
+    return f"a GPU, by arithmetic: {listed} = {states.device / GIB:.1f} GiB of model states{host}; {activations}"
 
 
 def _to_dict(run: ResolvedRun) -> dict[str, object]:

@@ -8,9 +8,10 @@ import torch
 from toolkit.models.backbone import layer_list
 from toolkit.models.backbone_config import backbone_config, fit_dropout
 from toolkit.models.loss import GPU_SCORES, translation_losses
-from toolkit.planning import tracing
-from toolkit.planning.counts import adapted_translator
-from toolkit.planning.tracing import shorten, trace
+from toolkit.planning.costs import tracing
+from toolkit.planning.costs.counts import adapted_translator
+from toolkit.planning.costs.kernels import as_on_gpu
+from toolkit.planning.costs.tracing import shorten, trace
 from toolkit.recipe.load import load_recipe
 
 SHAPE = {"clips": 4, "frames": 60, "tokens": 9}
@@ -58,7 +59,7 @@ def test_saved_bytes_are_those_of_a_real_pass() -> None:
     points, channels = model.config.num_points, model.config.num_channels
     mask = torch.ones(clips, frames, dtype=torch.bool)
     mask[0, 50:] = False
-    with tracing.as_on_gpu(autocast=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with as_on_gpu(autocast=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         translation_losses(
             model,
             torch.randn(clips, frames, points, channels),

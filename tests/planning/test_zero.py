@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.planning.counts import Weight
-from toolkit.planning.zero import ZeroMemory, zero_memory
+from toolkit.planning.costs.counts import Weight
+from toolkit.planning.costs.zero import ZeroMemory, zero_memory
 from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.load import load_recipe
 
@@ -76,3 +76,11 @@ def test_one_rank_sends_nothing_and_stage_2_sends_again() -> None:
     assert memory("zero1", 8).sent_again == 0
     assert memory("zero2", 8).sent_again > 0
     assert memory("zero3", 8).sent > memory("zero2", 8).sent
+
+
+def test_the_states_of_a_pass_are_all_that_the_plan_counts_beside_activations() -> None:
+    item = memory("zero3", 8)
+    assert item.device == pytest.approx(sum(item.states.values()))
+    assert item.states["gradients"] == item.kept_gradients + item.gradients
+    assert item.states["gathered weights"] == item.gathered
+    assert item.states["buckets"] == item.kept_buckets + item.buckets

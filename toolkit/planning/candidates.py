@@ -11,14 +11,16 @@ from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, encoder_width, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.check import check_architecture
-from toolkit.planning.counts import count_with
-from toolkit.planning.states import GIB, model_states
+from toolkit.planning.costs.counts import count_with
+from toolkit.planning.costs.zero import zero_memory
+from toolkit.planning.hardware import GIB
 from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, refusal
 from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Lora, Quantization, Recipe
 
+STATES_SHARE = 2 / 3  # of a card; the rest is for activations and what else lives there
 # Ways to train, from the most trained parameters to the least memory.
 WAYS: dict[str, dict[str, Any]] = {
     "every weight": {},
@@ -138,8 +140,9 @@ def _ways(config: Any, recipe: Recipe, card_gib: float, world_size: int) -> Iter
             if refusal(cell) or (cell.zero_stage, cell.offload) in seen:
                 continue
             seen.add((cell.zero_stage, cell.offload))
-            states = model_states(counts, chosen, json, world_size)
-            yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, states.fits(card_gib))
+            states = zero_memory(counts.weights, chosen, json, world_size)
+            fits = states.device <= card_gib * GIB * STATES_SHARE
+            yield Way(name, deepspeed, counts.trainable, states.device / GIB, states.host / GIB, fits)
 
 
 def describe_candidate(candidate: Candidate, card_gib: float, world_size: int) -> Iterator[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit.errors import UserError
-from toolkit.planning.counts import count
-from toolkit.planning.states import GIB, model_states
+from toolkit.planning.costs.counts import count
+from toolkit.planning.costs.zero import zero_memory
+from toolkit.planning.hardware import GIB
 from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.schema import Recipe
 
@@ -44,7 +45,7 @@ def overview(recipe: Recipe) -> Overview:
         counts = count(recipe)
     except UserError:
         return Overview()
-    states = model_states(counts, recipe, load_deepspeed(recipe.deepspeed, recipe.ds), world_size=1)
+    states = zero_memory(counts.weights, recipe, load_deepspeed(recipe.deepspeed, recipe.ds), world_size=1)
     return Overview(
         parameters=counts.backbone,
         trainable=counts.trainable,

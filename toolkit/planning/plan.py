@@ -15,12 +15,12 @@ from toolkit.errors import UserError
 from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows, has_random_weights
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
-from toolkit.planning.counts import Weight, adapted_translator
+from toolkit.planning.costs.counts import Weight, adapted_translator
+from toolkit.planning.costs.tracing import Trace, TracedModel, shorten, trace
+from toolkit.planning.costs.zero import Items, ZeroMemory, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
-from toolkit.planning.tracing import Trace, TracedModel, shorten, trace
 from toolkit.planning.workload import Workload
-from toolkit.planning.zero import ZeroMemory, zero_memory
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.deepspeed.cells import parameter_precision
 from toolkit.recipe.model_cards import card_of, tokenizer_of
@@ -31,8 +31,6 @@ from toolkit.recipe.tree import Tree, value_at
 BYTE_VOCABULARY = 384  # rows of ByT5's table
 CHECKPOINT_BYTES = 12  # a trained weight in a checkpoint: master copy and two moments
 PHASES = ("start", "step", "evaluation", "save")
-
-Items = dict[str, float]
 
 
 @dataclass
@@ -215,10 +213,10 @@ def make_plan(
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
     translation = subject.translation(config, workload)
-    always = _always(zero)
+    always = zero.always
     moments: dict[str, Items] = {
         "start": always | {"weights before they are flattened": zero.trained},
-        "first micro-batch": _in_pass(always, zero, first.peak, gradients=0.0),
+        "first micro-batch": _in_pass(zero, first.peak, gradients=0.0),
         "gradient reduction": always
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
         | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction},
@@ -229,7 +227,7 @@ def make_plan(
         "save": always,
     }
     if accumulation > 1:
-        moments["later micro-batches"] = _in_pass(always, zero, later.peak, gradients=zero.gradients)
+        moments["later micro-batches"] = _in_pass(zero, later.peak, gradients=zero.gradients)
     moments = {name: _complete(items, hardware) for name, items in moments.items()}
     if zero.whole > zero.gathered and sum(moments["evaluation"].values()) > hardware.gpu_memory:
         # Then ranks generate in step, and gather layer by layer.
@@ -274,27 +272,8 @@ def largest_micro_batch(
     return low
 
 
-def _always(zero: ZeroMemory) -> Items:
-    return {
-        "quantised weights": zero.packed,
-        "frozen weights": zero.frozen,
-        "trained weights": zero.trained,
-        "master copy": zero.master,
-        "moments": zero.moments,
-        "weight average": zero.average,
-        "gradients": zero.kept_gradients,
-        "buckets": zero.kept_buckets,
-    }
-
-
-def _in_pass(always: Items, zero: ZeroMemory, activations: float, gradients: float) -> Items:
-    return always | {
-        "gathered weights": zero.gathered,
-        "gradients": zero.kept_gradients + gradients,
-        "buckets": zero.kept_buckets + zero.buckets,
-        "activations": activations,
-        "unpacked weight": zero.unpacked,
-    }
+def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:
+    return zero.in_backward(gradients) | {"activations": activations, "unpacked weight": zero.unpacked}
 
 
 def _complete(items: Items, hardware: Hardware) -> Items:

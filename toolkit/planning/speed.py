@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from toolkit.planning import hardware as machine
-from toolkit.planning.counts import Weight
+from toolkit.planning.costs.counts import Weight
 from toolkit.planning.hardware import Hardware
 from toolkit.planning.plan import Plan, gradient_tensors
 from toolkit.recipe.resolve import ResolvedRun

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from toolkit.planning.counts import Counts, count
-from toolkit.planning.states import GIB, model_states
+from toolkit.planning.costs.counts import Counts, count
+from toolkit.planning.costs.zero import zero_memory
+from toolkit.planning.hardware import GIB
 from toolkit.recipe.catalogue import catalogue, millions
 from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import (
@@ -64,7 +65,7 @@ def recipes_table() -> str:
     """All recipes, with what trains and the model states on one GPU."""
     rows = []
     for recipe, counts in _recipes():
-        states = model_states(counts, recipe, load_deepspeed(recipe.deepspeed, recipe.ds), world_size=1)
+        states = zero_memory(counts.weights, recipe, load_deepspeed(recipe.deepspeed, recipe.ds), world_size=1)
         host = f" + {states.host / GIB:.1f} of host memory" if states.host else ""
         size = f"{states.device / GIB:.1f} GiB{host}"
         name, trained = f"`{recipe.name}`", millions(counts.trainable)
@@ -82,7 +83,7 @@ def memory_table() -> str:
             if refusal(cell_of(recipe, config, architecture_of(recipe.model))):
                 cells.append("refused")
                 continue
-            sizes = [model_states(counts, recipe, config, ranks).device / GIB for ranks in (1, 8)]
+            sizes = [zero_memory(counts.weights, recipe, config, ranks).device / GIB for ranks in (1, 8)]
             cells.append(" → ".join(f"{size:.1f}" for size in sizes))
         rows.append((f"`{recipe.name}`", *cells))
     return _table(("recipe", *(f"`{name}`, 1 → 8 GPUs" for name in MEMORY_JSONS)), rows)

@@ -24,22 +24,38 @@ from toolkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
+class Weight:
+    """One parameter of a translator.
+
+    Attributes:
+        numel: its numbers.
+        trained: whether it trains.
+        packed: whether it is held in int8 or NF4.
+    """
+
+    numel: int
+    trained: bool
+    packed: bool = False
+
+
+@dataclass(frozen=True)
 class Counts:
     """Parameters of a translator; tied ones count once.
 
     Attributes:
         backbone: of the backbone, without adapters: the published figure.
         trainable: of backbone and adapters, those that train.
-        frozen: of the backbone, those that do not train and stay in the run's precision.
-        packed: of the backbone, those that do not train and are held in int8 or NF4.
-        pose_encoder: of the pose encoder and the CTC head, which always train.
+        weights: each parameter of the translator, adapters and pose encoder included.
     """
 
     backbone: int
     trainable: int
-    frozen: int
-    packed: int
-    pose_encoder: int
+    weights: list[Weight]
+
+    @property
+    def pose_encoder(self) -> int:
+        """Parameters of the pose encoder and the CTC head, which always train."""
+        return sum(weight.numel for weight in self.weights if weight.trained) - self.trainable
 
 
 def count(recipe: Recipe) -> Counts:
@@ -52,6 +68,14 @@ def count(recipe: Recipe) -> Counts:
     if card_of(model):
         model = model.model_copy(update={"from_scratch": True})
     return count_with(backbone_config(model), recipe)
+
+
+def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
+    """Count with a backbone of this configuration."""
+    published = _sum(empty_backbone(config).parameters())
+    translator, weights = adapted_translator(config, recipe)
+    trainable = _sum(parameter for parameter in translator.backbone.parameters() if parameter.requires_grad)
+    return Counts(published, trainable, weights)
 
 
 def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator:
@@ -72,21 +96,6 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
         )
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One parameter of a translator.
-
-    Attributes:
-        numel: its numbers.
-        trained: whether it trains.
-        packed: whether it is held in int8 or NF4.
-    """
-
-    numel: int
-    trained: bool
-    packed: bool = False
-
-
 def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTranslator, list[Weight]]:
     """The recipe's translator with its adapters, on the meta device, and each of its parameters once."""
     translator = empty_translator(config, recipe)
@@ -102,27 +111,6 @@ def _packed(translator: PoseTranslator, recipe: Recipe) -> set[int]:
     backbone, quantization = translator.backbone, recipe.model.quantization
     paths = packable(backbone, quantization) if quantization else set()
     return {id(weight) for path in paths for weight in backbone.get_submodule(path).parameters()}
-
-
-def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
-    """Count with a backbone of this configuration."""
-    model = recipe.model
-    translator = empty_translator(config, recipe)
-    backbone = translator.backbone
-    numbers = _sum(backbone.parameters())
-    packed = _packed(translator, recipe)
-    with torch.device("meta"):
-        adapt(translator, model)
-    parameters = list(backbone.parameters())
-    trainable = _sum(parameter for parameter in parameters if parameter.requires_grad)
-    in_bits = _sum(parameter for parameter in parameters if id(parameter) in packed)
-    return Counts(
-        backbone=numbers,
-        trainable=trainable,
-        frozen=_sum(parameters) - trainable - in_bits,
-        packed=in_bits,
-        pose_encoder=_sum(translator.parameters()) - _sum(parameters),
-    )
 
 
 def _sum(parameters: Iterable[nn.Parameter]) -> int:

@@ -3,7 +3,7 @@
 Tensors on the meta device have shapes and no memory, so a pass of any size takes about a second. Every storage that an
 operation makes counts from then until Python or autograd drops it. Encoder and decoder keep two layers each; what their
 last one adds is multiplied by the layers that were left out. Where torch has other kernels on a GPU than on the meta
-device (attention, dropout, autocast), stand-ins keep what those kernels keep.
+device (attention, dropout, autocast), stand-ins keep what those kernels keep (``kernels.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.models.backbone import layer_list
 from toolkit.models.loss import GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
+from toolkit.planning.costs.kernels import as_on_gpu
 
 LAYERS = 2  # that are traced of each stack
 INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten._unsafe_index_put.default")
@@ -295,99 +295,3 @@ def _all_rows(name: str, args: Any) -> Tensor:
         return values if name == "aten.index_put_.default" else torch.empty_like(values)
     mask = next(index for index in indices if index is not None)
     return values.new_empty((mask.numel(), *values.shape[mask.ndim :]))
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output and a number for each query; no scores."""
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = query.new_empty((*query.shape[:3], value.shape[-1]))
-        norms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        context.save_for_backward(query, key, value, mask, output, norms)
-        return output
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = context.saved_tensors[:4]
-        return tuple(
-            torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip(inputs, context.needs_input_grad, strict=True)
-        )
-
-
-class _Ctc(torch.autograd.Function):
-    """Keeps what the CTC kernel keeps: log-probabilities and the forward variables of its lattice."""
-
-    @staticmethod
-    def forward(context: Any, log_probabilities: Tensor, tokens: int) -> Tensor:
-        positions, clips, _ = log_probabilities.shape
-        lattice = torch.empty(clips, positions, 2 * tokens + 1, dtype=torch.float32, device=log_probabilities.device)
-        context.save_for_backward(log_probabilities, lattice)
-        return log_probabilities.new_empty(clips)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        log_probabilities, lattice = context.saved_tensors
-        torch.empty_like(lattice)
-        return torch.empty_like(log_probabilities), None
-
-
-@contextmanager
-def as_on_gpu(autocast: bool) -> Iterator[None]:
-    """Within it torch's functions keep on the meta device what they keep on a GPU."""
-    casts: dict[int, Tensor] = {}
-
-    def low(tensor: Tensor | None) -> Tensor | None:
-        if not autocast or tensor is None or tensor.dtype != torch.float32:
-            return tensor
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.to(torch.bfloat16)
-        # Autocast keeps the copy of a weight while the forward pass lasts, and autograd until the backward pass.
-        return casts.setdefault(id(tensor), tensor.to(torch.bfloat16))
-
-    def in_low(function: Any) -> Any:
-        def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
-            result: Tensor = function(low(input), low(weight), low(bias), *rest, **named)
-            return result
-
-        return call
-
-    def product(left: Tensor, right: Tensor, **named: Any) -> Tensor:
-        result: Tensor = originals["matmul"](low(left), low(right), **named)
-        return result
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-    ) -> Tensor:
-        return _FusedAttention.apply(low(query), low(key), low(value), attn_mask)
-
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(input, p, True)[0] if training and p else input
-
-    def layer_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
-        result: Tensor = originals["layer_norm"](input.float() if autocast else input, *rest, **named)
-        return result
-
-    def ctc(log_probabilities: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Ctc.apply(log_probabilities, len(targets) // log_probabilities.shape[1])
-
-    stand_ins = {
-        "linear": in_low(functional.linear),
-        "conv1d": in_low(functional.conv1d),
-        "conv2d": in_low(functional.conv2d),
-        "dropout": dropout,
-        "layer_norm": layer_norm,
-        "scaled_dot_product_attention": attention,
-        "ctc_loss": ctc,
-    }
-    originals = {name: getattr(functional, name) for name in stand_ins} | {"matmul": torch.matmul}
-    try:
-        for name, stand_in in stand_ins.items():
-            setattr(functional, name, stand_in)
-        setattr(torch, "matmul", product)  # noqa: B010 - its type says a function of torch
-        yield
-    finally:
-        for name in stand_ins:
-            setattr(functional, name, originals[name])
-        setattr(torch, "matmul", originals["matmul"])  # noqa: B010

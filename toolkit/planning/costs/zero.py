@@ -15,12 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from toolkit.planning.counts import Weight
-from toolkit.planning.states import BYTES, MOMENTS, PACKED_BYTES
+from toolkit.planning.costs.counts import Weight
 from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 
+Items = dict[str, float]
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+# A weight and its share of the scales: one per row in int8; one per 64 weights in NF4, itself packed (Dettmers et al.
+# 2023, section 3: 0.127 bits a weight).
+PACKED_BYTES = {"int8": 1.0, "nf4": (4 + 0.127) / 8}
+# Moments of an optimizer, in numbers per trained number, and the bytes of each.
+MOMENTS = {"adamw": (2, 4.0), "adamw8bit": (2, 1.0), "lion": (1, 4.0), "muon": (1, 4.0), "adafactor": (0, 4.0)}
 # DeepSpeed's engine sums gradients in buckets of so many numbers where no ZeRO optimizer does.
 ENGINE_BUCKET = 500_000_000
 SWAP_BUFFERS = 4  # buffers of a sub-group through which NVMe is read and written
@@ -70,6 +77,38 @@ class ZeroMemory:
     sent_again: float = 0.0
     over_link: float = 0.0
     of_optimizer: float = 0.0
+
+    @property
+    def always(self) -> Items:
+        """What is on the device from the start of a run to its end."""
+        return {
+            "quantised weights": self.packed,
+            "frozen weights": self.frozen,
+            "trained weights": self.trained,
+            "master copy": self.master,
+            "moments": self.moments,
+            "weight average": self.average,
+            "gradients": self.kept_gradients,
+            "buckets": self.kept_buckets,
+        }
+
+    @property
+    def states(self) -> Items:
+        """What is on the device in a backward pass, without activations: the model states and DeepSpeed's buffers."""
+        return self.in_backward(self.gradients)
+
+    @property
+    def device(self) -> float:
+        """Bytes of the model states."""
+        return sum(self.states.values())
+
+    def in_backward(self, gradients: float) -> Items:
+        """What is on the device in a backward pass, with the gradients that earlier passes of the step left there."""
+        return self.always | {
+            "gathered weights": self.gathered,
+            "gradients": self.kept_gradients + gradients,
+            "buckets": self.kept_buckets + self.buckets,
+        }
 
 
 def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: int) -> ZeroMemory:
