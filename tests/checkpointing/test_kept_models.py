@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -84,10 +85,10 @@ def test_a_model_that_cannot_be_written_leaves_the_others_intact(tmp_path: Path)
     kept = evaluate(tmp_path, [], 10, 5, keep=1)
 
     def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device", str(folder))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     better = admit(kept, 20, scores(9), select_by="bleu4", keep=1)
-    with pytest.raises(UserError, match=r"step 20 .*No space left"):
+    with pytest.raises(UserError, match=f"step 20 .*{os.strerror(errno.ENOSPC)}"):
         place_model(tmp_path, better, 20, scores(9), full)
     assert models(tmp_path) == {"best": "10"}
 

@@ -80,8 +80,8 @@ class Group:
     ("ranks", "bound", "wrong"),
     [
         (2, torch.device("cuda", 1), None),
-        (2, torch.device("cuda", 0), "bound to cuda:0"),
-        (2, None, "bound to None"),
+        (2, torch.device("cuda", 0), "cuda:0"),
+        (2, None, "None"),
         (1, None, None),  # DeepSpeed binds no group of one
     ],
 )

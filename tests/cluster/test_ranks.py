@@ -89,13 +89,13 @@ def test_nodes_of_a_slurm_step_may_differ(rank, local_rank, tasks, node, here):
         (of_slurm(11, 5, "8,4", 1), "SLURM_LOCALID=5"),
         (of_slurm(11, 3, "8,4", 2), "SLURM_NODEID=2 .* 2 nodes"),
         (of_slurm(11, 3, "8,4", None), "SLURM_NODEID"),
-        (of_slurm(11, 3, "eight", 0), "SLURM_STEP_TASKS_PER_NODE is 'eight'"),
+        (of_slurm(11, 3, "eight", 0), "SLURM_STEP_TASKS_PER_NODE .*'eight'"),
     ],
 )
 def test_a_slurm_step_that_contradicts_itself_is_refused(environment, named):
     with pytest.raises(UserError, match=named) as error:
         read_ranks(environment)
-    assert "start the run with" in error.value.hint
+    assert "start" in error.value.hint
 
 
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 20)), min_size=1, max_size=6))

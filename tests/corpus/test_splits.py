@@ -100,7 +100,7 @@ def test_splits_as_given() -> None:
     ("rows", "named"),
     [
         ([Row("a", "x", split="train", line=2), Row("b", "x", line=3)], r"t\.csv, line 3 .*\(1 such rows\)"),
-        (_rows(2, 5), r"t\.csv: all 10 clips come from 2 source videos"),
+        (_rows(2, 5), r"t\.csv: .*10 clips .*\b2\b"),
     ],
 )
 def test_splits_that_are_impossible(rows: list[Row], named: str) -> None:

@@ -57,9 +57,9 @@ def test_the_how2sign_preset(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "no rows"),
-        ("uid,text\n", "no rows"),
-        ("id,text\na,b\n", r"line 2 .*'uid' \(it has id, text\)"),
+        ("", "rows"),
+        ("uid,text\n", "rows"),
+        ("id,text\na,b\n", r"line 2 .*'uid' .*\bid, text"),
         ("uid,text,text\na,b,c\n", "line 1 .*twice: text"),
         ("uid,text\na,b,c\n", "line 2 has 3 values for 2 columns"),
         ("uid,text\na,\0\n", "NUL"),
@@ -77,13 +77,13 @@ def test_a_file_that_is_no_table_is_an_error_with_its_line(tmp_path, content, na
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ({"uid": "a", "text": ["x"]}, "text is .* of type list"),
-        ({"uid": "a", "text": {"en": "x"}}, "text is .* of type dict"),
-        ({"uid": "a", "text": True}, "text is 'True' of type bool"),
-        ({"uid": "a", "text": 7}, "text is '7' of type int"),
-        ({"uid": "a", "text": float("nan")}, "text is 'nan' of type float"),
-        ({"uid": 7.0, "text": "x"}, "uid is '7.0' of type float"),
-        ({"uid": "a", "text": "x", "fps": True}, "fps is 'True' of type bool"),
+        ({"uid": "a", "text": ["x"]}, "text .* list"),
+        ({"uid": "a", "text": {"en": "x"}}, "text .* dict"),
+        ({"uid": "a", "text": True}, "text .*'True' .*bool"),
+        ({"uid": "a", "text": 7}, "text .*'7' .*int"),
+        ({"uid": "a", "text": float("nan")}, "text .*'nan' .*float"),
+        ({"uid": 7.0, "text": "x"}, "uid .*'7.0' .*float"),
+        ({"uid": "a", "text": "x", "fps": True}, "fps .*'True' .*bool"),
         ({"uid": "a", "text": "half \ud83d of it"}, r"text holds '\\ud83d'"),
         ({"uid": "a", "text": "x\0"}, r"text holds '\\x00'"),
         ({"uid": "a\nb", "text": "x"}, "the uid"),
@@ -157,7 +157,7 @@ def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line: str, named: s
 
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", "1_0", "1e999", "00:01"])
 def test_impossible_times(tmp_path, value: str) -> None:
-    with pytest.raises(UserError, match="line 2: start is"):
+    with pytest.raises(UserError, match="line 2: start "):
         read_table(_table(tmp_path, f"uid,text,start\na,b,{value}\n"), {"start": "start"})
 
 

@@ -43,7 +43,7 @@ def test_another_encoding_is_an_error_with_its_line_and_the_hint_works(tmp_path)
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (_late("naïve ".encode() + b"caf\xe9"), "line 2502 .* but the lines before are"),
+        (_late("naïve ".encode() + b"caf\xe9"), "line 2502 .*UTF-8"),
         (_late(b"\x81"), "line 2502 .*UTF-8"),
         (_late(b"\xed\xa0\x80"), "line 2502 .*UTF-8"),
         (_late("नमस्ते".encode()[:-1]), "line 2502 .*UTF-8"),
@@ -67,5 +67,5 @@ def test_a_spreadsheet_is_recognised(tmp_path) -> None:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("xl/workbook.xml", "")
-    with pytest.raises(UserError, match="spreadsheet or a zip"):
+    with pytest.raises(UserError, match=r"spreadsheet.* zip"):
         read_table(_file(tmp_path, content.getvalue()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("messages.txt")
-KINDS = ("UserError", "TooManyRejects", "Interrupted")
+KINDS = ("UserError", "TooManyRejects", "Interrupted", "TrainingStopped", "PoseError")
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Message:
     """One place that raises an error for the user.
 
     Attributes:
+        kind: the class of the error.
         place: path of the file, from the root of the repository.
         line: of that file.
         message: expressions stand in braces.
         hint: the same; empty where there is none.
     """
 
+    kind: str
     place: str
     line: int
     message: str
@@ -48,7 +50,8 @@ def _of(path: Path) -> Iterator[Message]:
         if call.func.id in KINDS:  # type: ignore[attr-defined]
             hints = [keyword.value for keyword in call.keywords if keyword.arg == "hint"] or call.args[1:2]
             hint = _text(hints[0]) if hints else ""
-            yield Message(path.relative_to(ROOT).as_posix(), call.lineno, _text(call.args[0]), hint)
+            kind = call.func.id  # type: ignore[attr-defined]
+            yield Message(kind, path.relative_to(ROOT).as_posix(), call.lineno, _text(call.args[0]), hint)
 
 
 def _text(node: ast.expr) -> str:

@@ -18,7 +18,7 @@ def test_a_message_is_one_line_with_a_hint(place: str) -> None:
         for text in (found.message, found.hint):
             if "\n" in text or text.rstrip().endswith((".", ":")) or text != text.strip():
                 wrong.append(f"{place}:{found.line}: one line without a stop at its end: {text!r}")
-        if not found.hint:
+        if not found.hint and found.kind != "PoseError":  # a file that must be replaced
             wrong.append(f"{place}:{found.line}: no hint: {found.message!r}")
     assert not wrong, "\n".join(wrong)
 

@@ -83,6 +83,6 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no end-of-sentence token") as refusal:
+    with pytest.raises(UserError, match="end-of-sentence") as refusal:
         make_tokenizer(str(tmp_path))
     assert "\n" not in str(refusal.value)

@@ -180,43 +180,40 @@ def test_no_code_runs(evil: bytes, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (pickle.dumps({"keypoints": _keypoints()})[:-100], "cannot be read"),
-        (_saved(keypoints=_keypoints())[:-100], "cannot be read: .*zip"),
-        (pickle.dumps([1, 2]), "holds a list"),
-        (pickle.dumps({"other": 1}), "none of the arrays is called"),
+        (pickle.dumps({"keypoints": _keypoints()})[:-100], "read: "),
+        (_saved(keypoints=_keypoints())[:-100], "zip"),
+        (pickle.dumps([1, 2]), "list"),
+        (pickle.dumps({"other": 1}), "keypoints.*other"),
         (
             pickle.dumps({"keypoints": [np.zeros((133, 2)), np.zeros((5, 2))]}),
             "keypoints, frame 1: 5 points of 2 values, before 133 of 2",
         ),
-        (_npy(np.zeros((4, 5, 2))), "array of 5 points without names"),
+        (_npy(np.zeros((4, 5, 2))), "5 points"),
         (_npy(np.zeros((4, 133))), r"shape \(4, 133\)"),
         (_npy(np.zeros((0, 133, 2))), r"shape \(0, 133, 2\)"),
-        (_npy(np.array(["a"])), "wanted numbers"),
-        (_npy(np.array([None])), "no people"),
-        (_npy(np.array([{"a": 1}, {}], dtype=object)), "frame 0 holds dict, wanted numbers"),
-        (_npy(_keypoints())[:-8], "needs 6,384 bytes, and the file has 6,376"),
-        (_npy(np.zeros((4, 133, 2))).replace(b"(4, 133, 2)", b"(9999,99,9)"), "the file has 8,512"),
-        (_saved(keypoints=_keypoints(), fps=0), "0 frames per second"),
-        (
-            _saved(keypoints=_keypoints(), scores=np.ones(5)),
-            r"the scores have shape \(5,\), the keypoints \(6, 133, 2\)",
-        ),
-        (_npy(np.zeros((3, 40, 75))), "move the coordinates"),
-        (_npy(np.zeros((40, 225))), "give the 3 values of 75 points"),
+        (_npy(np.array(["a"])), "numbers"),
+        (_npy(np.array([None])), "people"),
+        (_npy(np.array([{"a": 1}, {}], dtype=object)), "frame 0 .*dict"),
+        (_npy(_keypoints())[:-8], "6,384 .*6,376"),
+        (_npy(np.zeros((4, 133, 2))).replace(b"(4, 133, 2)", b"(9999,99,9)"), "8,512"),
+        (_saved(keypoints=_keypoints(), fps=0), r"\b0 frames"),
+        (_saved(keypoints=_keypoints(), scores=np.ones(5)), r"scores .*\(5,\).*keypoints \(6, 133, 2\)"),
+        (_npy(np.zeros((3, 40, 75))), "coordinates"),
+        (_npy(np.zeros((40, 225))), r"\b3 values .*75 points"),
         (_npy(np.zeros((1, 40, 75, 3))), "40 people in 1 frames"),
         (pickle.dumps({"keypoints": [np.zeros((40, 75, 3))]}), "40 people in 1 frames"),
-        (_saved(kpts=np.zeros((4, 75, 3))), "none of the arrays is called .*: the file holds kpts"),
-        (pickle.dumps({"keypoints": [[], None, np.zeros((0, 133, 2))]}), "holds no people"),
+        (_saved(kpts=np.zeros((4, 75, 3))), "keypoints.*: .*kpts"),
+        (pickle.dumps({"keypoints": [[], None, np.zeros((0, 133, 2))]}), "people"),
         (pickle.dumps({"keypoints": [np.ones((2, 133, 2)), [], np.ones((1, 17, 2))]}), "keypoints, frame 2: 17 points"),
         (
             pickle.dumps({"keypoints": [np.ones((2, 133, 2)), []], "scores": [np.ones(133), []]}),
             "scores, frame 0: 133 ",
         ),
         (pickle.dumps({"keypoints": [np.ones((2, 133, 2)), []], "conf": [[]]}), "keypoints holds 2 frames, conf 1"),
-        (pickle.dumps({"keypoints": _keypoints(), "fps": [25, 30]}), "fps holds 2 different numbers"),
-        (pickle.dumps({"keypoints": "a" * 99}), "keypoints holds a str, wanted numbers"),
+        (pickle.dumps({"keypoints": _keypoints(), "fps": [25, 30]}), "fps .*2 "),
+        (pickle.dumps({"keypoints": "a" * 99}), "keypoints .*str"),
         (b"BZh91AY", "compressed by bzip2"),
-        (gzip.compress(_npy(_keypoints()))[:-30], "cannot be decompressed"),
+        (gzip.compress(_npy(_keypoints()))[:-30], "gzip"),
     ],
 )
 def test_damage_is_a_reason(content: bytes, reason: str) -> None:
@@ -233,7 +230,7 @@ def test_a_list_that_holds_itself_is_a_reason() -> None:
 
 
 def test_words_are_no_numbers() -> None:
-    with pytest.raises(PoseError, match="frame 0 holds str, wanted numbers"):
+    with pytest.raises(PoseError, match=r"frame 0 .*str"):
         read_arrays(pickle.dumps({"keypoints": [["a" * 1000] * 1000]}))
 
 

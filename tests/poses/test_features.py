@@ -68,7 +68,7 @@ def test_without_shoulders_the_spread_is_the_unit(pose_file) -> None:
 
 def test_a_clip_that_shows_nothing_is_refused(pose_file) -> None:
     data, confidence = pose_file.body()
-    with pytest.raises(PoseError, match="no landmark of the set is visible"):
+    with pytest.raises(PoseError, match="visible"):
         _features(pose_file, data, 0 * confidence)
 
 
@@ -105,14 +105,14 @@ def test_lengths_have_policies(pose_file) -> None:
     subsampled = extract_features(content, SET, 25, max_frames=10)
     truncated = extract_features(content, SET, 25, max_frames=10, too_long="cut")
     assert len(subsampled.values) == len(truncated.values) == 10 and subsampled.shortened and truncated.shortened
-    with pytest.raises(PoseError, match="too long: 50 frames"):
+    with pytest.raises(PoseError, match=r"50 frames .*most 10 "):
         extract_features(content, SET, 25, max_frames=10, too_long="reject")
-    with pytest.raises(PoseError, match="too short: 50 frames"):
+    with pytest.raises(PoseError, match=r"50 frames .*least 51 "):
         extract_features(content, SET, 25, min_frames=51)
 
 
 def test_a_file_without_z_is_rejected(pose_file) -> None:
-    with pytest.raises(PoseError, match="has no z coordinate"):
+    with pytest.raises(PoseError, match=" z "):
         _features(pose_file, *pose_file.body(dims=2))
 
 
@@ -139,7 +139,7 @@ def test_hands_visible_counts_frames(pose_file) -> None:
 
 def test_what_a_file_lacks_is_named(pose_file, tmp_path) -> None:
     (tmp_path / "face.yaml").write_text("parts: {face: {component: FACE_LANDMARKS, points: [0, 1, 2, 3]}}")
-    with pytest.raises(PoseError, match="lacks 4 points of the landmark set face: FACE_LANDMARKS/0"):
+    with pytest.raises(PoseError, match=r"4 points .*face: FACE_LANDMARKS/0"):
         extract_features(pose_file.bytes(*pose_file.body()), load_landmark_set(str(tmp_path / "face.yaml")), 25)
 
 

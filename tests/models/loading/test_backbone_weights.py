@@ -86,13 +86,13 @@ def test_added_tokens_get_rows(folder: Path) -> None:
     assert tied(ours)
 
 
-@pytest.mark.parametrize("problem", ["missing", "of another shape"])
-def test_gaps_in_a_folder_are_told_in_one_line(folder: Path, problem: str) -> None:
+@pytest.mark.parametrize("problem", ["missing", "shape"])
+def test_gaps_in_a_folder_are_reported_in_one_line(folder: Path, problem: str) -> None:
     name = next(name for name in load_file(folder / "model.safetensors") if "decoder" in name and "norm" not in name)
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensor = tensors.pop(name)
-        if problem == "of another shape":
+        if problem == "shape":
             tensors[name] = tensor[:-1].clone()
 
     change(folder, edit)
@@ -105,7 +105,7 @@ def test_a_configuration_that_the_folder_does_not_fit(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     values = config.to_dict() | {"d_ff": 48, "encoder_ffn_dim": 48}
     other = AutoConfig.for_model(values.pop("model_type"), **values)
-    with pytest.raises(UserError, match="of another shape"):
+    with pytest.raises(UserError, match="shape: "):
         published_backbone(str(folder), other, Placement(torch.float32, CPU))
 
 
@@ -114,5 +114,5 @@ def test_weights_that_differ_though_the_configuration_ties_them(folder: Path) ->
     shared = AutoModelForSeq2SeqLM.from_pretrained(folder).get_input_embeddings().weight.detach()
     change(folder, lambda tensors: tensors.update({"lm_head.weight": shared + 1}))
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    with pytest.raises(UserError, match=r"different though tied: lm_head\.weight"):
+    with pytest.raises(UserError, match=r"tied: lm_head\.weight"):
         published_backbone(str(folder), config, Placement(torch.float32, CPU))

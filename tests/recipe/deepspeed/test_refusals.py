@@ -65,8 +65,10 @@ def test_a_refusal_names_key_reason_and_a_remedy_that_works(number, tmp_path, mo
 
     with pytest.raises(UserError) as caught:
         resolved(ds=str(path))
-    assert caught.value.message.endswith(f"z.json: {refusal.key} is refused: {refusal.reason}")  # the only problem
-    way = re.fullmatch(r"set (ds\.\S+=null)(?: and use (.+))?", caught.value.hint)
+    assert re.search(
+        f"z.json: {re.escape(refusal.key)} .*: {re.escape(refusal.reason)}$", caught.value.message
+    )  # the only problem
+    way = re.search(r"(ds\.\S+=null)(?:.* use (.+))?$", caught.value.hint)
     assert way
     words = (way[2] or "").split()
     ds = words.pop(1) if words[:1] == ["--ds"] else str(path)
@@ -83,7 +85,7 @@ def test_a_value_that_requests_nothing_is_removed(refusal):
         over = nested(tuple(refusal.key.split(".")), nothing)
         read = read_deepspeed("zero1", over, world_size=RANKS)
         # A section where a flag belongs is a wrong type, which another test checks.
-        assert not [problem for problem in read.problems if "is refused" in problem.message]
+        assert not [problem for problem in read.problems if "refused" in problem.message]
         if refusal.when is None:
             assert value_at(read.config, refusal.key) in (None, {})
 

@@ -87,6 +87,6 @@ def test_a_single_micro_batch_is_left_to_deepspeed() -> None:
 
 def test_a_failed_step_starts_no_collective() -> None:
     engine = Engine()
-    with pytest.raises(ValueError, match="out of memory"), reduced_once(engine, 2):
-        raise ValueError("out of memory")
+    with pytest.raises(ValueError, match="memory"), reduced_once(engine, 2):
+        raise ValueError("memory")
     assert engine.events == ["begin"]
