@@ -15,7 +15,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-nightly lint ops clean
+.PHONY: help setup demo test test-fast test-gpu test-nightly lint ops clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: setup lint ops ## lint, then the tests that need neither network nor GPU
 
 test-fast: setup ## the tests that start no process, in minutes: for work on one room
 	@$(BIN)/python -m pytest --fast -q
+
+test-gpu: setup ops ## the tests that need a GPU, or two
+	@TEST_GPUS=1 $(BIN)/python -m pytest -m "gpu or gpu2"
 
 test-nightly: setup ops ## the tests that take long
 	@$(BIN)/python -m pytest -m nightly

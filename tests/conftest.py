@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from tests.hidden_gpus import SHOWN, hide_gpus
+
+hide_gpus()  # before anything imports torch
+
 import json
 import os
 import shutil
@@ -70,10 +74,27 @@ def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first; within a folder the order stays."""
     items.sort(key=_slowness)
+    _choose_by_gpus(config, items)
     if config.getoption("--fast"):
         slow = [item for item in items if _slowness(item) or item.get_closest_marker("process")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
+
+
+def _choose_by_gpus(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where GPUs are hidden, skip the tests that need them; where they are shown, run no others."""
+    if SHOWN:
+        config.hook.pytest_deselected(items=[item for item in items if not _gpus_needed(item)])
+        items[:] = [item for item in items if _gpus_needed(item)]
+    for item in items:
+        needed, there = _gpus_needed(item), torch.cuda.device_count()
+        if needed > there:
+            reason = f"it needs {needed} of the {there} GPUs here" if SHOWN else "only `make test-gpu` shows the GPUs"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _gpus_needed(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("gpu2") else int(item.get_closest_marker("gpu") is not None)
 
 
 def _slowness(item: pytest.Item) -> int:

@@ -14,6 +14,7 @@ import pytest
 from tests.as_users_do.hub import Hub, serving
 from tests.as_users_do.published import clone_repository, publish
 from tests.end_to_end.conftest import Finished, launcher
+from tests.hidden_gpus import python_path
 from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 
@@ -88,4 +89,4 @@ def at_first_contact(
     data = ["data.source=table", f"data.table={many_clips / 'table.csv'}", f"data.poses={many_clips / 'poses'}"]
     with serving(shelves[0]) as hub:
         own = {"PATH": path, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
-        yield User(shelves[1], kept | own, data, hub)
+        yield User(shelves[1], kept | own | {"PYTHONPATH": python_path()}, data, hub)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from tests.as_users_do.conftest import User
 from tests.as_users_do.published import FORMS, ROOT
 from tests.end_to_end.conftest import Finished
+from tests.hidden_gpus import python_path
 from tests.rank_workers import run_worker
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.recipe.load import load_recipe
@@ -25,8 +25,8 @@ def loaded(at_first_contact: User, tmp_path_factory: pytest.TempPathFactory) -> 
     corpus = ensure_corpus(load_recipe("t5_small", [*user.data, f"data.cache={folder}"]).data)
 
     def run(script: str, plan: Path, *, ranks: int) -> Finished:
-        path = os.pathsep.join([str(user.clone), str(ROOT)])  # the toolkit of the clone, the tests of this repository
-        return user.run(script, plan, ranks=ranks, PYTHONPATH=path)
+        # The toolkit of the clone, the tests of this repository.
+        return user.run(script, plan, ranks=ranks, PYTHONPATH=python_path(user.clone, ROOT))
 
     return run_worker(run, str(WORKER), folder, ranks=2, corpus=str(corpus), hub=str(user.hub.root))
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hidden_gpus import python_path
 from tests.time_limits import limit
 from toolkit.cluster.cores import Cores, cgroup_quotas, share_of_cores, usable_cores
 
@@ -104,7 +105,7 @@ def start(rank: int, port: int, **changed: str) -> subprocess.Popen[str]:
     kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(TWO_RANKS)],
-        env=kept | group | {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "PYTHONPATH": str(ROOT)} | changed,
+        env=kept | group | {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "PYTHONPATH": python_path(ROOT)} | changed,
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hidden_gpus import python_path
 from tests.time_limits import limit
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def run_cases(folder: Path, *cases: tuple[str, int, str]) -> dict[str, Ended]:
     worker = Path(__file__).with_name("failing_worker.py")
     subprocess.run(
         [sys.executable, str(worker), str(folder), *(f"{case}:{size}:{port}" for case, size, port in cases)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env=os.environ | {"PYTHONPATH": python_path(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"},
         check=True,
         timeout=limit(PATIENCE),
     )

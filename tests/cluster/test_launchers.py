@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.hidden_gpus import python_path
 from tests.time_limits import limit
 from toolkit.cluster.launchers import has_died
 
@@ -34,7 +35,7 @@ def launched(folder: Path, runner: str, launch: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"},
+        env={"PYTHONPATH": python_path(folder, Path(__file__).parents[2])},
     )
 
 

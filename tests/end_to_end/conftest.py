@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.hidden_gpus import python_path
 from tests.scripts import load_script
 from tests.time_limits import limit
 from toolkit.cluster.ranks import read_ranks
@@ -90,7 +91,7 @@ def environment() -> dict[str, str]:
     of_runs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MALLOC_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(of_runs)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), **SURROUNDINGS}
+    return kept | {"PATH": path, "PYTHONPATH": python_path(ROOT), **SURROUNDINGS}
 
 
 def launcher(ranks: int) -> list[str]:

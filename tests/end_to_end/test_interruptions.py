@@ -86,10 +86,20 @@ def arguments(settings: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(warm: Warm, losses: Losses, arguments: list[str], tmp_path_factory: Any) -> list[float]:
+def undisturbed_run(warm: Warm, arguments: list[str], tmp_path_factory: Any) -> Path:
     run = warm.start(tmp_path_factory.mktemp("undisturbed") / "run", arguments)
     assert run.wait() == 0, run.said()
-    return losses(run.folder)
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run: Path, losses: Losses) -> list[float]:
+    return losses(undisturbed_run)
+
+
+def test_forked_ranks_see_no_gpu(undisturbed_run: Path) -> None:
+    environment = json.loads((undisturbed_run / "environment.json").read_text())
+    assert environment["variables"]["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def steps_logged(folder: Path) -> int:

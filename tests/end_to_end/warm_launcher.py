@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import faults  # it lies beside this script
 
 from tests.forks import end_with, import_all, write_to
+from tests.hidden_gpus import hide_gpus
 
 ROOM_FOR_A_COMMAND_LINE = 16384
 RealPopen = subprocess.Popen
@@ -56,6 +57,7 @@ def run(command: list[str], environment: dict[str, str] | None) -> NoReturn:
     if environment is not None:
         os.environ.clear()
         os.environ.update(environment)
+        hide_gpus()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

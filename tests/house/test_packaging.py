@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.hidden_gpus import python_path
+
 ROOT = Path(__file__).resolve().parents[2]
 # Import names of packages that are called otherwise, or that another one brings.
 PACKAGE_OF = {"pose_format": "pose-format", "yaml": "pyyaml", "cv2": "mediapipe"}
@@ -134,7 +136,7 @@ def test_a_wheel_carries_recipes_and_jsons_inside_the_package_and_nothing_beside
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(target)},
+        env=os.environ | {"PYTHONPATH": python_path(target)},
         capture_output=True,
         text=True,
     )

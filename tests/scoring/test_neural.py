@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hidden_gpus import python_path
 from toolkit.errors import UserError
 from toolkit.scoring.neural import neural_score, parse_neural
 
@@ -33,7 +34,7 @@ def load_from_checkpoint(path):
 @pytest.fixture
 def comet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "comet.py").write_text(COMET)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
 
 
 @pytest.mark.process

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hidden_gpus import python_path
 from tests.time_limits import limit
 
 ROOT = Path(__file__).parents[3]
@@ -40,7 +41,7 @@ def start(lost_rank: str, how: str) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("rank_watch_worker.py")), lost_rank, how],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": python_path(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
