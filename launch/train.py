@@ -44,7 +44,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe in recipes/, or a YAML file")
     parser.add_argument(
-        "--ds", metavar="NAME", help="instead of the recipe's DeepSpeed JSON: in ds_configs/, or a file"
+        "--ds",
+        metavar="NAME",
+        help="instead of the recipe's DeepSpeed JSON: in ds_configs/, or a file; auto = what the plan recommends for "
+        "these GPUs",
     )
     parser.add_argument(
         "--resume",
@@ -78,12 +81,19 @@ def parse() -> argparse.Namespace:
 def resolve(arguments: argparse.Namespace, world_size: int, *, has_gpu: bool) -> ResolvedRun:
     """The run of a command line on so many ranks."""
     from toolkit.recipe.resolve import resolve_named
+
+    overrides = overrides_of(arguments, world_size)
+    return resolve_named(arguments.recipe, overrides, world_size, has_gpu=has_gpu, ds=arguments.ds)
+
+
+def overrides_of(arguments: argparse.Namespace, world_size: int) -> list[str]:
+    """The overrides of a command line, after those of ``--overfit``."""
     from toolkit.training.overfit import overfit_overrides
 
-    overrides = arguments.overrides
-    if arguments.overfit is not None:
-        overrides = [*overfit_overrides(arguments.overfit, world_size, Path(arguments.recipe).stem), *overrides]
-    return resolve_named(arguments.recipe, overrides, world_size, has_gpu=has_gpu, ds=arguments.ds)
+    given: list[str] = arguments.overrides
+    if arguments.overfit is None:
+        return given
+    return [*overfit_overrides(arguments.overfit, world_size, Path(arguments.recipe).stem), *given]
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
@@ -97,6 +107,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.cpu.switch import uses_cpu_code
+    from toolkit.fitting.deepspeed_json import AUTO, fit_deepspeed
+    from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
@@ -110,6 +122,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     gpus = torch.cuda.device_count()
     check_ranks(ranks, gpus=gpus)
     check_locks()
+    new = arguments.resume == "never" or arguments.overfit is not None
+    if arguments.ds == AUTO:
+        arguments.ds, reason = fit_deepspeed(
+            arguments.recipe, overrides_of(arguments, ranks.world_size), ranks, resumes=not new
+        )
+        echo(f"--ds auto: {arguments.ds}: {reason}")
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))
@@ -119,7 +137,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     for note in resolved.notes:
         echo(f"note: {note}")
 
-    new = arguments.resume == "never" or arguments.overfit is not None
     if new and arguments.extend:
         raise UserError(
             "--extend continues a run, but --new and --overfit start one", "leave out --extend, or --new and --overfit"
@@ -147,10 +164,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if start.finished:
         echo(f"{resolved.run_dir} is finished; --new trains again, --extend with more training.epochs trains longer")
         summary = read_scores(resolved.run_dir) if ranks.is_main else {}
-    elif arguments.overfit is not None:
-        summary = train_overfit(resolved, ranks, few_clips(corpus, arguments.overfit), echo)
     else:
-        summary = train(resolved, ranks, corpus, start, echo)
+        if arguments.overfit is not None:
+            corpus = few_clips(corpus, arguments.overfit)
+        resolved = fit_micro_batches(resolved, ranks, corpus, echo, resumes=not new)
+        if arguments.overfit is not None:
+            summary = train_overfit(resolved, ranks, corpus, echo)
+        else:
+            summary = train(resolved, ranks, corpus, start, echo)
     if not ranks.is_main:
         return
     if arguments.overfit is None:

@@ -26,6 +26,7 @@ NAMES = {
     "torch/nn/functional.py": ["scaled_dot_product_attention"],
     "torch/_C/__init__.pyi": ["_base", "_cdata"],
     "torch/distributed/distributed_c10d.py": ["_get_default_store"],
+    "torch/testing/_internal/distributed/fake_pg.py": ["FakeStore"],
     "transformers/models/t5/modeling_t5.py": ["variance_epsilon"],
     "transformers/configuration_utils.py": ["_attn_implementation"],
     "transformers/generation/utils.py": ["_pad_token_tensor", "_eos_token_tensor"],

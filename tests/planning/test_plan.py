@@ -119,3 +119,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_impossible_hardware_is_refused(settings: dict[str, int]) -> None:
     with pytest.raises(UserError):
         Hardware(**({"gpus": 1, "gpu_memory": 24 * GIB} | settings))
+
+
+def test_auto_is_planned_with_the_largest_micro_batch_that_fits() -> None:
+    run = resolved("t5_small", *SCRATCH, "training.micro_batch_size=auto")
+    hardware = Hardware(gpus=1, gpu_memory=3 * GIB)
+    comparison = compare(subject("t5_small", *SCRATCH), {"zero2": run}, hardware, from_maxima(run.recipe), "zero2")
+    (row,) = comparison.rows
+    assert row.plan is not None and row.fits
+    assert 1 <= row.plan.micro_batch_size == row.max_micro_batch < run.micro_batch_size

@@ -118,11 +118,11 @@ def _steps_of_epoch(
     """This rank's micro-batches of each optimizer step of an epoch."""
     recipe = resolved.recipe
     training, world_size = recipe.training, resolved.world_size
-    lengths = None if is_off(recipe.augmentation) else _lengths_of_epoch(split, recipe, epoch)
+    lengths = None if is_off(recipe.augmentation) else lengths_of_epoch(split, recipe, epoch)
     # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
     frames = split.frames if lengths is None else lengths[:, 1]
     for clips in epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]:
-        size, budget = training.micro_batch_size, training.micro_batch_frames
+        size, budget = resolved.clip_limit, resolved.frame_limit
         if budget is None:
             shares = micro_batches(clips, rank, world_size, size)
         else:
@@ -133,7 +133,8 @@ def _steps_of_epoch(
         ]
 
 
-def _lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.integer]:
+def lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.integer]:
+    """Rows of :func:`draw_lengths` of all clips, for an epoch with augmentation."""
     # Other random streams: the order of the epoch is drawn from (seed, epoch), clips from (seed, epoch, 2, clip).
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))
     return draw_lengths(split.frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)

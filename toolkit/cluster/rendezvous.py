@@ -117,6 +117,17 @@ def on_each_node(work: Callable[[], Value]) -> Value:
     return _outcome_of(_rendezvous.first_ranks if _rendezvous else [0], work)
 
 
+def exchange(value: Value) -> list[Value]:
+    """The values of all ranks, by rank; all ranks call this, each with its own, which can be pickled."""
+    rendezvous = _rendezvous
+    if rendezvous is None or rendezvous.store is None:
+        return [value]
+    rendezvous.outcomes += 1
+    keys = [f"value {rendezvous.outcomes} of rank {rank}" for rank in range(rendezvous.ranks.world_size)]
+    rendezvous.store.set(keys[rendezvous.ranks.rank], pickle.dumps(value))
+    return [pickle.loads(wait_for(rendezvous.store, key)) for key in keys]
+
+
 def _outcome_of(leaders: list[int], work: Callable[[], Value]) -> Value:
     rendezvous = _rendezvous
     if rendezvous is None or rendezvous.store is None:

@@ -26,7 +26,7 @@ class Row:
     Attributes:
         name: of the JSON.
         conflicts: why it cannot be used with this recipe, in words; then there is no plan.
-        plan: with the recipe's micro-batch.
+        plan: with the recipe's micro-batch; where that is ``auto``, with the largest that fits, or one clip.
         lacking: what the hardware has too little of.
         max_micro_batch: the most clips of a forward pass that fit; 0 = not one.
         seconds: of a step with that micro-batch, by the model of the hardware.
@@ -128,13 +128,14 @@ def compare(
 
 def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:
     try:
-        plan = make_plan(subject, run, hardware, workload)
+        largest = largest_micro_batch(subject, run, hardware, workload)
+        fastest = make_plan(subject, run, hardware, workload, micro_batch_size=max(1, largest))
+        own = run.recipe.training.micro_batch_size
+        plan = fastest if own == "auto" else make_plan(subject, run, hardware, workload)
     except UserError as error:
         return Row(name, conflicts=f"{error.message} ({error.hint})")
-    largest = largest_micro_batch(subject, run, hardware, workload)
     seconds = None
     if largest:
-        fastest = make_plan(subject, run, hardware, workload, micro_batch_size=largest)
         seconds = step_seconds(fastest, run, hardware, subject.weights)
     return Row(name, "", plan, tuple(plan.lacking(hardware)), largest, seconds, run.deepspeed)
 
@@ -153,7 +154,7 @@ def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterato
     if not recipe.training.gradient_checkpointing:
         recompute = {"training": {"gradient_checkpointing": True}}
         changes.append(("recompute activations", "training.gradient_checkpointing=true", recompute, ""))
-    if recipe.training.micro_batch_size > 1:
+    if recipe.training.micro_batch_size not in (1, "auto"):
         one = {"training": {"micro_batch_size": 1}}
         changes.append(("one clip in a forward pass", "training.micro_batch_size=1", one, ""))
     if recipe.evaluation.batch_frames > recipe.data.max_frames:

@@ -9,7 +9,7 @@ from toolkit.planning.comparison import Comparison, Row
 from toolkit.planning.hardware import GIB, Hardware, in_gib
 from toolkit.planning.plan import Subject
 from toolkit.planning.workload import Workload, total_steps
-from toolkit.recipe.batches import batch_in_words
+from toolkit.recipe.batches import step_in_words
 from toolkit.recipe.catalogue import millions
 from toolkit.recipe.schema import Recipe
 
@@ -143,10 +143,7 @@ def _table(comparison: Comparison, hardware: Hardware) -> Iterator[str]:
 
 
 def _batch(recipe: Recipe, hardware: Hardware) -> str:
-    training = recipe.training
-    return batch_in_words(
-        training.global_batch_size, hardware.gpus, training.micro_batch_size, training.micro_batch_frames
-    )
+    return step_in_words(recipe.training, hardware.gpus)
 
 
 def _steps(recipe: Recipe, workload: Workload) -> str:

@@ -12,6 +12,7 @@ from toolkit.batching.order import epoch_order, evaluation_order, micro_batches,
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.poses.augmentation import draw_lengths, is_off
+from toolkit.recipe.batches import clip_limit
 from toolkit.recipe.schema import Recipe
 
 
@@ -66,7 +67,7 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
     for epoch in range(epochs):
         frames = _lengths(split.frames, recipe, epoch)
         for batch in epoch_order(frames, training.global_batch_size, training.seed, epoch):
-            shares = micro_batches(batch, 0, world_size, training.micro_batch_size)
+            shares = micro_batches(batch, 0, world_size, clip_limit(training))
             longest = max(longest, _longest(frames, shares[0]))
             if len(shares) > 1:
                 later = max(later, _longest(frames, shares[1]))

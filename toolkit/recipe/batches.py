@@ -6,6 +6,39 @@ shares differ by at most one clip, and so do micro-batches.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from toolkit.recipe.schema import Training
+
+
+@dataclass(frozen=True)
+class MicroBatchChoice:
+    """What ``training.micro_batch_size: auto`` became on the hardware that is there.
+
+    Attributes:
+        clips: of a forward pass of one rank, at most.
+        frames: padded frames of one, at most; None = no limit.
+        reason: why, in words.
+        hardware: where it was chosen, in words; on other hardware it is chosen again.
+        settings: a hash of what else it depends on: model, batch, DeepSpeed JSON, corpus.
+    """
+
+    clips: int
+    frames: int | None
+    reason: str
+    hardware: str
+    settings: str
+
+    def in_words(self) -> str:
+        """What was chosen and why, in a line."""
+        frames = f" and {self.frames} padded frames" if self.frames else ""
+        return f"micro-batches of at most {self.clips} clips{frames}: {self.reason}"
+
+
+def clip_limit(training: Training) -> int:
+    """Most clips of a forward pass; of ``auto``, before it is chosen, all clips of a step."""
+    return training.global_batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
+
 
 def num_micro_batches(clips: int, world_size: int, limit: int) -> int:
     """Forward passes of each rank for the clips of one optimizer step, each of at most ``limit`` clips."""
@@ -32,6 +65,15 @@ def batch_in_words(clips: int, world_size: int, limit: int, frames: int | None) 
     return (
         f"{clips} clips = {ranks} x {_counted(num_micro_batches(clips, world_size, limit), 'micro-batch')} of {sizes}"
     )
+
+
+def step_in_words(training: Training, world_size: int) -> str:
+    """The arithmetic of a step in words, before ``auto`` has become a number."""
+    if training.micro_batch_size == "auto":
+        clips = f"{training.global_batch_size} clips over {_counted(world_size, 'rank')}"
+        return f"{clips}, in micro-batches that are chosen at the start (training.micro_batch_size=auto)"
+    limit, frames = training.micro_batch_size, training.micro_batch_frames
+    return batch_in_words(training.global_batch_size, world_size, limit, frames)
 
 
 def _counted(number: int, noun: str) -> str:

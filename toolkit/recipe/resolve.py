@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError, as_one
 from toolkit.files import read_text, write_text_atomically
-from toolkit.recipe.batches import batch_in_words, micro_batch_sizes, num_micro_batches
+from toolkit.recipe.batches import (
+    MicroBatchChoice,
+    batch_in_words,
+    clip_limit,
+    micro_batch_sizes,
+    num_micro_batches,
+    step_in_words,
+)
 from toolkit.recipe.deepspeed.cells import autocast_type, cell_of, cell_problem, offload_device, parameter_precision
 from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_problems
 from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
@@ -32,6 +39,7 @@ from toolkit.recipe.yaml_text import dump_yaml
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
+MICRO_BATCH_FILE = "micro_batch.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,17 @@ class ResolvedRun:
     )
     run_dir: Path
     notes: tuple[str, ...] = ()  # what the user should know and need not change
+    choice: MicroBatchChoice | None = None  # what training.micro_batch_size=auto became; None before, and for a number
+
+    @property
+    def clip_limit(self) -> int:
+        """Clips of a forward pass of one rank, at most."""
+        return self.choice.clips if self.choice else clip_limit(self.recipe.training)
+
+    @property
+    def frame_limit(self) -> int | None:
+        """Padded frames of a forward pass of one rank, at most; None = no limit."""
+        return self.choice.frames if self.choice else self.recipe.training.micro_batch_frames
 
     @property
     def zero_stage(self) -> int:
@@ -71,14 +90,31 @@ class ResolvedRun:
     def batch(self) -> str:
         """The batch arithmetic in words."""
         training = self.recipe.training
-        return batch_in_words(
-            training.global_batch_size, self.world_size, training.micro_batch_size, training.micro_batch_frames
+        if self.choice is None:
+            return step_in_words(training, self.world_size)
+        return batch_in_words(training.global_batch_size, self.world_size, self.choice.clips, self.choice.frames)
+
+    def with_choice(self, choice: MicroBatchChoice) -> ResolvedRun:
+        """The run with the micro-batches that were chosen for it; its recipe still says ``auto``."""
+        arithmetic = (self.recipe.training.global_batch_size, self.world_size, choice.clips)
+        largest, accumulation = micro_batch_sizes(*arithmetic)[1], num_micro_batches(*arithmetic)
+        keys = _batch_keys(self.world_size, largest, accumulation)
+        return replace(
+            self,
+            choice=choice,
+            deepspeed={**self.deepspeed, **keys},
+            micro_batch_size=largest,
+            accumulation_steps=accumulation,
         )
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.yaml`` and ``deepspeed.json`` into ``folder``, each whole or not at all."""
+        """Write recipe, DeepSpeed JSON and what ``auto`` became into ``folder``, each file whole or not at all."""
         write_text_atomically(folder / RECIPE_FILE, dump_yaml(self.recipe.model_dump(mode="json")))
         write_text_atomically(folder / DEEPSPEED_FILE, json.dumps(self.deepspeed, indent=2) + "\n")
+        if self.choice:
+            write_text_atomically(folder / MICRO_BATCH_FILE, json.dumps(asdict(self.choice), indent=2) + "\n")
+        else:
+            (folder / MICRO_BATCH_FILE).unlink(missing_ok=True)  # of the run before it was given a number
 
     @classmethod
     def load(cls, folder: Path) -> ResolvedRun:
@@ -97,7 +133,17 @@ class ResolvedRun:
             raise UserError(
                 f"{path}: not the deepspeed.json of a run: {error}", "name another run.dir, or start again with --new"
             ) from error
-        return cls(recipe, config, world_size, micro, accumulation, folder)
+        return cls(recipe, config, world_size, micro, accumulation, folder, choice=read_choice(folder))
+
+
+def read_choice(folder: Path) -> MicroBatchChoice | None:
+    """The micro-batches that were chosen for the run in ``folder``; None without any, or where the file is broken."""
+    try:
+        stored = json.loads((folder / MICRO_BATCH_FILE).read_text(encoding="utf-8"))
+        choice = MicroBatchChoice(**stored)
+        return choice if choice.clips >= 1 and (choice.frames is None or choice.frames >= 1) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def resolve_named(
@@ -163,7 +209,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     notes.extend(mismatches(recipe))
     run_dir = Path(recipe.run.dir or f"runs/{recipe.name}")
     training = recipe.training
-    arithmetic = (training.global_batch_size, world_size, training.micro_batch_size)
+    arithmetic = (training.global_batch_size, world_size, clip_limit(training))
     smallest, largest = micro_batch_sizes(*arithmetic)
     accumulation = num_micro_batches(*arithmetic)
     run = ResolvedRun(
@@ -174,7 +220,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         accumulation_steps=accumulation,
         run_dir=run_dir,
     )
-    if smallest != training.micro_batch_size and training.micro_batch_frames is None:
+    if training.micro_batch_size not in ("auto", smallest) and training.micro_batch_frames is None:
         notes.append(f"training.micro_batch_size={training.micro_batch_size} is an upper limit: {run.batch}")
     return replace(run, notes=tuple(notes))
 
@@ -316,12 +362,18 @@ def _filled_in(
     return {
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
-        # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were of
-        # one size. It only counts samples by it, in its log: the loop marks the boundaries and scales the loss.
-        "train_batch_size": micro_batch_size * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        **_batch_keys(world_size, micro_batch_size, accumulation),
         "gradient_clipping": training.gradient_clipping,
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
+    }
+
+
+def _batch_keys(world_size: int, micro_batch_size: int, accumulation: int) -> Tree:
+    # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were of one
+    # size. It only counts samples by it, in its log: the loop marks the boundaries and scales the loss.
+    return {
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
     }

@@ -9,13 +9,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def _count_or_auto(value: Any) -> int | Literal["auto"]:
+    """A whole number of 1 or more, or the word ``auto``; a union would report both alternatives of a wrong value."""
+    if value == "auto":
+        return "auto"
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or (isinstance(value, float) and value != number):
+        raise ValueError("not a valid value", "write auto, or a whole number of 1 or more")
+    return number
+
+
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"]
 
 
@@ -180,7 +196,8 @@ class Training(Section):
     epochs: Positive = 20.0
     max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
     global_batch_size: Count = 32  # clips per optimizer step over all ranks
-    micro_batch_size: Count = 8  # clips per forward pass of one rank, at most; a step has as few passes as that allows
+    # Clips per forward pass of one rank, at most; a step has as few passes as that allows. auto = chosen at the start.
+    micro_batch_size: CountOrAuto = 8
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4

@@ -1,0 +1,84 @@
+"""``training.micro_batch_size: auto`` on two ranks: rehearsals at all ZeRO stages, and what they must not change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Finished
+from tests.rank_workers import prepared, run_worker
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import read_choice
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+PASSES = ("forward", "backward")
+BROKEN = [(ds, where) for ds in ("zero0", "zero2", "zero3") for where in PASSES]
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def start(
+    run: Callable[..., Finished], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Results]:
+    """Fits and trains cases on two ranks in one start."""
+    folder = tmp_path_factory.mktemp("fitting")
+    shared = [value for value in prepared(settings) if "micro_batch_size" not in value]
+
+    def start(cases: dict[str, dict[str, Any]]) -> Results:
+        results: Results = run_worker(
+            run, "tests/end_to_end/fitting_worker.py", folder, ranks=2, cases=cases, settings=shared
+        )
+        return results
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def fitted(start: Callable[..., Results]) -> Results:
+    cases: dict[str, dict[str, Any]] = {ds: {"ds": ds, "folder": ds, "trains": True} for ds in STAGES}
+    broken = {f"{ds}-{where}": {"ds": ds, "folder": f"{ds}-{where}", "breaks": where} for ds, where in BROKEN}
+    return start(cases | broken)
+
+
+def test_the_step_after_a_rehearsal_is_that_of_a_run_without_one(
+    start: Callable[..., Results], fitted: Results
+) -> None:
+    given = {ds: fitted[ds]["choice"] for ds in STAGES}
+    plain = start({ds: {"ds": ds, "folder": f"plain-{ds}", "trains": True, "given": given[ds]} for ds in STAGES})
+    for ds in STAGES:
+        assert 1 <= given[ds]["clips"] <= 4
+        assert fitted[ds]["weights"] == plain[ds]["weights"], f"{ds}: bit for bit"
+
+
+@pytest.mark.parametrize(("ds", "where"), BROKEN)
+def test_one_rank_without_memory_makes_both_take_smaller_micro_batches(fitted: Results, ds: str, where: str) -> None:
+    case = fitted[f"{ds}-{where}"]
+    assert case["choice"]["frames"] == case["longest"], "rank 1 has memory for one of the longest clips"
+
+
+def test_a_command_with_auto_says_and_keeps_what_it_chose(
+    run: Callable[..., Finished], settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = [value for value in prepared(settings) if "micro_batch_size" not in value]
+    auto = ["--ds", "auto", *own, "training.micro_batch_size=auto", "training.max_steps=2", "training.eval_every=99"]
+    first = run("launch/train.py", "--recipe", "t5_small", *auto, f"run.dir={tmp_path / 'run'}", ranks=2)
+    assert first.code == 0, first.err[-2000:]
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert recipe.training.micro_batch_size == "auto"
+    assert f"--ds auto: {recipe.deepspeed}: " in first.out
+    choice = read_choice(tmp_path / "run")
+    assert choice is not None
+    assert choice.in_words() in first.out
+    assert choice.in_words() in (tmp_path / "run" / "log.txt").read_text()
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if '"train"' in line
+    ]
+    assert len(losses) == 2 and losses[0] > 0

@@ -1,0 +1,186 @@
+"""Which micro-batches are chosen, on a machine that a stand-in for the rehearsing process describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.fitting import micro_batches
+from toolkit.fitting.hardware import GIB, Card
+from toolkit.fitting.memory_limits import MemoryLimit
+from toolkit.fitting.micro_batches import fit_micro_batches
+from toolkit.fitting.rehearsal import Measured
+from toolkit.fitting.shapes import Shape
+from toolkit.recipe.resolve import ResolvedRun, read_choice
+
+AUTO = ("training.micro_batch_size=auto", "training.global_batch_size=6", "augmentation.speed=0")
+
+
+class Machine:
+    """Takes a GiB for each clip of the widest step it has had, and 1 second plus ``per_clip`` for a pass."""
+
+    def __init__(self, per_clip: float = 0.0, breaks_at: int = 10**9, error: Any = None) -> None:
+        self.per_clip, self.breaks_at, self.error = per_clip, breaks_at, error
+        self.steps: list[int] = []
+        self.widest = 0
+        self.starts = 0
+
+    def __call__(self, *_: Any, **__: Any) -> Machine:
+        self.starts += 1
+        return self
+
+    def start(self) -> Measured:
+        return Measured(room=100 * GIB, error=self.error)
+
+    def step(self, shapes: Sequence[Shape]) -> Measured:
+        clips = max(shape.clips for shape in shapes)
+        self.steps.append(clips)
+        if clips >= self.breaks_at:
+            return Measured(problem="out of memory")
+        self.widest = max(self.widest, clips)
+        return Measured(resident=self.widest * GIB, address_space=2 * self.widest * GIB, error=self.error)
+
+    def passes(self, shape: Shape) -> Measured:
+        return Measured(seconds=1.0 + self.per_clip * shape.clips)
+
+    def close(self) -> None:
+        self.widest = 0
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[ResolvedRun, list[str]]]:
+    """Fits a run to a machine; gives the run and the lines on the terminal."""
+
+    def fit(
+        run: ResolvedRun, machine: Machine, *, limit: float = 100.0, space: float | None = None, gpu: bool = False
+    ) -> tuple[ResolvedRun, list[str]]:
+        lines: list[str] = []
+        monkeypatch.setattr(micro_batches, "Rehearsal", machine)
+        monkeypatch.setattr(micro_batches, "cards", lambda: [Card("H100", 80 * GIB, 70 * GIB)] if gpu else [])
+        monkeypatch.setattr(micro_batches, "build_missing_ops", lambda *_: None)
+        monkeypatch.setattr(
+            micro_batches,
+            "memory_limit",
+            lambda _: MemoryLimit(int(limit * GIB), None if space is None else int(space * GIB)),
+        )
+        return fit_micro_batches(run, Ranks(), corpus, lines.append), lines
+
+    return fit
+
+
+def test_a_number_is_not_touched(resolve: Any, fit: Any) -> None:
+    run, machine = resolve("training.micro_batch_size=3"), Machine()
+    assert fit(run, machine) == (run, [])
+    assert machine.starts == 0
+
+
+def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
+    run, lines = fit(resolve(*AUTO), Machine())
+    assert (run.clip_limit, run.frame_limit, run.accumulation_steps) == (6, None, 1)
+    assert run.deepspeed["train_micro_batch_size_per_gpu"] == 6
+    assert run.recipe.training.micro_batch_size == "auto"
+    assert "6 clips" in lines[-1]
+
+
+def test_cpus_take_the_smallest_of_those_that_are_about_as_fast(resolve: Any, fit: Any) -> None:
+    run, _ = fit(resolve(*AUTO), Machine(per_clip=1000.0))
+    assert run.clip_limit == 1
+
+
+@pytest.mark.parametrize(("limit", "space"), [(3.5, None), (100.0, 7.5)], ids=["memory", "addresses"])
+def test_cpus_keep_to_the_limit_without_trying_what_is_too_large(
+    resolve: Any, fit: Any, limit: float, space: float | None
+) -> None:
+    machine = Machine()
+    run, _ = fit(resolve(*AUTO), machine, limit=limit, space=space)
+    assert run.clip_limit == 3
+    assert max(machine.steps) == 3
+
+
+def test_cpus_take_a_pass_more_where_the_growth_was_misjudged(resolve: Any, fit: Any) -> None:
+    machine = Machine(breaks_at=6)
+    run, _ = fit(resolve(*AUTO), machine)
+    assert machine.steps == [1, 2, 6, 3]
+    assert run.clip_limit == 3
+
+
+def test_gpus_take_the_largest_that_fits(resolve: Any, fit: Any) -> None:
+    machine = Machine(breaks_at=3)
+    run, lines = fit(resolve(*AUTO), machine, gpu=True)
+    assert machine.steps == [6, 3, 2], "one forward pass more each time"
+    assert run.clip_limit == 2
+    assert "out of memory" in lines[-1]
+
+
+def test_gpus_start_at_the_size_of_the_plan(resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    monkeypatch.setattr(micro_batches, "planned_size", lambda run, lengths, candidates, room: candidates[2])
+    run, _ = fit(resolve(*AUTO), machine, gpu=True)
+    assert machine.steps == [2]
+    assert run.clip_limit == 2
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_not_even_one_clip_is_an_error_with_advice(resolve: Any, fit: Any, gpu: bool) -> None:
+    with pytest.raises(UserError, match=r"training\.micro_batch_size=auto") as caught:
+        fit(resolve(*AUTO), Machine(breaks_at=1), gpu=gpu)
+    assert "gradient_checkpointing" in caught.value.hint
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_another_error_of_the_rehearsal_names_the_way_around_it(resolve: Any, fit: Any, gpu: bool) -> None:
+    with pytest.raises(UserError, match="KeyError") as caught:
+        fit(resolve(*AUTO), Machine(error=(RuntimeError, ("KeyError: 7",))), gpu=gpu)
+    assert "training.micro_batch_size=8" in caught.value.hint
+
+
+def test_a_users_error_in_the_rehearsal_stays_what_it_is(resolve: Any, fit: Any) -> None:
+    with pytest.raises(UserError, match="mt5_bsae"):
+        fit(resolve(*AUTO), Machine(error=(UserError, ("mt5_bsae", "mt5_base"))))
+
+
+def test_the_same_command_in_another_folder_chooses_the_same(resolve: Any, fit: Any, tmp_path: Path) -> None:
+    first, _ = fit(resolve(*AUTO), Machine())
+    machine = Machine(per_clip=1000.0)  # it would choose otherwise
+    second, _ = fit(resolve(*AUTO, f"run.dir={tmp_path / 'other'}"), machine)
+    assert machine.starts == 0
+    assert second.choice == first.choice
+    other, _ = fit(resolve(*AUTO, "training.label_smoothing=0.3"), machine)
+    assert (machine.starts, other.clip_limit) == (1, 1), "another recipe is measured"
+
+
+def test_a_run_that_resumes_keeps_its_choice(resolve: Any, fit: Any, cache: Path) -> None:
+    run, _ = fit(resolve(*AUTO), Machine())
+    run.run_dir.mkdir()
+    run.save(run.run_dir)
+    for kept in cache.rglob("*.json"):
+        kept.unlink()
+    machine = Machine(per_clip=1000.0)
+    again, _ = fit(resolve(*AUTO, "training.epochs=99", "training.log_every=7"), machine)
+    assert machine.starts == 0
+    assert again.choice == run.choice == read_choice(run.run_dir)
+
+
+def test_a_run_on_other_hardware_chooses_again_and_says_so(resolve: Any, fit: Any) -> None:
+    run, _ = fit(resolve(*AUTO), Machine())
+    run.run_dir.mkdir()
+    run.save(run.run_dir)
+    machine = Machine(breaks_at=3)
+    again, lines = fit(resolve(*AUTO), machine, gpu=True)
+    assert (machine.starts, again.clip_limit) == (1, 2)
+    assert lines[0].startswith("note:") and "other hardware" in lines[0]
+
+
+def test_a_broken_file_of_an_earlier_choice_counts_as_none(resolve: Any, fit: Any, cache: Path) -> None:
+    fit(resolve(*AUTO), Machine())
+    for kept in cache.rglob("*.json"):
+        kept.write_text('{"clips": 0')
+    machine = Machine(per_clip=1000.0)
+    run, _ = fit(resolve(*AUTO), machine)
+    assert (machine.starts, run.clip_limit) == (1, 1)

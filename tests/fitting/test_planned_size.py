@@ -1,0 +1,30 @@
+"""Where a rehearsal on a GPU starts: the largest size that the plan says to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from toolkit.fitting.hardware import GIB
+from toolkit.fitting.planned_size import planned_size
+from toolkit.fitting.shapes import Lengths, sizes
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
+
+
+def test_more_room_holds_more_clips() -> None:
+    run = resolve_named(
+        "t5_small",
+        ["model.from_scratch=true", "training.micro_batch_size=auto", "training.global_batch_size=512"],
+        1,
+        has_gpu=True,
+        needs_data=False,
+    )
+    lengths = Lengths(512, 300, 90, ["word " * 40], ["word"])
+    found = [planned_size(run, lengths, sizes(512), int(room * GIB)) for room in (0.1, 3.0, 6.0, 200.0)]
+    assert found[0] == 1, "a rehearsal decides where the plan finds none to fit"
+    assert 1 < found[1] < found[2] < 512
+    assert found[3] == 512
+
+
+def test_a_model_that_cannot_be_planned_starts_with_the_largest(resolve: Callable[..., ResolvedRun]) -> None:
+    run = resolve("training.micro_batch_size=auto", "model.backbone=nobody/nothing", "model.from_scratch=true")
+    assert planned_size(run, Lengths(4, 30, 20, ["a"], ["a"]), sizes(4), 80 * GIB) == 4

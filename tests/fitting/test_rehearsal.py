@@ -1,0 +1,86 @@
+"""The process that rehearses: how it ends, and what its rank learns of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.errors import UserError
+from toolkit.fitting import rehearsal
+from toolkit.fitting.rehearsal import Measured, Rehearsal
+from toolkit.fitting.shapes import Lengths
+from toolkit.recipe.resolve import ResolvedRun
+
+
+@pytest.fixture
+def rehearsing(monkeypatch: pytest.MonkeyPatch, resolve: Callable[..., ResolvedRun]) -> Callable[..., Rehearsal]:
+    """A rehearsal whose engine is built by a function."""
+
+    def rehearsing(build: Callable[[], Any], *overrides: str) -> Rehearsal:
+        monkeypatch.setattr(rehearsal._Engine, "build", lambda *_: build())
+        return Rehearsal(resolve(*overrides), Ranks(), Path("unused"), Lengths(1, 9, 9, [], []), 1, has_gpu=False)
+
+    return rehearsing
+
+
+class Works:
+    def start(self, _: Any) -> Measured:
+        return Measured(seconds=1.0)
+
+
+def fails(error: Exception) -> Callable[[], None]:
+    def build() -> None:
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:129] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    ],
+)
+def test_too_little_memory_is_a_size_that_does_not_fit(rehearsing: Any, error: Exception) -> None:
+    found = rehearsing(fails(error)).start()
+    assert found.problem and not found.error
+
+
+def test_another_error_is_none_of_memory(rehearsing: Any) -> None:
+    kind, (trace,) = rehearsing(fails(KeyError("heads"))).start().error
+    assert kind is RuntimeError and "KeyError: 'heads'" in trace
+    assert rehearsing(fails(UserError("m", "h"))).start().error == (UserError, ("m", "h"))
+
+
+def test_a_process_that_the_kernel_kills_is_a_size_that_does_not_fit(rehearsing: Any) -> None:
+    found = rehearsing(lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    assert "-9" in found.problem
+
+
+def test_the_process_ends_with_its_rank(rehearsing: Any) -> None:
+    own = rehearsing(Works)
+    assert own.start().seconds == 1.0
+    own._connection.close()  # as the system does when the rank is killed
+    own._process.join(60)
+    assert own._process.exitcode == 0
+
+
+def test_what_it_swaps_lies_apart_and_is_removed(rehearsing: Any, resolve: Any, tmp_path: Path) -> None:
+    nvme = f"ds.zero_optimization.offload_optimizer={{device: nvme, nvme_path: {tmp_path / 'disk'}}}"
+    overrides = ("ds.zero_optimization.stage=3", nvme)
+    own = rehearsing(Works, *overrides)
+    mine = resolve(*overrides).deepspeed["zero_optimization"]["offload_optimizer"]["nvme_path"]
+    swapped = Path(own._arguments[0].deepspeed["zero_optimization"]["offload_optimizer"]["nvme_path"])
+    assert str(swapped) != mine and str(swapped).startswith(mine)
+    swapped.mkdir(parents=True)
+    own.close()
+    assert not swapped.exists()

@@ -1,0 +1,82 @@
+"""The micro-batches that limits permit: what the loader makes of them never takes more than what is rehearsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.batching.order import epoch_order, micro_batches, micro_batches_by_frames
+from toolkit.corpus.packed import Corpus
+from toolkit.fitting.shapes import Lengths, Limits, heaviest, lengths_of, limits_of, sizes, typical
+from toolkit.recipe.resolve import ResolvedRun
+
+
+def lengths(share: int, longest: int, median: int, frame_limit: int | None = None) -> Lengths:
+    return Lengths(share, longest, median, ["text"], ["text"], frame_limit)
+
+
+def test_each_smaller_size_needs_a_pass_more_of_equal_passes() -> None:
+    assert sizes(32) == [32, 16, 11, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert sizes(1) == [1]
+
+
+def test_the_whole_share_in_one_pass_has_no_limit_of_frames() -> None:
+    assert limits_of(32, lengths(32, 300, 90)) == Limits(32, None)
+
+
+def test_one_long_clip_does_not_make_every_micro_batch_small() -> None:
+    found = limits_of(2, lengths(32, 300, 90))
+    assert found == Limits(6, 600), "three clips of typical length for each of the longest"
+    assert typical(found, lengths(32, 300, 90)).clips == 6
+    alike = limits_of(2, lengths(32, 100, 100))
+    assert alike == Limits(2, 200)
+
+
+def test_a_recipes_own_limit_of_frames_holds() -> None:
+    assert limits_of(4, lengths(32, 300, 90, frame_limit=700)).frames == 700
+    assert limits_of(32, lengths(32, 300, 90, frame_limit=700)).frames == 700
+
+
+@given(
+    frames=st.lists(st.integers(2, 300), min_size=4, max_size=60),
+    share=st.integers(1, 12),
+    world_size=st.integers(1, 3),
+    data=st.data(),
+)
+def test_no_micro_batch_of_any_epoch_takes_more_than_the_rehearsed_ones(
+    frames: list[int], share: int, world_size: int, data: st.DataObject
+) -> None:
+    every = np.array(frames)
+    known = lengths(share, int(every.max()), int(np.median(every)))
+    limits = limits_of(data.draw(st.sampled_from(sizes(share))), known)
+    rehearsed = heaviest(limits, known)
+    for epoch in range(2):
+        for step in epoch_order(every, share * world_size, seed=1, epoch=epoch):
+            for rank in range(world_size):
+                if limits.frames is None:
+                    batches = micro_batches(step, rank, world_size, limits.clips)
+                else:
+                    batches = micro_batches_by_frames(step, every, rank, world_size, limits.clips, limits.frames)
+                for batch in batches:
+                    clips, longest = len(batch), int(every[np.where(batch < 0, ~batch, batch)].max())
+                    for weight in ((1, 0), (0, 1), (1, 50)):  # of attention in the encoder, of texts in the decoder
+                        found = memory(clips, longest, *weight)
+                        most = max(memory(shape.clips, shape.frames, *weight) for shape in rehearsed)
+                        # The frames of a shape are whole, those of a limit need not divide by its clips.
+                        assert found <= most + clips, (clips, longest, rehearsed)
+
+
+def memory(clips: int, frames: int, quadratic: int, by_clips: int) -> int:
+    return clips * frames + quadratic * clips * frames**2 // 300 + by_clips * clips
+
+
+def test_augmented_lengths_of_all_epochs_count(resolve: Callable[..., ResolvedRun], corpus: Corpus) -> None:
+    still = [f"augmentation.{name}=0" for name in ("rotation", "scale", "translation", "noise", "speed")]
+    known = lengths_of(resolve(*still).recipe, corpus.splits["train"], 2)
+    assert (known.share, known.longest, known.typical) == (3, 13, 10)
+    changed = lengths_of(resolve("augmentation.speed=0.5").recipe, corpus.splits["train"], 2)
+    assert changed.longest > 13
+    assert max(known.long_texts, key=len) in ("moon", "star")

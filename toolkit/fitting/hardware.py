@@ -1,0 +1,65 @@
+"""The hardware under a run, in words that differ from machine to machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from toolkit.cluster.cores import usable_cores
+from toolkit.cluster.environment import cpu_name
+from toolkit.cluster.ranks import Ranks
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU of this node; ``free`` counts what other processes leave, in bytes."""
+
+    name: str
+    memory: int
+    free: int
+
+
+def cards() -> list[Card]:
+    """The GPUs of this node, as another process sees them: this one has yet to fork, which CUDA does not survive."""
+    if not torch.cuda.device_count():
+        return []
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_look, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found: list[Card] = ours.recv()
+    finally:
+        process.join()
+    return found
+
+
+def _look(connection: Any) -> None:
+    found = []
+    for number in range(torch.cuda.device_count()):
+        free, memory = torch.cuda.mem_get_info(number)
+        found.append(Card(torch.cuda.get_device_name(number), memory, free))
+    connection.send(found)
+
+
+def describe(ranks: Ranks, found: list[Card]) -> str:
+    """The hardware of the first node and the number of ranks."""
+    count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    here = count if ranks.world_size == ranks.local_world_size else f"{count}, {ranks.local_world_size} on a node"
+    if found:
+        kinds = sorted({f"{card.name}, {card.memory / GIB:.1f} GiB" for card in found})
+        return f"{here}: {'; '.join(kinds)}"
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    space = "" if soft == resource.RLIM_INFINITY else f", at most {soft / GIB:.1f} GiB of addresses"
+    own = usable_cores()
+    quota = "".join(f", {cores:g} of them by quota" for cores in sorted(set(own.quotas.values())))
+    memory = psutil.virtual_memory().total / GIB
+    return f"{here}: {cpu_name()}, {len(own.numbers)} cores{quota}, {memory:.1f} GiB{space}"

@@ -1,0 +1,234 @@
+"""``training.micro_batch_size: auto``: the micro-batches of a run, chosen on the hardware that is there.
+
+On GPUs larger ones are faster: the largest that fits by the plan is rehearsed, then smaller ones until one fits. On
+CPUs caches decide: the fastest of those that fit is taken. All ranks compare what they found after each rehearsal, and
+so make the same choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from toolkit.cluster.cores import share_of_cores, usable_cores
+from toolkit.cluster.ops import build_missing_ops, needed_ops
+from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.fitting.hardware import GIB, cards, describe
+from toolkit.fitting.kept_choices import earlier_choice, keep_choice, settings_hash
+from toolkit.fitting.memory_limits import MemoryLimit, memory_limit
+from toolkit.fitting.planned_size import planned_size
+from toolkit.fitting.rehearsal import Measured, Rehearsal
+from toolkit.fitting.shapes import Lengths, heaviest, lengths_of, limits_of, sizes, typical
+from toolkit.models.build import fetch_backbone
+from toolkit.recipe.batches import MicroBatchChoice
+from toolkit.recipe.resolve import ResolvedRun
+
+# Of the best speed: a smaller micro-batch that reaches it needs less memory.
+AS_FAST = 0.97
+# A size this much slower than the best ends the search; larger ones are slower still.
+SLOWER = 0.85
+QUICK = 1.0  # seconds: a pass that is shorter is timed twice
+
+Echo = Callable[[str], None]
+
+
+def fit_micro_batches(
+    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Echo, *, resumes: bool = True
+) -> ResolvedRun:
+    """The run with micro-batches of a known size; all ranks call this before they have a process group or threads.
+
+    Args:
+        resolved: unchanged where its recipe gives a number.
+        ranks, corpus: of the run.
+        echo: prints a line on rank 0.
+        resumes: whether the choice of the run in ``run_dir``, if any, is taken again.
+
+    Raises:
+        UserError: not one clip fits, or the model cannot be built.
+    """
+    if resolved.recipe.training.micro_batch_size != "auto":
+        return resolved
+    found = on_each_node(cards)
+    hardware, settings = on_rank_0(lambda: (describe(ranks, found), settings_hash(resolved, corpus)))
+    choice, note = on_rank_0(lambda: earlier_choice(resolved.run_dir if resumes else None, hardware, settings))
+    if note:
+        echo(f"note: {note}")
+    if choice is None:
+        echo("training.micro_batch_size=auto: rehearsing micro-batches on this hardware")
+        on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
+        on_each_node(lambda: fetch_backbone(resolved.recipe.model))
+        lengths = lengths_of(resolved.recipe, corpus.splits["train"], ranks.world_size)
+        stage = _Stage.of(resolved, ranks, corpus, lengths, has_gpu=bool(found))
+        try:
+            size, reason = _largest(stage, resolved) if found else _fastest(stage, resolved)
+        finally:
+            stage.rehearsal.close()
+        limits = limits_of(size, lengths)
+        own = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings)
+        choice = on_rank_0(lambda: keep_choice(own))
+    echo(choice.in_words())
+    return resolved.with_choice(choice)
+
+
+@dataclass
+class _Stage:
+    """What a rank needs to rehearse.
+
+    Attributes:
+        rehearsal: its process.
+        lengths: of the clips.
+        limit: what it may take on CPUs.
+    """
+
+    rehearsal: Rehearsal
+    lengths: Lengths
+    limit: MemoryLimit
+    has_gpu: bool
+
+    @classmethod
+    def of(cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, *, has_gpu: bool) -> _Stage:
+        own = usable_cores()
+        threads = share_of_cores(own, exchange(own))
+        limit = memory_limit(ranks.local_world_size)
+        exchange(None)  # no rank takes memory before all have looked
+        rehearsal = Rehearsal(resolved, ranks, corpus.path, lengths, threads, has_gpu=has_gpu)
+        return cls(rehearsal, lengths, limit, has_gpu)
+
+    def step(self, size: int) -> tuple[Measured, str | None]:
+        """One step over the heaviest micro-batches of a size, and why it does not fit; None where it does."""
+        measured = self.rehearsal.step(heaviest(limits_of(size, self.lengths), self.lengths))
+        problem = measured.problem
+        if not problem and not self.has_gpu:
+            problem = _over(measured, self.limit)
+        return measured, problem
+
+    def agreed(self, own: Measured, problem: str | None = None) -> tuple[list[Measured], str | None]:
+        """What all ranks measured, and the problem that any of them had.
+
+        Raises:
+            UserError: a rank met an error that is not about memory.
+        """
+        everybody = exchange((own, problem))
+        for rank, (measured, _) in enumerate(everybody):
+            if measured.error:
+                kind, arguments = measured.error
+                if issubclass(kind, UserError):
+                    raise kind(*arguments)
+                raise UserError(
+                    f"training.micro_batch_size=auto: the rehearsal of rank {rank} failed: {arguments[0]}",
+                    "give a number instead: training.micro_batch_size=8",
+                )
+        problems = [(rank, problem) for rank, (_, problem) in enumerate(everybody) if problem]
+        first = f"rank {problems[0][0]}: {problems[0][1]}" if problems else None
+        return [measured for measured, _ in everybody], first
+
+
+def _over(measured: Measured, limit: MemoryLimit) -> str | None:
+    if measured.resident > limit.resident:
+        return f"{measured.resident / GIB:.2f} GiB of memory, and {limit.resident / GIB:.2f} are there for it"
+    if limit.address_space is not None and measured.address_space > limit.address_space:
+        return (
+            f"{measured.address_space / GIB:.2f} GiB of addresses, and ulimit -v leaves {limit.address_space / GIB:.2f}"
+        )
+    return None
+
+
+def _largest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
+    """On GPUs: the plan's largest size, or the next smaller one that a rehearsal fits."""
+    started, problem = stage.agreed(stage.rehearsal.start())
+    room = min(measured.resident + measured.room for measured in started)
+    candidates = sizes(stage.lengths.share)
+    by_plan = candidates[0] if problem else on_rank_0(lambda: planned_size(resolved, stage.lengths, candidates, room))
+    problems: list[str] = []
+    for size in candidates[candidates.index(by_plan) :]:
+        measured, problem = stage.agreed(*stage.step(size))
+        if not problem:
+            took = max(one.resident for one in measured) / GIB
+            tried = f"; {problems[-1]}" if problems else ""
+            return size, f"a rehearsal of the heaviest took {took:.2f} of {room / GIB:.2f} GiB of a GPU{tried}"
+        problems.append(f"{size} of the longest clips did not fit ({problem})")
+    raise _nothing_fits(resolved, problem)
+
+
+def _fastest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
+    """On CPUs: the fastest size of those that fit, by the clips of typical length that a pass computes in a second."""
+    candidates = sorted(sizes(stage.lengths.share))
+    largest = _largest_by_growth(stage, resolved, candidates)
+    speeds: dict[int, float] = {}
+    for size in _doubling([size for size in candidates if size <= largest]):
+        shape = typical(limits_of(size, stage.lengths), stage.lengths)
+        own = stage.rehearsal.passes(shape)
+        if not own.problem and not own.error and own.seconds < QUICK:
+            again = stage.rehearsal.passes(shape)
+            own = min(own, again, key=lambda one: one.seconds) if not again.problem and not again.error else again
+        measured, problem = stage.agreed(own, own.problem)
+        if problem:
+            break
+        speeds[size] = shape.clips / max(one.seconds for one in measured)
+        if speeds[size] < SLOWER * max(speeds.values()):
+            break
+    fastest = smallest_as_fast(speeds) if speeds else candidates[0]
+    for size in reversed([size for size in candidates if size <= fastest]):
+        measured, problem = stage.agreed(*stage.step(size))
+        if not problem:
+            took = max(one.resident for one in measured) / GIB
+            tried = ", ".join(f"{speed:.3g} with {number}" for number, speed in speeds.items())
+            return size, (
+                f"as many frames as {_words(size)} are computed fastest (clips/s of a rank in a rehearsal: {tried}); "
+                f"the heaviest took {took:.2f} of {stage.limit.resident / GIB:.2f} GiB of a rank"
+            )
+        stage.rehearsal.close()  # the largest memory of a process never shrinks
+    raise _nothing_fits(resolved, problem)
+
+
+def _largest_by_growth(stage: _Stage, resolved: ResolvedRun, candidates: list[int]) -> int:
+    """The largest size whose memory, by that of the two smallest, is within the limit.
+
+    A size that is far too large is never tried on CPUs: the kernel might end another process.
+    """
+    first, own_problem = stage.step(candidates[0])
+    if problem := stage.agreed(first, own_problem)[1]:
+        raise _nothing_fits(resolved, problem)
+    if len(candidates) == 1:
+        return candidates[0]
+    second, own_problem = stage.step(candidates[1])
+    if stage.agreed(second, own_problem)[1]:
+        stage.rehearsal.close()
+        return candidates[0]
+    most = candidates[1] + min(
+        room * (candidates[1] - candidates[0]) / growth if growth > 0 else candidates[-1]
+        for growth, room in (
+            (second.resident - first.resident, stage.limit.resident - second.resident),
+            (second.address_space - first.address_space, (stage.limit.address_space or 2**63) - second.address_space),
+        )
+    )
+    return max(size for size in candidates if size <= max(candidates[0], min(exchange(most))))
+
+
+def smallest_as_fast(speeds: dict[int, float]) -> int:
+    """The smallest size that is about as fast as the fastest: it needs less memory."""
+    return min(size for size, speed in speeds.items() if speed >= AS_FAST * max(speeds.values()))
+
+
+def _doubling(candidates: Sequence[int]) -> list[int]:
+    """Of ascending sizes those that are at least twice the one before, and the last."""
+    chosen: list[int] = []
+    for size in candidates:
+        if not chosen or size >= 2 * chosen[-1]:
+            chosen.append(size)
+    return chosen if chosen[-1] == candidates[-1] else [*chosen, candidates[-1]]
+
+
+def _words(size: int) -> str:
+    return "one of the longest clips has" if size == 1 else f"{size} of the longest clips have"
+
+
+def _nothing_fits(resolved: ResolvedRun, problem: str | None) -> UserError:
+    return UserError(
+        f"training.micro_batch_size=auto: not one of the longest clips fits: {problem}",
+        "set training.gradient_checkpointing=true or a lower data.max_frames, or give another --ds; python "
+        f"launch/plan.py --recipe {resolved.recipe.name} says what each saves",
+    )

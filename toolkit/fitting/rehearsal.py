@@ -1,0 +1,327 @@
+"""A rehearsal: micro-batches of chosen shapes through the run's own engine, in a process that is thrown away.
+
+Each rank starts one process beside it. It builds the run's model and DeepSpeed engine on the rank's device, and takes
+steps in it: forward and backward passes, the gradient's norm, clipping, the update, at any ZeRO stage and with any
+offload. Nothing of it reaches the training run: neither gradients nor moments nor random states, and all of its memory
+is free again when it ends, also after it ran out of memory or was killed by the kernel. Gradients that are thrown away
+in the run's own engine would not be gone: each of DeepSpeed's optimizers keeps others between two backward passes.
+
+No rank waits for another in a rehearsal: the process group is torch's ``fake`` backend, whose collectives return at
+once. A rank that runs out of memory therefore leaves no other in a collective; the ranks compare their results
+afterwards. What is gathered and summed has no meaning, only its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.batching.collate import Batch
+from toolkit.cluster import failures
+from toolkit.cluster.devices import use_device
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.fitting.memory_limits import peaks
+from toolkit.fitting.shapes import Lengths, Shape
+from toolkit.models.build import build_processor, build_translator
+from toolkit.models.loss import translation_losses
+from toolkit.models.tokenizers import special_ids
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.engine import gradient_norm, make_engine
+from toolkit.training.optimization.averaging import update_average
+from toolkit.training.optimization.gradient_reduction import reduced_once
+
+# The share of a GPU that stays free: buffers of NCCL, which the rehearsal has none of, and blocks between tensors.
+GPU_RESERVE = 0.05
+NCCL_BUFFERS = int(0.3 * 2**30)
+KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the rehearsal of some micro-batches found.
+
+    Attributes:
+        problem: why it did not fit; None where it did.
+        seconds: that it took.
+        resident, address_space: the most that the process has had until now, in bytes; of a GPU what torch reserved.
+        room: bytes that it might still take on its GPU; 0 on CPUs.
+        error: what else stopped it, as the kind of an error and its arguments.
+    """
+
+    problem: str | None = None
+    seconds: float = 0.0
+    resident: int = 0
+    address_space: int = 0
+    room: int = 0
+    error: tuple[type[Exception], tuple[str, ...]] | None = None
+
+
+class Rehearsal:
+    """The rehearsing process of one rank, from the first question to :meth:`close`."""
+
+    def __init__(
+        self, resolved: ResolvedRun, ranks: Ranks, corpus: Path, lengths: Lengths, threads: int, *, has_gpu: bool
+    ) -> None:
+        self._arguments = (_with_own_swap(resolved, ranks.rank), ranks, corpus, lengths, threads)
+        self._has_gpu = has_gpu
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def step(self, shapes: Sequence[Shape]) -> Measured:
+        """One optimizer step over micro-batches of these shapes."""
+        return self._ask("step", shapes)
+
+    def passes(self, shape: Shape) -> Measured:
+        """One forward and backward pass, without a step."""
+        return self._ask("passes", [shape])
+
+    def start(self) -> Measured:
+        """Build the engine, which the first question does otherwise."""
+        return self._ask("start", [])
+
+    def close(self) -> None:
+        """End the process and wait for its end, when its memory is free again."""
+        if self._process is not None:
+            if self._connection:
+                self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._process = self._connection = None
+        for folder in _swap_folders(self._arguments[0]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _ask(self, task: str, shapes: Sequence[Shape]) -> Measured:
+        try:
+            if self._process is None:
+                self._open()
+            assert self._connection
+            self._connection.send((task, list(shapes)))
+            answer: Measured = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            answer = Measured(problem=f"its process ended with exit code {self._process.exitcode}")
+        if answer.problem or answer.error:
+            self.close()  # an engine that was left in the middle of a pass is of no use
+        return answer
+
+    def _open(self) -> None:
+        # A fork has the memory of the libraries already, and costs no start. CUDA does not survive one.
+        context: Any = multiprocessing.get_context("spawn" if self._has_gpu else "fork")
+        self._connection, theirs = context.Pipe()
+        # Of a fork the end of this rank is closed there, too: else the process would not see that this rank is gone.
+        other = None if self._has_gpu else self._connection
+        self._process = context.Process(target=_rehearse, args=(theirs, other, *self._arguments), daemon=True)
+        with failures.without_watching():
+            self._process.start()
+        theirs.close()
+
+
+def _with_own_swap(resolved: ResolvedRun, rank: int) -> ResolvedRun:
+    """The run with folders of its own for what it offloads to NVMe: all rehearsals take themselves for rank 0."""
+    config = copy.deepcopy(resolved.deepspeed)
+    for section in _nvme_sections(config):
+        section["nvme_path"] = f"{section['nvme_path']}-rehearsal-{os.getpid()}-{rank}"
+    return replace(resolved, deepspeed=config)
+
+
+def _swap_folders(resolved: ResolvedRun) -> list[str]:
+    return [section["nvme_path"] for section in _nvme_sections(resolved.deepspeed)]
+
+
+def _nvme_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    sections = config.get("zero_optimization", {}).values()
+    return [section for section in sections if isinstance(section, dict) and section.get("device") == "nvme"]
+
+
+def _rehearse(
+    connection: Connection,
+    other: Connection | None,
+    resolved: ResolvedRun,
+    ranks: Ranks,
+    corpus: Path,
+    lengths: Lengths,
+    threads: int,
+) -> None:
+    """The process: answer one question after the other, until the other end is closed."""
+    if other:
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the rank ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _be_quiet()
+    engine = None
+    while True:
+        try:
+            task, shapes = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            if engine is None:
+                engine = _Engine.build(resolved, ranks, corpus, lengths, threads)
+            answer = getattr(engine, task)(shapes)
+        except UserError as error:
+            answer = Measured(error=(UserError, error.args))
+        except Exception as error:
+            if is_out_of_memory(error):
+                answer = Measured(problem="out of memory")
+            else:
+                trace = " | ".join(traceback.format_exc().strip().splitlines()[-3:])
+                answer = Measured(error=(RuntimeError, (trace,)))
+        connection.send(answer)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU or the machine had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _be_quiet() -> None:
+    """Libraries print as they do when a run starts, which then prints it again."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    with contextlib.suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text(str(KILLED_FIRST))
+
+
+@dataclass
+class _Engine:
+    """The engine of a rehearsal."""
+
+    engine: Any
+    resolved: ResolvedRun
+    vocabulary: int
+    special: torch.Tensor
+    tokens: dict[bool, int]  # of the longest texts, and of typical ones
+    steps: int = 0
+
+    @classmethod
+    def build(cls, resolved: ResolvedRun, ranks: Ranks, path: Path, lengths: Lengths, threads: int) -> _Engine:
+        _join_fake_group(ranks)
+        if torch.cuda.is_available():
+            _leave_reserve(ranks)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads)
+        corpus = Corpus.open(path)
+        tokenizer = build_processor(resolved.recipe, corpus).tokenizer
+        engine, _ = make_engine(build_translator(resolved, corpus, tokenizer), resolved)
+        engine.train()
+        limit = resolved.recipe.training.max_target_tokens
+
+        def counts(texts: list[str]) -> list[int]:
+            return sorted(min(limit, len(ids)) for ids in tokenizer(text_target=texts)["input_ids"])
+
+        typical = counts(lengths.typical_texts)
+        tokens = {True: counts(lengths.long_texts)[-1], False: typical[len(typical) // 2]}
+        special = torch.tensor(special_ids(tokenizer), device=engine.device)
+        return cls(engine, resolved, len(tokenizer), special, tokens)
+
+    def start(self, _: Sequence[Shape]) -> Measured:
+        return self._measured(0.0)
+
+    def passes(self, shapes: Sequence[Shape]) -> Measured:
+        return self._measured(self._backward(shapes, ends_step=False))
+
+    def step(self, shapes: Sequence[Shape]) -> Measured:
+        """A step as the trainer takes it; the second one holds what the first one allocated."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2 if self.steps == 0 else 1):
+            seconds = self._backward(shapes, ends_step=True)
+            if not self.resolved.zero_stage:
+                gradient_norm(self.engine.module)
+            self.engine.step()
+            self.steps += 1
+            if decay := self.resolved.recipe.training.ema:
+                update_average(self.engine, decay, self.steps)
+        return self._measured(seconds)
+
+    def _backward(self, shapes: Sequence[Shape], *, ends_step: bool) -> float:
+        before = time.monotonic()
+        recipe = self.resolved.recipe.training
+        with reduced_once(self.engine, len(shapes)):
+            for number, shape in enumerate(shapes, start=1):
+                self.engine.set_gradient_accumulation_boundary(ends_step and number == len(shapes))
+                batch = self._batch(shape).to(self.engine.device)
+                nll, ctc = translation_losses(
+                    self.engine,
+                    batch.poses,
+                    batch.visible,
+                    batch.frame_mask,
+                    batch.labels,
+                    self.special,
+                    label_smoothing=recipe.label_smoothing,
+                )
+                tokens = batch.labels.numel()
+                self.engine.backward((nll + recipe.ctc_weight * ctc) / tokens, scale_wrt_gas=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.monotonic() - before
+
+    def _batch(self, shape: Shape) -> Batch:
+        """Random poses and texts; what a pass takes depends on their sizes alone."""
+        config, tokens = self.engine.module.config, self.tokens[shape.long_texts]
+        labels = torch.randint(0, self.vocabulary, (shape.clips, tokens))
+        return Batch(
+            uids=[""] * shape.clips,
+            texts=[""] * shape.clips,
+            clips=torch.zeros(shape.clips, dtype=torch.int64),
+            poses=torch.randn(shape.clips, shape.frames, config.num_points, config.num_channels),
+            visible=torch.ones(shape.clips, shape.frames, config.num_points, dtype=torch.bool),
+            frame_mask=torch.ones(shape.clips, shape.frames, dtype=torch.bool),
+            labels=labels,
+            is_filler=torch.zeros(shape.clips, dtype=torch.bool),
+            num_frames=shape.clips * shape.frames,
+            num_target_tokens=labels.numel(),
+        )
+
+    def _measured(self, seconds: float) -> Measured:
+        if torch.cuda.is_available():
+            reserved = torch.cuda.max_memory_reserved()
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            return Measured(seconds=seconds, resident=reserved, room=free - _reserve())
+        resident, address_space = peaks()
+        return Measured(seconds=seconds, resident=resident, address_space=address_space)
+
+
+def _join_fake_group(ranks: Ranks) -> None:
+    """Be rank 0 of as many ranks as the run has, without them."""
+    import deepspeed
+    from torch import distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    device = use_device(ranks)
+    number = ranks.local_rank if device.index is None else device.index
+    os.environ |= {"RANK": "0", "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks.world_size)}
+    # DeepSpeed would open the shared memory of all local ranks for its all-reduce on CPUs.
+    os.environ.pop("LOCAL_SIZE", None)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "1")
+    dist.init_process_group("fake", rank=0, world_size=ranks.world_size, store=FakeStore())
+    deepspeed.init_distributed(verbose=False)
+
+
+def _leave_reserve(ranks: Ranks) -> None:
+    """Let torch's allocator run out of memory at what other processes on the card leave free, less the reserve."""
+    free, total = torch.cuda.mem_get_info()
+    reserve = _reserve() + (NCCL_BUFFERS if ranks.world_size > 1 else 0)
+    torch.cuda.set_per_process_memory_fraction(max(0.0, (free - reserve) / total))
+
+
+def _reserve() -> int:
+    return int(GPU_RESERVE * torch.cuda.mem_get_info()[1])

@@ -1,0 +1,113 @@
+"""Which micro-batches a limit permits: the sizes to try, the heaviest micro-batches of all epochs, a typical one.
+
+A size is how many of the longest clips a micro-batch holds. Its padded frames are limited to those of so many clips,
+and it may hold more of shorter ones: one long clip must not make every micro-batch small.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.batching.loader import lengths_of_epoch
+from toolkit.corpus.packed import Split
+from toolkit.poses.augmentation import is_off
+from toolkit.recipe.schema import Recipe
+
+# Clips of a micro-batch for each of the longest ones that it could hold: limits what short clips' texts take.
+MOST_SHORT_CLIPS = 4
+# Clips change their lengths from epoch to epoch by augmentation; later epochs have hardly longer ones.
+MOST_EPOCHS = 50
+SAMPLE = 256  # texts
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What sizes depend on.
+
+    Attributes:
+        share: clips of a step that one rank gets, at most.
+        longest, typical: frames of a clip after augmentation, over all epochs.
+        long_texts, typical_texts: texts whose tokens are counted where the tokenizer is.
+        frame_limit: the recipe's own limit of padded frames.
+    """
+
+    share: int
+    longest: int
+    typical: int
+    long_texts: list[str]
+    typical_texts: list[str]
+    frame_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch; ``long_texts``: its texts are as long as the longest, else of typical length."""
+
+    clips: int
+    frames: int
+    long_texts: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Clips of a micro-batch and its padded frames, at most; None = no limit."""
+
+    clips: int
+    frames: int | None
+
+
+def lengths_of(recipe: Recipe, split: Split, world_size: int) -> Lengths:
+    """Read a training split."""
+    share = -(-min(recipe.training.global_batch_size, len(split)) // world_size)
+    drawn: list[npt.NDArray[np.integer]] = [split.frames]
+    if not is_off(recipe.augmentation):
+        epochs = range(min(math.ceil(recipe.training.epochs), MOST_EPOCHS))
+        drawn = [lengths_of_epoch(split, recipe, epoch)[:, 1] for epoch in epochs]
+    by_size = sorted(split.texts, key=lambda text: len(text.encode()))
+    return Lengths(
+        share,
+        longest=max(int(frames.max()) for frames in drawn),
+        typical=max(1, int(np.median(drawn[0]))),
+        long_texts=by_size[-SAMPLE:],
+        typical_texts=by_size[:: -(-len(by_size) // SAMPLE)],
+        frame_limit=recipe.training.micro_batch_frames,
+    )
+
+
+def sizes(share: int) -> list[int]:
+    """The sizes that make sense, largest first: each needs one forward pass more, all passes being of one size."""
+    return list(dict.fromkeys(-(-share // passes) for passes in range(1, share + 1)))
+
+
+def limits_of(size: int, lengths: Lengths) -> Limits:
+    """The limits by which micro-batches take no more than ``size`` of the longest clips do."""
+    if size >= lengths.share:
+        return Limits(lengths.share, lengths.frame_limit)
+    shorter = min(MOST_SHORT_CLIPS, max(1, lengths.longest // lengths.typical))
+    frames = size * lengths.longest
+    return Limits(min(lengths.share, size * shorter), min(frames, lengths.frame_limit or frames))
+
+
+def heaviest(limits: Limits, lengths: Lengths) -> list[Shape]:
+    """The micro-batches between which any other within the limits lies, in any order of the clips.
+
+    With so many padded frames, the memory of a micro-batch is a sum of terms that are constant, grow with the length of
+    its clips (attention in the encoder) or with their number (attention and scores in the decoder). Such a sum is
+    largest at one end: for the longest clips, or for as many clips as there may be.
+    """
+    frames = limits.frames or limits.clips * lengths.longest
+    few = max(1, min(limits.clips, frames // lengths.longest))
+    shapes = [Shape(few, lengths.longest)]
+    if limits.clips > few:
+        shapes.append(Shape(limits.clips, max(1, frames // limits.clips)))
+    return shapes
+
+
+def typical(limits: Limits, lengths: Lengths) -> Shape:
+    """A micro-batch of clips of typical length."""
+    frames = limits.frames or limits.clips * lengths.typical
+    return Shape(max(1, min(limits.clips, frames // lengths.typical)), lengths.typical, long_texts=False)
