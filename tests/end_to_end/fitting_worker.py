@@ -68,7 +68,7 @@ def fitted(case: dict[str, Any], worker: Worker) -> ResolvedRun:
 
 @contextmanager
 def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None]:
-    """Within it the last rank has no memory for more padded frames, in its forward or its backward pass."""
+    """Within it the last rank has no memory for more padded frames: in forward pass, backward pass or update."""
     own = rehearsal.translation_losses
 
     def breaking(engine: Any, poses: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
@@ -80,6 +80,8 @@ def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None
                 return own(engine, poses, *arguments, **settings)
             finally:
                 hook.remove()
+        if where == "update":
+            engine.step = raise_out_of_memory
         nll, ctc = own(engine, poses, *arguments, **settings)
         if where == "backward":
             weight = next(weight for weight in engine.module.parameters() if weight.requires_grad)

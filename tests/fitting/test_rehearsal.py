@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.fitting import rehearsal
 from toolkit.fitting.rehearsal import Measured, Rehearsal
-from toolkit.fitting.shapes import Lengths
+from toolkit.fitting.shapes import Lengths, heaviest, lengths_of, limits_of
 from toolkit.recipe.resolve import ResolvedRun
 
 
@@ -72,6 +73,18 @@ def test_the_process_ends_with_its_rank(rehearsing: Any) -> None:
     own._connection.close()  # as the system does when the rank is killed
     own._process.join(60)
     assert own._process.exitcode == 0
+
+
+@pytest.mark.nightly
+def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus: Corpus) -> None:
+    """As beside a GPU, which does not survive a fork: all that the process needs is sent to it."""
+    run = resolve("model.tiny=true", "training.micro_batch_size=auto", "training.global_batch_size=6")
+    lengths = lengths_of(run.recipe, corpus.splits["train"], 1)
+    own = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=True)
+    found = own.step(heaviest(limits_of(2, lengths), lengths))
+    own.close()
+    assert (found.problem, found.error) == (None, None)
+    assert found.seconds > 0 and found.resident > 2**20
 
 
 def test_what_it_swaps_lies_apart_and_is_removed(rehearsing: Any, resolve: Any, tmp_path: Path) -> None:

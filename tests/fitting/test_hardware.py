@@ -1,0 +1,36 @@
+"""The hardware in words, and GPUs as another process sees them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolkit.cluster.ranks import Ranks
+from toolkit.fitting.hardware import GIB, Card, cards, describe
+
+
+def test_other_hardware_has_other_words() -> None:
+    gpu = [Card("H100", 80 * GIB, 70 * GIB)]
+    busy = [Card("H100", 80 * GIB, 10 * GIB)]
+    found = [
+        describe(Ranks(), []),
+        describe(Ranks(), gpu),
+        describe(Ranks(world_size=2, local_world_size=2), gpu),
+        describe(Ranks(world_size=2), gpu),
+        describe(Ranks(), [Card("A100", 80 * GIB, 0)]),
+        describe(Ranks(), [Card("H100", 94 * GIB, 0)]),
+    ]
+    assert len(set(found)) == len(found)
+    assert describe(Ranks(), busy) == describe(Ranks(), gpu), "what is free differs from one minute to the next"
+
+
+def test_a_machine_without_gpus_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("multiprocessing.get_context", None)
+    assert cards() == []
+
+
+@pytest.mark.nightly
+def test_gpus_are_listed_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cards() == [], "the other process sees none"
