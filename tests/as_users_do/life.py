@@ -6,6 +6,7 @@ Only data, epochs and the steps between checkpoints are smaller; everything else
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import time
@@ -17,12 +18,14 @@ import psutil
 
 from tests.as_users_do.conftest import TIMEOUT, User
 from tests.time_limits import limit
+from toolkit.batching.order import steps_per_epoch
 from toolkit.corpus.names import one_line
 from toolkit.errors import EXIT_INTERRUPTED
 from toolkit.recipe.load import load_recipe
 from toolkit.scoring.predictions import read_predictions
 
 EPOCHS = 3
+STEPS = 6  # of a whole run, at least
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Life:
 
 def live(user: User, recipe: str, ranks: int) -> Life:
     """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation."""
-    # Two evaluations at least, three epochs at least.
-    epochs = max(EPOCHS, 2 * load_recipe(recipe).training.eval_every)
+    training = load_recipe(recipe).training
+    table = Path(user.data[-2].partition("=")[2])
+    an_epoch = steps_per_epoch(table.read_text().count(",train"), training.global_batch_size)
+    # Two evaluations at least, three epochs at least, and steps that are left when the run is stopped.
+    epochs = max(EPOCHS, 2 * training.eval_every, math.ceil(STEPS / an_epoch))
     arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2"]
     folder = user.clone / "runs" / recipe
     output = user.clone / f"{recipe}.txt"
@@ -77,8 +83,9 @@ def live(user: User, recipe: str, ranks: int) -> Life:
     life = Life(folder, recipe, stopped_at, entries_of(folder))
     total = done.json["steps"]
     assert life.steps() == list(range(1, total + 1))
-    an_epoch = total // epochs * load_recipe(recipe).training.eval_every
-    assert life.evaluated_at() == list(range(an_epoch, total + 1, an_epoch))
+    assert total == epochs * an_epoch
+    between = an_epoch * training.eval_every
+    assert life.evaluated_at() == list(range(between, total + 1, between))
     return life
 
 
