@@ -60,6 +60,8 @@ SETTINGS = {
     "workers": (int, "processes; 0 = all cores"),
 }
 
+SHOW_OPTIONS = ("-h", "--help", "--poses", "--out", "--debug")
+
 
 def main() -> None:
     if sys.argv[1:2] == ["show"]:
@@ -78,7 +80,19 @@ def _parse_show(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--poses", type=Path, metavar="WHERE", help="the poses that the corpus was made from")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the GIF to write (default: UID.gif here)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(command_line)
+    return parser.parse_args(_uids_last(command_line))
+
+
+def _uids_last(command_line: list[str]) -> list[str]:
+    """``argparse`` takes uids that begin with ``-``, as YouTube's ids may, for options unless ``--`` precedes them."""
+
+    def is_uid(word: str) -> bool:
+        option = word.partition("=")[0]
+        return word.startswith("-") and not any(known.startswith(option) for known in SHOW_OPTIONS)
+
+    if "--" in command_line or not any(map(is_uid, command_line)):
+        return command_line
+    return [*(word for word in command_line if not is_uid(word)), "--", *filter(is_uid, command_line)]
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -142,10 +156,11 @@ def _settings(arguments: argparse.Namespace) -> Data:
         return Data(**(base.model_dump() | given))
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # raised by a validator of the schema, with its hint
+            message, hint = first["ctx"]["error"].args
+            raise UserError(message, hint) from error
         where = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the options"
-        raise UserError(
-            f"{where}: {first['msg'].removeprefix('Value error, ')}", "see python launch/prepare.py --help"
-        ) from error
+        raise UserError(f"{where}: {first['msg']}", "see python launch/prepare.py --help") from error
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -67,7 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(
+        # `*.pose` in a folder of YouTube's clips gives names such as --7E2sU6zP4.pose, which are no options.
+        [f"./{word}" if word[:1] == "-" != word and os.path.exists(word) else word for word in sys.argv[1:]]
+    )
     for name in ("num_beams", "n_best", "max_new_tokens", "batch_frames"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

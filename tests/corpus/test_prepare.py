@@ -100,11 +100,11 @@ def test_what_is_unusable_is_listed_with_its_reason(own_clips, tmp_path, rows_of
     assert {row["uid"]: (row["reason"], row["hint"]) for row in rows_of(path / "rejects.csv")} == {
         "train-00000": (
             "no pose file has its name: looked up 'train-00000' (uid), the nearest is train-00001.pose",
-            "if that is the right one, write it into a column pose",
+            "write the name of its file into a column pose",
         ),
         "train-00001": ("not a .pose file, or of an unknown version", ""),
         "train-00002": ("the file is truncated", ""),
-        "train-00003": ("duplicate uid: line 5 has it too", ""),
+        "train-00003": ("duplicate uid: line 5 has it too", "remove one of the rows"),
         "train-00004x": ("the text is empty", ""),
     }
     summary = Corpus.open(path).summary()
@@ -264,6 +264,9 @@ def test_metadata_describe_how_the_features_were_made(clips, tmp_path) -> None:
         "points_without_place": 0,
         "unusual_fps": 0,
         "lacking_landmarks": 0,
+        "end_beyond_file": 0,
+        "same_recording": 0,
+        "texts_like_missing": 0,
     }
     assert str(clips) not in json.dumps(metadata), "a corpus is the same wherever its sources lay"
 

@@ -149,7 +149,7 @@ def test_a_comma_before_three_digits_is_ambiguous(tmp_path) -> None:
         read_table(_table(tmp_path, 'uid,text,fps\na,b,"1,234"\n'))
 
 
-@pytest.mark.parametrize(("line", "named"), [("{", "JSON"), ("[1]", "JSON object"), ("[" * 10**5, "JSON")])
+@pytest.mark.parametrize(("line", "named"), [("{,", "JSON"), ("[1]", "JSON object"), ("[" * 10**5, "JSON")])
 def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line: str, named: str) -> None:
     with pytest.raises(UserError, match=f"line 1 .*{named}"):
         read_table(_table(tmp_path, line, "t.jsonl"))

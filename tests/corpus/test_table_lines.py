@@ -30,14 +30,25 @@ def _late(text: bytes) -> bytes:
     return b"uid,text\n" + b"".join(b"%d,red stone door\n" % number for number in range(2500)) + b"x," + text + b"\n"
 
 
-def test_another_encoding_is_an_error_with_its_line_and_the_hint_works(tmp_path) -> None:
-    path = _file(tmp_path, _late("café".encode("cp1252")), "my table.csv")
-    with pytest.raises(UserError, match=r"line 2502 .*UTF-8 .*0xE9 after 'x,caf'") as raised:
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("café", "WINDOWS-1252"),
+        ("iPad™ in the œuvre", "WINDOWS-1252"),
+        ("cœur don’t – Žižek", "WINDOWS-1252"),
+        ("café für", "MACINTOSH"),
+        ("Grüße", "MACINTOSH"),
+        ("voilà", "MACINTOSH"),
+    ],
+)
+def test_another_encoding_is_an_error_with_its_line_and_the_hint_works(tmp_path, text: str, encoding: str) -> None:
+    path = _file(tmp_path, _late(text.encode(encoding)), "my table.csv")
+    with pytest.raises(UserError, match=r"line 2502 .*UTF-8 .*byte 0x") as raised:
         read_table(path)
     command = shlex.split(raised.value.hint.rpartition("by ")[2])
-    assert command == ["iconv", "-f", "WINDOWS-1252", "-t", "UTF-8", str(path), ">", "NEW"]
+    assert command == ["iconv", "-f", encoding, "-t", "UTF-8", str(path), ">", "NEW"]
     new = _file(tmp_path, path.read_bytes().decode(command[2]).encode(command[4]), "NEW")
-    assert read_table(new)[-1].text == "café"
+    assert read_table(new)[-1].text == text
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.terminals import assert_quiet
 from tests.time_limits import limit
 from toolkit.corpus.packed import Corpus
 from toolkit.models.build import build_processor, build_translator
@@ -75,5 +80,39 @@ def test_evaluate_takes_the_run_directory(run_dir: Path, tmp_path: Path) -> None
     corpus = run_dir.parent / "corpus-of-mine"
     command = [sys.executable, str(SCRIPT), "--model", str(run_dir), "--corpus", str(corpus), "evaluation.num_beams=1"]
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=limit(200))
-    assert done.returncode == 0, done.stderr
+    assert_quiet(done)
     assert json.loads(done.stdout.splitlines()[-1])["splits"]["test"]["clips"] == 24
+
+
+def _started(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(SCRIPT.with_name(f"{name}.py")), *map(str, arguments)]
+
+
+def test_export_and_translate_leave_a_quiet_terminal(run_dir: Path, clip_files, tmp_path: Path) -> None:
+    """NF4 on a CPU is what bitsandbytes warns of."""
+    for command in (
+        _started("export", run_dir, "--to", tmp_path / "model"),
+        _started("translate", "--model", run_dir, clip_files[0]),
+    ):
+        assert_quiet(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=limit(200)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio, the extra [demo_app], is not installed")
+def test_the_demo_app_shows_its_address_alone(run_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "terminal"
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        command = _started("demo_app", "--model", run_dir, "--port", port)
+        app = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        end = time.monotonic() + limit(120)
+        while " serves " not in log.read_text():
+            assert app.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+    finally:
+        app.terminate()
+        app.wait(30)
+    assert log.read_text() == f"http://127.0.0.1:{port}/ serves {run_dir}; Ctrl-C ends it\n"

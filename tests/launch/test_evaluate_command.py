@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.terminals import assert_quiet
 from tests.time_limits import limit
 from tests.written_corpora import write_corpus
 from toolkit.cluster.ranks import Ranks
@@ -49,7 +50,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 def test_results_lie_in_files_and_the_json_line_says_where(model_folder, corpus, tmp_path) -> None:
     done = evaluate("--model", model_folder, "--corpus", corpus.path, "--n-best", 2, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert_quiet(done)
     summary = json.loads(done.stdout.splitlines()[-1])
     out = tmp_path / "evaluation" / model_folder.name / "invented"
     assert Path(summary["out"]) == out.relative_to(tmp_path)

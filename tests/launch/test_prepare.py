@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.terminals import lines_of_libraries
 from tests.time_limits import limit
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.corpus.packed import Corpus
@@ -26,6 +27,7 @@ def test_json_is_the_last_line_and_training_can_take_the_corpus(clips, tmp_path)
     table, poses, out = clips / "table.csv", clips / "poses", tmp_path / "out"
     done = _run("--table", table, "--poses", poses, "--out", out, "--workers", "1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert lines_of_libraries(done.stdout + done.stderr) == []
     report = json.loads(done.stdout.splitlines()[-1])
     assert {"clips", "rejects", "splits", "leakage", "clips_per_second", "frames", "bytes"} <= set(report)
     assert report["clips"] == 14 and report["splits"]["train"] == 8
@@ -49,6 +51,7 @@ def test_settings_of_a_recipe_and_the_cache(clips, tmp_path) -> None:
         (["--table", "none.csv", "--poses", "."], 2, "none.csv"),
         (["--fps", "0"], 2, "--fps: Input should be greater than 0"),
         (["--too-long", "squeeze"], 2, "--too-long: Input should be 'subsample', 'cut' or 'reject'"),
+        (["--min-frames", "600"], 2, "min_frames 600"),
         (["--columns", "uid"], 2, "--columns uid"),
         (["--recipe", "nothing_like_it"], 2, "nothing_like_it"),
     ],

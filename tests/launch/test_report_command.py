@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.terminals import assert_quiet
 from tests.time_limits import limit
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
@@ -22,7 +23,7 @@ def run(make_run, tmp_path_factory) -> Path:
 
 def test_the_report_of_one_run_is_written_again(run, tmp_path):
     done = call(run, "--json", "--corpus", run.parent / "corpus-of-a", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert_quiet(done)
     said = json.loads(done.stdout)
     assert said == {"page": str(run / "report.html"), "bytes": (run / "report.html").stat().st_size}
 

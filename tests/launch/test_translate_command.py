@@ -71,6 +71,16 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need(model_folder: Pat
     assert "torch" in imported and not imported & HEAVY
 
 
+def test_a_file_whose_name_begins_with_hyphens_is_no_option(
+    translate, clip_files: Clips, tmp_path, monkeypatch
+) -> None:
+    """The shell's `*.pose` gives such names of YouTube's videos as they are."""
+    shutil.copy(clip_files[0], tmp_path / "--7E2sU6zP4.pose")
+    monkeypatch.chdir(tmp_path)
+    done = translate("--7E2sU6zP4.pose", "--window", "0")
+    assert (done.code, done.err) == (0, "") and done.out == translate(clip_files[0], "--window", "0").out
+
+
 def test_folders_archives_members_and_pipes_give_the_same_texts(
     translate, clip_files: Clips, tmp_path, monkeypatch
 ) -> None:

@@ -7,8 +7,6 @@ import gzip
 import io
 import pickle
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.poses.peak_memory import growth
+from tests.peak_memory import SLACK, growth, over_limit
 from toolkit.poses.compressed import decompress
 from toolkit.poses.pose_file import PoseError
 
 pytestmark = pytest.mark.process
 
-SLACK = 200 << 20
-READER = Path(__file__).with_name("peak_memory.py")
 
-
-def _allowed(content: bytes) -> int:
+def _uncompressed_size(content: bytes) -> int:
     try:
         size = len(decompress(content))
     except PoseError:
@@ -37,28 +32,17 @@ def _allowed(content: bytes) -> int:
                 size = max(size, sum(entry.file_size for entry in archive.infolist()))
         except Exception:
             pass  # damaged
-    return 10 * size + SLACK
+    return size
 
 
 def _check(folder: Path, contents: dict[str, bytes]) -> None:
-    """Read each in a process of its own and compare its growth with what is allowed."""
-    names = list(contents)
     for number, content in enumerate(contents.values()):
         (folder / str(number)).write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, READER, *(folder / str(number) for number in range(len(names)))],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grown = [int(line) for line in done.stdout.split()]
-    limits = {name: _allowed(content) for name, content in contents.items()}
-    over = {
-        name: f"{bytes_ / 2**20:.0f} MiB, allowed {limits[name] / 2**20:.0f}"
-        for name, bytes_ in zip(names, grown, strict=True)
-        if not 0 <= bytes_ <= limits[name]
+    files = {
+        name: (folder / str(number), _uncompressed_size(content))
+        for number, (name, content) in enumerate(contents.items())
     }
-    assert not over
+    assert not over_limit("clip", files)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -213,4 +197,4 @@ def test_a_reader_that_allocates_what_a_file_claims_is_measured(
         with contextlib.suppress(ValueError, pickle.UnpicklingError, EOFError):
             reader(content)
 
-    assert growth(read) > _allowed(content)
+    assert growth(read) > 10 * _uncompressed_size(content) + SLACK

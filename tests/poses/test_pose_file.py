@@ -44,7 +44,7 @@ def test_start_and_end_are_exact_in_every_version(pose_file, version: float) -> 
     raw = read_pose(pose_file.bytes(data, confidence, version=version))
     assert raw.between(0.4, 1.2).data[:, 0, 0, 0].tolist() == list(range(10, 30))
     assert raw.between(None, 0.2).num_frames == 5
-    assert raw.between(1.8, 99.0).data[:, 0, 0, 0].tolist() == list(range(45, 50))
+    assert raw.between(1.8, 2.9).data[:, 0, 0, 0].tolist() == list(range(45, 50))
     with pytest.raises(PoseError, match=r"ends at 2\.00 s"):
         raw.between(2.0, 3.0)
 

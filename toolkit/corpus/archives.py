@@ -15,6 +15,7 @@ import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,28 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
+from toolkit.corpus.members import TooManyMembers, check_list, open_zip, tar_members
 from toolkit.corpus.names import SUFFIXES, Names, escaped, is_pose_file
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
-from toolkit.poses.compressed import check_size
+from toolkit.poses.compressed import read_member
 from toolkit.poses.pose_file import PoseError
+from toolkit.poses.video import VIDEO_SUFFIXES
 
 _CHECK_PATH = "check data.poses (--poses): the folder or archive of the pose files"
+# What a folder or archive holds instead of poses, by suffix, and the remedy.
+_INSTEAD = {
+    ".json": "convert the JSON files of each clip by pose_format.utils.openpose.load_openpose_directory (pip install "
+    "pose-format)",
+    **dict.fromkeys(
+        VIDEO_SUFFIXES,
+        "estimate poses first: pip install 'pose-format[mediapipe]', then videos_to_poses --format mediapipe "
+        "--directory FOLDER",
+    ),
+    **dict.fromkeys(
+        (".zip", ".tar", ".gz"), "unpack these archives into one folder, and give that as data.poses (--poses)"
+    ),
+}
 # x.zip.part_aa, x.zip.part-1, x.zip.001
 _PARTS = (
     re.compile(r"(?P<stem>.+\.part[_-]?)(?P<number>[a-z]{2,3}|\d+)"),
@@ -41,6 +57,9 @@ class _Container(Protocol):
 
     def entries(self) -> Iterable[tuple[str, Any, object]]:
         """Name, key and version (a value that changes with the content) of each pose file."""
+
+    def others(self) -> Iterable[str]:
+        """The names of all its files, for a message where none is a pose file."""
 
     def read(self, key: Any) -> bytes: ...
 
@@ -81,7 +100,7 @@ class PoseFiles:
         names = " and ".join(f"'{escaped(name)}' ({column})" for column, name in _looked_up(row))
         return (
             f"no pose file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}",
-            "if that is the right one, write it into a column pose",
+            "write the name of its file into a column pose",
         )
 
     def read(self, key: Any) -> bytes:
@@ -110,7 +129,7 @@ def open_poses(path: Path) -> PoseFiles:
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror}", _CHECK_PATH) from error
     if not entries:
-        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file", _CHECK_PATH)
+        raise _no_poses(path, container)
     digest = xxhash.xxh3_64()
     last: dict[str, tuple[str, Any]] = {}
     for name, key, version in entries:
@@ -119,6 +138,14 @@ def open_poses(path: Path) -> PoseFiles:
         digest.update(repr((name, version)).encode())
     files = dict(last.values())
     return PoseFiles(container, files, Names(files, str(path.absolute())), digest.hexdigest())
+
+
+def _no_poses(path: Path, container: _Container) -> UserError:
+    """The error for a folder or archive without poses, which names what it has instead."""
+    suffixes = Counter(posixpath.splitext(name)[1].lower() for name in container.others())
+    suffix, number = next(iter(suffixes.most_common(1)), ("", 0))
+    there = f", only {suffix or 'files without a suffix'} ({number:,})" if number else ""
+    return UserError(f"{path} holds no {', '.join(SUFFIXES)} file{there}", _INSTEAD.get(suffix, _CHECK_PATH))
 
 
 def _looked_up(row: Row) -> list[tuple[str, str]]:
@@ -137,6 +164,10 @@ class _Folder:
 
     def entries(self) -> Iterator[tuple[str, str, object]]:
         return self._walk(str(self.path), "", frozenset())
+
+    def others(self) -> Iterator[str]:
+        for _, _, names in os.walk(self.path):
+            yield from names
 
     def _walk(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, str, object]]:
         above |= {os.path.realpath(folder)}
@@ -162,7 +193,9 @@ def _open_archive(path: Path) -> _Container:
             return _Zip(path.absolute(), buffered)
         if joined.pread(257, 5) == b"ustar":
             return _Tar(path.absolute(), buffered, joined)
-    except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError) as error:
+    except TooManyMembers as error:
+        raise UserError(f"{path} is no archive of poses: {error}", "unpack it, and give the folder instead") from error
+    except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is a damaged archive: {error}", "copy or download it again") from error
     if joined.pread(0, 2) == b"\x1f\x8b":
         raise UserError(f"{path} is compressed by gzip", "decompress it by gunzip, or pack the poses as a zip")
@@ -226,6 +259,10 @@ class _JoinedParts(io.RawIOBase):
             self._ends.append(self._ends[-1] + os.fstat(file).st_size)
         self._position = 0
 
+    @property
+    def size(self) -> int:
+        return self._ends[-1]
+
     def pread(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset`` on; fewer only at the end."""
         chunks = []
@@ -269,7 +306,7 @@ class _Zip:
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path = path
-        self._archive = zipfile.ZipFile(file)
+        self._archive = open_zip(file)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_archive, (self._path,)  # each machine of a cluster opens the archive itself
@@ -280,10 +317,12 @@ class _Zip:
             if is_pose_file(name):
                 yield name, entry, (entry.file_size, entry.CRC)
 
+    def others(self) -> list[str]:
+        return [entry.filename for entry in self._archive.infolist() if not entry.is_dir()]
+
     def read(self, key: zipfile.ZipInfo) -> bytes:
-        check_size(key.file_size)  # zipfile reads no more than that
         try:
-            return self._archive.read(key)
+            return read_member(self._archive, key)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             raise PoseError(f"the file cannot be read from the zip: {error}") from error
 
@@ -302,19 +341,22 @@ class _Tar:
     def __init__(self, path: Path, file: IO[bytes], joined: _JoinedParts) -> None:
         self._path = path
         self._file, self._joined = file, joined  # kept, because closing the buffered file would close `joined`
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
-            self._members: list[tuple[str, tuple[int, int], object]] = [
-                (member.name, (member.offset_data, member.size), (member.size, member.mtime))
-                for member in archive
-                if member.isreg() and not member.issparse() and is_pose_file(member.name)
-            ]
+        self._members: list[tuple[str, tuple[int, int], object]] = []
+        folders = characters = 0
+        for member in tar_members(file):
+            if member.isreg() and not member.issparse() and is_pose_file(member.name):
+                self._members.append((member.name, (member.offset_data, member.size), (member.size, member.mtime)))
+                folders, characters = folders + member.name.count("/"), characters + len(member.name)
+                check_list(len(self._members), folders, characters, joined.size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_archive, (self._path,)
 
     def entries(self) -> list[tuple[str, tuple[int, int], object]]:
         return self._members
+
+    def others(self) -> list[str]:
+        return [member.name for member in tar_members(self._file) if member.isreg()]
 
     def read(self, key: tuple[int, int]) -> bytes:
         offset, size = key

@@ -1,8 +1,8 @@
 """Match the names of clips in tables and commands with files, archive members and clips.
 
-Names are compared by their folders and stem: in NFC, with or without a suffix of pose files in any case, with ``/`` or
-``\\``, without ``./``. A name may lack folders on the left or have more of them, as an absolute path of another machine
-has.
+Names are compared by their folders and stem: in NFC, with or without a suffix of pose files or videos in any case, with
+``/`` or ``\\``, without ``./``. A name may lack folders on the left or have more of them, as an absolute path of
+another machine has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from functools import cached_property
 from itertools import takewhile
 from operator import eq
 
+from toolkit.poses.video import VIDEO_SUFFIXES
+
 SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
+
+_DROPPED = (*SUFFIXES, *VIDEO_SUFFIXES)  # tables name the video, and tools name the poses after it: x.mp4.pose
 
 MOST_MATCHES = 8  # files that a message about an ambiguous name lists
 LONGEST_PRINTED = 300  # characters of a name in a message
@@ -155,10 +159,10 @@ def _parse(name: str) -> tuple[bool, str]:
     return absolute, "/".join(parts)
 
 
-def _without_suffix(name: str) -> str:
+def _without_suffix(name: str, dropped: Sequence[str] = _DROPPED) -> str:
     while True:
         stem, dot, suffix = name.rpartition(".")
-        if not stem or dot + suffix.lower() not in SUFFIXES:
+        if not stem or dot + suffix.lower() not in dropped:
             return name.rstrip()
         name = stem
 
@@ -175,7 +179,8 @@ def _narrow(name: str, found: Sequence[str]) -> list[str]:
     """
     spellings: list[Callable[[str], str]] = [_suffix]
     if len({canonical(candidate) for candidate in found}) == 1:
-        spellings += [posixpath.normpath, posixpath.basename, lambda name: _without_suffix(posixpath.basename(name))]
+        spellings += [posixpath.normpath, posixpath.basename]
+        spellings += [lambda name: _without_suffix(posixpath.basename(name), SUFFIXES)]
     for spelling in spellings:
         found = [candidate for candidate in found if spelling(candidate) == spelling(name)] or found
     return list(found)

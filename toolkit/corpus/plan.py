@@ -70,7 +70,10 @@ def read_inputs(data: Data) -> Inputs:
     """
     if data.table is None or data.poses is None:
         missing = "data.table" if data.table is None else "data.poses"
-        raise UserError(f"{missing} is not set", "set data.table=T.csv data.poses=FOLDER, or data.corpus=PREPARED")
+        raise UserError(
+            f"{missing} is not set",
+            "set data.table=T.csv data.poses=FOLDER (--table T.csv --poses FOLDER), or data.corpus=PREPARED",
+        )
     landmark_set = load_landmark_set(data.landmarks)
     table = Path(data.table)
     rows = read_table(table, {**PRESETS.get(data.source, {}), **data.columns})
@@ -86,6 +89,8 @@ def make_plan(inputs: Inputs) -> Plan:
     located, rejects = _locate(inputs)
     data = inputs.data
     rows = [row for row, _ in located]
+    if not rows:
+        return Plan(inputs, {}, rejects, [])  # the preparation ends with the reasons
     splits = assign_splits(rows, data.dev_share, data.test_share, data.split_seed, str(data.table))
     splits, removed = remove_shared_texts(splits, data.shared_texts)
     files = {row.uid: file for row, file in located}
@@ -129,7 +134,7 @@ def _duplicate(row: Row, first: Row) -> tuple[str, str]:
     """The reason and the remedy."""
     reason = f"duplicate uid: line {first.line} has it too"
     if not row.pose or canonical(row.pose) == canonical(first.pose):
-        return reason, ""
+        return reason, "remove one of the rows"
     return f"{reason}, with another pose file", "use the path of the file as the uid, which may contain folders"
 
 
@@ -144,7 +149,7 @@ def _most_files_missing(
     return UserError(
         f"{len(without_file) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no pose file "
         f"of their own in {inputs.data.poses}, such as line {line}: {reason}",
-        f"check data.poses (--poses); if it is right: {remedy or 'remove one of the rows'}",
+        f"check data.poses (--poses); if it is right, {remedy}",
     )
 
 

@@ -32,6 +32,8 @@ from toolkit.errors import Interrupted, TooManyRejects, UserError
 from toolkit.poses.features import FEATURES_VERSION, NORMALISATION
 from toolkit.recipe.schema import Data
 
+# What programs write for a missing value; it may be a word as well.
+_LIKE_MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "undefined"}
 REJECT_COLUMNS = ("uid", "reason", "hint")
 MESSAGE_WHILE_WAITING = 30.0  # seconds
 # How long a shared file system may take to show a node what another one has written.
@@ -220,7 +222,7 @@ def _finish(plan: Plan, work: Work, out: Path) -> None:
     assert used + len(rejects) + len(plan.removed) == len(inputs.rows), "every row is a clip, a reject or removed"
     if len(rejects) > inputs.data.max_rejects * len(inputs.rows) or used == 0:
         shutil.rmtree(unfinished)
-        raise _too_many_rejects(inputs, rejects, out)
+        raise _too_many_rejects(inputs, rejects, out, any_used=used > 0)
     metadata = _metadata(plan, splits, records, len(rejects))
     for name in splits:
         finish_split(unfinished / name, inputs.landmark_set.width)
@@ -250,6 +252,9 @@ def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], n
     counts: Counter[str] = Counter(rejects=num_rejects)
     if inputs.data.shared_texts != "keep":
         counts["removed_shared_texts"] = len(plan.removed)
+    rows = [(file, row) for split in plan.splits.values() for row, file in split]
+    counts["same_recording"] = len(rows) - len({(file, row.start, row.end) for file, row in rows})
+    counts["texts_like_missing"] = sum(row.text.casefold() in _LIKE_MISSING for _, row in rows)
     lacking: Counter[str] = Counter()
     summaries = {name: {"clips": 0, "frames": 0} for name in splits}
     clips_checksum = xxhash.xxh3_64()
@@ -298,7 +303,7 @@ def _write_reasons(path: Path, columns: Sequence[str], rows: Sequence[tuple[int 
         writer.writerows(row[1:] for row in rows)
 
 
-def _too_many_rejects(inputs: Inputs, rejects: list[Reject], out: Path) -> UserError:
+def _too_many_rejects(inputs: Inputs, rejects: list[Reject], out: Path, *, any_used: bool) -> UserError:
     """The error for a preparation with too many rejects; their list is written beside ``out``."""
     listed = _rejects_beside(out)
     _write_reasons(listed, REJECT_COLUMNS, rejects)
@@ -312,10 +317,12 @@ def _too_many_rejects(inputs: Inputs, rejects: list[Reject], out: Path) -> UserE
             f"{inputs.data.table}, line {empty[0]}: the text is empty ({len(empty)} such rows)",
             "fill in these texts or remove the rows",
         )
+    allowed = f", data.max_rejects allows {100 * inputs.data.max_rejects:g} %" if any_used else ""
     return TooManyRejects(
-        f"{len(rejects)} of {len(inputs.rows)} clips ({share:.3g} %) cannot be used, data.max_rejects allows "
-        f"{100 * inputs.data.max_rejects:g} %; most often: {reason} ({number})",
-        f"{hint or 'correct the clips'}; all are listed in {listed}; or raise data.max_rejects (--max-rejects)",
+        f"{len(rejects)} of {len(inputs.rows)} clips ({share:.3g} %) cannot be used{allowed}; most often: {reason} "
+        f"({number})",
+        f"{hint or 'correct the clips'}; all are listed in {listed}"
+        + ("; or raise data.max_rejects (--max-rejects)" if any_used else ""),
     )
 
 

@@ -36,6 +36,7 @@ from toolkit.recipe.schema import Data
 
 CODE = Path(__file__).resolve().parents[2]
 LEAST_CLIPS = 256
+LATE_END = 1.0  # seconds by which a clip may end after its file without being counted
 ShardKey = tuple[str, int, int]
 """Split, number of the shard, and number of shards of the split."""
 _CHECK_RAY = "start the cluster by `ray start --head`, and check the address of its head"
@@ -88,7 +89,7 @@ class Record:
     """The result of one shard.
 
     ``counts`` are of clips that were shortened, normalised without shoulders, show no hands, have landmarks with a
-    confidence but without a place, have an unusual frame rate, or lack landmarks of the set.
+    confidence but without a place, end after their file, have an unusual frame rate, or lack landmarks of the set.
     """
 
     split: str
@@ -171,6 +172,7 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
         counts["normalised_without_shoulders"] += features.normalised_by == "spread"
         counts["without_hands"] += features.hands_visible == 0
         counts["points_without_place"] += features.without_place > 0
+        counts["end_beyond_file"] += row.end is not None and row.end > raw.num_frames / raw.fps + LATE_END
         counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
         counts["lacking_landmarks"] += bool(features.lacking)
         lacking.update("/".join(point) for point in features.lacking)

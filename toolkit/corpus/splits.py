@@ -71,7 +71,7 @@ def assign_splits(
     if len(order) < 1 + sum(share > 0 for share in wanted.values()):
         raise UserError(
             f"{table}: all {len(rows)} clips come from {len(order)} source videos, too few to split by video",
-            "add a column split to the table, or set data.dev_share=0 data.test_share=0",
+            "add a column split to the table, or set data.dev_share=0 data.test_share=0 (--dev-share 0 --test-share 0)",
         )
     split_of: dict[str, str] = {}
     position = 0
@@ -141,7 +141,7 @@ def remove_shared_texts(
         if rows and not kept[name]:
             raise UserError(
                 f"data.shared_texts={policy} leaves no clip in the split '{name}': all {len(rows)} texts are in train",
-                "split the table in another way, or set data.shared_texts=keep",
+                "split the table in another way, or set data.shared_texts=keep (--shared-texts keep)",
             )
     return kept, sorted(removed)
 

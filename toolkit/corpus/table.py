@@ -27,6 +27,11 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 """The names of columns in the tables of public corpora: our name -> theirs."""
 
+# A row takes about 300 bytes in memory, so a table of very short rows would take many times its own size.
+MOST_SHORT_ROWS = 500_000
+SHORT_ROW = 32
+"""Bytes; a table of more than ``MOST_SHORT_ROWS`` rows that are shorter, on average, is refused."""
+
 SPLIT_NAMES = {
     "training": "train",
     **dict.fromkeys(("val", "valid", "validation", "development"), "dev"),
@@ -71,14 +76,26 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row
     columns = dict(columns or {})
     unknown = sorted(set(columns) - set(CLIP_COLUMNS))
     if unknown:
+        reversed_pairs = [f"{theirs}={ours}" for ours, theirs in columns.items() if theirs in CLIP_COLUMNS]
         raise UserError(
-            f"data.columns maps unknown columns: {', '.join(unknown)}", f"known are {', '.join(CLIP_COLUMNS)}"
+            f"data.columns maps unknown columns: {', '.join(unknown)}",
+            f"write our name first, --columns {','.join(reversed_pairs)}"
+            if reversed_pairs
+            else f"our names are {', '.join(CLIP_COLUMNS)}: write --columns uid=NAME, with the table's name for it",
         )
     if not path.is_file():
         raise UserError(f"there is no table {path}", "set data.table (--table) to a CSV, TSV or JSONL file")
     required = [columns.get(name, name) for name in REQUIRED]
     records, separator = read_records(table_lines(path), path, required)
-    rows = list(_rows(records, columns, path, decimal_comma=separator == ";"))
+    rows: list[Row] = []
+    most = max(MOST_SHORT_ROWS, path.stat().st_size // SHORT_ROW)
+    for row in _rows(records, columns, path, decimal_comma=separator == ";"):
+        if len(rows) == most:
+            raise UserError(
+                f"{path} has more than {most:,} rows, of fewer than {SHORT_ROW} bytes on average",
+                "check data.table (--table): one row for each clip, with its uid and its text",
+            )
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rows", "write a header and one line for each clip")
     return rows
@@ -91,13 +108,13 @@ def _rows(
     for line, record in records:
         values: dict[str, Any] = {}
         for name in CLIP_COLUMNS:
-            source = columns.get(name, "" if name in ONLY_WHEN_MAPPED else name)
+            source = columns.get(name, None if name in ONLY_WHEN_MAPPED else name)
             if source not in record and (name in REQUIRED or name in columns):
                 raise UserError(
                     f"{path}, line {line} has no column '{source}' (it has {_column_names(record)})",
-                    f"name the column of the {name} by data.columns.{name}=NAME (--columns {name}=NAME)",
+                    _which_column(name, record),
                 )
-            values[name] = _text(record.get(source, ""), name, path, line)
+            values[name] = "" if source is None else _text(record.get(source, ""), name, path, line)
         values["text"] = " ".join(values["text"].split())
         values["split"] = _split(values["split"], path, line)
         values |= {name: _number(values[name], name, path, line, decimal_comma) for name in NUMBERS}
@@ -151,6 +168,21 @@ def _number(value: str, name: str, path: Path, line: int, decimal_comma: bool) -
             f"{path}, line {line}: {name} is '{value[:40]}'", f"write {NUMBERS[name]}, such as 12.5, or leave it empty"
         )
     return number
+
+
+def _which_column(name: str, record: Mapping[str, Any]) -> str:
+    """The remedy for a table without one of our columns."""
+    if len(record) == 1:
+        return "begin the table with the line uid,text and separate its columns by commas or tabs"
+    source = next((source for source, columns in PRESETS.items() if record.keys() >= set(columns.values())), None)
+    if source is not None and name in REQUIRED and name not in record:
+        given = " ".join(f"data.columns.{ours}={theirs}" for ours, theirs in PRESETS[source].items())
+        return f"give prepare.py --source {source}, or a recipe {given}"
+    spelled = next((column for column in record if column.casefold() == name), None)
+    theirs = spelled or "NAME"
+    mapped = f"name the column of the {name} by data.columns.{name}={theirs} (--columns {name}={theirs})"
+    before = "; where the first line is a clip, write one with the names of the columns before it"
+    return mapped if spelled else mapped + before
 
 
 def _column_names(record: Mapping[str, Any]) -> str:

@@ -24,13 +24,20 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_AS_JSONL = "write its records as JSONL: one object with uid and text a line"
+_LONGEST_MAGIC = 32
 _NO_TEXT = {
     b"PK\x03\x04": ("a spreadsheet or a zip", "save its sheet as 'CSV UTF-8'"),
     b"\xd0\xcf\x11\xe0": ("a spreadsheet", "save its sheet as 'CSV UTF-8'"),
     b"\x1f\x8b": ("compressed", "decompress it with gunzip"),
     b"PAR1": ("a Parquet file", "convert it with pandas.read_parquet(…).to_csv(…, index=False)"),
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), ("a web page", "download the table itself")),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the table itself", "download it by git lfs pull"),
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), ("a pickle", _AS_JSONL)),
+    **dict.fromkeys((b"\x93NUMPY", b"\x89HDF", b"SQLite format 3", b"ARROW1"), ("no text", _AS_JSONL)),
 }
 _AS_SURROGATE = "toolkit.as_surrogate"
+_SYMBOLS_OF_1252 = b"\x86\x87\x88\x89\x8b\x98\x9b"  # that do not follow a letter
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -50,7 +57,7 @@ def table_lines(path: Path) -> NumberedLines:
         UserError: the file is not text, or a line has bytes of another encoding, a NUL character or no end.
     """
     with open(path, "rb") as binary:
-        beginning = binary.read(4)
+        beginning = binary.read(_LONGEST_MAGIC)
     for magic, (kind, remedy) in _NO_TEXT.items():
         if beginning.startswith(magic):
             raise UserError(f"{path} is {kind}", remedy)
@@ -66,7 +73,10 @@ def table_lines(path: Path) -> NumberedLines:
                     "check data.table (--table): a CSV, TSV or JSONL file",
                 )
             if "\0" in line:
-                raise UserError(f"{path}, line {number} holds a NUL character", "remove it, or save the table as UTF-8")
+                raise UserError(
+                    f"{path}, line {number} holds a NUL character",
+                    "check data.table (--table): a text file in UTF-8" if number == 1 else "remove it",
+                )
             if not line.isascii():
                 if invalid := _SURROGATE.search(line):
                     ascii_before = all_ascii and line[: invalid.start()].isascii()
@@ -84,9 +94,16 @@ def _not_decodable(path: Path, number: int, line: str, at: int, encoding: str, a
     if encoding != "UTF-8" or not all_ascii_before:
         return UserError(f"{where}, but the lines before are", "correct this line")
     if _decodes(path, "cp1252"):
-        command = f"iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > NEW"
-        return UserError(where, f"save it as UTF-8; a table from Windows or Excel in Western languages by {command}")
+        origin, name = ("a Mac", "MACINTOSH") if _is_of_mac(byte, line[:at]) else ("Windows or Excel", "WINDOWS-1252")
+        command = f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > NEW"
+        return UserError(where, f"save it as UTF-8; a table from {origin} in Western languages by {command}")
     return UserError(where, "save it as UTF-8 with the program that wrote it")
+
+
+def _is_of_mac(byte: int, before: str) -> bool:
+    """Whether a byte is a letter in Mac OS Roman; in code page 1252 it would be a capital or a symbol within a word."""
+    in_1252 = bytes([byte]).decode("cp1252", "replace")
+    return byte < 0xA0 and before[-1:].islower() and (in_1252.isupper() or byte in _SYMBOLS_OF_1252)
 
 
 def _decodes(path: Path, encoding: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from toolkit.errors import UserError
 Records = Iterator[tuple[int, Mapping[str, Any]]]
 """The number of the line on which each record begins, and its values by column."""
 
+MOST_COLUMNS = 1000
+
+# jq: {"clip1": {"text": ...}, ...} becomes {"uid": "clip1", "text": ...} and so on.
+_ENTRIES = "'to_entries[] | {uid: .key} + .value'"
 _SEPARATORS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\1*', re.IGNORECASE)  # Excel's first line, when it has one
 _SPACES = re.compile(" *")
@@ -44,7 +49,13 @@ def read_records(lines: NumberedLines, path: Path, required: Sequence[str]) -> t
         return iter(()), ""
     number, line = first
     if line.lstrip().startswith("[{") or line.strip() == "[":
-        raise UserError(f"{path} is one JSON list", f"write one object a line: jq -c '.[]' {path.name} > NEW.jsonl")
+        raise UserError(
+            f"{path} is one JSON list", f"write one object a line: jq -c '.[]' {shlex.quote(str(path))} > NEW.jsonl"
+        )
+    if line.strip() == "{":
+        raise _one_object(
+            path, f"jq -c {_ENTRIES if _opens_object(lines) else '.'} {shlex.quote(str(path))} > NEW.jsonl"
+        )
     if path.suffix.lower() in (".jsonl", ".ndjson") or line.lstrip().startswith("{"):
         return _json_records(itertools.chain([first], lines), path), ""
     given = _SEPARATOR_LINE.fullmatch(line.strip(" "))
@@ -52,6 +63,18 @@ def read_records(lines: NumberedLines, path: Path, required: Sequence[str]) -> t
         number, line = next(lines, (number + 1, ""))
     separator = given[1] if given else _separator(line, required)
     return _delimited_records(itertools.chain([(number, line)], lines), separator, path, required), separator
+
+
+def _opens_object(lines: NumberedLines) -> bool:
+    """Whether the first value of an object that is written on several lines is an object."""
+    line = next((line for _, line in lines if line.strip()), "")
+    return line.rstrip().endswith("{")
+
+
+def _one_object(path: Path, command: str) -> UserError:
+    return UserError(
+        f"{path} is one JSON object on several lines or with all clips", f"write one object a line: {command}"
+    )
 
 
 def _separator(header: str, required: Sequence[str]) -> str:
@@ -163,6 +186,11 @@ def _names(values: list[str], number: int, path: Path) -> list[str]:
     names = [" ".join(value.split()) for value in values]
     while names and not names[-1]:
         names.pop()
+    if len(names) > MOST_COLUMNS:
+        raise UserError(
+            f"{path}, line {number} is a header of {len(names):,} columns, more than {MOST_COLUMNS:,}",
+            "check data.table (--table): a CSV, TSV or JSONL file with one line for each clip",
+        )
     twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
     if twice is not None:
         raise UserError(f"{path}, line {number} names a column twice: {twice[:40]}", "rename one of them")
@@ -263,14 +291,24 @@ def _json_records(lines: NumberedLines, path: Path) -> Records:
             record = json.loads(line, object_pairs_hook=_refuse_repeated_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}", "write one JSON object a line") from error
+        if isinstance(record, dict) and record and all(isinstance(value, dict) for value in record.values()):
+            raise _one_object(path, _converted(record, path))
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number} is not a JSON object", "write one JSON object a line")
         yield number, record
 
 
+def _converted(record: Mapping[str, Mapping[str, Any]], path: Path) -> str:
+    """The command that converts an object of one object for each clip, or for each column, as pandas writes."""
+    if len({tuple(value) for value in record.values()}) == 1 and all(map(str.isdecimal, next(iter(record.values())))):
+        return "pandas.read_json(…).to_json(…, orient='records', lines=True)"
+    return f"jq -c {_ENTRIES} {shlex.quote(str(path))} > NEW.jsonl"
+
+
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names '{next(name for name in names if names.count(name) > 1)[:40]}' twice")
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"it names '{name[:40]}' twice")
+        record[name] = value
     return record

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.poses.compressed import check_size
+from toolkit.poses.compressed import check_size, read_member
 from toolkit.poses.pickles import read_pickle
 from toolkit.poses.pose_file import PoseError
 
@@ -81,5 +81,5 @@ def _read_npz(content: bytes) -> dict[str, Any]:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
         wanted = [name for name in (*KEYPOINT_NAMES, *CONFIDENCE_NAMES, "fps") if name in members]
         check_size(sum(archive.getinfo(members[name]).file_size for name in wanted))
-        found = {name: _read_npy(archive.read(members[name])) for name in wanted}
+        found = {name: _read_npy(read_member(archive, archive.getinfo(members[name]))) for name in wanted}
     return found or dict.fromkeys(members)

@@ -29,6 +29,9 @@ USUAL_FPS = (10, 120)
 """Frame rates at which sign language is usually recorded; clips of other rates are counted."""
 
 
+_WRITE_SECONDS = "write start and end in seconds of the file: a number of frames or milliseconds is not converted"
+
+
 class PoseError(ValueError):
     """A clip cannot be used.
 
@@ -82,10 +85,13 @@ class RawPose:
             return self
         first = int(np.ceil(max(start or 0.0, 0.0) * self.fps - 1e-6))
         last = self.num_frames if end is None else min(self.num_frames, int(np.ceil(end * self.fps - 1e-6)))
+        length = self.num_frames / self.fps
+        if start is not None and end is not None and end <= start:
+            raise PoseError(f"its end, {end:g} s, is not after its start, {start:g} s", "correct start and end")
+        if end is not None and end > 2 * length + 1:
+            raise PoseError(f"its end, {end:g} s, is far beyond the file's, {length:.2f} s", _WRITE_SECONDS)
         if first >= last:
-            raise PoseError(
-                f"no frame between {start} s and {end} s: the file ends at {self.num_frames / self.fps:.2f} s"
-            )
+            raise PoseError(f"no frame between {start} s and {end} s: the file ends at {length:.2f} s", _WRITE_SECONDS)
         return RawPose(self.fps, self.header, self.data[first:last], self.confidence[first:last])
 
 
@@ -179,6 +185,8 @@ def _read_header(reader: _Reader) -> PoseHeader:
             return header
     (version,) = reader.unpack(_FLOAT)
     if version != 0 and round(version, 3) not in (0.1, 0.2):
+        if bytes(content[:23]) == b"version https://git-lfs":
+            raise PoseError("a pointer of Git LFS, not the file itself", "download the files by git lfs pull")
         raise PoseError("not a .pose file, or of an unknown version")
     width, _, _, num_components = reader.ushorts(4)
     if num_components == 0:

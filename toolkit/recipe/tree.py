@@ -73,4 +73,4 @@ def nearest(word: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "", cutoff: float = 0.6) -> str:
     """A hint for a word that is none of ``valid``: the nearest of them, if any is near, and what to do otherwise."""
     match = nearest(word, valid, cutoff)
-    return f"did you mean {prefix}{match}? {otherwise}" if match else otherwise
+    return f"did you mean {prefix}{match}? otherwise, {otherwise}" if match else otherwise
