@@ -1,142 +1,24 @@
-"""The training loop with an engine of plain torch: one step, what stops a run, and what is saved then."""
+"""One optimizer step with an engine of plain torch: loss, gradient, learning rates, and what stops a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.process_groups import group_of_one
+from tests.training.small_trainers import batches_of, group, make, names_of, watched
 from toolkit.checkpointing.checkpoints import Progress
-from toolkit.cluster.ranks import read_ranks
-from toolkit.corpus.packed import Corpus
-from toolkit.errors import Interrupted
-from toolkit.models.build import build_processor, build_translator
-from toolkit.recipe.resolve import ResolvedRun
-from toolkit.tracking.tracker import Tracker
+from toolkit.training import trainer as module
 from toolkit.training.monitoring.gradient_guard import TrainingStopped
-from toolkit.training.optimization.optimizers import parameter_groups
-from toolkit.training.run import start_loader
+from toolkit.training.optimization.schedules import scheduled_factor
 from toolkit.training.trainer import Trainer
 
-SMALL = (
-    *("model.tokenizer=bytes", "model.tiny=true", "model.dropout=0", "model.pose_encoder.dropout=0"),
-    *("training.global_batch_size=3", "training.micro_batch_size=2", "training.workers=0", "training.save_every=99"),
-    *("training.label_smoothing=0", "training.ctc_weight=0", "evaluation.ctc_weight=0", "training.epochs=3"),
-)
-
-
-class Engine:
-    """A DeepSpeed engine as far as the trainer uses it, on one rank at stage 0 or 1."""
-
-    device = torch.device("cpu")
-    dp_world_size = 1
-
-    def __init__(self, module: nn.Module, resolved: ResolvedRun) -> None:
-        self.module = module
-        self.optimizer = torch.optim.AdamW(parameter_groups(module, resolved))
-        self.steps = 0
-        self.is_boundary = False
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
-
-    @property
-    def training(self) -> bool:
-        return self.module.training
-
-    def train(self) -> None:
-        self.module.train()
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-    def set_gradient_accumulation_boundary(self, value: bool) -> None:
-        self.is_boundary = value
-
-    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None:
-        assert not scale_wrt_gas, "the trainer divides by the tokens of the step itself"
-        loss.backward()
-
-    def get_global_grad_norm(self) -> float:
-        return 123.0
-
-    def step(self) -> None:
-        assert self.is_boundary, "a step follows the last micro-batch"
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.steps += 1
-
-
-class Checkpoints:
-    """Counts what would be saved."""
-
-    models: frozenset[int] = frozenset()
-
-    def __init__(self) -> None:
-        self.saved: list[int] = []
-        self.waits = 0
-
-    def save(self, engine: Engine, progress: Progress) -> None:
-        self.saved.append(progress.step)
-
-    def wait(self) -> None:
-        self.waits += 1
-
-
-class Stops:
-    """A request to stop after some steps."""
-
-    def __init__(self, after: float = math.inf) -> None:
-        self.after = after
-        self.reason: str | None = None
-
-    def wanted(self) -> bool:
-        self.after -= 1
-        self.reason = "SIGTERM" if self.after <= 0 else None
-        return self.reason is not None
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Iterator[None]:
-    with group_of_one(tmp_path):
-        yield
-
-
-@pytest.fixture
-def make(resolve: Callable[..., ResolvedRun], corpus: Corpus) -> Callable[..., Trainer]:
-    def make(*overrides: str, interruptions: Stops | None = None, **settings: Any) -> Trainer:
-        resolved = resolve(*SMALL, *overrides)
-        resolved.run_dir.mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        processor = build_processor(resolved.recipe, corpus)
-        engine = Engine(build_translator(resolved, corpus, processor.tokenizer), resolved)
-        fakes: Any = {"checkpoints": Checkpoints(), "interruptions": interruptions or Stops()}
-        return Trainer(
-            engine,
-            [(group["name"], group["lr"]) for group in engine.optimizer.param_groups],
-            resolved=resolved,
-            ranks=read_ranks(),
-            corpus=corpus,
-            processor=processor,
-            tracker=Tracker([]),
-            progress=Progress(),
-            **fakes,
-            **settings,
-        )
-
-    return make
-
-
-def batches_of(trainer: Trainer) -> Any:
-    batches = start_loader(trainer.resolved, trainer.ranks, trainer.corpus, trainer.progress)
-    batches.set_tokenizer(trainer.processor.tokenizer)
-    return batches
+__all__ = ["group", "make"]
 
 
 def test_a_step_has_the_mean_loss_and_gradient_of_all_its_tokens(make: Callable[..., Trainer]) -> None:
@@ -158,6 +40,118 @@ def test_a_step_has_the_mean_loss_and_gradient_of_all_its_tokens(make: Callable[
     assert norms == pytest.approx([float(nn.utils.get_total_norm(gradients))], rel=1e-4)
     progress = trainer.progress
     assert (progress.step, progress.epoch_step, progress.clips, trainer.engine.steps) == (1, 1, 3, 1)
+    assert trainer.engine.boundaries == [False, True], "gradients are reduced after the last micro-batch"
+
+
+def fixed_losses(trainer: Trainer, nll: float, ctc: float) -> None:
+    """Give each micro-batch the same losses."""
+    trainer._losses = lambda batch: (  # type: ignore[method-assign]
+        torch.tensor(nll, requires_grad=True),
+        torch.tensor(ctc, requires_grad=True),
+    )
+
+
+def test_losses_are_divided_by_the_tokens_of_all_ranks_and_both_are_logged(make: Callable[..., Trainer]) -> None:
+    trainer = make("training.ctc_weight=0.5", "ds.zero_optimization.stage=1")
+    batches = next(batches_of(trainer))
+    trainer.ranks = replace(trainer.ranks, world_size=4)  # DeepSpeed divides by it
+    calls = watched(trainer, "meter", "tracker", "line", "rank_watch", "gradient_guard")
+    fixed_losses(trainer, 6.0, 4.0)
+    trainer.step(batches)
+    assert trainer.engine.losses == [(6 + 0.5 * 4) * 4 / 8] * 2
+    assert trainer.loss == 12 / 8
+    ((step, values),) = [call.args for call in calls.tracker.log.call_args_list]
+    assert (step, values["loss"], values["ctc_loss"], values["epoch"]) == (1, 12 / 8, 8 / 8, 1 / 2)
+    assert (values["grad_norm"], "step" in values) == (123.0, False)
+    assert calls.line.update.call_args.args[0].loss == 12 / 8
+    assert trainer.progress.seconds == 2.5
+
+
+def test_without_a_ctc_head_no_ctc_loss_is_logged(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    calls = watched(trainer, "tracker")
+    trainer.step(next(batches_of(trainer)))
+    assert "ctc_loss" not in calls.tracker.log.call_args.args[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_are_smoothed_in_training_alone(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    smoothing: list[float] = []
+    monkeypatch.setattr(module, "translation_losses", lambda *_, label_smoothing: smoothing.append(label_smoothing))
+    trainer = make("training.label_smoothing=0.25")
+    trainer.engine.module.train(training)
+    trainer._losses(next(batches_of(trainer))[0])
+    assert smoothing == [0.25 if training else 0]
+
+
+def test_parts_of_a_step_have_their_order(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make("training.ema=0.9")
+    stream = batches_of(trainer)
+    first, second = next(stream), next(stream)
+    calls = watched(trainer, "meter", "rank_watch", "gradient_guard")
+    calls.engine.step.side_effect = trainer.engine.step
+    trainer.engine.step = calls.engine.step
+    monkeypatch.setattr(module, "update_average", calls.update_average)
+    trainer.step(first)
+    once = ["rank_watch.begin", "meter.begin", "meter.forward", "meter.forward", "gradient_guard.check", "engine.step"]
+    once += ["update_average", "rank_watch.end", "meter.end"]
+    assert names_of(calls) == once
+    calls.rank_watch.begin.assert_called_once_with(1)
+    calls.update_average.assert_called_once_with(trainer.engine, 0.9, 1)
+    trainer.step(second)
+    assert names_of(calls)[len(once) :] == [name for name in once if name != "gradient_guard.check"]
+
+
+def test_learning_rates_follow_the_schedule_and_are_logged(make: Callable[..., Trainer]) -> None:
+    trainer = make("training.warmup_ratio=0.5")
+    calls = watched(trainer, "tracker")
+    stream = batches_of(trainer)
+    peak = trainer.recipe.training.learning_rate
+    peaks = [rate for _, rate in trainer.peaks]
+    for step in range(3):
+        trainer.step(next(stream))
+        factor = scheduled_factor(trainer.recipe.training, step, trainer.total_steps, None)
+        assert trainer.engine.rates[-1] == pytest.approx([rate * factor for rate in peaks])
+        assert calls.tracker.log.call_args.args[1]["learning_rate"] == pytest.approx(peak * factor)
+    assert trainer.engine.rates[0] != trainer.engine.rates[1]
+
+
+def test_a_backbone_is_frozen_for_the_first_steps(make: Callable[..., Trainer]) -> None:
+    trainer = make("training.freeze_backbone_steps=2")
+    calls = watched(trainer, "freeze")
+    stream = batches_of(trainer)
+    of_backbone = [place for place, (name, _) in enumerate(trainer.peaks) if name == "backbone"]
+    for step in range(4):
+        trainer.step(next(stream))
+        rates = [trainer.engine.rates[-1][place] for place in of_backbone]
+        assert any(rates) == (step >= 2)
+        assert calls.freeze.thaw.call_count == (step >= 2)
+    assert of_backbone
+
+
+@pytest.mark.parametrize(("step", "is_frozen"), [(1, True), (2, True), (3, False)])
+def test_a_run_that_resumes_freezes_what_was_frozen(make: Callable[..., Trainer], step: int, is_frozen: bool) -> None:
+    trainer = make("training.freeze_backbone_steps=2", progress=Progress(step=step))
+    assert (trainer.freeze is not None) == is_frozen, "the step that thaws it needs it, too"
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_jump_of_the_loss_is_a_warning_of_rank_0(
+    make: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, is_main: bool
+) -> None:
+    trainer = make()
+    calls = watched(trainer, "tracker", "line", "loss_spikes")
+    if not is_main:
+        trainer.ranks = replace(trainer.ranks, rank=1)
+    calls.loss_spikes.see.return_value = "it jumped"
+    trainer.step(next(batches_of(trainer)))
+    assert calls.loss_spikes.see.call_args.args[:2] == (1, trainer.loss)
+    assert calls.line.echo.called == is_main and ("it jumped" in caplog.text) == is_main
+    event = {"args": (1, {"warning": "it jumped"}), "kwargs": {"kind": "event"}}
+    logged = [{"args": call.args, "kwargs": call.kwargs} for call in calls.tracker.log.call_args_list]
+    assert (event in logged) == is_main
 
 
 def test_above_stage_0_the_norm_is_that_of_deepspeed(make: Callable[..., Trainer]) -> None:
@@ -182,46 +176,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(make: Callabl
     assert all(torch.equal(value, before[name]) for name, value in trainer.engine.module.state_dict().items())
 
 
-def test_a_request_to_stop_saves_the_step_and_ends_the_run(make: Callable[..., Trainer]) -> None:
-    trainer = make(interruptions=Stops(after=2))
-    with pytest.raises(Interrupted, match=r"SIGTERM .*step 2 .*\b6$"):
-        trainer.run(batches_of(trainer))
-    assert trainer.checkpoints.saved == [2] and trainer.checkpoints.waits == 1  # type: ignore[attr-defined]
+def test_clips_are_listed_by_the_rank_whose_loss_is_not_finite(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    batches = next(batches_of(trainer))
+    monkeypatch.setattr(module.dist, "all_reduce", lambda sums: sums.fill_(math.nan))  # that of another rank
+    with pytest.raises(TrainingStopped, match="step 1"):
+        trainer._sum_over_ranks([1.0, 1.0, 0.0], batches)
+    assert not list(trainer.resolved.run_dir.glob("not_finite*"))
 
 
-def test_a_request_in_the_last_step_does_not_interrupt(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    trainer = make("training.max_steps=2", interruptions=Stops(after=2))
-    trainer.run(batches_of(trainer))
-    assert trainer.checkpoints.saved == [2]  # type: ignore[attr-defined]
-    assert trainer.progress.kept == [(2, None)], "without a dev split the last model is kept"
-    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+def test_all_ranks_stop_where_one_is_requested_to(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    summed: list[Any] = []
 
+    def of_two_ranks(own: list[float], batches: Any) -> list[float]:
+        summed.append(own[2])
+        return [own[0], own[1], own[2] + 1]
 
-def test_a_target_loss_ends_the_run(make: Callable[..., Trainer]) -> None:
-    trainer = make(target_loss=math.inf)
-    trainer.run(batches_of(trainer))
-    assert trainer.progress.step == trainer.total_steps == 1
-
-
-def test_evaluations_without_a_better_one_end_the_run(make: Callable[..., Trainer]) -> None:
-    trainer = make("training.early_stopping=2", "training.eval_every=1")
-    trainer.corpus.splits["dev"] = trainer.corpus.splits["test"]
-    trainer.progress.kept = [(1, 0.5)]
-
-    def evaluate() -> None:
-        trainer.progress.evaluations_since_best += 1
-
-    trainer.evaluate = evaluate  # type: ignore[method-assign]
-    trainer.run(batches_of(trainer))
-    assert (trainer.progress.step, trainer.progress.epoch) == (4, 1), "two epochs of two steps, of three"
-    assert trainer.checkpoints.saved == [4]  # type: ignore[attr-defined]
-    assert trainer.progress.kept == [(1, 0.5)]
-
-
-def test_leaving_a_trainer_closes_what_was_opened_for_it(make: Callable[..., Trainer]) -> None:
-    closed: list[str] = []
-    with make() as trainer:
-        trainer.on_exit.callback(closed.append, "first")
-        trainer.on_exit.callback(closed.append, "last")
-        assert closed == []
-    assert closed == ["last", "first"]
+    monkeypatch.setattr(trainer, "_sum_over_ranks", of_two_ranks)
+    assert trainer.step(next(batches_of(trainer))) is True
+    assert summed == [False]
