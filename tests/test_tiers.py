@@ -17,7 +17,10 @@ class Item:
     def __init__(self, root: Path, path: str, *marks: str) -> None:
         self.path = root / path
         self.config = SimpleNamespace(rootpath=root)
-        self.get_closest_marker = marks.__contains__
+        self.marks = marks
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name in self.marks else None
 
 
 def fast_of(*items: Any) -> tuple[list[Any], list[Any]]:
