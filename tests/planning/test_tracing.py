@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from toolkit.errors import UserError
 from toolkit.models.backbone import layer_list
 from toolkit.models.backbone_config import backbone_config, fit_dropout
 from toolkit.models.loss import GPU_SCORES, translation_losses
+from toolkit.planning import plan
 from toolkit.planning.costs import tracing
 from toolkit.planning.costs.counts import adapted_translator
 from toolkit.planning.costs.kernels import as_on_gpu
 from toolkit.planning.costs.tracing import shorten, trace
+from toolkit.planning.plan import Subject
 from toolkit.recipe.load import load_recipe
 
 SHAPE = {"clips": 4, "frames": 60, "tokens": 9}
@@ -94,3 +97,33 @@ def test_the_model_is_as_it_was_after_a_trace() -> None:
     assert (functional.dropout, functional.linear, functional.scaled_dot_product_attention, torch.matmul) == before
     assert all(parameter.grad is None for parameter in shortened.model.parameters())
     assert len(layer_list(shortened.model.backbone.get_encoder())) <= 2
+
+
+def test_a_fault_of_a_pass_is_not_taken_for_a_model_that_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("demo", ["model.tiny=true"])
+    subject = Subject.of(recipe, rows=40)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(plan, "trace", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        subject.trace(2, 60, 9, {}, checkpointing=False)
+
+    def by_values(*_: object, **__: object) -> None:
+        raise NotImplementedError("aten::nonzero")
+
+    monkeypatch.setattr(plan, "trace", by_values)
+    with pytest.raises(UserError):
+        subject.trace(2, 60, 9, {}, checkpointing=False)
+
+
+@pytest.mark.parametrize("name", ["t5_small", "demo"])
+def test_a_pass_on_a_cpu_keeps_the_scores_of_its_attention(name: str) -> None:
+    shortened = shorten(empty(name))
+    settings = {**SHAPE, "dtype": torch.bfloat16}
+    gpu, cpu = trace(shortened, **settings), trace(shortened, **settings, on_cpu=True)
+    assert cpu.saved > 1.02 * gpu.saved
+    assert cpu.peak > gpu.peak
+    again = trace(shortened, **settings)
+    assert (again.saved, again.peak) == (gpu.saved, gpu.peak), "the model stays as it was"

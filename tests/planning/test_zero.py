@@ -84,3 +84,12 @@ def test_the_states_of_a_pass_are_all_that_the_plan_counts_beside_activations() 
     assert item.states["gradients"] == item.kept_gradients + item.gradients
     assert item.states["gathered weights"] == item.gathered
     assert item.states["buckets"] == item.kept_buckets + item.buckets
+
+
+def test_nvme_is_read_through_buffers_in_host_memory() -> None:
+    on_host = memory("zero3_nvme", 2)
+    on_disk = memory("zero3_nvme", 2, offload_param={"device": "nvme", "buffer_count": 3, "buffer_size": 10**8})
+    assert on_disk.nvme == on_host.nvme + 2e9 / 2
+    assert on_disk.host == pytest.approx(on_host.host - 2e9 / 2 + 3 * 2e8)
+    fewer = memory("zero3_nvme", 2, offload_optimizer={"device": "nvme", "buffer_count": 2})
+    assert on_host.host - fewer.host == pytest.approx(2 * 4 * 1e8)  # two buffers of a sub-group

@@ -16,7 +16,7 @@ from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_row
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
 from toolkit.planning.costs.counts import Weight, adapted_translator
-from toolkit.planning.costs.tracing import Trace, TracedModel, shorten, trace
+from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
 from toolkit.planning.costs.zero import Items, ZeroMemory, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
@@ -100,7 +100,7 @@ class Subject:
                     checkpointing=checkpointing,
                     ctc_weight=self.recipe.training.ctc_weight,
                 )
-            except (RuntimeError, NotImplementedError) as error:
+            except UNTRACEABLE as error:
                 # A model that decides by the values of tensors, which the meta device does not have.
                 raise UserError(
                     f"model.backbone={self.recipe.model.backbone}: its passes cannot be traced without memory: "

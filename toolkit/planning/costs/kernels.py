@@ -1,4 +1,4 @@
-"""Stand-ins for torch's kernels on the meta device: they keep for the backward pass what those of a GPU keep."""
+"""Stand-ins for kernels while a pass is traced without memory: they keep for the backward pass what real ones keep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from toolkit.cpu import attention as cpu_attention
+from toolkit.cpu import dropout as cpu_dropout
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -105,3 +108,30 @@ def as_on_gpu(autocast: bool) -> Iterator[None]:
         for name in stand_ins:
             setattr(functional, name, originals[name])
         setattr(torch, "matmul", originals["matmul"])  # noqa: B010
+
+
+@contextmanager
+def as_on_cpu(autocast: bool) -> Iterator[None]:
+    """Within it random numbers are not drawn, and the CTC loss keeps what its kernel keeps; all else runs as it is."""
+
+    def draw_kept(like: Tensor, p: float) -> Tensor:
+        torch.empty(like.numel() // 4 + 1, dtype=torch.int64)
+        return torch.empty_like(like)
+
+    def ctc(log_probabilities: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Ctc.apply(log_probabilities, len(targets) // log_probabilities.shape[1])
+
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (cpu_dropout, "draw_kept", draw_kept),
+        (cpu_attention, "draw_kept", draw_kept),
+        (functional, "ctc_loss", ctc),
+    ]
+    originals = [getattr(place, name) for place, name, _ in stand_ins]
+    try:
+        for place, name, stand_in in stand_ins:
+            setattr(place, name, stand_in)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            yield
+    finally:
+        for (place, name, _), original in zip(stand_ins, originals, strict=True):
+            setattr(place, name, original)

@@ -2,29 +2,46 @@
 
 Tensors on the meta device have shapes and no memory, so a pass of any size takes about a second. Every storage that an
 operation makes counts from then until Python or autograd drops it. Encoder and decoder keep two layers each; what their
-last one adds is multiplied by the layers that were left out. Where torch has other kernels on a GPU than on the meta
+last one adds is multiplied by the layers that were left out. For ranks on CPUs fake tensors say that they are on a CPU,
+so that its own layers run. Where torch has other kernels on a GPU than on the meta
 device (attention, dropout, autocast), stand-ins keep what those kernels keep (``kernels.py``).
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from toolkit.cpu.layers import use_cpu_layers
 from toolkit.models.backbone import layer_list
-from toolkit.models.loss import GPU_SCORES, translation_losses
+from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
-from toolkit.planning.costs.kernels import as_on_gpu
+from toolkit.planning.costs.kernels import as_on_cpu, as_on_gpu
 
 LAYERS = 2  # that are traced of each stack
+# What torch raises where a model reads values, which tensors without memory do not have.
+UNTRACEABLE = (
+    NotImplementedError,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten._unsafe_index_put.default")
 
 
@@ -79,6 +96,7 @@ def trace(
     autocast: bool = False,
     checkpointing: bool = False,
     ctc_weight: float = 0.0,
+    on_cpu: bool = False,
 ) -> Trace:
     """Trace one micro-batch.
 
@@ -89,31 +107,71 @@ def trace(
         autocast: whether matrix products of fp32 parameters are computed in bf16.
         checkpointing: whether layers are recomputed in the backward pass.
         ctc_weight: of the recipe.
+        on_cpu: whether the rank is on a CPU.
     """
     model = traced.model
-    model.to(dtype).train()
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else None
+    if fake:
+        traced = TracedModel(_faked(model, dtype, fake), traced.left_out)
+        model = traced.model
+    else:
+        model.to(dtype)
+    model.train()
     _set_checkpointing(model, checkpointing)
     config = model.config
     points = config.num_points
-    meta = torch.device("meta")
-    with meta:
+    device = torch.device("cpu" if on_cpu else "meta")
+    mode = fake or nullcontext()
+    with mode, device:
         poses = torch.empty(clips, frames, points, config.num_channels)
         visible = torch.empty(clips, frames, points, dtype=torch.bool)
         mask = torch.empty(clips, frames, dtype=torch.bool)
         labels = torch.empty(clips, tokens, dtype=torch.int64)
         special = torch.empty(3, dtype=torch.int64)
     live = _Live([*model.parameters(), *model.buffers()])
-    with as_on_gpu(autocast), _watching(model, live) as marks, live:
+    kernels = as_on_cpu(autocast) if on_cpu else as_on_gpu(autocast)
+    with mode, kernels, _watching(model, live) as marks, live:
         for tensor in (poses, visible, mask, labels):
             live.add(tensor)
         nll, ctc = translation_losses(
-            model, poses, visible, mask, labels, special, label_smoothing=0.1, scores_at_once=GPU_SCORES
+            model,
+            poses,
+            visible,
+            mask,
+            labels,
+            special,
+            label_smoothing=0.1,
+            scores_at_once=CPU_SCORES if on_cpu else GPU_SCORES,
         )
         loss = nll + ctc_weight * ctc
         saved = live.live
         live.region, live.backward = "scores", True
         torch.autograd.backward(loss)
     return _extrapolate(traced, marks, live, saved)
+
+
+def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> PoseTranslator:
+    """A copy with the layers of a CPU, whose parameters and buffers are fake tensors there."""
+    model = copy.deepcopy(model)
+    use_cpu_layers(model)
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    kept = [*model.parameters(), *model.buffers()]  # no identity is given twice
+    with mode:
+        for module in model.modules():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                setattr(module, name, fake(tensor))
+    del kept
+    return model
 
 
 @dataclass
@@ -248,7 +306,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func)
-        if name == "aten._local_scalar_dense.default" and args[0].is_meta:
+        if name == "aten._local_scalar_dense.default" and (args[0].is_meta or isinstance(args[0], FakeTensor)):
             # Models ask whether a mask hides nothing: here every batch has padding.
             return False if args[0].dtype == torch.bool else 1
         by_mask = name in INDEXING and _by_mask(args[1])

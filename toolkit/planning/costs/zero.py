@@ -30,7 +30,9 @@ PACKED_BYTES = {"int8": 1.0, "nf4": (4 + 0.127) / 8}
 MOMENTS = {"adamw": (2, 4.0), "adamw8bit": (2, 1.0), "lion": (1, 4.0), "muon": (1, 4.0), "adafactor": (0, 4.0)}
 # DeepSpeed's engine sums gradients in buckets of so many numbers where no ZeRO optimizer does.
 ENGINE_BUCKET = 500_000_000
-SWAP_BUFFERS = 4  # buffers of a sub-group through which NVMe is read and written
+# Buffers through which NVMe is read and written, unless the JSON says how many: of a sub-group of optimizer states, and
+# of a parameter; and the numbers in one for a parameter.
+STATE_BUFFERS, PARAMETER_BUFFERS, PARAMETER_BUFFER = 4, 5, 100_000_000
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,12 @@ def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: f
         if optimizer == "nvme":
             group = min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), own)
             nvme, over_link = states, over_link + 2 * states
-            states = SWAP_BUFFERS * group * BYTES["fp32"]
+            count = float(value_at(config, "zero_optimization.offload_optimizer.buffer_count") or STATE_BUFFERS)
+            states = count * group * master
         host = states + held + memory.average
         pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
-        # Below stage 3 the device sums gradients; an H100 held the sum twice (measured, not found in the source).
+        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup); a log
+        # of all tensors on CPU ranks finds it once. An H100's peak has room for a second one, whose cause is not known.
         gradients = 2 * memory.gradients if stage < 3 else memory.gradients
         memory = replace(
             memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, gradients=gradients, update=0.0
@@ -233,6 +237,9 @@ def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: f
         over_link += 2 * memory.gathered
         if parameters == "nvme":
             nvme += weights
+            count = float(value_at(config, "zero_optimization.offload_param.buffer_count") or PARAMETER_BUFFERS)
+            each = float(value_at(config, "zero_optimization.offload_param.buffer_size") or PARAMETER_BUFFER)
+            host, pinned = host + count * each * size, pinned + count * each * size  # always page-locked
         else:
             host += weights
             pinned += weights if value_at(config, "zero_optimization.offload_param.pin_memory") else 0.0
