@@ -226,7 +226,7 @@ def padded(resolved: ResolvedRun, corpus: Corpus) -> None:
         started, clips = time.perf_counter(), 0
         for _ in range(steps):
             for _ in range(resolved.accumulation_steps):
-                batch = next(loader)
+                batch = next(loader).to(own_device())
                 with torch.autocast(batch.poses.device.type, torch.bfloat16):
                     loss = mean_loss(model, batch) / resolved.accumulation_steps
                 loss.backward()

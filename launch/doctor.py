@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.cluster.checks import examine
 from toolkit.cluster.environment import describe_environment
-from toolkit.cluster.ops import OPS, build_ops, use_extensions_dir
+from toolkit.cluster.ops import ARCHITECTURES, OPS, build_ops, use_extensions_dir
 from toolkit.errors import exit_code_of, parsed
 
 MARKS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
@@ -35,8 +36,10 @@ def main() -> None:
     build.add_argument("names", nargs="*", metavar="OP", help=f"{', '.join(OPS)}; default: shm_comm")
     build.add_argument("--force", action="store_true", help="remove what a killed build left and build from scratch")
     arguments = parsed(parser.parse_args)
+    architectures = os.environ.get(ARCHITECTURES, "")
     use_extensions_dir()
-    command = (lambda: _build(arguments)) if arguments.command == "build-ops" else (lambda: _report(arguments.json))
+    is_build = arguments.command == "build-ops"
+    command = (lambda: _build(arguments)) if is_build else (lambda: _report(architectures, as_json=arguments.json))
     sys.exit(exit_code_of(command, debug=arguments.debug))
 
 
@@ -50,8 +53,8 @@ def _build(arguments: argparse.Namespace) -> None:
         print(json.dumps({"ops": {name: round(value, 1) for name, value in seconds.items()}}))
 
 
-def _report(as_json: bool) -> None:
-    environment, findings = describe_environment(), examine()
+def _report(architectures: str, *, as_json: bool) -> None:
+    environment, findings = describe_environment(), examine(architectures)
     if as_json:
         print(json.dumps({"environment": environment, "findings": [asdict(finding) for finding in findings]}))
         return

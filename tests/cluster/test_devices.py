@@ -1,12 +1,22 @@
 """The rank's device, and how torch is set to use it, with pretended GPUs."""
 
+import inspect
 import re
+import warnings
 
 import pytest
 import torch
 from torch import distributed as dist
 
-from toolkit.cluster.devices import barrier, check_bound, choose_device, own_device, use_device
+from toolkit.cluster.devices import (
+    UNBOUND_BARRIER,
+    attention_kernels,
+    barrier,
+    check_bound,
+    choose_device,
+    own_device,
+    use_device,
+)
 from toolkit.cluster.ranks import Ranks
 from toolkit.errors import UserError
 
@@ -96,3 +106,43 @@ def test_a_group_that_is_bound_to_another_gpu_is_found(gpus, monkeypatch, ranks,
     else:
         with pytest.raises(RuntimeError, match=wrong):
             check_bound()
+
+
+@pytest.fixture
+def fresh_attention():
+    """cuDNN's attention is enabled, as torch starts with it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize("choose", [lambda: use_device(Ranks(1, 1, 2, 2)), lambda: choose_device("cuda:1")])
+def test_cudnn_has_no_part_in_attention_on_gpus(gpus, fresh_attention, choose):
+    gpus(2)
+    assert "cudnn" in attention_kernels()
+    choose()
+    assert attention_kernels() == ["flash", "memory-efficient", "math"]
+
+
+def test_a_cpu_has_one_attention_kernel(gpus):
+    gpus(0)
+    assert attention_kernels() == ["cpu"]
+
+
+@pytest.mark.parametrize(("ranks", "heard"), [(1, 0), (2, 1)])
+def test_barriers_of_a_single_rank_are_not_warned_of(gpus, monkeypatch, ranks, heard):
+    gpus(1)
+    use_device(Ranks(0, 0, ranks, ranks))
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(type(dist.group), "WORLD", property(lambda _: Group(torch.device("cuda", 0))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_bound()
+        warnings.warn("barrier(): using the device under current context. You can", stacklevel=1)
+    assert len(caught) == heard
+
+
+def test_torch_still_words_that_warning_so():
+    source = re.sub(r'"\s+"', "", inspect.getsource(inspect.unwrap(dist.barrier)))
+    assert re.search(UNBOUND_BARRIER, source)

@@ -53,6 +53,28 @@ def test_a_stale_lock_is_in_the_list_of_what_is_wrong(tmp_path, monkeypatch):
     assert len(found) == 1 and found[0].state == "missing" and "--force" in found[0].remedy
 
 
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("9.0a", "export TORCH_CUDA_ARCH_LIST='9.0'"),
+        ("Hopper", "unset TORCH_CUDA_ARCH_LIST"),
+        ("8.0 9.0", None),
+        ("8.0;9.0+PTX", None),
+        ("", None),
+    ],
+)
+def test_capabilities_that_the_builder_cannot_read_are_reported(given, remedy):
+    found = [finding for finding in examine(given) if finding.name == "TORCH_CUDA_ARCH_LIST"]
+    assert [(finding.state, finding.remedy) for finding in found] == ([("note", remedy)] if remedy else [])
+
+
+@pytest.mark.process
+def test_the_command_reports_the_capabilities_as_they_were_given():
+    done = run_doctor("--json", TORCH_CUDA_ARCH_LIST="9.0a")
+    findings = json.loads(done.stdout.splitlines()[-1])["findings"]
+    assert any("'9.0a'" in finding["detail"] for finding in findings)
+
+
 @pytest.mark.process
 def test_json_is_one_object_on_the_last_line():
     done = run_doctor("--json")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from toolkit.cluster.logs import LIBRARIES, prints_to_log, show_errors_only
+from toolkit.cluster.logs import LIBRARIES, log_to_file, prints_to_log, show_errors_only
 
 
 @pytest.fixture
@@ -13,6 +13,29 @@ def logged(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)
     caplog.set_level(logging.INFO, logger="toolkit")
     return caplog
+
+
+@pytest.fixture
+def libraries():
+    """The loggers of the libraries, which are as they were afterwards."""
+    names = ("toolkit", *LIBRARIES)
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in map(logging.getLogger, names)]
+    yield
+    logging.captureWarnings(False)
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_what_bitsandbytes_says_at_every_product_is_logged_once(libraries, tmp_path):
+    log_to_file(tmp_path / "log.txt")
+    for _ in range(3):
+        for dtype in ("bfloat16", "float32"):
+            text = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
+            logging.getLogger("bitsandbytes.autograd._functions").warning(text, dtype)
+        logging.getLogger("transformers.trainer").warning("something else")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [sum(word in line for line in lines) for word in ("bfloat16", "float32", "something else")] == [1, 1, 3]
 
 
 def test_what_a_library_prints_is_logged_line_by_line(logged, capsys):

@@ -195,3 +195,36 @@ def test_probing_for_a_library_works_while_deepspeed_is_kept_quiet(capfd):
         print("compiler's chatter")
         assert sys.stderr.fileno() > 2
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "corrected"),
+    [
+        ("9.0a", "9.0"),  # as NVIDIA's images have it
+        ("8.0 9.0a+PTX", "8.0;9.0+PTX"),
+        ("9.0;9.0a;", "9.0"),
+        ("10.0f", "10.0"),
+        ("8.0;9.0+PTX", "8.0;9.0+PTX"),
+        ("Hopper", ""),  # the GPUs that are here
+        ("8.0;Hopper", ""),
+        ("", ""),
+    ],
+)
+def test_capabilities_that_the_builder_cannot_read_are_corrected(given, corrected, monkeypatch, extensions):
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    ops.use_extensions_dir()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == corrected
+
+
+def test_the_builder_reads_what_was_corrected_and_nothing_else(monkeypatch):
+    from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
+
+    builder = FusedAdamBuilder()
+    builder.jit_mode = True
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    with pytest.raises(ValueError, match="0a"):
+        builder.compute_capability_args()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", ops.readable_architectures("9.0a"))
+    builder.compute_capability_args()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0+PTX"

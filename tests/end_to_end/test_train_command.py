@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def test_the_run_directory_holds_everything(finished: tuple[Path, Any, list[str]
     assert resolved.accumulation_steps == 2
     assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
     assert json.loads((run_dir / "environment.json").read_text())["packages"]["deepspeed"]
-    assert (run_dir / "log.txt").is_file()
+    (attention,) = re.findall(r"attention: (.+); kernels enabled for sdpa: cpu", (run_dir / "log.txt").read_text())
+    assert "cpu_sdpa" in attention
     assert [path.name for path in sorted((run_dir / "predictions").iterdir())] == [
         "predictions_epoch_001.csv",
         "predictions_epoch_002.csv",

@@ -73,11 +73,15 @@ def test_what_needs_a_gpu_host_is_refused_elsewhere(ds, key, tmp_path):
     assert run_of(*arguments, ds=ds, world_size=ranks, has_gpu=True).zero_stage == int(ds[4])
 
 
-def test_parameters_kept_on_each_node_need_whole_nodes():
-    message = error_of("t5_small", ds="zero3_plus_plus", world_size=4, has_gpu=True).message
-    assert "zero_hpz_partition_size=8" in message and "4 ranks" in message
-    four = "ds.zero_optimization.zero_hpz_partition_size=4"
-    assert run_of("t5_small", four, ds="zero3_plus_plus", world_size=4, has_gpu=True).zero_stage == 3
+@pytest.mark.parametrize("world_size", [1, 2, 4, 12])
+def test_parameters_kept_on_each_node_need_whole_nodes(world_size):
+    error = error_of("t5_small", ds="zero3_plus_plus", world_size=world_size, has_gpu=True)
+    assert "zero_hpz_partition_size=8" in error.message and f"{world_size} ranks" in error.message
+    on_one_node = re.search(r"ds\.\S+=null", error.hint)
+    assert on_one_node
+    for remedy in (on_one_node[0], f"ds.zero_optimization.zero_hpz_partition_size={min(world_size, 4)}"):
+        resolved = run_of("t5_small", remedy, ds="zero3_plus_plus", world_size=world_size, has_gpu=True)
+        assert resolved.zero_stage == 3
 
 
 def test_every_run_has_a_swap_folder_of_its_own(tmp_path):

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.cluster.environment import GIB, gpus
-from toolkit.cluster.ops import OPS, REBUILD, is_built, stale_locks, use_extensions_dir
+from toolkit.cluster.ops import (
+    ARCHITECTURES,
+    OPS,
+    REBUILD,
+    architecture_words,
+    is_built,
+    readable_architectures,
+    stale_locks,
+    use_extensions_dir,
+)
 from toolkit.cpu.shared_memory import SHARED_MEMORY, orphaned_buffers
 
 # DeepSpeed's all-reduce buffer of one rank on the CPU.
@@ -28,13 +37,17 @@ class Finding:
     remedy: str = ""  # how to correct it; empty where nothing is wrong
 
 
-def examine() -> list[Finding]:
-    """Check everything that a run needs, the most basic first."""
+def examine(architectures: str = "") -> list[Finding]:
+    """Check everything that a run needs, the most basic first.
+
+    ``architectures`` is TORCH_CUDA_ARCH_LIST as the user gave it, before it was corrected.
+    """
     devices = gpus()
     return [
         _device(devices),
         _compiler(),
         *([_cuda_toolkit()] if devices else []),
+        *_architectures(architectures),
         *(_op(name) for name in OPS),
         *_locks(),
         _memory(),
@@ -87,6 +100,20 @@ def _cuda_toolkit() -> Finding:
         "no nvcc: DeepSpeed's GPU ops cannot be built",
         'install the CUDA toolkit, or keep `"torch_adam": true` in the DeepSpeed JSON',
     )
+
+
+def _architectures(given: str) -> list[Finding]:
+    used = readable_architectures(given)
+    if set(architecture_words(used)) == set(architecture_words(given)):
+        return []
+    return [
+        Finding(
+            ARCHITECTURES,
+            "note",
+            f"DeepSpeed cannot read '{given}': its ops are built for {used or 'the GPUs that are here'}",
+            f"export {ARCHITECTURES}='{used}'" if used else f"unset {ARCHITECTURES}",
+        )
+    ]
 
 
 def _op(name: str) -> Finding:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from toolkit.cluster.secrets import RedactingFormatter
 
 LIBRARIES = ("DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "py.warnings")
+
+
+# It warns at every product in int8 that its input is cast to fp16: thousands of times a step.
+REPEATS = "bitsandbytes"
 
 
 class _LogFile(logging.FileHandler):
@@ -20,6 +24,21 @@ class _LogFile(logging.FileHandler):
         pass
 
 
+def _said_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter that leaves out what the library that repeats its messages has said before."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != REPEATS:
+            return True
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new
+
+    return is_new
+
+
 def log_to_file(log: Path | None) -> None:
     """Send the logs of DeepSpeed, transformers and the toolkit to a file without secrets; None drops them."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -27,6 +46,7 @@ def log_to_file(log: Path | None) -> None:
 
         deepspeed.accelerator.get_accelerator()
     handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
+    handler.addFilter(_said_once())
     handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in ("toolkit", *LIBRARIES):

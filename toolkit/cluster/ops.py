@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,11 +28,16 @@ OPS = {
 }
 # DeepSpeed's folder and file names where they differ from the op's.
 EXTENSION_NAMES = {"shm_comm": "deepspeed_shm_comm"}
+# A capability as DeepSpeed's builder reads it, and what torch allows beyond: `9.0a`, the features of one GPU alone.
+CAPABILITY = re.compile(r"(\d+\.\d+)[af]?(\+PTX)?")
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 REBUILD = "python launch/doctor.py build-ops --force"
 
 
 def use_extensions_dir() -> Path | None:
     """Point torch's extension builds into this Python environment; call before DeepSpeed is imported.
+
+    TORCH_CUDA_ARCH_LIST becomes one that DeepSpeed's builder can read: it does so even to load an op that is built.
 
     A folder of the environment's own is never shared between two torch versions and is removed with the environment.
     The environment's own ninja comes first, activated or not: another version builds every op again.
@@ -39,6 +45,8 @@ def use_extensions_dir() -> Path | None:
     Returns:
         The folder, or None where the environment is read-only and torch's default in the user's cache is used.
     """
+    if ARCHITECTURES in os.environ:
+        os.environ[ARCHITECTURES] = readable_architectures(os.environ[ARCHITECTURES])
     tools = str(Path(sys.executable).parent)
     own = shutil.which("ninja", path=tools)
     if own and shutil.which("ninja") != own:
@@ -51,6 +59,21 @@ def use_extensions_dir() -> Path | None:
     folder = Path(sys.prefix) / "torch_extensions"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
+
+
+def readable_architectures(given: str) -> str:
+    """The value of TORCH_CUDA_ARCH_LIST, corrected for DeepSpeed's builder; empty to build for the GPUs that are here.
+
+    The builder reads ``9.0`` and ``9.0+PTX``, and fails with ``9.0a``, which NVIDIA's images set, and with names.
+    """
+    read = [CAPABILITY.fullmatch(word) for word in architecture_words(given)]
+    corrected = [f"{match[1]}{match[2] or ''}" for match in read if match]
+    return ";".join(dict.fromkeys(corrected)) if len(corrected) == len(read) else ""
+
+
+def architecture_words(given: str) -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST."""
+    return [word for word in re.split(r"[;\s]", given) if word]
 
 
 def op_folder(name: str) -> Path | None:

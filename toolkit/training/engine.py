@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit.checkpointing.zero_shards import base_optimizer
+from toolkit.cluster.devices import attention_kernels
 from toolkit.cluster.logs import prints_to_log
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
+
+log = logging.getLogger("toolkit")
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
@@ -28,6 +33,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
 
     if uses_cpu_code():
         use_cpu_layers(module)
+    log.info(_attention_line(module))
     with prints_to_log():
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -40,6 +46,14 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # the setting alone compiles nothing
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
+
+
+def _attention_line(module: nn.Module) -> str:
+    """Which attention the model runs, for the log."""
+    parts = getattr(module, "backbone", module).modules()
+    names = [part.config._attn_implementation for part in parts if isinstance(part, PreTrainedModel)]
+    functions = sorted({name for name in names if name})
+    return f"attention: {', '.join(functions)}; kernels enabled for sdpa: {', '.join(attention_kernels())}"
 
 
 def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float, backbone_factor: float) -> None:

@@ -34,9 +34,12 @@ def combination_problems(config: Tree, *, has_gpu: bool, world_size: int) -> Ite
         yield UserError(message, "set ds.zero_optimization.stage=1 or ds.data_types=null")
     node = value_at(config, "zero_optimization.zero_hpz_partition_size")
     if has_gpu and isinstance(node, int) and node > 0 and world_size % node:
+        key = "ds.zero_optimization.zero_hpz_partition_size"
         yield UserError(
             f"zero_optimization.zero_hpz_partition_size={node} does not divide {world_size} ranks",
-            "set ds.zero_optimization.zero_hpz_partition_size to the number of GPUs of a node",
+            f"on one node set {key}=null: it is for several nodes"
+            if world_size < node
+            else f"set {key} to the number of GPUs of a node, or {key}=null on one node",
         )
     operation = value_at(config, "gradient_allreduce_op")
     if operation not in (None, "mean"):
