@@ -299,3 +299,16 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path) -> None:
     poses = open_poses(tmp_path / "p")
     reason, _ = poses.reason_not_found(Row("\u00dcbung", "t"))
     assert "the nearest is \\udcdcbung.pose" in reason and reason.encode("utf-8")
+
+
+def test_a_member_whose_header_holds_no_name_is_a_reject(tmp_path: Path) -> None:
+    path = tmp_path / "poses.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.pose", b"pose")
+    content = bytearray(path.read_bytes())
+    content[7] |= 0x08  # of the member's own header: its name is UTF-8
+    content[30] = 0xFF  # which no such name begins with
+    path.write_bytes(content)
+    poses = open_poses(path)
+    with pytest.raises(PoseError):
+        poses.read(poses.files["a.pose"])

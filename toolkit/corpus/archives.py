@@ -323,7 +323,7 @@ class _Zip:
     def read(self, key: zipfile.ZipInfo) -> bytes:
         try:
             return read_member(self._archive, key)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
             raise PoseError(f"the file cannot be read from the zip: {error}") from error
 
 
