@@ -111,7 +111,7 @@ def _output_is_closed() -> bool:
 
 
 def discard_unwritten_output() -> None:
-    """Write what is still buffered for standard output, or drop it, lest Python fail with it once more at exit."""
+    """Write what is still buffered for standard output, or drop it: Python would fail with it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

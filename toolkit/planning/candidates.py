@@ -90,7 +90,7 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
         world_size: number of GPUs.
 
     Raises:
-        UserError: it cannot be had, is no encoder-decoder, or reads no vectors.
+        UserError: it cannot be loaded, is no encoder-decoder, or reads no vectors.
     """
     own = {"from_scratch": True} if card_of(recipe.model) else {}  # a card's dimensions need no hub
     model = recipe.model.model_copy(update={"lora": None, "quantization": None, "freeze": [], **own})

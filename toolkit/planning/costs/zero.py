@@ -226,8 +226,8 @@ def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: f
             states = count * group * master
         host = states + held + memory.average
         pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
-        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup); a log
-        # of all tensors on CPU ranks finds it once. An H100's peak has room for a second one, whose cause is not known.
+        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup). An
+        # H100's peak has room for a second one, whose cause is not known.
         gradients = 2 * memory.gradients if stage < 3 else memory.gradients
         memory = replace(
             memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, gradients=gradients, update=0.0
