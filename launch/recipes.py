@@ -142,7 +142,11 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from toolkit.poses.landmarks import load_landmark_set
+
     run = _resolve(arguments)
+    if not run.recipe.data.corpus:
+        load_landmark_set(run.recipe.data.landmarks)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
     if arguments.json:
         print(json.dumps({"ok": True, **_to_dict(run), "missing": missing}))

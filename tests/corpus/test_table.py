@@ -242,3 +242,11 @@ def test_json_texts_are_whole_or_refused_with_their_line(tmp_path) -> None:
 @pytest.mark.nightly
 def test_many_json_texts_are_whole_or_refused_with_their_line(tmp_path) -> None:
     _check_json(tmp_path, 20_000)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("poses", "folder"), ("nowhere.csv", "no")])
+def test_a_path_that_is_no_file_is_named_with_what_it_is(tmp_path, name: str, kind: str) -> None:
+    (tmp_path / "poses").mkdir()
+    with pytest.raises(UserError, match=kind) as refusal:
+        read_table(tmp_path / name)
+    assert str(tmp_path / name) in refusal.value.message

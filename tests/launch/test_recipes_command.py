@@ -99,6 +99,7 @@ def test_check_says_what_would_run(tmp_path):
     [
         (["check", "t5_small", "--world-size", "129"], "training.global_batch_size=129"),
         (["check", "t5_small", "ds.fp16.enabled=true"], "NaN in fp16"),
+        (["check", "t5_small", "data.landmarks=unisign_96"], "unisign_69"),
         (["show", "t5_smal"], "did you mean t5_small?"),
         (["show", "t5_small", "--ds", "zero9"], "'zero9'"),
         (["show", "t5_small", "training.epoch=3"], "did you mean training.epochs?"),

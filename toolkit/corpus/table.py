@@ -84,7 +84,8 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[Row
             else f"our names are {', '.join(CLIP_COLUMNS)}: write --columns uid=NAME, with the table's name for it",
         )
     if not path.is_file():
-        raise UserError(f"there is no table {path}", "set data.table (--table) to a CSV, TSV or JSONL file")
+        what = f"{path} is a folder, not a table" if path.is_dir() else f"there is no table {path}"
+        raise UserError(what, "set data.table (--table) to a CSV, TSV or JSONL file")
     required = [columns.get(name, name) for name in REQUIRED]
     records, separator = read_records(table_lines(path), path, required)
     rows: list[Row] = []
