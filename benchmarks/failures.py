@@ -33,7 +33,7 @@ RESULTS = HERE / "results" / "failures.json"
 FAULTS = ("step_1", "memory", "loader", "evaluation", "saving", "killed")
 RANKS = (2, 4)
 TURNS = 3
-MESSAGE_S, GONE_S = 10.0, 30.0
+MESSAGE_S, GONE_S = 10, 30
 POLL_S = 0.02
 PATIENCE_S = 120.0
 # Rank 1 fails before the second step; the others wait for it in the all-reduce of that step.
