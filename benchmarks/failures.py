@@ -119,12 +119,16 @@ def bare_seconds(folder: Path) -> tuple[float, float]:
     folder.mkdir()
     script, out, fault = folder / "bare.py", folder / "out.txt", folder / "time"
     script.write_text(BARE, encoding="utf-8")
+    words = [*launcher(2), str(script), str(fault)]
     with out.open("w") as file:
-        process = subprocess.Popen(
-            [*launcher(2), str(script), str(fault)], stdout=file, stderr=subprocess.STDOUT, env=environment()
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment())
     run = Run(psutil.Process(process.pid), folder, out, process.wait)
-    return seconds(run, fault, "RuntimeError: injected")
+    try:
+        return seconds(run, fault, "RuntimeError: injected")
+    finally:  # ranks that the launcher ends leave DeepSpeed's shared memory behind
+        port = words[words.index("--master_port") + 1]
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink()
 
 
 def row(name: str, turns: list[tuple[float, float]]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def over_limit(reader: str, files: Mapping[str, tuple[Path, int]]) -> dict[str, 
         files: path and uncompressed size by name.
 
     Returns:
-        by name, how much was taken and allowed.
+        by name, how much was taken and allowed, or that reading died.
     """
     done = subprocess.run(
         [sys.executable, __file__, reader, *(path for path, _ in files.values())],
@@ -67,7 +67,7 @@ def over_limit(reader: str, files: Mapping[str, tuple[Path, int]]) -> dict[str, 
     grown = [int(line) for line in done.stdout.split()]
     allowed = [10 * size + SLACK for _, size in files.values()]
     return {
-        name: f"{taken / 2**20:.0f} MiB, allowed {limit / 2**20:.0f}"
+        name: f"{taken / 2**20:.0f} MiB, allowed {limit / 2**20:.0f}" if taken >= 0 else "another error than documented"
         for name, taken, limit in zip(files, grown, allowed, strict=True)
         if not 0 <= taken <= limit
     }

@@ -2,7 +2,9 @@
 
 import pytest
 
-from toolkit.recipe.batches import batch_in_words, micro_batch_sizes, num_micro_batches
+from tests.recipe.resolving import error_of, run_of
+from toolkit.recipe.batches import MicroBatchChoice, batch_in_words, micro_batch_sizes, num_micro_batches
+from toolkit.recipe.resolve import ResolvedRun
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,27 @@ def test_as_few_as_the_limit_allows_and_as_equal_as_they_can_be(clips, world_siz
 def test_a_frame_budget_leaves_the_number_open():
     words = "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
     assert batch_in_words(128, 6, 16, 4000) == words
+
+
+def test_auto_is_a_micro_batch_size_that_is_chosen_later(tmp_path):
+    run = run_of("t5_small", "training.micro_batch_size=auto", world_size=6)
+    assert run.recipe.training.micro_batch_size == "auto"
+    assert run.batch.endswith("(training.micro_batch_size=auto)")
+    chosen = run.with_choice(MicroBatchChoice(16, 4000, "it fits", "6 GPUs", "1"))
+    assert (chosen.clip_limit, chosen.frame_limit) == (16, 4000)
+    assert (chosen.micro_batch_size, chosen.accumulation_steps) == (11, 2)
+    assert chosen.deepspeed["train_micro_batch_size_per_gpu"] == 11
+    assert chosen.deepspeed["train_batch_size"] == 6 * 2 * 11
+    assert chosen.batch == "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
+    chosen.save(tmp_path)
+    again = ResolvedRun.load(tmp_path)
+    assert again.choice == chosen.choice
+    assert again.recipe.training.micro_batch_size == "auto"
+    run_of("t5_small", world_size=6).save(tmp_path)
+    assert not (tmp_path / "micro_batch.json").exists(), "a number was chosen by nobody"
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "2.5", "automatic", "true", "[4]", "null"])
+def test_a_micro_batch_size_is_auto_or_a_number(wrong):
+    error = error_of("t5_small", f"training.micro_batch_size={wrong}")
+    assert "training.micro_batch_size" in error.message

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tests.recipe.resolving import error_of, run_of, write
 from toolkit.errors import UserError
-from toolkit.recipe.batches import MicroBatchChoice
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.deepspeed.keys import KNOWN, OWNED
 from toolkit.recipe.load import load_recipe, recipe_keys, recipe_names
@@ -351,30 +350,6 @@ def test_a_run_is_loaded_from_its_directory(tmp_path):
         resolve_named(str(again.run_dir / "recipe.yaml"), [], 6, has_gpu=False, needs_data=False).deepspeed
         == run.deepspeed
     )
-
-
-def test_auto_is_a_micro_batch_size_that_is_chosen_later(tmp_path):
-    run = run_of("t5_small", "training.micro_batch_size=auto", world_size=6)
-    assert run.recipe.training.micro_batch_size == "auto"
-    assert run.batch.endswith("(training.micro_batch_size=auto)")
-    chosen = run.with_choice(MicroBatchChoice(16, 4000, "it fits", "6 GPUs", "1"))
-    assert (chosen.clip_limit, chosen.frame_limit) == (16, 4000)
-    assert (chosen.micro_batch_size, chosen.accumulation_steps) == (11, 2)
-    assert chosen.deepspeed["train_micro_batch_size_per_gpu"] == 11
-    assert chosen.deepspeed["train_batch_size"] == 6 * 2 * 11
-    assert chosen.batch == "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
-    chosen.save(tmp_path)
-    again = ResolvedRun.load(tmp_path)
-    assert again.choice == chosen.choice
-    assert again.recipe.training.micro_batch_size == "auto"
-    run_of("t5_small", world_size=6).save(tmp_path)
-    assert not (tmp_path / "micro_batch.json").exists(), "a number was chosen by nobody"
-
-
-@pytest.mark.parametrize("wrong", ["0", "-1", "2.5", "automatic", "true", "[4]", "null"])
-def test_a_micro_batch_size_is_auto_or_a_number(wrong):
-    error = error_of("t5_small", f"training.micro_batch_size={wrong}")
-    assert "training.micro_batch_size" in error.message
 
 
 def test_a_broken_file_of_a_run_directory_is_named(tmp_path):
