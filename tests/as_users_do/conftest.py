@@ -89,4 +89,5 @@ def at_first_contact(
     data = ["data.source=table", f"data.table={many_clips / 'table.csv'}", f"data.poses={many_clips / 'poses'}"]
     with serving(shelves[0]) as hub:
         own = {"PATH": path, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
+        own["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
         yield User(shelves[1], kept | own | {"PYTHONPATH": python_path()}, data, hub)
