@@ -114,7 +114,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cpu.allocator import return_freed_memory
     from toolkit.evaluation import inputs
     from toolkit.evaluation.splits import score_splits
+    from toolkit.models.conditions import check_conditions
     from toolkit.models.loading.load import fetch_translator, load_processor
+    from toolkit.recipe.prompts import placeholders
     from toolkit.scoring.addends import make_bleu
     from toolkit.scoring.neural import parse_neural
 
@@ -131,6 +133,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     log_to_file(None)
     processor, generation = load_processor(arguments.model)
     inputs.check_fit(corpus, processor)
+    check_conditions(placeholders(processor.feature_extractor.prefix_template), corpus, names, processor.tokenizer)
     search = inputs.search_settings(settings, recipe, arguments.overrides, processor.tokenizer)
     beams = search.get("num_beams", generation.num_beams) or 1
     if arguments.n_best > beams:

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.fitting.deepspeed_json import AUTO, fit_deepspeed
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
+    from toolkit.models.conditions import check_recipe_conditions
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
     from toolkit.training.run import train, train_overfit
@@ -151,6 +152,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     def check_start() -> tuple[Start, str | None]:
         check_corpus(corpus, None if new else resolved.run_dir, start)
+        check_recipe_conditions(resolved.recipe, corpus)
         return start, extend_schedule(resolved, corpus, start)
 
     # Rank 0 reads for all ranks: on a shared file system others may see the run directory as it was half a minute ago.

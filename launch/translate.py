@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from toolkit.inference.translate_files import Translation
 
 
+# What a user may say about the clips, if the model was trained with it.
+CONDITIONS = {
+    "language": "sign language of the clips",
+    "target_language": "language of the texts, as the model's tokenizer writes it (hi_IN, hin_Deva)",
+    "prompt": "a prompt, if the model was trained with prompts",
+    "context": "what is known from elsewhere, such as the sentence before",
+}
+
+
 def main() -> None:
     arguments = parsed(parse)
     sys.exit(exit_code_of(lambda: run(arguments), debug=arguments.debug))
@@ -56,6 +65,8 @@ def parse() -> argparse.Namespace:
         metavar="SECONDS",
         help="least overlap of windows (default 4, at most a quarter of a window)",
     )
+    for name, meaning in CONDITIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=meaning)
     parser.add_argument("--srt", type=Path, metavar="FILE.srt", help="write subtitles of the one clip")
     parser.add_argument("--vtt", type=Path, metavar="FILE.vtt", help="write subtitles of the one clip, for browsers")
     parser.add_argument(
@@ -100,6 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_video_support()
 
     model, processor = load(arguments)
+    conditions = given_conditions(arguments, processor)
     from toolkit.inference.translate_files import BATCH_FRAMES, Windowing, translate_clips
 
     search: dict[str, Any] = {}
@@ -115,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
         n_best=arguments.n_best,
         batch_frames=arguments.batch_frames or BATCH_FRAMES,
         num_beams=beams,
+        conditions=conditions,
         **search,
     )
     rejects: list[Translation] = []
@@ -141,6 +154,26 @@ def run(arguments: argparse.Namespace) -> None:
             f"{len(rejects):,} of {len(sources):,} clips could not be translated (listed above; all others are done)",
             f"correct them, or allow more by --max-rejects {len(rejects) / len(sources):.2g}",
         )
+
+
+def given_conditions(arguments: argparse.Namespace, processor: Any) -> dict[str, str]:
+    """What the command line says about the clips.
+
+    Raises:
+        UserError: the model was not trained with it.
+    """
+    from toolkit.models.processor import conditions_of
+
+    given = {name: value for name in CONDITIONS if (value := getattr(arguments, name))}
+    known = conditions_of(processor)
+    for name in given:
+        if name not in known:
+            options = ", ".join(f"--{item.replace('_', '-')}" for item in known)
+            raise UserError(
+                f"--{name.replace('_', '-')}: the model was trained without a {name.replace('_', ' ')} of each clip",
+                f"give one of {options}, or none" if options else "leave it out",
+            )
+    return given
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:

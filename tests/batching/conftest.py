@@ -32,6 +32,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="session")
+def told_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Clips of which something is known besides their poses."""
+    clips = [
+        dataclasses.replace(make_clip(index, 8 + index), language=f"language{index}", context=f"context{index}")
+        for index in range(45)
+    ]
+    folder = tmp_path_factory.mktemp("data") / "told"
+    return write_corpus(folder, {"train": clips}, load_landmark_set("hands_body_50"), fps=12.5)
+
+
+@pytest.fixture(scope="session")
 def wordy_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Clips whose texts are so long that one batch fills the pipe between a worker and its parent."""
     clips = [dataclasses.replace(make_clip(index, 30), text="word " * 50_000) for index in range(45)]

@@ -52,6 +52,35 @@ def train(corpus, tokenizer):
     return run
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_prefixes_are_of_their_clips_and_drop_the_same_words_wherever_they_are_read(
+    told_corpus, tokenizer, resolve, dropout: float
+) -> None:
+    model = {"backbone": "t5_small", "prefix": "{language} {context}", "condition_dropout": dropout}
+
+    def prefixes(*, micro: int, epoch: int = 0, workers: int = 0) -> dict[int, str]:
+        resolved = resolve(micro=micro, accumulation=12 // micro, model=model, training={"workers": workers})
+        stream = train_batches(
+            told_corpus.splits["train"], tokenizer, resolved, landmark_set=told_corpus.landmark_set, epoch=epoch
+        )
+        read = {}
+        for batch in (batch for step in stream for batch in step):
+            for clip, ids in zip(batch.clips.tolist(), batch.prefix_ids, strict=True):
+                read[clip] = tokenizer.decode(ids[ids >= 0])
+        return read
+
+    whole = {clip: f"language{clip} context{clip}" for clip in range(45)}
+    first = prefixes(micro=4)
+    assert first == prefixes(micro=6, workers=1)
+    if not dropout:
+        assert first == whole
+    else:
+        left_out = sum(len(whole[clip].split()) - len(first[clip].split()) for clip in whole)
+        assert 25 <= left_out <= 65  # of 90; both words or either
+        assert first != prefixes(micro=4, epoch=1)
+        assert set(" ".join(first.values()).split()) < set(" ".join(whole.values()).split())
+
+
 def assert_same(first: Batch, second: Batch) -> None:
     assert first.uids == second.uids
     for name in ("poses", "visible", "frame_mask", "labels", "is_filler", "clips"):

@@ -57,6 +57,18 @@ def test_a_landmark_with_any_unusable_channel_is_missing_in_all(tmp_path, bad: f
     assert missing[1, 7].all() and missing.sum() == 3 and np.isfinite(clip.features[~missing]).all()
 
 
+def test_conditions_are_packed_and_corpora_without_them_are_read(tmp_path, monkeypatch) -> None:
+    known = {"language": "ins", "target_language": "hi_IN", "prompt": "shortly", "context": "It rains."}
+    features = np.zeros((3, 50, 3), np.float16)
+    clips = [Clip("a", "b", features, **known), Clip("c", "d", features)]
+    split = write_corpus(tmp_path / "new", {"train": clips}, SET, 12.5).splits["train"]
+    assert [clip.conditions for clip in split] == list(split.conditions()) == [known, dict.fromkeys(known, "")]
+    monkeypatch.setattr("toolkit.corpus.writer.TEXT_COLUMNS", ("uid", "text", "video", "language"))
+    split = write_corpus(tmp_path / "old", {"train": clips}, SET, 12.5).splits["train"]
+    assert [clip.language for clip in split] == ["ins", ""] and not split.clip(0).context
+    assert next(split.conditions()) == dict.fromkeys(known, "") | {"language": "ins"}
+
+
 def test_features_are_read_only_views(corpus: Corpus) -> None:
     features = corpus.splits["train"].clip(300).features
     assert features.dtype == np.float16 and not features.flags.owndata and not features.flags.writeable

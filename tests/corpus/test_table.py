@@ -40,6 +40,13 @@ def test_a_quoted_text_may_span_lines(tmp_path) -> None:
     assert [row.text for row in rows] == ["one two", "three"]
 
 
+def test_what_is_known_of_a_clip(tmp_path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('uid,text,language,target_language,hint,context\na,b,ins,hi_IN,shortly,"It\nrains."\n')
+    (row,) = read_table(path, {"prompt": "hint"})
+    assert (row.language, row.target_language, row.prompt, row.context) == ("ins", "hi_IN", "shortly", "It rains.")
+
+
 def test_times_count_only_when_they_are_mapped(tmp_path) -> None:
     path = _table(tmp_path, "uid,text,start,end\na,x,1.5,2\n")
     assert read_table(path)[0].start is None

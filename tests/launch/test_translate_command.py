@@ -194,6 +194,8 @@ def test_a_clip_beyond_what_the_model_reads_is_split(translate, clip_files: Clip
         (["clips.zip", "--window", "4", "--overlap", "3"], ["--overlap 3", "0 to 2"]),
         (["clips.zip", "--srt", "x.srt"], ["--srt", "6"]),
         (["clips.zip", "--device", "nowhere"], ["--device nowhere"]),
+        (["clips.zip", "--language", "ins"], ["--language", "trained without"]),
+        (["clips.zip", "--target-language", "hi_IN"], ["--target-language", "trained without"]),
         (["clips.zip", "--model", "folder"], ["folder", "config.json"]),
         (["clips.zip", "--model", "runs"], ["runs"]),
         (["clips.zip", "--model", "no_processor"], ["no_processor", "processor_config.json"]),

@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from tests.written_corpora import write_corpus
+from toolkit.batching.languages import language_id
 from toolkit.corpus.packed import Clip
 from toolkit.errors import UserError
 from toolkit.models.backbone import decoder_inputs
 from toolkit.models.build import build_processor, build_translator
-from toolkit.models.tokenizers import language_id, make_tokenizer, text_frame
+from toolkit.models.tokenizers import make_tokenizer, text_frame
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import resolve_named

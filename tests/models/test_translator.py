@@ -104,7 +104,7 @@ def test_joint_search_follows_a_ctc_head_that_is_sure(
     model = translator(search=0.9)
     spelled = [10, 11, 11]
 
-    def sure(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sure(hidden: torch.Tensor, mask: torch.Tensor, prefix_ids: None) -> tuple[torch.Tensor, torch.Tensor]:
         blank = model.config.backbone["vocab_size"]
         scores = torch.zeros(*mask.shape, blank + 1)
         scores[..., blank] = 20.0

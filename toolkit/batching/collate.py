@@ -7,7 +7,7 @@ no labels, so it does not count in a loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from toolkit.batching.languages import language_tokens
+
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Clip
 
 IGNORED_LABEL = -100
+NO_TOKEN = -1  # pads prefixes
 # Bits of a float16: the mask of all but the sign, and infinity, above which all patterns are NaN.
 HALF_WITHOUT_SIGN, HALF_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
 
@@ -37,6 +40,9 @@ class Batch:
     is_filler: Tensor  # bool [clips]; outputs of a filler must be ignored
     num_frames: int  # without padding and fillers
     num_target_tokens: int  # labels without padding and fillers
+    target_languages: list[str] = field(default_factory=list)  # of the texts; empty where the table has none
+    prefixes: list[str] | None = None  # of each clip, in words; None where all clips have the same
+    prefix_ids: Tensor | None = None  # int64 [clips, tokens], -1 where padded; the same in tokens
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -60,7 +66,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Any) -> Batch:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: move(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
 
@@ -90,6 +96,7 @@ def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
         is_filler=is_filler,
         num_frames=int(frame_mask[~is_filler].sum()),
         num_target_tokens=0,
+        target_languages=[clip.target_language for clip in clips],
     )
 
 
@@ -118,9 +125,17 @@ def pad_features(features: Sequence[npt.NDArray[np.float16]]) -> tuple[Tensor, T
 def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
     """Turn a padded batch's texts into its labels; longer targets are truncated and keep their end of sentence."""
     labels = target_labels(batch.texts, tokenizer, max_target_tokens)
+    if (tokens := language_tokens(tokenizer, batch.target_languages)) is not None:
+        labels[:, 0] = torch.tensor(tokens)
     labels[batch.is_filler] = IGNORED_LABEL
     batch.labels, batch.num_target_tokens = labels, int((labels != IGNORED_LABEL).sum())
     return batch
+
+
+def prefix_tokens(prefixes: Sequence[str], tokenizer: Any, max_tokens: int) -> Tensor:
+    """Tokenise the prefixes of clips: int64 [clips, tokens], padded with -1; longer ones are truncated."""
+    encoded = tokenizer(list(prefixes), add_special_tokens=False)["input_ids"]
+    return _padded([ids[:max_tokens] for ids in encoded], NO_TOKEN)
 
 
 def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> Tensor:
@@ -132,7 +147,11 @@ def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) 
             # The tokenizer truncates the words and keeps its special tokens, the end of sentence among them.
             ids = tokenizer(text_target=text, truncation=True, max_length=max_target_tokens)["input_ids"]
         rows.append(ids)
-    labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, np.int64)
-    for row, ids in enumerate(rows):
-        labels[row, : len(ids)] = ids
-    return torch.from_numpy(labels)
+    return _padded(rows, IGNORED_LABEL)
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    ids = np.full((len(rows), max(map(len, rows))), padding, np.int64)
+    for row, values in enumerate(rows):
+        ids[row, : len(values)] = values
+    return torch.from_numpy(ids)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from toolkit.batching.collate import Batch, add_labels, pad
+from toolkit.batching.collate import Batch, add_labels, pad, prefix_tokens
 from toolkit.batching.order import (
     Indices,
     epoch_order,
@@ -28,6 +28,7 @@ from toolkit.batching.order import (
 )
 from toolkit.batching.workers import start_workers
 from toolkit.poses.augmentation import augment, draw_lengths, is_off
+from toolkit.recipe.prompts import fill, placeholders
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Clip, Split
@@ -102,7 +103,12 @@ def train_batches(
     augmentation = (
         None if is_off(recipe.augmentation) else partial(_augmented, recipe=recipe, landmark_set=landmark_set)
     )
-    dataset, labeller = _Padded(split, augmentation), Labeller(tokenizer, recipe.training.max_target_tokens)
+    model, training = recipe.model, recipe.training
+    prefix = None
+    if model.prefix and placeholders(model.prefix):
+        prefix = Prefix(model.prefix, model.condition_dropout, training.seed)
+    dataset = _Padded(split, augmentation, prefix)
+    labeller = Labeller(tokenizer, training.max_target_tokens, model.max_prefix_tokens)
     tasks = itertools.chain.from_iterable(steps_ahead)
     batches: Iterator[Batch]
     if recipe.training.workers:
@@ -148,6 +154,8 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     max_target_tokens: int = MAX_REFERENCE_TOKENS,
+    prefix: str = "",
+    max_prefix_tokens: int = 0,
 ) -> Iterator[Batch]:
     """Every clip of a split exactly once over all ranks, longest first, nothing augmented.
 
@@ -155,9 +163,10 @@ def evaluation_batches(
     one filler. They are loaded in this process, because the search takes far longer.
 
     A clip longer than ``batch_frames`` is alone in its batch. References longer than ``max_target_tokens`` are
-    truncated in ``labels``, but not in ``texts``.
+    truncated in ``labels``, but not in ``texts``. ``prefix`` names conditions of the clips, or is empty.
     """
-    dataset, labeller = _Padded(split, None), Labeller(tokenizer, max_target_tokens)
+    dataset = _Padded(split, prefix=Prefix(prefix) if prefix else None)
+    labeller = Labeller(tokenizer, max_target_tokens, max_prefix_tokens)
     for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
         yield labeller(dataset[MicroBatch(share)])
 
@@ -179,17 +188,41 @@ def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: L
     return batch
 
 
-class Labeller:
-    """Gives a batch its labels; the tokenizer must be set before the first batch."""
+@dataclass(frozen=True)
+class Prefix:
+    """Words before the poses that differ from clip to clip."""
 
-    def __init__(self, tokenizer: Any, max_target_tokens: int) -> None:
+    template: str
+    dropout: float = 0.0  # probability, per clip and condition, that a prefix leaves it out
+    seed: int = 0
+
+    def of(self, clip: Clip, index: int, epoch: int) -> str:
+        """The prefix of the clip at ``index``; what it leaves out depends on (seed, epoch, index) alone."""
+        conditions = clip.conditions
+        if self.dropout:
+            drawn = np.random.default_rng((self.seed, epoch, 3, index)).random(len(conditions))
+            conditions = {
+                name: value
+                for (name, value), chance in zip(conditions.items(), drawn, strict=True)
+                if chance >= self.dropout
+            }
+        return fill(self.template, conditions)
+
+
+class Labeller:
+    """Gives a batch its labels and the tokens of its prefixes; the tokenizer must be set before the first batch."""
+
+    def __init__(self, tokenizer: Any, max_target_tokens: int, max_prefix_tokens: int = 0) -> None:
         # The few short texts of a batch do not profit from threads, and the library warns of forks after using them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
+        self.max_prefix_tokens = max_prefix_tokens
 
     def __call__(self, batch: Batch) -> Batch:
         try:
+            if batch.prefixes is not None:
+                batch.prefix_ids = prefix_tokens(batch.prefixes, self.tokenizer, self.max_prefix_tokens)
             return add_labels(batch, self.tokenizer, self.max_target_tokens)
         except Exception as error:
             error.add_note(_clips_note(batch.uids))
@@ -199,9 +232,15 @@ class Labeller:
 class _Padded(Dataset[Batch]):
     """Loads batches without labels, in the worker processes."""
 
-    def __init__(self, split: Split, augmentation: Callable[[Batch, MicroBatch], Batch] | None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        augmentation: Callable[[Batch, MicroBatch], Batch] | None = None,
+        prefix: Prefix | None = None,
+    ) -> None:
         self.split = split
         self.augmentation = augmentation
+        self.prefix = prefix
 
     def __getitem__(self, wanted: MicroBatch) -> Batch:
         clips: list[Clip] = []
@@ -209,6 +248,11 @@ class _Padded(Dataset[Batch]):
             for index in wanted.clips.tolist():
                 clips.append(self.split.clip(index if index >= 0 else ~index))
             batch = pad(clips, wanted.clips.tolist())
+            if self.prefix:
+                numbers = batch.clips.tolist()
+                batch.prefixes = [
+                    self.prefix.of(clip, index, wanted.epoch) for clip, index in zip(clips, numbers, strict=True)
+                ]
             return self.augmentation(batch, wanted) if self.augmentation else batch
         except Exception as error:
             if len(clips) < len(wanted.clips):

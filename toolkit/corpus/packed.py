@@ -19,6 +19,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ import pyarrow as pa
 
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import LandmarkSet
+from toolkit.recipe.prompts import CONDITIONS
 
 FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
 MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
 # Settings of preparation that a corpus keeps in its metadata.
 KEPT_SETTINGS = ("fps", "max_frames", "min_frames", "too_long", "no_hands", "shared_texts")
-TEXT_COLUMNS = ("uid", "text", "video", "language")
+TEXT_COLUMNS = ("uid", "text", "video", *CONDITIONS)
+LATER_COLUMNS = ("target_language", "prompt", "context")  # which corpora of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,14 @@ class Clip:
     video: str = ""  # the source video
     language: str = ""  # its sign language; empty if the table has none
     hands_visible: float = 1.0  # share of frames that show at least one hand
+    target_language: str = ""  # of the text; this and the following are empty if the table has none
+    prompt: str = ""
+    context: str = ""
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What a prefix may say about the clip."""
+        return {name: getattr(self, name) for name in CONDITIONS}
 
 
 @dataclass(frozen=True)
@@ -96,9 +107,8 @@ class Column(Sequence[str]):
             yield from chunk.to_pylist()
 
 
-_PACKED_COLUMNS = (*TEXT_COLUMNS, "hands_visible")
 # Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
-_Chunk = tuple[list[pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
+_Chunk = tuple[dict[str, pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
 
 
 class Split:
@@ -132,6 +142,13 @@ class Split:
     def texts(self) -> Column:
         return Column(self._table.column("text"))
 
+    def conditions(self) -> Iterator[dict[str, str]]:
+        """What a prefix may say about each clip, as :attr:`Clip.conditions`."""
+        columns = [
+            Column(self._table.column(name)) if name in self._columns else repeat("", len(self)) for name in CONDITIONS
+        ]
+        return (dict(zip(CONDITIONS, values, strict=True)) for values in zip(*columns, strict=True))
+
     @property
     def hands_visible(self) -> npt.NDArray[np.float32]:
         """Share of frames that show at least one hand, float32 [clips]."""
@@ -148,8 +165,8 @@ class Split:
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         row = index - int(self._chunk_starts[chunk])
         columns, offsets, values = self._chunk(chunk)
-        uid, text, video, language, hands_visible = (column[row].as_py() for column in columns)
-        return Clip(uid, text, values[offsets[row] : offsets[row + 1]], video, language, hands_visible)
+        texts = {name: column[row].as_py() for name, column in columns.items()}
+        return Clip(**texts, features=values[offsets[row] : offsets[row + 1]])
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
@@ -163,6 +180,12 @@ class Split:
         return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(shard))).read_all() for shard in shards)
 
     @cached_property
+    def _columns(self) -> list[str]:
+        """The columns that a clip is made of, besides its features."""
+        there = set(self._table.column_names)
+        return [name for name in (*TEXT_COLUMNS, "hands_visible") if name in there or name not in LATER_COLUMNS]
+
+    @cached_property
     def _chunk_starts(self) -> npt.NDArray[np.int64]:
         """Index of the first clip of each record batch, int64 [batches]."""
         sizes = [len(chunk) for chunk in self._table.column("features").chunks]
@@ -170,7 +193,7 @@ class Split:
 
     def _chunk(self, chunk: int) -> _Chunk:
         if chunk not in self._chunks:
-            columns = [self._table.column(name).chunk(chunk) for name in _PACKED_COLUMNS]
+            columns = {name: self._table.column(name).chunk(chunk) for name in self._columns}
             lists = self._table.column("features").chunk(chunk)
             frames = lists.values.flatten().to_numpy(zero_copy_only=True)
             frames = frames.reshape(-1, self.num_points, self.num_channels)

@@ -32,6 +32,7 @@ from toolkit.errors import UserError, first_line
 from toolkit.poses.features import extract_features, read_clip
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import USUAL_FPS, PoseError
+from toolkit.recipe.prompts import CONDITIONS
 from toolkit.recipe.schema import Data
 
 CODE = Path(__file__).resolve().parents[2]
@@ -176,7 +177,16 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
         counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
         counts["lacking_landmarks"] += bool(features.lacking)
         lacking.update("/".join(point) for point in features.lacking)
-        clips.append(Clip(row.uid, row.text, features.values, source_video(row), row.language, features.hands_visible))
+        clips.append(
+            Clip(
+                uid=row.uid,
+                text=row.text,
+                features=features.values,
+                video=source_video(row),
+                hands_visible=features.hands_visible,
+                **{name: getattr(row, name) for name in CONDITIONS},
+            )
+        )
     write_shard(work.folder / split / shard_name(number, count), clips, work.landmark_set.width)
     frames = sum(len(clip.features) for clip in clips)
     record = Record(split, number, len(clips), frames, rejects, dict(counts), dict(lacking), checksum.hexdigest())

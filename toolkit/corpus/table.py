@@ -14,8 +14,9 @@ from typing import Any
 from toolkit.corpus.table_lines import table_lines
 from toolkit.corpus.table_records import read_records
 from toolkit.errors import UserError
+from toolkit.recipe.prompts import CONDITIONS
 
-CLIP_COLUMNS = ("uid", "text", "video", "split", "language", "pose", "start", "end", "fps")
+CLIP_COLUMNS = ("uid", "text", "video", "split", *CONDITIONS, "pose", "start", "end", "fps")
 REQUIRED = ("uid", "text")
 _SECONDS = "seconds from the beginning of the file"
 NUMBERS = {"start": _SECONDS, "end": _SECONDS, "fps": "frames per second"}
@@ -43,6 +44,7 @@ _NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE | re.
 _DECIMAL_COMMA = re.compile(r"\d+,\d+", re.ASCII)
 _THOUSANDS = re.compile(r"\d{1,3},\d{3}", re.ASCII)
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+_PROSE = ("text", "prompt", "context")  # may be written on several lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class Row:
     video: str = ""  # its source video; empty if the table has none
     split: str = ""  # as the table names it; empty if the table has none
     language: str = ""  # sign language; may be empty
+    target_language: str = ""  # of the text, as the tokenizer writes it; the same
+    prompt: str = ""  # of this clip, in words; the same
+    context: str = ""  # what is known from elsewhere, such as the sentence before; the same
     pose: str = ""  # name of the pose file, if it is neither the uid nor the video
     start: float | None = None  # seconds of the clip within its pose file
     end: float | None = None  # the same
@@ -116,7 +121,7 @@ def _rows(
                     _which_column(name, record),
                 )
             values[name] = "" if source is None else _text(record.get(source, ""), name, path, line)
-        values["text"] = " ".join(values["text"].split())
+        values |= {name: " ".join(values[name].split()) for name in _PROSE}
         values["split"] = _split(values["split"], path, line)
         values |= {name: _number(values[name], name, path, line, decimal_comma) for name in NUMBERS}
         yield Row(**values, line=line)
@@ -127,7 +132,7 @@ def _text(value: object, name: str, path: Path, line: int) -> str:
     if value is None or value == "":
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and (name in NUMBERS or (isinstance(value, int) and name != "text")):
+    if is_number and (name in NUMBERS or (isinstance(value, int) and name not in _PROSE)):
         return str(value)
     if not isinstance(value, str):
         raise UserError(
@@ -137,7 +142,7 @@ def _text(value: object, name: str, path: Path, line: int) -> str:
     if found := _NO_CHARACTER.search(value):
         raise UserError(f"{path}, line {line}: {name} holds {found[0]!a}, which is no character", "remove it")
     value = value.strip()
-    if name != "text" and len(value.splitlines()) > 1:
+    if name not in _PROSE and len(value.splitlines()) > 1:
         raise UserError(f"{path}, line {line}: the {name} contains a line end", f"write the {name} on one line")
     return value
 

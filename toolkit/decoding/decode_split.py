@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from toolkit.batching.languages import language_tokens
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
 from toolkit.decoding.search import Hypothesis, search
@@ -63,14 +64,27 @@ def find_hypotheses(
     """
     device = next(model.parameters()).device
     rows: list[tuple[int, list[Hypothesis]]] = []
-    for batch in evaluation_batches(split, processor.tokenizer, batch_frames, rank=rank, world_size=world_size):
+    tokenizer, config = processor.tokenizer, model.config
+    batches = evaluation_batches(
+        split,
+        tokenizer,
+        batch_frames,
+        rank=rank,
+        world_size=world_size,
+        prefix=config.prefix_template,
+        max_prefix_tokens=config.max_prefix_tokens,
+    )
+    for batch in batches:
         batch = batch.to(device)
+        first_tokens = language_tokens(tokenizer, batch.target_languages)
         found = search(
             model,
             processor,
             batch.poses,
             batch.visible,
             batch.frame_mask,
+            batch.prefix_ids,
+            None if first_tokens is None else torch.tensor(first_tokens, device=device),
             n_best=n_best,
             synced=synced,
             **settings,

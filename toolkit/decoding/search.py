@@ -31,6 +31,8 @@ def search(
     poses: Tensor,
     visible: Tensor,
     frame_mask: Tensor,
+    prefix_ids: Tensor | None = None,
+    first_tokens: Tensor | None = None,
     *,
     n_best: int = 1,
     synced: bool = False,
@@ -41,7 +43,7 @@ def search(
     Args:
         model: in evaluation mode.
         processor: turns tokens into texts.
-        poses, visible, frame_mask: as ``PoseTranslator.encode`` takes them.
+        poses, visible, frame_mask, prefix_ids, first_tokens: as ``PoseTranslator.generate`` takes them.
         n_best: hypotheses of each clip, at most as many as there are beams.
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
         settings: those of HuggingFace's ``generate``; they override the model's own.
@@ -56,6 +58,8 @@ def search(
         poses,
         visible,
         frame_mask,
+        prefix_ids,
+        first_tokens,
         return_dict_in_generate=True,
         output_scores=True,
         num_return_sequences=n_best,

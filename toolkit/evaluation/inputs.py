@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.batching.languages import language_id
 from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import splits_to_test
 from toolkit.models.processor import PoseProcessor
-from toolkit.models.tokenizers import language_id
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Evaluation, Recipe

@@ -265,6 +265,7 @@ class _Engine:
                     batch.frame_mask,
                     batch.labels,
                     self.special,
+                    prefix_ids=batch.prefix_ids,
                     label_smoothing=recipe.label_smoothing,
                 )
                 tokens = batch.labels.numel()
@@ -277,6 +278,7 @@ class _Engine:
         """Random poses and texts; what a pass takes depends on their sizes alone."""
         config, tokens = self.engine.module.config, self.tokens[shape.long_texts]
         labels = torch.randint(0, self.vocabulary, (shape.clips, tokens))
+        longest_prefix = torch.zeros(shape.clips, config.max_prefix_tokens, dtype=torch.int64)
         return Batch(
             uids=[""] * shape.clips,
             texts=[""] * shape.clips,
@@ -288,6 +290,7 @@ class _Engine:
             is_filler=torch.zeros(shape.clips, dtype=torch.bool),
             num_frames=shape.clips * shape.frames,
             num_target_tokens=labels.numel(),
+            prefix_ids=longest_prefix if config.prefix_template else None,
         )
 
     def _measured(self, seconds: float) -> Measured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from toolkit.decoding.search import Hypothesis
 from toolkit.errors import UserError
 from toolkit.inference.clip_sources import find_clips
 from toolkit.inference.translate_files import translate_clips
-from toolkit.models.processor import PoseProcessor
+from toolkit.models.processor import PoseProcessor, conditions_of
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.features import extract_features
 from toolkit.poses.landmarks import LandmarkSet
@@ -56,9 +57,15 @@ def accepted_suffixes() -> list[str]:
 
 
 def read_clip_file(
-    model: PoseTranslator, processor: PoseProcessor, path: Path, *, n_best: int, most_seconds: float
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    path: Path,
+    *,
+    n_best: int,
+    most_seconds: float,
+    conditions: Mapping[str, str] | None = None,
 ) -> Reading:
-    """Translate a file that a visitor sent.
+    """Translate a file that a visitor sent; ``conditions`` are what the visitor says about it.
 
     Raises:
         UserError: it is no clip, is broken, or is too long; the message names no folder of this machine.
@@ -78,7 +85,8 @@ def read_clip_file(
     beams = max(model.generation_config.num_beams or 1, n_best)
     # Landmarks of a video are found once, because that takes long.
     sources = [replace(source, read=lambda: clip)]
-    (translation,) = translate_clips(model, processor, sources, n_best=n_best, num_beams=beams)
+    known = {name: value.strip() for name, value in (conditions or {}).items() if value.strip()}
+    (translation,) = translate_clips(model, processor, sources, n_best=n_best, num_beams=beams, conditions=known)
     if translation.reason:
         raise UserError(
             f"{path.name} cannot be translated: {translation.reason}", "send a clip with the signer's hands in view"
@@ -87,13 +95,19 @@ def read_clip_file(
     for window in translation.windows:
         if window.hypotheses:
             its_clip = clip.between(window.start, window.end) if len(translation.windows) > 1 else clip
-            parts += confidences(model, processor, its_clip, window.hypotheses[0].text)
+            parts += confidences(model, processor, its_clip, window.hypotheses[0].text, known)
     n_best_readings = next(window.hypotheses for window in translation.windows if window.hypotheses)
     return Reading(translation.text, n_best_readings, parts, draw(processor, clip))
 
 
 @torch.no_grad()
-def confidences(model: PoseTranslator, processor: PoseProcessor, clip: RawPose, text: str) -> list[tuple[str, float]]:
+def confidences(
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    clip: RawPose,
+    text: str,
+    conditions: Mapping[str, str] | None = None,
+) -> list[tuple[str, float]]:
     """How sure the model is of each part of a text, given the clip and the text before it.
 
     Returns:
@@ -102,7 +116,9 @@ def confidences(model: PoseTranslator, processor: PoseProcessor, clip: RawPose, 
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     labels = torch.tensor([tokenizer(text_target=text).input_ids], device=model.device)
-    inputs = extractor.pad([extractor.features(clip)]).to(model.device)
+    inputs = processor.add_conditions(extractor.pad([extractor.features(clip)]), [conditions or {}]).to(model.device)
+    if (first_tokens := inputs.pop("first_tokens", None)) is not None:
+        labels[:, 0] = first_tokens
     logits = model(**inputs, labels=labels).logits.float()
     chances = logits.softmax(dim=-1).gather(2, labels[..., None])[0, :, 0].tolist()
     parts: list[tuple[str, float]] = []
@@ -152,12 +168,17 @@ def build_app(
     """
     import gradio
 
-    def translate(upload: str | None) -> tuple[str, list[list[Any]], str]:
+    names = conditions_of(processor)
+
+    def translate(upload: str | None, *values: str) -> tuple[str, list[list[Any]], str]:
         if not upload:
             return "", [], ""
         path = Path(upload)
         try:
-            reading = read_clip_file(model, processor, path, n_best=n_best, most_seconds=most_seconds)
+            conditions = dict(zip(names, values, strict=True))
+            reading = read_clip_file(
+                model, processor, path, n_best=n_best, most_seconds=most_seconds, conditions=conditions
+            )
         except UserError as error:
             # Gradio renders messages as HTML, and a file's name may be anything.
             raise gradio.Error(
@@ -175,6 +196,7 @@ def build_app(
         )
         with gradio.Row():
             with gradio.Column():
+                known = [gradio.Textbox(label=name.replace("_", " "), elem_id=name) for name in names]
                 upload = gradio.File(label="clip", file_types=suffixes, elem_id="clip")
                 text = gradio.Textbox(label="translation", interactive=False, lines=2, elem_id="translation")
                 others = gradio.Dataframe(
@@ -187,7 +209,7 @@ def build_app(
                 )
             with gradio.Column():
                 picture = gradio.HTML(label="clip", elem_id="picture")
-        upload.change(translate, upload, [text, others, picture], api_name="translate", concurrency_limit=1)
+        upload.change(translate, [upload, *known], [text, others, picture], api_name="translate", concurrency_limit=1)
     return app.queue(max_size=WAITING)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -89,12 +89,14 @@ def translate_clips(
     windowing: Windowing | None = None,
     n_best: int = 1,
     batch_frames: int = BATCH_FRAMES,
+    conditions: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Iterator[Translation]:
     """Translate clips in batches, in their order; for those that cannot be used a translation holds the reason.
 
     ``windowing`` says how long clips are split, by default into the longest windows that the model reads. A batch has
-    ``batch_frames`` padded frames at most; ``settings`` override the model's own generation settings.
+    ``batch_frames`` padded frames at most; ``conditions`` are what is known of all clips, and ``settings`` override the
+    model's own generation settings.
 
     Raises:
         UserError: the windows do not fit the model.
@@ -105,7 +107,8 @@ def translate_clips(
     settings = {"n_best": n_best, **settings}
     windows: list[TranslatedWindow] = []
     for pending in _portions(_pending_windows(sources, extractor, windowing), BATCHES_READ_AHEAD * batch_frames):
-        for window, hypotheses in zip(pending, _search(model, processor, pending, batch_frames, settings), strict=True):
+        found = _search(model, processor, pending, batch_frames, conditions or {}, settings)
+        for window, hypotheses in zip(pending, found, strict=True):
             windows.append(TranslatedWindow(window.start, window.end, hypotheses, window.reason, window.hint))
             if window.is_last:
                 failed = TranslatedWindow(0.0, 0.0) if any(window.hypotheses for window in windows) else windows[0]
@@ -169,6 +172,7 @@ def _search(
     processor: PoseProcessor,
     pending: Sequence[_PendingWindow],
     batch_frames: int,
+    conditions: Mapping[str, str],
     settings: dict[str, Any],
 ) -> list[tuple[Hypothesis, ...]]:
     """The hypotheses of each window, none for those without features."""
@@ -176,7 +180,7 @@ def _search(
     found: list[tuple[Hypothesis, ...]] = [()] * len(pending)
     for batch in _batches([window.frames for window in pending], batch_frames):
         clips = [features for index in batch if (features := pending[index].features) is not None]
-        inputs = processor.feature_extractor.pad(clips).to(device)
+        inputs = processor.add_conditions(processor.feature_extractor.pad(clips), [conditions] * len(clips)).to(device)
         hypotheses = search(model, processor, **inputs, **settings)
         for index, of_clip in zip(batch, hypotheses, strict=True):
             found[index] = tuple(of_clip)

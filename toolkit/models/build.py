@@ -29,6 +29,7 @@ from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.model_cards import card_of, language_of, tokenizer_of
+from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
 
@@ -54,6 +55,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
         max_frames=metadata.max_frames,
         too_long=metadata.too_long,
         normalisation=metadata.normalisation,
+        **(_prefix(recipe.model, tokenizer) if placeholders(recipe.model.prefix) else {}),
     )
     return PoseProcessor(extractor, tokenizer)
 
@@ -71,10 +73,10 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     model = recipe.model
     placement = placement_of(resolved)
     fingerprint = Fingerprint() if stands_on_base(model) else None
-    prefix_ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
+    prefix = _prefix(model, tokenizer)
     described = _fitted_config(model, tokenizer)
     if is_known(described):
-        check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, len(prefix_ids))
+        check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix))
     backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint)
     config = PoseTranslatorConfig(
         # Without the path that the backbone was loaded from.
@@ -86,7 +88,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         ctc=recipe.training.ctc_weight > 0,
         ctc_search_weight=recipe.evaluation.ctc_weight,
         special_token_ids=special_ids(tokenizer),
-        prefix_token_ids=prefix_ids,
+        **prefix,
     )
     published = backbone.generation_config
     translator = PoseTranslator(config, backbone)
@@ -104,6 +106,18 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return translator
+
+
+def _prefix(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the translator's configuration says about its prefix: the tokens of all clips, or a template."""
+    if placeholders(model.prefix):
+        return {"prefix_template": model.prefix, "max_prefix_tokens": model.max_prefix_tokens}
+    ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
+    return {"prefix_token_ids": ids}
+
+
+def _longest(prefix: dict[str, Any]) -> int:
+    return prefix.get("max_prefix_tokens") or len(prefix["prefix_token_ids"])
 
 
 def rebuild_translator(

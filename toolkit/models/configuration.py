@@ -20,7 +20,9 @@ class PoseTranslatorConfig(PreTrainedConfig):
         ctc: whether there is a CTC head over the backbone's vocabulary on the encoder's output.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
-        prefix_token_ids: a text prompt whose embeddings stand before the poses.
+        prefix_token_ids: a text prompt whose embeddings stand before the poses of every clip.
+        prefix_template: instead of it, a template that names conditions of a clip, which the processor fills in.
+        max_prefix_tokens: longer ones are truncated.
         adapter: folder, beside the weights, of their PEFT adapter, which ``from_pretrained`` loads; ``adapter=None``
             leaves it out.
     """
@@ -38,6 +40,8 @@ class PoseTranslatorConfig(PreTrainedConfig):
         ctc_search_weight: float = 0.0,
         special_token_ids: list[int] | None = None,
         prefix_token_ids: list[int] | None = None,
+        prefix_template: str = "",
+        max_prefix_tokens: int = 0,
         adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -50,6 +54,8 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.ctc_search_weight = ctc_search_weight
         self.special_token_ids = special_token_ids or []
         self.prefix_token_ids = prefix_token_ids or []
+        self.prefix_template = prefix_template
+        self.max_prefix_tokens = max_prefix_tokens
         self.adapter = adapter
         # generate() and the tokenizer read these off the outer configuration.
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
@@ -57,6 +63,11 @@ class PoseTranslatorConfig(PreTrainedConfig):
         kwargs.setdefault("is_encoder_decoder", True)
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+
+    @property
+    def longest_prefix(self) -> int:
+        """Tokens before the poses, at most."""
+        return self.max_prefix_tokens if self.prefix_template else len(self.prefix_token_ids)
 
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's configuration as an object of its own class."""

@@ -84,6 +84,7 @@ def translation_losses(
     labels: Tensor,
     special_ids: Tensor,
     *,
+    prefix_ids: Tensor | None = None,
     label_smoothing: float = 0.0,
     scores_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -91,11 +92,18 @@ def translation_losses(
 
     Args:
         model: a translator, or the engine around one.
-        poses, visible, frame_mask, labels: of the micro-batch.
+        poses, visible, frame_mask, labels, prefix_ids: of the micro-batch.
         special_ids: as for :func:`ctc_loss`.
         label_smoothing, scores_at_once: as for :func:`token_loss`.
     """
-    output = model(poses=poses, visible=visible, frame_mask=frame_mask, labels=labels, labelled_only=True)
+    output = model(
+        poses=poses,
+        visible=visible,
+        frame_mask=frame_mask,
+        labels=labels,
+        labelled_only=True,
+        prefix_ids=prefix_ids,
+    )
     nll = token_loss(output.logits, labels[labels != IGNORED_LABEL], label_smoothing, scores_at_once)
     if output.ctc_logits is None:
         return nll, torch.zeros_like(nll)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
-from toolkit.batching.collate import pad_features
+from toolkit.batching.collate import pad_features, prefix_tokens
+from toolkit.batching.languages import language_tokens
 from toolkit.poses.features import NORMALISATION, extract_features
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import RawPose
+from toolkit.recipe.prompts import fill, placeholders
 
 
 class PoseFeatureExtractor(FeatureExtractionMixin):
@@ -22,6 +24,7 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
 
     The landmarks are as ``LandmarkSet.to_dict`` gives them, ``fps`` as after resampling, and longer clips than
     ``max_frames`` are shortened by ``too_long``, as in a recipe. A folder made by another normalisation is refused.
+    ``prefix_template`` and ``max_prefix_tokens`` are those of the model's configuration.
     """
 
     model_input_names = ["poses", "visible", "frame_mask"]  # noqa: RUF012 (transformers reads this name)
@@ -33,6 +36,8 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         max_frames: int | None = None,
         too_long: str = "subsample",
         normalisation: str = NORMALISATION,
+        prefix_template: str = "",
+        max_prefix_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
         if normalisation != NORMALISATION:
@@ -42,6 +47,8 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         self.max_frames = max_frames
         self.too_long = too_long
         self.normalisation = normalisation
+        self.prefix_template = prefix_template
+        self.max_prefix_tokens = max_prefix_tokens
         super().__init__(**kwargs)
 
     def __call__(self, poses: Sequence[str | Path | bytes | RawPose], **_: Any) -> BatchFeature:
@@ -93,9 +100,35 @@ class PoseProcessor(ProcessorMixin):
             raise TypeError(f"{argument_name} is a {type(argument).__name__}, not a {expected.__name__}")
         return type(argument)
 
-    def __call__(self, poses: Sequence[str | Path | bytes | RawPose], **kwargs: Any) -> BatchFeature:
-        """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`."""
-        return self.feature_extractor(poses, **kwargs)
+    def __call__(
+        self,
+        poses: Sequence[str | Path | bytes | RawPose],
+        conditions: Sequence[Mapping[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`.
+
+        Args:
+            poses: the clips.
+            conditions: of each clip, what is known of it: ``language``, ``target_language``, ``prompt``, ``context``.
+        """
+        inputs = self.feature_extractor(poses, **kwargs)
+        return self.add_conditions(inputs, conditions or [{}] * len(poses))
+
+    def add_conditions(self, inputs: BatchFeature, conditions: Sequence[Mapping[str, str]]) -> BatchFeature:
+        """Add ``prefix_ids`` where the model's prefix names conditions, and ``first_tokens`` of other target languages.
+
+        Raises:
+            UserError: the tokenizer does not know a target language.
+        """
+        extractor = self.feature_extractor
+        if extractor.prefix_template:
+            prefixes = [fill(extractor.prefix_template, of_clip) for of_clip in conditions]
+            inputs["prefix_ids"] = prefix_tokens(prefixes, self.tokenizer, extractor.max_prefix_tokens)
+        tokens = language_tokens(self.tokenizer, [of_clip.get("target_language", "") for of_clip in conditions])
+        if tokens is not None:
+            inputs["first_tokens"] = torch.tensor(tokens)
+        return inputs
 
     def batch_decode(self, sequences: torch.Tensor | Sequence[Sequence[int]], **kwargs: Any) -> list[str]:
         """Texts of token ids, without special tokens unless requested.
@@ -108,3 +141,11 @@ class PoseProcessor(ProcessorMixin):
         kwargs.setdefault("skip_special_tokens", True)
         tokens = len(self.tokenizer)
         return self.tokenizer.batch_decode([[int(i) for i in ids if i < tokens] for ids in sequences], **kwargs)
+
+
+def conditions_of(processor: PoseProcessor) -> list[str]:
+    """What a user may say about a clip: the conditions of the prefix, and the language where the texts name theirs."""
+    names = placeholders(processor.feature_extractor.prefix_template)
+    if getattr(processor.tokenizer, "tgt_lang", None) and "target_language" not in names:
+        names.append("target_language")
+    return names

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from toolkit.batching.languages import language_id, languages_of
 from toolkit.errors import UserError, first_line
 from toolkit.models.loading.hub import NOT_LOADED, HubTrouble, hub_trouble
 
@@ -64,7 +65,7 @@ def _set_language(tokenizer: Any, language: str | None, kind: str) -> None:
         # Without one it would mark every text as English, or fail at the first text.
         raise UserError(
             f"the tokenizer {kind!r} is multilingual, and evaluation.forced_language names no language of the texts",
-            f"set evaluation.forced_language to a language such as {', '.join(list(_languages(tokenizer))[:12])}",
+            f"set evaluation.forced_language to a language such as {', '.join(list(languages_of(tokenizer))[:12])}",
         )
     language_id(tokenizer, language)
     tokenizer.tgt_lang = language.strip("_")
@@ -120,35 +121,6 @@ def _in_fixed_order(tokenizer: Tokenizer) -> models.Unigram:
 def special_ids(tokenizer: Any) -> list[int]:
     """Ids that frame a text but are no part of it."""
     return sorted(set(tokenizer.all_special_ids))
-
-
-def language_id(tokenizer: Any, code: str) -> int:
-    """The token with which a multilingual backbone begins a text in this language.
-
-    ``code`` is as the tokenizer writes it: ``hi_IN`` (mBART), ``hin_Deva`` (NLLB), ``hi`` or ``__hi__`` (M2M100).
-
-    Raises:
-        UserError: the tokenizer does not know it.
-    """
-    codes = _languages(tokenizer)
-    if code.strip("_") in codes:
-        return int(tokenizer.convert_tokens_to_ids(codes[code.strip("_")]))
-    few = ", ".join(list(codes)[:12])
-    raise UserError(
-        f"evaluation.forced_language: the tokenizer has no language {code!r}",
-        f"set it to a language such as {few}"
-        if codes
-        else "drop evaluation.forced_language: this tokenizer has no languages",
-    )
-
-
-def _languages(tokenizer: Any) -> dict[str, str]:
-    """The token of each language by its code, sorted; mostly they are the same."""
-    codes = getattr(tokenizer, "lang_code_to_token", None)
-    if codes is None:
-        # T5's and ByT5's <extra_id_0> are no languages.
-        codes = {token: token for token in tokenizer.get_added_vocab() if "_" in token and token[0] != "<"}
-    return dict(sorted(codes.items()))
 
 
 @dataclass(frozen=True)

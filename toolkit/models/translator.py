@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from toolkit.batching.collate import IGNORED_LABEL
+from toolkit.batching.collate import IGNORED_LABEL, NO_TOKEN
 from toolkit.errors import UserError
 from toolkit.models.backbone import (
     decoder_inputs,
@@ -29,6 +29,7 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
 from toolkit.models.encoders import make_pose_encoder
 from toolkit.models.encoders.graph import reset_graph_parameters
+from toolkit.models.first_tokens import FirstTokens
 from toolkit.models.loading.base_model import BaseReference
 from toolkit.poses.landmarks import LandmarkSet
 
@@ -88,73 +89,112 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
-    def encode(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, poses: Tensor, visible: Tensor, frame_mask: Tensor, prefix_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run both encoders once.
 
         Args:
             poses: [clips, frames, points, channels].
             visible: bool [clips, frames, points].
             frame_mask: bool [clips, frames].
+            prefix_ids: tokens before the poses of each clip [clips, tokens], -1 where padded; None where the
+                configuration has them. ``PoseProcessor`` makes them.
 
         Returns:
             hidden states [clips, positions, width] and their bool mask [clips, positions].
+
+        Raises:
+            ValueError: the model's prefix differs from clip to clip, and there are none.
         """
         vectors, mask = self.pose_encoder(poses, visible, frame_mask)
-        prefix_ids = self.config.prefix_token_ids
-        if prefix_ids:
-            ids = torch.tensor(prefix_ids, device=vectors.device).expand(len(vectors), -1)
-            vectors = torch.cat([embed_words(self.backbone, ids).to(vectors.dtype), vectors], dim=1)
-            mask = torch.cat([mask.new_ones(ids.shape), mask], dim=1)
+        if self.config.prefix_template and prefix_ids is None:
+            raise ValueError("the model needs prefix_ids: call it with what its processor makes of clips")
+        if prefix_ids is None and self.config.prefix_token_ids:
+            prefix_ids = torch.tensor(self.config.prefix_token_ids, device=vectors.device).expand(len(vectors), -1)
+        if prefix_ids is not None:
+            words = embed_words(self.backbone, prefix_ids.clamp(min=0)).to(vectors.dtype)
+            vectors, mask = torch.cat([words, vectors], dim=1), torch.cat([prefix_ids != NO_TOKEN, mask], dim=1)
+        if self.config.prefix_template:
+            # All padding goes behind the poses: where a clip's words and poses are must not depend on its batch.
+            order = (~mask).int().argsort(dim=1, stable=True)
+            vectors, mask = vectors.gather(1, order.unsqueeze(-1).expand_as(vectors)), mask.gather(1, order)
         encoder = self.backbone.get_encoder()
         hidden = encoder(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state
         return hidden, mask
 
     def forward(
-        self, poses: Tensor, visible: Tensor, frame_mask: Tensor, labels: Tensor, labelled_only: bool = False
+        self,
+        poses: Tensor,
+        visible: Tensor,
+        frame_mask: Tensor,
+        labels: Tensor,
+        labelled_only: bool = False,
+        prefix_ids: Tensor | None = None,
     ) -> PoseTranslatorOutput:
         """Score the labels (teacher forcing).
 
         Args:
-            poses, visible, frame_mask: as :meth:`encode` takes them.
+            poses, visible, frame_mask, prefix_ids: as :meth:`encode` takes them.
             labels: token ids [clips, tokens], -100 where padded.
             labelled_only: give logits [labels that are not -100, vocabulary], without those of padding.
         """
-        hidden, mask = self.encode(poses, visible, frame_mask)
+        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids)
         rows = labels != IGNORED_LABEL if labelled_only else None
         logits = score_tokens(self.backbone, hidden, mask, decoder_inputs(labels, self.config), rows)
-        ctc_logits, mask = self._ctc(hidden, mask) if self.config.ctc else (None, mask)
+        ctc_logits, mask = self._ctc(hidden, mask, prefix_ids) if self.config.ctc else (None, mask)
         return PoseTranslatorOutput(logits=logits, ctc_logits=ctc_logits, encoder_mask=mask)
 
-    def _ctc(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _ctc(self, hidden: Tensor, mask: Tensor, prefix_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores of the CTC head and their mask, at the positions that stem from poses."""
-        first_pose = len(self.config.prefix_token_ids)
-        return self.ctc_head(hidden[:, first_pose:]), mask[:, first_pose:]
+        if prefix_ids is None:
+            first_pose = len(self.config.prefix_token_ids)
+            return self.ctc_head(hidden[:, first_pose:]), mask[:, first_pose:]
+        first_poses = (prefix_ids != NO_TOKEN).sum(dim=1, keepdim=True)
+        places = first_poses + torch.arange(hidden.shape[1] - prefix_ids.shape[1], device=hidden.device)
+        of_poses = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
+        return self.ctc_head(of_poses), mask.gather(1, places)
 
     @torch.no_grad()
-    def generate(self, poses: Tensor, visible: Tensor, frame_mask: Tensor, **settings: Any) -> Any:
+    def generate(
+        self,
+        poses: Tensor,
+        visible: Tensor,
+        frame_mask: Tensor,
+        prefix_ids: Tensor | None = None,
+        first_tokens: Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
         """Translate: the encoder runs once, then the backbone's own ``generate`` searches.
 
         Args:
-            poses, visible, frame_mask: as :meth:`encode` takes them.
+            poses, visible, frame_mask, prefix_ids: as :meth:`encode` takes them.
+            first_tokens: the token that the text of each clip begins with [clips], as the code of its language; None
+                for that of the model's settings.
             settings: what HuggingFace's ``generate`` takes (``num_beams``, ``max_new_tokens``, ``synced_gpus``, …).
 
         Returns:
             what the backbone's ``generate`` returns: token ids [clips × sequences, tokens] or an output object.
         """
-        hidden, mask = self.encode(poses, visible, frame_mask)
+        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids)
         search = copy.deepcopy(self.generation_config)
         others = search.update(**settings)
+        processors = []
+        if first_tokens is not None:
+            search.forced_bos_token_id = None
+            processors.append(FirstTokens(first_tokens, search.num_beams or 1))
         if self.config.ctc and self.config.ctc_search_weight > 0:
-            others["logits_processor"] = [
+            processors.append(
                 CtcPrefixScores(
-                    *self._ctc(hidden, mask),
+                    *self._ctc(hidden, mask, prefix_ids),
                     weight=self.config.ctc_search_weight,
                     end_id=self.config.eos_token_id,
                     special_ids=self.config.special_token_ids,
                     num_beams=search.num_beams or 1,
-                ),
-                *others.get("logits_processor", []),
-            ]
+                )
+            )
+        if processors:
+            others["logits_processor"] = [*processors, *others.get("logits_processor", [])]
         return self.backbone.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask.long(),

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
+from toolkit.recipe.prompts import placeholders
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -170,7 +172,10 @@ class Model(Section):
     from_scratch: bool = False  # random weights, dimensions of the model card: needs no hub
     tiny: bool = False  # the same architecture, shrunk to two narrow layers; implies random weights
     tokenizer: str | None = None  # None = the backbone's own; "bytes"; "train"; hub id or folder
-    prefix: str | None = None  # words embedded before the poses
+    # Words embedded before the poses; {language}, {target_language}, {prompt} and {context} are the clip's.
+    prefix: str | None = None
+    max_prefix_tokens: Count = 64  # longer prefixes of single clips are truncated
+    condition_dropout: Share = 0.0  # probability, per training clip and condition, that its prefix leaves it out
     trust_remote_code: bool = False
     dropout: Share | None = None  # None = the backbone's own
     lora: Lora | None = None  # None = the backbone trains in full
@@ -178,6 +183,15 @@ class Model(Section):
     extra_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # special tokens to add
     quantization: Quantization | None = None  # None = weights in the run's precision
     pose_encoder: PoseEncoder = PoseEncoder()
+
+    @model_validator(mode="after")
+    def _prefix_names_conditions(self) -> Model:
+        if not placeholders(self.prefix) and self.condition_dropout:
+            raise ValueError(
+                f"condition_dropout={self.condition_dropout}, but the prefix names no condition",
+                "set model.condition_dropout=0, or name one: model.prefix='translate {language}:'",
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_is_frozen_and_trained(self) -> Model:

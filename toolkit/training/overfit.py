@@ -48,6 +48,9 @@ class ClipSubset:
     def texts(self) -> list[str]:
         return [self.split.texts[index] for index in self.indices]
 
+    def conditions(self) -> Iterator[dict[str, str]]:
+        return (clip.conditions for clip in self)
+
     def __len__(self) -> int:
         return len(self.indices)
 

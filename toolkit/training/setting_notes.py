@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from toolkit.corpus.packed import KEPT_SETTINGS, Corpus
+from toolkit.models.conditions import condition_notes
 from toolkit.recipe.schema import Evaluation, Recipe, Training
 from toolkit.scoring.metrics import score
 
@@ -31,6 +32,7 @@ def setting_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any, *, steps: int,
         )
     if note := _repeated_bytes(recipe.evaluation.no_repeat_ngram_size, tokenizer):
         yield note
+    yield from condition_notes(recipe, corpus, tokenizer)
     dev = corpus.splits.get("dev")
     yield from _evaluation_intervals(training, math.ceil(steps / epoch_steps) if dev else 0)
     if dev:

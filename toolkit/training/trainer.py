@@ -224,6 +224,7 @@ class Trainer:
             batch.frame_mask,
             batch.labels,
             self.special_ids,
+            prefix_ids=batch.prefix_ids,
             label_smoothing=training.label_smoothing if self.engine.training else 0.0,
         )
 

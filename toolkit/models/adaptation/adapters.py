@@ -129,7 +129,7 @@ def token_tables(model: PoseTranslator) -> list[nn.Module]:
     """The modules that turn tokens into vectors and vectors into scores of tokens; tied ones share their weight."""
     backbone = model.backbone
     modules = [backbone.get_decoder().get_input_embeddings(), backbone.get_output_embeddings()]
-    if model.config.prefix_token_ids:
+    if model.config.longest_prefix:
         modules.append(model.get_input_embeddings())
     return list(dict.fromkeys(modules))
 

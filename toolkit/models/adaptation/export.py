@@ -185,7 +185,9 @@ def _scores(model: PoseTranslator) -> Tensor:
     frame_mask = torch.ones(shape[:2], dtype=torch.bool)
     frame_mask[2, frames // 2 :] = False  # half of it is padding
     words = torch.linspace(2, vocabulary_size(model.backbone.config) - 1, clips * tokens).long()
-    logits = model(poses, visible & frame_mask[..., None], frame_mask, words.reshape(clips, tokens)).logits
+    labels = words.reshape(clips, tokens)
+    prefix = labels[:, :2] if model.config.prefix_template else None
+    logits = model(poses, visible & frame_mask[..., None], frame_mask, labels, prefix_ids=prefix).logits
     if not logits.isfinite().all():
         raise UserError(f"the model gives NaN or infinity in {model.dtype}", "choose another --dtype")
     return logits.float().flatten(0, 1).log_softmax(dim=-1)

@@ -1,0 +1,98 @@
+"""Conditions of clips: what a model wants to know of a clip besides its poses, and whether a corpus knows it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from toolkit.batching.languages import language_id
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.models.tokenizers import make_tokenizer, text_frame
+from toolkit.recipe.model_cards import language_of, tokenizer_of
+from toolkit.recipe.prompts import fill, placeholders
+from toolkit.recipe.schema import Recipe
+
+LANGUAGES_COLUMN = "the column target_language"
+
+
+def check_recipe_conditions(recipe: Recipe, corpus: Corpus) -> None:
+    """See that the training clips have what the recipe's prefix names, and languages that its tokenizer knows.
+
+    Raises:
+        UserError: they do not.
+    """
+    language = language_of(recipe)
+    tokenizer = None
+    if language and any(of_clip["target_language"] for of_clip in corpus.splits["train"].conditions()):
+        trust = recipe.model.trust_remote_code
+        tokenizer = make_tokenizer(tokenizer_of(recipe.model), language=language, trust_remote_code=trust)
+    check_conditions(placeholders(recipe.model.prefix), corpus, ["train"], tokenizer)
+
+
+def check_conditions(names: Sequence[str], corpus: Corpus, splits: Iterable[str], tokenizer: Any = None) -> None:
+    """See that the clips of these splits have the conditions ``names``, and languages that the tokenizer knows.
+
+    Raises:
+        UserError: no clip of a split has one of them; the tokenizer does not know a target language, or writes it
+            where each text cannot have its own.
+    """
+    for split in splits:
+        counts = _counts(corpus, split)
+        for name in names:
+            if not counts[name]:
+                raise UserError(
+                    f"the prefix of the model names {{{name}}}, and no clip of split {split} in {corpus.path} has one",
+                    f"add a column {name} to the table (or map one: data.columns.{name}=NAME) and prepare the corpus "
+                    "again, or change model.prefix",
+                )
+        for language in counts["target_language"]:
+            if getattr(tokenizer, "tgt_lang", None):
+                _check_language(tokenizer, language)
+
+
+def _check_language(tokenizer: Any, language: str) -> None:
+    language_id(tokenizer, language, LANGUAGES_COLUMN)
+    if language.strip("_") != tokenizer.tgt_lang and not text_frame(tokenizer)[0]:
+        raise UserError(
+            f"{LANGUAGES_COLUMN} has {language!r}, and this tokenizer writes every text in {tokenizer.tgt_lang}",
+            "train on texts of one language, or with mbart50, m2m100 or nllb_600m, whose texts begin with theirs",
+        )
+
+
+def _counts(corpus: Corpus, split: str) -> dict[str, Counter[str]]:
+    """How many clips of a split have which value of each condition; those without one do not count."""
+    counts: dict[str, Counter[str]] = {}
+    for of_clip in corpus.splits[split].conditions():
+        for name, value in of_clip.items():
+            counts.setdefault(name, Counter()).update([value] if value else [])
+    return counts
+
+
+def condition_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any) -> Iterator[str]:
+    """What a user should know of the conditions of the training clips: which are missing, unused or truncated."""
+    model, split = recipe.model, corpus.splits["train"]
+    named, counts = placeholders(model.prefix), _counts(corpus, "train")
+    for name in named:
+        if missing := len(split) - counts[name].total():
+            yield f"{missing} of {len(split)} training clips have no {name}, and their prefix leaves it out"
+    languages = counts["target_language"]
+    if len(languages) > 1 and "target_language" not in named and not getattr(tokenizer, "tgt_lang", None):
+        yield (
+            f"the training texts have {len(languages)} values of target_language, and the model is not told which; "
+            "model.prefix='{target_language}:' tells it"
+        )
+    limit = model.max_prefix_tokens
+    if named:
+        # A tokenizer makes at most two tokens of a byte, so short prefixes need not be tokenised.
+        prefixes = Counter(fill(model.prefix or "", of_clip) for of_clip in split.conditions())
+        suspects = [prefix for prefix in prefixes if 2 * len(prefix.encode()) > limit]
+        ids = tokenizer(suspects, add_special_tokens=False)["input_ids"] if suspects else []
+        lengths = {prefix: len(of_prefix) for prefix, of_prefix in zip(suspects, ids, strict=True)}
+        truncated = sum(prefixes[prefix] for prefix, length in lengths.items() if length > limit)
+        if truncated:
+            yield (
+                f"the prefixes of {truncated} of {len(split)} training clips have more than "
+                f"model.max_prefix_tokens={limit} tokens and are truncated, the longest has {max(lengths.values())}"
+            )
