@@ -14,6 +14,10 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 # Ranks of the demo: one for each GPU that torch sees; on the CPU two, or its one core.
 RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 
+# Tests that start no ranks run beside each other, the tests of one file in one process.
+WORKERS ?= $(shell $(BIN)/python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
+BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-gpu test-nightly lint ops clean
 
@@ -28,12 +32,12 @@ demo: setup ## train on real signing, from nothing to printed scores; again: onl
 	@$(BIN)/python launch/prepare.py --recipe demo
 	@$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --recipe demo
 
-# pytest's closing line is the last one printed.
+# A closing line as pytest's, for both parts, is the last one printed.
 test: setup lint ops ## lint, then the tests that need neither network nor GPU
-	@$(BIN)/python -m pytest
+	@$(BIN)/python tests/two_parts.py $(BESIDE_EACH_OTHER)
 
 test-fast: setup ## the tests that start no process, in minutes: for work on one room
-	@$(BIN)/python -m pytest --fast -q
+	@$(BIN)/python -m pytest --fast -q $(BESIDE_EACH_OTHER)
 
 test-gpu: setup ops ## the tests that need a GPU, or two
 	@TEST_GPUS=1 $(BIN)/python -m pytest -m "gpu or gpu2"

@@ -18,6 +18,7 @@ RAY = ["ray>=2.40"]
 DEMO_APP = ["gradio>=6,<7"]
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.13",

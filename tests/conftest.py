@@ -7,6 +7,7 @@ from tests.hidden_gpus import SHOWN, hide_gpus
 hide_gpus()  # before anything imports torch
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from tests.written_corpora import write_corpus
+from toolkit.cluster.logs import LIBRARIES
 from toolkit.corpus.packed import Clip
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
@@ -59,6 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Threads that wait for each other cost small tensors several times what they save, most of all on a busy machine.
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # other tests run beside the commands that this process starts
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     hypothesis.settings.load_profile("busy")
     if config.getoption("--fast"):
         sys.addaudithook(_refuse_processes)
@@ -100,6 +104,18 @@ def _gpus_needed(item: pytest.Item) -> int:
 def _slowness(item: pytest.Item) -> int:
     parts = item.path.relative_to(item.config.rootpath).parts  # the clone itself may lie in a folder of such a name
     return max([SLOW_FOLDERS.index(part) + 1 for part in parts if part in SLOW_FOLDERS], default=0)
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """The loggers that commands set up, which are as they were afterwards; a test may come after any other."""
+    names = ("toolkit", *LIBRARIES)
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in map(logging.getLogger, names)]
+    yield
+    logging.captureWarnings(False)
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture

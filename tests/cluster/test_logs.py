@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from toolkit.cluster.logs import LIBRARIES, log_to_file, prints_to_log, show_errors_only
+from toolkit.cluster.logs import log_to_file, prints_to_log, show_errors_only
 
 
 @pytest.fixture
@@ -15,19 +15,7 @@ def logged(caplog, monkeypatch):
     return caplog
 
 
-@pytest.fixture
-def libraries():
-    """The loggers of the libraries, which are as they were afterwards."""
-    names = ("toolkit", *LIBRARIES)
-    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in map(logging.getLogger, names)]
-    yield
-    logging.captureWarnings(False)
-    for logger, handlers, propagate, level in before:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
-def test_what_bitsandbytes_says_at_every_product_is_logged_once(libraries, tmp_path):
+def test_what_bitsandbytes_says_at_every_product_is_logged_once(tmp_path):
     log_to_file(tmp_path / "log.txt")
     for _ in range(3):
         for dtype in ("bfloat16", "float32"):
@@ -54,12 +42,6 @@ def test_what_was_printed_before_an_error_is_logged_and_the_error_is_passed_on(l
 
 @pytest.mark.parametrize("name", ["bitsandbytes.backends.cpu.ops", "transformers.modeling_utils", "py.warnings"])
 def test_commands_without_a_log_show_errors_of_libraries_only(name):
-    levels = {library: logging.getLogger(library).level for library in LIBRARIES}
-    try:
-        show_errors_only()
-        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
-        assert logging.getLogger(name).isEnabledFor(logging.ERROR)
-    finally:
-        logging.captureWarnings(False)
-        for library, level in levels.items():
-            logging.getLogger(library).setLevel(level)
+    show_errors_only()
+    assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+    assert logging.getLogger(name).isEnabledFor(logging.ERROR)
