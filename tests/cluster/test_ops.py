@@ -4,10 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import deepspeed.accelerator
 import pytest
 
+from tests.time_limits import limit
 from toolkit.cluster import ops
 from toolkit.errors import UserError
 
@@ -162,15 +168,62 @@ def test_two_processes_never_build_one_op_at_the_same_time(extensions, tmp_path)
         with text.open("w") as out:
             processes.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
     try:
-        printed = [text.read_text() for process, text in zip(processes, texts, strict=True) if not process.wait(300)]
+        codes = [process.wait(limit(60)) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert len(printed) == 2, [text.read_text() for text in texts]
+    printed = [text.read_text() for text in texts]
+    assert codes == [0, 0], printed
     assert log.read_text() == "build\n"
     building, waiting = sorted(printed, key=lambda text: "waiting" in text)
     assert "building, one to four minutes" in building and "ready after" in building
     assert "building" not in waiting
+
+
+class Waiting:
+    """A thread that wants to build an op, and what it says."""
+
+    def __init__(self, work: Callable[[Callable[[str], None]], object]) -> None:
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=lambda: work(self.lines.append))
+        self.thread.start()
+
+    def waits(self) -> bool:
+        """Whether it says that it waits, rather than that it builds or nothing before it ends."""
+        while not self.lines and self.thread.is_alive():
+            time.sleep(0.01)
+        return "waiting" in "".join(self.lines)
+
+
+def test_a_build_from_scratch_waits_for_another_build_and_is_waited_for(extensions, monkeypatch):
+    """Nothing is removed under a build, nor is the lock with the folder that is removed."""
+    product, order = extensions / "cpu_adam" / "product.o", []
+
+    def lock_and_note(echo):
+        with ops.building("cpu_adam", echo):
+            order.append("third")
+
+    def load(verbose):
+        third.append(Waiting(lock_and_note))
+        assert third[0].waits()
+        order.append("second")
+
+    third: list[Waiting] = []
+    builder = SimpleNamespace(is_compatible=lambda verbose: True, load=load)
+    monkeypatch.setattr(
+        deepspeed.accelerator, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda name: builder)
+    )
+    with ops.building("cpu_adam", print):
+        product.parent.mkdir()
+        product.touch()
+        second = Waiting(lambda echo: ops.build_ops(["cpu_adam"], force=True, echo=echo))
+        assert second.waits()
+        assert product.exists()
+        order.append("first")
+    second.thread.join()
+    third[0].thread.join()
+    assert not product.exists()
+    assert order == ["first", "second", "third"]
 
 
 def test_force_removes_the_lock(extensions):
