@@ -18,6 +18,8 @@ from typing import NoReturn
 # What a run imports, on its way from the recipe to the report.
 RUN_MODULES = (
     "deepspeed.ops.adam",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # of every first engine, and with it torch's inductor, for seconds
+    "peft",
     "transformers.models.auto",
     "transformers.models.t5.modeling_t5",
     "toolkit.reporting.report",
@@ -33,11 +35,10 @@ def import_all(modules: Iterable[str]) -> None:
         importlib.import_module(module)
 
 
-def write_to(path: str | Path) -> None:
-    """Append stdout and stderr of this process to a file."""
-    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(out, stream)
+def write_to(out: str | Path, errors: str | Path | None = None) -> None:
+    """Append stdout and stderr of this process to a file, or to one each."""
+    for stream, path in ((1, out), (2, errors or out)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
 
 
 def end_with(work: Callable[[], object]) -> NoReturn:

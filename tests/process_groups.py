@@ -1,7 +1,8 @@
-"""Process groups for tests: of this process alone, and of two processes."""
+"""Process groups for tests: of this process alone, and of two processes, forked from one that has imported a lot."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +15,14 @@ from torch import distributed
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import Ranks
+
+# What both processes import; tests that need two share the process that has done so.
+IMPORTED = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.t5.modeling_t5",
+    "toolkit.decoding.decode_split",
+    "tests.process_groups",
+)
 
 
 @contextmanager
@@ -29,7 +38,10 @@ def run_in_two_processes(function: Callable[..., None], *arguments: object) -> N
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(_as_rank, args=(function, port, *arguments), nprocs=2)
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    torch.multiprocessing.start_processes(
+        _as_rank, args=(function, port, *arguments), nprocs=2, start_method="forkserver"
+    )
 
 
 def _as_rank(rank: int, function: Callable[..., None], port: int, *arguments: object) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+from huggingface_hub import constants
+
 from toolkit.fitting.hardware import GIB
 from toolkit.fitting.planned_size import planned_size
 from toolkit.fitting.shapes import Lengths, sizes
@@ -25,6 +28,9 @@ def test_more_room_holds_more_clips() -> None:
     assert found[3] == 512
 
 
-def test_a_model_that_cannot_be_planned_starts_with_the_largest(resolve: Callable[..., ResolvedRun]) -> None:
+def test_a_model_that_cannot_be_planned_starts_with_the_largest(
+    resolve: Callable[..., ResolvedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # a hub that cannot be reached is asked again and again
     run = resolve("training.micro_batch_size=auto", "model.backbone=nobody/nothing", "model.from_scratch=true")
     assert planned_size(run, Lengths(4, 30, 20, ["a"], ["a"]), sizes(4), 80 * GIB) == 4

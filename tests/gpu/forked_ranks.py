@@ -33,7 +33,7 @@ ALONE = 5.0  # that a rank may run when the other has failed; it would wait thre
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    import_all(["peft"])
+    import_all([])
     print(json.dumps({command["name"]: codes_of(command) for command in plan}), flush=True)
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import ROOT, run_main
 
 
 def test_memory_of_the_recipes_is_what_the_planner_says() -> None:
-    command = [sys.executable, "launch/recipes.py", "ls", "--memory", "--json"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    last = next(line for line in reversed(printed.splitlines()) if line.startswith("{"))
+    done = run_main("launch/recipes.py", "ls", "--memory", "--json")
+    assert done.returncode == 0, done.stderr
+    last = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     recipes = {row["name"]: row for row in json.loads(last)["recipes"]}
     rows = [line.split("|") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     table = [row for row in rows if len(row) == 5 and set(re.findall(r"`(\w+)`", row[1])) & recipes.keys()]

@@ -34,8 +34,8 @@ def folder(tmp_path: Path, translator: Callable[..., PoseTranslator], processor:
 
 @pytest.mark.process
 def test_import_toolkit_auto_registers_the_translator_in_any_order_of_imports(folder: Path) -> None:
-    lines = ["import os, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import traceback"]
-    # One process an order, forked from one that has imported nothing: what each imports is its own.
+    lines = ["import os, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import traceback", "import torch"]
+    # One process an order, forked from one that has imported torch alone: what else each imports is its own.
     for order in ORDERS.values():
         lines += [
             "if not (child := os.fork()):",

@@ -1,4 +1,10 @@
-"""One rank of test_rank_watch.py: takes steps with the others until it has to stop, die or lag."""
+"""The ranks of test_rank_watch.py: two a case take steps until one of them has to stop, die or lag.
+
+    rank_watch_worker.py FOLDER RANK:HOW:PORT ...
+
+All cases run side by side, in forks of one process that has imported torch. Of each case FOLDER/HOW_RANK gets the files
+``0.out``, ``0.err``, ``0.pid`` of rank 0, the same of rank 1, and ``code`` of the rank that was not lost.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +12,46 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
 
+from tests.forks import end_with, write_to
 from toolkit.cluster.ranks import read_ranks
 from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 
 LOST_AT = 5
+ENDS = ("waits for data", "starves")  # cases in which the rank that is lost ends by itself
 
 
 def main() -> None:
-    lost_rank, how = int(sys.argv[1]), sys.argv[2]
+    cases = [case.split(":") for case in sys.argv[2:]]
+    started = [(Path(sys.argv[1]) / f"{how}_{lost}", int(lost), how, int(port)) for lost, how, port in cases]
+    ranks = [[start(rank, *case) for rank in range(2)] for case in started]
+    for (folder, lost, how, _), pids in zip(started, ranks, strict=True):
+        code = os.waitstatus_to_exitcode(os.waitpid(pids[1 - lost], 0)[1])
+        if how not in ENDS:
+            os.kill(pids[lost], signal.SIGKILL)
+        os.waitpid(pids[lost], 0)
+        (folder / "code").write_text(str(code))
+
+
+def start(rank: int, folder: Path, lost_rank: int, how: str, port: int) -> int:
+    """Fork a rank; its process id."""
+    folder.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        os.environ |= {"LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        write_to(folder / f"{rank}.out", folder / f"{rank}.err")
+        end_with(lambda: take_steps(lost_rank, how))
+    (folder / f"{rank}.pid").write_text(str(pid))
+    return pid
+
+
+def take_steps(lost_rank: int, how: str) -> None:
+    """Be a rank."""
     ranks = read_ranks()
     dist.init_process_group("gloo")
     data = 4.0 if how == "starves" else 60.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,41 +35,33 @@ class End:
     lost_err: str
 
 
-def start(lost_rank: str, how: str) -> list[subprocess.Popen[str]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rank_watch_worker.py")), lost_rank, how],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": python_path(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
 @pytest.fixture(scope="module")
-def ended() -> Ended:
-    started = {case: start(*case) for case in CASES}
-    results = {}
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder, worker = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("rank_watch_worker.py")
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in CASES]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        ports = [str(listener.getsockname()[1]) for listener in listeners]
+    words = [":".join([*case, port]) for case, port in zip(CASES, ports, strict=True)]
+    process = subprocess.Popen(
+        [sys.executable, str(worker), str(folder), *words],
+        env=os.environ | {"PYTHONPATH": python_path(ROOT)},
+        start_new_session=True,
+    )
     try:
-        for (lost_rank, how), processes in started.items():
-            witness, lost = processes[1 - int(lost_rank)], processes[int(lost_rank)]
-            out, err = witness.communicate(timeout=limit(600))
-            if how in ("waits for data", "starves"):
-                lost.wait(timeout=limit(600))
-            lost.kill()
-            results[lost_rank, how] = End(witness.returncode, out, err, lost.pid, lost.communicate()[1])
+        assert process.wait(limit(600)) == 0
     finally:
-        for processes in started.values():
-            for process in processes:
-                process.kill()
-                process.communicate()
-    return results
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return {(lost, how): end_of(folder / f"{how}_{lost}", int(lost)) for lost, how in CASES}
+
+
+def end_of(folder: Path, lost: int) -> End:
+    """What the ranks of a case left in its folder."""
+    out, err = ((folder / f"{1 - lost}.{kind}").read_text() for kind in ("out", "err"))
+    pid, lost_err = ((folder / f"{lost}.{kind}").read_text() for kind in ("pid", "err"))
+    return End(int((folder / "code").read_text()), out, err, int(pid), lost_err)
 
 
 @pytest.mark.process
