@@ -36,6 +36,12 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/memory.py",
         "The same model under every JSON that runs on a CPU.",
     ),
+    "planning": (
+        "Plans of memory",
+        "python benchmarks/planning.py",
+        "What a plan says against what a rank took, two ranks on CPUs: the growth of the resident set over its "
+        "libraries; models have few layers of their published width. `off` is that of the larger phase.",
+    ),
     "evaluation": (
         "Evaluation",
         "python benchmarks/evaluation.py --model runs/demo",

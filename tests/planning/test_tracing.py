@@ -127,3 +127,12 @@ def test_a_pass_on_a_cpu_keeps_the_scores_of_its_attention(name: str) -> None:
     assert cpu.peak > gpu.peak
     again = trace(shortened, **settings)
     assert (again.saved, again.peak) == (gpu.saved, gpu.peak), "the model stays as it was"
+
+
+def test_layers_in_nf4_keep_no_inputs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.cpu.linear.has_fast_bf16", lambda: False)
+    lora, nf4 = (
+        trace(shorten(empty("t5_base", "model.lora.r=16", *more)), **SHAPE, dtype=torch.bfloat16, on_cpu=True)
+        for more in ((), ("model.quantization=nf4",))
+    )
+    assert nf4.saved < 0.95 * lora.saved

@@ -24,6 +24,12 @@ CUBLAS_WORKSPACES = 2 * 32 * 2**20
 FRAGMENTS = 0.05
 # A process without a model: Python, torch, transformers, DeepSpeed.
 PROCESS = int(1.5 * GIB)
+# Of a rank on a CPU: its libraries, with the code that a run calls; torch's compiler, which ZeRO imports with Muon, or
+# PEFT, which imports the compiler too; what objects other than tensors take until the first step, and from then on.
+CPU_LIBRARIES = int(0.48 * GIB)
+CPU_COMPILER = int(0.040 * GIB)
+CPU_PEFT = int(0.049 * GIB)
+CPU_OBJECTS = (int(0.012 * GIB), int(0.030 * GIB))
 
 # Sustained, not peak: a large product of bf16 matrices; fp32 products (TF32 off) run at a fraction of it.
 FLOPS = 2.5e14

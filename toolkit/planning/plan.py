@@ -70,12 +70,14 @@ class Subject:
         translator, weights = adapted_translator(config, recipe)
         return cls(recipe, weights, shorten(translator))
 
-    def trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool) -> Trace:
-        """A forward and backward pass over a micro-batch under a DeepSpeed JSON.
+    def trace(
+        self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool = False
+    ) -> Trace:
+        """A forward and backward pass over a micro-batch under a DeepSpeed JSON, on a GPU or a CPU.
 
         Two sizes of micro-batch are traced; figures of others lie on the line through them.
         """
-        small, large = (self._trace(number, frames, tokens, config, checkpointing) for number in (2, 8))
+        small, large = (self._trace(number, frames, tokens, config, checkpointing, on_cpu) for number in (2, 8))
         share = (clips - 2) / 6
         figures = {
             name: max(0.0, getattr(small, name) + share * (getattr(large, name) - getattr(small, name)))
@@ -83,11 +85,11 @@ class Subject:
         }
         return Trace(**figures)
 
-    def _trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool) -> Trace:
+    def _trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool) -> Trace:
         dtype = TORCH_DTYPES[parameter_precision(config)]
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as many bytes, and no second trace
         autocast = bool(value_at(config, "torch_autocast.enabled"))
-        key = (clips, frames, tokens, dtype, autocast, checkpointing)
+        key = (clips, frames, tokens, dtype, autocast, checkpointing, on_cpu)
         if key not in self._traces:
             try:
                 self._traces[key] = trace(
@@ -99,6 +101,7 @@ class Subject:
                     autocast=autocast,
                     checkpointing=checkpointing,
                     ctc_weight=self.recipe.training.ctc_weight,
+                    on_cpu=on_cpu,
                 )
             except UNTRACEABLE as error:
                 # A model that decides by the values of tensors, which the meta device does not have.

@@ -22,6 +22,8 @@ from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Recipe
 
+PACKED = "is_packed"  # attribute of a layer whose weight a run holds in int8 or NF4
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -107,10 +109,12 @@ def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTr
 
 
 def _packed(translator: PoseTranslator, recipe: Recipe) -> set[int]:
-    """Identities of the weights that are held in int8 or NF4."""
+    """Identities of the weights that are held in int8 or NF4; their modules get the mark ``PACKED``."""
     backbone, quantization = translator.backbone, recipe.model.quantization
-    paths = packable(backbone, quantization) if quantization else set()
-    return {id(weight) for path in paths for weight in backbone.get_submodule(path).parameters()}
+    modules = [backbone.get_submodule(path) for path in (packable(backbone, quantization) if quantization else ())]
+    for module in modules:
+        setattr(module, PACKED, True)
+    return {id(weight) for module in modules for weight in module.parameters()}
 
 
 def _sum(parameters: Iterable[nn.Parameter]) -> int:

@@ -32,6 +32,7 @@ from toolkit.cpu.layers import use_cpu_layers
 from toolkit.models.backbone import layer_list
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
+from toolkit.planning.costs.counts import PACKED
 from toolkit.planning.costs.kernels import as_on_cpu, as_on_gpu
 
 LAYERS = 2  # that are traced of each stack
@@ -154,6 +155,9 @@ def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> P
     """A copy with the layers of a CPU, whose parameters and buffers are fake tensors there."""
     model = copy.deepcopy(model)
     use_cpu_layers(model)
+    for module in model.modules():
+        if hasattr(module, PACKED):
+            module.__class__ = nn.Linear  # as one of bitsandbytes, it keeps no input of a frozen weight
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

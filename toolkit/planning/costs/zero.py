@@ -52,6 +52,7 @@ class ZeroMemory:
         host: in the host's memory.
         pinned: of that, page-locked.
         nvme: on the disk.
+        unexplained: on the device beside gradients; measured, and by nothing in DeepSpeed's source.
         sent: bytes that the rank sends in a step with one micro-batch; ``sent_again`` with each further one.
         over_link: bytes between device and host in a step.
         of_optimizer: bytes that the update reads and writes, wherever they are.
@@ -75,6 +76,7 @@ class ZeroMemory:
     host: float = 0.0
     pinned: float = 0.0
     nvme: float = 0.0
+    unexplained: float = 0.0
     sent: float = 0.0
     sent_again: float = 0.0
     over_link: float = 0.0
@@ -110,6 +112,7 @@ class ZeroMemory:
             "gathered weights": self.gathered,
             "gradients": self.kept_gradients + gradients,
             "buckets": self.kept_buckets + self.buckets,
+            "not explained": self.unexplained if gradients else 0.0,
         }
 
 
@@ -226,11 +229,11 @@ def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: f
             states = count * group * master
         host = states + held + memory.average
         pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
-        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup). An
-        # H100's peak has room for a second one, whose cause is not known.
-        gradients = 2 * memory.gradients if stage < 3 else memory.gradients
+        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup), and a
+        # CPU rank has no more. The peak of an H100 had as much again, whose holder was not found.
+        unexplained = memory.gradients if stage < 3 else 0.0
         memory = replace(
-            memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, gradients=gradients, update=0.0
+            memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, update=0.0, unexplained=unexplained
         )
     if parameters:
         weights = memory.trained + memory.frozen + memory.packed

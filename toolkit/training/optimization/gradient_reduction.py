@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-LARGEST_WHOLE_GRADIENT = 2**27
-"""Bytes of gradient that a rank may hold to reduce once a step.
-
-An adapter of rank 16 on T5-3B and the pose encoder have 12 M weights, 45 MiB; one of rank 64 still fits. All of a
-T5-Base has 1 GiB, which stages 2 and 3 are chosen to avoid.
-"""
+from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT
 
 
 def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:

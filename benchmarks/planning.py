@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""How near a plan comes to the memory that a run takes: predicted against measured peaks of two ranks on CPUs.
+
+python benchmarks/planning.py                  cells chosen pairwise; those that have a row are kept
+python benchmarks/planning.py --full           every cell, and T5-3B
+python benchmarks/planning.py --only t5_small/zero2/8/kept --again --tensors
+python benchmarks/planning.py --predict        only predict again, from the measured rows as they are
+
+A cell is a model, a DeepSpeed JSON, a micro-batch, and whether activations are kept or recomputed. Measured is the
+growth of a rank's resident set over what it held before it joined the process group: until the model is in its engine,
+and in two steps of two micro-batches, of which the last alone has all its clips. Freed memory goes back to the system.
+Every row is written into benchmarks/results/planning.json as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a rank has one core
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from planning_cells import MODELS, RANKS, STEPS, Cell, all_cells, make_corpus, overrides_of, pairwise
+from planning_side import GIB, import_all, run_ranks
+
+from toolkit.cluster.environment import describe_environment
+from toolkit.cluster.ops import use_extensions_dir
+
+RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
+PHASES = ("start", "step")
+COLORS = ("#2563a8", "#d97706", "#b91c1c", "#15803d", "#7c3aed")
+PICTURE = ROOT / "docs" / "pictures" / "planning.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every cell, and T5-3B")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cells, or the beginnings of their names")
+    parser.add_argument("--again", action="store_true", help="measure cells that have a row again")
+    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--tensors", action="store_true", help="print the tensors that were alive at the peaks (slow)")
+    arguments = parser.parse_args()
+    use_extensions_dir()
+    rows = {row["cell"]: row for row in read_rows()}
+    every = all_cells()
+    chosen = every if arguments.full else pairwise(every)
+    if arguments.only:
+        chosen = [cell for cell in every if cell.name.startswith(tuple(arguments.only))]
+    if arguments.predict:
+        chosen = [cell for cell in every if cell.name in rows]
+    import_all()
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(1, get_context("fork")) as predictor:
+        folder = Path(name)
+        make_corpus(folder / "corpus")
+        for number, cell in enumerate(chosen, start=1):
+            row = rows.get(cell.name)
+            if row is None or arguments.again:
+                try:
+                    row = run(cell, folder, tensors=arguments.tensors)
+                except RuntimeError as error:
+                    print(f"{number} of {len(chosen)}: {cell.name} failed\n{error}", flush=True)
+                    continue
+            # In a process of its own: this one stays as small as it is when ranks are forked from it.
+            row = rows[cell.name] = row | predictor.submit(predict, cell, folder, row).result()
+            write_rows([rows[known.name] for known in every if known.name in rows])
+            print(f"{number} of {len(chosen)}: {in_words(row)}", flush=True)
+    draw(read_rows())
+
+
+def run(cell: Cell, folder: Path, *, tensors: bool) -> dict[str, Any]:
+    """Measure a cell."""
+    out = Path(tempfile.mkdtemp(dir=folder))
+    order = {
+        "recipe": cell.spec.recipe,
+        "ds": cell.ds,
+        "overrides": [*overrides_of(cell, folder), f"run.dir={out / 'run'}"],
+        "steps": STEPS,
+        "tensors": tensors,
+    }
+    figures = run_ranks(order, RANKS, out)
+    if tensors:
+        for phase in ("start", "step"):
+            print((out / f"{phase}_0.txt").read_text(encoding="utf-8"), flush=True)
+    return {"cell": cell.name} | figures
+
+
+@cache
+def subject(model: str, folder: Path, rows: int) -> Any:
+    """A model of ``MODELS`` with so many tokens."""
+    from toolkit.planning.plan import Subject
+    from toolkit.recipe.load import load_recipe
+
+    cell = Cell(model, "zero2", 1, recomputed=False)
+    return Subject.of(load_recipe(cell.spec.recipe, overrides_of(cell, folder)), rows)
+
+
+def predict(cell: Cell, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The plan's figures for a row, without the libraries of a process, and how far they are off."""
+    from toolkit.planning.cpu_plan import make_cpu_plan
+    from toolkit.planning.hardware import CPU_LIBRARIES
+    from toolkit.planning.workload import Workload
+    from toolkit.recipe.resolve import resolve_named
+
+    overrides = overrides_of(cell, folder)
+    resolved = resolve_named(cell.spec.recipe, overrides, RANKS, has_gpu=False, ds=cell.ds, needs_data=False)
+    frames = row["frames"]
+    workload = Workload(frames, row["tokens"], frames, ((1, 1),), None, "as measured")
+    plan = make_cpu_plan(subject(cell.model, folder, row["rows"]), resolved, workload)
+    start, step = ((plan.phases[phase] - CPU_LIBRARIES) / GIB for phase in ("start", "step"))
+    return {
+        "predicted_start_gib": round(start, 4),
+        "predicted_step_gib": round(step, 4),
+        "off": round(max(start, step) / peak_of(row) - 1, 3),
+        "items": {name: round(size / GIB, 4) for name, size in plan.items.items() if name != "libraries"},
+        "moment": plan.moment,
+    }
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    pairs = ", ".join(f"{phase} {row[f'{phase}_gib']:.3f} ({row[f'predicted_{phase}_gib']:.3f})" for phase in PHASES)
+    return f"{row['cell']}: GiB, and predicted: {pairs}; the peak {row['off']:+.1%} off"
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Predicted against measured peaks, a colour for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    axis = figure.subplots()
+    sizes = [size for row in rows for size in (peak_of(row), peak_of(row, "predicted_"))]
+    ends = (0.8 * min(sizes), 1.25 * max(sizes))
+    axis.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="#e4e8ee", label="±10 %")
+    axis.plot(ends, ends, color="#8a94a3", linewidth=1)
+    for model, color in zip(MODELS, COLORS, strict=True):
+        own = [row for row in rows if row["cell"].split("/")[0] == model]
+        if own:
+            axis.scatter(
+                [peak_of(row) for row in own], [peak_of(row, "predicted_") for row in own],
+                s=16, color=color, label=model.replace("_", " "),
+            )  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter("{x:g}")
+        each.set_minor_formatter("{x:.2g}")
+        each.set_tick_params(which="both", labelsize=8)
+    axis.set_xlabel("measured peak of a rank above its libraries, GiB")
+    axis.set_ylabel("planned, GiB")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=150)
+
+
+def peak_of(row: dict[str, Any], prefix: str = "") -> float:
+    """The larger phase of a row, GiB."""
+    return max(float(row[f"{prefix}{phase}_gib"]) for phase in PHASES)
+
+
+def write_rows(rows: list[dict[str, Any]]) -> None:
+    """Write the results: how near all plans are, and a row for each cell."""
+    machine = {key: describe_environment()[key] for key in ("cpu", "cores", "memory_gib")}
+    errors = {row["cell"]: abs(row["off"]) for row in rows if "off" in row}
+    worst = max(errors, key=lambda cell: errors[cell])
+    figures = {
+        "cells_measured": len(errors),
+        "within_10_percent": round(sum(error <= 0.1 for error in errors.values()) / len(errors), 3),
+        "median_error": round(median(errors.values()), 3),
+        "worst_error": errors[worst],
+        "worst_cell": worst,
+    }
+    RESULTS.write_text(json.dumps({"machine": machine} | figures | {"cells": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The rows measured so far."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.exists() else []
+
+
+if __name__ == "__main__":
+    main()

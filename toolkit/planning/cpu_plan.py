@@ -1,0 +1,81 @@
+"""What a run on CPUs will need: as ``plan.py``, for ranks whose weights, activations and copies share one memory."""
+
+from __future__ import annotations
+
+from toolkit.planning.costs.cpu_ranks import cpu_moments
+from toolkit.planning.costs.zero import Items
+from toolkit.planning.hardware import CPU_COMPILER, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
+from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject
+from toolkit.planning.workload import Workload
+from toolkit.recipe.batches import num_micro_batches
+from toolkit.recipe.resolve import ResolvedRun
+
+
+def make_cpu_plan(
+    subject: Subject,
+    resolved: ResolvedRun,
+    workload: Workload,
+    *,
+    ranks_per_node: int | None = None,
+    micro_batch_size: int | None = None,
+    checkpointing: bool | None = None,
+) -> Plan:
+    """Plan a run on CPUs; its items are of a rank's resident set, and ``host`` is what all ranks of a node take.
+
+    Args:
+        subject: of the run's recipe.
+        resolved: decides the placement.
+        workload: the longest clips.
+        ranks_per_node: None = all are on one.
+        micro_batch_size, checkpointing: instead of the recipe's.
+
+    Raises:
+        UserError: the model cannot be traced.
+    """
+    recipe, config, training = resolved.recipe, resolved.deepspeed, resolved.recipe.training
+    clips = micro_batch_size or resolved.micro_batch_size
+    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
+    recompute = training.gradient_checkpointing if checkpointing is None else checkpointing
+    first, later = (
+        subject.trace(clips, frames, workload.tokens, config, recompute, on_cpu=True)
+        for frames in (workload.frames, workload.later_frames)
+    )
+    zero, moments = cpu_moments(
+        subject.weights, recipe, config, resolved.world_size, micro_batches=accumulation, first=first, later=later
+    )
+    always = moments["update"] | {"gradients": zero.kept_gradients, "copies of the update": 0.0}
+    translation = subject.translation(config, workload)
+    generation = max(translation.encoder, translation.cache + translation.scores)
+    moments |= {"evaluation": always | {"generation": generation, "gathered weights": zero.whole}, "save": always}
+    imported = CPU_PEFT if recipe.model.lora else CPU_COMPILER if resolved.zero_stage else 0
+    moments = {name: _complete(items, imported, starts=name == "start") for name, items in moments.items()}
+    totals = {name: sum(items.values()) for name, items in moments.items()}
+    largest = max(totals, key=lambda name: totals[name])
+    phases = {name: totals[name] for name in PHASES if name in totals}
+    phases["step"] = max(total for name, total in totals.items() if name not in PHASES)
+    ranks = ranks_per_node or resolved.world_size
+    trained = sum(item.numel for item in subject.weights if item.trained)
+    return Plan(
+        deepspeed=recipe.deepspeed,
+        micro_batch_size=clips,
+        accumulation_steps=accumulation,
+        items=moments[largest],
+        moment=largest,
+        phases={name: phases[name] for name in PHASES},
+        host=ranks * totals[largest],
+        pinned=0.0,
+        nvme=0.0,
+        checkpoint=trained * CHECKPOINT_BYTES,
+        zero=zero,
+        pass_=first,
+    )
+
+
+def _complete(items: Items, imported: int, *, starts: bool) -> Items:
+    """With what a process holds besides tensors; items of nothing are left out."""
+    process = {
+        "libraries": float(CPU_LIBRARIES),
+        "libraries that ZeRO and PEFT import": float(imported),
+        "other objects": float(CPU_OBJECTS[0 if starts else 1]),
+    }
+    return {name: size for name, size in (items | process).items() if size}
