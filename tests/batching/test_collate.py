@@ -30,6 +30,7 @@ def test_shapes_types_and_masks(tokenizer):
     assert tokenizer.decode(batch.labels[0][:3]) == "abc"
     assert batch.labels[1].tolist() == [ord("a") + 3, tokenizer.eos_token_id, IGNORED_LABEL, IGNORED_LABEL]
     assert (batch.num_frames, batch.num_target_tokens, batch.num_clips, len(batch)) == (7, 6, 2, 2)
+    assert batch.labelled.tolist() == [0, 1, 2, 3, 4, 5]
     assert batch.padding_share == pytest.approx(0.3)
 
 
@@ -59,6 +60,7 @@ def test_a_filler_has_no_labels_and_no_frames(tokenizer):
     assert batch.clips.tolist() == [2, 6]
     assert (batch.labels[1] == IGNORED_LABEL).all()
     assert (batch.num_frames, batch.num_target_tokens, batch.num_clips) == (5, 3, 1)
+    assert batch.labelled.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained"])
@@ -75,6 +77,7 @@ def test_a_truncated_text_keeps_its_end_of_sentence(tokenizer, kind):
 def test_moving_a_batch_keeps_all_of_it(tokenizer):
     batch = collate([clip(3)], [0], tokenizer, max_target_tokens=16)
     moved = batch.to("meta")
-    assert moved.poses.is_meta and moved.labels.is_meta and moved.is_filler.is_meta and moved.clips.is_meta
+    assert all(getattr(moved, name).is_meta for name in ("poses", "visible", "frame_mask", "labels", "labelled"))
+    assert not moved.is_filler.is_meta and not moved.clips.is_meta, "they are read by the host"
     assert moved.uids == batch.uids and moved.num_frames == batch.num_frames
     assert not batch.poses.is_meta

@@ -117,7 +117,7 @@ def train_resolved(
         loss = loss_of(engine, batch)
         engine.backward(loss)
         if not losses:
-            watch.check(engine.device)
+            watch.check(watch.count(engine.device).item())
         engine.step()
         losses.append(mean_over_ranks(loss.detach()))
     engine.eval()

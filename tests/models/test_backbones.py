@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tests.written_corpora import write_corpus
+from toolkit.batching.collate import places_of_labels
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
@@ -131,10 +132,11 @@ def test_labelled_tokens_are_scored_alone_as_among_all(
         expected = model(**batch).logits
     projected = []
     head.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0].shape[:-1].numel()))
-    assert torch.equal(model(**batch, labelled_only=True).logits, expected)
+    places = places_of_labels(batch["labels"])
+    assert torch.equal(model(**batch, labelled=places).logits, expected)
     # A filler has no labels: nothing is scored, and every weight gets a gradient of zero.
     filler = batch | {"labels": torch.full_like(batch["labels"], -100)}
-    logits = model(**filler, labelled_only=True).logits
+    logits = model(**filler, labelled=places[:0]).logits
     assert logits.shape == (0, expected.shape[-1])
     assert projected == [labelled.sum(), 0], "padding is not projected onto the vocabulary"
     logits.sum().backward()

@@ -69,6 +69,7 @@ def test_saved_bytes_are_those_of_a_real_pass() -> None:
             torch.ones(clips, frames, points, dtype=torch.bool),
             mask,
             torch.randint(3, 30, (clips, tokens)),
+            torch.arange(clips * tokens),
             torch.tensor([0]),
             label_smoothing=0.1,
             scores_at_once=GPU_SCORES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -49,6 +50,7 @@ class Engine:
         self.boundaries: list[bool] = []  # whether each was the last one of its step
         self.rates: list[list[float]] = []  # learning rate of each group in each step
         self.is_boundary = False
+        self.norm: float | torch.Tensor = 123.0  # of the last step
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -72,8 +74,8 @@ class Engine:
         self.boundaries.append(self.is_boundary)
         loss.backward()
 
-    def get_global_grad_norm(self) -> float:
-        return 123.0
+    def get_global_grad_norm(self) -> float | torch.Tensor:
+        return self.norm
 
     def step(self) -> None:
         assert self.is_boundary, "a step follows the last micro-batch"
@@ -157,7 +159,9 @@ def watched(trainer: Trainer, *parts: str) -> Any:
     calls = MagicMock()
     for part in parts:
         setattr(trainer, part, getattr(calls, part))
-    calls.meter.begin.return_value = StepCounts(tokens=8, clips=3, frames=9, padded_frames=9, flops=0, waited=0)
+    counts = StepCounts(tokens=8, clips=3, frames=9, padded_frames=9, flops=0, waited=0)
+    calls.meter.begin.return_value = torch.tensor(astuple(counts), dtype=torch.float64)
+    calls.gradient_guard.count.return_value = torch.zeros(())
     calls.meter.end.return_value = (2.5, SPEED)
     calls.loss_spikes.see.return_value = None
     return calls

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -95,13 +94,20 @@ def test_parts_of_a_step_have_their_order(make: Callable[..., Trainer], monkeypa
     trainer.engine.step = calls.engine.step
     monkeypatch.setattr(module, "update_average", calls.update_average)
     trainer.step(first)
-    once = ["rank_watch.begin", "meter.begin", "meter.forward", "meter.forward", "gradient_guard.check", "engine.step"]
-    once += ["update_average", "rank_watch.end", "meter.end"]
+    once = ["rank_watch.begin", "meter.begin", "meter.forward", "meter.forward"]
+    once += [
+        "gradient_guard.count",
+        "gradient_guard.check",
+        "engine.step",
+        "update_average",
+        "rank_watch.end",
+        "meter.end",
+    ]
     assert names_of(calls) == once
     calls.rank_watch.begin.assert_called_once_with(1)
     calls.update_average.assert_called_once_with(trainer.engine, 0.9, 1)
     trainer.step(second)
-    assert names_of(calls)[len(once) :] == [name for name in once if name != "gradient_guard.check"]
+    assert names_of(calls)[len(once) :] == [name for name in once if not name.startswith("gradient_guard")]
 
 
 def test_learning_rates_follow_the_schedule_and_are_logged(make: Callable[..., Trainer]) -> None:
@@ -181,9 +187,10 @@ def test_clips_are_listed_by_the_rank_whose_loss_is_not_finite(
 ) -> None:
     trainer = make()
     batches = next(batches_of(trainer))
+    counts = trainer.meter.begin(batches)
     monkeypatch.setattr(module.dist, "all_reduce", lambda sums: sums.fill_(math.nan))  # that of another rank
     with pytest.raises(TrainingStopped, match="step 1"):
-        trainer._sum_over_ranks([1.0, 1.0, 0.0], batches)
+        trainer._look_at_device(counts, torch.ones(2, dtype=torch.float64), batches)
     assert not list(trainer.resolved.run_dir.glob("not_finite*"))
 
 
@@ -191,12 +198,13 @@ def test_all_ranks_stop_where_one_is_requested_to(
     make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make()
-    summed: list[Any] = []
+    summed: list[float] = []
 
-    def of_two_ranks(own: list[float], batches: Any) -> list[float]:
-        summed.append(own[2])
-        return [own[0], own[1], own[2] + 1]
+    def of_two_ranks(sums: torch.Tensor) -> None:
+        if len(sums) == 4:  # not those of the meter
+            summed.append(float(sums[2]))
+            sums[2] += 1
 
-    monkeypatch.setattr(trainer, "_sum_over_ranks", of_two_ranks)
+    monkeypatch.setattr(module.dist, "all_reduce", of_two_ranks)
     assert trainer.step(next(batches_of(trainer))) is True
-    assert summed == [False]
+    assert summed == [0]

@@ -37,20 +37,21 @@ class Batch:
     visible: Tensor  # bool [clips, frames, points], false where missing or padded
     frame_mask: Tensor  # bool [clips, frames], false where padded
     labels: Tensor  # int64 [clips, tokens], end of sentence included; -100 where padded and for fillers
+    labelled: Tensor  # int64 [labels that count], their places in the flattened labels
     is_filler: Tensor  # bool [clips]; outputs of a filler must be ignored
+    num_clips: int  # without fillers
     num_frames: int  # without padding and fillers
-    num_target_tokens: int  # labels without padding and fillers
     target_languages: list[str] = field(default_factory=list)  # of the texts; empty where the table has none
     prefixes: list[str] | None = None  # of each clip, in words; None where all clips have the same
     prefix_ids: Tensor | None = None  # int64 [clips, tokens], -1 where padded; the same in tokens
 
+    @property
+    def num_target_tokens(self) -> int:
+        """Labels without padding and fillers."""
+        return len(self.labelled)
+
     def __len__(self) -> int:
         return len(self.uids)
-
-    @property
-    def num_clips(self) -> int:
-        """Clips without fillers."""
-        return len(self) - int(self.is_filler.sum())
 
     @property
     def padding_share(self) -> float:
@@ -58,8 +59,9 @@ class Batch:
         return 1.0 - self.num_frames / self.frame_mask.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same batch with its tensors on ``device``; ``clips`` and ``is_filler`` stay where they are read."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, clips=self.clips, is_filler=self.is_filler)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
@@ -93,9 +95,10 @@ def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
         visible=visible,
         frame_mask=frame_mask,
         labels=torch.empty(len(clips), 0, dtype=torch.int64),
+        labelled=torch.empty(0, dtype=torch.int64),
         is_filler=is_filler,
+        num_clips=int((positions >= 0).sum()),
         num_frames=int(frame_mask[~is_filler].sum()),
-        num_target_tokens=0,
         target_languages=[clip.target_language for clip in clips],
     )
 
@@ -128,8 +131,16 @@ def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
     if (tokens := language_tokens(tokenizer, batch.target_languages)) is not None:
         labels[:, 0] = torch.tensor(tokens)
     labels[batch.is_filler] = IGNORED_LABEL
-    batch.labels, batch.num_target_tokens = labels, int((labels != IGNORED_LABEL).sum())
+    batch.labels, batch.labelled = labels, places_of_labels(labels)
     return batch
+
+
+def places_of_labels(labels: Tensor) -> Tensor:
+    """Where the labels that count stand in the flattened ``labels`` [clips, tokens]: int64 [labels that count].
+
+    It is found where the batch is made: on a GPU the host would have to wait for their number.
+    """
+    return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def prefix_tokens(prefixes: Sequence[str], tokenizer: Any, max_tokens: int) -> Tensor:

@@ -264,6 +264,7 @@ class _Engine:
                     batch.visible,
                     batch.frame_mask,
                     batch.labels,
+                    batch.labelled,
                     self.special,
                     prefix_ids=batch.prefix_ids,
                     label_smoothing=recipe.label_smoothing,
@@ -287,9 +288,10 @@ class _Engine:
             visible=torch.ones(shape.clips, shape.frames, config.num_points, dtype=torch.bool),
             frame_mask=torch.ones(shape.clips, shape.frames, dtype=torch.bool),
             labels=labels,
+            labelled=torch.arange(labels.numel()),
             is_filler=torch.zeros(shape.clips, dtype=torch.bool),
+            num_clips=shape.clips,
             num_frames=shape.clips * shape.frames,
-            num_target_tokens=labels.numel(),
             prefix_ids=longest_prefix if config.prefix_template else None,
         )
 

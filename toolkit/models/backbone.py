@@ -236,8 +236,8 @@ def score_tokens(
         hidden: what its encoder gave [clips, positions, width].
         mask: bool [clips, positions].
         ids: what its decoder reads [clips, tokens].
-        rows: bool [clips, tokens]: score these places alone. Scores of a whole vocabulary are the largest tensors of a
-            step; architectures that are not in the tables above compute all of them and drop the others.
+        rows: int64 [rows], places in the flattened ``ids`` to score alone. Scores of a whole vocabulary are the largest
+            tensors of a step; architectures that are not in the tables above compute all of them and drop the others.
 
     Returns:
         [clips, tokens, vocabulary], or [rows, vocabulary].
@@ -246,13 +246,13 @@ def score_tokens(
     if rows is None or kind not in SCALED_OUTPUT.keys() | PLAIN_OUTPUT:
         encoded = BaseModelOutput(last_hidden_state=hidden)
         logits = backbone(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids, use_cache=False).logits
-        return logits if rows is None else logits[rows]
+        return logits if rows is None else logits.flatten(0, 1).index_select(0, rows)
     if (projection := getattr(backbone, "enc_to_dec_proj", None)) is not None:  # halves of different widths
         hidden = projection(hidden)
     decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
     states = decoder(input_ids=ids, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)[0]
     if kind in SCALED_OUTPUT and getattr(backbone.config, SCALED_OUTPUT[kind]):
         states = states * backbone.model_dim**-0.5
-    logits = backbone.get_output_embeddings()(states[rows])
+    logits = backbone.get_output_embeddings()(states.flatten(0, 1).index_select(0, rows))
     bias = getattr(backbone, "final_logits_bias", None)
     return logits if bias is None else logits + bias

@@ -82,6 +82,7 @@ def translation_losses(
     visible: Tensor,
     frame_mask: Tensor,
     labels: Tensor,
+    labelled: Tensor,
     special_ids: Tensor,
     *,
     prefix_ids: Tensor | None = None,
@@ -92,7 +93,7 @@ def translation_losses(
 
     Args:
         model: a translator, or the engine around one.
-        poses, visible, frame_mask, labels, prefix_ids: of the micro-batch.
+        poses, visible, frame_mask, labels, labelled, prefix_ids: of the micro-batch.
         special_ids: as for :func:`ctc_loss`.
         label_smoothing, scores_at_once: as for :func:`token_loss`.
     """
@@ -101,10 +102,11 @@ def translation_losses(
         visible=visible,
         frame_mask=frame_mask,
         labels=labels,
-        labelled_only=True,
+        labelled=labelled,
         prefix_ids=prefix_ids,
     )
-    nll = token_loss(output.logits, labels[labels != IGNORED_LABEL], label_smoothing, scores_at_once)
+    targets = labels.flatten().index_select(0, labelled)
+    nll = token_loss(output.logits, targets, label_smoothing, scores_at_once)
     if output.ctc_logits is None:
         return nll, torch.zeros_like(nll)
     return nll, ctc_loss(output.ctc_logits, output.encoder_mask, labels, special_ids)

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from toolkit.batching.collate import IGNORED_LABEL, NO_TOKEN
+from toolkit.batching.collate import NO_TOKEN
+from toolkit.batching.copies import on_device
 from toolkit.errors import UserError
 from toolkit.models.backbone import (
     decoder_inputs,
@@ -111,7 +112,8 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         if self.config.prefix_template and prefix_ids is None:
             raise ValueError("the model needs prefix_ids: call it with what its processor makes of clips")
         if prefix_ids is None and self.config.prefix_token_ids:
-            prefix_ids = torch.tensor(self.config.prefix_token_ids, device=vectors.device).expand(len(vectors), -1)
+            of_all = on_device(self.config.prefix_token_ids, vectors.device, torch.int64)
+            prefix_ids = of_all.expand(len(vectors), -1)
         if prefix_ids is not None:
             words = embed_words(self.backbone, prefix_ids.clamp(min=0)).to(vectors.dtype)
             vectors, mask = torch.cat([words, vectors], dim=1), torch.cat([prefix_ids != NO_TOKEN, mask], dim=1)
@@ -129,7 +131,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         visible: Tensor,
         frame_mask: Tensor,
         labels: Tensor,
-        labelled_only: bool = False,
+        labelled: Tensor | None = None,
         prefix_ids: Tensor | None = None,
     ) -> PoseTranslatorOutput:
         """Score the labels (teacher forcing).
@@ -137,11 +139,11 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         Args:
             poses, visible, frame_mask, prefix_ids: as :meth:`encode` takes them.
             labels: token ids [clips, tokens], -100 where padded.
-            labelled_only: give logits [labels that are not -100, vocabulary], without those of padding.
+            labelled: places of the labels that count in the flattened ``labels``, int64 [labels that count]: logits
+                are of these alone, [labels that count, vocabulary]. None scores all places.
         """
         hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids)
-        rows = labels != IGNORED_LABEL if labelled_only else None
-        logits = score_tokens(self.backbone, hidden, mask, decoder_inputs(labels, self.config), rows)
+        logits = score_tokens(self.backbone, hidden, mask, decoder_inputs(labels, self.config), labelled)
         ctc_logits, mask = self._ctc(hidden, mask, prefix_ids) if self.config.ctc else (None, mask)
         return PoseTranslatorOutput(logits=logits, ctc_logits=ctc_logits, encoder_mask=mask)
 

@@ -62,13 +62,16 @@ def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float
         group["lr"] = peak * (backbone_factor if name == "backbone" else factor)
 
 
-def gradient_norm(module: nn.Module) -> float:
+def gradient_norm(module: nn.Module) -> torch.Tensor:
     """Norm of the gradient at ZeRO stage 0, before the optimizer step: DeepSpeed reports none there.
 
     Gradients are whole and summed over ranks by then, and not yet clipped.
+
+    Returns:
+        one number, on the device.
     """
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return float(nn.utils.get_total_norm(gradients))
+    return nn.utils.get_total_norm(gradients)
 
 
 def release_training_states(engine: Any) -> None:

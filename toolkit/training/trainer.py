@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
+from toolkit.batching.copies import copied_ahead, on_device
 from toolkit.batching.loader import TrainBatches
 from toolkit.batching.order import steps_per_epoch
 from toolkit.checkpointing.checkpoints import Progress
@@ -36,11 +38,12 @@ from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
 from toolkit.training.engine import gradient_norm, set_learning_rate
 from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
-from toolkit.training.monitoring.gradient_guard import GradientGuard, TrainingStopped
+from toolkit.training.monitoring.gradient_guard import GradientGuard
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.loss_spikes import LossSpikes
-from toolkit.training.monitoring.metering import StepMeter
+from toolkit.training.monitoring.metering import StepCounts, StepMeter
 from toolkit.training.monitoring.rank_watch import Limits, RankWatch
+from toolkit.training.monitoring.step_figures import LateNorm, check_losses, read_together
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
 from toolkit.training.optimization.gradient_reduction import reduced_once
@@ -86,6 +89,7 @@ class Trainer:
             Limits(shortest=training.rank_timeout, data=training.data_timeout),
         )
         self.meter = StepMeter(resolved, self.engine.device, self.ranks.world_size)
+        self.late_norm = LateNorm()
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = self.corpus.splits["train"]
         self.epoch_steps = steps_per_epoch(len(self.train_split), training.global_batch_size)
@@ -161,15 +165,11 @@ class Trainer:
         """
         training, progress = self.recipe.training, self.progress
         self.rank_watch.begin(progress.step + 1)
-        counts = self.meter.begin(batches)
+        sums = self.meter.begin(batches)
         factor = scheduled_factor(training, progress.step, self.total_steps, progress.extension)
         self._set_learning_rates(factor)
-        own = self._backward(batches, counts.tokens)
-        nll, ctc, stops = self._sum_over_ranks([*own, self.interruptions.wanted()], batches)
-        if self.gradient_guard:
-            self.gradient_guard.check(self.engine.device)
-            self.gradient_guard = None
-        norm = None if self.resolved.zero_stage else gradient_norm(self.engine.module)
+        own = self._backward(batches, sums[0])
+        counts, (nll, ctc, stops), norm = self._look_at_device(sums, own, batches)
         self.engine.step()
         if self.resolved.zero_stage:
             norm = self.engine.get_global_grad_norm()
@@ -180,7 +180,7 @@ class Trainer:
         progress.step += 1
         progress.epoch_step += 1
         progress.seconds += seconds
-        progress.clips += counts.clips
+        progress.clips += int(counts.clips)
         self.loss = nll / max(counts.tokens, 1)
         self._log_step(speed, training.learning_rate * factor, norm, ctc / max(counts.tokens, 1))
         return stops > 0
@@ -195,24 +195,24 @@ class Trainer:
         of_backbone = backbone_factor(factor, step, training.freeze_backbone_steps, warmup)
         set_learning_rate(self.engine, self.peaks, factor, of_backbone)
 
-    def _backward(self, batches: Sequence[Batch], tokens: int) -> list[float]:
+    def _backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
         """Forward and backward passes of a step, which has ``tokens`` target tokens over all ranks.
 
         Returns:
-            token loss and CTC loss of this rank, summed, in nats.
+            token loss and CTC loss of this rank, summed, in nats: float64 [2] on the device.
         """
         # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
         # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
-        scale = self.ranks.world_size / max(tokens, 1)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        scale = (self.ranks.world_size / tokens.clamp(min=1)).float()
+        weight, losses = self.recipe.training.ctc_weight, []
         with reduced_once(self.engine, len(batches)):
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in enumerate(copied_ahead(batches, self.engine.device), start=1):
                 self.engine.set_gradient_accumulation_boundary(number == len(batches))
                 with self.meter.forward(self.engine.module, batch):
-                    nll, ctc = self._losses(batch.to(self.engine.device))
-                sums += torch.stack([nll.detach(), ctc.detach()]).double()
-                self.engine.backward((nll + self.recipe.training.ctc_weight * ctc) * scale, scale_wrt_gas=False)
-        return sums.tolist()
+                    nll, ctc = self._losses(batch)
+                losses += [nll.detach(), ctc.detach()]
+                self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
+        return torch.stack(losses).double().view(-1, 2).sum(0)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats."""
@@ -223,49 +223,63 @@ class Trainer:
             batch.visible,
             batch.frame_mask,
             batch.labels,
+            batch.labelled,
             self.special_ids,
             prefix_ids=batch.prefix_ids,
             label_smoothing=training.label_smoothing if self.engine.training else 0.0,
         )
 
-    def _sum_over_ranks(self, own: list[float], batches: Sequence[Batch]) -> list[float]:
-        """Sum this rank's losses and request to stop over all ranks.
+    def _look_at_device(
+        self, counts: Tensor, own: Tensor, batches: Sequence[Batch]
+    ) -> tuple[StepCounts, list[float], float | None]:
+        """Read the step's figures, before its weights change: the one time in a step that the host waits for a GPU.
+
+        Args:
+            counts: from the meter.
+            own: this rank's losses, from the backward passes.
+            batches: of this rank.
+
+        Returns:
+            counts; token loss, CTC loss and number of ranks that were requested to stop; at ZeRO stage 0 the gradient
+            norm.
 
         Raises:
-            TrainingStopped: the loss of any rank is not finite; every such rank has written its clips to a file.
+            TrainingStopped: the loss of any rank is not finite; every such rank has written its clips to a file. Or a
+                tensor has no gradient after the first backward passes.
         """
-        sums = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
+        device, guard, self.gradient_guard = self.engine.device, self.gradient_guard, None
+        problems = guard.count(device) if guard else torch.zeros((), device=device)
+        sums = torch.cat([own, on_device([self.interruptions.wanted()], device), problems.double().view(1)])
         dist.all_reduce(sums)
-        result: list[float] = sums.tolist()
-        if not all(map(math.isfinite, result)):
-            if not all(map(math.isfinite, own)):
-                uids = [uid for batch in batches for uid in batch.uids]
-                path = self.resolved.run_dir / f"not_finite_rank_{self.ranks.rank:02d}.txt"
-                path.write_text("\n".join(uids) + "\n", encoding="utf-8")
-            raise TrainingStopped(
-                f"the loss is not finite at step {self.progress.step + 1}; the clips of that step are listed in "
-                f"{self.resolved.run_dir}/not_finite_rank_*.txt",
-                "look at these clips, or lower training.learning_rate",
-            )
-        return result
+        norm = torch.zeros(0, device=device) if self.resolved.zero_stage else gradient_norm(self.engine.module)
+        read = read_together(counts, sums, own, norm, self.late_norm.unread(device))
+        self.late_norm.arrived(read[4])
+        check_losses(read[1][:2], read[2], batches, self.progress.step + 1, self.resolved.run_dir, self.ranks.rank)
+        if guard:
+            guard.check(read[1][3])
+        return StepCounts(*read[0]), read[1][:3], next(iter(read[3]), None)
 
     def _log_step(self, speed: dict[str, float], learning_rate: float, norm: Any, ctc_loss: float) -> None:
-        """Report the step that was taken to the progress line and the trackers; warn where the loss jumped."""
+        """Report the step that was taken to the progress line and the trackers, when its gradient norm is read."""
         progress = self.progress
         figures = StepFigures(
             step=progress.step,
             epoch=progress.epoch + progress.epoch_step / self.epoch_steps,
             loss=self.loss,
             learning_rate=learning_rate,
-            grad_norm=float(norm) if norm is not None else None,
+            grad_norm=None,
             **speed,
         )
+        self.late_norm.hold(norm, lambda norm: self._log_figures(replace(figures, grad_norm=norm), ctc_loss))
+
+    def _log_figures(self, figures: StepFigures, ctc_loss: float) -> None:
+        """Report a step; warn where the loss jumped."""
         self.line.update(figures)
         values = {key: value for key, value in asdict(figures).items() if key != "step" and value is not None}
         if self.recipe.training.ctc_weight:
             values["ctc_loss"] = ctc_loss
-        self.tracker.log(progress.step, values)
-        self._warn(self.loss_spikes.see(progress.step, self.loss, figures.grad_norm))
+        self.tracker.log(figures.step, values)
+        self._warn(self.loss_spikes.see(figures.step, figures.loss, figures.grad_norm), figures.step)
 
     def _evaluation_is_due(self) -> bool:
         """Whether the dev split is to be evaluated after this step: at the run's end and at every few epochs' end."""
@@ -361,13 +375,14 @@ class Trainer:
     @contextmanager
     def _paused(self) -> Iterator[None]:
         """Between steps: no limit on its time, and it counts in no step's figures."""
+        self.late_norm.flush()
         with self.rank_watch.paused():
             yield
         self.meter.restart()
 
-    def _warn(self, text: str | None) -> None:
+    def _warn(self, text: str | None, step: int | None = None) -> None:
         """Warn on the terminal, in the log (and so in the report) and in the trackers."""
         if text and self.ranks.is_main:
             self.line.echo(f"warning: {text}")
             log.warning(text)
-            self.tracker.log(self.progress.step, {"warning": text}, kind="event")
+            self.tracker.log(step or self.progress.step, {"warning": text}, kind="event")

@@ -26,9 +26,10 @@ def batch_of(clips: int, frames: int, tokens: int, corpus: Corpus) -> Batch:
         visible=torch.ones(clips, frames, points, dtype=torch.bool),
         frame_mask=torch.ones(clips, frames, dtype=torch.bool),
         labels=torch.full((clips, tokens), 5),
+        labelled=torch.arange(clips * tokens),
         is_filler=torch.zeros(clips, dtype=torch.bool),
+        num_clips=clips,
         num_frames=clips * frames,
-        num_target_tokens=clips * tokens,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.monitoring import metering
 from toolkit.training.monitoring.flops import Cost
-from toolkit.training.monitoring.metering import StepMeter, peak_memory_gib, product_type
+from toolkit.training.monitoring.metering import StepCounts, StepMeter, peak_memory_gib, product_type
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -58,10 +58,14 @@ def batch_of(clips: int, frames: int, real_frames: int, tokens: int) -> Any:
 BATCHES = [batch_of(3, 40, 90, 12), batch_of(2, 10, 20, 8)]
 
 
+def begun(meter: StepMeter) -> StepCounts:
+    return StepCounts(*meter.begin(BATCHES).tolist())
+
+
 def test_counts_are_those_of_all_micro_batches_of_all_ranks(make: Callable[[], StepMeter], clock: Clock) -> None:
     meter = make()
     clock.now += 0.5
-    counts = meter.begin(BATCHES)
+    counts = begun(meter)
     assert (counts.tokens, counts.clips, counts.frames, counts.padded_frames) == (40, 10, 220, 280)
     assert (counts.flops, counts.waited) == (0, 1.0)
 
@@ -69,7 +73,7 @@ def test_counts_are_those_of_all_micro_batches_of_all_ranks(make: Callable[[], S
 def test_figures_of_a_step_are_counts_by_its_seconds(make: Callable[[], StepMeter], clock: Clock) -> None:
     meter = make()
     clock.now += 0.5
-    counts = meter.begin(BATCHES)
+    counts = begun(meter)
     clock.now += 1.5
     seconds, figures = meter.end(counts)
     assert seconds == 2
@@ -81,7 +85,7 @@ def test_figures_of_a_step_are_counts_by_its_seconds(make: Callable[[], StepMete
     assert figures["memory_gib"] > 0
     assert not {"tflops", "mfu"} & figures.keys(), "what a batch costs is not known yet"
     clock.now += 4
-    assert meter.end(meter.begin(BATCHES))[0] == 4, "a step begins where the one before ended"
+    assert meter.end(begun(meter))[0] == 4, "a step begins where the one before ended"
 
 
 def test_what_happens_between_steps_counts_in_none(make: Callable[[], StepMeter], clock: Clock) -> None:
@@ -89,7 +93,7 @@ def test_what_happens_between_steps_counts_in_none(make: Callable[[], StepMeter]
     clock.now += 100
     meter.restart()
     clock.now += 1
-    counts = meter.begin(BATCHES)
+    counts = begun(meter)
     assert counts.waited == RANKS * 1
     assert meter.end(counts)[0] == 1
 
@@ -98,7 +102,7 @@ def test_a_wait_is_never_more_than_the_step(make: Callable[[], StepMeter], clock
     """Another rank may have waited longer than this rank's step took."""
     meter = make()
     clock.now += 1
-    counts = metering.StepCounts(tokens=1, clips=1, frames=1, padded_frames=1, flops=0, waited=9.0)
+    counts = StepCounts(tokens=1, clips=1, frames=1, padded_frames=1, flops=0, waited=9.0)
     assert meter.end(counts)[1]["data_wait_share"] == 1
 
 
@@ -107,7 +111,7 @@ def test_utilisation_is_of_all_ranks_peaks(make: Callable[[], StepMeter], clock:
     assert meter.peak == 1e13
     meter.cost = Cost(per_frame=1e9, per_token=0, positions_per_frame=0, encoder_attention=0, decoder_attention=0)
     clock.now += 0.1
-    counts = meter.begin(BATCHES)
+    counts = begun(meter)
     assert counts.flops == RANKS * (3 * 40 + 2 * 10) * 1e9, "padding is computed, too"
     figures = meter.end(counts)[1]
     assert figures["tflops"] == pytest.approx(2.8)

@@ -128,11 +128,12 @@ def trace(
         visible = torch.empty(clips, frames, points, dtype=torch.bool)
         mask = torch.empty(clips, frames, dtype=torch.bool)
         labels = torch.empty(clips, tokens, dtype=torch.int64)
+        labelled = torch.empty(clips * tokens, dtype=torch.int64)
         special = torch.empty(3, dtype=torch.int64)
     live = _Live([*model.parameters(), *model.buffers()])
     kernels = as_on_cpu(autocast) if on_cpu else as_on_gpu(autocast)
     with mode, kernels, _watching(model, live) as marks, live:
-        for tensor in (poses, visible, mask, labels):
+        for tensor in (poses, visible, mask, labels, labelled):
             live.add(tensor)
         nll, ctc = translation_losses(
             model,
@@ -140,6 +141,7 @@ def trace(
             visible,
             mask,
             labels,
+            labelled,
             special,
             label_smoothing=0.1,
             scores_at_once=CPU_SCORES if on_cpu else GPU_SCORES,

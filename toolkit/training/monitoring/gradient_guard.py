@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from toolkit.errors import UserError
 
@@ -24,7 +24,7 @@ class GradientGuard:
 
     def __init__(self, module: nn.Module, *, may_overflow: bool = False) -> None:
         self._waiting = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._not_finite: set[str] = set()
+        self._is_finite: dict[str, list[Tensor]] = {}  # of each gradient, on its device, so that the host need not wait
         self._may_overflow = may_overflow
         self._handles = [
             parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
@@ -34,22 +34,27 @@ class GradientGuard:
 
     def _see(self, name: str, gradient: Tensor) -> None:
         self._waiting.discard(name)
-        if not self._may_overflow and not bool(gradient.isfinite().all()):
-            self._not_finite.add(name)
+        if not self._may_overflow:
+            self._is_finite.setdefault(name, []).append(gradient.isfinite().all())
 
-    def check(self, device: torch.device) -> None:
-        """Remove the hooks and judge; all ranks call this between the backward passes and the optimizer step.
+    def count(self, device: torch.device) -> Tensor:
+        """Remove the hooks after the backward passes; gives the number of this rank's problems, on ``device``."""
+        for handle in self._handles:
+            handle.remove()
+        flags = [flag.to(device) for flags in self._is_finite.values() for flag in flags]
+        not_finite = torch.stack(flags).logical_not().sum() if flags else torch.zeros((), device=device)
+        return not_finite + len(self._waiting)
+
+    def check(self, problems: float) -> None:
+        """Judge, before the optimizer step: ``problems`` are those of all ranks.
 
         Raises:
             TrainingStopped: a tensor had no gradient, or one that is not finite; the rank that saw it names it.
         """
-        for handle in self._handles:
-            handle.remove()
-        problems = torch.tensor(len(self._waiting) + len(self._not_finite), device=device)
-        distributed.all_reduce(problems)
-        if not problems.item():
+        if not problems:
             return
-        seen = (("no gradient", self._waiting), ("a gradient that is not finite", self._not_finite))
+        not_finite = {name for name, flags in self._is_finite.items() if not all(flag.item() for flag in flags)}
+        seen = (("no gradient", self._waiting), ("a gradient that is not finite", not_finite))
         problem = "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in seen if names)
         raise TrainingStopped(
             f"after the first backward pass trainable tensors have {problem or 'no finite gradient on another rank'}",

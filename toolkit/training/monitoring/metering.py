@@ -11,9 +11,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
+from toolkit.batching.copies import on_device
 from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
@@ -21,12 +23,12 @@ from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the micro-batches of one optimizer step hold, summed over all ranks."""
+    """What the micro-batches of one optimizer step hold, summed over all ranks; :meth:`StepMeter.begin` counts it."""
 
-    tokens: int  # target tokens that count
-    clips: int  # clips that count
-    frames: int  # real frames
-    padded_frames: int  # frames of the batches, padding and fillers included
+    tokens: float  # target tokens that count
+    clips: float  # clips that count
+    frames: float  # real frames
+    padded_frames: float  # frames of the batches, padding and fillers included
     flops: float  # model FLOPs; 0 while they are not known
     waited: float  # seconds that ranks waited for their batches
 
@@ -48,9 +50,13 @@ class StepMeter:
         """Exclude what happened since the last step (an evaluation, a save) from the next one."""
         self._since = time.monotonic()
 
-    def begin(self, batches: Sequence[Batch]) -> StepCounts:
-        """Begin a step; all ranks call this, each with its micro-batches."""
-        sums = torch.tensor(
+    def begin(self, batches: Sequence[Batch]) -> Tensor:
+        """Begin a step; all ranks call this, each with its micro-batches.
+
+        Returns:
+            the numbers of :class:`StepCounts`, over all ranks, on the device: float64 [6].
+        """
+        sums = on_device(
             [
                 sum(batch.num_target_tokens for batch in batches),
                 sum(batch.num_clips for batch in batches),
@@ -59,12 +65,10 @@ class StepMeter:
                 sum(map(self.cost.of, batches)) if self.cost else 0.0,
                 time.monotonic() - self._since,
             ],
-            dtype=torch.float64,
-            device=self._device,
+            self._device,
         )
         dist.all_reduce(sums)
-        tokens, clips, frames, padded, flops, waited = sums.tolist()
-        return StepCounts(int(tokens), int(clips), int(frames), int(padded), flops, waited)
+        return sums
 
     @contextmanager
     def forward(self, model: Any, batch: Batch) -> Iterator[None]:
