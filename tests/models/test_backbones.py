@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.models.loss import translation_losses
+from toolkit.planning.costs.kernels import as_on_gpu
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import load_model_yaml, model_names
@@ -88,6 +92,7 @@ CARDS = [
     *("t5_small", "t5_v1_1_base", "byt5_small", "mt5_base", "umt5_base", "longt5_base"),
     *("bart_large", "mbart50", "m2m100", "pegasus_large", "marian", "led_base", "transformer"),
 ]
+ASKING = {"longt5_base", "led_base"}  # their attention over windows looks at its mask
 every_card = pytest.mark.parametrize("name", CARDS)
 
 
@@ -117,6 +122,43 @@ def test_it_trains_and_every_trainable_tensor_is_reached(
     assert losses == sorted(losses, reverse=True)
     # Random weights know nothing yet, and are no worse than that.
     assert losses[0] < 10
+
+
+@every_card
+def test_a_micro_batch_on_a_gpu_needs_no_answer_from_it(
+    name: str, make: Callable[..., PoseTranslator], batch: Batch
+) -> None:
+    """Tensors without memory have no values: a pass that asked for one, and so would wait for a GPU, fails."""
+    model = copy.deepcopy(make(name)).to("meta").train()
+    use_gpu_layers(model)
+    inputs = batch | {"labelled": places_of_labels(batch["labels"]), "special_ids": torch.tensor([0, 1])}
+    asks = pytest.raises(RuntimeError, match="item") if name in ASKING else nullcontext()
+    with asks, as_on_gpu(autocast=False):
+        nll, _ = translation_losses(model, **{key: value.to("meta") for key, value in inputs.items()})
+        nll.backward()
+        assert all(parameter.grad is not None for parameter in model.pose_encoder.parameters())
+
+
+@every_card
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_for_gpus_compute_the_same(
+    name: str, make: Callable[..., PoseTranslator], batch: Batch, checkpointing: bool
+) -> None:
+    own, quick = copy.deepcopy(make(name)).train(), copy.deepcopy(make(name)).train()
+    for module in (*own.modules(), *quick.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    use_gpu_layers(quick)
+    if checkpointing:
+        quick.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    logits = [model(**batch).logits for model in (own, quick)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+    for scores in logits:
+        scores.square().mean().backward()
+    for (key, mine), theirs in zip(quick.named_parameters(), own.parameters(), strict=True):
+        if mine.requires_grad:
+            assert mine.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
 @every_card

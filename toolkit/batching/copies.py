@@ -64,6 +64,6 @@ def _received(batch: Batch, copied: Any, device: torch.device) -> Batch:
     computing.wait_event(copied)
     for field in fields(batch):
         value = getattr(batch, field.name)
-        if isinstance(value, Tensor) and value.device == device:
+        if isinstance(value, Tensor) and not value.is_cpu:
             value.record_stream(computing)
     return batch

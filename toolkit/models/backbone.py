@@ -28,6 +28,10 @@ from toolkit.batching.collate import IGNORED_LABEL
 # T5's kind first multiply the states by `model_dim ** -0.5`, if this key of the configuration is true.
 SCALED_OUTPUT = {"t5": "scale_decoder_outputs", "longt5": "scale_decoder_outputs", "umt5": "tie_word_embeddings"}
 PLAIN_OUTPUT = frozenset({"mt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "led", "gpt2"})
+# Architectures that take a mask of four dimensions as it is. From one of two, transformers makes the other in each
+# half, after it has looked whether anything is masked: the host would wait for a GPU twice a forward pass.
+MAKES_MASK_OF_ONES = frozenset({"bart", "mbart", "m2m_100", "pegasus", "marian"})  # in the decoder, and looks at it
+TAKES_WHOLE_MASK = MAKES_MASK_OF_ONES | {"t5", "mt5", "umt5"}
 
 
 class _WithSeparateOutput(PreTrainedModel):
@@ -210,6 +214,20 @@ def embed_words(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
     return vectors
 
 
+def attention_mask(half: PreTrainedModel, mask: Tensor) -> Tensor:
+    """The mask that an encoder, or a decoder that reads its output, takes.
+
+    Args:
+        half: of the backbone.
+        mask: bool [clips, positions], true where there is something.
+    """
+    return mask[:, None, None, :] if _takes(half, TAKES_WHOLE_MASK) else mask.long()
+
+
+def _takes(half: PreTrainedModel, architectures: frozenset[str]) -> bool:
+    return half.config.model_type in architectures and half.config._attn_implementation == "sdpa"
+
+
 def decoder_inputs(labels: Tensor, config: Any) -> Tensor:
     """What the decoder reads when it is trained to write ``labels``: the start token, then the labels but the last.
 
@@ -242,15 +260,26 @@ def score_tokens(
     Returns:
         [clips, tokens, vocabulary], or [rows, vocabulary].
     """
-    mask, kind = mask.long(), decoder_config(backbone.config).model_type
+    kind = decoder_config(backbone.config).model_type
     if rows is None or kind not in SCALED_OUTPUT.keys() | PLAIN_OUTPUT:
+        mask = mask.long()
         encoded = BaseModelOutput(last_hidden_state=hidden)
         logits = backbone(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids, use_cache=False).logits
         return logits if rows is None else logits.flatten(0, 1).index_select(0, rows)
     if (projection := getattr(backbone, "enc_to_dec_proj", None)) is not None:  # halves of different widths
         hidden = projection(hidden)
     decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
-    states = decoder(input_ids=ids, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)[0]
+    mask = attention_mask(decoder, mask)
+    earlier = None
+    if _takes(decoder, MAKES_MASK_OF_ONES):
+        earlier = torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool, device=ids.device).tril()
+    states = decoder(
+        input_ids=ids,
+        attention_mask=earlier,
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    )[0]
     if kind in SCALED_OUTPUT and getattr(backbone.config, SCALED_OUTPUT[kind]):
         states = states * backbone.model_dim**-0.5
     logits = backbone.get_output_embeddings()(states.flatten(0, 1).index_select(0, rows))

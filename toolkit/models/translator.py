@@ -19,6 +19,7 @@ from toolkit.batching.collate import NO_TOKEN
 from toolkit.batching.copies import on_device
 from toolkit.errors import UserError
 from toolkit.models.backbone import (
+    attention_mask,
     decoder_inputs,
     embed_words,
     encoder_width,
@@ -122,7 +123,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             order = (~mask).int().argsort(dim=1, stable=True)
             vectors, mask = vectors.gather(1, order.unsqueeze(-1).expand_as(vectors)), mask.gather(1, order)
         encoder = self.backbone.get_encoder()
-        hidden = encoder(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state
+        hidden = encoder(inputs_embeds=vectors, attention_mask=attention_mask(encoder, mask)).last_hidden_state
         return hidden, mask
 
     def forward(

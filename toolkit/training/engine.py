@@ -17,6 +17,7 @@ from toolkit.cluster.logs import prints_to_log
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
+from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
@@ -24,7 +25,7 @@ log = logging.getLogger("toolkit")
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
-    """Give the model to DeepSpeed; on CPUs its layers are replaced by faster ones first.
+    """Give the model to DeepSpeed; its layers are replaced by faster ones first.
 
     Returns:
         the engine, and the name and peak learning rate of each of its parameter groups.
@@ -33,6 +34,8 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
 
     if uses_cpu_code():
         use_cpu_layers(module)
+    else:
+        use_gpu_layers(module)
     log.info(_attention_line(module))
     with prints_to_log():
         engine, *_ = deepspeed.initialize(

@@ -33,6 +33,21 @@ class _FusedAttention(torch.autograd.Function):
         )
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """Keeps what a fused normalisation keeps: its input, its weight and a number for each row."""
+
+    @staticmethod
+    def forward(context: Any, input: Tensor, weight: Tensor) -> Tensor:
+        norms = torch.empty(input.shape[:-1], dtype=torch.float32, device=input.device)
+        context.save_for_backward(input, weight, norms)
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, _ = context.saved_tensors
+        return torch.empty_like(input), torch.empty_like(weight) if context.needs_input_grad[1] else None
+
+
 class _Ctc(torch.autograd.Function):
     """Keeps what the CTC kernel keeps: log-probabilities and the forward variables of its lattice."""
 
@@ -86,6 +101,9 @@ def as_on_gpu(autocast: bool) -> Iterator[None]:
         result: Tensor = originals["layer_norm"](input.float() if autocast else input, *rest, **named)
         return result
 
+    def rms_norm(input: Tensor, shape: Any, weight: Tensor, *_: Any) -> Tensor:
+        return _FusedRMSNorm.apply(input, weight)
+
     def ctc(log_probabilities: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
         return _Ctc.apply(log_probabilities, len(targets) // log_probabilities.shape[1])
 
@@ -95,6 +113,7 @@ def as_on_gpu(autocast: bool) -> Iterator[None]:
         "conv2d": in_low(functional.conv2d),
         "dropout": dropout,
         "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
         "scaled_dot_product_attention": attention,
         "ctc_loss": ctc,
     }
