@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +32,10 @@ READS = {
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 # Functions that copy to the host, or from it without `non_blocking`.
 COPIES = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__array__}
-OWNERS = ("deepspeed", "torch/optim", "accelerate", "toolkit", "transformers", "benchmarks", "tests")
+# Operators that start no kernel, beside those that torch calls views.
+WITHOUT_KERNEL = {"_unsafe_view", "_reshape_alias", "detach", "empty", "empty_like", "new_empty", "empty_strided"}
+HOST = "toolkit/batching/collate.py"  # makes batches, which are the host's own
+OWNERS = (HOST, "deepspeed", "torch/optim", "accelerate", "toolkit", "transformers", "benchmarks", "tests")
 
 
 class Calls:
@@ -35,12 +43,14 @@ class Calls:
 
     Attributes:
         operators: how often each operator was called.
+        kernels: how many of these calls start a kernel, which views and empty tensors do not.
         waits: how often the host waits for a GPU: (package, function that asks, what it asks), to a number. torch's
             optimizers keep their step count on the host; they read it without waiting.
     """
 
     def __init__(self) -> None:
         self.operators: Counter[str] = Counter()
+        self.kernels = 0
         self.waits: Counter[tuple[str, str, str]] = Counter()
         self._modes = (_Functions(self), _Operators(self))
 
@@ -65,7 +75,7 @@ class Calls:
         frame: Any = sys._getframe(2)
         while frame:
             path = frame.f_code.co_filename
-            owner = next((name for name in OWNERS if f"/{name}/" in path), None)
+            owner = next((name for name in OWNERS if f"/{name}/" in f"{path}/"), None)
             if owner and path != __file__:
                 self.waits[owner, frame.f_code.co_name, what] += 1
                 return
@@ -80,6 +90,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._calls.operators[str(function)] += 1
+        self._calls.kernels += not (function.is_view or function._schema.name.split("::")[1] in WITHOUT_KERNEL)
         by_mask = function in INDEXED and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
@@ -100,3 +111,48 @@ class _Functions(TorchFunctionMode):
         elif function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             self._calls.wait(f"{function.__name__} with a device")
         return function(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        context.save_for_backward(query, key, value, mask)
+        return query.new_zeros((*query.shape[:3], value.shape[-1]))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(context.saved_tensors, context.needs_input_grad, strict=True)
+        return tuple(torch.zeros_like(tensor) if wanted else None for tensor, wanted in needed)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, input: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(weight)
+        return input.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient.clone(), torch.zeros_like(context.saved_tensors[0])
+
+
+@contextmanager
+def calls_of_a_gpu() -> Iterator[None]:
+    """Within it attention, dropout and T5's normalisation are single calls, as they are on a GPU and not on a CPU.
+
+    Attention and normalisation compute nothing that is of use: what is measured is what the host does.
+    """
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Any:
+        return _Attention.apply(query, key, value, attn_mask)
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    def norm(input: Tensor, shape: Any, weight: Tensor, epsilon: float) -> Any:
+        return _Norm.apply(input, weight)
+
+    with mock.patch.multiple(functional, scaled_dot_product_attention=attention, dropout=dropout, rms_norm=norm):
+        yield

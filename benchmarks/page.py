@@ -26,6 +26,24 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "figures are what ours has besides. MFU is model FLOPs over those of a matrix product "
         "measured after each turn in the same process; a row has all changes of those above it.",
     ),
+    "host_cost": (
+        "What a micro-batch costs the host",
+        "python benchmarks/host_cost.py",
+        "T5-Base of full depth and hardly any width on one thread: what is left is Python, dispatch and hooks. The "
+        "code is that of a GPU, where attention, dropout and normalisation are one call each; micro-batches have four "
+        "clips, and `zero1_8` is ZeRO-1 with eight of them a step. `ours_with_transformers_layers` is ours without "
+        "[gpu_layers.py](../toolkit/models/gpu_layers.py), `plain` is PyTorch alone. Operator calls and kernels are "
+        "those of a step, its optimizer included, by its micro-batches; kernels are the calls that start one. Waits "
+        "are how often in a step the host would wait for a GPU, by whose code: see "
+        "[performance.md](performance.md#waiting-for-the-host).",
+    ),
+    "gpu": (
+        "On a GPU",
+        "python benchmarks/gpu.py",
+        "Random weights of published sizes, clips and sentences as long as iSign's; each row says its device. Sides "
+        "take turns: `hf_16` is Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours. `busy` is the share of "
+        "a step in which the chip computes or copies.",
+    ),
     "large_models": (
         "Large models on a small machine",
         "python benchmarks/large_models.py",

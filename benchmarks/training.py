@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -182,6 +183,18 @@ def first_step_is_printed(run_dir: Path) -> bool:
     return metrics.exists() and '"step": 1' in metrics.read_text(encoding="utf-8")
 
 
+def open_sides(
+    stack: ExitStack, folder: Path, commands: dict[str, tuple[str, list[str]]]
+) -> dict[str, subprocess.Popen[str]]:
+    """Processes that build their models at the same time; each is ready, and idle until its turn."""
+    with ThreadPoolExecutor(len(commands)) as threads:
+        started = {
+            side: threads.submit(stack.enter_context, side_process(way, folder, settings))
+            for side, (way, settings) in commands.items()
+        }
+    return {side: process.result() for side, process in started.items()}
+
+
 @contextmanager
 def side_process(side: str, folder: Path, settings: list[str] | tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
     """A process that trains in one way, a turn at a time."""
@@ -205,8 +218,8 @@ def side_process(side: str, folder: Path, settings: list[str] | tuple[str, ...])
             process.wait()
 
 
-def take_turn(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
-    """Let a side take so many optimizer steps."""
+def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, float]:
+    """Let a side take so many optimizer steps; ``count`` has it count one."""
     process.stdin.write(f"{steps}\n")
     process.stdin.flush()
     for line in process.stdout:

@@ -2,19 +2,21 @@
 """One way of training in ``training.py``, which starts a process for each and lets them take turns.
 
 A side says ``ready``, then answers every number of optimizer steps on its standard input, or of ``--turns``, with one
-line of JSON: ``clips``, ``seconds`` and, of our own side, ``mfu``.
+line of JSON: ``clips``, ``seconds`` and, of our own side, ``mfu``. ``count`` orders one step, whose answer also has its
+operator calls and the times that its host waits for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
+import itertools
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch
+from operator_calls import calls_of_a_gpu
 from torch.nn import functional
 from training_corpus import MAX_FRAMES
+from turns import answer, elapsed, orders
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
@@ -36,9 +40,11 @@ from toolkit.corpus.packed import Corpus
 from toolkit.cpu import layers
 from toolkit.cpu.allocator import keep_freed_memory
 from toolkit.errors import Interrupted
+from toolkit.models import backbone
 from toolkit.models.build import build_processor, build_translator
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
+from toolkit.training import engine
 from toolkit.training.engine import make_engine
 from toolkit.training.monitoring.flops import measure_peak
 from toolkit.training.monitoring.metering import product_type
@@ -50,11 +56,13 @@ MAX_TOKENS = 128
 
 
 def main() -> None:
-    sides = {"ours": ours, "bare": bare, "hf": hf, "padded": padded}
+    sides = {"ours": ours, "bare": bare, "plain": plain, "hf": hf, "padded": padded}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=sides)
     parser.add_argument("folder", type=Path, help="holds corpus/ and backbone/")
     parser.add_argument("overrides", nargs="*", help="recipe keys, key=value")
+    parser.add_argument("--recipe", default="t5_small", help="default t5_small")
+    parser.add_argument("--as-on-gpu", action="store_true", help="single calls for what is one kernel on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each rank")
     parser.add_argument("--turns", type=int, nargs="+", metavar="STEPS", help="instead of orders on standard input")
     parser.add_argument("--without", nargs="+", choices=WITHOUT, default=[], help="what makes our own side fast")
@@ -73,24 +81,14 @@ def main() -> None:
         (run_dir / "run").mkdir(parents=True, exist_ok=True)
         settings = [
             f"data.corpus={corpus.path}",
-            f"model.backbone={arguments.folder / 'backbone'}",
+            *([f"model.backbone={path}"] if (path := arguments.folder / "backbone").exists() else []),
             f"run.dir={run_dir}/run",
             *arguments.overrides,
         ]
-        recipe = load_recipe("t5_small", settings)
+        recipe = load_recipe(arguments.recipe, settings)
         resolved = resolve(recipe, read_ranks().world_size, has_gpu=torch.cuda.is_available())
-        sides[arguments.side](resolved, corpus)
-
-
-def orders() -> Iterator[int]:
-    """How many steps to take next."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        yield int(line)
-
-
-def answer(clips: int, seconds: float, **more: float) -> None:
-    print(json.dumps({"clips": clips, "seconds": seconds, **more}), flush=True)
+        with calls_of_a_gpu() if arguments.as_on_gpu else nullcontext():
+            sides[arguments.side](resolved, corpus)
 
 
 def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
@@ -108,7 +106,7 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
             started, clips = time.perf_counter(), trainer.progress.clips
             for step in taken:
                 trainer.step(step)
-            seconds = time.perf_counter() - started
+            seconds = elapsed(started)
             if ranks.is_main:
                 used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
                 answer(trainer.progress.clips - clips, seconds, mfu=used)
@@ -149,6 +147,11 @@ def transformers_norm() -> None:
     layers.use_cpu_rms_norm = lambda model: None
 
 
+def transformers_layers() -> None:
+    engine.use_gpu_layers = lambda model: None
+    backbone.TAKES_WHOLE_MASK = backbone.WANTS_OWN_MASK = frozenset()
+
+
 def freed_memory_goes() -> None:
     global keep_freed_memory
     keep_freed_memory = bool
@@ -160,6 +163,7 @@ WITHOUT = {
     "quick_attention": torch_attention,
     "quick_norm": transformers_norm,
     "kept_memory": freed_memory_goes,
+    "gpu_layers": transformers_layers,
 }
 
 
@@ -182,11 +186,7 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     log_to_file(None)
     join_process_group(read_ranks())
     processor, model = build(resolved, corpus)
-    ready = []
-    for step in endless(resolved, corpus, processor.tokenizer):
-        ready.append([batch.to(own_device()) for batch in step])
-        if len(ready) == 64:
-            break
+    ready = ready_steps(resolved, corpus, processor.tokenizer)
     trained, _ = make_engine(model, resolved)
     trained.enable_backward_allreduce = True  # as DeepSpeed has it
     trained.train()
@@ -199,8 +199,39 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
                 trained.step()
                 clips += batch.num_clips
             done += 1
-        answer(clips, time.perf_counter() - started)
+        answer(clips, elapsed(started))
     leave_process_group()
+
+
+def ready_steps(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> list[list[Batch]]:
+    """Some steps whose batches are where the model is."""
+    steps = itertools.islice(endless(resolved, corpus, tokenizer), 64)
+    return [[batch.to(own_device()) for batch in step] for step in steps]
+
+
+def plain(resolved: ResolvedRun, corpus: Corpus) -> None:
+    """torch alone: transformers' own layers, ready batches, autocast where the run has bf16, and no DeepSpeed."""
+    transformers_layers()
+    processor, model = build(resolved, corpus)
+    ready = ready_steps(resolved, corpus, processor.tokenizer)
+    device, training = own_device(), resolved.recipe.training
+    model.to(device).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
+    done = 0
+    for steps in orders():
+        started, clips = time.perf_counter(), 0
+        for _ in range(steps):
+            batches = ready[done % len(ready)]
+            for batch in batches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=resolved.precision == "bf16"):
+                    loss = mean_loss(model, batch) / len(batches)
+                loss.backward()
+                clips += batch.num_clips
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+        answer(clips, elapsed(started))
 
 
 def build(resolved: ResolvedRun, corpus: Corpus) -> tuple[Any, Any]:
@@ -234,7 +265,7 @@ def padded(resolved: ResolvedRun, corpus: Corpus) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
-        answer(clips, time.perf_counter() - started)
+        answer(clips, elapsed(started))
 
 
 def random_order(corpus: Corpus, collator: Any, resolved: ResolvedRun) -> Any:
@@ -305,7 +336,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.left -= 1
             if self.left == 0:
-                answer(self.taken * training.global_batch_size, time.perf_counter() - self.started)
+                answer(self.taken * training.global_batch_size, elapsed(self.started))
 
     config = {key: value for key, value in resolved.deepspeed.items() if key != "torch_autocast"}
     arguments = Seq2SeqTrainingArguments(

@@ -30,8 +30,9 @@ SCALED_OUTPUT = {"t5": "scale_decoder_outputs", "longt5": "scale_decoder_outputs
 PLAIN_OUTPUT = frozenset({"mt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "led", "gpt2"})
 # Architectures that take a mask of four dimensions as it is. From one of two, transformers makes the other in each
 # half, after it has looked whether anything is masked: the host would wait for a GPU twice a forward pass.
-MAKES_MASK_OF_ONES = frozenset({"bart", "mbart", "m2m_100", "pegasus", "marian"})  # in the decoder, and looks at it
-TAKES_WHOLE_MASK = MAKES_MASK_OF_ONES | {"t5", "mt5", "umt5"}
+TAKES_WHOLE_MASK = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "bert", "gpt2"})
+# Decoders that look at their own mask, too, or at their tokens where they get none.
+WANTS_OWN_MASK = frozenset({"bart", "mbart", "m2m_100", "pegasus", "marian", "gpt2"})
 
 
 class _WithSeparateOutput(PreTrainedModel):
@@ -271,7 +272,7 @@ def score_tokens(
     decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
     mask = attention_mask(decoder, mask)
     earlier = None
-    if _takes(decoder, MAKES_MASK_OF_ONES):
+    if _takes(decoder, WANTS_OWN_MASK):
         earlier = torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool, device=ids.device).tril()
     states = decoder(
         input_ids=ids,

@@ -1,0 +1,283 @@
+#!/usr/bin/env python
+"""How fast a GPU trains here and by other means, on a bare machine that may be there for minutes only.
+
+python benchmarks/gpu.py                     eight minutes, the most important first; nothing is downloaded
+python benchmarks/gpu.py --minutes 30        all rows
+python benchmarks/gpu.py --only t5_base_128  one of them, even if it is there already
+python benchmarks/gpu.py --cpu               toy sizes without a GPU: only to see that the command works
+
+Each row is written to benchmarks/results/gpu.json as soon as it is measured, with the device, torch and the driver. A
+later call does the rows that are not there for this device yet, and again those that failed. Weights are random, of
+published sizes; clips and sentences are as long as iSign's. Ways of training are processes that build their model once,
+at the same time, and then take turns: nothing else runs beside a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+RESULTS = HERE / "results" / "gpu.json"
+ROUNDS, STEPS = 3, 3
+TOY = ["model.tiny=true", "training.workers=0", "model.pose_encoder.hidden=32", "ds.bf16.enabled=false"]
+
+
+class Row(NamedTuple):
+    """One row of the results.
+
+    Attributes:
+        name: its key.
+        seconds: how long it takes on an H100, with its start; it is left for the next call where less time is left.
+        measure: gives the row, from a folder with what all rows share and whether sizes are those of toys.
+    """
+
+    name: str
+    seconds: float
+    measure: Callable[[Path, bool], dict[str, Any]]
+
+
+class Training(NamedTuple):
+    """Clips a second of a recipe by several ways of training.
+
+    Attributes:
+        recipe: in recipes/.
+        clips: of a global batch.
+        sides: name in the results -> way of ``training_side.py``, and its settings.
+    """
+
+    recipe: str
+    clips: int
+    sides: dict[str, tuple[str, ...]]
+
+    def __call__(self, folder: Path, toy: bool) -> dict[str, Any]:
+        from training import open_sides, take_turn
+
+        clips = 8 if toy else self.clips
+        settings = [
+            *("--recipe", self.recipe),
+            f"model.tokenizer={folder / 'tokenizer'}",
+            "model.from_scratch=true",
+            f"training.global_batch_size={clips}",
+            *(TOY if toy else []),
+        ]
+        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in self.sides}
+        with ExitStack() as stack:
+            commands = {side: (way, [*of_toy(more, toy), *settings]) for side, (way, *more) in self.sides.items()}
+            processes = open_sides(stack, folder, commands)
+            for process in processes.values():
+                take_turn(process, 2)  # the first steps of a process are no measure
+            for _ in range(1 if toy else ROUNDS):
+                for side, process in processes.items():
+                    turns[side].append(take_turn(process, STEPS))
+            profiles = {side: take_turn(process, "profile") for side, process in processes.items()}
+        return {"clips_a_step": clips, "sides": {side: figures_of(turns[side], profiles[side]) for side in turns}}
+
+
+def of_toy(settings: Sequence[str], toy: bool) -> list[str]:
+    """Settings of a side; a toy has micro-batches of four clips."""
+    if not toy:
+        return list(settings)
+    return [item if "micro_batch_size" not in item else "training.micro_batch_size=4" for item in settings]
+
+
+def figures_of(turns: list[dict[str, Any]], profile: dict[str, Any]) -> dict[str, Any]:
+    """A side's row: rates of all turns together, and what a profiled step has shown."""
+    found = {"clips_per_second": round(sum(t["clips"] for t in turns) / sum(t["seconds"] for t in turns), 1)}
+    if "mfu" in turns[0]:
+        found["mfu"] = round(median(turn["mfu"] for turn in turns), 3)
+    return found | {key: profile[key] for key in ("busy", "launches_a_step", "peak_gib") if key in profile}
+
+
+def micro(clips: int | str) -> str:
+    return f"training.micro_batch_size={clips}"
+
+
+def side_by_side(recipe: str, clips: int, zero: str, best: int | str, *, peers: bool = True) -> Training:
+    """Ours at micro-batches of ``best`` clips, and the others at theirs."""
+    own = {"ours": ("ours", micro(best), f"deepspeed={zero}")}
+    others: dict[str, tuple[str, ...]] = {
+        "hf_16": ("hf", micro(min(16, clips)), "deepspeed=zero2"),
+        "hf_best": ("hf", micro(best), "deepspeed=zero2"),
+        "bare": ("bare", micro(best), f"deepspeed={zero}"),
+        "plain": ("plain", micro(best), "deepspeed=zero0"),
+    }
+    if best == 16:
+        del others["hf_best"]
+    return Training(recipe, clips, own | (others if peers else {}))
+
+
+def every_json(folder: Path, toy: bool) -> dict[str, Any]:
+    """Four steps of t5_small by every DeepSpeed JSON, and how far its losses are from those of ZeRO-1."""
+    names = [path.stem for path in sorted((HERE.parent / "ds_configs").glob("*.json")) if "nvme" not in path.stem]
+    found: dict[str, Any] = {}
+    for name in ["zero1", *(name for name in names if name != "zero1")][: 2 if toy else None]:
+        try:
+            losses = train(folder, folder / f"run_{name}", [f"deepspeed={name}"], toy)
+            reference = found.get("zero1", {}).get("losses", losses)
+            apart = max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+            found[name] = {"losses": losses, "farthest_from_zero1": round(apart, 5)}
+        except RuntimeError as error:
+            found[name] = {"error": str(error)[-300:]}
+    return {"sides": found}
+
+
+def resume_elsewhere(folder: Path, toy: bool) -> dict[str, Any]:
+    """A run that SIGTERM stops under ZeRO-1 and ZeRO-2 resumes has the losses of one that was not stopped."""
+    whole = train(folder, folder / "run_whole", ["deepspeed=zero1"], toy)
+    first = train(folder, folder / "run_stopped", ["deepspeed=zero1"], toy, stop_after=2)
+    resumed = train(folder, folder / "run_stopped", ["deepspeed=zero2"], toy)
+    return {"sides": {"whole": {"losses": whole}, "stopped": {"losses": first}, "resumed": {"losses": resumed}}}
+
+
+def train(folder: Path, run_dir: Path, settings: list[str], toy: bool, stop_after: int | None = None) -> list[float]:
+    """Losses of a short run of t5_small, from its own start; ``stop_after`` a step it gets SIGTERM.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [
+        *(sys.executable, str(HERE.parent / "launch" / "train.py"), "--recipe", "t5_small"),
+        f"data.corpus={folder / 'corpus'}",
+        f"model.tokenizer={folder / 'tokenizer'}",
+        f"run.dir={run_dir}",
+        *("model.from_scratch=true", "training.max_steps=4", "model.dropout=0", "model.pose_encoder.dropout=0"),
+        *("training.global_batch_size=8", "training.micro_batch_size=4"),
+        *(TOY if toy else []),
+        *settings,
+    ]
+    metrics = run_dir / "metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while stop_after and process.poll() is None:
+        if metrics.exists() and f'"step": {stop_after}' in metrics.read_text(encoding="utf-8"):
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    output, _ = process.communicate()
+    if process.returncode and not stop_after:
+        raise RuntimeError(output)
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [round(row["loss"], 5) for row in rows if row["kind"] == "train"]
+
+
+def evaluation(folder: Path, toy: bool) -> dict[str, Any]:
+    """Beam search of the model that t5_small's short run has kept, against HuggingFace's ``generate``."""
+    run_dir = folder / "run_whole"
+    if not run_dir.exists():
+        train(folder, run_dir, ["deepspeed=zero1"], toy)
+    from evaluation import vs_plain_generate
+
+    arguments = argparse.Namespace(model=str(run_dir), corpus=str(folder / "corpus"), repeats=1 if toy else 3)
+    return vs_plain_generate(arguments)
+
+
+# The most important first.
+ROWS = [
+    Row("t5_base_16", 75, side_by_side("t5_base", 16, "zero1", 16)),  # one rank's part of eight
+    Row("t5_base_128", 110, side_by_side("t5_base", 128, "zero0", 128)),
+    Row("t5_small_128", 80, side_by_side("t5_small", 128, "zero0", 128)),
+    Row("t5_large", 90, side_by_side("t5_large", 128, "zero1", 32, peers=False)),
+    Row("t5_3b_lora", 110, side_by_side("t5_3b_lora", 128, "zero1", 16, peers=False)),
+    Row("resume_on_another_stage", 60, resume_elsewhere),
+    Row("evaluation", 60, evaluation),
+    Row("t5_3b_qlora", 110, side_by_side("t5_3b_qlora", 128, "zero1", 16, peers=False)),
+    Row("every_deepspeed_json", 500, every_json),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="default 8")
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="ROW", help="these rows again")
+    parser.add_argument("--cpu", action="store_true", help="toy sizes; writes no results unless --results names a file")
+    parser.add_argument("--results", type=Path, default=None, help=f"default {RESULTS.relative_to(HERE.parent)}")
+    arguments = parser.parse_args()
+    device = machine(arguments.cpu)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = arguments.results or (folder / "gpu.json" if arguments.cpu else RESULTS)
+        rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
+        prepare(folder, arguments.cpu)
+        left = take(rows, path, device, 60 * arguments.minutes, lambda row: row.measure(folder, arguments.cpu),
+                    again=bool(arguments.only))  # fmt: skip
+    for name in left:
+        print(f"left for the next call: {name}")
+
+
+def machine(cpu: bool) -> dict[str, str]:
+    """What the rows were measured on."""
+    import torch
+
+    if cpu:
+        return {"device": "a CPU, toy sizes", "torch": torch.__version__, "driver": "none"}
+    if not torch.cuda.is_available():
+        sys.exit("error: no GPU is visible\nhint: --cpu tries the command at toy sizes")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+    return {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "driver": driver or "unknown"}
+
+
+def prepare(folder: Path, toy: bool) -> None:
+    """The corpus and the tokenizer that all rows share."""
+    from training_corpus import make_corpus
+
+    from toolkit.models.tokenizers import make_tokenizer
+
+    texts = make_corpus(folder / "corpus", clips=64 if toy else 4096).splits["train"].texts
+    make_tokenizer("train", texts).save_pretrained(folder / "tokenizer")
+
+
+def take(
+    rows: Sequence[Row],
+    path: Path,
+    device: dict[str, str],
+    seconds: float,
+    measure: Callable[[Row], dict[str, Any]],
+    *,
+    again: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str]:
+    """Measure rows in their order, as far as the time goes, and write each as it comes.
+
+    Rows that are there for this device are left out, unless ``again``. A row that fails is written with its error.
+
+    Returns:
+        names of the rows for which no time was left.
+    """
+    ends, left = clock() + seconds, []
+    for row in rows:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        there = results.get(row.name, {})
+        if not again and "error" not in there and there.get("device") == device["device"]:
+            continue
+        if clock() + row.seconds > ends:
+            left.append(row.name)
+            continue
+        started = clock()
+        try:
+            found = measure(row)
+        except (Exception, SystemExit) as error:
+            found = {"error": f"{type(error).__name__}: {error}"[-500:]}
+        took = {"took_seconds": round(clock() - started, 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results | {row.name: found | took | device}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+        print(row.name, json.dumps(found), flush=True)
+    return left
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""benchmarks/gpu.py takes the most important rows first, writes each as it comes, and continues where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.scripts import load_script
+
+H100 = {"device": "H100", "torch": "2.13", "driver": "580"}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    return load_script("benchmarks/gpu.py")
+
+
+class Machine:
+    """A clock that runs while rows are measured, each as long as it says; rows in ``broken`` fail."""
+
+    def __init__(self, gpu: ModuleType, path: Path) -> None:
+        self.gpu, self.path, self.now = gpu, path, 100.0
+        self.broken: set[str] = set()
+        self.written: list[list[str]] = []  # rows in the file when each measurement began
+        self.rows = [gpu.Row(name, seconds, self.measure) for name, seconds in (("a", 60), ("b", 90), ("c", 30))]
+
+    def measure(self, row: Any) -> dict[str, Any]:
+        self.written.append(list(self.results()))
+        self.now += row.seconds
+        if row.name in self.broken:
+            raise RuntimeError("out of memory")
+        return {"clips_per_second": row.seconds}
+
+    def results(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def take(self, minutes: float, device: dict[str, str] = H100, **settings: Any) -> list[str]:
+        left: list[str] = self.gpu.take(
+            self.rows, self.path, device, 60 * minutes, self.measure, clock=lambda: self.now, **settings
+        )
+        return left
+
+
+@pytest.fixture
+def machine(gpu: ModuleType, tmp_path: Path) -> Machine:
+    return Machine(gpu, tmp_path / "results" / "gpu.json")
+
+
+def test_each_row_is_written_as_it_comes_with_its_device(machine: Machine) -> None:
+    assert machine.take(minutes=10) == []
+    assert machine.written == [[], ["a"], ["a", "b"]]
+    assert machine.results()["b"] == {"clips_per_second": 90, "took_seconds": 90} | H100
+
+
+def test_the_time_is_kept_and_a_later_call_continues(machine: Machine) -> None:
+    assert machine.take(minutes=2) == ["b"], "c still fits"
+    assert list(machine.results()) == ["a", "c"] and machine.now <= 100 + 120
+    assert machine.take(minutes=2) == []
+    assert list(machine.results()) == ["a", "c", "b"]
+    began = len(machine.written)
+    assert machine.take(minutes=2) == [] and len(machine.written) == began, "everything is there"
+
+
+def test_a_row_that_failed_is_taken_again_and_stops_no_other(machine: Machine) -> None:
+    machine.broken = {"a"}
+    machine.take(minutes=10)
+    assert "out of memory" in machine.results()["a"]["error"] and "c" in machine.results()
+    machine.broken = set()
+    machine.take(minutes=10)
+    assert machine.results()["a"]["clips_per_second"] == 60
+    assert len(machine.written) == 4
+
+
+def test_another_device_has_rows_of_its_own(machine: Machine) -> None:
+    machine.take(minutes=10)
+    machine.take(minutes=1, device=H100 | {"device": "H200"})
+    assert [row["device"] for row in machine.results().values()] == ["H200", "H100", "H100"]
+    assert machine.take(minutes=1, again=True) == ["b", "c"], "rows that are named are taken again"
+
+
+def test_the_most_important_rows_fit_into_eight_minutes(gpu: ModuleType) -> None:
+    names = [row.name for row in gpu.ROWS]
+    assert len(set(names)) == len(names)
+    assert sum(row.seconds for row in gpu.ROWS[:5]) <= 8 * 60
+    sides = {row.name: row.measure.sides for row in gpu.ROWS if isinstance(row.measure, gpu.Training)}
+    assert {way for way, *_ in sides["t5_base_128"].values()} == {"ours", "hf", "bare", "plain"}
