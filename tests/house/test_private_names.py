@@ -27,7 +27,7 @@ NAMES = {
     "torch/_C/__init__.pyi": ["_base", "_cdata"],
     "torch/distributed/distributed_c10d.py": ["_get_default_store"],
     "torch/testing/_internal/distributed/fake_pg.py": ["FakeStore"],
-    "transformers/models/t5/modeling_t5.py": ["variance_epsilon"],
+    "transformers/models/t5/modeling_t5.py": ["variance_epsilon", "compute_bias"],
     "transformers/configuration_utils.py": ["_attn_implementation"],
     "transformers/generation/utils.py": ["_pad_token_tensor", "_eos_token_tensor"],
     "transformers/initialization.py": ["no_tie_weights", "normal_"],

@@ -90,9 +90,10 @@ def test_one_prefix_for_all_clips_gives_what_a_fixed_one_gives(backbones, batch,
 def test_the_loss_sees_the_prefix(backbones, batch) -> None:
     model = make_model(backbones, "t5", prefix_template=TEMPLATE, max_prefix_tokens=40)
     inputs, labels, special = batch(), torch.tensor([[5, 6, 1]] * 3), torch.tensor([0, 1, 2])
-    nll, ctc = translation_losses(model, **inputs, labels=labels, special_ids=special)
+    targets = {"labels": labels, "labelled": torch.arange(labels.numel()), "special_ids": special}
+    nll, ctc = translation_losses(model, **inputs, **targets)
     other = inputs | {"prefix_ids": inputs["prefix_ids"].flip(0)}
-    assert not torch.isclose(nll, translation_losses(model, **other, labels=labels, special_ids=special)[0])
+    assert not torch.isclose(nll, translation_losses(model, **other, **targets)[0])
     assert ctc.isfinite()
 
 
