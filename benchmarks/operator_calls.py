@@ -1,4 +1,4 @@
-"""Counts what a piece of code asks of the device: operator calls, and reads that make the host wait for a GPU.
+"""Counts what code asks of the device: operator calls, and reads that make the host wait for a GPU.
 
 It counts on any device, also where there is no GPU: every tensor stands for one on the GPU. A context manager.
 """
