@@ -61,8 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clips = make_demo(folder / "clips", DemoSizes(train=24, dev=4, test=6, test_unseen_languages=3), seed=1)
-        surroundings = environment() | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        warm = Warm(folder, surroundings, lambda script, *words, ranks: [*launcher(ranks), script, *map(str, words)])
+        warm = Warm(folder, environment(), lambda script, *words, ranks: [*launcher(ranks), script, *map(str, words)])
         for ranks in RANKS:
             for fault in FAULTS:
                 turns = []

@@ -8,13 +8,14 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.warm_runs import Warm
 from tests.hidden_gpus import python_path
 from tests.scripts import load_script
 from tests.time_limits import limit
@@ -32,6 +33,7 @@ FOR_SPEED = {
     "model.pose_encoder.hidden=64": "products of the pose encoder's own width, most of a tiny model's time",
     "training.global_batch_size=8": "steps of many micro-batches; the last step of an epoch, which fillers fill up",
     "training.micro_batch_size=2": "as above",
+    "data.workers=1": "preparation in processes of its own",
     "training.workers=0": "loader processes: their forks beside threads, their signals, their end after each epoch",
     "evaluation.num_beams=2": "beams that swap places often, and the memory of five",
     "evaluation.max_new_tokens=8": "outputs that end by themselves",
@@ -43,6 +45,8 @@ SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",  # hides that a hub is asked for each file, also for those that it does not have
     "OMP_NUM_THREADS": "1",  # hides ranks whose threads take each other's cores, and sums in another order
 }
+# The fixture `fork` hides how long commands take to start, and an import that is missing: the process that it forks has
+# imported all that a run imports. tests/as_users_do starts every command by Python, and so does the fixture `run`.
 # Single tests set more: evaluations only at the end (`training.eval_every=99` hides their turns with training), few
 # steps (`training.max_steps` hides whole epochs), one beam, DeepSpeed's `data_types`, and dropout or augmentation off
 # where losses are compared. `test_cells.py` shrinks the rest (its ONE_BATCH and WHOLE_RUN).
@@ -112,7 +116,7 @@ def command() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
-    """Run a script to its end."""
+    """Run a script to its end, in processes that Python starts."""
 
     def run(script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None) -> Finished:
         done = subprocess.run(
@@ -127,6 +131,25 @@ def run(command: Callable[..., list[str]]) -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., list[str]]) -> Iterator[Warm]:
+    """A process that has imported everything, and whose forks are the commands of tests."""
+    launcher = Warm(tmp_path_factory.mktemp("warm"), environment(), command)
+    yield launcher
+    launcher.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def fork(warm: Warm, command: Callable[..., list[str]]) -> Callable[..., Finished]:
+    """Run a script to its end as ``run`` does, for the price of a fork: what it imports is there already."""
+
+    def fork(script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None) -> Finished:
+        words = command(script, *arguments, ranks=ranks)
+        return Finished(*warm.run(words, environment(), cwd or ROOT, TIMEOUT))
+
+    return fork
 
 
 @pytest.fixture

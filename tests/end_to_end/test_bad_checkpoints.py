@@ -26,11 +26,11 @@ def arguments(settings: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stopped(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(fork: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that stopped after its second step, with two checkpoints."""
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
     for _ in range(2):
-        done = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
+        done = fork("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}")
         assert done.code == 75, done.out + done.err
     assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE, NEWEST]
     return run_dir
@@ -136,11 +136,11 @@ def test_a_folder_that_cannot_be_written(refused: Callable[..., str]) -> None:
 
 
 def test_a_run_resumes_from_an_older_checkpoint_and_keeps_the_newer_one(
-    run: Run, arguments: list[str], run_dir: Path
+    fork: Run, arguments: list[str], run_dir: Path
 ) -> None:
     named = run_dir / "checkpoints" / BEFORE
     few = ["training.time_limit=0.0001", f"run.dir={run_dir}"]
-    again = run("launch/train.py", *arguments, *few, "--resume", named)
+    again = fork("launch/train.py", *arguments, *few, "--resume", named)
     assert again.code == 75, again.out + again.err
     assert str(named) in again.out and f"{NEWEST}.aside_1" in again.out
     status = json.loads((run_dir / "status.json").read_text())
@@ -149,9 +149,9 @@ def test_a_run_resumes_from_an_older_checkpoint_and_keeps_the_newer_one(
     assert (old.progress.epoch, old.progress.epoch_step) == (new.progress.epoch, new.progress.epoch_step)
 
 
-def test_a_new_run_archives_the_old_one(run: Run, arguments: list[str], run_dir: Path) -> None:
+def test_a_new_run_archives_the_old_one(fork: Run, arguments: list[str], run_dir: Path) -> None:
     before = contents(run_dir)
-    new = run("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}", "--resume", "never")
+    new = fork("launch/train.py", *arguments, "training.time_limit=0.0001", f"run.dir={run_dir}", "--resume", "never")
     assert new.code == 75, new.out + new.err
     assert [path.name for path in complete_checkpoints(run_dir / "checkpoints")] == [BEFORE]
     archived = run_dir.with_name(f"{run_dir.name}.1")
@@ -169,9 +169,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk(run: Run, arguments: list[str], small_disk: Path) -> None:
+def test_a_full_disk(fork: Run, arguments: list[str], small_disk: Path) -> None:
     command = ["launch/train.py", *arguments, "training.max_steps=3", f"run.dir={small_disk / 'run'}"]
-    full = run(*command)
+    full = fork(*command)
     assert full.code == 2, full.out + full.err
     assert len(full.errors) == 1 and "No space left on device" in full.errors[0], full.err
     assert "Traceback" not in full.err
@@ -179,6 +179,6 @@ def test_a_full_disk(run: Run, arguments: list[str], small_disk: Path) -> None:
     assert kept and str(kept[-1]) in full.errors[0]
     read_state(kept[-1])
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    again = run(*command)
+    again = fork(*command)
     assert again.code == 0, again.out + again.err
     assert str(kept[-1]) in again.out

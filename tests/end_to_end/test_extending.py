@@ -21,9 +21,9 @@ def arguments(settings: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(run: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(fork: Run, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    done = run("launch/train.py", *arguments, "training.epochs=2", f"run.dir={run_dir}")
+    done = fork("launch/train.py", *arguments, "training.epochs=2", f"run.dir={run_dir}")
     assert done.code == 0, done.out + done.err
     return run_dir
 
@@ -34,11 +34,11 @@ def figures(run_dir: Path, name: str) -> list[float]:
 
 
 def test_an_extended_run_resumes_to_the_last_bit(
-    run: Run, arguments: list[str], finished: Path, losses: Losses, tmp_path: Path
+    fork: Run, arguments: list[str], finished: Path, losses: Losses, tmp_path: Path
 ) -> None:
     straight, stopped = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("straight", "stopped"))
     longer = [*arguments, "training.epochs=4"]
-    done = run("launch/train.py", *longer, f"run.dir={straight}", "--extend", "--json")
+    done = fork("launch/train.py", *longer, f"run.dir={straight}", "--extend", "--json")
     assert done.code == 0, done.out + done.err
     assert "from 6 to 12 steps" in done.out
     assert done.json["steps"] == 12
@@ -50,10 +50,10 @@ def test_an_extended_run_resumes_to_the_last_bit(
 
     early = [*longer, f"run.dir={stopped}", "training.time_limit=0.0001"]
     for step, more in ((7, ["--extend"]), (8, [])):
-        part = run("launch/train.py", *early, *more)
+        part = fork("launch/train.py", *early, *more)
         assert part.code == 75, part.out + part.err
         assert f"after step {step} of 12" in part.err
-    rest = run("launch/train.py", *longer, f"run.dir={stopped}")
+    rest = fork("launch/train.py", *longer, f"run.dir={stopped}")
     assert rest.code == 0, rest.out + rest.err
     assert losses(stopped) == losses(straight)
     assert figures(stopped, "learning_rate") == rates
@@ -61,7 +61,7 @@ def test_an_extended_run_resumes_to_the_last_bit(
 
 @pytest.mark.nightly
 def test_without_a_dev_split_the_best_model_is_the_last_one_of_the_longer_run(
-    run: Run, settings: list[str], arguments: list[str], finished: Path, tmp_path: Path
+    fork: Run, settings: list[str], arguments: list[str], finished: Path, tmp_path: Path
 ) -> None:
     cache = next(value for value in settings if value.startswith("data.cache=")).partition("=")[2]
     prepared = next(path.parent for path in Path(cache).glob("*/corpus.json"))
@@ -71,7 +71,7 @@ def test_without_a_dev_split_the_best_model_is_the_last_one_of_the_longer_run(
     (corpus / "corpus.json").write_text(json.dumps(metadata))
     others = [value for value in arguments if not value.startswith("data.")]
     for steps, more in ((1, []), (2, ["--extend"])):
-        done = run(
+        done = fork(
             *("launch/train.py", *others, f"data.corpus={corpus}", f"run.dir={tmp_path / 'run'}", "--json"),
             *(f"training.max_steps={steps}", *more),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,16 +104,6 @@ def check(seen: Seen, fault: str, rank: int) -> None:
     assert status["reason"] in errors[0] or status["reason"].split(": ", 1)[1] in errors[0], status
     assert seen.damaged == []
     assert seen.unfinished == []
-
-
-@pytest.fixture(scope="module")
-def warm(
-    tmp_path_factory: pytest.TempPathFactory, surroundings: dict[str, str], command: Callable[..., list[str]]
-) -> Iterator[Warm]:
-    # run_rank sets it before torch is loaded, which the warm launcher does first.
-    launcher = Warm(tmp_path_factory.mktemp("warm"), surroundings | {"TORCH_CPP_LOG_LEVEL": "ERROR"}, command)
-    yield launcher
-    launcher.process.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm(
-    tmp_path_factory: pytest.TempPathFactory,
-    temporary: Path,
-    surroundings: dict[str, str],
-    command: Callable[..., list[str]],
-) -> Iterator[Warm]:
-    launcher = Warm(tmp_path_factory.mktemp("warm"), surroundings | {"TMPDIR": str(temporary)}, command)
-    yield launcher
-    launcher.process.communicate()
+def warm(warm: Warm, temporary: Path) -> Warm:
+    return warm.having(TMPDIR=str(temporary))
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +219,8 @@ def test_ctrl_c_of_the_real_launcher_is_one_line(
     arguments: list[str],
     surroundings: dict[str, str],
     command: Callable[..., list[str]],
+    warm: Warm,
+    train_here: Callable[..., Any],
     undisturbed: list[float],
     losses: Losses,
     tmp_path: Path,
@@ -248,16 +242,10 @@ def test_ctrl_c_of_the_real_launcher_is_one_line(
     os.killpg(run.runner.pid, signal.SIGKILL)
     wait_for_the_end(processes)
     changed = ["training.learning_rate=0.1", "training.label_smoothing=0.2", f"run.dir={folder}"]
-    refused = subprocess.run(
-        [sys.executable, "launch/train.py", *arguments, *changed],
-        cwd=ROOT,
-        env=surroundings,
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2, refused.stderr
-    assert "training.label_smoothing 0.1 -> 0.2, training.learning_rate 0.0003 -> 0.1" in refused.stderr
-    run = real_start("deepspeed", folder, arguments, surroundings, command)
+    refused = train_here(*arguments, *changed)
+    assert refused.code == 2, refused.err
+    assert "training.label_smoothing 0.1 -> 0.2, training.learning_rate 0.0003 -> 0.1" in refused.err
+    run = warm.start(folder, arguments)
     assert run.wait() == 0, run.said()
     assert losses(folder) == undisturbed
 

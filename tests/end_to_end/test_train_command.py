@@ -106,10 +106,10 @@ def test_best_is_a_folder_that_turns_a_pose_file_into_text(finished: tuple[Path,
     assert [text.strip() for text in texts] == [row.hypothesis for row in rows]
 
 
-def test_a_finished_run_is_not_trained_again(finished: tuple[Path, Any, list[str]], run: Run) -> None:
+def test_a_finished_run_is_not_trained_again(finished: tuple[Path, Any, list[str]], fork: Run) -> None:
     run_dir, done, arguments = finished
     before = (run_dir / "metrics.jsonl").read_bytes()
-    again = run("launch/train.py", *arguments, ranks=2)
+    again = fork("launch/train.py", *arguments, ranks=2)
     assert again.code == 0, again.err
     assert "is finished; --new trains again" in again.out
     assert again.json == done.json
@@ -117,10 +117,10 @@ def test_a_finished_run_is_not_trained_again(finished: tuple[Path, Any, list[str
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(
-    run: Run, settings: list[str], clips: Path, tmp_path: Path
+    fork: Run, settings: list[str], clips: Path, tmp_path: Path
 ) -> None:
     absurd = ["training.learning_rate=1e30", "training.warmup_ratio=0", "training.schedule=constant"]
-    done = run("launch/train.py", "--recipe", "t5_small", *settings, *absurd, f"run.dir={tmp_path}/r")
+    done = fork("launch/train.py", "--recipe", "t5_small", *settings, *absurd, f"run.dir={tmp_path}/r")
     assert done.code == 2, done.out + done.err
     assert len(done.errors) == 1
     assert "the loss is not finite at step 2" in done.errors[0]
@@ -132,19 +132,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(
 
 
 @pytest.mark.nightly  # tests/as_users_do overfits by day
-def test_overfit_reports_whether_it_worked(run: Run, settings: list[str], tmp_path: Path) -> None:
+def test_overfit_reports_whether_it_worked(fork: Run, settings: list[str], tmp_path: Path) -> None:
     learning = ["training.learning_rate=3e-3", "training.pose_encoder_learning_rate=3e-3", "training.max_steps=400"]
     sizes = ("training.global_batch_size", "training.micro_batch_size")
     lengths = ("training.max_target_tokens", "evaluation.max_new_tokens")
     given = [setting for setting in settings if not setting.startswith((*sizes, *lengths))]
-    done = run(
+    done = fork(
         "launch/train.py", "--recipe", "demo", "--overfit", 4, "--json", *given, *learning, f"run.dir={tmp_path}/r"
     )
     assert done.code == 0, done.err
     assert "learned 4 of 4 clips" in done.out
     assert done.json["learned"] is True
     assert done.json["steps"] < 400
-    hopeless = run(
+    hopeless = fork(
         "launch/train.py", "--recipe", "demo", "--overfit", 4, *given, "training.max_steps=2", f"run.dir={tmp_path}/h"
     )
     assert hopeless.code == 0, hopeless.err
@@ -153,12 +153,12 @@ def test_overfit_reports_whether_it_worked(run: Run, settings: list[str], tmp_pa
 
 
 def test_a_corpus_that_is_ready_is_used_as_it_is(
-    finished: tuple[Path, Any, list[str]], run: Run, settings: list[str], tmp_path: Path
+    finished: tuple[Path, Any, list[str]], fork: Run, settings: list[str], tmp_path: Path
 ) -> None:
     cache = next(value for value in settings if value.startswith("data.cache=")).partition("=")[2]
     corpus = next(path.parent for path in Path(cache).glob("*/corpus.json"))
     others = [value for value in settings if not value.startswith("data.")]
-    done = run(
+    done = fork(
         *("launch/train.py", "--recipe", "t5_small", "--json", *others),
         *(f"data.corpus={corpus}", "training.max_steps=1", f"run.dir={tmp_path}/r"),
     )
@@ -166,9 +166,9 @@ def test_a_corpus_that_is_ready_is_used_as_it_is(
     assert done.json["splits"]["test"]["clips"] == len(Corpus.open(corpus).splits["test"])
 
 
-def test_a_run_whose_scores_stand_still_ends_early(run: Run, settings: list[str], tmp_path: Path) -> None:
+def test_a_run_whose_scores_stand_still_ends_early(fork: Run, settings: list[str], tmp_path: Path) -> None:
     still = ["training.learning_rate=1e-30", "training.epochs=9", "training.early_stopping=2"]
-    done = run("launch/train.py", "--recipe", "t5_small", "--json", *settings, *still, f"run.dir={tmp_path}/r")
+    done = fork("launch/train.py", "--recipe", "t5_small", "--json", *settings, *still, f"run.dir={tmp_path}/r")
     assert done.code == 0, done.out + done.err
     assert "stopping early: no better bleu4 in 2 evaluations; the best model is that of step 3" in done.out
     assert done.json["steps"] == 9  # three epochs of three steps

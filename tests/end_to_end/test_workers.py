@@ -11,16 +11,20 @@ WORKERS = 2
 
 
 def test_workers_are_forked_once_before_threads_and_the_group(
-    run: Callable[..., Any], settings: list[str], losses: Callable[[Path], list[float]], tmp_path: Path
+    run: Callable[..., Any],
+    fork: Callable[..., Any],
+    settings: list[str],
+    losses: Callable[[Path], list[float]],
+    tmp_path: Path,
 ) -> None:
     """Three epochs, each with a checkpoint and an evaluation; the losses are those of a run without workers."""
     found = {}
-    for workers in (WORKERS, 0):
+    for workers, start in ((WORKERS, run), (0, fork)):
         notes, run_dir = tmp_path / f"forks_{workers}.jsonl", tmp_path / f"workers_{workers}"
         notes.touch()
-        done = run(
+        done = start(
             "tests/end_to_end/forks_worker.py",
-            *(notes, "--recipe", "t5_small", "--ds", "zero1", *settings, f"run.dir={run_dir}", "data.workers=1"),
+            *(notes, "--recipe", "t5_small", "--ds", "zero1", *settings, f"run.dir={run_dir}"),
             *("training.epochs=3", "training.save_every=2", f"training.workers={workers}"),
         )
         assert done.code == 0, done.err + done.out

@@ -1,8 +1,12 @@
-"""Runs under ``warm_launcher.py``, and how to wait for their end."""
+"""Commands and runs by ``warm_launcher.py``, and how to wait for their end."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,16 +55,23 @@ class Run:
 
 
 class Warm:
-    """Starts runs by ``warm_launcher.py``."""
+    """Starts commands and runs by ``warm_launcher.py``.
+
+    Args:
+        folder: gets what they print.
+        environment: that they have, unless a start gives them another.
+        command: gives the command line of a script under so many ranks; 0 starts it without a launcher.
+    """
 
     def __init__(self, folder: Path, environment: dict[str, str], command: Callable[..., list[str]]) -> None:
-        self.folder, self.environment, self.command, self.count = folder, environment, command, 0
+        self.folder, self.environment, self.command, self.numbers = folder, environment, command, itertools.count(1)
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "end_to_end" / "warm_launcher.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            env=environment,
+            # run_rank sets it before torch is loaded, which the warm launcher does first.
+            env=environment | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
             text=True,
         )
         self.answer()
@@ -72,19 +83,46 @@ class Warm:
             self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
+    def fork(self, words: list[str], environment: dict[str, str], out: Path, err: Path, cwd: Path = ROOT) -> int:
+        """Start a command line as :attr:`command` gives it; its process id."""
+        launched = Path(words[0]).name == "deepspeed"
+        start = [*(["-m", "deepspeed.launcher.runner"] if launched else []), *words[1:]]
+        return self.answer(start=start, out=str(out), err=str(err), cwd=str(cwd), environment=environment)
+
+    def new_file(self, kind: str) -> Path:
+        """An empty file for what a command prints."""
+        path = self.folder / f"{kind}_{next(self.numbers):03d}.txt"
+        path.touch()
+        return path
+
+    def having(self, **variables: str) -> Warm:
+        """The same, for runs that have these variables in their environment."""
+        other = copy.copy(self)
+        other.environment = self.environment | variables
+        return other
+
     def start(self, folder: Path, arguments: list[str], *, ranks: int = 2, **variables: str) -> Run:
         """Start a run of so many ranks in ``folder``, with ``variables`` in its environment."""
-        self.count += 1
-        out = self.folder / f"out_{self.count:02d}.txt"
-        out.touch()
-        words = self.command("launch/train.py", *arguments, f"run.dir={folder}", ranks=ranks)[1:]
-        pid = self.answer(start=words, out=str(out), environment=self.environment | variables)
+        out = self.new_file("out")
+        words = self.command("launch/train.py", *arguments, f"run.dir={folder}", ranks=ranks)
+        pid = self.fork(words, self.environment | variables, out, out)
         return Run(psutil.Process(pid), folder, out, lambda: self.answer(wait=pid))
 
+    def run(self, words: list[str], environment: dict[str, str], cwd: Path, patience: float) -> tuple[int, str, str]:
+        """Run a command line to its end; its exit code, stdout and stderr."""
+        out, err = self.new_file("out"), self.new_file("err")
+        pid = self.fork(words, environment, out, err, cwd)
+        try:
+            wait_for_the_end([psutil.Process(pid)], patience)
+        except BaseException:
+            os.killpg(pid, signal.SIGKILL)
+            raise
+        return self.answer(wait=pid), out.read_text(), err.read_text()
 
-def wait_for_the_end(processes: list[psutil.Process]) -> None:
+
+def wait_for_the_end(processes: list[psutil.Process], patience: float = PATIENCE) -> None:
     """Wait until none of them runs; who is left without a parent may stay unburied."""
-    deadline = time.monotonic() + limit(PATIENCE)
+    deadline = time.monotonic() + limit(patience)
     while time.monotonic() < deadline:
         if not any(is_alive(process) for process in processes):
             return
