@@ -6,6 +6,8 @@ from tests.hidden_gpus import SHOWN, hide_gpus
 
 hide_gpus()  # before anything imports torch
 
+import copy
+import functools
 import json
 import logging
 import os
@@ -27,8 +29,9 @@ from toolkit.cluster.logs import LIBRARIES
 from toolkit.corpus.packed import Clip
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
+from toolkit.recipe import load, model_cards
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.yaml_text import dump_yaml
+from toolkit.recipe.yaml_text import dump_yaml, parse_yaml
 from toolkit.scoring.metrics import score
 from toolkit.scoring.predictions import make_predictions, write_predictions
 
@@ -104,6 +107,16 @@ def _gpus_needed(item: pytest.Item) -> int:
 def _slowness(item: pytest.Item) -> int:
     parts = item.path.relative_to(item.config.rootpath).parts  # the clone itself may lie in a folder of such a name
     return max([SLOW_FOLDERS.index(part) + 1 for part in parts if part in SLOW_FOLDERS], default=0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def recipes_are_parsed_once() -> Iterator[None]:
+    """A text of YAML is parsed once for all tests: of the time in which a recipe resolves it takes nine tenths."""
+    parsed = functools.cache(parse_yaml)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (load, model_cards):
+            patch.setattr(module, "parse_yaml", lambda *arguments: copy.deepcopy(parsed(*arguments)))
+        yield
 
 
 @pytest.fixture(autouse=True)
