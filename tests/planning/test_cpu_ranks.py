@@ -1,9 +1,8 @@
-"""Plans of ranks on CPUs: what is there in which moment, and that plans are as near as the benchmark's results say."""
+"""Plans of ranks on CPUs: what is there in which moment, and that plans are near what the benchmark measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +23,7 @@ CELLS = ("t5_small/zero0/1/kept", "t5_small/zero1/8/recomputed", "t5_base_lora/z
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_plan_is_as_near_to_what_was_measured_as_the_results_say(
+def test_a_plan_is_within_a_tenth_of_what_was_measured(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = load_script("benchmarks/planning.py")
@@ -33,9 +32,7 @@ def test_a_plan_is_as_near_to_what_was_measured_as_the_results_say(
     (row,) = (row for row in benchmark.read_rows() if row["cell"] == name)
     model, ds, clips, activations = name.split("/")
     cell = benchmark.Cell(model, ds, int(clips), recomputed=activations == "recomputed")
-    planned: dict[str, Any] = benchmark.predict(cell, tmp_path, row)
-    assert planned == {key: row[key] for key in planned}, "python benchmarks/planning.py --predict"
-    assert abs(planned["off"]) <= 0.1
+    assert abs(benchmark.predict(cell, tmp_path, row)["off"]) <= 0.1
 
 
 def moments(ds: str, *, weights: list[Weight] = MILLIONS, micro_batches: int = 2, **zero: object) -> dict[str, Items]:
