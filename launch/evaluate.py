@@ -154,14 +154,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         print(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams", flush=True)
     length = search.get("max_new_tokens") or generation.max_new_tokens
     fullest = settings.model_copy(update={"num_beams": beams, "max_new_tokens": length})
-    with open_model(arguments, ranks, corpus, names, fullest) as (model, synced):
+    with open_model(arguments, ranks, corpus, names, fullest) as (model, synced, batch_frames):
         started = time.monotonic()
         results = score_splits(
             model,
             processor,
             corpus,
             names,
-            settings,
+            settings.model_copy(update={"batch_frames": batch_frames}),
             rank=ranks.rank,
             world_size=ranks.world_size,
             synced=synced,
@@ -178,27 +178,31 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 @contextmanager
 def open_model(
     arguments: argparse.Namespace, ranks: Ranks, corpus: Corpus, names: list[str], settings: Evaluation
-) -> Iterator[tuple[Any, bool]]:
+) -> Iterator[tuple[Any, bool, int | str]]:
     """Within it the model is loaded, whole on each rank or partitioned over them.
 
     Yields:
-        the model, and whether ranks must generate in step.
+        the model, whether ranks must generate in step, and the padded frames of a generation batch.
     """
     import numpy as np
 
     from toolkit.cluster.devices import own_device
+    from toolkit.evaluation.inputs import kept_batch_frames
+    from toolkit.evaluation.splits import ready_to_translate, with_batch_frames
     from toolkit.models.loading.load import load_translator
 
+    frames, most = np.concatenate([corpus.splits[name].frames for name in names]), kept_batch_frames(arguments.model)
     if not arguments.zero3:
-        yield load_translator(arguments.model)[0].to(own_device()), False
+        device = own_device()
+        model = load_translator(arguments.model)[0].to(device)
+        yield model, False, with_batch_frames(settings, model, device, frames, most=most).batch_frames
         return
     from toolkit.decoding.whole_weights import partitioned_engine
-    from toolkit.evaluation.splits import ready_to_translate
 
     engine = partitioned_engine(arguments.model, ranks.world_size)
-    frames = np.concatenate([corpus.splits[name].frames for name in names])
+    settings = with_batch_frames(settings, engine.module, engine.device, frames, gathers=True, most=most)
     with ready_to_translate(engine, frames, settings) as synced:
-        yield engine.module, synced
+        yield engine.module, synced, settings.batch_frames
 
 
 def report(

@@ -36,6 +36,7 @@ OVERRIDES = (
 )
 
 
+USUAL_GPU = "24GiB"  # as launch/plan.py plans without --gpu-memory
 _NUMBERS = ("parameters", "trainable", "states")  # columns that are set to the right
 
 
@@ -166,6 +167,8 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"  model      {model.backbone}{size}, {weights}, tokenizer {tokenizer_of(model)}")
     print(f"  DeepSpeed  {run.recipe.deepspeed}: {', '.join(placement)}")
     print(f"  batch      a step of {run.batch}")
+    if run.recipe.training.micro_batch_size == "auto" and not arguments.cpu:
+        print(f"  plan       {_planned_micro_batch(run)}")
     print(f"  memory     {_memory(run)}")
     for line in (*run.notes, *missing):
         print(f"  note       {line}")
@@ -216,6 +219,26 @@ def _memory(run: ResolvedRun) -> str:
     listed = " + ".join(f"{size / GIB:.2f} {name}" for name, size in terms if size >= GIB / 100)
     activations = f"activations come on top: python launch/plan.py --recipe {run.recipe.name}"
     return f"a GPU, by arithmetic: {listed} = {states.device / GIB:.1f} GiB of model states{host}; {activations}"
+
+
+def _planned_micro_batch(run: ResolvedRun) -> str:
+    """How many clips the plan finds to fit into a forward pass on the GPUs that plan.py assumes."""
+    from toolkit.cluster.logs import show_errors_only
+    from toolkit.planning.hardware import Hardware, parse_size
+    from toolkit.planning.plan import Subject, largest_micro_batch
+    from toolkit.planning.workload import workload_of
+
+    show_errors_only()
+    hardware = Hardware(gpus=run.world_size, gpu_memory=parse_size(USUAL_GPU, "--gpu-memory"))
+    more = f"python launch/plan.py --recipe {run.recipe.name} --gpu-memory SIZE plans others"
+    try:
+        workload = workload_of(run.recipe, run.world_size)
+        largest = largest_micro_batch(Subject.of(run.recipe), run, hardware, workload)
+    except UserError as error:
+        return f"not made: {error.message} ({error.hint})"
+    if not largest:
+        return f"not one clip fits GPUs of {USUAL_GPU}; {more}"
+    return f"micro-batches of at most {largest} clips fit GPUs of {USUAL_GPU}; {more}"
 
 
 def _to_dict(run: ResolvedRun) -> dict[str, object]:

@@ -169,7 +169,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     else:
         if arguments.overfit is not None:
             corpus = few_clips(corpus, arguments.overfit)
-        resolved = fit_micro_batches(resolved, ranks, corpus, echo, resumes=not new)
+        is_short = arguments.overfit is not None
+        resolved = fit_micro_batches(resolved, ranks, corpus, echo, resumes=not new, rehearses=not is_short)
         if arguments.overfit is not None:
             summary = train_overfit(resolved, ranks, corpus, echo)
         else:

@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search (default: the model's own)")
     parser.add_argument("--n-best", type=int, default=1, metavar="N", help="print N texts a clip, with their scores")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text (default: the model's own)")
-    parser.add_argument("--batch-frames", type=int, metavar="N", help="frames translated together (default 8192)")
+    parser.add_argument("--batch-frames", type=int, metavar="N", help="frames translated together (default: what fits)")
     parser.add_argument(
         "--window",
         type=float,
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     model, processor = load(arguments)
     conditions = given_conditions(arguments, processor)
-    from toolkit.inference.translate_files import BATCH_FRAMES, Windowing, translate_clips
+    from toolkit.inference.translate_files import Windowing, translate_clips
 
     search: dict[str, Any] = {}
     if arguments.max_new_tokens:
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         sources,
         windowing=Windowing(arguments.window, arguments.overlap),
         n_best=arguments.n_best,
-        batch_frames=arguments.batch_frames or BATCH_FRAMES,
+        batch_frames=arguments.batch_frames or fitting_frames(model, processor, beams, arguments.max_new_tokens),
         num_beams=beams,
         conditions=conditions,
         **search,
@@ -191,6 +191,25 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise UserError(
             f"--device {device}: {str(error).splitlines()[0]}", "give another device, --device cpu for instance"
         ) from error
+
+
+def fitting_frames(model: Any, processor: Any, beams: int, max_new_tokens: int | None) -> int:
+    """Frames that are translated together, of the longest clips or of short ones, for which the device has room."""
+    import numpy as np
+
+    from toolkit.inference.translate_files import BATCH_FRAMES, MOST_CLIPS_OF_A_BATCH
+    from toolkit.planning.memory import fitting_batch_frames
+
+    longest = max(1, min(processor.feature_extractor.max_frames or BATCH_FRAMES, BATCH_FRAMES))
+    clips = [longest] * (BATCH_FRAMES // longest) + [BATCH_FRAMES // MOST_CLIPS_OF_A_BATCH] * MOST_CLIPS_OF_A_BATCH
+    return fitting_batch_frames(
+        model,
+        next(model.parameters()).device,
+        frames=np.array(clips),
+        most=BATCH_FRAMES,
+        beams=beams,
+        max_new_tokens=max_new_tokens or model.generation_config.max_new_tokens,
+    )
 
 
 def watched(translations: Iterable[Translation], total: int) -> Iterator[Translation]:

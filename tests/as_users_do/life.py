@@ -51,18 +51,15 @@ class Life:
         return [entry["step"] for entry in self.entries if entry["kind"] == "eval"]
 
 
-def live(user: User, recipe: str, ranks: int, *more: str, name: str | None = None) -> Life:
-    """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation.
-
-    ``more`` stands at the end of the command line; ``name`` is that of the run directory where it is not the recipe's.
-    """
+def live(user: User, recipe: str, ranks: int) -> Life:
+    """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation."""
     training = load_recipe(recipe).training
     table = Path(user.data[-2].partition("=")[2])
     an_epoch = steps_per_epoch(table.read_text().count(",train"), training.global_batch_size)
     # Two evaluations at least, three epochs at least, and steps that are left when the run is stopped.
     epochs = max(EPOCHS, 2 * training.eval_every, math.ceil(STEPS / an_epoch))
-    arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2", *more]
-    folder = user.clone / "runs" / (name or recipe)
+    arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2"]
+    folder = user.clone / "runs" / recipe
     output = folder.with_name(f"{folder.name}.txt")
     output.parent.mkdir(exist_ok=True)
     with output.open("w") as out:

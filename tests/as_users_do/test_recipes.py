@@ -7,6 +7,7 @@ often a checkpoint is written.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -26,7 +27,12 @@ def user(at_first_contact: User) -> User:
 
 
 def test_t5_small_on_two_ranks(user: User) -> None:
-    use(user, live(user, "t5_small", ranks=2))
+    life = live(user, "t5_small", ranks=2)
+    choice = json.loads((life.folder / "micro_batch.json").read_text())
+    assert choice["clips"] >= 1 and choice["batch_frames"] >= 1 and choice["reason"]
+    said = (life.folder / "log.txt").read_text()
+    assert said.count("training.micro_batch_size=auto: micro-batches of") == 2, "a run that resumes keeps its choice"
+    use(user, life)
 
 
 def test_demo_on_two_ranks(user: User) -> None:

@@ -30,6 +30,8 @@ class Machine:
         self.steps: list[int] = []
         self.widest = 0
         self.starts = 0
+        self.most_generated = 10**9
+        self.generated: list[int] = []
 
     def __call__(self, *_: Any, **__: Any) -> Machine:
         self.starts += 1
@@ -46,6 +48,11 @@ class Machine:
         self.widest = max(self.widest, clips)
         return Measured(resident=self.widest * GIB, address_space=2 * self.widest * GIB, error=self.error)
 
+    def translation(self, shapes: Sequence[Shape]) -> Measured:
+        clips = max(shape.clips for shape in shapes)
+        self.generated.append(clips)
+        return Measured(problem="out of memory" if clips > self.most_generated else None)
+
     def passes(self, shape: Shape) -> Measured:
         return Measured(seconds=1.0 + self.per_clip * shape.clips)
 
@@ -58,7 +65,13 @@ def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[
     """Fits a run to a machine; gives the run and the lines on the terminal."""
 
     def fit(
-        run: ResolvedRun, machine: Machine, *, limit: float = 100.0, space: float | None = None, gpu: bool = False
+        run: ResolvedRun,
+        machine: Machine,
+        *,
+        limit: float = 100.0,
+        space: float | None = None,
+        gpu: bool = False,
+        rehearses: bool = True,
     ) -> tuple[ResolvedRun, list[str]]:
         lines: list[str] = []
         monkeypatch.setattr(micro_batches, "Rehearsal", machine)
@@ -69,7 +82,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[
             "memory_limit",
             lambda _: MemoryLimit(int(limit * GIB), None if space is None else int(space * GIB)),
         )
-        return fit_micro_batches(run, Ranks(), corpus, lines.append), lines
+        return fit_micro_batches(run, Ranks(), corpus, lines.append, rehearses=rehearses), lines
 
     return fit
 
@@ -85,7 +98,7 @@ def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
     assert (run.clip_limit, run.frame_limit, run.accumulation_steps) == (6, None, 1)
     assert run.deepspeed["train_micro_batch_size_per_gpu"] == 6
     assert run.recipe.training.micro_batch_size == "auto"
-    assert "6 clips" in lines[-1]
+    assert "6 clips" in lines[-2]
 
 
 def test_cpus_take_the_smallest_of_those_that_are_about_as_fast(resolve: Any, fit: Any) -> None:
@@ -115,7 +128,7 @@ def test_gpus_take_the_largest_that_fits(resolve: Any, fit: Any) -> None:
     run, lines = fit(resolve(*AUTO), machine, gpu=True)
     assert machine.steps == [6, 3, 2], "one forward pass more each time"
     assert run.clip_limit == 2
-    assert "out of memory" in lines[-1]
+    assert "out of memory" in lines[-2]
 
 
 def test_gpus_start_at_the_size_of_the_plan(resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +137,61 @@ def test_gpus_start_at_the_size_of_the_plan(resolve: Any, fit: Any, monkeypatch:
     run, _ = fit(resolve(*AUTO), machine, gpu=True)
     assert machine.steps == [2]
     assert run.clip_limit == 2
+
+
+def test_a_run_that_is_too_short_to_rehearse_takes_what_the_plan_says(resolve: Any, fit: Any) -> None:
+    machine = Machine()
+    auto = ("training.micro_batch_size=auto", "training.global_batch_size=64", "augmentation.speed=0")
+    gpu, _ = fit(resolve(*auto, "training.seed=1"), machine, gpu=True, rehearses=False)
+    assert gpu.clip_limit == 6, "all clips of the corpus"
+    cpu, _ = fit(resolve(*auto), machine, rehearses=False)
+    assert cpu.clip_limit == 6
+    assert machine.starts == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_generation_batches_are_halved_until_they_fit(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    """The corpus has one clip to test, of 17 frames; batches of 40 and of 20 frames hold it."""
+    machine = Machine()
+    monkeypatch.setattr(
+        micro_batches, "generation_batches", lambda *_: [(size, [Shape(size // 10, 10)]) for size in (80, 40, 20, 10)]
+    )
+    machine.most_generated = 2
+    run, lines = fit(resolve(*AUTO), machine, gpu=gpu)
+    assert machine.generated == [8, 4, 2]
+    assert run.evaluation.batch_frames == 20
+    assert "20 padded frames" in lines[-2]
+    machine.most_generated = 0
+    least, _ = fit(resolve(*AUTO, "evaluation.num_beams=3"), machine, gpu=gpu)
+    assert least.evaluation.batch_frames == 10, "one clip is tried anyway"
+
+
+def test_frames_that_are_given_later_leave_the_micro_batches_as_they_are(resolve: Any, fit: Any) -> None:
+    """After an evaluation ran out of memory, for instance."""
+    run, _ = fit(resolve(*AUTO), Machine())
+    machine = Machine(per_clip=1000.0)
+    given, _ = fit(resolve(*AUTO, "evaluation.batch_frames=64"), machine)
+    assert (machine.starts, given.clip_limit, given.evaluation.batch_frames) == (0, run.clip_limit, 64)
+
+
+def test_a_number_of_frames_is_not_rehearsed(resolve: Any, fit: Any) -> None:
+    machine = Machine()
+    run, _ = fit(resolve(*AUTO, "evaluation.batch_frames=100"), machine)
+    assert machine.generated == []
+    assert run.evaluation.batch_frames == 100
+
+
+def test_a_rehearsal_that_takes_long_shows_what_it_has_found(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro_batches, "SHOWN_EVERY", 0.0)
+    _, lines = fit(resolve(*AUTO), Machine())
+    assert "choosing micro-batches" in lines[0]
+    assert sum("clips/s" in line for line in lines[1:-2]) == 3, "sizes of 1, 2 and 6"
+    _, again = fit(resolve(*AUTO), Machine())
+    assert len(again) == 1 and "before" in again[0]
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])

@@ -16,7 +16,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.fitting import rehearsal
 from toolkit.fitting.rehearsal import Measured, Rehearsal
-from toolkit.fitting.shapes import Lengths, heaviest, lengths_of, limits_of
+from toolkit.fitting.shapes import Lengths, Shape, heaviest, lengths_of, limits_of
 from toolkit.recipe.resolve import ResolvedRun
 
 
@@ -85,6 +85,34 @@ def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus
     own.close()
     assert (found.problem, found.error) == (None, None)
     assert found.seconds > 0 and found.resident > 2**20
+
+
+@pytest.mark.process
+def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; on CPUs their memory is computed."""
+    run = resolve("model.tiny=true", "training.global_batch_size=6", "evaluation.max_new_tokens=5")
+    lengths = lengths_of(run.recipe, corpus.splits["train"], 1)
+    computed = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=False)
+    few, many = (computed.translation([Shape(clips, 20)]) for clips in (1, 1000))
+    computed.close()
+    assert many.resident - few.resident > 100 * 2**20
+    assert many.address_space - few.address_space == many.resident - few.resident
+
+    def generate(engine: Any, shapes: list[Shape]) -> Measured:
+        lengths: list[int] = []
+        decode = engine.processor.batch_decode
+        monkeypatch.setattr(
+            engine.processor, "batch_decode", lambda found: lengths.append(found.shape[1]) or decode(found)
+        )
+        engine.generate(shapes[0])
+        return Measured(seconds=float(lengths[0]))
+
+    monkeypatch.setattr(rehearsal._Engine, "translation", generate)
+    own = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=False)
+    found = own.translation([Shape(2, 20)])
+    own.close()
+    assert (found.problem, found.error) == (None, None)
+    assert found.seconds in (5, 6), "with the token that a text begins with, or without it"
 
 
 def test_what_it_swaps_lies_apart_and_is_removed(rehearsing: Any, resolve: Any, tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from toolkit.batching.order import epoch_order, micro_batches, micro_batches_by_frames
 from toolkit.corpus.packed import Corpus
-from toolkit.fitting.shapes import Lengths, Limits, heaviest, lengths_of, limits_of, sizes, typical
+from toolkit.fitting.shapes import (
+    Lengths,
+    Limits,
+    Shape,
+    generation_batches,
+    heaviest,
+    lengths_of,
+    limits_of,
+    sizes,
+    typical,
+)
 from toolkit.recipe.resolve import ResolvedRun
 
 
@@ -80,3 +90,8 @@ def test_augmented_lengths_of_all_epochs_count(resolve: Callable[..., ResolvedRu
     changed = lengths_of(resolve("augmentation.speed=0.5").recipe, corpus.splits["train"], 2)
     assert changed.longest > 13
     assert max(known.long_texts, key=len) in ("moon", "star")
+
+
+def test_generation_batches_are_those_of_the_splits_that_are_not_trained_on(corpus: Corpus) -> None:
+    """One clip of 17 frames."""
+    assert generation_batches(corpus, 68) == [(size, [Shape(1, 17)]) for size in (68, 34, 17)]

@@ -105,6 +105,8 @@ def filled_in(words: Words) -> Words:
     for number, word in enumerate(filled):
         if word == "NAME":
             filled[number] = "zero2" if filled[number - 1] == "--ds" else "t5_small"
+        if filled[number - 1 : number + 1] == ["--ds", "auto"]:  # known on the hardware alone
+            filled[number] = "zero2"
     return filled
 
 
@@ -227,6 +229,11 @@ def test_the_first_training_command_says_where_the_clips_are(place: str) -> None
     assert "data.corpus=" in first or "data.table=" in first
 
 
+def test_the_first_use_leaves_the_json_to_the_plan() -> None:
+    first = next(text for text in commands_of(ROOT / "README.md") if "launch/train.py " in text)
+    assert "--ds auto" in first
+
+
 def test_the_commands_are_found() -> None:
     """So that the tests above do not pass for want of commands."""
     assert len(TRAINING) > 60 and len(CHECKS) > 8 and len(OTHERS) > 45
@@ -237,6 +244,6 @@ def test_the_commands_are_found() -> None:
         "launch/train_single_gpu.sh t5_small --overfit 8",
         "MASTER_PORT=29501 launch/train_multi_gpu.sh RECIPE N",
         "python launch/train.py --recipe t5_small --overfit 8 data.table=... data.poses=...",
-        "deepspeed --num_gpus 8 launch/train.py --recipe transformer training.micro_batch_size=32",
+        "deepspeed --num_gpus 8 launch/train.py --recipe transformer",
         "cat clip.pose | python launch/translate.py --model runs/demo -",
     } <= texts

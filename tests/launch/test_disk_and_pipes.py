@@ -95,7 +95,7 @@ def test_standard_output_that_takes_nothing_is_one_error(
 
 @pytest.mark.nightly
 def test_training_into_a_path_below_a_file_is_one_error(place: Path) -> None:
-    arguments = ["--recipe", "demo", "data.corpus=corpus-of-run", "run.dir=file/run"]
+    arguments = ["--recipe", "demo", "data.corpus=corpus-of-run", "run.dir=file/run", "training.micro_batch_size=8"]
     command = [sys.executable, str(LAUNCH / "train.py"), *arguments]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]

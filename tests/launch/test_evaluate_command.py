@@ -18,8 +18,11 @@ from tests.written_corpora import write_corpus
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.errors import exit_code_of
+from toolkit.evaluation import splits
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.yaml_text import dump_yaml
 from toolkit.scoring.predictions import Prediction, write_predictions
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
@@ -68,6 +71,24 @@ def test_results_lie_in_files_and_the_json_line_says_where(model_folder, corpus,
     again = evaluate("compare", out / "test.csv", out / "test.csv", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["scores"]["cer"]["p_value"] == 1.0
+
+
+def test_generation_batches_are_no_larger_than_those_that_the_run_chose(
+    model_folder, corpus, tmp_path, command, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "best")
+    recipe = load_recipe("demo").model_dump(mode="json")
+    (run / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    chosen = {"clips": 2, "frames": None, "reason": "", "hardware": "", "settings": "", "batch_frames": 40}
+    sizes: list[int] = []
+    own = splits.find_hypotheses
+    monkeypatch.setattr(splits, "find_hypotheses", lambda *a, **k: sizes.append(k["batch_frames"]) or own(*a, **k))
+    for given, size in (((), 8192), ((), 40), (("evaluation.batch_frames=64",), 64)):
+        arguments = ["--model", run, "--corpus", corpus.path, "--out", tmp_path / f"out{size}", *given]
+        assert run_in_process(command, arguments, monkeypatch) == 0
+        assert sizes.pop() == size
+        (run / "micro_batch.json").write_text(json.dumps(chosen))
 
 
 def test_mistakes_are_an_error_and_a_hint(model_folder, corpus, tmp_path, command, capsys, monkeypatch) -> None:

@@ -55,13 +55,23 @@ def test_every_json_is_planned_for_t5_3b_with_lora() -> None:
 
 
 def test_the_table_says_what_a_rank_holds_and_what_to_run() -> None:
-    done = plan("--recipe", "t5_small", "--gpus", "2", "--gpu-memory", "12GiB", "--ds", "zero2")
+    sixteen = "training.micro_batch_size=16"
+    done = plan("--recipe", "t5_small", "--gpus", "2", "--gpu-memory", "12GiB", "--ds", "zero2", sixteen)
     assert done.returncode == 0, done.stderr
     assert "128 clips = 2 ranks x 4 micro-batches of 16" in done.stdout
     assert "activations" in done.stdout
     assert (
         "deepspeed --num_gpus 2 launch/train.py --recipe t5_small --ds zero2 training.micro_batch_size=" in done.stdout
     )
+
+
+def test_the_command_leaves_the_micro_batch_to_a_recipe_that_does() -> None:
+    done = plan("--recipe", "t5_small", "--gpus", "2", "--gpu-memory", "12GiB", "--ds", "zero2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["command"] == "deepspeed --num_gpus 2 launch/train.py --recipe t5_small --ds zero2"
+    (row,) = found["jsons"]
+    assert row["fits"] and row["micro_batch_size"] == row["max_micro_batch"] > 16
 
 
 @pytest.mark.parametrize(
@@ -91,6 +101,9 @@ def test_a_card_for_not_one_clip_gets_advice() -> None:
     found = json.loads(done.stdout)
     assert found["recommended"] is None
     assert {"settings", "gain_gib", "fits"} <= found["advice"][0].keys()
+    least = found["jsons"][0]["per_rank_gib"]["total"]
+    assert all(item["gain_gib"] < least for item in found["advice"]), "of a micro-batch of one clip"
+    assert any(item["fits"] for item in found["advice"])
     assert "not one clip fits" in done.stderr
 
 

@@ -88,10 +88,13 @@ def test_check_says_what_would_run(tmp_path):
         "60.5 M",
         "ZeRO stage 3",
         "optimizer states on cpu",
-        "128 clips = 8 ranks x 1 micro-batch of 16",
+        "training.micro_batch_size=auto",
+        "at most 16 clips fit GPUs of 24GiB",
         "data.table=",
     ):
         assert part in done.stdout
+    given = recipes("check", "t5_small", "--world-size", "8", "training.micro_batch_size=16", cwd=tmp_path)
+    assert "128 clips = 8 ranks x 1 micro-batch of 16" in given.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from transformers import BartConfig, PreTrainedConfig, T5Config
 
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
-from toolkit.planning.memory import translation_memory
+from toolkit.planning import memory
+from toolkit.planning.memory import fitting_batch_frames, translation_memory
 
 CLIPS, FRAMES, BEAMS, TOKENS = 3, 40, 4, 12
 SIZES = {"vocab_size": 50, "d_model": 32}
@@ -86,3 +88,24 @@ def test_more_of_anything_needs_more() -> None:
     for key in least:
         more = translation_memory(model, **(least | {key: 2 * least[key]}))
         assert more.total > translation_memory(model, **least).total, key
+
+
+def test_generation_batches_are_as_large_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, search = translator("t5", 1), {"beams": BEAMS, "max_new_tokens": TOKENS}
+    frames = np.array([FRAMES] * 16)
+
+    def chosen(clips: float, *, weights: float = 0.0, gathers: bool = False) -> int:
+        """With room for so many clips beside so many times the weights."""
+        one = translation_memory(model, clips=1, frames=FRAMES, **search)
+        room = weights * one.weights + clips * (one.total - one.weights)
+        monkeypatch.setattr(memory, "free_memory", lambda device: 1.001 * room / memory.LARGEST_SHARE)
+        return fitting_batch_frames(
+            model, torch.device("cpu"), frames=frames, most=16 * FRAMES, gathers=gathers, **search
+        )
+
+    assert chosen(16) == 16 * FRAMES
+    assert chosen(15) == 8 * FRAMES
+    assert chosen(4) == 4 * FRAMES
+    assert chosen(0.1) == FRAMES, "one clip is tried anyway"
+    assert chosen(4, weights=1, gathers=True) == 4 * FRAMES, "partitioned weights are gathered"
+    assert chosen(2, weights=0.5, gathers=True) >= 2 * FRAMES, "without room for them, layer by layer"

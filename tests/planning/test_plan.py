@@ -19,7 +19,7 @@ H100 = Hardware(gpus=1, gpu_memory=80 * GIB)
 # Four steps on the corpus of benchmarks/training_corpus.py (4,096 clips, seed 42): micro-batches of 16 had at most 109
 # frames first and 107 next, texts of 12 words at most 14 tokens, and nothing was evaluated before the peak was read.
 FOUR_STEPS = Workload(109, 14, 107, ((1, 100),), None, "as measured")
-SCRATCH = ("model.from_scratch=true", "model.tokenizer=train", "data.max_frames=300")
+SCRATCH = ("model.from_scratch=true", "model.tokenizer=train", "data.max_frames=300", "training.micro_batch_size=16")
 # GiB that torch.cuda.max_memory_allocated said on an H100 with one rank.
 MEASURED = {
     "zero0": 1.11,

@@ -4,6 +4,7 @@ import pytest
 
 from tests.recipe.resolving import error_of, run_of
 from toolkit.recipe.batches import MicroBatchChoice, batch_in_words, micro_batch_sizes, num_micro_batches
+from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.resolve import ResolvedRun
 
 
@@ -28,8 +29,14 @@ def test_a_frame_budget_leaves_the_number_open():
     assert batch_in_words(128, 6, 16, 4000) == words
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_leave_batches_to_the_hardware(name):
+    recipe = load_recipe(name)
+    assert (recipe.training.micro_batch_size, recipe.evaluation.batch_frames) == ("auto", "auto")
+
+
 def test_auto_is_a_micro_batch_size_that_is_chosen_later(tmp_path):
-    run = run_of("t5_small", "training.micro_batch_size=auto", world_size=6)
+    run = run_of("t5_small", world_size=6)
     assert run.recipe.training.micro_batch_size == "auto"
     assert run.batch.endswith("(training.micro_batch_size=auto)")
     chosen = run.with_choice(MicroBatchChoice(16, 4000, "it fits", "6 GPUs", "1"))
@@ -42,8 +49,18 @@ def test_auto_is_a_micro_batch_size_that_is_chosen_later(tmp_path):
     again = ResolvedRun.load(tmp_path)
     assert again.choice == chosen.choice
     assert again.recipe.training.micro_batch_size == "auto"
-    run_of("t5_small", world_size=6).save(tmp_path)
+    run_of("t5_small", "training.micro_batch_size=16", world_size=6).save(tmp_path)
     assert not (tmp_path / "micro_batch.json").exists(), "a number was chosen by nobody"
+
+
+def test_generation_batches_that_were_chosen_are_kept_with_the_run(tmp_path):
+    choice = MicroBatchChoice(16, 4000, "it fits", "6 GPUs", "1", batch_frames=2048)
+    run_of("t5_small", world_size=6).with_choice(choice).save(tmp_path)
+    again = ResolvedRun.load(tmp_path)
+    assert again.evaluation.batch_frames == 2048
+    assert again.recipe.evaluation.batch_frames == "auto"
+    given = run_of("t5_small", "evaluation.batch_frames=100").with_choice(choice)
+    assert given.evaluation.batch_frames == 100
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "2.5", "automatic", "true", "[4]", "null"])

@@ -144,12 +144,13 @@ def test_any_number_of_ranks_up_to_the_clips_of_a_step_resolves(total, limit, wo
 
 
 def test_a_note_states_the_micro_batches_that_the_limit_led_to():
-    assert run_of("t5_small", world_size=8).notes == ()
-    six = run_of("t5_small", world_size=6)
+    sixteen = "training.micro_batch_size=16"
+    assert run_of("t5_small", sixteen, world_size=8).notes == ()
+    six = run_of("t5_small", sixteen, world_size=6)
     words = "128 clips = 6 ranks x 2 micro-batches of 10 or 11"
     assert six.notes == (f"training.micro_batch_size=16 is an upper limit: {words}",)
     assert (six.micro_batch_size, six.accumulation_steps) == (11, 2)
-    budget = run_of("t5_small", "training.micro_batch_frames=4000", world_size=6)
+    budget = run_of("t5_small", sixteen, "training.micro_batch_frames=4000", world_size=6)
     assert budget.notes == ()
     assert budget.batch == "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
 
@@ -335,9 +336,8 @@ def test_a_backbone_that_does_not_exist():
 
 
 def test_a_run_is_loaded_from_its_directory(tmp_path):
-    run = run_of(
-        "t5_small", "model.prefix=translate to English:", "ds.zero_optimization.stage=1", ds="zero2", world_size=6
-    )
+    own = ("model.prefix=translate to English:", "training.micro_batch_size=16", "ds.zero_optimization.stage=1")
+    run = run_of("t5_small", *own, ds="zero2", world_size=6)
     run.save(tmp_path / "deep" / "run")
     again = ResolvedRun.load(tmp_path / "deep" / "run")
     assert again.recipe == run.recipe

@@ -18,6 +18,7 @@ from toolkit.evaluation.splits import splits_to_test
 from toolkit.models.processor import PoseProcessor
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import read_choice
 from toolkit.recipe.schema import Evaluation, Recipe
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
@@ -40,6 +41,13 @@ def run_of(model: str | Path) -> Path | None:
     """The run directory of a model, if it lies in one."""
     path = Path(model)
     return next((place for place in (path, path.parent) if (place / RECIPE).is_file()), None)
+
+
+def kept_batch_frames(model: str | Path) -> int | None:
+    """What ``evaluation.batch_frames: auto`` became in the run that a model came from; None without one."""
+    run = run_of(model)
+    choice = read_choice(run) if run else None
+    return choice.batch_frames if choice else None
 
 
 def evaluation_settings(recipe: Recipe | None, overrides: Sequence[str]) -> Evaluation:

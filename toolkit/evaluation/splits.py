@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import best_predictions, evaluation_mode, find_hypotheses
 from toolkit.decoding.search import Hypothesis
 from toolkit.decoding.whole_weights import whole_weights
 from toolkit.models.translator import PoseTranslator
-from toolkit.planning.memory import fits_whole
+from toolkit.planning.memory import fits_whole, fitting_batch_frames
+from toolkit.recipe.batches import most_batch_frames
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.addends import frequent_words, measure
 from toolkit.scoring.floors import floors, other_clips
@@ -53,6 +55,39 @@ def splits_to_test(corpus: Corpus) -> list[str]:
     return tests or sorted(others)[:1]
 
 
+def with_batch_frames(
+    settings: Evaluation,
+    model: PoseTranslator,
+    device: torch.device,
+    frames: npt.NDArray[np.integer],
+    *,
+    gathers: bool = False,
+    most: int | None = None,
+) -> Evaluation:
+    """The settings with a number where ``batch_frames`` is ``auto``; all ranks must call this.
+
+    Args:
+        settings: those of the evaluation.
+        model: that translates.
+        device: that it computes on.
+        frames: of each clip.
+        gathers: whether the weights are partitioned, and gathered to translate.
+        most: padded frames that are not exceeded; None = as many as a run may choose.
+    """
+    if settings.batch_frames != "auto":
+        return settings
+    size = fitting_batch_frames(
+        model,
+        device,
+        frames=frames,
+        most=most or most_batch_frames(settings),
+        beams=settings.num_beams,
+        max_new_tokens=settings.max_new_tokens,
+        gathers=gathers,
+    )
+    return settings.model_copy(update={"batch_frames": size})
+
+
 @contextmanager
 def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: Evaluation) -> Iterator[bool]:
     """Within it the engine's model translates clips of so many ``frames``; all ranks must enter.
@@ -63,7 +98,7 @@ def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: E
     gather = engine.zero_optimization_stage() == 3 and fits_whole(
         engine,
         frames=frames,
-        batch_frames=settings.batch_frames,
+        batch_frames=most_batch_frames(settings),
         beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,
     )
@@ -98,7 +133,7 @@ def score_splits(
                 model,
                 corpus.splits[name],
                 processor,
-                batch_frames=settings.batch_frames,
+                batch_frames=most_batch_frames(settings),
                 rank=rank,
                 world_size=world_size,
                 synced=synced,

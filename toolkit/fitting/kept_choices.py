@@ -53,6 +53,7 @@ def settings_hash(resolved: ResolvedRun, corpus: Corpus) -> str:
     content: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
         "training": training,
+        "search": [recipe.evaluation.num_beams, recipe.evaluation.max_new_tokens],
         "augmentation": recipe.augmentation.model_dump(mode="json"),
         "deepspeed": _without_places(resolved.deepspeed),
         "corpus": corpus_identity(corpus),

@@ -7,6 +7,7 @@ so make the same choice.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,14 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.fitting.hardware import GIB, cards, describe
-from toolkit.fitting.kept_choices import earlier_choice, keep_choice, settings_hash
+from toolkit.fitting.hardware import GIB, Card, cards, describe
+from toolkit.fitting.kept_choices import choices_folder, earlier_choice, keep_choice, settings_hash
 from toolkit.fitting.memory_limits import MemoryLimit, memory_limit
 from toolkit.fitting.planned_size import planned_size
-from toolkit.fitting.rehearsal import Measured, Rehearsal
-from toolkit.fitting.shapes import Lengths, heaviest, lengths_of, limits_of, sizes, typical
+from toolkit.fitting.rehearsal import Measured, Rehearsal, room_for_tensors
+from toolkit.fitting.shapes import Lengths, Shape, generation_batches, heaviest, lengths_of, limits_of, sizes, typical
 from toolkit.models.build import fetch_backbone
-from toolkit.recipe.batches import MicroBatchChoice
+from toolkit.recipe.batches import MicroBatchChoice, most_batch_frames
 from toolkit.recipe.resolve import ResolvedRun
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
@@ -31,12 +32,14 @@ AS_FAST = 0.97
 # A size this much slower than the best ends the search; larger ones are slower still.
 SLOWER = 0.85
 QUICK = 1.0  # seconds: a pass that is shorter is timed twice
+SHOWN_EVERY = 5.0  # seconds between lines about a rehearsal
+FEW = 8  # clips of a micro-batch without a rehearsal, on CPUs
 
 Echo = Callable[[str], None]
 
 
 def fit_micro_batches(
-    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Echo, *, resumes: bool = True
+    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, echo: Echo, *, resumes: bool = True, rehearses: bool = True
 ) -> ResolvedRun:
     """The run with micro-batches of a known size; all ranks call this before they have a process group or threads.
 
@@ -45,6 +48,7 @@ def fit_micro_batches(
         ranks, corpus: of the run.
         echo: prints a line on rank 0.
         resumes: whether the choice of the run in ``run_dir``, if any, is taken again.
+        rehearses: whether the run is long enough for a rehearsal; else the plan decides alone.
 
     Raises:
         UserError: not one clip fits, or the model cannot be built.
@@ -56,21 +60,61 @@ def fit_micro_batches(
     choice, note = on_rank_0(lambda: earlier_choice(resolved.run_dir if resumes else None, hardware, settings))
     if note:
         echo(f"note: {note}")
-    if choice is None:
-        echo("training.micro_batch_size=auto: rehearsing micro-batches on this hardware")
-        on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
-        on_each_node(lambda: fetch_backbone(resolved.recipe.model))
-        lengths = lengths_of(resolved.recipe, corpus.splits["train"], ranks.world_size)
-        stage = _Stage.of(resolved, ranks, corpus, lengths, has_gpu=bool(found))
-        try:
-            size, reason = _largest(stage, resolved) if found else _fastest(stage, resolved)
-        finally:
-            stage.rehearsal.close()
-        limits = limits_of(size, lengths)
-        own = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings)
-        choice = on_rank_0(lambda: keep_choice(own))
+    if choice:
+        echo(f"as chosen before: {choice.in_words()}")
+        return resolved.with_choice(choice)
+    lengths = lengths_of(resolved.recipe, corpus.splits["train"], ranks.world_size)
+    if rehearses:
+        size, reason, batch_frames = _rehearsed(resolved, ranks, corpus, lengths, echo, has_gpu=bool(found))
+    else:
+        (size, reason), batch_frames = _planned(resolved, lengths, found), None
+    limits = limits_of(size, lengths)
+    choice = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings, batch_frames)
     echo(choice.in_words())
+    if rehearses:
+        own = choice
+        choice = on_rank_0(lambda: keep_choice(own))
+        echo(f"  the next run of these settings here takes the same; to choose again, remove {choices_folder()}")
     return resolved.with_choice(choice)
+
+
+def _rehearsed(
+    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, echo: Echo, *, has_gpu: bool
+) -> tuple[int, str, int | None]:
+    """The size that a rehearsal chooses, why, and the frames of generation batches where they are chosen, too."""
+    echo("training.micro_batch_size=auto: choosing micro-batches by a rehearsal on this hardware")
+    on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
+    on_each_node(lambda: fetch_backbone(resolved.recipe.model))
+    stage = _Stage.of(resolved, ranks, corpus, lengths, echo, has_gpu=has_gpu)
+    try:
+        size, reason = _largest(stage, resolved) if has_gpu else _fastest(stage, resolved)
+        return size, reason, _batch_frames(stage, resolved, corpus)
+    finally:
+        stage.rehearsal.close()
+
+
+def _planned(resolved: ResolvedRun, lengths: Lengths, found: Sequence[Card]) -> tuple[int, str]:
+    """The size for a run that is too short to rehearse: on GPUs the plan's largest, on CPUs few clips."""
+    candidates = sizes(lengths.share)
+    if not found:
+        return next(size for size in candidates if size <= FEW), f"at most {FEW}, without a rehearsal"
+    room = min(exchange(min(room_for_tensors(card, resolved.world_size) for card in found)))
+    size = on_rank_0(lambda: planned_size(resolved, lengths, candidates, room))
+    return size, f"the most that fit {room / GIB:.2f} GiB of a GPU by the plan, without a rehearsal"
+
+
+def _batch_frames(stage: _Stage, resolved: ResolvedRun, corpus: Corpus) -> int | None:
+    """Padded frames of generation batches where the recipe says ``auto``: the most that fit beside what trains."""
+    settings = resolved.recipe.evaluation
+    if settings.batch_frames != "auto":
+        return None
+    candidates = generation_batches(corpus, most_batch_frames(settings))
+    for size, shapes in candidates:
+        _, problem = stage.agreed(*stage.translation(shapes))
+        if not problem:
+            return size
+        stage.show(f"generation batches of {size} padded frames do not fit ({problem})")
+    return candidates[-1][0]  # one clip at a time: an evaluation has other memory than a rehearsal
 
 
 @dataclass
@@ -81,29 +125,47 @@ class _Stage:
         rehearsal: its process.
         lengths: of the clips.
         limit: what it may take on CPUs.
+        has_gpu: whether it computes on one.
+        echo: prints a line on rank 0.
+        shown: when the last line was printed, by the monotonic clock.
     """
 
     rehearsal: Rehearsal
     lengths: Lengths
     limit: MemoryLimit
     has_gpu: bool
+    echo: Echo
+    shown: float
 
     @classmethod
-    def of(cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, *, has_gpu: bool) -> _Stage:
+    def of(
+        cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, echo: Echo, *, has_gpu: bool
+    ) -> _Stage:
         own = usable_cores()
         threads = share_of_cores(own, exchange(own))
         limit = memory_limit(ranks.local_world_size)
         exchange(None)  # no rank takes memory before all have looked
         rehearsal = Rehearsal(resolved, ranks, corpus.path, lengths, threads, has_gpu=has_gpu)
-        return cls(rehearsal, lengths, limit, has_gpu)
+        return cls(rehearsal, lengths, limit, has_gpu, echo, time.monotonic())
+
+    def show(self, text: str) -> None:
+        """Print what was found, where nothing was printed for some seconds."""
+        if time.monotonic() - self.shown >= SHOWN_EVERY:
+            self.shown = time.monotonic()
+            self.echo(f"  rehearsal: {text}")
 
     def step(self, size: int) -> tuple[Measured, str | None]:
         """One step over the heaviest micro-batches of a size, and why it does not fit; None where it does."""
-        measured = self.rehearsal.step(heaviest(limits_of(size, self.lengths), self.lengths))
-        problem = measured.problem
-        if not problem and not self.has_gpu:
-            problem = _over(measured, self.limit)
-        return measured, problem
+        return self._held_to_limit(self.rehearsal.step(heaviest(limits_of(size, self.lengths), self.lengths)))
+
+    def translation(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
+        """The search over the heaviest of some generation batches, and why it does not fit."""
+        return self._held_to_limit(self.rehearsal.translation(shapes))
+
+    def _held_to_limit(self, measured: Measured) -> tuple[Measured, str | None]:
+        if measured.problem or self.has_gpu:
+            return measured, measured.problem
+        return measured, _over(measured, self.limit)
 
     def agreed(self, own: Measured, problem: str | None = None) -> tuple[list[Measured], str | None]:
         """What all ranks measured, and the problem that any of them had.
@@ -150,6 +212,7 @@ def _largest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
             tried = f"; {problems[-1]}" if problems else ""
             return size, f"a rehearsal of the heaviest took {took:.2f} of {room / GIB:.2f} GiB of a GPU{tried}"
         problems.append(f"{size} of the longest clips did not fit ({problem})")
+        stage.show(problems[-1])
     raise _nothing_fits(resolved, problem)
 
 
@@ -168,6 +231,7 @@ def _fastest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
         if problem:
             break
         speeds[size] = shape.clips / max(one.seconds for one in measured)
+        stage.show(f"{speeds[size]:.3g} clips/s of a rank with as many frames as {_words(size)}")
         if speeds[size] < SLOWER * max(speeds.values()):
             break
     fastest = smallest_as_fast(speeds) if speeds else candidates[0]

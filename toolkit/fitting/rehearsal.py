@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from toolkit.batching.collate import Batch
@@ -34,12 +35,18 @@ from toolkit.cluster import failures
 from toolkit.cluster.devices import use_device
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
+from toolkit.decoding.search import search
 from toolkit.errors import UserError
+from toolkit.evaluation.splits import ready_to_translate
+from toolkit.fitting.hardware import Card
 from toolkit.fitting.memory_limits import peaks
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loss import translation_losses
+from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
+from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
+from toolkit.planning.memory import translation_memory
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
 from toolkit.training.optimization.averaging import update_average
@@ -47,7 +54,6 @@ from toolkit.training.optimization.gradient_reduction import reduced_once
 
 # The share of a GPU that stays free: buffers of NCCL, which the rehearsal has none of, and blocks between tensors.
 GPU_RESERVE = 0.05
-NCCL_BUFFERS = int(0.3 * 2**30)
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
 
 
@@ -89,6 +95,10 @@ class Rehearsal:
     def passes(self, shape: Shape) -> Measured:
         """One forward and backward pass, without a step."""
         return self._ask("passes", [shape])
+
+    def translation(self, shapes: Sequence[Shape]) -> Measured:
+        """The search of an evaluation over the heaviest of some batches, to the last token."""
+        return self._ask("translation", shapes)
 
     def start(self) -> Measured:
         """Build the engine, which the first question does otherwise."""
@@ -204,6 +214,7 @@ class _Engine:
 
     engine: Any
     resolved: ResolvedRun
+    processor: PoseProcessor
     vocabulary: int
     special: torch.Tensor
     tokens: dict[bool, int]  # of the longest texts, and of typical ones
@@ -217,7 +228,8 @@ class _Engine:
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
         corpus = Corpus.open(path)
-        tokenizer = build_processor(resolved.recipe, corpus).tokenizer
+        processor = build_processor(resolved.recipe, corpus)
+        tokenizer = processor.tokenizer
         engine, _ = make_engine(build_translator(resolved, corpus, tokenizer), resolved)
         engine.train()
         limit = resolved.recipe.training.max_target_tokens
@@ -228,13 +240,44 @@ class _Engine:
         typical = counts(lengths.typical_texts)
         tokens = {True: counts(lengths.long_texts)[-1], False: typical[len(typical) // 2]}
         special = torch.tensor(special_ids(tokenizer), device=engine.device)
-        return cls(engine, resolved, len(tokenizer), special, tokens)
+        return cls(engine, resolved, processor, len(tokenizer), special, tokens)
 
     def start(self, _: Sequence[Shape]) -> Measured:
         return self._measured(0.0)
 
     def passes(self, shapes: Sequence[Shape]) -> Measured:
         return self._measured(self._backward(shapes, ends_step=False))
+
+    def translation(self, shapes: Sequence[Shape]) -> Measured:
+        """On a GPU the search itself; on CPUs, where it takes long, its memory by arithmetic beside what trains."""
+        settings, module = self.resolved.recipe.evaluation, self.engine.module
+        search_of = {"beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+        memory, shape = max(
+            ((translation_memory(module, clips=one.clips, frames=one.frames, **search_of), one) for one in shapes),
+            key=lambda pair: pair[0].total,
+        )
+        if not torch.cuda.is_available():
+            gathers = self.resolved.zero_stage == 3
+            return self._measured(0.0, more=memory.total - (0 if gathers else memory.weights))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.generate(shape)
+        return self._measured(0.0)
+
+    def generate(self, shape: Shape) -> None:
+        """Search for the texts of a generation batch, to the last token that they may have."""
+        settings, batch = self.resolved.recipe.evaluation, self._batch(shape).to(self.engine.device)
+        with ready_to_translate(self.engine, np.full(shape.clips, shape.frames), settings) as synced:
+            search(
+                self.engine.module,
+                self.processor,
+                batch.poses,
+                batch.visible,
+                batch.frame_mask,
+                batch.prefix_ids,
+                synced=synced,
+                min_new_tokens=settings.max_new_tokens,
+            )
 
     def step(self, shapes: Sequence[Shape]) -> Measured:
         """A step as the trainer takes it; the second one holds what the first one allocated."""
@@ -295,13 +338,14 @@ class _Engine:
             prefix_ids=longest_prefix if config.prefix_template else None,
         )
 
-    def _measured(self, seconds: float) -> Measured:
+    def _measured(self, seconds: float, more: int = 0) -> Measured:
+        """What was measured; ``more`` bytes would be taken besides on CPUs."""
         if torch.cuda.is_available():
             reserved = torch.cuda.max_memory_reserved()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             return Measured(seconds=seconds, resident=reserved, room=free - _reserve())
         resident, address_space = peaks()
-        return Measured(seconds=seconds, resident=resident, address_space=address_space)
+        return Measured(seconds=seconds, resident=resident + more, address_space=address_space + more)
 
 
 def _join_fake_group(ranks: Ranks) -> None:
@@ -330,3 +374,8 @@ def _leave_reserve(ranks: Ranks) -> None:
 
 def _reserve() -> int:
     return int(GPU_RESERVE * torch.cuda.mem_get_info()[1])
+
+
+def room_for_tensors(card: Card, world_size: int) -> int:
+    """Bytes that torch may have of a card, as :func:`_leave_reserve` counts, before a process has its context there."""
+    return int(card.free - GPU_RESERVE * card.memory - CUDA_CONTEXT - (NCCL_BUFFERS if world_size > 1 else 0))

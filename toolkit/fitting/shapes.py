@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.batching.loader import lengths_of_epoch
-from toolkit.corpus.packed import Split
+from toolkit.batching.order import evaluation_order
+from toolkit.corpus.packed import Corpus, Split
 from toolkit.poses.augmentation import is_off
 from toolkit.recipe.schema import Recipe
 
@@ -105,6 +106,24 @@ def heaviest(limits: Limits, lengths: Lengths) -> list[Shape]:
     if limits.clips > few:
         shapes.append(Shape(limits.clips, max(1, frames // limits.clips)))
     return shapes
+
+
+def generation_batches(corpus: Corpus, most: int) -> list[tuple[int, list[Shape]]]:
+    """Padded frames of generation batches to try, ``most``, a half of it and so on, and the batches of each size.
+
+    The batches are those of all splits that a run evaluates: those that it does not train on.
+    """
+    held_out = [split.frames for name, split in corpus.splits.items() if name != "train" and len(split)]
+    frames = held_out or [corpus.splits["train"].frames]
+    longest = max(int(lengths.max()) for lengths in frames)
+    found = []
+    while True:
+        orders = [(lengths, batch) for lengths in frames for batch in evaluation_order(lengths, most)]
+        shapes = {Shape(len(batch), int(lengths[batch[0]])) for lengths, batch in orders}
+        found.append((most, sorted(shapes, key=lambda shape: (shape.clips, shape.frames))))
+        if most <= longest:
+            return found
+        most //= 2
 
 
 def typical(limits: Limits, lengths: Lengths) -> Shape:

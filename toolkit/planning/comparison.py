@@ -12,7 +12,7 @@ from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
 from toolkit.planning.speed import step_seconds
 from toolkit.planning.workload import Workload, from_maxima
 from toolkit.recipe.resolve import ResolvedRun, resolve
-from toolkit.recipe.schema import Lora, Quantization
+from toolkit.recipe.schema import Lora, Quantization, Recipe
 from toolkit.recipe.tree import Tree, value_at
 
 OFFLOAD = "zero3_offload"  # what leaves least on a device
@@ -105,7 +105,7 @@ def compare(
         for name, run in runs.items()
     ]
     candidates = [row for row in rows if row.seconds is not None]
-    plain = [row for row in candidates if not _changes_results(row.config)] or candidates
+    plain = [row for row in candidates if not changes_results(row.config)] or candidates
     advice: list[Advice] = []
     if not plain:
         planned = [row for row in rows if row.plan]
@@ -140,7 +140,7 @@ def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, work
     return Row(name, "", plan, tuple(plan.lacking(hardware)), largest, seconds, run.deepspeed)
 
 
-def _changes_results(config: Tree | None) -> bool:
+def changes_results(config: Tree | None) -> bool:
     """Whether a JSON rounds more than bf16 training does, or compiles: chosen by people, never recommended first."""
     keys = ("bf16.bf16_master_weights_and_grads", "fp16.enabled", "compile.deepcompile")
     return any(value_at(config or {}, key) for key in keys)
@@ -148,8 +148,8 @@ def _changes_results(config: Tree | None) -> bool:
 
 def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterator[Advice]:
     """What each change would save under the JSON that needs least, and all of them together."""
-    before = make_plan(Subject.of(run.recipe), run, hardware, workload)
     recipe = run.recipe
+    before = make_plan(Subject.of(recipe), run, hardware, workload, micro_batch_size=_least(recipe))
     changes: list[tuple[str, str, dict[str, dict[str, Any]], str]] = []
     if not recipe.training.gradient_checkpointing:
         recompute = {"training": {"gradient_checkpointing": True}}
@@ -157,7 +157,7 @@ def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterato
     if recipe.training.micro_batch_size not in (1, "auto"):
         one = {"training": {"micro_batch_size": 1}}
         changes.append(("one clip in a forward pass", "training.micro_batch_size=1", one, ""))
-    if recipe.evaluation.batch_frames > recipe.data.max_frames:
+    if recipe.evaluation.batch_frames != "auto" and recipe.evaluation.batch_frames > recipe.data.max_frames:
         setting = f"evaluation.batch_frames={recipe.data.max_frames}"
         one = {"evaluation": {"batch_frames": recipe.data.max_frames}}
         changes.append(("one long clip in a generation batch", setting, one, ""))
@@ -198,7 +198,12 @@ def _gain(
         workload = from_maxima(recipe)
     try:
         changed = resolve(recipe, run.world_size, has_gpu=True, needs_data=False)
-        plan = make_plan(Subject.of(recipe), changed, hardware, workload)
+        plan = make_plan(Subject.of(recipe), changed, hardware, workload, micro_batch_size=_least(recipe))
     except UserError:
         return
     yield Advice(change, settings, before.total - plan.total, not plan.lacking(hardware))
+
+
+def _least(recipe: Recipe) -> int | None:
+    """Clips of a micro-batch that must fit: one where they are chosen; None = those that the recipe gives."""
+    return 1 if recipe.training.micro_batch_size == "auto" else None

@@ -102,15 +102,59 @@ def fits_whole(
     return bool(fits.item())
 
 
-def free_memory() -> int:
+def fitting_batch_frames(
+    model: PoseTranslator,
+    device: torch.device,
+    *,
+    frames: npt.NDArray[np.integer],
+    most: int,
+    beams: int,
+    max_new_tokens: int,
+    gathers: bool = False,
+) -> int:
+    """The most padded frames of a batch, ``most`` or a half, a quarter… of it, for which every rank has room.
+
+    All ranks call this and get the same answer; one clip is always tried.
+
+    Args:
+        model: that translates.
+        device: that computes.
+        frames, beams, max_new_tokens: as for :func:`fits_whole`.
+        most: padded frames to begin with.
+        gathers: whether whole weights come on top: they are partitioned by ZeRO-3.
+    """
+    room, longest = LARGEST_SHARE * free_memory(device), int(frames.max(initial=1))
+
+    def fits(size: int, *, whole: bool) -> bool:
+        batches = {(len(batch), int(frames[batch[0]])) for batch in evaluation_order(frames, size)}
+        every = [
+            translation_memory(model, clips=clips, frames=length, beams=beams, max_new_tokens=max_new_tokens)
+            for clips, length in batches
+        ]
+        return all(memory.total - (0 if whole else memory.weights) <= room for memory in every)
+
+    # Without room for whole weights ranks gather layer by layer.
+    gathers = gathers and fits(1, whole=True)
+    size = most
+    while size > longest and not fits(size, whole=gathers):
+        size //= 2
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        smallest = torch.tensor(size, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        size = int(smallest.item())
+    return size
+
+
+def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this rank may allocate: of its GPU, else its share of the machine's (or the container's) memory."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         # What torch's allocator has reserved is free for this process, though not for others.
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + idle
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
     import psutil
 
-    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+    everywhere = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or everywhere)
     return int(psutil.virtual_memory().available // ranks_here)
 
 

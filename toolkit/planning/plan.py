@@ -20,7 +20,7 @@ from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shor
 from toolkit.planning.costs.zero import Items, ZeroMemory, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
-from toolkit.planning.workload import Workload
+from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.deepspeed.cells import parameter_precision
 from toolkit.recipe.model_cards import card_of, tokenizer_of
@@ -215,7 +215,6 @@ def make_plan(
     zero = zero_memory(subject.weights, recipe, config, resolved.world_size)
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
-    translation = subject.translation(config, workload)
     always = zero.always
     moments: dict[str, Items] = {
         "start": always | {"weights before they are flattened": zero.trained},
@@ -224,18 +223,13 @@ def make_plan(
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
         | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction},
         "update": always | {"gradients": zero.kept_gradients + zero.gradients, "copies of the update": zero.update},
-        "evaluation": always
-        | {"generation": max(translation.encoder, translation.cache + translation.scores)}
-        | {"gathered weights": zero.whole},
+        "evaluation": always,
         "save": always,
     }
     if accumulation > 1:
         moments["later micro-batches"] = _in_pass(zero, later.peak, gradients=zero.gradients)
     moments = {name: _complete(items, hardware) for name, items in moments.items()}
-    if zero.whole > zero.gathered and sum(moments["evaluation"].values()) > hardware.gpu_memory:
-        # Then ranks generate in step, and gather layer by layer.
-        evaluation = always | {"gathered weights": zero.gathered, "generation": translation.cache + translation.scores}
-        moments["evaluation"] = _complete(evaluation, hardware)
+    moments["evaluation"] = _evaluation(subject, config, hardware, workload, zero)
     largest = max(moments, key=lambda name: sum(moments[name].values()))
     of_step = [name for name in moments if name not in PHASES]
     phases = {name: sum(moments[name].values()) for name in PHASES if name in moments}
@@ -273,6 +267,29 @@ def largest_micro_batch(
         plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=middle, checkpointing=checkpointing)
         low, high = (low, middle - 1) if plan.lacking(hardware) else (middle, high)
     return low
+
+
+def _evaluation(subject: Subject, config: Tree, hardware: Hardware, workload: Workload, zero: ZeroMemory) -> Items:
+    """What an evaluation holds; generation batches that are chosen are halved until they fit."""
+    while True:
+        translation = subject.translation(config, workload)
+        items = zero.always | {
+            "generation": max(translation.encoder, translation.cache + translation.scores),
+            "gathered weights": zero.whole,
+        }
+        if zero.whole > zero.gathered and sum(_complete(items, hardware).values()) > hardware.gpu_memory:
+            # Then ranks generate in step, and gather layer by layer.
+            items = zero.always | {
+                "gathered weights": zero.gathered,
+                "generation": translation.cache + translation.scores,
+            }
+        items = _complete(items, hardware)
+        if subject.recipe.evaluation.batch_frames != "auto" or sum(items.values()) <= hardware.gpu_memory:
+            return items
+        smaller = with_smaller_evaluation(workload)
+        if smaller is None:
+            return items
+        workload = smaller
 
 
 def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:

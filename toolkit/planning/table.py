@@ -14,14 +14,16 @@ from toolkit.recipe.catalogue import millions
 from toolkit.recipe.schema import Recipe
 
 
-def command_of(row: Row, hardware: Hardware, words: Sequence[str]) -> str:
-    """How to run what is recommended."""
+def command_of(row: Row, recipe: Recipe, hardware: Hardware, words: Sequence[str]) -> str:
+    """How to run what is recommended; a recipe that gives a number gets the largest that fits, ``auto`` stays."""
     launcher = f"deepspeed --num_gpus {hardware.ranks_per_node}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hostfile --num_nodes {hardware.nodes} --num_gpus {hardware.ranks_per_node}"
-    own = [word for word in words if not word.startswith("training.micro_batch_size=")]
-    micro = f"training.micro_batch_size={row.max_micro_batch}"
-    return " ".join([launcher, "launch/train.py", own[0], f"--ds {row.name}", *own[1:], micro])
+    micro = []
+    if recipe.training.micro_batch_size != "auto":
+        words = [word for word in words if not word.startswith("training.micro_batch_size=")]
+        micro = [f"training.micro_batch_size={row.max_micro_batch}"]
+    return " ".join([launcher, "launch/train.py", words[0], f"--ds {row.name}", *words[1:], *micro])
 
 
 def as_dict(
@@ -38,7 +40,7 @@ def as_dict(
         "jsons": [_row(row, comparison, hardware) for row in comparison.rows],
         "recommended": chosen and chosen.name,
         "reason": comparison.reason,
-        "command": chosen and command_of(chosen, hardware, words),
+        "command": chosen and command_of(chosen, recipe, hardware, words),
         "advice": [
             {"change": item.change, "settings": item.settings, "gain_gib": _gib(item.gain), "fits": item.fits}
             for item in comparison.advice
@@ -105,7 +107,7 @@ def _lines(
     yield ""
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
-        yield f"  {command_of(chosen, hardware, words)}"
+        yield f"  {command_of(chosen, recipe, hardware, words)}"
         return
     yield "nothing fits; each of these saves, of a rank's GPU memory:"
     for item in sorted(comparison.advice, key=lambda item: -item.gain):

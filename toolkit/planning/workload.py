@@ -12,7 +12,7 @@ from toolkit.batching.order import epoch_order, evaluation_order, micro_batches,
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.poses.augmentation import draw_lengths, is_off
-from toolkit.recipe.batches import clip_limit
+from toolkit.recipe.batches import clip_limit, most_batch_frames
 from toolkit.recipe.schema import Recipe
 
 
@@ -52,7 +52,7 @@ def workload_of(recipe: Recipe, world_size: int) -> Workload:
 def from_maxima(recipe: Recipe) -> Workload:
     """A recipe without its corpus: every clip and every text as long as the recipe allows."""
     frames, tokens = recipe.data.max_frames, recipe.training.max_target_tokens
-    clips = max(1, recipe.evaluation.batch_frames // frames)
+    clips = max(1, most_batch_frames(recipe.evaluation) // frames)
     source = f"the recipe's maxima, {frames} frames and {tokens} tokens in every clip (data.corpus names no corpus)"
     return Workload(frames, tokens, frames, ((clips, frames),), None, source)
 
@@ -75,7 +75,7 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
     held_out = next(
         (corpus.splits[name] for name in ("dev", "test", "train") if len(corpus.splits.get(name, ()))), split
     )
-    batches = evaluation_order(held_out.frames, recipe.evaluation.batch_frames)
+    batches = evaluation_order(held_out.frames, most_batch_frames(recipe.evaluation))
     evaluated = sorted({(len(batch), int(held_out.frames[batch[0]])) for batch in batches})
     return Workload(
         longest,
@@ -85,6 +85,13 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
         steps_per_epoch(len(split), training.global_batch_size),
         f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames",
     )
+
+
+def with_smaller_evaluation(workload: Workload) -> Workload | None:
+    """The workload with generation batches of half as many clips; None where they have one."""
+    if all(clips == 1 for clips, _ in workload.evaluated):
+        return None
+    return replace(workload, evaluated=tuple((max(1, clips // 2), frames) for clips, frames in workload.evaluated))
 
 
 def _lengths(frames: npt.NDArray[np.integer], recipe: Recipe, epoch: int) -> npt.NDArray[np.integer]:

@@ -7,8 +7,13 @@ shares differ by at most one clip, and so do micro-batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from toolkit.recipe.schema import Training
+if TYPE_CHECKING:  # launch/translate.py counts memory with this file and waits for no reader of recipes
+    from toolkit.recipe.schema import Evaluation, Training
+
+# Padded frames of a generation batch that are chosen: larger batches are hardly faster, and wait for their last clip.
+MOST_BATCH_FRAMES = 8192
 
 LARGEST_WHOLE_GRADIENT = 2**27
 """Bytes of gradient that a rank may hold to reduce once a step, though ZeRO partitions it.
@@ -28,6 +33,7 @@ class MicroBatchChoice:
         reason: why, in words.
         hardware: where it was chosen, in words; on other hardware it is chosen again.
         settings: a hash of what else it depends on: model, batch, DeepSpeed JSON, corpus.
+        batch_frames: what ``evaluation.batch_frames: auto`` became; None where the recipe gives a number.
     """
 
     clips: int
@@ -35,16 +41,23 @@ class MicroBatchChoice:
     reason: str
     hardware: str
     settings: str
+    batch_frames: int | None = None
 
     def in_words(self) -> str:
         """What was chosen and why, in a line."""
         frames = f" and {self.frames} padded frames" if self.frames else ""
-        return f"micro-batches of at most {self.clips} clips{frames}: {self.reason}"
+        evaluation = f"; generation batches of at most {self.batch_frames} padded frames" if self.batch_frames else ""
+        return f"micro-batches of at most {self.clips} clips{frames}: {self.reason}{evaluation}"
 
 
 def clip_limit(training: Training) -> int:
     """Most clips of a forward pass; of ``auto``, before it is chosen, all clips of a step."""
     return training.global_batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
+
+
+def most_batch_frames(evaluation: Evaluation) -> int:
+    """Padded frames of a generation batch; of ``auto``, before it is chosen, the most that it may become."""
+    return MOST_BATCH_FRAMES if evaluation.batch_frames == "auto" else evaluation.batch_frames
 
 
 def num_micro_batches(clips: int, world_size: int, limit: int) -> int:

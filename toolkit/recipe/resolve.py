@@ -33,7 +33,7 @@ from toolkit.recipe.mismatches import mismatches
 from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
-from toolkit.recipe.schema import Recipe, Training
+from toolkit.recipe.schema import Evaluation, Recipe, Training
 from toolkit.recipe.tree import Tree, leaves, value_at
 from toolkit.recipe.yaml_text import dump_yaml
 
@@ -70,6 +70,13 @@ class ResolvedRun:
     def frame_limit(self) -> int | None:
         """Padded frames of a forward pass of one rank, at most; None = no limit."""
         return self.choice.frames if self.choice else self.recipe.training.micro_batch_frames
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The recipe's section, with the generation batches that were chosen."""
+        own = self.recipe.evaluation
+        chosen = self.choice and own.batch_frames == "auto" and self.choice.batch_frames
+        return own.model_copy(update={"batch_frames": chosen}) if chosen else own
 
     @property
     def zero_stage(self) -> int:

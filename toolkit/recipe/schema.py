@@ -210,8 +210,9 @@ class Training(Section):
     epochs: Positive = 20.0
     max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
     global_batch_size: Count = 32  # clips per optimizer step over all ranks
-    # Clips per forward pass of one rank, at most; a step has as few passes as that allows. auto = chosen at the start.
-    micro_batch_size: CountOrAuto = 8
+    # Clips per forward pass of one rank, at most; a step has as few passes as that allows. auto = the
+    # fastest that fits, chosen at the start.
+    micro_batch_size: CountOrAuto = "auto"
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4
@@ -275,7 +276,7 @@ class Evaluation(Section):
         None  # token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn)
     )
     select_by: ScoreName = "bleu4"
-    batch_frames: Count = 8192  # padded frames in one generation batch of one rank
+    batch_frames: CountOrAuto = "auto"  # padded frames in one generation batch of one rank; auto = what fits
     tokenize: str = "13a"  # sacreBLEU tokenizer
     lowercase: bool = False
     samples: CountOrZero = 10  # outputs shown after each evaluation

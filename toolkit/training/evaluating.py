@@ -9,8 +9,9 @@ from typing import Any
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Split
 from toolkit.decoding.decode_split import translate_split
-from toolkit.evaluation.splits import ready_to_translate
+from toolkit.evaluation.splits import ready_to_translate, with_batch_frames
 from toolkit.models.processor import PoseProcessor
+from toolkit.recipe.batches import most_batch_frames
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.floors import typical_sentence
 from toolkit.scoring.metrics import Scores, score
@@ -41,12 +42,15 @@ def evaluate_split(
     engine: Any, split: Split, processor: PoseProcessor, settings: Evaluation, ranks: Ranks
 ) -> Evaluated:
     """Translate and score a split with the engine's weights as they are; all ranks must call this."""
+    settings = with_batch_frames(
+        settings, engine.module, engine.device, split.frames, gathers=engine.zero_optimization_stage() == 3
+    )
     with ready_to_translate(engine, split.frames, settings) as synced:
         predictions = translate_split(
             engine.module,
             split,
             processor,
-            batch_frames=settings.batch_frames,
+            batch_frames=most_batch_frames(settings),
             rank=ranks.rank,
             world_size=ranks.world_size,
             synced=synced,

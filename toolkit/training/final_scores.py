@@ -15,7 +15,7 @@ import numpy as np
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.evaluation.splits import SplitResult, ready_to_translate, score_splits
+from toolkit.evaluation.splits import SplitResult, ready_to_translate, score_splits, with_batch_frames
 from toolkit.models.loading.weights import load_weights
 from toolkit.models.processor import PoseProcessor
 from toolkit.recipe.schema import Evaluation
@@ -42,6 +42,9 @@ def score_best(
     gc.collect()
     load_weights(folder, engine.module)
     frames = np.concatenate([corpus.splits[name].frames for name in names])
+    settings = with_batch_frames(
+        settings, engine.module, engine.device, frames, gathers=engine.zero_optimization_stage() == 3
+    )
     with ready_to_translate(engine, frames, settings) as synced:
         return score_splits(
             engine.module,

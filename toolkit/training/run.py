@@ -80,7 +80,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
         names = splits_to_test(corpus)
         echo(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
         results = score_best(
-            trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.recipe.evaluation, ranks
+            trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.evaluation, ranks
         )
         summary = write_scores(resolved, start.progress, results, memory, echo) if ranks.is_main else {}
     if ranks.is_main:

@@ -346,7 +346,7 @@ class Trainer:
     def translate(self, split: Split) -> Evaluated:
         """Translate and score a split with the weights that would be kept."""
         with self._kept_weights():
-            return evaluate_split(self.engine, split, self.processor, self.recipe.evaluation, self.ranks)
+            return evaluate_split(self.engine, split, self.processor, self.resolved.evaluation, self.ranks)
 
     def save(self) -> None:
         """Begin to write a checkpoint; ``self.checkpoints.wait()`` returns when it is complete."""
