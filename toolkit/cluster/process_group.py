@@ -43,7 +43,7 @@ def join_process_group(ranks: Ranks, longest_wait: float = 0.0, ops: Iterable[st
     names = dict.fromkeys([*([] if device.type == "cuda" else ["shm_comm"]), *ops])
     on_each_node(lambda: build_missing_ops(names, lambda line: print(f"note: {line}", file=sys.stderr, flush=True)))
     if "MASTER_ADDR" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # DeepSpeed uses LOCAL_RANK as the GPU's index: a rank that sees one GPU has index 0.
     number = ranks.local_rank if device.index is None else device.index
     os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks.world_size)}
@@ -85,7 +85,7 @@ def use_threads(ranks: Ranks) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(own, everybody)))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -58,12 +58,19 @@ def choose_json(
         nodes=nodes if ranks.world_size % nodes == 0 else 1,
         host_memory=host_memory,
     )
-    row, reason = _recommended(_compared(recipe, name, overrides, hardware), recipe, hardware)
+    row, reason = _recommended(compare_jsons(recipe, name, overrides, hardware), recipe, hardware)
     return row.name, f"{reason}, for {hardware.in_words()}"
 
 
-def _compared(recipe: Recipe, name: str, overrides: Sequence[str], hardware: Hardware) -> Comparison:
-    names = dict.fromkeys([recipe.deepspeed, *ds_config_names()])
+def compare_jsons(
+    recipe: Recipe, name: str, overrides: Sequence[str], hardware: Hardware, jsons: Sequence[str] | None = None
+) -> Comparison:
+    """The plans of a recipe under some JSONs; None = its own and all that are shipped.
+
+    Raises:
+        UserError: it goes with none of them.
+    """
+    names = jsons or dict.fromkeys([recipe.deepspeed, *ds_config_names()])
     runs: dict[str, ResolvedRun | UserError] = {}
     for ds in names:
         try:

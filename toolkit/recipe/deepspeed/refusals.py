@@ -82,7 +82,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("zero_optimization.zeropp_loco_param", REMOVED),
     # --- what the recipe owns
     Refusal("activation_checkpointing", "the recipe turns it on", ("training.gradient_checkpointing=true",)),
-    Refusal("autotuning", "its tuner ends the process; the recipe owns the batch sizes"),
+    Refusal("autotuning", "its tuner ends the process; python launch/plan.py --tune tries JSONs and micro-batches"),
     Refusal("comet", "the engine would start a second tracker", ("tracking.wandb=offline",)),
     Refusal("data_efficiency", "the recipe owns the order and the sampling of clips"),
     Refusal("dataloader_drop_last", "batches are the recipe's; no clip is dropped"),

@@ -1,0 +1,99 @@
+"""One trial of ``launch/plan.py --tune``: some steps of a run, on all of its ranks, and their speed.
+
+Nothing is evaluated or saved. What the ranks found is written to a file by rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from toolkit.cluster.ops import check_needed_ops
+from toolkit.cluster.ranks import Ranks, check_ranks
+from toolkit.cluster.rendezvous import on_rank_0
+from toolkit.corpus.packed import Corpus
+from toolkit.corpus.prepare import ensure_corpus
+from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
+from toolkit.cpu.switch import uses_cpu_code
+from toolkit.files import write_text_atomically
+from toolkit.fitting.micro_batches import fit_micro_batches
+from toolkit.models.check import check_model
+from toolkit.recipe.resolve import resolve_named
+from toolkit.training.monitoring.metering import peak_memory_gib
+from toolkit.training.run import open_run, open_trainer, start_loader
+from toolkit.training.start import Start
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to try.
+
+    Attributes:
+        recipe: its name or path.
+        overrides: of it; they give the micro-batch and the run directory.
+        deepspeed: the JSON's name.
+        steps: that are taken; the first one is not timed.
+        result: the file that gets what was measured.
+    """
+
+    recipe: str
+    overrides: list[str]
+    deepspeed: str
+    steps: int
+    result: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        clips_per_second: over all ranks, of the median step.
+        peak_gib: the most that a rank held, as ``metrics.jsonl`` counts it.
+        batch: the arithmetic of a step in words; of ``auto`` with what was chosen.
+    """
+
+    clips_per_second: float
+    peak_gib: float
+    batch: str
+
+
+def take_steps(file: Path, ranks: Ranks) -> None:
+    """Be one rank of the trial that a file describes."""
+    trial = Trial(**json.loads(file.read_text(encoding="utf-8")))
+    gpus = torch.cuda.device_count()
+    check_ranks(ranks, gpus=gpus)
+    resolved = resolve_named(trial.recipe, trial.overrides, ranks.world_size, has_gpu=gpus > 0, ds=trial.deepspeed)
+    check_needed_ops(resolved.deepspeed)
+    on_rank_0(lambda: check_model(resolved))
+    if uses_cpu_code():
+        memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
+        return_freed_memory() if memory_is_short else keep_freed_memory()
+    data = resolved.recipe.data
+    corpus = Corpus.open(data.corpus or ensure_corpus(data, is_local_main=ranks.is_local_main))
+    resolved = fit_micro_batches(resolved, ranks, corpus, lambda _: None)
+    start, speeds = Start(), []
+    with (
+        closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
+        open_run(resolved, ranks, corpus) as interruptions,
+        open_trainer(resolved, ranks, corpus, start, interruptions, lambda _: None) as trainer,
+    ):
+        batches.set_tokenizer(trainer.processor.tokenizer)
+        trainer.engine.train()
+        trainer.meter.restart()
+        for _ in range(trial.steps):
+            clips, seconds = trainer.progress.clips, trainer.progress.seconds
+            if trainer.progress.epoch_step == trainer.epoch_steps:
+                trainer.progress.epoch += 1
+                trainer.progress.epoch_step = 0
+            trainer.step(next(batches))
+            speeds.append((trainer.progress.clips - clips) / (trainer.progress.seconds - seconds))
+        peak = peak_memory_gib(trainer.engine.device)
+    timed = sorted(speeds[1:] or speeds)
+    if ranks.is_main:
+        found = Speed(clips_per_second=timed[len(timed) // 2], peak_gib=peak, batch=resolved.batch)
+        write_text_atomically(Path(trial.result), json.dumps(asdict(found)))
