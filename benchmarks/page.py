@@ -49,6 +49,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/large_models.py",
         "Full-size models with random weights. Memory is the largest resident size of one rank.",
     ),
+    "auto_micro_batch": (
+        "Micro-batches that are chosen",
+        "python benchmarks/auto_micro_batch.py",
+        "Clips a second of two ranks with the micro-batch that `auto` chooses, and with the best power of two that a "
+        "sweep finds; and whole small runs of random recipes and DeepSpeed JSONs under random limits of addresses "
+        "(`ulimit -v`). T5-Base keeps two of its twelve layers.",
+    ),
     "memory": (
         "Memory of each DeepSpeed JSON",
         "python benchmarks/memory.py",

@@ -52,6 +52,7 @@ LONGEST_WORD = 8  # letters; phrases take longer to learn than this benchmark ma
 CELLS = [("conv", True), ("conv", False), ("linear", True), ("conformer", True), ("stgcn", True)]
 SETTINGS = [
     "training.epochs=999",  # the steps end it
+    "training.micro_batch_size=16",  # all cells alike
     "training.eval_every=999",
     "training.save_every=99999",
     "evaluation.ctc_weight=0",  # the decoder alone

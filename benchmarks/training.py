@@ -130,9 +130,10 @@ def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def two_rank_speedup(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Two ranks of one thread against one rank of one thread, start by start, with the recipe's own batches."""
+    """Two ranks of one thread against one rank of one thread, start by start, in micro-batches of 16."""
     rates: dict[int, list[float]] = {1: [], 2: []}
-    command = [str(HERE / "training_side.py"), "ours", str(folder), "--threads", "1", "--turns", "1", "2", "2"]
+    batch = "training.micro_batch_size=16"  # of the recipe's global batch
+    command = [str(HERE / "training_side.py"), "ours", str(folder), batch, "--threads", "1", "--turns", "1", "2", "2"]
     for _ in range(max(2, rounds // 2)):
         for ranks in rates:
             launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
