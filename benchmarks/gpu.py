@@ -67,11 +67,11 @@ class Training(NamedTuple):
 
         clips = 8 if toy else self.clips
         settings = [
-            *("--recipe", self.recipe),
             f"model.tokenizer={folder / 'tokenizer'}",
             "model.from_scratch=true",
             f"training.global_batch_size={clips}",
             *(TOY if toy else []),
+            *("--recipe", self.recipe),
         ]
         turns: dict[str, list[dict[str, Any]]] = {side: [] for side in self.sides}
         with ExitStack() as stack:
