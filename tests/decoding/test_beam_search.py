@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.scripts import load_script
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Corpus
+from toolkit.decoding import beam_search as module
 from toolkit.decoding.beam_search import SHARED_ATTENTION, beam_search
 from toolkit.models import PoseProcessor, PoseTranslator
 
@@ -74,6 +76,24 @@ def test_texts_and_scores_are_those_of_huggingface(
 )
 def test_the_settings_of_generate_hold(translator: Make, batch: Batch, settings: dict[str, Any]) -> None:
     assert_alike(*both(translator(), batch, **settings))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"length_penalty": -1.0}, {"num_return_sequences": 4}, {"early_stopping": True}, {"max_new_tokens": 1}],
+)
+def test_a_gpu_is_asked_after_every_ten_tokens_and_finds_the_same(
+    translator: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(module, "tokens_between_looks", lambda device: 10)
+    model = translator(kind)
+    tokens = settings.get("max_new_tokens", 14)
+    with load_script("benchmarks/operator_calls.py").Calls() as calls:
+        model.generate(batch.poses, batch.visible, batch.frame_mask, custom_generate=beam_search, **settings)
+    asked = {key: count for key, count in calls.waits.items() if key[1] in ("step", "_drop", "_collect", "beam_search")}
+    assert sum(asked.values()) <= -(-tokens // 10), asked
+    assert_alike(*both(model, batch, **settings))
 
 
 def test_joint_search_with_ctc_lets_finished_clips_go_and_finds_the_same(translator: Make, batch: Batch) -> None:

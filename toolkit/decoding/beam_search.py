@@ -27,11 +27,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from toolkit.batching.copies import on_device
+
 # Below any log-probability; HuggingFace's value, since scores are compared with its own.
 NEVER = -1e9
 # Finished clips are dropped, which costs a copy, when they are this share of a batch.
 DROP_SHARE = 0.125
 SHARED_ATTENTION = "sdpa_shared_by_beams"
+# The host waits for a GPU when it looks which clips are done; there it looks after so many tokens.
+TOKENS_BETWEEN_LOOKS = 10
 
 
 @torch.no_grad()
@@ -126,6 +130,7 @@ class _Search:
         self.padding = config._pad_token_tensor
         if self.padding is None:
             self.padding = config._eos_token_tensor[0]
+        self.padding = int(self.padding)
         ends = config._eos_token_tensor
         # Enough candidates for `beams` unfinished texts even if each of the best ends here.
         self.candidates = beams * max(2, 1 + (len(ends) if ends is not None else 0))
@@ -133,7 +138,7 @@ class _Search:
         self.running, self.sums = prompts, torch.full((clips, beams), NEVER, device=prompts.device)
         self.sums[:, 0] = 0.0
         shape = (clips, beams, config.max_length)
-        self.found = _Found(torch.full_like(prompts[..., :1], int(self.padding)).expand(shape), self.sums * 0 + NEVER)
+        self.found = _Found(torch.full_like(prompts[..., :1], self.padding).expand(shape), self.sums * 0 + NEVER)
         self.is_done = torch.zeros(clips, dtype=torch.bool, device=prompts.device)
         self.clips = torch.arange(clips, device=prompts.device)
         self.results = _Found(self.found.texts.clone(), self.found.scores.clone())
@@ -141,6 +146,7 @@ class _Search:
         self.keepers = [item for item in processors if hasattr(item, "keep_clips")]
         known = (type(item).__module__.startswith("transformers.") for item in processors if item not in self.keepers)
         self.may_drop = all(known)
+        self.look_every = tokens_between_looks(prompts.device)
 
     @property
     def rows(self) -> int:
@@ -174,10 +180,10 @@ class _Search:
         # Only the first `beams` candidates may finish; the others are there to be continued.
         counts = ends & ~self.is_done[:, None]
         counts[:, beams:] = False
-        if not bool(counts.any()):
+        if self.look_every == 1 and not bool(counts.any()):
             return
         scores = sums / (length - self.prompt) ** self.config.length_penalty
-        texts = torch.nn.functional.pad(texts, (0, self.found.texts.shape[-1] - length), value=int(self.padding))
+        texts = torch.nn.functional.pad(texts, (0, self.found.texts.shape[-1] - length), value=self.padding)
         merged = torch.cat([self.found.scores, scores.where(counts, NEVER)], dim=1)
         self.found.scores, order = merged.topk(beams)
         self.found.texts = _pick(torch.cat([self.found.texts, texts], dim=1), order)
@@ -199,13 +205,18 @@ class _Search:
         return is_done | (is_final if config.sequence_bias is None else False)
 
     def _drop(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """Drop finished clips, when there are enough of them."""
-        done = int(self.is_done.sum())
-        if done < len(self.is_done) and (not self.may_drop or done < DROP_SHARE * len(self.is_done)):
+        """Drop finished clips, when it is time to look and there are enough of them."""
+        if (length - self.prompt) % self.look_every and length < self.config.max_length:
             return rows.flatten(), None
-        leaving, stay = self.clips[self.is_done], (~self.is_done).nonzero()[:, 0]
-        self.results.texts[leaving] = self.found.texts[self.is_done]
-        self.results.scores[leaving] = self.found.scores[self.is_done]
+        is_done: list[bool] = self.is_done.tolist()
+        if not all(is_done) and (not self.may_drop or sum(is_done) < DROP_SHARE * len(is_done)):
+            return rows.flatten(), None
+        device = rows.device
+        done = on_device([place for place, is_one in enumerate(is_done) if is_one], device, torch.int64)
+        stay = on_device([place for place, is_one in enumerate(is_done) if not is_one], device, torch.int64)
+        leaving = self.clips[done]
+        self.results.texts[leaving] = self.found.texts[done]
+        self.results.scores[leaving] = self.found.scores[done]
         self.running, self.sums = self.running[stay], self.sums[stay]
         self.found = _Found(self.found.texts[stay], self.found.scores[stay])
         self.clips, self.is_done = self.clips[stay], self.is_done[stay]
@@ -223,6 +234,11 @@ class _Search:
             return texts
         scores = self.results.scores[:, :returned].flatten() if self.config.output_scores else None
         return GenerateBeamEncoderDecoderOutput(sequences=texts, sequences_scores=scores)
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """After how many tokens the search looks which clips are done: at once where that costs nothing."""
+    return TOKENS_BETWEEN_LOOKS if device.type == "cuda" else 1
 
 
 def _pick(values: Tensor, beams: Tensor) -> Tensor:
