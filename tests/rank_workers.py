@@ -6,6 +6,8 @@ A test calls :func:`run_worker`, which starts a worker script on the ranks. The 
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 from torch import distributed as dist
 
 from toolkit.checkpointing import run_directory
@@ -79,10 +82,21 @@ class Worker:
             Path(self.plan["results"]).write_text(json.dumps(results))
 
 
+def once_for_all_engines() -> None:
+    """Do once what DeepSpeed does again for every engine of this process.
+
+    It collects garbage several times, over all objects of the imports, and asks for the maker of the processor with
+    every CPUAdam, in a process of its own.
+    """
+    gc.freeze()
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
 @contextmanager
 def joined() -> Iterator[Worker]:
     """Within it this process is one rank of a worker script."""
     use_extensions_dir()
+    once_for_all_engines()
     plan = json.loads(Path(sys.argv[-1]).read_text())
     ranks = read_ranks()
     log_to_file(None)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import torch
 from torch import distributed as dist
 
@@ -48,10 +47,6 @@ UNUSED = SavedState(Progress(), layout={}, optimizer="", recipe={}, corpus={}, b
 
 def main() -> None:
     with joined() as worker:
-        # DeepSpeed collects garbage several times an engine, over all objects of the imports, and asks for the maker of
-        # the processor with every CPUAdam, in a process of its own.
-        gc.freeze()
-        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
         worker.write(results_of(worker))
 
 

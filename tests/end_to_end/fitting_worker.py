@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from tests.rank_workers import Worker
+from tests.rank_workers import Worker, once_for_all_engines
 from toolkit.checkpointing import run_directory
 from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
@@ -36,6 +36,7 @@ from toolkit.training.start import Start
 
 def main() -> None:
     use_extensions_dir()
+    once_for_all_engines()
     worker = Worker(json.loads(Path(sys.argv[-1]).read_text()), read_ranks())
     ranks = worker.ranks
     log_to_file(None)

@@ -62,7 +62,7 @@ WHOLE_RUN = [
 
 @pytest.fixture(scope="module")
 def train_cells(
-    run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
+    fork: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, dict[str, Any]]]:
     """Trains the cells and the recipes of a list in one start, and gives what each came to."""
     corpus = prepared(settings)[-1]
@@ -78,7 +78,7 @@ def train_cells(
         folder = tmp_path_factory.mktemp("cells")
         run_dir = f"run.dir={folder / 'run'}"
         return run_worker(
-            run,
+            fork,
             "tests/end_to_end/cells_worker.py",
             folder,
             ranks=ranks,

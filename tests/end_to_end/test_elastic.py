@@ -124,7 +124,7 @@ def cases_of_two_ranks_again() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def trained(
-    run: Callable[..., Any],
+    fork: Callable[..., Any],
     settings: list[str],
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -146,7 +146,7 @@ def trained(
     for group, ranks in phases:
         by_name = {case["name"]: case for case in group if case["name"] in BY_DAY or is_night(request)}
         results |= run_worker(
-            run, "tests/end_to_end/elastic_worker.py", folder, ranks=ranks, cases=by_name, settings=shared
+            fork, "tests/end_to_end/elastic_worker.py", folder, ranks=ranks, cases=by_name, settings=shared
         )
     assert not {name: result["failed"] for name, result in results.items() if "failed" in result}
     return results

@@ -30,7 +30,7 @@ TOLERANCES = {"int8-zero2": 1e-2}
 
 @pytest.fixture(scope="module")
 def trained(
-    run: Callable[..., Any],
+    fork: Callable[..., Any],
     settings: list[str],
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -48,7 +48,7 @@ def trained(
         for name, case in CASES.items()
         if name in BY_DAY or is_night(request)
     }
-    return run_worker(run, "tests/end_to_end/exports_worker.py", folder, ranks=2, cases=plan, settings=shared)
+    return run_worker(fork, "tests/end_to_end/exports_worker.py", folder, ranks=2, cases=plan, settings=shared)
 
 
 @pytest.mark.parametrize("name", cases(CASES, BY_DAY))

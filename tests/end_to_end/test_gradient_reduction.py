@@ -40,7 +40,7 @@ BY_DAY = ("frames", "lora", "bf16, partitioned")
 
 @pytest.fixture(scope="module")
 def trained(
-    run: Callable[..., Any],
+    fork: Callable[..., Any],
     settings: list[str],
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -56,7 +56,7 @@ def trained(
         for size in ("each", "once")
         if name in BY_DAY or is_night(request)
     }
-    return run_worker(run, "tests/end_to_end/strategies_worker.py", folder, ranks=2, cases=plan, settings=shared)
+    return run_worker(fork, "tests/end_to_end/strategies_worker.py", folder, ranks=2, cases=plan, settings=shared)
 
 
 @pytest.mark.parametrize("name", cases(CASES, BY_DAY))

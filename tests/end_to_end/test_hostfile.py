@@ -27,10 +27,10 @@ def arguments(settings: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_machine(
-    run: Callable[..., Any], arguments: list[str], losses: Callable[[Path], list[float]], tmp_path_factory: Any
+    fork: Callable[..., Any], arguments: list[str], losses: Callable[[Path], list[float]], tmp_path_factory: Any
 ) -> list[float]:
     run_dir = tmp_path_factory.mktemp("one_machine") / "run"
-    done = run("launch/train.py", *arguments, f"run.dir={run_dir}", ranks=2)
+    done = fork("launch/train.py", *arguments, f"run.dir={run_dir}", ranks=2)
     assert done.code == 0, done.out + done.err
     return losses(run_dir)
 

@@ -53,7 +53,7 @@ Start = Callable[[int, dict[str, Any]], dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(fork: Callable[..., Any], settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Runs cases on so many ranks, one after the other in one start; what each gave, by name."""
     folder = tmp_path_factory.mktemp("strategies")
     shared = [
@@ -70,7 +70,7 @@ def start(run: Callable[..., Any], settings: list[str], tmp_path_factory: pytest
 
     def start(ranks: int, group: dict[str, Any]) -> dict[str, Any]:
         return run_worker(
-            run, "tests/end_to_end/strategies_worker.py", folder, ranks=ranks, cases=group, settings=shared
+            fork, "tests/end_to_end/strategies_worker.py", folder, ranks=ranks, cases=group, settings=shared
         )
 
     return start
