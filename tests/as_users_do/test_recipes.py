@@ -39,7 +39,7 @@ def test_t5_small_on_two_ranks(user: User) -> None:
     choice = json.loads((life.folder / "micro_batch.json").read_text())
     assert choice["clips"] >= 1 and choice["batch_frames"] >= 1 and choice["reason"]
     said = (life.folder / "log.txt").read_text()
-    assert said.count("training.micro_batch_size=auto: micro-batches of") == 2, "a run that resumes keeps its choice"
+    assert said.count("micro_batch_size=auto: micro-batches of") == 2, "a run that resumes keeps its choice"
     use(user, life)
 
 
