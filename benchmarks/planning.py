@@ -173,7 +173,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     errors = {row["cell"]: abs(row["off"]) for row in rows if "off" in row}
     worst = max(errors, key=lambda cell: errors[cell])
     figures = {
-        "cells_measured": len(errors),
+        "cells_planned": len(errors),
         "within_10_percent": round(sum(error <= 0.1 for error in errors.values()) / len(errors), 3),
         "median_error": round(median(errors.values()), 3),
         "worst_error": errors[worst],
