@@ -40,6 +40,7 @@ def test_the_same_settings_may_resume(resolve: Resolve, corpus: Corpus) -> None:
         "deepspeed=zero3",
         "ds.wall_clock_breakdown=true",
         "training.micro_batch_frames=900",
+        "training.compile=false",
         "training.keep_best=3",
         "training.eval_every=2",
         "training.early_stopping=4",

@@ -46,6 +46,24 @@ def test_the_build_folder_is_the_environments_own_unless_the_user_chose(monkeypa
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
 
 
+def test_compiled_layers_are_kept_in_the_environment_unless_the_user_chose(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    assert ops.use_compile_cache() is None
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert ops.use_compile_cache() is None
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch_inductor")
+    assert (tmp_path / "torch_inductor").is_dir()
+
+
+def test_a_folder_that_cannot_hold_compiled_layers_is_named_and_not_used(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert str(tmp_path / "file" / "cache") in (ops.use_compile_cache() or "")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_tools_of_an_environment_that_was_not_activated_are_found(monkeypatch, extensions):
     tools = str(Path(sys.executable).parent)
     if not (Path(tools) / "ninja").exists():

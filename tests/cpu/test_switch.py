@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,25 +13,50 @@ from torch import nn
 
 from toolkit.cpu.dropout import CPUDropout
 from toolkit.cpu.switch import SWITCH
+from toolkit.recipe.load import load_recipe
 from toolkit.training import engine
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a DeepSpeed that does nothing gives for an engine."""
+    deepspeed = pytest.importorskip("deepspeed")
+    engine_made = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]))
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(deepspeed, "initialize", lambda **_: (engine_made,))
+    monkeypatch.setattr(engine, "parameter_groups", lambda *_: [])
+    monkeypatch.setattr(engine, "client_optimizer", lambda *_: None)
+    return engine_made
 
 
 @pytest.mark.parametrize(("value", "is_used"), [(None, True), ("1", True), ("0", False)])
 def test_one_variable_decides_on_layers_and_communication(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, is_used: bool
+    monkeypatch: pytest.MonkeyPatch, made: Any, value: str | None, is_used: bool
 ) -> None:
-    deepspeed = pytest.importorskip("deepspeed")
-    monkeypatch.delenv(SWITCH, raising=False)
     if value is not None:
         monkeypatch.setenv(SWITCH, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    made = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]))
     communication: list[Any] = []
-    monkeypatch.setattr(deepspeed, "initialize", lambda **_: (made,))
-    monkeypatch.setattr(engine, "parameter_groups", lambda *_: [])
-    monkeypatch.setattr(engine, "client_optimizer", lambda *_: None)
     monkeypatch.setattr(engine, "communicate_on_cpu", lambda *found: communication.append(found))
-    model, resolved = nn.Sequential(nn.Dropout(0.1)), SimpleNamespace(deepspeed={})
+    model, resolved = nn.Sequential(nn.Dropout(0.1)), SimpleNamespace(deepspeed={}, recipe=load_recipe("demo"))
     engine.make_engine(model, resolved)  # type: ignore[arg-type]
     assert isinstance(model[0], CPUDropout) == is_used
     assert communication == [(made, resolved)] * is_used
+
+
+def test_layers_that_are_compiled_are_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, made: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    compiled: list[Any] = []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(engine, "communicate_on_cpu", lambda *_: None)
+    monkeypatch.setattr(engine, "compile_layers", compiled.append)
+    model, recipe = nn.Sequential(nn.Dropout(0.1)), load_recipe("demo", ["training.compile=true"])
+    with caplog.at_level(logging.INFO, "toolkit"):
+        engine.make_engine(model, SimpleNamespace(deepspeed={}, recipe=recipe))  # type: ignore[arg-type]
+    assert type(model[0]) is nn.Dropout
+    assert compiled == [model]
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("training.compile=true" in line for line in lines)
+    assert any(str(tmp_path / "file" / "cache") in line for line in lines), "a cache that cannot be written"

@@ -15,6 +15,7 @@ from toolkit.checkpointing.checkpoints import Progress, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.zero_shards import shards
 from toolkit.cluster.ranks import Ranks
+from toolkit.models import compiled
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.training.monitoring.interruptions import Interruptions
@@ -32,6 +33,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     interruptions = Interruptions()
     # The tiny models stand for models of the usual size, whose gradients no rank holds whole, except in cases that are
     # about small models.
+    compiled.BACKEND = "aot_eager"  # graphs as on a GPU, without kernels
     gradient_reduction.LARGEST_WHOLE_GRADIENT = LARGEST_WHOLE_GRADIENT if case.get("small") else 0
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
         micro_batches, sent = count_micro_batches(trainer), count_sent(trainer)
@@ -40,6 +42,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions = trainer.translate(corpus.splits["test"]).predictions
+        layers = getattr(trainer.engine.module, "compiled_layers", None)
         # Change the weights, load the checkpoint, compare.
         change_weights(trainer.engine)
         trainer.checkpoints.wait()
@@ -53,6 +56,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
     steps = [line for line in lines if line["kind"] == "train"]
     return {
+        "compiled_layers": layers is not None and layers.works and len(layers.choices) > 0,
         "micro_batches": micro_batches,
         "sent": sent,
         "gradients": gradients,

@@ -40,6 +40,18 @@ VARIANTS = {
     "aligned": (["ds.zero_optimization.parameter_alignment=true"], ["zero2"]),
     "prescaled": (["ds.prescale_gradients=true", "ds.zero_optimization.reduce_scatter=false"], ["zero1", "zero3"]),
 }
+# Compiled layers at the stages that can have them, and with what changes their graphs -> overrides, and the case that
+# computes the same without.
+COMPILED = {
+    "zero0": (FP32, "fp32-zero1"),
+    "zero1-checkpoints": ([*FP32, "training.gradient_checkpointing=true"], "fp32-zero1"),
+    "zero1-freeze": ([*FP32, "training.freeze_backbone_steps=2"], "freeze-zero0"),
+    "zero2": (FP32, "fp32-zero1"),
+    "zero2-ema": ([*FP32, "training.ema=0.5"], "ema-zero0"),
+    "zero2_offload": (FP32, "fp32-zero1"),
+    "zero2_autocast": ([], "own-zero2_autocast"),
+}
+COMPILED_BY_DAY = ()  # two ranks that compile take half a minute
 # Seven clips a step, three in the last one of an epoch: of two ranks one has four, of three ranks one has three.
 UNEVEN = [*FP32, "training.global_batch_size=7"]
 UNEVEN_ON = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
@@ -105,6 +117,11 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
             continue
         chosen[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([SMALL] if name in stage3 else [])]}
 
+    for name in COMPILED if night else COMPILED_BY_DAY:
+        chosen[f"compiled-{name}"] = {
+            "ds": name.split("-")[0],
+            "overrides": [*COMPILED[name][0], "training.compile=true"],
+        }
     chosen |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
     chosen |= optimizer_cases(VARIANTS if night else VARIANTS_BY_DAY)
     chosen |= {f"uneven-{ds}": uneven(ds) for ds in (UNEVEN_ON if night else UNEVEN_BY_DAY)}
@@ -175,6 +192,16 @@ def test_every_strategys_own_precision_follows_fp32(trained: dict[str, dict[str,
     reference, case = trained["fp32-zero1"], case_of(trained, f"own-{name}")
     assert case["losses"] == pytest.approx(reference["losses"], rel=0.02)
     assert case["grad_norms"][0] == pytest.approx(reference["grad_norms"][0], rel=0.02), "a sum where a mean belongs?"
+
+
+@pytest.mark.parametrize("name", cases(COMPILED, COMPILED_BY_DAY))
+def test_compiled_layers_change_nothing(trained: dict[str, dict[str, Any]], name: str) -> None:
+    case, reference = trained[f"compiled-{name}"], trained[COMPILED[name][1]]
+    assert case["compiled_layers"], "it ran without them"
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+    assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-5)
+    assert case["restored"] and case["best_is_last"]
 
 
 @pytest.mark.parametrize("kind", cases(ENCODERS, ENCODERS_BY_DAY))

@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "training.micro_batch_size",
     "training.micro_batch_frames",
     "training.gradient_checkpointing",
+    "training.compile",
     "training.save_every",
     "training.keep_last",
     "training.keep_best",

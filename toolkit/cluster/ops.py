@@ -31,6 +31,7 @@ EXTENSION_NAMES = {"shm_comm": "deepspeed_shm_comm"}
 # A capability as DeepSpeed's builder reads it, and what torch allows beyond: `9.0a`, the features of one GPU alone.
 CAPABILITY = re.compile(r"(\d+\.\d+)[af]?(\+PTX)?")
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 REBUILD = "python launch/doctor.py build-ops --force"
 
 
@@ -59,6 +60,25 @@ def use_extensions_dir() -> Path | None:
     folder = Path(sys.prefix) / "torch_extensions"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
+
+
+def use_compile_cache() -> str | None:
+    """Keep compiled layers in this Python environment, or where TORCHINDUCTOR_CACHE_DIR says: later starts are quick.
+
+    Returns:
+        A note where that folder cannot be written; torch then keeps them in its own, among temporary files.
+    """
+    folder = Path(os.environ.get(COMPILE_CACHE) or Path(sys.prefix) / "torch_inductor")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if is_writable:
+        os.environ[COMPILE_CACHE] = str(folder)
+        return None
+    os.environ.pop(COMPILE_CACHE, None)
+    return f"compiled layers cannot be kept in {folder}, and are kept among this machine's temporary files"
 
 
 def readable_architectures(given: str) -> str:

@@ -42,6 +42,7 @@ from toolkit.fitting.hardware import Card
 from toolkit.fitting.memory_limits import peaks
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.compiled import uncompiled
 from toolkit.models.loss import translation_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
@@ -297,7 +298,8 @@ class _Engine:
     def _backward(self, shapes: Sequence[Shape], *, ends_step: bool) -> float:
         before = time.monotonic()
         recipe = self.resolved.recipe.training
-        with reduced_once(self.engine, len(shapes)):
+        # Without compiled layers, which keep less: should one fail, the run continues without them.
+        with uncompiled(self.engine.module), reduced_once(self.engine, len(shapes)):
             for number, shape in enumerate(shapes, start=1):
                 self.engine.set_gradient_accumulation_boundary(ends_step and number == len(shapes))
                 batch = self._batch(shape).to(self.engine.device)

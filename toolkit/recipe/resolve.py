@@ -23,6 +23,7 @@ from toolkit.recipe.batches import (
     num_micro_batches,
     step_in_words,
 )
+from toolkit.recipe.compilation import compilation_problems
 from toolkit.recipe.deepspeed.cells import autocast_type, cell_of, cell_problem, offload_device, parameter_precision
 from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_problems
 from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
@@ -200,6 +201,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     _take_ownership(config, recipe, problems, notes)
     problems.extend(combination_problems(config, has_gpu=has_gpu, world_size=world_size))
     problems.extend(_cell_problems(config, recipe))
+    problems.extend(compilation_problems(recipe, config))
     problems.extend(
         optimizer_problems(
             recipe.training,

@@ -7,7 +7,7 @@ hint)``, of which ``load.py`` makes a ``UserError``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
@@ -34,6 +34,16 @@ def _count_or_auto(value: Any) -> int | Literal["auto"]:
 
 
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
+
+
+def _switch(value: Any) -> Any:
+    """``auto``, true or false; a union would take 1 for true."""
+    if value is True or value is False or value == "auto":
+        return value
+    raise ValueError("not a valid value", "write auto, true or false")
+
+
+Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
 ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"]
 
 
@@ -45,7 +55,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else bool
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             raise ValueError("true and false are not valid values", "write a value of the key's own kind")
         return value
 
@@ -227,6 +238,7 @@ class Training(Section):
     warmup_ratio: Share = 0.1  # share of all optimizer steps
     gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    compile: Switch = "auto"  # layers in fewer, larger kernels; auto = on GPUs, where ZeRO stage and model allow it
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_target_tokens: Count = 128  # longer texts are truncated, and learnt as if they ended there
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off

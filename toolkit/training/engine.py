@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from toolkit.checkpointing.zero_shards import base_optimizer
 from toolkit.cluster.devices import attention_kernels
 from toolkit.cluster.logs import prints_to_log
+from toolkit.cluster.ops import use_compile_cache
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
+from toolkit.models.compiled import compile_layers
 from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
@@ -25,17 +28,23 @@ log = logging.getLogger("toolkit")
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
-    """Give the model to DeepSpeed; its layers are replaced by faster ones first.
+    """Give the model to DeepSpeed; its layers are replaced by faster ones, and compiled, first.
 
     Returns:
         the engine, and the name and peak learning rate of each of its parameter groups.
     """
     import deepspeed
 
-    if uses_cpu_code():
+    layers = compilation(resolved.recipe, resolved.deepspeed, has_gpu=torch.cuda.is_available())
+    log.info("layers: %s", layers.in_words())
+    if uses_cpu_code() and not layers.compiles:
         use_cpu_layers(module)
     else:
         use_gpu_layers(module)
+    if layers.compiles:
+        if note := use_compile_cache():
+            log.warning(note)
+        compile_layers(module)
     log.info(_attention_line(module))
     with prints_to_log():
         engine, *_ = deepspeed.initialize(

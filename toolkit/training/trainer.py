@@ -26,6 +26,7 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
+from toolkit.models.compiled import before_compilations
 from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.loss import translation_losses
 from toolkit.models.processor import PoseProcessor
@@ -122,7 +123,7 @@ class Trainer:
         self.engine.train()
         self.rank_watch.start()
         try:
-            with self.line, failures.reporting_failures():
+            with self.line, failures.reporting_failures(), before_compilations(self.rank_watch.exempt):
                 self._run(batches)
                 self._keep_last()
                 on_rank_0(lambda: keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept]))

@@ -62,6 +62,18 @@ def begun(meter: StepMeter) -> StepCounts:
     return StepCounts(*meter.begin(BATCHES).tolist())
 
 
+def test_the_cost_of_compiled_layers_is_measured_before_their_first_pass(
+    make: Callable[[], StepMeter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(metering, "cost_beside_training", lambda model, batch: calls.append((model, batch)) or "cost")
+    meter, batch, model = make(), SimpleNamespace(to=lambda device: f"on {device}"), SimpleNamespace(compiled_layers=1)
+    for _ in range(2):
+        with meter.forward(model, batch):  # type: ignore[arg-type]
+            assert calls == [(model, "on cpu")]
+    assert meter.cost == "cost"
+
+
 def test_counts_are_those_of_all_micro_batches_of_all_ranks(make: Callable[[], StepMeter], clock: Clock) -> None:
     meter = make()
     clock.now += 0.5

@@ -18,7 +18,7 @@ from tests.time_limits import limit
 
 ROOT = Path(__file__).parents[3]
 CASES = [
-    *(("1", "stops"), ("0", "stops"), ("1", "lags"), ("1", "evaluates")),
+    *(("1", "stops"), ("0", "stops"), ("1", "lags"), ("1", "evaluates"), ("1", "compiles")),
     *(("1", "waits for data"), ("0", "waits for data"), ("1", "starves"), ("1", "stops while it waits for data")),
 ]
 Ended = dict[tuple[str, str], "End"]
@@ -91,8 +91,9 @@ def test_a_rank_that_is_alive_and_late_is_named(ended: Ended) -> None:
 
 
 @pytest.mark.process
-def test_ranks_wait_for_one_that_evaluates(ended: Ended) -> None:
-    end = ended["1", "evaluates"]
+@pytest.mark.parametrize("how", ["evaluates", "compiles"])
+def test_ranks_wait_for_one_that_is_busy(ended: Ended, how: str) -> None:
+    end = ended["1", how]
     assert (end.code, end.err.count("error:")) == (0, 0)
     assert "done" in end.out
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from toolkit.batching.collate import Batch
 from toolkit.cpu.linear import has_fast_bf16
 from toolkit.models.backbone import stack_layers
+from toolkit.models.compiled import uncompiled
 
 PEAK_TRIALS = 4
 
@@ -114,6 +115,24 @@ class CostRecorder:
         weight = getattr(module, "weight", None)
         trained = weight is not None and weight.requires_grad
         self._seen.append((in_decoder, rows, forward * (3 if trained else 2)))
+
+
+def cost_beside_training(model: Any, batch: Batch) -> Cost | None:
+    """The cost from a forward pass of its own, which changes neither gradients nor random states.
+
+    For a model whose layers are compiled: the hooks of a recorder would become part of their graphs.
+    """
+    devices = [batch.poses.device] if batch.poses.device.type == "cuda" else []
+    with uncompiled(model), torch.random.fork_rng(devices), torch.no_grad(), CostRecorder(model, batch) as recorder:
+        model(
+            poses=batch.poses,
+            visible=batch.visible,
+            frame_mask=batch.frame_mask,
+            labels=batch.labels,
+            labelled=batch.labelled,
+            prefix_ids=batch.prefix_ids,
+        )
+    return recorder.cost()
 
 
 def _is_product(module: nn.Module) -> bool:

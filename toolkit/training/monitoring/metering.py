@@ -18,7 +18,7 @@ from toolkit.batching.collate import Batch
 from toolkit.batching.copies import on_device
 from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.monitoring.flops import Cost, CostRecorder, measure_peak
+from toolkit.training.monitoring.flops import Cost, CostRecorder, cost_beside_training, measure_peak
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,15 @@ class StepMeter:
 
     @contextmanager
     def forward(self, model: Any, batch: Batch) -> Iterator[None]:
-        """Around a forward pass; the first one measures what any other costs."""
+        """Around a forward pass; the first one measures what any other costs, or one before it."""
         if not self._records:
             yield
             return
         self._records = False
+        if hasattr(model, "compiled_layers"):
+            self.cost = cost_beside_training(model, batch.to(self._device))
+            yield
+            return
         with CostRecorder(model, batch) as recorder:
             yield
         self.cost = recorder.cost()

@@ -64,8 +64,8 @@ class Heartbeat:
 class RankWatch:
     """Watches the ranks in its own thread; all ranks of the default process group have one.
 
-    It judges steps, from the second on: the first may compile, and saves and evaluations have no limit. Waits for data
-    have a limit of their own, from the first on.
+    It judges steps, from the second on, that compile no layer; saves and evaluations have no limit. Waits for data have
+    a limit of their own, from the first on.
 
     ``on_loss`` is called with the reason on one surviving rank, before that process ends.
     """
@@ -95,8 +95,13 @@ class RankWatch:
         """This rank enters the collectives of step ``step``."""
         self._step, self._since = step, time.monotonic()
 
+    def exempt(self) -> None:
+        """The current step has no limit: this rank compiles a layer in it, and the others wait for it."""
+        self._phase = "paused"
+
     def end(self) -> None:
         """The step is done."""
+        self._phase = "step"
         if self._since is not None:
             self._durations.append(time.monotonic() - self._since)
             self._since = None

@@ -1,0 +1,60 @@
+"""What training.compile becomes: where layers are compiled, where they cannot be, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.recipe.resolving import error_of, run_of
+from toolkit.errors import UserError
+from toolkit.recipe.compilation import Compilation, compilation
+from toolkit.recipe.load import load_recipe
+
+
+def compilation_of(*overrides: str, ds: str = "zero2", has_gpu: bool = True) -> Compilation:
+    run = run_of("t5_small", *overrides, ds=ds, has_gpu=has_gpu)
+    return compilation(run.recipe, run.deepspeed, has_gpu=has_gpu)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ds", "has_gpu", "compiles", "word"),
+    [
+        ([], "zero0", True, True, "auto"),
+        ([], "zero1", True, True, "auto"),
+        ([], "zero2_offload", True, True, "auto"),
+        ([], "zero3", True, False, "stage 3"),
+        ([], "zero3_deepcompile", True, False, "deepcompile"),
+        ([], "zero2", False, False, "CPU"),
+        (["model.lora.r=8", "training.gradient_checkpointing=true"], "zero2", True, True, "auto"),
+        (["training.compile=false"], "zero2", True, False, "false"),
+        (["model.backbone=led_base"], "zero2", True, False, "led"),
+        (["model.quantization=nf4", "model.lora.r=8"], "zero2", True, False, "nf4"),
+        (["training.compile=true"], "zero2", False, True, "true"),
+        (["training.compile=true"], "zero3_deepcompile", True, False, "deepcompile"),
+    ],
+)
+def test_layers_are_compiled_where_they_can_be(
+    overrides: list[str], ds: str, has_gpu: bool, compiles: bool, word: str
+) -> None:
+    found = compilation_of(*overrides, ds=ds, has_gpu=has_gpu)
+    assert found.compiles is compiles
+    assert word in found.in_words() and "\n" not in found.in_words()
+
+
+@pytest.mark.parametrize(
+    ("override", "ds", "word"), [("model.lora=null", "zero3", "stage 3"), ("model.backbone=led_base", "zero2", "led")]
+)
+def test_where_they_cannot_be_true_is_refused(override: str, ds: str, word: str) -> None:
+    error = error_of("t5_small", "training.compile=true", override, ds=ds, has_gpu=True)
+    assert "training.compile=true" in error.message and word in error.message
+    assert "training.compile=auto" in error.hint
+
+
+@pytest.mark.parametrize("value", ["graphs", "1", "null", "[true]"])
+def test_another_value_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"training\.compile"):
+        load_recipe("t5_small", [f"training.compile={value}"])
+
+
+@pytest.mark.parametrize("value", [True, False, "auto"])
+def test_its_values_are_kept(value: bool | str) -> None:
+    assert load_recipe("t5_small", [f"training.compile={value}".lower()]).training.compile == value

@@ -1,0 +1,162 @@
+"""Layers of a translator that are compiled one by one, for batches of any size: fewer and larger kernels on a GPU.
+
+A layer is a block of the pose encoder, of the backbone's encoder or of its decoder. Layers that are alike share one
+graph, so that a model compiles a handful of them (a T5 has four) whatever its depth. What is between the layers runs
+as it is written, and so do evaluations and searches, whose lengths change with every token.
+
+Gradient checkpointing keeps and recomputes whole layers, outside their graphs. Names of weights stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config as graphs
+from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as gradients
+from torch.fx.experimental import _config as sizes
+
+from toolkit.models.backbone import stack_layers
+
+BACKEND: str | Callable[..., Any] = "inductor"  # tests choose others
+# Graphs of one kind of layer: with and without position biases, frozen and not, for one clip or token and for several.
+GRAPHS = 64
+COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)  # all of them come before anything has run
+
+log = logging.getLogger("toolkit")
+
+
+@dataclass(eq=False)
+class CompiledLayers:
+    """Which layers run compiled in the current forward pass; a recomputation in its backward pass does the same."""
+
+    works: bool = True  # until a layer cannot be compiled
+    is_on: bool = True  # False within `uncompiled`
+    choices: dict[nn.Module, bool] = field(default_factory=dict)
+
+    def begin_pass(self, *_: Any) -> None:
+        self.choices.clear()
+
+    def runs_compiled(self, layer: nn.Module) -> bool:
+        return layer.training and self.choices.setdefault(layer, self.works and self.is_on)
+
+    def give_up(self, layer: nn.Module, error: Exception) -> None:
+        """Run this layer without, and all others that have not run in this pass."""
+        self.choices[layer] = False
+        if self.works:
+            self.works = False
+            log.warning("layers run without compilation from here on: %s (%s)", reason_of(error), type(layer).__name__)
+
+
+def layers_to_compile(model: Any) -> list[Any]:
+    """The blocks of pose encoder, encoder and decoder."""
+    lists = [part for part in model.pose_encoder.modules() if isinstance(part, nn.ModuleList)]
+    of_poses = [layer for part in lists for layer in part]
+    backbone = model.backbone
+    return [*of_poses, *stack_layers(backbone.get_encoder()), *stack_layers(backbone.get_decoder())]
+
+
+def compile_layers(model: Any) -> int:
+    """Have each layer of a translator compile at its first training pass; where one cannot, all run as before.
+
+    Returns:
+        how many layers there are.
+    """
+    graphs.recompile_limit = max(GRAPHS, graphs.recompile_limit)
+    # With its forward pass, which can be repeated without a graph; a backward pass that fails cannot.
+    gradients.force_non_lazy_backward_lowering = True
+    if _note_start not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_note_start)
+        callback_handler.register_end_callback(_note_end)
+    # Sizes that are equal by chance in the first batch, such as clips and tokens, are different ones.
+    sizes.use_duck_shape = False
+    compiled = CompiledLayers()
+    layers = layers_to_compile(model)
+    for layer in layers:
+        for part in layer.modules():
+            if part is not layer and getattr(part, "gradient_checkpointing", False):
+                part.gradient_checkpointing = False  # T5's attention has biases require a gradient: it breaks the graph
+        layer.forward = _with_graph(layer, compiled)
+    model.register_forward_pre_hook(compiled.begin_pass)
+    model.compiled_layers = compiled
+    return len(layers)
+
+
+def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
+    """The layer's forward pass, compiled where it can be."""
+    method: Any = type(layer).forward
+    is_wrapped = method.__code__.co_name == "forward_with_checkpointing"  # by transformers, around the layer's own
+    written: Callable[..., Any] = MethodType(method.__wrapped__, layer) if is_wrapped else layer.forward
+    compiled = torch.compile(written, fullgraph=True, dynamic=True, backend=BACKEND)
+
+    def run(*inputs: Any, **settings: Any) -> Any:
+        if layers.runs_compiled(layer):
+            try:
+                return compiled(*inputs, **settings)
+            except COMPILE_ERRORS as error:
+                layers.give_up(layer, error)
+        return written(*inputs, **settings)
+
+    @functools.wraps(layer.forward)
+    def forward(*inputs: Any, **settings: Any) -> Any:
+        if is_wrapped and layer.training and layer.gradient_checkpointing:
+            return layer._gradient_checkpointing_func(functools.partial(run, **settings), *inputs)
+        return run(*inputs, **settings)
+
+    return forward
+
+
+_starts: list[float] = []  # of the compilation that runs
+
+
+def _note_start(_: Any) -> None:
+    _starts.append(time.monotonic())
+
+
+def _note_end(_: Any) -> None:
+    log.info("compiling a layer took %.1f s", time.monotonic() - _starts.pop())
+
+
+@contextmanager
+def before_compilations(call: Callable[[], None]) -> Iterator[None]:
+    """Within it ``call`` is called whenever a layer is about to be compiled, which takes seconds."""
+
+    def start(_: Any) -> None:
+        call()
+
+    callback_handler.register_start_callback(start)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within it forward passes begin without compiled layers; their backward passes may come later."""
+    layers: CompiledLayers | None = getattr(model, "compiled_layers", None)
+    if layers is None:
+        yield
+        return
+    layers.is_on = False
+    try:
+        yield
+    finally:
+        layers.is_on = True
+
+
+def reason_of(error: Exception) -> str:
+    """Why a layer could not be compiled, in one line."""
+    inner = getattr(error, "inner_exception", error)
+    lines = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {lines[0].strip()}" if lines else type(inner).__name__
