@@ -32,13 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def told_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def known_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Clips of which something is known besides their poses."""
     clips = [
         dataclasses.replace(make_clip(index, 8 + index), language=f"language{index}", context=f"context{index}")
         for index in range(45)
     ]
-    folder = tmp_path_factory.mktemp("data") / "told"
+    folder = tmp_path_factory.mktemp("data") / "known"
     return write_corpus(folder, {"train": clips}, load_landmark_set("hands_body_50"), fps=12.5)
 
 

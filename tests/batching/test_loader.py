@@ -54,14 +54,14 @@ def train(corpus, tokenizer):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_prefixes_are_of_their_clips_and_drop_the_same_words_wherever_they_are_read(
-    told_corpus, tokenizer, resolve, dropout: float
+    known_corpus, tokenizer, resolve, dropout: float
 ) -> None:
     model = {"backbone": "t5_small", "prefix": "{language} {context}", "condition_dropout": dropout}
 
     def prefixes(*, micro: int, epoch: int = 0, workers: int = 0) -> dict[int, str]:
         resolved = resolve(micro=micro, accumulation=12 // micro, model=model, training={"workers": workers})
         stream = train_batches(
-            told_corpus.splits["train"], tokenizer, resolved, landmark_set=told_corpus.landmark_set, epoch=epoch
+            known_corpus.splits["train"], tokenizer, resolved, landmark_set=known_corpus.landmark_set, epoch=epoch
         )
         read = {}
         for batch in (batch for step in stream for batch in step):

@@ -78,11 +78,11 @@ def test_a_clip_gives_the_same_alone_and_beside_longer_prefixes(backbones, batch
 def test_one_prefix_for_all_clips_gives_what_a_fixed_one_gives(backbones, batch, templated) -> None:
     ids = templated.tokenizer("ins:", add_special_tokens=False)["input_ids"]
     fixed = make_model(backbones, "t5", prefix_token_ids=ids)
-    told = make_model(backbones, "t5", prefix_template="{language}:", max_prefix_tokens=9)
+    templated_model = make_model(backbones, "t5", prefix_template="{language}:", max_prefix_tokens=9)
     inputs = batch() | {"prefix_ids": torch.tensor([ids] * 3)}
     labels = torch.tensor([[5, 6, 1]] * 3)
     without = {name: value for name, value in inputs.items() if name != "prefix_ids"}
-    wanted, found = fixed(**without, labels=labels), told(**inputs, labels=labels)
+    wanted, found = fixed(**without, labels=labels), templated_model(**inputs, labels=labels)
     for name in ("logits", "ctc_logits"):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
@@ -170,8 +170,8 @@ def test_a_text_begins_with_the_language_of_its_clip(kind: str, tmp_path: Path, 
 def test_notes_name_what_is_missing_unused_and_truncated(make_corpus) -> None:
     corpus = make_corpus({"context": "x" * 200, "target_language": "hi"}, {"target_language": "en"}, {"context": "y"})
     recipe = load_recipe("t5_small", ["model.prefix='{context}'"])
-    missing, untold, truncated = condition_notes(recipe, corpus, make_tokenizer("bytes"))
+    missing, unnamed, truncated = condition_notes(recipe, corpus, make_tokenizer("bytes"))
     assert "1 of 3" in missing and "context" in missing
-    assert "2 values" in untold and "target_language" in untold
+    assert "2 values" in unnamed and "target_language" in unnamed
     assert "1 of 3" in truncated and "200" in truncated
     assert not list(condition_notes(load_recipe("t5_small"), make_corpus({"language": "ins"}), None))

@@ -80,8 +80,8 @@ def condition_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any) -> Iterator[
     languages = counts["target_language"]
     if len(languages) > 1 and "target_language" not in named and not getattr(tokenizer, "tgt_lang", None):
         yield (
-            f"the training texts have {len(languages)} values of target_language, and the model is not told which; "
-            "model.prefix='{target_language}:' tells it"
+            f"the training texts have {len(languages)} values of target_language, and nothing says which to the model; "
+            "model.prefix='{target_language}:' does"
         )
     limit = model.max_prefix_tokens
     if named:
