@@ -49,7 +49,6 @@ COMPILED = {
     "zero2": (FP32, "fp32-zero1"),
     "zero2-ema": ([*FP32, "training.ema=0.5"], "ema-zero0"),
     "zero2_offload": (FP32, "fp32-zero1"),
-    "zero2_autocast": ([], "own-zero2_autocast"),
 }
 COMPILED_BY_DAY = ()  # two ranks that compile take half a minute
 # Seven clips a step, three in the last one of an epoch: of two ranks one has four, of three ranks one has three.

@@ -31,6 +31,7 @@ from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.flops import CostRecorder, cost_beside_training
 
 LORA = ("model.lora.r=4", "model.lora.dropout=0")
+LINEAR = "model.pose_encoder=linear"
 CHECKPOINTS = ("training.gradient_checkpointing=true",)
 SMALL = (
     *("model.tiny=true", "model.tokenizer=bytes", "model.from_scratch=true", "ds.bf16.enabled=false"),
@@ -226,13 +227,14 @@ def test_layers_that_are_alike_share_a_graph(make: Make, graphs: Graphs) -> None
 
 
 def test_they_compute_in_autocast(make: Make, graphs: Graphs) -> None:
-    model, reference, batch = make("mbart50"), make("mbart50"), batch_of(*SHAPES[0])
+    """Of the backbone: a convolution in bf16 asks the processor on CPUs, which breaks its graph there."""
+    model, reference, batch = make("mbart50", LINEAR), make("mbart50", LINEAR), batch_of(*SHAPES[0])
     compile_layers(model)
     with torch.autocast("cpu", torch.bfloat16):
         losses = [loss_and_norm(each, batch) for each in (model, reference)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] != pytest.approx(loss_and_norm(reference, batch), rel=1e-5), "it has no effect"
-    assert len(graphs) == 4
+    assert len(graphs) == 2
 
 
 def test_evaluations_run_as_they_are_written(make: Make, graphs: Graphs) -> None:
