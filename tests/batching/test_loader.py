@@ -52,6 +52,7 @@ def train(corpus, tokenizer):
     return run
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_prefixes_are_of_their_clips_and_drop_the_same_words_wherever_they_are_read(
     known_corpus, tokenizer, resolve, dropout: float

@@ -191,6 +191,7 @@ def test_a_file_that_is_no_text_is_named_before_its_lines(write, content: bytes)
     assert "line" not in error.message and error.hint
 
 
+@pytest.mark.process
 def test_a_compressed_pickle_is_named_after_its_remedy(write, tmp_path: Path) -> None:
     table = write("labels.train.gz", gzip.compress(pickle.dumps([{"name": "S000"}])))
     assert "gunzip" in error_of(lambda: read_table(table)).hint

@@ -43,6 +43,7 @@ def fails(error: Exception) -> Callable[[], None]:
     return build
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "error",
     [
@@ -56,17 +57,20 @@ def test_too_little_memory_is_a_size_that_does_not_fit(rehearsing: Any, error: E
     assert found.problem and not found.error
 
 
+@pytest.mark.process
 def test_another_error_is_none_of_memory(rehearsing: Any) -> None:
     kind, (trace,) = rehearsing(fails(KeyError("heads"))).start().error
     assert kind is RuntimeError and "KeyError: 'heads'" in trace
     assert rehearsing(fails(UserError("m", "h"))).start().error == (UserError, ("m", "h"))
 
 
+@pytest.mark.process
 def test_a_process_that_the_kernel_kills_is_a_size_that_does_not_fit(rehearsing: Any) -> None:
     found = rehearsing(lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     assert "-9" in found.problem
 
 
+@pytest.mark.process
 def test_the_process_ends_with_its_rank(rehearsing: Any) -> None:
     own = rehearsing(Works)
     assert own.start().seconds == 1.0

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from toolkit.models.tokenizers import make_tokenizer, train_tokenizer
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.prompts import CONDITIONS
 from toolkit.training.setting_notes import setting_notes
 
 LONG = ["a first sentence of words", "and a second one"]
@@ -24,7 +25,9 @@ def notes(
     tokenizer: Any = None,
     repeats: int = 0,
 ) -> list[str]:
-    splits = {"train": SimpleNamespace(texts=LONG)} | ({"dev": SimpleNamespace(texts=dev)} if dev else {})
+    unknown = dict.fromkeys(CONDITIONS, "")
+    train = SimpleNamespace(texts=LONG, conditions=lambda: [unknown] * len(LONG))
+    splits = {"train": train} | ({"dev": SimpleNamespace(texts=dev)} if dev else {})
     corpus: Any = SimpleNamespace(
         splits=splits,
         metadata=SimpleNamespace(**METADATA, shared_texts="keep"),
