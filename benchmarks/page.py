@@ -82,6 +82,14 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/data.py",
         "Each figure beside the plain way in the same run; see [data.md](data.md).",
     ),
+    "padding": (
+        "Padding to a ladder of lengths",
+        "python benchmarks/padding.py",
+        "Batches padded to at most 16 lengths, and texts to 6, beside batches padded to their longest clip and text: "
+        "padding in percent of an epoch's frames, forward passes of a rank, and different shapes. `points` and "
+        "`text_points` are what the ladder adds to the padding of frames and of target tokens; see "
+        "[performance.md](performance.md#few-shapes).",
+    ),
     "failures": (
         "Failures",
         "python benchmarks/failures.py",

@@ -37,6 +37,7 @@ OVERRIDES = (
 
 
 USUAL_GPU = "24GiB"  # as launch/plan.py plans without --gpu-memory
+PADDING = {"longest": "the longest clip of each", "ladder": "few lengths (training.padding)"}
 _NUMBERS = ("parameters", "trainable", "states")  # columns that are set to the right
 
 
@@ -166,7 +167,7 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"recipe {run.recipe.name} can run on {_ranks(run)}")
     print(f"  model      {model.backbone}{size}, {weights}, tokenizer {tokenizer_of(model)}")
     print(f"  DeepSpeed  {run.recipe.deepspeed}: {', '.join(placement)}")
-    print(f"  batch      a step of {run.batch}")
+    print(f"  batch      a step of {run.batch}, padded to {PADDING[run.padding]}")
     if run.recipe.training.micro_batch_size == "auto" and not arguments.cpu:
         print(f"  plan       {_planned_micro_batch(run)}")
     print(f"  memory     {_memory(run)}")
@@ -248,6 +249,7 @@ def _to_dict(run: ResolvedRun) -> dict[str, object]:
         "world_size": run.world_size,
         "micro_batch_size": run.micro_batch_size,
         "accumulation_steps": run.accumulation_steps,
+        "padding": run.padding,
         "zero_stage": run.zero_stage,
         "precision": run.precision,
         "run_dir": str(run.run_dir),

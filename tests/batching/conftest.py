@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from tests.written_corpora import write_corpus
+from toolkit.batching.collate import Batch
+from toolkit.batching.loader import train_batches
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.resolve import ResolvedRun
@@ -54,7 +57,9 @@ def wordy_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def resolve() -> Callable[..., ResolvedRun]:
     """Batch arithmetic for a number of ranks, with settings by section."""
 
-    def make(world_size: int = 1, micro: int = 4, accumulation: int = 2, **sections: dict) -> ResolvedRun:
+    def make(
+        world_size: int = 1, micro: int = 4, accumulation: int = 2, *, padding: str = "longest", **sections: dict
+    ) -> ResolvedRun:
         training = {
             "global_batch_size": world_size * micro * accumulation,
             "micro_batch_size": micro,
@@ -64,6 +69,30 @@ def resolve() -> Callable[..., ResolvedRun]:
         recipe = Recipe.model_validate(
             {"name": "test", "model": {"backbone": "t5_small"}, "training": training, **sections}
         )
-        return ResolvedRun(recipe, {}, world_size, micro, accumulation, Path("unused"))
+        return ResolvedRun(recipe, {}, world_size, micro, accumulation, Path("unused"), padding=padding)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ByT5Tokenizer:
+    return ByT5Tokenizer()
+
+
+@pytest.fixture
+def train(corpus: Corpus, tokenizer: ByT5Tokenizer) -> Callable[..., list[list[Batch]]]:
+    """All steps of an epoch of one rank."""
+
+    def run(resolved: ResolvedRun, *, epoch: int = 0, start_step: int = 0, rank: int = 0) -> list[list[Batch]]:
+        stream = train_batches(
+            corpus.splits["train"],
+            tokenizer,
+            resolved,
+            landmark_set=corpus.landmark_set,
+            epoch=epoch,
+            start_step=start_step,
+            rank=rank,
+        )
+        return list(stream)
+
+    return run

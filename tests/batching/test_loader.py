@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer
 
 from tests.time_limits import limit
 from toolkit.batching.collate import IGNORED_LABEL, Batch
@@ -26,30 +25,6 @@ ALL_ON = {
     "rotation": 10, "scale": 0.2, "shear": 0.1, "translation": 0.1, "noise": 0.02, "speed": 0.3, "time_warp": 0.3,
     "frame_drop": 0.1, "landmark_drop": 0.1, "hand_drop": 0.5, "mirror": 0.5, "temporal_crop": 0.1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> ByT5Tokenizer:
-    return ByT5Tokenizer()
-
-
-@pytest.fixture
-def train(corpus, tokenizer):
-    """All steps of an epoch of one rank."""
-
-    def run(resolved, *, epoch=0, start_step=0, rank=0) -> list[list[Batch]]:
-        stream = train_batches(
-            corpus.splits["train"],
-            tokenizer,
-            resolved,
-            landmark_set=corpus.landmark_set,
-            epoch=epoch,
-            start_step=start_step,
-            rank=rank,
-        )
-        return list(stream)
-
-    return run
 
 
 @pytest.mark.process

@@ -10,6 +10,7 @@ import torch
 
 from tests.process_groups import run_in_two_processes
 from tests.same_translations import assert_same_translations
+from toolkit.batching.ladder import fitted_rungs
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding.decode_split import evaluation_mode, find_hypotheses, translate_split
 from toolkit.models import PoseProcessor, PoseTranslator
@@ -31,6 +32,24 @@ def test_one_clip_a_batch_or_many_give_the_same(
         # Scores are rounded to four digits; two that are next to each other may round away from each other.
         assert one.score == pytest.approx(other.score, abs=1.01e-4)
         assert one.hypothesis == other.hypothesis
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_few_shapes_give_the_same(translator: Make, processor: PoseProcessor, corpus: Corpus, kind: str) -> None:
+    model, split = translator(kind, vocabulary=384), corpus.splits["test"]
+    shapes: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    found = {}
+    for few in shapes:
+        seen = model.pose_encoder.register_forward_hook(
+            lambda _, inputs, __, few=few: shapes[few].add(tuple(inputs[0].shape[:2]))
+        )
+        found[few] = find_hypotheses(model, split, processor, batch_frames=120, few_shapes=few)
+        seen.remove()
+    rungs = set(fitted_rungs(split.frames, 2))
+    assert {frames for _, frames in shapes[True]} <= rungs
+    assert not {frames for _, frames in shapes[False]} <= rungs
+    for (one,), (other,) in zip(found[False], found[True], strict=True):
+        assert one.text == other.text and one.score == pytest.approx(other.score, abs=1.01e-4)
 
 
 def test_n_best_are_sorted_begin_with_the_best_and_differ(

@@ -45,7 +45,7 @@ def main() -> None:
     join_process_group(ranks)
     results: dict[str, Any] = {}
     for name, run in runs.items():
-        longest = lengths_of(run.recipe, Corpus.open(run.recipe.data.corpus or "").splits["train"], 2).longest
+        longest = lengths_of(run, Corpus.open(run.recipe.data.corpus or "").splits["train"]).longest
         results[name] = {"choice": asdict(run.choice) if run.choice else None, "longest": longest}
         if worker.plan["cases"][name].get("trains"):
             results[name]["weights"] = weights_after_a_step(run, ranks)
@@ -62,7 +62,7 @@ def fitted(case: dict[str, Any], worker: Worker) -> ResolvedRun:
         return resolved.with_choice(MicroBatchChoice(**given))
     corpus = Corpus.open(resolved.recipe.data.corpus or "")
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # another case has made its choice for the same settings
-    longest = lengths_of(resolved.recipe, corpus.splits["train"], ranks.world_size).longest
+    longest = lengths_of(resolved, corpus.splits["train"]).longest
     with out_of_memory(case.get("breaks"), longest, ranks):
         return fit_micro_batches(resolved, ranks, corpus, lambda _: None)
 

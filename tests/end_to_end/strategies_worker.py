@@ -36,9 +36,10 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     compiled.BACKEND = "aot_eager"  # graphs as on a GPU, without kernels
     gradient_reduction.LARGEST_WHOLE_GRADIENT = LARGEST_WHOLE_GRADIENT if case.get("small") else 0
     with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
-        micro_batches, sent = count_micro_batches(trainer), count_sent(trainer)
+        micro_batches, frames, sent = *count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
-        trainer.run(start_loader(resolved, ranks, corpus, trainer.progress))
+        batches = start_loader(resolved, ranks, corpus, trainer.progress)
+        trainer.run(batches)
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
         predictions = trainer.translate(corpus.splits["test"]).predictions
@@ -58,6 +59,8 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     return {
         "compiled_layers": layers is not None and layers.works and len(layers.choices) > 0,
         "micro_batches": micro_batches,
+        "frames": sorted(frames),
+        "ladder": batches.ladder.frames if batches.ladder else (),
         "sent": sent,
         "gradients": gradients,
         "losses": [line["loss"] for line in steps],
@@ -70,17 +73,19 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     }
 
 
-def count_micro_batches(trainer: Any) -> list[int]:
-    """A list that grows by this rank's number of micro-batches with every step."""
+def count_micro_batches(trainer: Any) -> tuple[list[int], set[int]]:
+    """A list that grows by this rank's number of micro-batches with every step, and the lengths of all of them."""
     counts: list[int] = []
+    lengths: set[int] = set()
     step = trainer.step
 
     def counted(batches: Any) -> bool:
         counts.append(len(batches))
+        lengths.update(batch.frame_mask.shape[1] for batch in batches)
         return step(batches)
 
     trainer.step = counted
-    return counts
+    return counts, lengths
 
 
 def count_sent(trainer: Any) -> list[int]:

@@ -24,6 +24,7 @@ ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
 # What `make test` trains of the lists above and below; the rest is trained by night.
 ENCODERS_BY_DAY = ("conformer",)
 FRAMES_BY_DAY = ("zero1", "zero3_offload")
+LADDER_ON = ("zero0", "zero1", "zero2", "zero3")
 VARIANTS_BY_DAY = ("muon", "ema", "freeze")
 UNEVEN_BY_DAY = ("zero0", "zero2", "zero3")
 USUAL_WIDTH = "model.pose_encoder.hidden=512"
@@ -115,6 +116,9 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
         if name not in here:
             continue
         chosen[f"frames-{name}"] = {"ds": name, "overrides": [*budget, *([SMALL] if name in stage3 else [])]}
+    for name in LADDER_ON:
+        extra = ["training.padding=ladder", *([SMALL] if name in stage3 else [])]
+        chosen[f"ladder-{name}"] = {"ds": name, "overrides": [*budget, *extra]}
 
     for name in COMPILED if night else COMPILED_BY_DAY:
         chosen[f"compiled-{name}"] = {
@@ -227,6 +231,19 @@ def test_a_frame_budget_changes_nothing_but_the_micro_batches(trained: dict[str,
     assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
     assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
     assert len(set(case["micro_batches"])) > 1, "the number of micro-batches was to vary from step to step"
+    assert case["restored"]
+
+
+@pytest.mark.parametrize("name", LADDER_ON)
+def test_a_frame_budget_on_a_ladder_changes_nothing_but_the_micro_batches(
+    trained: dict[str, dict[str, Any]], name: str
+) -> None:
+    reference, case = trained["fp32-zero1"], trained[f"ladder-{name}"]
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert case["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+    assert case["weights_norm"] == pytest.approx(reference["weights_norm"], rel=1e-6)
+    assert len(set(case["micro_batches"])) > 1, "the number of micro-batches was to vary from step to step"
+    assert set(case["frames"]) <= set(case["ladder"]) and not set(reference["frames"]) <= set(case["ladder"])
     assert case["restored"]
 
 

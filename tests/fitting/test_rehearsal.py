@@ -83,7 +83,7 @@ def test_the_process_ends_with_its_rank(rehearsing: Any) -> None:
 def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus: Corpus) -> None:
     """As beside a GPU, which does not survive a fork: all that the process needs is sent to it."""
     run = resolve("model.tiny=true", "training.micro_batch_size=auto", "training.global_batch_size=6")
-    lengths = lengths_of(run.recipe, corpus.splits["train"], 1)
+    lengths = lengths_of(run, corpus.splits["train"])
     own = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=True)
     found = own.step(heaviest(limits_of(2, lengths), lengths))
     own.close()
@@ -95,7 +95,7 @@ def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus
 def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; on CPUs their memory is computed."""
     run = resolve("model.tiny=true", "training.global_batch_size=6", "evaluation.max_new_tokens=5")
-    lengths = lengths_of(run.recipe, corpus.splits["train"], 1)
+    lengths = lengths_of(run, corpus.splits["train"])
     computed = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=False)
     few, many = (computed.translation([Shape(clips, 20)]) for clips in (1, 1000))
     computed.close()

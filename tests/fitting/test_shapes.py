@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit.batching.ladder import fitted_rungs, micro_batches_on_rungs, training_ladder
+from toolkit.batching.lengths import rung_above
 from toolkit.batching.order import epoch_order, micro_batches, micro_batches_by_frames
 from toolkit.corpus.packed import Corpus
 from toolkit.fitting.shapes import (
@@ -54,24 +56,34 @@ def test_a_recipes_own_limit_of_frames_holds() -> None:
     frames=st.lists(st.integers(2, 300), min_size=4, max_size=60),
     share=st.integers(1, 12),
     world_size=st.integers(1, 3),
+    on_ladder=st.booleans(),
     data=st.data(),
 )
+@settings(deadline=None)
 def test_no_micro_batch_of_any_epoch_takes_more_than_the_rehearsed_ones(
-    frames: list[int], share: int, world_size: int, data: st.DataObject
+    frames: list[int], share: int, world_size: int, on_ladder: bool, data: st.DataObject
 ) -> None:
     every = np.array(frames)
-    known = lengths(share, int(every.max()), int(np.median(every)))
+    rungs = fitted_rungs(every, 2, limit=int(every.max()) + 9) if on_ladder else ()
+    longest = rung_above(rungs, int(every.max()))
+    known = lengths(share, longest, rung_above(rungs, int(np.median(every))))
     limits = limits_of(data.draw(st.sampled_from(sizes(share))), known)
     rehearsed = heaviest(limits, known)
     for epoch in range(2):
         for step in epoch_order(every, share * world_size, seed=1, epoch=epoch):
             for rank in range(world_size):
-                if limits.frames is None:
-                    batches = micro_batches(step, rank, world_size, limits.clips)
+                if on_ladder:
+                    shares = micro_batches_on_rungs(
+                        step, every, rungs, rank, world_size, limits.clips, limits.frames, share * world_size
+                    )
+                    shapes = [(len(batch), padded) for batch, padded in shares]
                 else:
-                    batches = micro_batches_by_frames(step, every, rank, world_size, limits.clips, limits.frames)
-                for batch in batches:
-                    clips, longest = len(batch), int(every[np.where(batch < 0, ~batch, batch)].max())
+                    if limits.frames is None:
+                        batches = micro_batches(step, rank, world_size, limits.clips)
+                    else:
+                        batches = micro_batches_by_frames(step, every, rank, world_size, limits.clips, limits.frames)
+                    shapes = [(len(batch), int(every[np.where(batch < 0, ~batch, batch)].max())) for batch in batches]
+                for clips, longest in shapes:
                     for weight in ((1, 0), (0, 1), (1, 50)):  # of attention in the encoder, of texts in the decoder
                         found = memory(clips, longest, *weight)
                         most = max(memory(shape.clips, shape.frames, *weight) for shape in rehearsed)
@@ -85,9 +97,9 @@ def memory(clips: int, frames: int, quadratic: int, by_clips: int) -> int:
 
 def test_augmented_lengths_of_all_epochs_count(resolve: Callable[..., ResolvedRun], corpus: Corpus) -> None:
     still = [f"augmentation.{name}=0" for name in ("rotation", "scale", "translation", "noise", "speed")]
-    known = lengths_of(resolve(*still).recipe, corpus.splits["train"], 2)
+    known = lengths_of(resolve(*still, world_size=2), corpus.splits["train"])
     assert (known.share, known.longest, known.typical) == (3, 13, 10)
-    changed = lengths_of(resolve("augmentation.speed=0.5").recipe, corpus.splits["train"], 2)
+    changed = lengths_of(resolve("augmentation.speed=0.5", world_size=2), corpus.splits["train"])
     assert changed.longest > 13
     assert max(known.long_texts, key=len) in ("moon", "star")
 
@@ -95,3 +107,11 @@ def test_augmented_lengths_of_all_epochs_count(resolve: Callable[..., ResolvedRu
 def test_generation_batches_are_those_of_the_splits_that_are_not_trained_on(corpus: Corpus) -> None:
     """One clip of 17 frames."""
     assert generation_batches(corpus, 68) == [(size, [Shape(1, 17)]) for size in (68, 34, 17)]
+
+
+def test_on_a_ladder_the_longest_clip_takes_its_rung(resolve: Callable[..., ResolvedRun], corpus: Corpus) -> None:
+    run = resolve("augmentation.speed=0.5", "data.max_frames=18", "training.padding=ladder", world_size=2)
+    known = lengths_of(run, corpus.splits["train"])
+    ladder = training_ladder(corpus.splits["train"].frames, run.recipe)
+    assert known.longest == ladder.frames[-1] == 18, "13 frames are slowed by half, to data.max_frames at most"
+    assert known.typical in ladder.frames and known.token_rungs == ladder.tokens

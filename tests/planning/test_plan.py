@@ -7,14 +7,17 @@ from functools import cache
 
 import pytest
 
+from tests.small_runs import corpus
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.planning.comparison import compare
 from toolkit.planning.hardware import GIB, Hardware, parse_size
 from toolkit.planning.plan import Subject, largest_micro_batch, make_plan
-from toolkit.planning.workload import Workload, from_maxima
+from toolkit.planning.workload import Workload, from_maxima, workload_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
+__all__ = ["corpus"]
 H100 = Hardware(gpus=1, gpu_memory=80 * GIB)
 # Four steps on the corpus of benchmarks/training_corpus.py (4,096 clips, seed 42): micro-batches of 16 had at most 109
 # frames first and 107 next, texts of 12 words at most 14 tokens, and nothing was evaluated before the peak was read.
@@ -128,3 +131,15 @@ def test_auto_is_planned_with_the_largest_micro_batch_that_fits() -> None:
     (row,) = comparison.rows
     assert row.plan is not None and row.fits
     assert 1 <= row.plan.micro_batch_size == row.max_micro_batch < run.micro_batch_size
+
+
+def test_clips_of_a_corpus_are_planned_as_they_are_padded(corpus: Corpus) -> None:
+    settings = [f"data.corpus={corpus.path}", "training.micro_batch_size=2", "augmentation.speed=0"]
+    padded, exact = (
+        workload_of(load_recipe("demo", [*settings, f"training.padding={padding}"]), 1)
+        for padding in ("auto", "longest")
+    )
+    assert (exact.frames, exact.tokens) == (13, 5)
+    assert (padded.frames, padded.tokens) == (16, 24), "plans are for GPUs, which have the ladder"
+    assert padded.later_frames == 12 > exact.later_frames == 11
+    assert padded.evaluated == exact.evaluated == ((1, 17),)

@@ -155,6 +155,16 @@ def test_a_note_states_the_micro_batches_that_the_limit_led_to():
     assert budget.batch == "128 clips over 6 ranks, in micro-batches of at most 16 clips and 4000 frames"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "on_cpu", "on_gpu"),
+    [("auto", "longest", "ladder"), ("longest", "longest", "longest"), ("ladder", "ladder", "ladder")],
+)
+def test_batches_are_padded_to_few_lengths_on_gpus_or_where_the_recipe_asks_for_it(wanted, on_cpu, on_gpu):
+    for has_gpu, padding in ((False, on_cpu), (True, on_gpu)):
+        assert run_of("t5_small", f"training.padding={wanted}", has_gpu=has_gpu).padding == padding
+    assert "training.padding" in error_of("t5_small", "training.padding=rungs").message
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 16, 32, 64])
 def test_every_recipe_resolves_on_as_many_ranks_as_a_step_has_clips(world_size):
     for name in recipe_names():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.batching.languages import language_tokens
+from toolkit.batching.lengths import rung_above
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Clip
@@ -77,14 +78,14 @@ def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, ma
     return add_labels(pad(clips, indices), tokenizer, max_target_tokens)
 
 
-def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
-    """Pad clips to the longest among them; the batch has no labels yet.
+def pad(clips: Sequence[Clip], indices: Sequence[int], frames: int = 0) -> Batch:
+    """Pad clips to the longest among them, or to so many frames; the batch has no labels yet.
 
     Args:
         clips: features are float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
         indices: each clip's index in its split; ``~i`` marks a filler.
     """
-    poses, visible, frame_mask = pad_features([clip.features for clip in clips])
+    poses, visible, frame_mask = pad_features([clip.features for clip in clips], frames)
     positions = np.asarray(indices, dtype=np.int64)
     is_filler = torch.from_numpy(positions < 0)
     return Batch(
@@ -103,16 +104,17 @@ def pad(clips: Sequence[Clip], indices: Sequence[int]) -> Batch:
     )
 
 
-def pad_features(features: Sequence[npt.NDArray[np.float16]]) -> tuple[Tensor, Tensor, Tensor]:
+def pad_features(features: Sequence[npt.NDArray[np.float16]], padded_frames: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Pad the features of clips to the longest among them, for training and for translating alike.
 
     Args:
         features: of each clip float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
+        padded_frames: to pad to, where no clip is longer.
 
     Returns:
         ``poses``, ``visible`` and ``frame_mask`` of a :class:`Batch`.
     """
-    longest = max(map(len, features))
+    longest = max(padded_frames, *map(len, features))
     # Padding starts as NaN, so that one comparison finds both padding and missing landmarks.
     packed = torch.full((len(features), longest, *features[0].shape[1:]), torch.nan, dtype=torch.float16)
     frame_mask = torch.zeros(len(features), longest, dtype=torch.bool)
@@ -125,9 +127,12 @@ def pad_features(features: Sequence[npt.NDArray[np.float16]]) -> tuple[Tensor, T
     return packed.float().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0), visible, frame_mask
 
 
-def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int) -> Batch:
-    """Turn a padded batch's texts into its labels; longer targets are truncated and keep their end of sentence."""
-    labels = target_labels(batch.texts, tokenizer, max_target_tokens)
+def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int, rungs: Sequence[int] = ()) -> Batch:
+    """Turn a padded batch's texts into its labels, padded to the longest among them or to one of ``rungs``.
+
+    Longer targets than ``max_target_tokens`` are truncated and keep their end of sentence.
+    """
+    labels = target_labels(batch.texts, tokenizer, max_target_tokens, rungs)
     if (tokens := language_tokens(tokenizer, batch.target_languages)) is not None:
         labels[:, 0] = torch.tensor(tokens)
     labels[batch.is_filler] = IGNORED_LABEL
@@ -143,13 +148,13 @@ def places_of_labels(labels: Tensor) -> Tensor:
     return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
-def prefix_tokens(prefixes: Sequence[str], tokenizer: Any, max_tokens: int) -> Tensor:
+def prefix_tokens(prefixes: Sequence[str], tokenizer: Any, max_tokens: int, rungs: Sequence[int] = ()) -> Tensor:
     """Tokenise the prefixes of clips: int64 [clips, tokens], padded with -1; longer ones are truncated."""
     encoded = tokenizer(list(prefixes), add_special_tokens=False)["input_ids"]
-    return _padded([ids[:max_tokens] for ids in encoded], NO_TOKEN)
+    return _padded([ids[:max_tokens] for ids in encoded], NO_TOKEN, rungs)
 
 
-def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) -> Tensor:
+def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int, rungs: Sequence[int] = ()) -> Tensor:
     """Tokenise target texts: int64 [texts, tokens], padded with -100; longer ones are truncated."""
     encoded: Mapping[str, list[list[int]]] = tokenizer(text_target=list(texts))
     rows = []
@@ -158,11 +163,12 @@ def target_labels(texts: Sequence[str], tokenizer: Any, max_target_tokens: int) 
             # The tokenizer truncates the words and keeps its special tokens, the end of sentence among them.
             ids = tokenizer(text_target=text, truncation=True, max_length=max_target_tokens)["input_ids"]
         rows.append(ids)
-    return _padded(rows, IGNORED_LABEL)
+    return _padded(rows, IGNORED_LABEL, rungs)
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    ids = np.full((len(rows), max(map(len, rows))), padding, np.int64)
+def _padded(rows: Sequence[Sequence[int]], padding: int, rungs: Sequence[int]) -> Tensor:
+    """Rows as one tensor, padded to the longest of them or to the rung above it."""
+    ids = np.full((len(rows), rung_above(rungs, max(map(len, rows)))), padding, np.int64)
     for row, values in enumerate(rows):
         ids[row, : len(values)] = values
     return torch.from_numpy(ids)

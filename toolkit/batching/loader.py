@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from toolkit.batching.collate import Batch, add_labels, pad, prefix_tokens
+from toolkit.batching.ladder import STEPS_TO_FILL, Ladder, micro_batches_on_rungs, token_rungs, training_ladder
+from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import (
     Indices,
     epoch_order,
@@ -27,7 +28,7 @@ from toolkit.batching.order import (
     share_of_rank,
 )
 from toolkit.batching.workers import start_workers
-from toolkit.poses.augmentation import augment, draw_lengths, is_off
+from toolkit.poses.augmentation import augment, is_off
 from toolkit.recipe.prompts import fill, placeholders
 
 if TYPE_CHECKING:
@@ -45,19 +46,24 @@ class MicroBatch:
 
     clips: Indices  # indices in the split; a filler is written ``~i``
     epoch: int = 0  # for the random generators of augmentation
-    lengths: NDArray[np.integer] | None = None  # rows of :func:`draw_lengths` of these clips; None without augmentation
+    lengths: Frames | None = None  # rows of :func:`draw_lengths` of these clips; None without augmentation
+    padded_frames: int = 0  # to pad to, where no clip is longer
 
 
 class TrainBatches:
     """An iterator over the batches of one rank; its workers, if any, are running.
 
-    It gives a list of micro-batches for each optimizer step, on every rank the same number.
+    It gives a list of micro-batches for each optimizer step, on every rank the same number. ``ladder`` has the lengths
+    to which they are padded; None = each to its longest clip and text.
     """
 
-    def __init__(self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch], labeller: Labeller) -> None:
+    def __init__(
+        self, steps: Iterator[list[MicroBatch]], batches: Iterator[Batch], labeller: Labeller, ladder: Ladder | None
+    ) -> None:
         self._steps = steps
         self._batches = batches
         self._labeller = labeller
+        self.ladder = ladder
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Use this tokenizer from the next batch on."""
@@ -94,9 +100,11 @@ def train_batches(
     of a large vocabulary takes half a gigabyte and seconds to load. ``epochs`` is None for no end.
     """
     recipe = resolved.recipe
+    ladder = training_ladder(split.frames, recipe) if resolved.padding == "ladder" else None
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
     plan = itertools.chain.from_iterable(
-        _steps_of_epoch(split, resolved, number, start_step if number == epoch else 0, rank) for number in wanted
+        _steps_of_epoch(split.frames, resolved, ladder, number, start_step if number == epoch else 0, rank)
+        for number in wanted
     )
     # The workers read the plan ahead of the steps.
     steps, steps_ahead = itertools.tee(plan)
@@ -108,48 +116,56 @@ def train_batches(
     if model.prefix and placeholders(model.prefix):
         prefix = Prefix(model.prefix, model.condition_dropout, training.seed)
     dataset = _Padded(split, augmentation, prefix)
-    labeller = Labeller(tokenizer, training.max_target_tokens, model.max_prefix_tokens)
+    labeller = Labeller(tokenizer, training.max_target_tokens, model.max_prefix_tokens, ladder)
     tasks = itertools.chain.from_iterable(steps_ahead)
     batches: Iterator[Batch]
     if recipe.training.workers:
         batches = start_workers(dataset, tasks, recipe.training.workers, labeller)
     else:
         batches = map(labeller, map(dataset.__getitem__, tasks))
-    return TrainBatches(steps, batches, labeller)
+    return TrainBatches(steps, batches, labeller, ladder)
 
 
 def _steps_of_epoch(
-    split: Split, resolved: ResolvedRun, epoch: int, start_step: int, rank: int
+    frames: Frames, resolved: ResolvedRun, ladder: Ladder | None, epoch: int, start_step: int, rank: int
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step of an epoch."""
-    recipe = resolved.recipe
-    training, world_size = recipe.training, resolved.world_size
-    lengths = None if is_off(recipe.augmentation) else lengths_of_epoch(split, recipe, epoch)
+    """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames."""
+    recipe, training = resolved.recipe, resolved.recipe.training
+    draws = draws_of_epoch(frames, recipe, epoch)
     # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
-    frames = split.frames if lengths is None else lengths[:, 1]
-    for clips in epoch_order(frames, training.global_batch_size, training.seed, epoch)[start_step:]:
-        size, budget = resolved.clip_limit, resolved.frame_limit
-        if budget is None:
-            shares = micro_batches(clips, rank, world_size, size)
-        else:
-            shares = micro_batches_by_frames(clips, frames, rank, world_size, size, budget)
+    lengths = sorting_lengths(frames, draws)
+    order = epoch_order(lengths, training.global_batch_size, training.seed, epoch)
+    if ladder:
+        lengths = batch_lengths(frames, draws, recipe)
+    for clips in order[start_step:]:
+        full = training.global_batch_size if len(order) >= STEPS_TO_FILL else len(clips)
         yield [
-            MicroBatch(share, epoch, None if lengths is None else lengths[np.where(share < 0, ~share, share)])
-            for share in shares
+            MicroBatch(
+                share, epoch, None if draws is None else draws[np.where(share < 0, ~share, share)], padded_frames
+            )
+            for share, padded_frames in _shares(clips, lengths, resolved, ladder, rank, full)
         ]
 
 
-def lengths_of_epoch(split: Split, recipe: Recipe, epoch: int) -> NDArray[np.integer]:
-    """Rows of :func:`draw_lengths` of all clips, for an epoch with augmentation."""
-    # Other random streams: the order of the epoch is drawn from (seed, epoch), clips from (seed, epoch, 2, clip).
-    rng = np.random.default_rng((recipe.training.seed, epoch, 1))
-    return draw_lengths(split.frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)
+def _shares(
+    clips: Indices, lengths: Frames, resolved: ResolvedRun, ladder: Ladder | None, rank: int, full_batch: int
+) -> list[tuple[Indices, int]]:
+    """This rank's clips of a global batch, and the frames to which each micro-batch is padded, or 0."""
+    world_size, size, budget = resolved.world_size, resolved.clip_limit, resolved.frame_limit
+    if ladder:
+        return micro_batches_on_rungs(clips, lengths, ladder.frames, rank, world_size, size, budget, full_batch)
+    if budget is None:
+        shares = micro_batches(clips, rank, world_size, size)
+    else:
+        shares = micro_batches_by_frames(clips, lengths, rank, world_size, size, budget)
+    return [(share, 0) for share in shares]
 
 
 def evaluation_batches(
     split: Split,
     tokenizer: Any,
     batch_frames: int,
+    rungs: Sequence[int] = (),
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -163,12 +179,14 @@ def evaluation_batches(
     one filler. They are loaded in this process, because the search takes far longer.
 
     A clip longer than ``batch_frames`` is alone in its batch. References longer than ``max_target_tokens`` are
-    truncated in ``labels``, but not in ``texts``. ``prefix`` names conditions of the clips, or is empty.
+    truncated in ``labels``, but not in ``texts``. ``prefix`` names conditions of the clips, or is empty. With ``rungs``
+    batches are padded to these lengths, and those of a rung have one number of clips.
     """
     dataset = _Padded(split, prefix=Prefix(prefix) if prefix else None)
     labeller = Labeller(tokenizer, max_target_tokens, max_prefix_tokens)
-    for share in share_of_rank(evaluation_order(split.frames, batch_frames), rank, world_size):
-        yield labeller(dataset[MicroBatch(share)])
+    for share in share_of_rank(evaluation_order(split.frames, batch_frames, rungs), rank, world_size):
+        longest = int(split.frames[share if share[0] >= 0 else ~share].max())
+        yield labeller(dataset[MicroBatch(share, padded_frames=rung_above(rungs, longest))])
 
 
 def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: LandmarkSet) -> Batch:
@@ -183,6 +201,7 @@ def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: L
         landmark_set,
         wanted.lengths,
         [np.random.default_rng((seed, wanted.epoch, 2, clip)) for clip in batch.clips.tolist()],
+        wanted.padded_frames,
     )
     batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
     return batch
@@ -210,20 +229,29 @@ class Prefix:
 
 
 class Labeller:
-    """Gives a batch its labels and the tokens of its prefixes; the tokenizer must be set before the first batch."""
+    """Gives a batch its labels and the tokens of its prefixes; the tokenizer must be set before the first batch.
 
-    def __init__(self, tokenizer: Any, max_target_tokens: int, max_prefix_tokens: int = 0) -> None:
+    ``ladder`` has the lengths to which they are padded; None = the longest of the batch.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_target_tokens: int, max_prefix_tokens: int = 0, ladder: Ladder | None = None
+    ) -> None:
         # The few short texts of a batch do not profit from threads, and the library warns of forks after using them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
         self.max_prefix_tokens = max_prefix_tokens
+        self.rungs = ladder.tokens if ladder else ()
+        self.prefix_rungs = token_rungs(max_prefix_tokens) if ladder else ()
 
     def __call__(self, batch: Batch) -> Batch:
         try:
             if batch.prefixes is not None:
-                batch.prefix_ids = prefix_tokens(batch.prefixes, self.tokenizer, self.max_prefix_tokens)
-            return add_labels(batch, self.tokenizer, self.max_target_tokens)
+                batch.prefix_ids = prefix_tokens(
+                    batch.prefixes, self.tokenizer, self.max_prefix_tokens, self.prefix_rungs
+                )
+            return add_labels(batch, self.tokenizer, self.max_target_tokens, self.rungs)
         except Exception as error:
             error.add_note(_clips_note(batch.uids))
             raise
@@ -247,7 +275,8 @@ class _Padded(Dataset[Batch]):
         try:
             for index in wanted.clips.tolist():
                 clips.append(self.split.clip(index if index >= 0 else ~index))
-            batch = pad(clips, wanted.clips.tolist())
+            # Augmentation pads again: it changes the lengths.
+            batch = pad(clips, wanted.clips.tolist(), 0 if self.augmentation else wanted.padded_frames)
             if self.prefix:
                 numbers = batch.clips.tolist()
                 batch.prefixes = [

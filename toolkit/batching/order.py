@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.batching.lengths import rung_above
 from toolkit.recipe.batches import num_micro_batches
 
 Indices = NDArray[np.int64]
@@ -136,8 +137,10 @@ def micro_batches_by_frames(
     return batches[rank::world_size]
 
 
-def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Indices]:
+def evaluation_order(frames: NDArray[np.integer], batch_frames: int, rungs: Sequence[int] = ()) -> list[Indices]:
     """All clips, longest first, in batches of at most ``batch_frames`` padded frames (at least one clip each).
+
+    Batches are padded to their longest clip, or to one of ``rungs``.
 
     The longest clips are first so that a batch that does not fit into memory fails at once and not after an hour. The
     batches do not depend on the number of ranks, so neither do the outputs.
@@ -147,10 +150,18 @@ def evaluation_order(frames: NDArray[np.integer], batch_frames: int) -> list[Ind
     batches = []
     start = 0
     while start < len(order):
-        clips = max(1, batch_frames // max(1, int(lengths[order[start]])))
+        clips = max(1, batch_frames // max(1, rung_above(rungs, int(lengths[order[start]]))))
         batches.append(order[start : start + clips])
         start += clips
     return batches
+
+
+def evaluation_shapes(
+    frames: NDArray[np.integer], batch_frames: int, rungs: Sequence[int] = ()
+) -> set[tuple[int, int]]:
+    """Clips and padded frames of the batches of :func:`evaluation_order`, each once."""
+    order = evaluation_order(frames, batch_frames, rungs)
+    return {(len(batch), rung_above(rungs, int(frames[batch[0]]))) for batch in order}
 
 
 def share_of_rank(batches: Sequence[Indices], rank: int, world_size: int) -> list[Indices]:

@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "data.max_rejects",
     "training.micro_batch_size",
     "training.micro_batch_frames",
+    "training.padding",
     "training.gradient_checkpointing",
     "training.compile",
     "training.save_every",

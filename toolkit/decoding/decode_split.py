@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.languages import language_tokens
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
@@ -44,6 +45,7 @@ def find_hypotheses(
     synced: bool = False,
     on_batch: Callable[[int], None] | None = None,
     n_best: int = 1,
+    few_shapes: bool | None = None,
     **settings: Any,
 ) -> list[list[Hypothesis]]:
     """Find the best texts for every clip of ``split``.
@@ -57,6 +59,7 @@ def find_hypotheses(
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
         on_batch: called with the number of clips that this rank has translated so far.
         n_best: hypotheses for each clip, at most as many as there are beams.
+        few_shapes: whether batches are padded to a ladder of few lengths; None = on GPUs.
         settings: override the model's own generation settings.
 
     Returns:
@@ -65,10 +68,13 @@ def find_hypotheses(
     device = next(model.parameters()).device
     rows: list[tuple[int, list[Hypothesis]]] = []
     tokenizer, config = processor.tokenizer, model.config
+    on_ladder = device.type == "cuda" if few_shapes is None else few_shapes
+    rungs = fitted_rungs(split.frames, model.pose_encoder.frames_per_position) if on_ladder else ()
     batches = evaluation_batches(
         split,
         tokenizer,
         batch_frames,
+        rungs,
         rank=rank,
         world_size=world_size,
         prefix=config.prefix_template,

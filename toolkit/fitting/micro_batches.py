@@ -63,7 +63,7 @@ def fit_micro_batches(
     if choice:
         echo(f"as chosen before: {choice.in_words()}")
         return resolved.with_choice(choice)
-    lengths = lengths_of(resolved.recipe, corpus.splits["train"], ranks.world_size)
+    lengths = lengths_of(resolved, corpus.splits["train"])
     if rehearses:
         size, reason, batch_frames = _rehearsed(resolved, ranks, corpus, lengths, echo, has_gpu=bool(found))
     else:

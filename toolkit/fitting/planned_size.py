@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toolkit.batching.lengths import rung_above
 from toolkit.errors import UserError
 from toolkit.fitting.shapes import Lengths, heaviest, limits_of
 from toolkit.planning.hardware import Hardware
@@ -27,6 +28,7 @@ def planned_size(resolved: ResolvedRun, lengths: Lengths, candidates: Sequence[i
     recipe = resolved.recipe
     # Texts count as a token for each byte: the plan needs no tokenizer.
     tokens = min(recipe.training.max_target_tokens, 1 + max(len(text.encode()) for text in lengths.long_texts))
+    tokens = rung_above(lengths.token_rungs, tokens)
     hardware = Hardware(gpus=resolved.world_size, gpu_memory=room)
 
     def fits(subject: Subject, size: int) -> bool:

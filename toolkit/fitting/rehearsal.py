@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from toolkit.batching.collate import Batch
+from toolkit.batching.lengths import rung_above
 from toolkit.cluster import failures
 from toolkit.cluster.devices import use_device
 from toolkit.cluster.ranks import Ranks
@@ -236,7 +237,8 @@ class _Engine:
         limit = resolved.recipe.training.max_target_tokens
 
         def counts(texts: list[str]) -> list[int]:
-            return sorted(min(limit, len(ids)) for ids in tokenizer(text_target=texts)["input_ids"])
+            found = (min(limit, len(ids)) for ids in tokenizer(text_target=texts)["input_ids"])
+            return sorted(rung_above(lengths.token_rungs, tokens) for tokens in found)
 
         typical = counts(lengths.typical_texts)
         tokens = {True: counts(lengths.long_texts)[-1], False: typical[len(typical) // 2]}

@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from toolkit.batching.loader import lengths_of_epoch
+from toolkit.batching.ladder import training_ladder
+from toolkit.batching.lengths import draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import evaluation_order
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.poses.augmentation import is_off
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.resolve import ResolvedRun
 
 # Clips of a micro-batch for each of the longest ones that it could hold: limits what short clips' texts take.
 MOST_SHORT_CLIPS = 4
@@ -31,9 +31,10 @@ class Lengths:
 
     Attributes:
         share: clips of a step that one rank gets, at most.
-        longest, typical: frames of a clip after augmentation, over all epochs.
+        longest, typical: frames to which a clip is padded after augmentation, over all epochs.
         long_texts, typical_texts: texts whose tokens are counted where the tokenizer is.
         frame_limit: the recipe's own limit of padded frames.
+        token_rungs: to which texts are padded; empty = to the longest of a batch.
     """
 
     share: int
@@ -42,6 +43,7 @@ class Lengths:
     long_texts: list[str]
     typical_texts: list[str]
     frame_limit: int | None = None
+    token_rungs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,24 @@ class Limits:
     frames: int | None
 
 
-def lengths_of(recipe: Recipe, split: Split, world_size: int) -> Lengths:
+def lengths_of(resolved: ResolvedRun, split: Split) -> Lengths:
     """Read a training split."""
-    share = -(-min(recipe.training.global_batch_size, len(split)) // world_size)
-    drawn: list[npt.NDArray[np.integer]] = [split.frames]
-    if not is_off(recipe.augmentation):
-        epochs = range(min(math.ceil(recipe.training.epochs), MOST_EPOCHS))
-        drawn = [lengths_of_epoch(split, recipe, epoch)[:, 1] for epoch in epochs]
+    recipe = resolved.recipe
+    share = -(-min(recipe.training.global_batch_size, len(split)) // resolved.world_size)
+    ladder = training_ladder(split.frames, recipe) if resolved.padding == "ladder" else None
+    epochs = 1 if is_off(recipe.augmentation) else min(math.ceil(recipe.training.epochs), MOST_EPOCHS)
+    draws = (draws_of_epoch(split.frames, recipe, epoch) for epoch in range(epochs))
+    drawn = [sorting_lengths(split.frames, draw) for draw in draws]
     by_size = sorted(split.texts, key=lambda text: len(text.encode()))
+    typical = max(1, int(np.median(drawn[0])))
     return Lengths(
         share,
-        longest=max(int(frames.max()) for frames in drawn),
-        typical=max(1, int(np.median(drawn[0]))),
+        longest=ladder.frames[-1] if ladder else max(int(frames.max()) for frames in drawn),
+        typical=rung_above(ladder.frames, typical) if ladder else typical,
         long_texts=by_size[-SAMPLE:],
         typical_texts=by_size[:: -(-len(by_size) // SAMPLE)],
         frame_limit=recipe.training.micro_batch_frames,
+        token_rungs=ladder.tokens if ladder else (),
     )
 
 

@@ -64,7 +64,7 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
     limit = position_limit(backbone.get_encoder())
     needed = prefix + encoder_positions(pose_encoder, max_frames or 0)
     if limit is not None and needed > limit:
-        fitting = (limit - prefix) * (1 if pose_encoder.kind == "linear" else pose_encoder.stride)
+        fitting = (limit - prefix) * pose_encoder.frames_per_position
         shorter = (
             "pose_encoder=conv, which shortens them"
             if pose_encoder.kind == "linear"
@@ -90,4 +90,4 @@ def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int |
 
 def encoder_positions(pose_encoder: PoseEncoder, frames: int) -> int:
     """Vectors that the pose encoder makes of a clip."""
-    return frames if pose_encoder.kind == "linear" else -(-frames // pose_encoder.stride)
+    return -(-frames // pose_encoder.frames_per_position)

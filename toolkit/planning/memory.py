@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import distributed as dist
 
-from toolkit.batching.order import evaluation_order
+from toolkit.batching.ladder import fitted_rungs
+from toolkit.batching.order import evaluation_shapes
 from toolkit.models.translator import PoseTranslator
 
 LARGEST_SHARE = 0.9
@@ -92,7 +93,8 @@ def fits_whole(
         batch_frames: padded frames of a batch.
         beams, max_new_tokens: of the search.
     """
-    batches = {(len(batch), int(frames[batch[0]])) for batch in evaluation_order(frames, batch_frames)}
+    rungs = fitted_rungs(frames, engine.module.pose_encoder.frames_per_position) if engine.device.type == "cuda" else ()
+    batches = evaluation_shapes(frames, batch_frames, rungs)
     needed = max(
         translation_memory(engine.module, clips=clips, frames=longest, beams=beams, max_new_tokens=max_new_tokens).total
         for clips, longest in batches
@@ -124,9 +126,10 @@ def fitting_batch_frames(
         gathers: whether whole weights come on top: they are partitioned by ZeRO-3.
     """
     room, longest = LARGEST_SHARE * free_memory(device), int(frames.max(initial=1))
+    rungs = fitted_rungs(frames, model.pose_encoder.frames_per_position) if device.type == "cuda" else ()
 
     def fits(size: int, *, whole: bool) -> bool:
-        batches = {(len(batch), int(frames[batch[0]])) for batch in evaluation_order(frames, size)}
+        batches = evaluation_shapes(frames, size, rungs)
         every = [
             translation_memory(model, clips=clips, frames=length, beams=beams, max_new_tokens=max_new_tokens)
             for clips, length in batches

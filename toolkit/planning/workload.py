@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from toolkit.batching.order import epoch_order, evaluation_order, micro_batches, steps_per_epoch
+from toolkit.batching.ladder import Ladder, fitted_rungs, micro_batches_on_rungs, training_ladder
+from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
+from toolkit.batching.order import epoch_order, evaluation_shapes, micro_batches, steps_per_epoch
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.poses.augmentation import draw_lengths, is_off
 from toolkit.recipe.batches import clip_limit, most_batch_frames
+from toolkit.recipe.resolve import padding_of
 from toolkit.recipe.schema import Recipe
 
 
@@ -21,8 +23,8 @@ class Workload:
     """What a plan needs to know of the clips.
 
     Attributes:
-        frames: of the longest clip in training, after augmentation.
-        tokens: of the longest target.
+        frames: to which the longest clip in training is padded, after augmentation.
+        tokens: of the longest target, padded.
         later_frames: the same in the second micro-batch of a step.
         evaluated: clips and padded frames of generation batches, the largest ones.
         steps_per_epoch: optimizer steps; None without a corpus.
@@ -63,27 +65,25 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
     Texts count as one token for each byte, at most ``training.max_target_tokens``: no tokenizer is loaded.
     """
     training, split = recipe.training, corpus.splits["train"]
+    # A plan is for GPUs.
+    ladder = training_ladder(split.frames, recipe) if padding_of(training, has_gpu=True) == "ladder" else None
     longest, later = 1, 1
     for epoch in range(epochs):
-        frames = _lengths(split.frames, recipe, epoch)
-        for batch in epoch_order(frames, training.global_batch_size, training.seed, epoch):
-            shares = micro_batches(batch, 0, world_size, clip_limit(training))
-            longest = max(longest, _longest(frames, shares[0]))
-            if len(shares) > 1:
-                later = max(later, _longest(frames, shares[1]))
+        for padded in _padded_frames(split.frames, recipe, ladder, epoch, world_size):
+            longest, later = max(longest, padded[0]), max([later, *padded[1:2]])
     tokens = min(training.max_target_tokens, 1 + max(len(text.encode()) for text in split.texts))
     held_out = next(
         (corpus.splits[name] for name in ("dev", "test", "train") if len(corpus.splits.get(name, ()))), split
     )
-    batches = evaluation_order(held_out.frames, most_batch_frames(recipe.evaluation))
-    evaluated = sorted({(len(batch), int(held_out.frames[batch[0]])) for batch in batches})
+    rungs = fitted_rungs(held_out.frames, recipe.model.pose_encoder.frames_per_position)
+    evaluated = sorted(evaluation_shapes(held_out.frames, most_batch_frames(recipe.evaluation), rungs))
     return Workload(
         longest,
-        tokens,
+        rung_above(ladder.tokens, tokens) if ladder else tokens,
         later,
         tuple({evaluated[0], evaluated[-1]}),
         steps_per_epoch(len(split), training.global_batch_size),
-        f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames",
+        f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames{' with padding' if ladder else ''}",
     )
 
 
@@ -94,18 +94,23 @@ def with_smaller_evaluation(workload: Workload) -> Workload | None:
     return replace(workload, evaluated=tuple((max(1, clips // 2), frames) for clips, frames in workload.evaluated))
 
 
-def _lengths(frames: npt.NDArray[np.integer], recipe: Recipe, epoch: int) -> npt.NDArray[np.integer]:
-    if is_off(recipe.augmentation):
-        return frames
-    rng = np.random.default_rng((recipe.training.seed, epoch, 1))  # as the loader draws them
-    lengths: npt.NDArray[np.integer] = draw_lengths(
-        frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames
-    )[:, 1]
-    return lengths
-
-
-def _longest(frames: npt.NDArray[np.integer], share: npt.NDArray[np.int64]) -> int:
-    return int(frames[np.where(share < 0, ~share, share)].max())
+def _padded_frames(
+    frames: Frames, recipe: Recipe, ladder: Ladder | None, epoch: int, world_size: int
+) -> Iterator[list[int]]:
+    """Frames to which rank 0 pads its micro-batches, of each step of an epoch."""
+    training, limit = recipe.training, clip_limit(recipe.training)
+    draws = draws_of_epoch(frames, recipe, epoch)
+    order = sorting_lengths(frames, draws)
+    in_batches = batch_lengths(frames, draws, recipe)
+    for batch in epoch_order(order, training.global_batch_size, training.seed, epoch):
+        if ladder:
+            shares = micro_batches_on_rungs(batch, in_batches, ladder.frames, 0, world_size, limit, None, len(batch))
+            yield [padded for _, padded in shares]
+        else:
+            yield [
+                int(order[np.where(share < 0, ~share, share)].max())
+                for share in micro_batches(batch, 0, world_size, limit)
+            ]
 
 
 def total_steps(recipe: Recipe, workload: Workload) -> int | None:

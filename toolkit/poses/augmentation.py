@@ -63,6 +63,14 @@ def draw_lengths(
     return np.stack([kept, np.maximum(new, shortest)], axis=1)
 
 
+def remaining_frames(frames: IntArray, settings: Augmentation) -> IntArray:
+    """What frame drop leaves of clips that have so many frames after the change of speed, [clips].
+
+    The first and last frame stay. The share of dropped frames is exact, so lengths within a batch stay similar.
+    """
+    return frames - np.rint(settings.frame_drop * np.maximum(np.asarray(frames) - 2, 0)).astype(np.int64)
+
+
 def augment(
     poses: Tensor,
     visible: Tensor,
@@ -71,6 +79,7 @@ def augment(
     landmark_set: LandmarkSet,
     lengths: IntArray,
     generators: Sequence[np.random.Generator],
+    padded_frames: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Change each clip of a batch at random.
 
@@ -84,9 +93,10 @@ def augment(
         landmark_set: which points are hands, which are mirror images, what the channels hold.
         lengths: the rows of :func:`draw_lengths` for these clips, [clips, 2].
         generators: one for each clip.
+        padded_frames: to pad to, where no clip is longer.
 
     Returns:
-        new tensors like the first three, with as many frames as the longest clip now has.
+        new tensors like the first three, with as many frames as the longest clip now has, or ``padded_frames``.
     """
     assert poses.shape[2:] == (landmark_set.num_points, landmark_set.num_channels), "poses of another landmark set"
     if is_off(settings):
@@ -98,7 +108,7 @@ def augment(
         for length, (kept, frames), rng in zip(old_lengths, lengths, generators, strict=True)
     ]
     new_lengths = torch.tensor([len(clip_times) for clip_times in times])
-    longest = int(new_lengths.max())
+    longest = max(int(new_lengths.max()), padded_frames)
     new_poses = poses.new_zeros(len(poses), longest, *poses.shape[2:])
     new_visible = visible.new_zeros(len(poses), longest, poses.shape[2])
     old_points, old_seen = poses.numpy(), visible.numpy()
@@ -125,8 +135,7 @@ def _source_times(
     warp, waves = settings.time_warp * rng.uniform(-1.0, 1.0), np.pi * rng.integers(1, 3) / (kept - 1)
     times += warp * np.sin(waves * times) / waves
     times = first + np.clip(times, 0.0, kept - 1.0)
-    # The first and last frame stay. The share of dropped frames is exact, so lengths within a batch stay similar.
-    dropped = 1 + rng.permutation(frames - 2)[: round(settings.frame_drop * (frames - 2))]
+    dropped = 1 + rng.permutation(frames - 2)[: frames - int(remaining_frames(np.array(frames), settings))]
     return np.delete(times, dropped)
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.errors import UserError, as_one
 from toolkit.files import read_text, write_text_atomically
@@ -60,6 +60,7 @@ class ResolvedRun:
     )
     run_dir: Path
     notes: tuple[str, ...] = ()  # what the user should know and need not change
+    padding: Literal["longest", "ladder"] = "longest"  # what training.padding=auto became
     choice: MicroBatchChoice | None = None  # what training.micro_batch_size=auto became; None before, and for a number
 
     @property
@@ -228,10 +229,18 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
         micro_batch_size=largest,
         accumulation_steps=accumulation,
         run_dir=run_dir,
+        padding=padding_of(training, has_gpu=has_gpu),
     )
     if training.micro_batch_size not in ("auto", smallest) and training.micro_batch_frames is None:
         notes.append(f"training.micro_batch_size={training.micro_batch_size} is an upper limit: {run.batch}")
     return replace(run, notes=tuple(notes))
+
+
+def padding_of(training: Training, *, has_gpu: bool) -> Literal["longest", "ladder"]:
+    """To what batches are padded; ``auto`` takes few lengths on GPUs, and least padding on CPUs."""
+    if training.padding == "auto":
+        return "ladder" if has_gpu else "longest"
+    return training.padding
 
 
 def _batch_problems(training: Training, world_size: int) -> Iterator[UserError]:

@@ -127,6 +127,11 @@ class PoseEncoder(Section):
     dropout: Share = 0.1
     positions: bool = True  # add sinusoidal positions; T5-family cross-attention has none of its own
 
+    @property
+    def frames_per_position(self) -> int:
+        """Frames that become one encoder position."""
+        return 1 if self.kind == "linear" else self.stride
+
     @model_validator(mode="before")
     @classmethod
     def _null_means_the_kinds_own(cls, values: Any) -> Any:
@@ -225,6 +230,8 @@ class Training(Section):
     # fastest that fits, chosen at the start.
     micro_batch_size: CountOrAuto = "auto"
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
+    # To what batches are padded: their longest clip and text, or a ladder of few lengths. auto = ladder on GPUs.
+    padding: Literal["auto", "longest", "ladder"] = "auto"
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4
     pose_encoder_learning_rate: Positive | None = None  # None = learning_rate

@@ -74,6 +74,8 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
             lengths = {"steps": trainer.total_steps, "epoch_steps": trainer.epoch_steps}
             for note in setting_notes(resolved.recipe, corpus, trainer.processor.tokenizer, **lengths):
                 echo(f"note: {note}")
+            if batches.ladder:
+                log.info("training.padding: %s", batches.ladder.in_words())
         trainer.run(batches)
         batches.close()
         memory = peak_memory_gib(trainer.engine.device)

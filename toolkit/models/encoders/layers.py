@@ -45,6 +45,7 @@ class PoseEncoder(nn.Module):
         super().__init__()
         self.width = settings.width
         self.positions = settings.positions
+        self.frames_per_position = settings.stride
 
     def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch.

@@ -16,6 +16,7 @@ class LinearEncoder(PoseEncoder):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)
+        self.frames_per_position = 1
         self.front: nn.Module
         self.back: nn.Module
         if settings.projection == "single":
