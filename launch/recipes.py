@@ -150,12 +150,14 @@ def _check(arguments: argparse.Namespace) -> None:
     if not run.recipe.data.corpus:
         load_landmark_set(run.recipe.data.landmarks)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
+    taken = _warm_start(run)
     if arguments.json:
-        print(json.dumps({"ok": True, **_to_dict(run), "missing": missing}))
+        print(json.dumps({"ok": True, **_to_dict(run), "missing": missing, "init_from": taken}))
         return
     model = run.recipe.model
     card = card_of(model)
     weights = "tiny, random weights" if model.tiny else "random weights" if model.from_scratch else "published weights"
+    weights = weights if model.init_from is None else "tiny" if model.tiny else f"weights from {model.init_from}"
     size = f", {millions(card.parameters)} parameters" if card and not model.tiny else ""
     placement = [f"ZeRO stage {run.zero_stage}", f"{run.precision} parameters"]
     if run.autocast:
@@ -171,8 +173,21 @@ def _check(arguments: argparse.Namespace) -> None:
     if run.recipe.training.micro_batch_size == "auto" and not arguments.cpu:
         print(f"  plan       {_planned_micro_batch(run)}")
     print(f"  memory     {_memory(run)}")
+    for line in taken:
+        print(f"  init_from  {line}")
     for line in (*run.notes, *missing):
         print(f"  note       {line}")
+
+
+def _warm_start(run: ResolvedRun) -> list[str]:
+    """What the run will take of a trained translator, a line a part; empty where it starts from none."""
+    if run.recipe.model.init_from is None:
+        return []
+    from toolkit.corpus.packed import Corpus
+    from toolkit.models.warm_start.plan import check_warm_start
+
+    corpus = run.recipe.data.corpus
+    return list(check_warm_start(run.recipe, Corpus.open(corpus) if corpus else None).lines())
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
+    from toolkit.models.warm_start.plan import check_warm_start
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
     from toolkit.training.run import train, train_overfit
@@ -153,6 +154,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     def check_start() -> tuple[Start, str | None]:
         check_corpus(corpus, None if new else resolved.run_dir, start)
         check_recipe_conditions(resolved.recipe, corpus)
+        if resolved.recipe.model.init_from and start.checkpoint is None and not start.finished:
+            check_warm_start(resolved.recipe, corpus)
         return start, extend_schedule(resolved, corpus, start)
 
     # Rank 0 reads for all ranks: on a shared file system others may see the run directory as it was half a minute ago.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.warm_start.makers import HANDS, SMALL, corpus_of, make, save
 from tests.scripts import run_main
 from toolkit.recipe.paths import recipes_dir
 
@@ -97,9 +98,43 @@ def test_check_says_what_would_run(tmp_path):
     assert "128 clips = 8 ranks x 1 micro-batch of 16" in given.stdout
 
 
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A small translator, as a run saves it."""
+    folder = tmp_path_factory.mktemp("translator")
+    return save(folder / "best", make(corpus_of(folder / "corpus", HANDS)))
+
+
+def test_check_prints_what_a_translator_will_give(tmp_path, translator):
+    arguments = ("check", "t5_small", *SMALL, f"model.init_from={translator}", "data.landmarks=unisign_69")
+    (translator / "model.safetensors").rename(translator / "hidden")  # no weights are read
+    done = recipes(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  init_from")]
+    assert [line[1] for line in lines][:5] == ["pose_encoder", "encoder", "decoder", "embeddings", "ctc_head"]
+    assert lines[0][2].isdigit() and lines[0][3:6] == ["landmarks", "by", "name,"]
+    assert "384" in lines[3]
+    assert any("confidence" in line for line in lines if line[1] == "note:")
+    listed = json.loads(recipes(*arguments, "--json", cwd=tmp_path).stdout)["init_from"]
+    assert [line.split()[0] for line in listed] == [line[1] for line in lines]
+    trained = recipes(*arguments, "model.tokenizer=train", cwd=tmp_path)
+    assert "when the run has its tokenizer" in trained.stdout
+    (translator / "hidden").rename(translator / "model.safetensors")
+
+
+def test_check_refuses_a_translator_that_does_not_fit(tmp_path, translator):
+    done = recipes("check", "t5_small", *SMALL, f"model.init_from={translator}", "model.tiny=false", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "64" in done.stderr and "512" in done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["check", "t5_small", "model.init_parts=[]", "model.init_from=a"], "model: init_parts"),
+        (["check", "t5_small", "model.init_parts=[head]"], "model.init_parts.0='head'"),
+        (["check", "t5_small", "model.init_from=runs/none"], "runs/none"),
         (["check", "t5_small", "--world-size", "129"], "training.global_batch_size=129"),
         (["check", "t5_small", "ds.fp16.enabled=true"], "NaN in fp16"),
         (["check", "t5_small", "data.landmarks=unisign_96"], "unisign_69"),

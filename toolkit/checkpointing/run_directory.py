@@ -24,6 +24,7 @@ Status = Literal["running", "interrupted", "finished", "failed"]
 STATUS = "status.json"
 CORPUS_FILE = "corpus.json"
 PROCESSOR = "processor"  # folder of the run's processor
+FROZEN = "base"  # folder of frozen weights that come from another translator (model.init_from)
 CHECKPOINTS = "checkpoints"
 
 # Settings that may change when a run resumes: where it runs, how fast, how often it saves and evaluates; not what is
@@ -117,7 +118,8 @@ def forget_failed_start(run_dir: Path) -> None:
         return
     for name in (RECIPE_FILE, CORPUS_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / PROCESSOR, ignore_errors=True)
+    for folder in (PROCESSOR, FROZEN):
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
+from toolkit.models.adaptation.extra_tokens import reserve_rows
 from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
 from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
 from toolkit.models.tokenizers import text_frame
-from toolkit.recipe.model_cards import ModelCard, card_of, tiny_config, tokenizer_of
+from toolkit.recipe.model_cards import ModelCard, card_of, reads_published, tiny_config, tokenizer_of
 from toolkit.recipe.schema import Model
 
 # Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
@@ -26,11 +27,6 @@ DROPOUT_KEYS = (
 # A layer that is skipped at random has no gradient in that step; under ZeRO stage 3 ranks would gather different layers
 # and hang.
 LAYER_DROP_KEYS = ("encoder_layerdrop", "decoder_layerdrop")
-
-
-def has_random_weights(model: Model) -> bool:
-    """Whether a run begins with random weights instead of published ones."""
-    return model.from_scratch or model.tiny
 
 
 def source_of(model: Model) -> str:
@@ -46,7 +42,7 @@ def backbone_config(model: Model) -> PreTrainedConfig:
         UserError: there is no such model, it needs code that may not run, or its dimensions are not the card's.
     """
     card = card_of(model)
-    if card and has_random_weights(model):
+    if card and not reads_published(model):
         return _from_values(card.architecture, card.config, tiny=model.tiny)
     try:
         values, _ = PreTrainedConfig.get_config_dict(source_of(model))
@@ -72,6 +68,14 @@ def fit_dropout(config: PreTrainedConfig, model: Model) -> None:
                 setattr(part, key, 0.0)
 
 
+def fitted_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The backbone's configuration, with a row for every token; raises as the two that it calls."""
+    config = backbone_config(model)
+    fit_config(config, model, tokenizer)
+    reserve_rows(config, tokenizer, model.extra_tokens)
+    return config
+
+
 def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fit a configuration, in place, to a run: its dropout, its vocabulary, how its texts begin and end.
 
@@ -80,7 +84,7 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
     """
     fit_dropout(config, model)
     card = card_of(model)
-    if has_random_weights(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
+    if not reads_published(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
         _fit_vocabulary(config, tokenizer)
     else:
         _check_vocabulary(config, model, len(tokenizer))

@@ -9,10 +9,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from toolkit.corpus.packed import Corpus
 from toolkit.models.adaptation.adapters import adapt
-from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, reserve_rows
+from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens
 from toolkit.models.adaptation.quantisation import mark_quantised
 from toolkit.models.backbone import empty_backbone, is_known
-from toolkit.models.backbone_config import backbone_config, fit_config, has_random_weights, not_loadable, source_of
+from toolkit.models.backbone_config import backbone_config, fitted_config, not_loadable, source_of
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.loading.backbone_weights import (
@@ -23,12 +23,13 @@ from toolkit.models.loading.backbone_weights import (
     published_backbone,
     random_backbone,
 )
-from toolkit.models.loading.base_model import BaseReference, Fingerprint
+from toolkit.models.loading.base_model import BaseReference, Fingerprint, Override
 from toolkit.models.loading.hub import NOT_LOADED, fetch_weights
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
-from toolkit.recipe.model_cards import card_of, language_of, tokenizer_of
+from toolkit.models.warm_start.filling import WarmStart, frozen_weights
+from toolkit.recipe.model_cards import card_of, language_of, reads_published, tokenizer_of
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
@@ -60,11 +61,14 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
     return PoseProcessor(extractor, tokenizer)
 
 
-def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> PoseTranslator:
+def build_translator(
+    resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, start: WarmStart | None = None
+) -> PoseTranslator:
     """The translator, with the backbone's published weights or random ones, in the form in which the run holds them.
 
-    All ranks call this. The recipe's seed decides the backbone's random weights, on any number of ranks and at any ZeRO
-    stage; those of the pose encoder come from torch's generator, which all ranks seed alike.
+    All ranks call this. ``start`` gives it weights of another translator. The recipe's seed decides the backbone's
+    random weights, on any number of ranks and at any ZeRO stage; those of the pose encoder come from torch's generator,
+    which all ranks seed alike.
 
     Raises:
         UserError: the backbone cannot be loaded, or has fewer positions than the longest clip and the prefix take.
@@ -74,10 +78,12 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
     placement = placement_of(resolved)
     fingerprint = Fingerprint() if stands_on_base(model) else None
     prefix = _prefix(model, tokenizer)
-    described = _fitted_config(model, tokenizer)
+    described = fitted_config(model, tokenizer)
     if is_known(described):
         check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix))
-    backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint)
+    start = start or WarmStart(None)
+    with start.override() as override:
+        backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint, override)
     config = PoseTranslatorConfig(
         # Without the path that the backbone was loaded from.
         backbone={key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"},
@@ -89,11 +95,13 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
         ctc_search_weight=recipe.evaluation.ctc_weight,
         special_token_ids=special_ids(tokenizer),
         **prefix,
+        lineage=start.lineage,
     )
-    published = backbone.generation_config
+    published = GenerationConfig(**start.generation) if start.generation else backbone.generation_config
     translator = PoseTranslator(config, backbone)
+    start.fill_added(translator)
     _set_generation(translator, recipe.evaluation, text_frame(tokenizer)[0], published)
-    _complete(translator, model, tokenizer, placement)
+    _complete(translator, model, tokenizer, placement, start.known_tokens(tokenizer, model.extra_tokens))
     if fingerprint:
         translator.base = BaseReference(
             name=_base_name(model),
@@ -101,6 +109,7 @@ def build_translator(resolved: ResolvedRun, corpus: Corpus, tokenizer: PreTraine
             seed=recipe.training.seed,
             precision=resolved.precision,
             fingerprint=fingerprint.hexdigest(),
+            weights=start.base,
         )
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
@@ -141,8 +150,13 @@ def rebuild_translator(
     placement = placement_for(base.precision, settings.quantization, zero3=zero3)
     fingerprint = Fingerprint()
     torch.manual_seed(base.seed)
-    described = _fitted_config(settings, tokenizer)
-    translator = PoseTranslator(config, _backbone(described, settings, placement, base.seed, fingerprint))
+    described = fitted_config(settings, tokenizer)
+    if base.weights:
+        read = frozen_weights(base.weights)
+        backbone = random_backbone(described, placement, seed=base.seed, fingerprint=fingerprint, override=read)
+    else:
+        backbone = _backbone(described, settings, placement, base.seed, fingerprint)
+    translator = PoseTranslator(config, backbone)
     _complete(translator, settings, tokenizer, placement)
     return translator, fingerprint.hexdigest()
 
@@ -154,28 +168,26 @@ def stands_on_base(settings: Model) -> bool:
 
 def _base_name(settings: Model) -> str:
     card = card_of(settings)
-    if has_random_weights(settings):
+    if settings.init_from:
+        return f"{settings.backbone}, from {settings.init_from}"
+    if not reads_published(settings):
         return f"{settings.backbone}{', shrunk' if settings.tiny else ''}, from random weights"
     return (card and card.hub_id) or settings.backbone
 
 
 def _complete(
-    translator: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase, placement: Placement
+    translator: PoseTranslator,
+    settings: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement,
+    known_tokens: list[bool] | None = None,
 ) -> None:
     """Add to a backbone with weights what the recipe asks for: rows of new tokens and adapters, in the run's dtype."""
     if placement.quantization:
         mark_quantised(translator, placement.quantization)
-    add_rows(translator, settings, tokenizer)
+    add_rows(translator, settings, tokenizer, known_tokens)
     adapt(translator, settings)
     place_added_modules(translator, placement)
-
-
-def _fitted_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The backbone's configuration, with a row for every token."""
-    config = backbone_config(model)
-    fit_config(config, model, tokenizer)
-    reserve_rows(config, tokenizer, model.extra_tokens)
-    return config
 
 
 def fetch_backbone(model: Model) -> None:
@@ -184,7 +196,7 @@ def fetch_backbone(model: Model) -> None:
     Raises:
         UserError: they cannot be downloaded.
     """
-    if has_random_weights(model):
+    if not reads_published(model):
         return
     backbone_config(model)
     try:
@@ -194,11 +206,16 @@ def fetch_backbone(model: Model) -> None:
 
 
 def _backbone(
-    config: PreTrainedConfig, model: Model, placement: Placement, seed: int, fingerprint: Fingerprint | None
+    config: PreTrainedConfig,
+    model: Model,
+    placement: Placement,
+    seed: int,
+    fingerprint: Fingerprint | None,
+    override: Override = lambda fallback: fallback,
 ) -> PreTrainedModel:
     """The backbone with its weights."""
-    if has_random_weights(model):
-        return random_backbone(config, placement, seed=seed, fingerprint=fingerprint)
+    if not reads_published(model):
+        return random_backbone(config, placement, seed=seed, fingerprint=fingerprint, override=override)
     try:
         return published_backbone(
             source_of(model),
@@ -206,6 +223,7 @@ def _backbone(
             placement,
             trust_remote_code=model.trust_remote_code,
             fingerprint=fingerprint,
+            override=override,
         )
     except NOT_LOADED as error:
         raise not_loadable(model, error) from error

@@ -25,6 +25,8 @@ class PoseTranslatorConfig(PreTrainedConfig):
         max_prefix_tokens: longer ones are truncated.
         adapter: folder, beside the weights, of their PEFT adapter, which ``from_pretrained`` loads; ``adapter=None``
             leaves it out.
+        lineage: the trained translator that training started from, if any: ``source``, ``step``, ``scores``, what was
+            taken of it (``table``), and its own ``lineage``.
     """
 
     model_type = "pose_translator"
@@ -43,6 +45,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         prefix_template: str = "",
         max_prefix_tokens: int = 0,
         adapter: str | None = None,
+        lineage: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -57,6 +60,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.prefix_template = prefix_template
         self.max_prefix_tokens = max_prefix_tokens
         self.adapter = adapter
+        self.lineage = lineage
         # generate() and the tokenizer read these off the outer configuration.
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
             kwargs.setdefault(key, self.backbone.get(key))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from toolkit.errors import UserError
-from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows, has_random_weights
+from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
 from toolkit.planning.costs.counts import Weight, adapted_translator
@@ -23,7 +23,7 @@ from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.deepspeed.cells import parameter_precision
-from toolkit.recipe.model_cards import card_of, tokenizer_of
+from toolkit.recipe.model_cards import card_of, reads_published, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
@@ -65,7 +65,7 @@ class Subject:
         config = backbone_config(model)
         fit_dropout(config, model)
         rows = rows or {"train": TRAINED_VOCABULARY, "bytes": BYTE_VOCABULARY}.get(tokenizer_of(recipe.model))
-        if rows and has_random_weights(recipe.model):
+        if rows and not reads_published(recipe.model):
             fit_rows(config, rows)
         translator, weights = adapted_translator(config, recipe)
         return cls(recipe, weights, shorten(translator))

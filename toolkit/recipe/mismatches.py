@@ -35,6 +35,8 @@ def _not_read(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"model.pose_encoder.{key}", f"a {encoder} pose encoder does not read it"
     if encoder != "linear":
         yield "model.pose_encoder.projection", f"a {encoder} pose encoder does not read it"
+    if recipe.model.init_from is None:
+        yield "model.init_parts", "model.init_from names no model"
     if recipe.model.quantization and recipe.model.quantization.kind == "int8":
         yield from (
             (f"model.quantization.{key}", "nf4 alone has it") for key in ("double_quantization", "compute_dtype")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from toolkit.errors import UserError
 from toolkit.files import read_text
 from toolkit.recipe.paths import models_dir, shown
-from toolkit.recipe.schema import Model, Recipe
+from toolkit.recipe.schema import BACKBONE_PARTS, Model, Recipe
 from toolkit.recipe.tree import did_you_mean
 from toolkit.recipe.yaml_text import parse_yaml
 
@@ -104,6 +104,12 @@ def architecture_of(model: Model) -> str | None:
                 "save the model again by save_pretrained, or name another folder in model.backbone",
             ) from error
     return None
+
+
+def reads_published(model: Model) -> bool:
+    """Whether a run reads the backbone's published weights: they are not random, and not all from ``init_from``."""
+    takes_all = model.init_from is not None and set(BACKBONE_PARTS) <= set(model.init_parts)
+    return not (model.from_scratch or model.tiny or takes_all)
 
 
 def tokenizer_of(model: Model) -> str:

@@ -31,7 +31,7 @@ from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
 from toolkit.recipe.deepspeed.keys import OWNED
 from toolkit.recipe.load import load_recipe, read_recipe
 from toolkit.recipe.mismatches import mismatches
-from toolkit.recipe.model_cards import architecture_of, card_of, tiny_config
+from toolkit.recipe.model_cards import architecture_of, card_of, reads_published, tiny_config
 from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Evaluation, Recipe, Training
@@ -284,7 +284,7 @@ def _model_problems(recipe: Recipe) -> Iterator[UserError]:
     except UserError as error:
         yield error
         return
-    if model.from_scratch or model.tiny or not card:
+    if not card or not reads_published(model):
         return
     if not card.hub_id:
         message = f"model.backbone={model.backbone} has no published weights"

@@ -181,6 +181,11 @@ class Quantization(Section):
     storage_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # nf4: must be the run's precision (None)
 
 
+Part = Literal["pose_encoder", "encoder", "decoder", "embeddings", "ctc_head"]
+BACKBONE_PARTS: tuple[Part, ...] = ("encoder", "decoder", "embeddings")
+PARTS: tuple[Part, ...] = ("pose_encoder", *BACKBONE_PARTS, "ctc_head")
+
+
 class Model(Section):
     """The backbone, its tokenizer and the pose encoder in front of it."""
 
@@ -198,6 +203,8 @@ class Model(Section):
     freeze: list[Literal["encoder", "decoder", "embeddings"]] = Field(default_factory=list)  # of the backbone
     extra_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # special tokens to add
     quantization: Quantization | None = None  # None = weights in the run's precision
+    init_from: str | None = None  # a trained translator to start from: run directory, model folder or hub id
+    init_parts: list[Part] = list(PARTS)  # what of it is taken; the rest has published or random weights
     pose_encoder: PoseEncoder = PoseEncoder()
 
     @model_validator(mode="after")
@@ -217,6 +224,11 @@ class Model(Section):
             )
         if len(set(self.extra_tokens)) < len(self.extra_tokens):
             raise ValueError(f"extra_tokens={self.extra_tokens} names a token twice", "name each token once")
+        if not self.init_parts or len(set(self.init_parts)) < len(self.init_parts):
+            raise ValueError(
+                f"init_parts={self.init_parts} names {'a part twice' if self.init_parts else 'no part'}",
+                f"set model.init_parts to some of {', '.join(PARTS)}, each once",
+            )
         return self
 
 

@@ -16,7 +16,7 @@ from toolkit.models.loading.weights import count_weights
 from toolkit.models.processor import PoseFeatureExtractor
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.model_cards import ModelCard, card_of
+from toolkit.recipe.model_cards import ModelCard, card_of, reads_published
 from toolkit.recipe.resolve import RECIPE_FILE
 from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
@@ -70,7 +70,7 @@ python launch/translate.py --model {place} clip.pose
 
 {data}
 
-## Scores
+{lineage}## Scores
 
 {scores}
 
@@ -110,6 +110,7 @@ def model_card(
         version=__version__,
         inputs="\n".join(f"| {what} | {value} |" for what, value in _inputs(extractor).items()),
         data=_data(recipe, summary),
+        lineage=_lineage(model.config.lineage),
         scores=_scores(summary),
         limits="\n".join(f"- {limit}" for limit in _limits(recipe, extractor)),
         size=_size(recipe, backbone, model) + _adaptation(recipe.model, name, merged=merged),
@@ -130,7 +131,7 @@ def _read_scores(run_dir: Path) -> dict[str, Any]:
 
 def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads: tags, the base model, and the scores of the first test split."""
-    is_published = backbone and not recipe.model.from_scratch and not recipe.model.tiny
+    is_published = backbone and reads_published(recipe.model)
     results = []
     if summary:
         split, content = next(iter(summary["splits"].items()))
@@ -185,6 +186,25 @@ def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     )
 
 
+def _lineage(lineage: Mapping[str, Any] | None) -> str:
+    """The translators that training started from, the nearest first; empty where it started from none."""
+    if not lineage:
+        return ""
+    lines = ["## What it started from\n", "| model | step | scores |", "|---|---|---|"]
+    ancestor: Mapping[str, Any] | None = lineage
+    while ancestor:
+        scores = ", ".join(
+            f"{HEADINGS.get(name, name)} {format_score(name, value)}"
+            for name, value in ancestor["scores"].items()
+            if value is not None
+        )
+        step = "unknown" if ancestor["step"] is None else ancestor["step"]
+        lines.append(f"| `{ancestor['source']}` | {step} | {scores or 'unknown'} |")
+        ancestor = ancestor["lineage"]
+    table = "\n".join(f"| {part} | {what} |" for part, what in lineage["table"].items())
+    return "\n".join(lines) + f"\n\nWhat was taken of the first:\n\n| part | |\n|---|---|\n{table}\n\n"
+
+
 def _scores(summary: Mapping[str, Any]) -> str:
     if not summary:
         return "The run has not been scored on a test split."
@@ -228,7 +248,8 @@ def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
 
 def _size(recipe: Recipe, backbone: ModelCard | None, model: PoseTranslator) -> str:
     parameters = count_weights(model.parameters()) / 1e6
-    start = "random weights" if recipe.model.from_scratch or recipe.model.tiny else "published weights"
+    start = "published weights" if reads_published(recipe.model) else "random weights"
+    start = "a trained translator" if recipe.model.init_from else start
     licence = f" ({backbone.license})" if backbone else ""
     name = backbone.name if backbone else Path(recipe.model.backbone).name
     return f"{parameters:,.1f} M parameters; backbone {name}{licence}, from {start}"
@@ -265,8 +286,8 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     for section, keys in _PLACES.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
-    for path in (("deepspeed",), ("model", "backbone"), ("model", "tokenizer"), ("data", "landmarks")):
-        *sections, key = path
+    for path in ("deepspeed", "model.backbone", "model.init_from", "model.tokenizer", "data.landmarks"):
+        *sections, key = path.split(".")
         place = values
         for section in sections:
             place = place[section]

@@ -47,6 +47,7 @@ from toolkit.training.setting_notes import setting_notes
 from toolkit.training.start import Start
 from toolkit.training.trainer import Trainer
 from toolkit.training.truncated_texts import warn_of_truncated_texts
+from toolkit.training.warm_start import warm_start
 
 log = logging.getLogger("toolkit")
 
@@ -217,7 +218,8 @@ def open_trainer(
     if ranks.is_main:
         _warn_of_unknown(processor.tokenizer, corpus, echo)
     on_each_node(lambda: fetch_backbone(recipe.model))  # may take hours, so no rank waits for it in a collective
-    model = build_translator(resolved, corpus, processor.tokenizer)
+    origin = warm_start(resolved, ranks, corpus, processor.tokenizer, resumes=start.checkpoint is not None, echo=echo)
+    model = build_translator(resolved, corpus, processor.tokenizer, origin)
     fingerprint = model.base.fingerprint if model.base else ""
     echo(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.rank)

@@ -102,11 +102,14 @@ def widened(values: Tensor, like: Tensor) -> Tensor:
     return wide
 
 
-def add_rows(model: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_rows(
+    model: PoseTranslator, settings: Model, tokenizer: PreTrainedTokenizerBase, known: Sequence[bool] | None = None
+) -> None:
     """Initialise the rows of new tokens; all ranks call this when ZeRO-3 has partitioned the tables.
 
     Each starts as the mean of all rows before them (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
-    Language Models"): it changes the other tokens' probabilities least.
+    Language Models"): it changes the other tokens' probabilities least. Rows that are ``known`` keep their values,
+    which a trained translator gave.
     """
     if not settings.extra_tokens:
         return
@@ -117,11 +120,14 @@ def add_rows(model: PoseTranslator, settings: Model, tokenizer: PreTrainedTokeni
     owners: dict[int, NewRows] = {}
     for key, weight in tables.items():
         with _whole(weight), torch.no_grad():
+            added = weight[first : first + count]
             mean = weight[:first].mean(dim=0, dtype=torch.float32).to(weight.dtype)
-            weight[first : first + count] = 0 if frozen else mean
+            is_known = torch.tensor(known or [False] * count, device=weight.device)
+            values = torch.where(is_known.unsqueeze(1), added, mean)
+            added.copy_(torch.zeros_like(values) if frozen else values)
         if frozen:
             names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]
-            owners[key] = NewRows(first, mean.expand(count, -1).clone(), names)
+            owners[key] = NewRows(first, values, names)
             apart[str(len(apart))] = owners[key]
     if owners:
         model.new_rows = apart

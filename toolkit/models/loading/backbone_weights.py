@@ -24,7 +24,7 @@ from toolkit.models.adaptation.extra_tokens import table_rows, widened
 from toolkit.models.adaptation.quantisation import is_packed, packable, quantised
 from toolkit.models.backbone import backbone_class, cast_position_tables
 from toolkit.models.dtypes import TORCH_DTYPES
-from toolkit.models.loading.base_model import Fingerprint, TensorReader
+from toolkit.models.loading.base_model import Fingerprint, Override, TensorReader
 from toolkit.models.loading.random_weights import Skeleton, make_skeleton
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Quantization
@@ -66,20 +66,30 @@ def placement_for(
     )
 
 
+def _as_it_is(source: TensorReader) -> TensorReader:
+    return source
+
+
 def random_backbone(
-    config: PreTrainedConfig, placement: Placement, *, seed: int, fingerprint: Fingerprint | None = None
+    config: PreTrainedConfig,
+    placement: Placement,
+    *,
+    seed: int,
+    fingerprint: Fingerprint | None = None,
+    override: Override = _as_it_is,
 ) -> PreTrainedModel:
     """A backbone with random weights, drawn from transformers' distributions.
 
-    The same seed gives the same weights, whatever the placement; under stage 3 all ranks call this. The fingerprint
-    hashes the weights on ranks that draw them.
+    The same seed gives the same weights, whatever the placement; under stage 3 all ranks call this. The override reads
+    others in place of some, and the fingerprint hashes the weights, on ranks that have whole ones.
 
     Raises:
         UserError: the architecture does not say how its weights are initialised.
     """
     skeleton = make_skeleton(config)
     try:
-        return fill_skeleton(skeleton, lambda name, tensor: skeleton.draw(tensor, name, seed), placement, fingerprint)
+        read = override(lambda name, tensor: skeleton.draw(tensor, name, seed)) if placement.fills else _unread
+        return fill_skeleton(skeleton, read, placement, fingerprint)
     except NotImplementedError as error:
         raise UserError(str(error), "train it from published weights: model.from_scratch=false") from error
 
@@ -91,8 +101,9 @@ def published_backbone(
     *,
     trust_remote_code: bool = False,
     fingerprint: Fingerprint | None = None,
+    override: Override = _as_it_is,
 ) -> PreTrainedModel:
-    """A backbone with the weights of a hub id or folder.
+    """A backbone with the weights of a hub id or folder, or those that the override reads in place of some.
 
     transformers maps the files into memory, and each weight is read from them when it is needed. Under ZeRO stage 3
     rank 0 alone reads; the others receive one weight after the other and keep their partition.
@@ -129,7 +140,7 @@ def published_backbone(
             parameters[name].data = torch.empty(0)  # frees its memory
         return widened(values, like)
 
-    return fill_skeleton(skeleton, read, placement, fingerprint)
+    return fill_skeleton(skeleton, override(read), placement, fingerprint)
 
 
 def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:

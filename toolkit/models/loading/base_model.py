@@ -6,8 +6,9 @@ A run with adapters or a quantised backbone saves what it trained. Loading it ne
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from toolkit.errors import UserError
 from toolkit.files import read_text, write_text_atomically
 
 BASE_FILE = "base.json"
+BASE_FOLDER = "base"  # of a base's own weights, in the run directory and in each model folder
 
 # Gives the values of the parameter or buffer of that name; the tensor passed along has its shape and dtype.
 TensorReader = Callable[[str, Tensor], Tensor]
+# Gives a reader of a backbone's tensors, from the reader of those that it would have otherwise.
+Override = Callable[[TensorReader], TensorReader]
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,23 @@ class BaseReference:
     seed: int  # of its random weights, and of the adapters'
     precision: str  # ``fp32``, ``bf16`` or ``fp16``: what its weights were cast to
     fingerprint: str  # of its weights as they came, before they were cast or quantised
+    weights: Path | None = None  # folder of its weights where neither the hub nor a seed gives them (model.init_from)
 
     def save(self, folder: Path) -> None:
-        """Write it beside the weights."""
-        write_text_atomically(folder / BASE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        """Write it beside the weights; the base's own, if any, are linked there, or copied to another file system."""
+        values = asdict(self) | {"weights": self.weights and BASE_FOLDER}
+        if self.weights:
+            (folder / BASE_FOLDER).mkdir()
+            for path in sorted(self.weights.glob("*.safetensors")):
+                _link(path, folder / BASE_FOLDER / path.name)
+        write_text_atomically(folder / BASE_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(path, target)
 
 
 @dataclass
@@ -81,7 +98,8 @@ def read_base(folder: Path) -> BaseReference | None:
     if not path.is_file():
         return None
     try:
-        return BaseReference(**json.loads(read_text(path, "the base of an adapter")))
+        base = BaseReference(**json.loads(read_text(path, "the base of an adapter")))
+        return replace(base, weights=folder / base.weights) if base.weights else base
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not readable ({error})", "copy the run's best/ again") from error
 

@@ -31,6 +31,8 @@ def fetch_translator(name: str | Path) -> None:
     """
     source = find_model(name)
     if base := read_base(Path(source)):
+        if base.weights:
+            return  # they are in its folder
         # Imports PEFT and DeepSpeed, which whole models do without; the recipe's schema imports pydantic.
         from toolkit.models.build import fetch_backbone
         from toolkit.recipe.schema import Model

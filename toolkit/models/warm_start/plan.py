@@ -1,0 +1,284 @@
+"""What a run takes of a trained translator, from the configurations of both: no weights are read.
+
+A part that does not fit is refused by name; a part that fits is mapped tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.models.adaptation.extra_tokens import add_tokens
+from toolkit.models.backbone import empty_backbone, encoder_width
+from toolkit.models.backbone_config import backbone_config, fitted_config
+from toolkit.models.encoders import make_pose_encoder
+from toolkit.models.tokenizers import make_tokenizer
+from toolkit.models.translator import PoseTranslator
+from toolkit.models.warm_start.backbone import difference, part_of_each, token_dimension
+from toolkit.models.warm_start.mapping import Axis, Mapping
+from toolkit.models.warm_start.pose_encoder import Landmarks, compare, mappings
+from toolkit.models.warm_start.source import KEY, Source, empty_source, read_source
+from toolkit.models.warm_start.tokens import row_axis
+from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.recipe.model_cards import language_of, tokenizer_of
+from toolkit.recipe.schema import BACKBONE_PARTS, PARTS, POSE_ENCODER_DEFAULTS, Part, PoseEncoder, Recipe
+
+PARTS_KEY = "model.init_parts"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A line of the table: what becomes of one part."""
+
+    part: Part
+    what: str  # taken as it is, mapped, or left, in words
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes of a trained translator.
+
+    Attributes:
+        source: the translator.
+        mappings: by the run's name of a tensor, how it comes from the source's; the others are left as they are made.
+            Empty for token tables while the tokenizer is not known.
+        table: one line a part.
+        notes: how the run reads poses otherwise than the source.
+        tokens: the rows of the run's token tables; None where the tokenizer is not known.
+    """
+
+    source: Source
+    mappings: dict[str, Mapping]
+    table: list[Taken]
+    notes: list[str] = field(default_factory=list)
+    tokens: Axis | None = None
+
+    def lines(self) -> Iterator[str]:
+        """The table, for people."""
+        width = max(len(line.part) for line in self.table)
+        yield from (f"{line.part:<{width}}  {line.what}" for line in self.table)
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def check_warm_start(recipe: Recipe, corpus: Corpus | None = None) -> Plan:
+    """The plan of a run before its tokenizer is made and before any process group; reads no weights.
+
+    Without a prepared corpus the recipe says which landmarks there will be.
+
+    Raises:
+        UserError: the source cannot be read, or a part of it does not fit.
+    """
+    model, data = recipe.model, recipe.data
+    assert model.init_from is not None
+    landmark_set = corpus.landmark_set if corpus else load_landmark_set(data.landmarks)
+    fps = corpus.metadata.fps if corpus else data.fps
+    return make_plan(read_source(model.init_from), recipe, landmark_set, fps, _tokenizer_here(recipe))
+
+
+def _tokenizer_here(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    """The run's tokenizer, where it takes neither a download nor the texts of the corpus."""
+    kind = tokenizer_of(recipe.model)
+    if kind != "bytes" and not Path(kind).is_dir():
+        return None
+    tokenizer = make_tokenizer(kind, language=language_of(recipe), trust_remote_code=recipe.model.trust_remote_code)
+    add_tokens(tokenizer, recipe.model.extra_tokens)
+    return tokenizer
+
+
+def make_plan(
+    source: Source,
+    recipe: Recipe,
+    landmark_set: LandmarkSet,
+    fps: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Plan:
+    """Map the source to a run with these landmarks and this tokenizer (None where it is not known yet).
+
+    Raises:
+        UserError: a part that is to be taken does not fit; the message names both sizes.
+    """
+    model = recipe.model
+    config = fitted_config(model, tokenizer) if tokenizer is not None else backbone_config(model)
+    backbone = empty_backbone(config, trust_remote_code=model.trust_remote_code)
+    known = empty_source(source)
+    if problem := difference(backbone, known.backbone, list(model.init_parts)):
+        others = [part for part in model.init_parts if part not in BACKBONE_PARTS and part != "ctc_head"]
+        if encoder_width(backbone.config) != encoder_width(known.backbone.config):
+            others = []
+        raise UserError(
+            f"{KEY}={source.name}: its backbone is not that of model.backbone={model.backbone}: {problem}",
+            f"set model.backbone to the source's{', or take less: ' if others else ''}"
+            + (f"{PARTS_KEY}={_written(others)}" if others else ", and its sizes"),
+        )
+    axis = None
+    rows = _table_rows(backbone)
+    if tokenizer is not None:
+        axis = row_axis(tokenizer, source.processor.tokenizer, rows, _table_rows(known.backbone))
+    lines: dict[Part, Taken] = {}
+    found: dict[str, Mapping] = {}
+    for part in PARTS:
+        if part not in model.init_parts:
+            lines[part] = Taken(part, f"left: not in {PARTS_KEY}")
+    notes = _memory_notes(source, known) if set(BACKBONE_PARTS) & set(model.init_parts) else []
+    if "pose_encoder" in model.init_parts:
+        landmarks = compare(landmark_set, source.landmark_set)
+        mapped = _pose_encoder(source, recipe, backbone, landmark_set, known)
+        found |= mapped
+        lines["pose_encoder"] = Taken("pose_encoder", _in_words(mapped, landmarks))
+        notes += _pose_notes(source, landmark_set, fps)
+    parts = part_of_each(backbone)
+    for part in BACKBONE_PARTS:
+        if part not in model.init_parts:
+            continue
+        names = [name for name, its in parts.items() if its == part]
+        if part == "embeddings":
+            lines[part] = Taken(part, _rows_in_words(axis, tokenizer))
+            if axis is not None:
+                tensors = backbone.state_dict(keep_vars=True)
+                found |= {f"backbone.{name}": _table(f"backbone.{name}", tensors[name], axis) for name in names}
+        else:
+            found |= {f"backbone.{name}": Mapping(f"backbone.{name}") for name in names}
+            lines[part] = Taken(part, f"taken as it is: {len(names)} tensors")
+    if "ctc_head" in model.init_parts:
+        lines["ctc_head"], head = _ctc_head(source, recipe, backbone, axis)
+        found |= head
+    return Plan(source, found, [lines[part] for part in PARTS], notes, axis)
+
+
+def _written(parts: list[Any]) -> str:
+    return f"[{', '.join(parts)}]"
+
+
+def _table_rows(backbone: PreTrainedModel) -> int:
+    """Rows of the decoder's token table."""
+    return int(backbone.get_output_embeddings().weight.shape[0])
+
+
+def _table(name: str, tensor: torch.Tensor, axis: Axis) -> Mapping:
+    if token_dimension(tensor, name.removeprefix("backbone.")) == 1:
+        return Mapping(name, columns=axis, new="mean")
+    return Mapping(name, rows=axis, new="mean")
+
+
+def _rows_in_words(axis: Axis | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if axis is None or tokenizer is None:
+        return "rows by token, counted when the run has its tokenizer; new tokens start as the mean of the rows"
+    if axis.is_same:
+        return f"taken as it is: {axis.size} rows"
+    new, lost = len(axis.places) - axis.shared, axis.size - axis.shared
+    text = f"{axis.shared} of {len(axis.places)} rows by token"
+    text += f", {new} new ones start as the mean of the source's" if new else ""
+    return text + (f"; {lost} rows of the source are left" if lost else "")
+
+
+def _pose_encoder(
+    source: Source, recipe: Recipe, backbone: PreTrainedModel, landmark_set: LandmarkSet, known: PoseTranslator
+) -> dict[str, Mapping]:
+    """How the pose encoder's tensors come from the source's; raises UserError where the encoder is another one."""
+    settings, theirs = recipe.model.pose_encoder, PoseEncoder.model_validate(source.config.pose_encoder)
+    keys = ["kind", *POSE_ENCODER_DEFAULTS[settings.kind], *(["projection"] if settings.kind == "linear" else [])]
+    keys = keys if settings.kind == theirs.kind else ["kind"]
+    changed = [
+        f"{key} {getattr(theirs, key)} there, {getattr(settings, key)} in the recipe"
+        for key in keys
+        if getattr(theirs, key) != getattr(settings, key)
+    ]
+    widths = [encoder_width(each.config) for each in (known.backbone, backbone)]
+    if widths[0] != widths[1]:
+        changed.append(f"it writes for a backbone of width {widths[0]} there, {widths[1]} in the recipe")
+    if changed:
+        others = [part for part in recipe.model.init_parts if part != "pose_encoder"]
+        less = f", or leave it out: {PARTS_KEY}={_written(others)}" if others and widths[0] == widths[1] else ""
+        raise UserError(
+            f"{KEY}={source.name}: its pose encoder is another one: {'; '.join(changed)}",
+            f"set model.pose_encoder to the source's settings{less}"
+            if less
+            else f"leave it out of {PARTS_KEY}, or choose a backbone and a pose encoder of the source's sizes",
+        )
+    with torch.device("meta"):
+        encoder = make_pose_encoder(
+            settings.model_dump(),
+            num_points=landmark_set.num_points,
+            num_channels=landmark_set.num_channels,
+            width=widths[1],
+            landmark_set=landmark_set,
+        )
+    names = list(encoder.state_dict())
+    found = mappings(names, landmark_set, source.landmark_set, settings.kind, settings.hidden)
+    prefix = "pose_encoder."
+    return {
+        f"{prefix}{name}": Mapping(f"{prefix}{mapping.source}", mapping.rows, mapping.columns)
+        for name, mapping in found.items()
+    }
+
+
+def _in_words(mapped: dict[str, Mapping], landmarks: Landmarks) -> str:
+    if all(mapping.is_same for mapping in mapped.values()):
+        return f"taken as it is: {len(mapped)} tensors, {landmarks.shared} landmarks"
+    text = f"{landmarks.shared} landmarks by name"
+    if landmarks.new:
+        components = sorted({component for component, _ in landmarks.new})
+        text += f", {len(landmarks.new)} new ones start small ({', '.join(components)})"
+    return text + (f"; {landmarks.dropped} landmarks of the source are left" if landmarks.dropped else "")
+
+
+def _pose_notes(source: Source, wanted: LandmarkSet, fps: float) -> list[str]:
+    """Differences of what a value of a landmark means, which no mapping removes."""
+    known, notes = source.landmark_set, []
+    if source.processor.feature_extractor.fps != fps:
+        notes.append(f"the source reads {source.processor.feature_extractor.fps:g} frames per second, this run {fps:g}")
+    anchors = [
+        {part: landmarks.points[place] for part, place in (landmarks.anchors or {}).items()}
+        for landmarks in (wanted, known)
+    ]
+    shared = set(wanted.parts) & set(known.parts)
+    others = sorted(part for part in shared if anchors[0].get(part) != anchors[1].get(part))
+    if others:
+        notes.append(f"{', '.join(others)}: coordinates are relative to another landmark than in the source")
+    for what, one, other in (
+        ("channels", ", ".join(known.channels), ", ".join(wanted.channels)),
+        ("least confidence", f"{known.min_confidence:g}", f"{wanted.min_confidence:g}"),
+    ):
+        if one != other:
+            notes.append(f"{what} of a landmark: {one} in the source, {other} in this run")
+    return notes
+
+
+def _memory_notes(source: Source, known: PoseTranslator) -> list[str]:
+    if not source.has_adapter:
+        return []
+    size = sum(parameter.numel() for parameter in known.parameters()) * (source.config.dtype or torch.float32).itemsize
+    return [
+        f"the source has adapters or a quantised backbone: they are merged first, for which each rank that reads holds "
+        f"{size / 2**30:.1f} GiB in host memory"
+    ]
+
+
+def _ctc_head(
+    source: Source, recipe: Recipe, backbone: PreTrainedModel, axis: Axis | None
+) -> tuple[Taken, dict[str, Mapping]]:
+    part: Part = "ctc_head"
+    if not recipe.training.ctc_weight:
+        return Taken(part, "left: training.ctc_weight=0 has none"), {}
+    if not source.config.ctc:
+        return Taken(part, "new: the source has none"), {}
+    if encoder_width(backbone.config) != encoder_width(source.config.backbone_config()):
+        raise UserError(
+            f"{KEY}={source.name}: its CTC head reads width {encoder_width(source.config.backbone_config())}, the "
+            f"recipe's {encoder_width(backbone.config)}",
+            f"leave {part} out of {PARTS_KEY}",
+        )
+    what = Taken(part, _rows_in_words(axis, axis and source.processor.tokenizer))
+    if axis is None:
+        return what, {}
+    # The blank is the last row, after those of the vocabulary.
+    rows = Axis(torch.cat([axis.places, torch.tensor([axis.size])]), axis.size + 1)
+    names = ("ctc_head.weight", "ctc_head.bias")
+    return what, {name: Mapping(name, rows=rows, new="mean", tokens=axis.size) for name in names}
