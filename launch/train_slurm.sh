@@ -52,9 +52,11 @@ export MASTER_ADDR MASTER_PORT
 code=0
 srun --kill-on-bad-exit=0 "$python" -u "$clone/launch/train.py" --recipe "$recipe" "$@" || code=$?
 
-# 75: interrupted with everything saved. The job resumes the run when SLURM starts it again.
-if [ "$code" = 75 ]; then
-  echo "interrupted with everything saved; the job goes back into the queue"
+# The job resumes the run when SLURM starts it again. 75: interrupted with everything saved. 5: out of memory, and the
+# next start takes smaller micro-batches, until there are none.
+if [ "$code" = 75 ] || [ "$code" = 5 ]; then
+  [ "$code" = 75 ] && why="interrupted with everything saved" || why="out of memory, smaller micro-batches are next"
+  echo "$why; the job goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

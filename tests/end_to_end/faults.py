@@ -21,6 +21,9 @@ VARIABLE = "FAULT"
 TIMES = "FAULT_TIME"  # names a file for the time of the fault, for benchmarks
 LARGEST_FILE = 100_000  # bytes; logs and settings are smaller, states and models are larger
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
+LITTLE_MEMORY = 64 << 20  # bytes that a cgroup of the kernel's fault may have beyond what its process has already
 
 
 class Injected(Exception):
@@ -55,6 +58,26 @@ def run_out_of_memory() -> None:
 
     note_time()
     raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def run_out_of_main_memory() -> None:
+    raise RuntimeError(ALLOCATOR)
+
+
+def be_killed_by_the_kernel() -> None:
+    """Take more memory than a cgroup of this process alone may have."""
+    folder = own_cgroup(os.getpid())
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text(str(LITTLE_MEMORY))
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+    held = bytearray(8 * LITTLE_MEMORY)
+    for place in range(0, len(held), 4096):
+        held[place] = 1
+    raise Injected("the kernel has killed nothing")
+
+
+def own_cgroup(pid: int) -> Path:
+    return MEMORY_CGROUPS / f"toolkit-test-{pid}"
 
 
 def kill() -> None:
@@ -160,6 +183,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "step_1": lambda: in_step(1, fail),
     "step_5": lambda: in_step(5, fail),
     "memory": lambda: in_step(1, run_out_of_memory),
+    "main_memory": lambda: in_step(4, run_out_of_main_memory),
+    "kernel": lambda: in_step(1, be_killed_by_the_kernel),
     "loader": in_loader,
     "evaluation": lambda: in_evaluation(fail),
     "saving": lambda: in_saving(fail),

@@ -26,7 +26,7 @@ STEPS = 18  # more than all faults but the last ones let pass
 REASONS = {
     "build": rf"{{who}} failed: {INJECTED}",
     "step_1": rf"{{who}} failed: {INJECTED}",
-    "memory": rf"{{who}} failed: OutOfMemoryError: {re.escape(OUT_OF_MEMORY)}",
+    "memory": rf"{{who}} ran out of memory in step \d+, with a micro-batch of .*: {re.escape(OUT_OF_MEMORY[:-1])}",
     "step_5": rf"{{who}} failed: {INJECTED}",
     "loader": rf"{{who}} failed: {INJECTED}",
     "killed": r"{who} has ended without an error",
@@ -36,7 +36,7 @@ REASONS = {
     "final_scores": rf"{{who}} failed: {INJECTED}",
 }
 # Errors without a traceback; for all others it comes first.
-WITHOUT_TRACEBACK = {"killed", "disk"}
+WITHOUT_TRACEBACK = {"memory", "killed", "disk"}
 
 
 @dataclass(frozen=True)

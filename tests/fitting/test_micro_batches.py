@@ -17,6 +17,7 @@ from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.fitting.rehearsal import Measured
 from toolkit.fitting.shapes import Shape
+from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun, read_choice
 
 AUTO = ("training.micro_batch_size=auto", "training.global_batch_size=6", "augmentation.speed=0")
@@ -252,3 +253,33 @@ def test_a_broken_file_of_an_earlier_choice_counts_as_none(resolve: Any, fit: An
     machine = Machine(per_clip=1000.0)
     run, _ = fit(resolve(*AUTO), machine)
     assert (machine.starts, run.clip_limit) == (1, 1)
+
+
+def test_a_start_after_one_that_ran_out_of_memory_takes_smaller_ones(resolve: Any, fit: Any, tmp_path: Path) -> None:
+    run, _ = fit(resolve(*AUTO), Machine())
+    assert run.choice and not run.choice.is_smallest
+    run.run_dir.mkdir()
+    taken = []
+    machine = Machine()
+    for step in range(4):
+        mark_too_large(run.run_dir, run.choice, f"rank 1 in step {step}")
+        run, lines = fit(resolve(*AUTO), machine)
+        taken.append(run.clip_limit)
+        assert lines[0].startswith("note:") and f"step {step}" in lines[0]
+        assert run.choice.too_large is None and f"step {step}" in run.choice.reason
+        if run.choice.is_smallest:
+            break
+    assert taken == [3, 2, 1]
+    assert machine.starts == 0, "what took less has room where more has been"
+    other, _ = fit(resolve(*AUTO, f"run.dir={tmp_path / 'other'}"), machine)
+    assert other.clip_limit == 1, "nor does the same command in another folder try what has failed"
+
+
+def test_nothing_is_smaller_than_one_clip(resolve: Any, fit: Any) -> None:
+    run, _ = fit(resolve(*AUTO), Machine(per_clip=1000.0))
+    assert run.choice and run.choice.is_smallest
+    run.run_dir.mkdir()
+    mark_too_large(run.run_dir, run.choice, "rank 0 in step 1")
+    with pytest.raises(UserError, match="rank 0 in step 1") as caught:
+        fit(resolve(*AUTO), Machine())
+    assert "training.gradient_checkpointing" in caught.value.hint

@@ -50,8 +50,8 @@ def test_every_task_learns_where_the_first_node_is(tmp_path: Path) -> None:
     assert "requeue" not in calls
 
 
-@pytest.mark.parametrize(("code", "again"), [(75, True), (2, False), (1, False)])
-def test_an_interrupted_job_goes_back_into_the_queue_and_a_failed_one_does_not(
+@pytest.mark.parametrize(("code", "again"), [(75, True), (5, True), (4, False), (2, False), (1, False)])
+def test_a_job_that_can_resume_by_itself_goes_back_into_the_queue_and_a_failed_one_does_not(
     tmp_path: Path, code: int, again: bool
 ) -> None:
     ended, _, calls = submit(tmp_path, "t5_small", code=code)

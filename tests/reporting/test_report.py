@@ -58,6 +58,20 @@ def test_a_report_holds_the_whole_run(run):
     assert content["corpus"]["facts"]["splits"] == "train 3, test 24"
 
 
+def test_the_memory_of_each_phase_stands_beside_the_plan(run):
+    assert content_of(write_report(run))["memory"] == []
+    early = {"kind": "memory", "step": 20, "time": 1.0, "step_process_gib": 9.0, "gone_process_gib": 1.0}
+    last = {"kind": "memory", "step": 60, "time": 1.0, "start_process_gib": 1.5, "step_process_gib": 2.5}
+    last |= {"step_allocated_gib": 4.4, "step_reserved_gib": 5.0, "step_planned_gib": 4.0, "save_planned_gib": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{json.dumps(early)}\n{json.dumps(last)}\n")
+    start, step = content_of(write_report(run))["memory"]
+    unknown = dict.fromkeys(("reserved", "planned", "difference"))
+    assert start == {"phase": "start", "measured": 1.5, "process": 1.5, **unknown}
+    assert step.pop("difference") == pytest.approx(0.1)
+    assert step == {"phase": "step", "measured": 4.4, "reserved": 5.0, "process": 2.5, "planned": 4.0}
+
+
 def test_scores_without_or_with_broken_intervals_are_shown(run):
     scores = json.loads((run / "scores.json").read_text())
     for intervals in (None, "?", {"chrf": [1], "wer": ["a", "b"], "cer": [0.1, 0.2], "new": [1, 2]}):

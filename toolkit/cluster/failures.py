@@ -39,6 +39,8 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 2.0
 # A broken collective is a consequence: a rank waits this long for its cause before it reports its own error.
 CAUSE_SECONDS = 5.0
+# What to do about a failure may be computed for this long, after it was printed.
+ADVICE_SECONDS = 6.0
 # The clean-ups of at_failure have this long.
 CLEAN_UP_SECONDS = 10.0
 # Rank 0 keeps the store, so it ends last: after a failure within CLEAN_UP_SECONDS, else after this.
@@ -58,6 +60,21 @@ class Failure:
     lines: str  # for the terminal, once a node
     code: int = EXIT_FAILED  # exit code of all ranks
     reported_by: int = -1  # the rank that claims it
+    who: str = ""  # which rank failed, in words
+    has_died: bool = False  # whether its process is gone and claimed nothing
+    is_explained: bool = False  # whether its lines say what to do: its traceback is left out, and advice follows
+
+
+class Explainer:
+    """What a command knows of its failures; this one knows nothing."""
+
+    def explain(self, failure: Failure, error: BaseException | None) -> Failure:
+        """The failure with what is known of it, at once; ``error`` is this rank's own, None of a rank that is lost."""
+        return failure
+
+    def advise(self, failure: Failure) -> str:
+        """Further lines for the terminal, below those of the failure; may take ADVICE_SECONDS."""
+        return ""
 
 
 class RankExit:
@@ -67,6 +84,7 @@ class RankExit:
         self.debug = debug
         self.record: Callable[[int, str, str], None] = lambda rank, host, reason: None
         self.clean_ups: list[Callable[[], None]] = []
+        self.explainer = Explainer()
         self.failure: Failure | None = None
         self._ranks, self._me, self._members = rendezvous.ranks, rendezvous.me, rendezvous.members
         here = (member for member in self._members if member.node == self._me.node and member != self._me)
@@ -99,9 +117,11 @@ class RankExit:
         self._enter()
         if self.failure is None:
             cause = self._wait_for_cause() if _is_consequence(error) else None
-            is_plain = (isinstance(error, KeyboardInterrupt) or explained(error) is not None) and not self.debug
+            own = cause or self.explainer.explain(_failure_of(error, self._me), error)
+            is_known = isinstance(error, KeyboardInterrupt) or explained(error) is not None or own.is_explained
+            is_plain = is_known and not self.debug
             trace = "" if is_plain or cause else "".join(traceback.format_exception(error))
-            self._publish(cause or _failure_of(error, self._me), trace)
+            self._publish(own, trace)
         assert self.failure is not None
         return self.failure
 
@@ -140,12 +160,14 @@ class RankExit:
             threading.Thread(target=self._exit_at_deadline, daemon=True, name="end").start()
 
     def _exit_at_deadline(self) -> None:
-        time.sleep(CAUSE_SECONDS + CLEAN_UP_SECONDS)
+        time.sleep(CAUSE_SECONDS + ADVICE_SECONDS + CLEAN_UP_SECONDS)
         os._exit(self.failure.code if self.failure else EXIT_FAILED)
 
     def _publish(self, failure: Failure, trace: str) -> None:
         """Claim the failure, print the one that was claimed first, record it if it is this rank's, and clean up."""
-        failure = replace(failure, reported_by=self._ranks.rank) if failure.reported_by < 0 else failure
+        if failure.reported_by < 0:
+            failure = self.explainer.explain(failure, None) if failure.has_died else failure
+            failure = replace(failure, reported_by=self._ranks.rank)
         claimed = self._ask_store(lambda store: store.compare_set(CLAIM, "", json.dumps(asdict(failure))))
         self.failure = Failure(**json.loads(claimed)) if claimed else failure
         is_own = self.failure.reported_by == self._ranks.rank
@@ -155,6 +177,8 @@ class RankExit:
         if is_own and (claimed or prints):
             with contextlib.suppress(Exception):  # a full disk must not keep the process from ending
                 self.record(failure.rank, failure.host, failure.reason)
+            with contextlib.suppress(Exception):  # it is computed where memory is short
+                print(end=self.explainer.advise(self.failure), file=sys.stderr, flush=True)
         while self.clean_ups:
             with contextlib.suppress(Exception):
                 self.clean_ups.pop()()
@@ -243,7 +267,7 @@ def _has_died(member: Member) -> bool:
 
 def _loss_of(member: Member) -> Failure:
     reason = f"{member} has ended without an error, as when the kernel kills it because memory is short"
-    return Failure(member.rank, member.host, reason, f"error: {reason}")
+    return Failure(member.rank, member.host, reason, f"error: {reason}", who=str(member), has_died=True)
 
 
 def _failure_of(error: BaseException, me: Member) -> Failure:
@@ -252,7 +276,7 @@ def _failure_of(error: BaseException, me: Member) -> Failure:
     reason = f"{type(error).__name__}: {error}"
     if known := explained(error):
         return Failure(me.rank, me.host, reason, f"{known.kind}: {known.lines}", known.exit_code)
-    return Failure(me.rank, me.host, reason, f"error: {me} failed: {' '.join(reason.split())}")
+    return Failure(me.rank, me.host, reason, f"error: {me} failed: {' '.join(reason.split())}", who=str(me))
 
 
 def _is_consequence(error: BaseException) -> bool:
@@ -349,6 +373,12 @@ def recording_failures(record: Callable[[int, str, str], None]) -> Iterator[None
     before, _rank_exit.record = _rank_exit.record, record
     yield  # a failure on its way out is recorded after this, too
     _rank_exit.record = before
+
+
+def explain_by(explainer: Explainer) -> None:
+    """From now on failures of this run are explained by ``explainer``; does nothing outside of :func:`run_rank`."""
+    if _rank_exit is not None:
+        _rank_exit.explainer = explainer
 
 
 @contextlib.contextmanager

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from toolkit.checkpointing.run_directory import corpus_identity
 from toolkit.corpus.packed import Corpus
-from toolkit.files import write_text_atomically
 from toolkit.recipe.batches import MicroBatchChoice
+from toolkit.recipe.choices import folder_of
 from toolkit.recipe.resolve import MICRO_BATCH_FILE, ResolvedRun, read_choice
 
 # Settings of training that neither change what a micro-batch takes nor which there are.
@@ -38,12 +36,6 @@ WITHOUT_EFFECT = (
     "data_timeout",
     "time_limit",
 )
-
-
-def choices_folder() -> Path:
-    """Where a user's choices are kept: in the cache of the user."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sign-language-translation" / "micro_batches"
 
 
 def settings_hash(resolved: ResolvedRun, corpus: Corpus) -> str:
@@ -84,23 +76,5 @@ def earlier_choice(run_dir: Path | None, hardware: str, settings: str) -> tuple[
         note = (
             f"{run_dir}/{MICRO_BATCH_FILE} was chosen for other {what} ({own.hardware}): micro-batches are chosen again"
         )
-    kept = read_choice(_folder_of(hardware, settings))
+    kept = read_choice(folder_of(hardware, settings))
     return (kept if kept and (kept.hardware, kept.settings) == (hardware, settings) else None), note
-
-
-def keep_choice(choice: MicroBatchChoice) -> MicroBatchChoice:
-    """Keep a choice for the next run of this recipe on this machine, and return it.
-
-    A folder that cannot be written keeps none.
-    """
-    folder = _folder_of(choice.hardware, choice.settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / MICRO_BATCH_FILE, json.dumps(asdict(choice), indent=2) + "\n")
-    except OSError:
-        pass
-    return choice
-
-
-def _folder_of(hardware: str, settings: str) -> Path:
-    return choices_folder() / f"{hashlib.sha256(hardware.encode()).hexdigest()[:16]}-{settings}"

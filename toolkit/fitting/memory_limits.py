@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from toolkit.training.monitoring.memory_shortage import OF_PROCESS, ROOT, memory_cgroups
+
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
 # written from, the search of an evaluation, and other processes of the machine.
 RESERVE = 0.2
@@ -42,25 +44,15 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
     return MemoryLimit(own.rss + int((1 - RESERVE) * free / local_ranks), address_space)
 
 
-def cgroup_free(of_process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+def cgroup_free(of_process: Path = OF_PROCESS, root: Path = ROOT) -> Iterator[int]:
     """Bytes that are left in this process's cgroup and in each of its parents that has a limit.
 
     Pages of files that the kernel can drop count as free.
     """
-    try:
-        lines = of_process.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mounted = root / "memory" if controllers else root  # version 1 mounts each controller by itself
-        group = Path(path)
-        for folder in (group, *group.parents):
-            free = _free_of(mounted / str(folder).lstrip("/"))
-            if free is not None:
-                yield free
+    for folder in memory_cgroups(of_process, root):
+        free = _free_of(folder)
+        if free is not None:
+            yield free
 
 
 def _free_of(folder: Path) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.ops import build_missing_ops, needed_ops
@@ -18,13 +18,25 @@ from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.fitting.hardware import GIB, Card, cards, describe
-from toolkit.fitting.kept_choices import choices_folder, earlier_choice, keep_choice, settings_hash
+from toolkit.fitting.kept_choices import earlier_choice, settings_hash
 from toolkit.fitting.memory_limits import MemoryLimit, memory_limit
 from toolkit.fitting.planned_size import planned_size
 from toolkit.fitting.rehearsal import Measured, Rehearsal, room_for_tensors
-from toolkit.fitting.shapes import Lengths, Shape, generation_batches, heaviest, lengths_of, limits_of, sizes, typical
+from toolkit.fitting.shapes import (
+    Lengths,
+    Limits,
+    Shape,
+    generation_batches,
+    heaviest,
+    lengths_of,
+    limits_of,
+    next_smaller,
+    sizes,
+    typical,
+)
 from toolkit.models.build import fetch_backbone
 from toolkit.recipe.batches import MicroBatchChoice, most_batch_frames
+from toolkit.recipe.choices import choices_folder, keep_choice
 from toolkit.recipe.resolve import ResolvedRun
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
@@ -60,16 +72,20 @@ def fit_micro_batches(
     choice, note = on_rank_0(lambda: earlier_choice(resolved.run_dir if resumes else None, hardware, settings))
     if note:
         echo(f"note: {note}")
+    lengths = lengths_of(resolved, corpus.splits["train"])
+    if choice and choice.too_large:
+        echo(f"note: a run ran out of memory with micro-batches of {_limits(choice)}: {choice.too_large}")
+        smaller = _smaller(choice, lengths, resolved)
+        choice = on_rank_0(lambda: keep_choice(smaller))
     if choice:
         echo(f"as chosen before: {choice.in_words()}")
         return resolved.with_choice(choice)
-    lengths = lengths_of(resolved, corpus.splits["train"])
     if rehearses:
         size, reason, batch_frames = _rehearsed(resolved, ranks, corpus, lengths, echo, has_gpu=bool(found))
     else:
         (size, reason), batch_frames = _planned(resolved, lengths, found), None
     limits = limits_of(size, lengths)
-    choice = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings, batch_frames)
+    choice = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings, batch_frames, size == 1)
     echo(choice.in_words())
     if rehearses:
         own = choice
@@ -115,6 +131,30 @@ def _batch_frames(stage: _Stage, resolved: ResolvedRun, corpus: Corpus) -> int |
             return size
         stage.show(f"generation batches of {size} padded frames do not fit ({problem})")
     return candidates[-1][0]  # one clip at a time: an evaluation has other memory than a rehearsal
+
+
+def _smaller(choice: MicroBatchChoice, lengths: Lengths, resolved: ResolvedRun) -> MicroBatchChoice:
+    """What a run takes after it ran out of memory.
+
+    Raises:
+        UserError: there are no smaller ones.
+    """
+    size = next_smaller(Limits(choice.clips, choice.frames), lengths)
+    if size is None:
+        raise _nothing_fits(resolved, choice.too_large)
+    limits = limits_of(size, lengths)
+    return replace(
+        choice,
+        clips=limits.clips,
+        frames=limits.frames,
+        reason=f"the next smaller size; {_limits(choice)} ran out of memory ({choice.too_large})",
+        is_smallest=size == 1,
+        too_large=None,
+    )
+
+
+def _limits(choice: MicroBatchChoice) -> str:
+    return f"at most {choice.clips} clips" + (f" and {choice.frames} padded frames" if choice.frames else "")
 
 
 @dataclass

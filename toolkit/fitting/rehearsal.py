@@ -51,6 +51,7 @@ from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
 from toolkit.planning.memory import translation_memory
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
+from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 from toolkit.training.optimization.averaging import update_average
 from toolkit.training.optimization.gradient_reduction import reduced_once
 
@@ -194,11 +195,6 @@ def _rehearse(
                 trace = " | ".join(traceback.format_exc().strip().splitlines()[-3:])
                 answer = Measured(error=(RuntimeError, (trace,)))
         connection.send(answer)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a GPU or the machine had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _be_quiet() -> None:

@@ -98,6 +98,20 @@ def limits_of(size: int, lengths: Lengths) -> Limits:
     return Limits(min(lengths.share, size * shorter), min(frames, lengths.frame_limit or frames))
 
 
+def next_smaller(limits: Limits, lengths: Lengths) -> int | None:
+    """The largest size whose micro-batches take less than some limits permit; None where there is none."""
+
+    def most(limits: Limits) -> tuple[int, float]:
+        return limits.clips, math.inf if limits.frames is None else limits.frames
+
+    clips, frames = most(limits)
+    for size in sizes(lengths.share):
+        found = most(limits_of(size, lengths))
+        if found != (clips, frames) and found[0] <= clips and found[1] <= frames:
+            return size
+    return None
+
+
 def heaviest(limits: Limits, lengths: Lengths) -> list[Shape]:
     """The micro-batches between which any other within the limits lies, in any order of the clips.
 

@@ -23,7 +23,6 @@ from toolkit.files import write_text_atomically
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.models.check import check_model
 from toolkit.recipe.resolve import resolve_named
-from toolkit.training.monitoring.metering import peak_memory_gib
 from toolkit.training.run import open_run, open_trainer, start_loader
 from toolkit.training.start import Start
 
@@ -92,7 +91,8 @@ def take_steps(file: Path, ranks: Ranks) -> None:
                 trainer.progress.epoch_step = 0
             trainer.step(next(batches))
             speeds.append((trainer.progress.clips - clips) / (trainer.progress.seconds - seconds))
-        peak = peak_memory_gib(trainer.engine.device)
+        trainer.memory.compare(trainer.engine.device)
+        peak = trainer.memory.largest()
     timed = sorted(speeds[1:] or speeds)
     if ranks.is_main:
         found = Speed(clips_per_second=timed[len(timed) // 2], peak_gib=peak, batch=resolved.batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
@@ -113,7 +113,7 @@ def compare(
             least = min(planned, key=lambda row: row.plan.total if row.plan else 0.0)
             run = runs[least.name]
             assert isinstance(run, ResolvedRun)
-            advice = list(_advice(run, hardware, workload))
+            advice = list(advice_for(run, hardware, workload))
         return Comparison(rows, None, "nothing fits", advice)
     best = min(plain, key=lambda row: row.seconds or 0.0)
     enough = (best.seconds or 0.0) / CLOSE
@@ -146,10 +146,34 @@ def changes_results(config: Tree | None) -> bool:
     return any(value_at(config or {}, key) for key in keys)
 
 
-def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterator[Advice]:
-    """What each change would save under the JSON that needs least, and all of them together."""
+def advice_for(run: ResolvedRun, hardware: Hardware, workload: Workload, phase: str | None = None) -> Iterator[Advice]:
+    """What each change would save under the run's JSON, and all of them together; each takes about a second.
+
+    Args:
+        run: its micro-batches are those of its recipe.
+        hardware: where it runs.
+        workload: its longest clips.
+        phase: of the plan, in which memory is to be saved; None = in any.
+    """
+    subject = Subject.of(run.recipe)
+    before = make_plan(subject, run, hardware, workload, micro_batch_size=_least(run.recipe))
+    changes = _changes(run)
+    together: dict[str, dict[str, Any]] = {}
+    for _, _, updates, _ in changes:
+        for section, values in updates.items():
+            together[section] = together.get(section, {}) | values
+    words = " ".join(words for _, words, updates, _ in changes if updates)
+    words = " ".join(dict.fromkeys(words.split()))  # quantisation names LoRA again
+    for change, settings, updates, ds in [*changes, ("all of them but offloading", words, together, "")]:
+        plan = _changed(subject, run, hardware, workload, updates, ds)
+        if plan:
+            gain = before.phases[phase] - plan.phases[phase] if phase else before.total - plan.total
+            yield Advice(change, settings, gain, not plan.lacking(hardware))
+
+
+def _changes(run: ResolvedRun) -> list[tuple[str, str, dict[str, dict[str, Any]], str]]:
+    """What may save memory: in words, as settings, as sections of the recipe, and another DeepSpeed JSON if any."""
     recipe = run.recipe
-    before = make_plan(Subject.of(recipe), run, hardware, workload, micro_batch_size=_least(recipe))
     changes: list[tuple[str, str, dict[str, dict[str, Any]], str]] = []
     if not recipe.training.gradient_checkpointing:
         recompute = {"training": {"gradient_checkpointing": True}}
@@ -170,38 +194,29 @@ def _advice(run: ResolvedRun, hardware: Hardware, workload: Workload) -> Iterato
         changes.append(("hold the frozen weights in NF4", words, packed, ""))
     if value_at(run.deepspeed, "zero_optimization.offload_param.device") in (None, "none"):
         changes.append((f"offload weights and states to the host ({OFFLOAD})", f"--ds {OFFLOAD}", {}, OFFLOAD))
-    for change, settings, updates, ds in changes:
-        yield from _gain(change, settings, updates, ds, before, run, hardware, workload)
-    together: dict[str, dict[str, Any]] = {}
-    for *_, updates, _ in changes:
-        for section, values in updates.items():
-            together[section] = together.get(section, {}) | values
-    words = " ".join(words for _, words, updates, _ in changes if updates)
-    words = " ".join(dict.fromkeys(words.split()))  # quantisation names LoRA again
-    yield from _gain("all of them but offloading", words, together, "", before, run, hardware, workload)
+    return changes
 
 
-def _gain(
-    change: str,
-    settings: str,
-    updates: dict[str, dict[str, Any]],
-    ds: str,
-    before: Plan,
+def _changed(
+    subject: Subject,
     run: ResolvedRun,
     hardware: Hardware,
     workload: Workload,
-) -> Iterator[Advice]:
-    """The advice to make a change; nothing where it cannot be made."""
+    updates: dict[str, dict[str, Any]],
+    ds: str,
+) -> Plan | None:
+    """The plan of a run with changes; None where they cannot be made."""
     sections = {name: getattr(run.recipe, name).model_copy(update=values) for name, values in updates.items()}
     recipe = run.recipe.model_copy(update=sections | {"deepspeed": ds or run.recipe.deepspeed})
-    if workload.steps_per_epoch is None:
-        workload = from_maxima(recipe)
+    if "evaluation" in updates or workload.steps_per_epoch is None:
+        workload = replace(workload, evaluated=from_maxima(recipe).evaluated)
     try:
-        changed = resolve(recipe, run.world_size, has_gpu=True, needs_data=False)
-        plan = make_plan(Subject.of(recipe), changed, hardware, workload, micro_batch_size=_least(recipe))
+        resolved = resolve(recipe, run.world_size, has_gpu=True, needs_data=False)
+        # Changes that are not about the model find its traced passes again.
+        subject = Subject.of(recipe) if "model" in updates else subject
+        return make_plan(subject, resolved, hardware, workload, micro_batch_size=_least(recipe))
     except UserError:
-        return
-    yield Advice(change, settings, before.total - plan.total, not plan.lacking(hardware))
+        return None
 
 
 def _least(recipe: Recipe) -> int | None:

@@ -34,6 +34,8 @@ class MicroBatchChoice:
         hardware: where it was chosen, in words; on other hardware it is chosen again.
         settings: a hash of what else it depends on: model, batch, DeepSpeed JSON, corpus.
         batch_frames: what ``evaluation.batch_frames: auto`` became; None where the recipe gives a number.
+        is_smallest: whether there are no smaller ones.
+        too_large: why a run with it ran out of memory; the next start takes smaller ones. None = it has not.
     """
 
     clips: int
@@ -42,6 +44,8 @@ class MicroBatchChoice:
     hardware: str
     settings: str
     batch_frames: int | None = None
+    is_smallest: bool = False
+    too_large: str | None = None
 
     def in_words(self) -> str:
         """What was chosen and why, in a line."""

@@ -116,6 +116,7 @@ def _run_content(run: RunFiles, given_corpus: Path | None) -> dict[str, Any]:
         **drawn,
         "corpus": described,
         "history": _history(run),
+        "memory": memory_rows(run.memory),
         "events": [{"step": event.pop("step"), "what": flatten(event)} for event in run.events[:MOST_EVENTS]],
         "texts": run.texts,
         "environment": flatten(run.environment),
@@ -191,6 +192,26 @@ def _facts(run: RunFiles) -> dict[str, Any]:
         "device": ", ".join(dict.fromkeys(names)) or run.environment.get("cpu"),
     }
     return {name: value for name, value in facts.items() if value not in (None, "", [])}
+
+
+def memory_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
+    """Of each phase that was measured GiB ``measured``, ``reserved``, of the ``process`` and ``planned``, and the
+    ``difference`` from the plan, as a share of it; None where a figure is not known.
+
+    Measured is what torch has allocated on the fullest GPU, and without one what the fullest process has had.
+    """
+    rows = []
+    for phase in ("start", "step", "evaluation", "save"):
+        process, allocated, reserved, planned = (
+            figures.get(f"{phase}_{kind}_gib") for kind in ("process", "allocated", "reserved", "planned")
+        )
+        measured = process if allocated is None else allocated
+        if measured is None:
+            continue
+        difference = (measured - planned) / planned if planned else None
+        found = {"measured": measured, "reserved": reserved, "process": process, "planned": planned}
+        rows.append({"phase": phase, **found, "difference": difference})
+    return rows
 
 
 def _last_step(run: RunFiles) -> int | None:

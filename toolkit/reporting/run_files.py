@@ -48,6 +48,7 @@ class RunFiles:
     train: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)  # figure -> (steps, values)
     evaluations: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)  # the same
     events: list[dict[str, Any]] = field(default_factory=list)  # entries of kind ``event``
+    memory: dict[str, float] = field(default_factory=dict)  # figures of the last entry of kind ``memory``
     samples: list[tuple[int, str, list[dict[str, Any]]]] = field(default_factory=list)  # step, name, rows
     warnings: list[str] = field(default_factory=list)  # what a reader should know, in words
 
@@ -111,6 +112,8 @@ def _read_metrics(run: RunFiles) -> None:
         elif kind == "table" and isinstance(entry.get("rows"), list):
             rows = [row for row in entry["rows"] if isinstance(row, dict)]
             run.samples.append((step, str(entry.get("name", "")), rows))
+        elif kind == "memory":
+            run.memory = {name: float(entry[name]) for name in entry.keys() - _NOT_FIGURES if is_number(entry[name])}
         elif kind in ("train", "eval"):
             figures = train if kind == "train" else evaluations
             for name, value in entry.items():

@@ -10,7 +10,7 @@ from toolkit.recipe.schema import Tracking
 from toolkit.tracking.background import BackgroundSink, Sink
 from toolkit.tracking.jsonl import METRICS_FILE, JsonLines
 
-Kind = Literal["train", "eval", "event"]
+Kind = Literal["train", "eval", "event", "memory"]
 
 
 class Tracker:
@@ -30,7 +30,7 @@ class Tracker:
         """Record named figures of one optimizer step, such as ``{"loss": 2.31, "clips_per_second": 41.0}``.
 
         The kind is ``train`` for the loop's figures, ``eval`` for scores, ``event`` for what happened once (a save, an
-        interruption).
+        interruption), ``memory`` for the peaks of the run's phases until then.
         """
         for sink in self._sinks:
             sink.log(step, values, kind)

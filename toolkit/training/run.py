@@ -38,9 +38,11 @@ from toolkit.reporting.report import write_report
 from toolkit.tracking.tracker import open_tracker
 from toolkit.training.engine import make_engine
 from toolkit.training.final_scores import score_best
+from toolkit.training.memory_report import compare_memory, report_memory
 from toolkit.training.monitoring.communication import report_communication
 from toolkit.training.monitoring.interruptions import Interruptions
-from toolkit.training.monitoring.metering import peak_memory_gib
+from toolkit.training.monitoring.memory_phases import MemoryPhases
+from toolkit.training.out_of_memory import MemoryFailures
 from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
 from toolkit.training.setting_notes import setting_notes
@@ -79,13 +81,16 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
                 log.info("training.padding: %s", batches.ladder.in_words())
         trainer.run(batches)
         batches.close()
-        memory = peak_memory_gib(trainer.engine.device)
+        heaviest = compare_memory(trainer)
         names = splits_to_test(corpus)
         echo(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
         results = score_best(
             trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.evaluation, ranks
         )
-        summary = write_scores(resolved, start.progress, results, memory, echo) if ranks.is_main else {}
+        summary: dict[str, Any] = {}
+        if ranks.is_main:
+            summary = write_scores(resolved, start.progress, results, trainer.memory.largest(), echo)
+            report_memory(trainer, heaviest, echo)
     if ranks.is_main:
         run_directory.write_status(resolved.run_dir, "finished", step=start.progress.step)
         echo(draw_report(resolved.run_dir))
@@ -212,6 +217,8 @@ def open_trainer(
     the engine the model: both can be freed as soon as the caller drops the trainer.
     """
     recipe, progress, config = resolved.recipe, start.progress, resolved.recipe.model_dump(mode="json")
+    memory = MemoryPhases()
+    failures.explain_by(MemoryFailures(resolved, ranks, corpus, memory, progress))
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
     processor = make_processor(resolved, ranks, corpus)
@@ -259,6 +266,7 @@ def open_trainer(
             interruptions=interruptions,
             progress=progress,
             target_loss=target_loss,
+            memory=memory,
         )
         texts = corpus.splits["train"].texts
         echo(f"training: {len(texts)} clips, {trainer.total_steps} steps of {resolved.batch}")

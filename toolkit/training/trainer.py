@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_sp
 from toolkit.training.monitoring.gradient_guard import GradientGuard
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.loss_spikes import LossSpikes
+from toolkit.training.monitoring.memory_phases import MemoryPhases, Phase, memory_figures
 from toolkit.training.monitoring.metering import StepCounts, StepMeter
 from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 from toolkit.training.monitoring.step_figures import LateNorm, check_losses, read_together
@@ -72,6 +73,7 @@ class Trainer:
     interruptions: Interruptions
     progress: Progress
     target_loss: float | None = None  # nats per token below which to stop early; None to train to the end
+    memory: MemoryPhases = field(default_factory=MemoryPhases)
 
     def __post_init__(self) -> None:
         self.recipe, resolved, progress = self.resolved.recipe, self.resolved, self.progress
@@ -89,7 +91,7 @@ class Trainer:
             lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
             Limits(shortest=training.rank_timeout, data=training.data_timeout),
         )
-        self.meter = StepMeter(resolved, self.engine.device, self.ranks.world_size)
+        self.meter = StepMeter(resolved, self.engine.device, self.ranks.world_size, self.memory)
         self.late_norm = LateNorm()
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = self.corpus.splits["train"]
@@ -131,6 +133,7 @@ class Trainer:
             self.rank_watch.close()
 
     def _run(self, stream: TrainBatches) -> None:
+        self.memory.enter("step")
         self.meter.restart()
         while self.progress.step < self.total_steps:
             with self.rank_watch.waiting_for_data():
@@ -208,6 +211,7 @@ class Trainer:
         weight, losses = self.recipe.training.ctc_weight, []
         with reduced_once(self.engine, len(batches)):
             for number, batch in enumerate(copied_ahead(batches, self.engine.device), start=1):
+                self.memory.see(number, batch)
                 self.engine.set_gradient_accumulation_boundary(number == len(batches))
                 with self.meter.forward(self.engine.module, batch):
                     nll, ctc = self._losses(batch)
@@ -280,7 +284,7 @@ class Trainer:
         if self.recipe.training.ctc_weight:
             values["ctc_loss"] = ctc_loss
         self.tracker.log(figures.step, values)
-        self._warn(self.loss_spikes.see(figures.step, figures.loss, figures.grad_norm), figures.step)
+        self.warn(self.loss_spikes.see(figures.step, figures.loss, figures.grad_norm), figures.step)
 
     def _evaluation_is_due(self) -> bool:
         """Whether the dev split is to be evaluated after this step: at the run's end and at every few epochs' end."""
@@ -293,7 +297,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Translate and score the dev split; keep the model where it is among the best."""
         progress, training = self.progress, self.recipe.training
-        with self._paused():
+        with self._paused("evaluation"):
             evaluated = self.translate(self.corpus.splits["dev"])
             scores, step, select_by = evaluated.scores, progress.step, self.recipe.evaluation.select_by
             kept = admit(progress.kept, step, scores, select_by=select_by, keep=training.keep_best)
@@ -320,7 +324,7 @@ class Trainer:
         if progress.kept and (self.corpus.splits.get("dev") or progress.best_step == progress.step):
             return
         kept: Kept = [(progress.step, None)]
-        with self._paused():
+        with self._paused("save"):
             self.save_model(kept, None)
         progress.kept = kept
 
@@ -342,7 +346,7 @@ class Trainer:
             self.tracker.table(progress.step, "dev_samples", rows)
         best = f"  (best {settings.select_by} so far)" if is_best else ""
         self.line.echo(f"dev after epoch {epoch}: {evaluated.line()}{best}")
-        self._warn(collapse_warning(evaluated, self.train_split.texts, epoch, settings))
+        self.warn(collapse_warning(evaluated, self.train_split.texts, epoch, settings))
 
     def translate(self, split: Split) -> Evaluated:
         """Translate and score a split with the weights that would be kept."""
@@ -351,12 +355,12 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint; ``self.checkpoints.wait()`` returns when it is complete."""
-        with self._paused():
+        with self._paused("save"):
             self.checkpoints.save(self.engine, self.progress)
 
     def save_model(self, kept: Kept, scores: Scores | None) -> None:
         """Write the model, or its average, to the folder that ``kept`` gives it: ``best/`` or one beside it."""
-        with self._kept_weights():
+        with self.memory.during("save"), self._kept_weights():
             weights = saved_state_dict(self.engine.module, keep=self.ranks.is_main)
         on_rank_0(
             lambda: place_model(
@@ -374,14 +378,17 @@ class Trainer:
         return averaged_weights(self.engine) if self.recipe.training.ema else nullcontext()
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _paused(self, phase: Phase) -> Iterator[None]:
         """Between steps: no limit on its time, and it counts in no step's figures."""
         self.late_norm.flush()
         with self.rank_watch.paused():
-            yield
+            with self.memory.during(phase):
+                yield
+            if self.memory.compare(self.engine.device):
+                self.tracker.log(self.progress.step, memory_figures(self.memory.of_ranks, {}), kind="memory")
         self.meter.restart()
 
-    def _warn(self, text: str | None, step: int | None = None) -> None:
+    def warn(self, text: str | None, step: int | None = None) -> None:
         """Warn on the terminal, in the log (and so in the report) and in the trackers."""
         if text and self.ranks.is_main:
             self.line.echo(f"warning: {text}")

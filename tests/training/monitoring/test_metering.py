@@ -12,7 +12,8 @@ import torch
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.monitoring import metering
 from toolkit.training.monitoring.flops import Cost
-from toolkit.training.monitoring.metering import StepCounts, StepMeter, peak_memory_gib, product_type
+from toolkit.training.monitoring.memory_phases import MemoryPhases
+from toolkit.training.monitoring.metering import StepCounts, StepMeter, product_type
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -45,7 +46,7 @@ def make(clock: Clock, resolve: Callable[..., ResolvedRun], monkeypatch: pytest.
 
     monkeypatch.setattr(metering.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(metering, "measure_peak", lambda device, dtype: 5e12)
-    return lambda: StepMeter(resolve(), CPU, RANKS)
+    return lambda: StepMeter(resolve(), CPU, RANKS, MemoryPhases())
 
 
 def batch_of(clips: int, frames: int, real_frames: int, tokens: int) -> Any:
@@ -171,14 +172,3 @@ def test_only_the_first_forward_pass_is_recorded(
 def test_products_are_of_the_type_that_the_run_computes_in(overrides: tuple[str, ...], dtype: torch.dtype) -> None:
     resolved = resolve_named("bart_large", overrides, 1, has_gpu=True, ds="zero1", needs_data=False)
     assert product_type(resolved) == dtype
-
-
-def test_the_peak_memory_is_the_largest_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_reduce(tensor: torch.Tensor, op: Any) -> None:
-        assert op == torch.distributed.ReduceOp.MAX
-        tensor.fill_(max(float(tensor), 12.5))
-
-    monkeypatch.setattr(metering.dist, "all_reduce", all_reduce)
-    assert peak_memory_gib(CPU) == 12.5
-    monkeypatch.setattr(metering.dist, "all_reduce", lambda tensor, op: None)
-    assert 0.05 < peak_memory_gib(CPU) < 100, "of a process that has imported torch, in GiB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from toolkit.batching.copies import on_device
 from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.flops import Cost, CostRecorder, cost_beside_training, measure_peak
+from toolkit.training.monitoring.memory_phases import MemoryPhases
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class StepCounts:
 class StepMeter:
     """Measures steps: each from the end of the one before, over the wait for data, to its own end."""
 
-    def __init__(self, resolved: ResolvedRun, device: torch.device, world_size: int) -> None:
+    def __init__(self, resolved: ResolvedRun, device: torch.device, world_size: int, phases: MemoryPhases) -> None:
+        self._phases = phases
         self._device = device
         self._world_size = world_size
         self.cost: Cost | None = None  # of a batch, from the first forward pass on
@@ -96,7 +97,7 @@ class StepMeter:
             "tokens_per_second": counts.tokens / seconds,
             "padding_share": 1 - counts.frames / max(counts.padded_frames, 1),
             "data_wait_share": min(1.0, counts.waited / self._world_size / seconds),
-            **memory(),
+            **memory(self._phases),
         }
         if counts.flops:
             figures["tflops"] = counts.flops / seconds / 1e12
@@ -112,24 +113,10 @@ def product_type(resolved: ResolvedRun) -> torch.dtype:
     return torch.float16 if any(name in HALF for name in names) else torch.float32
 
 
-def memory() -> dict[str, float]:
+def memory(phases: MemoryPhases) -> dict[str, float]:
     """Memory of this rank in GiB: of the process, and of torch on the GPU (now, and at its highest)."""
     held = {"memory_gib": psutil.Process().memory_info().rss / 2**30}
     if torch.cuda.is_available():
         held["gpu_memory_gib"] = torch.cuda.memory_allocated() / 2**30
-        held["gpu_peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        held["gpu_peak_memory_gib"] = phases.highest("allocated")
     return held
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The largest memory that any rank has held, of its GPU, else of the process; all ranks call this."""
-    if torch.cuda.is_available():
-        own = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        import resource
-
-        # Linux counts KiB, macOS bytes.
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    largest = torch.tensor(own, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)

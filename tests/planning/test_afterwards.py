@@ -1,0 +1,73 @@
+"""Plans of runs that were measured, and advice for those that failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.small_runs import corpus, resolve
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.planning import afterwards
+from toolkit.planning.afterwards import Computed, advice_within, by_gain, planned_phases
+from toolkit.planning.comparison import Advice
+from toolkit.planning.hardware import GIB, Hardware
+from toolkit.planning.plan import PHASES, Subject, make_plan
+
+__all__ = ["corpus", "resolve"]
+
+H100 = Hardware(gpus=1, gpu_memory=80 * GIB)
+LARGE = Computed(16, 300, 60)
+SMALL = ("model.tiny=true", "model.from_scratch=true", "training.micro_batch_size=16")
+
+
+def test_the_largest_phase_is_what_the_plan_says_that_torch_allocates(resolve: Any, corpus: Corpus) -> None:
+    run = resolve(*SMALL)
+    phases = planned_phases(run, corpus, H100, LARGE, rows=300)
+    plan = make_plan(Subject.of(run.recipe, 300), run, H100, LARGE.workload(corpus, run), micro_batch_size=16)
+    assert tuple(phases) == PHASES
+    assert max(phases.values()) == pytest.approx(plan.allocated)
+
+
+def test_the_plan_is_that_of_the_micro_batches_that_were_computed(resolve: Any, corpus: Corpus) -> None:
+    run = resolve(*SMALL)
+    small, large = (planned_phases(run, corpus, H100, size, 300) for size in (Computed(2, 30, 8), LARGE))
+    assert small["step"] < large["step"] - 2**26
+    assert small["save"] == large["save"]
+    later = Computed(16, 300, 60, later=16 * 200)
+    assert later.workload(corpus, run).later_frames == 200
+
+
+def test_advice_is_for_the_phase_that_failed(resolve: Any, corpus: Corpus) -> None:
+    (first,) = advice_within(0, resolve(*SMALL), corpus, H100, LARGE, "step")
+    assert first.settings == "training.gradient_checkpointing=true" and first.gain > 2**24
+    assert advice_within(0, resolve(*SMALL), corpus, H100, LARGE, "evaluation") == [], "it saves nothing there"
+
+
+def test_chosen_micro_batches_are_a_number_in_the_plan(resolve: Any, corpus: Corpus) -> None:
+    run = resolve(*SMALL[:2], "training.micro_batch_size=auto", "training.global_batch_size=512")
+    number = resolve(*SMALL, "training.global_batch_size=512")
+    (chosen,), (given,) = (advice_within(0, one, corpus, H100, LARGE, "step") for one in (run, number))
+    assert chosen == given
+
+
+def test_advice_ends_when_its_time_is_over(resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = [Advice("one", "a=1", GIB, True), Advice("another", "b=1", 2 * GIB, True)]
+    monkeypatch.setattr(afterwards, "advice_for", lambda *_: iter(gains))
+    assert advice_within(0.0, resolve(*SMALL), corpus, H100, LARGE, "step") == gains[:1]
+    assert advice_within(60.0, resolve(*SMALL), corpus, H100, LARGE, "step") == gains[::-1]
+
+
+def test_a_model_that_cannot_be_traced_gets_none(resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UserError("cannot be traced")
+        yield
+
+    monkeypatch.setattr(afterwards, "advice_for", refuse)
+    assert advice_within(60.0, resolve(*SMALL), corpus, H100, LARGE, "step") == []
+
+
+def test_what_saves_nothing_is_no_advice() -> None:
+    advice = [Advice("x", "a=1", 0.0, True), Advice("all of them but offloading", "b=1", 9.0 * GIB, True)]
+    assert by_gain(advice) == []

@@ -1,0 +1,102 @@
+"""Plans of a run that has been measured: what its micro-batches should have taken, and what to change where it failed.
+
+Unlike a plan before the run, these know the micro-batches that were computed and the rows of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from toolkit.batching.order import evaluation_order
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
+from toolkit.planning.comparison import Advice, advice_for
+from toolkit.planning.hardware import FRAGMENTS, Hardware
+from toolkit.planning.plan import Subject, make_plan
+from toolkit.planning.workload import Workload
+from toolkit.recipe.batches import most_batch_frames
+from toolkit.recipe.resolve import ResolvedRun
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The micro-batches of a run with most padded frames.
+
+    Attributes:
+        clips, frames: of the first micro-batch of a step.
+        tokens: of the longest target of any.
+        later: padded frames of any other micro-batch of a step; 0 where steps have one.
+    """
+
+    clips: int
+    frames: int
+    tokens: int
+    later: int = 0
+
+    def workload(self, corpus: Corpus, resolved: ResolvedRun) -> Workload:
+        """The same with the batches of the evaluations."""
+        split = corpus.splits.get("dev") or corpus.splits["train"]
+        batches = evaluation_order(split.frames, most_batch_frames(resolved.evaluation))
+        evaluated = sorted({(len(batch), int(split.frames[batch[0]])) for batch in batches})
+        return Workload(
+            frames=self.frames,
+            tokens=self.tokens,
+            later_frames=max(1, self.later // self.clips) if self.later else self.frames,
+            evaluated=tuple({evaluated[0], evaluated[-1]}),
+            steps_per_epoch=1,
+            source="the run's own micro-batches",
+        )
+
+
+def planned_phases(
+    resolved: ResolvedRun, corpus: Corpus, hardware: Hardware, computed: Computed, rows: int
+) -> dict[str, float]:
+    """Bytes that torch should have allocated on the fullest rank's GPU, by phase; in about a second.
+
+    Args:
+        resolved, corpus: the run.
+        hardware: it ran on.
+        computed: its micro-batches.
+        rows: of the vocabulary.
+
+    Raises:
+        UserError: the model cannot be traced.
+    """
+    subject = Subject.of(resolved.recipe, rows)
+    workload = computed.workload(corpus, resolved)
+    plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=computed.clips)
+    # As in Plan.allocated: neither the context nor what the allocator loses between its blocks.
+    return {phase: (size - hardware.context) / (1 + FRAGMENTS) for phase, size in plan.phases.items()}
+
+
+def advice_within(
+    seconds: float, resolved: ResolvedRun, corpus: Corpus, hardware: Hardware, computed: Computed, phase: str
+) -> list[Advice]:
+    """What to change in a run that ran out of memory in a phase: what saves most first, nothing that saves nothing.
+
+    Args:
+        seconds: after which no further change is planned.
+        resolved, corpus, hardware, computed: the run.
+        phase: of the plan.
+    """
+    end = time.monotonic() + seconds
+    training = resolved.recipe.training.model_copy(update={"micro_batch_size": computed.clips})
+    run = replace(resolved, recipe=resolved.recipe.model_copy(update={"training": training}))
+    run = replace(run, micro_batch_size=computed.clips, choice=None)
+    found: list[Advice] = []
+    try:
+        for advice in advice_for(run, hardware, computed.workload(corpus, resolved), phase):
+            found.append(advice)
+            if time.monotonic() > end:
+                break
+    except UserError:
+        pass  # a model that cannot be traced
+    return by_gain(found)
+
+
+def by_gain(advice: Sequence[Advice]) -> list[Advice]:
+    """Single changes that save at least a hundredth of a GiB, the largest gain first."""
+    single = [one for one in advice if one.gain >= 0.01 * 2**30 and not one.change.startswith("all of them")]
+    return sorted(single, key=lambda one: -one.gain)

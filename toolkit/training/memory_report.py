@@ -1,0 +1,100 @@
+"""The memory that a run took beside the memory that its plan says: on the terminal, in its log and in its metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from toolkit.cluster.rendezvous import exchange
+from toolkit.errors import UserError
+from toolkit.planning.afterwards import Computed, planned_phases
+from toolkit.planning.hardware import GIB
+from toolkit.training.monitoring.memory_phases import PHASES, Peaks, memory_figures
+from toolkit.training.out_of_memory import computed, hardware_of
+from toolkit.training.trainer import Trainer
+
+log = logging.getLogger("toolkit")
+
+# How far a plan may be off: the share, and the GiB below which no share says anything.
+OFF = 0.15
+SMALL = 0.1
+# What a report of a wrong plan needs, of the run directory.
+FILES = "recipe.yaml, deepspeed.json, environment.json, metrics.jsonl and log.txt"
+
+
+def compare_memory(trainer: Trainer) -> Computed | None:
+    """Compare the peaks of all ranks, which all call this; gives the heaviest micro-batches of any rank."""
+    trainer.memory.compare(trainer.engine.device)
+    shapes = exchange((trainer.memory.first, trainer.memory.later))
+    return computed([first for first, _ in shapes], [later for _, later in shapes])
+
+
+def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[str], None]) -> None:
+    """Report the peaks that were compared, on rank 0; on GPUs beside the plan, which takes about a second."""
+    peaks = trainer.memory.of_ranks
+    planned = _planned(trainer, heaviest) if torch.cuda.is_available() and heaviest else {}
+    for line in lines(peaks, planned):
+        log.info(line)
+    echo(in_a_line(peaks, planned))
+    trainer.tracker.log(trainer.progress.step, memory_figures(peaks, planned), kind="memory")
+    if warning := wrong_plan(peaks, planned, str(trainer.resolved.run_dir)):
+        trainer.warn(warning)
+
+
+def _planned(trainer: Trainer, heaviest: Computed) -> dict[str, float]:
+    """GiB by phase; nothing where the model cannot be planned: no run fails for its plan."""
+    hardware = hardware_of(trainer.ranks)
+    rows = len(trainer.processor.tokenizer)
+    try:
+        sizes = planned_phases(trainer.resolved, trainer.corpus, hardware, heaviest, rows)
+    except Exception as error:
+        what = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        log.info("memory: no plan to compare with: %s", what)
+        return {}
+    return {phase: size / GIB for phase, size in sizes.items()}
+
+
+def lines(peaks: Peaks, planned: dict[str, float]) -> list[str]:
+    """A line for the log of each phase that was measured."""
+    return [
+        f"memory, {phase}: "
+        + ", ".join(
+            [
+                *(f"{kind} {value:.3f} GiB" for kind, value in peaks[phase].items()),
+                *([f"planned {planned[phase]:.3f} GiB"] if phase in planned else []),
+            ]
+        )
+        for phase in PHASES
+        if phase in peaks
+    ]
+
+
+def in_a_line(peaks: Peaks, planned: dict[str, float]) -> str:
+    """The phases for the terminal."""
+    parts = []
+    for phase in PHASES:
+        values = peaks.get(phase, {})
+        if (measured := values.get("allocated", values.get("process"))) is not None:
+            plan = f" (planned {planned[phase]:.2f})" if phase in planned else ""
+            parts.append(f"{phase} {measured:.2f}{plan}")
+    return f"memory of the fullest rank, GiB: {', '.join(parts)}"
+
+
+def wrong_plan(peaks: Peaks, planned: dict[str, float], run_dir: str) -> str | None:
+    """A warning where a plan is more than 15 % off; None where none is."""
+    off = []
+    for phase in PHASES:
+        measured, plan = peaks.get(phase, {}).get("allocated"), planned.get(phase)
+        if measured is None or not plan:
+            continue
+        difference = measured - plan
+        if abs(difference) > max(OFF * plan, SMALL):
+            off.append(f"{phase} {measured:.2f} GiB, planned {plan:.2f} ({difference / plan:+.0%})")
+    if not off:
+        return None
+    return (
+        f"the plan of this run's memory is more than {OFF:.0%} off: {'; '.join(off)}. Please report it, with {FILES} "
+        f"of {run_dir}"
+    )

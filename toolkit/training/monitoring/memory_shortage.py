@@ -1,0 +1,70 @@
+"""Whether memory was short: what errors say, and what the kernel has counted."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from toolkit.errors import explained, first_line
+
+OF_PROCESS = Path("/proc/self/cgroup")
+ROOT = Path("/sys/fs/cgroup")
+OF_MACHINE = Path("/proc/vmstat")
+OF_CGROUP = ("memory.events", "memory.oom_control")  # of version 2 and 1
+COUNTER = "oom_kill"
+# Of what torch, CUDA, cuBLAS and C++ say, in lower case; not all of their errors have a class of their own.
+WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
+# What torch's loader says of a process that SIGKILL ended.
+LOADER_KILLED = "killed by signal: Killed"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the machine had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and explained(error) is None and any(words in said for words in WORDS)
+
+
+def in_short(error: BaseException) -> str:
+    """What such an error says, without the allocator's statistics."""
+    return ". ".join(first_line(error).split(". ")[:3])
+
+
+def memory_cgroups(of_process: Path = OF_PROCESS, root: Path = ROOT) -> Iterator[Path]:
+    """Folders of this process's memory cgroup and of each of its parents, of both versions."""
+    try:
+        lines = of_process.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounted = root / "memory" if controllers else root  # version 1 mounts each controller by itself
+        group = Path(path)
+        for folder in (group, *group.parents):
+            yield mounted / str(folder).lstrip("/")
+
+
+def oom_kills(of_process: Path = OF_PROCESS, root: Path = ROOT, of_machine: Path = OF_MACHINE) -> int:
+    """How many processes the kernel has killed because memory was short: a number that grows with each.
+
+    Of the cgroups of this process and of the machine: a container may not see the latter, and a cgroup not its
+    siblings.
+    """
+    files = [folder / name for folder in memory_cgroups(of_process, root) for name in OF_CGROUP]
+    return sum(map(_count_in, [*files, of_machine]))
+
+
+def _count_in(file: Path) -> int:
+    try:
+        counts = dict(line.split() for line in file.read_text().splitlines())
+        return int(counts[COUNTER])
+    except (OSError, ValueError, KeyError):
+        return 0

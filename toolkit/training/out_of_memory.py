@@ -1,0 +1,174 @@
+"""A run that ran out of memory, or whose rank the kernel killed for it: what and where, and which settings need less.
+
+The step is not taken again: gradients of its first micro-batches may have been summed over ranks or kept by DeepSpeed
+when a later one fails, and a rank that fails alone leaves the others in a collective. The run resumes from its last
+checkpoint instead, with ``training.micro_batch_size=auto`` in smaller micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import psutil
+import torch
+
+from toolkit.checkpointing.checkpoints import Progress, complete_checkpoints
+from toolkit.checkpointing.run_directory import CHECKPOINTS
+from toolkit.cluster.failures import ADVICE_SECONDS, Explainer, Failure
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Corpus
+from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, UserError
+from toolkit.planning.afterwards import Computed, advice_within
+from toolkit.planning.comparison import Advice
+from toolkit.planning.hardware import GIB, Hardware
+from toolkit.recipe.choices import mark_too_large
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape
+from toolkit.training.monitoring.memory_shortage import LOADER_KILLED, in_short, is_out_of_memory, oom_kills
+
+log = logging.getLogger("toolkit")
+
+MOST_ADVICE = 4  # settings that a line has room for
+# Settings of another model: a run cannot resume with them.
+OF_THE_MODEL = "model."
+
+
+@dataclass
+class MemoryFailures(Explainer):
+    """Explains failures of a run for which memory was short.
+
+    Attributes:
+        resolved, ranks, corpus: the run.
+        memory: where this rank stands.
+        progress: of the run.
+        kills: of the kernel on this machine before the run.
+    """
+
+    resolved: ResolvedRun
+    ranks: Ranks
+    corpus: Corpus
+    memory: MemoryPhases
+    progress: Progress
+    kills: int = field(default_factory=oom_kills)
+
+    def explain(self, failure: Failure, error: BaseException | None) -> Failure:
+        """Say what and where, and let the next start take smaller micro-batches where that helps."""
+        what = self._what(failure, error)
+        if what is None:
+            return failure
+        where = self._where(is_own=error is not None)
+        said = f": {in_short(error)}" if error is not None else ""
+        is_smaller = self._mark(f"{failure.who} in step {self.progress.step + 1}")
+        reason = f"{failure.who} {what} {where}{said}"
+        return replace(
+            failure,
+            reason=reason,
+            lines=f"error: {reason}\nhint: {self._next_start(is_smaller)}",
+            code=EXIT_SMALLER_NEXT if is_smaller else EXIT_OUT_OF_MEMORY,
+            is_explained=True,
+        )
+
+    def advise(self, failure: Failure) -> str:
+        """The settings that save most in the phase that failed; nothing for other failures."""
+        if not failure.is_explained:
+            return ""
+        advice = advice_within(
+            ADVICE_SECONDS,
+            self.resolved,
+            self.corpus,
+            hardware_of(self.ranks),
+            computed([self.memory.first], [self.memory.later]) or _heaviest(self.resolved),
+            self.memory.phase,
+        )
+        line = advice_in_words(advice, has_gpu=torch.cuda.is_available())
+        if not line:
+            return ""
+        log.error(line)
+        return f"{line}\n"
+
+    def _what(self, failure: Failure, error: BaseException | None) -> str | None:
+        """What happened for want of memory; None where something else did."""
+        if error is not None and is_out_of_memory(error):
+            return "ran out of memory"
+        was_killed = error is None and failure.has_died
+        lost_loader = error is not None and LOADER_KILLED in str(error)
+        if not (was_killed or lost_loader) or oom_kills() <= self.kills:
+            return None
+        whom = "was" if was_killed else "lost a loader process, which was"
+        return f"{whom} killed by the kernel because memory was short,"
+
+    def _where(self, *, is_own: bool) -> str:
+        after = f"after step {self.progress.step}"
+        if self.memory.phase == "start":
+            return "at the start"
+        if self.memory.phase == "evaluation":
+            return f"in the evaluation {after}"
+        if self.memory.phase == "save":
+            return f"while it saved {after}"
+        # Another rank's micro-batch is not known here.
+        batch = f"a micro-batch of {self.memory.batch}" if is_own and self.memory.batch else self.resolved.batch
+        return f"in step {self.progress.step + 1}, with {batch}"
+
+    def _mark(self, why: str) -> bool:
+        """Let the next start take smaller micro-batches; whether it will."""
+        choice = self.resolved.choice
+        if choice is None or choice.is_smallest or self.memory.phase != "step":
+            return False
+        try:
+            mark_too_large(self.resolved.run_dir, choice, why)
+        except (OSError, UserError):
+            return False
+        return True
+
+    def _next_start(self, is_smaller: bool) -> str:
+        newest = complete_checkpoints(self.resolved.run_dir / CHECKPOINTS)[-1:]
+        begins = "resumes from it" if newest else "starts again"
+        saved = f"the last checkpoint, {newest[0].name}, is intact" if newest else "nothing was saved yet"
+        how = " with smaller micro-batches" if is_smaller else ""
+        changed = "" if is_smaller else "with settings that need less memory "
+        return f"{saved}; {changed}the same command {begins}{how}"
+
+
+def advice_in_words(advice: Sequence[Advice], *, has_gpu: bool) -> str:
+    """A line for the terminal; empty without advice."""
+    if not advice:
+        return ""
+
+    def listed(chosen: Sequence[Advice]) -> str:
+        return ", ".join(f"{one.settings} ({one.gain / GIB:.2f} GiB less)" for one in chosen[:MOST_ADVICE])
+
+    resumes = [one for one in advice if OF_THE_MODEL not in one.settings]
+    parts = []
+    if resumes:
+        parts.append(f"with which the run resumes: {listed(resumes)}")
+    if others := [one for one in advice if OF_THE_MODEL in one.settings]:
+        parts.append(f"for another run (--new): {listed(others)}")
+    plan = "the plan of a rank" if has_gpu else "the plan of a rank on a GPU"
+    return f"hint: settings that need less memory, by {plan}, {'; '.join(parts)}"
+
+
+def hardware_of(ranks: Ranks) -> Hardware:
+    """What a plan of this run is for; without a GPU the memory of the machine stands for that of one."""
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    return Hardware(ranks.world_size, memory, nodes if ranks.world_size % nodes == 0 else 1)
+
+
+def computed(first: Sequence[Shape | None], later: Sequence[Shape | None]) -> Computed | None:
+    """The heaviest micro-batches of all ranks, for a plan; None before the first one."""
+    one, other = Shape.largest(first), Shape.largest(later)
+    if one is None:
+        return None
+    tokens = max(one.tokens, other.tokens if other else 0)
+    return Computed(one.clips, one.frames, tokens, later=other.clips * other.frames if other else 0)
+
+
+def _heaviest(resolved: ResolvedRun) -> Computed:
+    """What a run may compute, before it has."""
+    data, training = resolved.recipe.data, resolved.recipe.training
+    clips = resolved.micro_batch_size
+    if resolved.frame_limit:
+        clips = max(1, min(clips, resolved.frame_limit // data.max_frames))
+    return Computed(clips, data.max_frames, training.max_target_tokens)
