@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from toolkit.models.processor import PoseFeatureExtractor
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published
+from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import RECIPE_FILE
 from toolkit.recipe.schema import Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
@@ -162,6 +163,7 @@ def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
     landmarks = extractor.landmark_set
     longest = f"{extractor.max_frames} frames" if extractor.max_frames else "any"
     seconds = f" ({extractor.max_frames / extractor.fps:.0f} s)" if extractor.max_frames else ""
+    named = placeholders(extractor.prefix_template)
     return {
         "landmark set": f"{landmarks['name']}: {len(landmarks['points'])} points by name, "
         f"channels {', '.join(landmarks['channels'])}",
@@ -169,7 +171,15 @@ def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
         "longest clip": f"{longest}{seconds}; longer ones: {extractor.too_long}",
         "normalisation": extractor.normalisation,
         "missing landmarks": "given to the model as missing, never as zero",
+        **({"conditions": _conditions(extractor.prefix_template, named)} if named else {}),
     }
+
+
+def _conditions(template: str, named: Sequence[str]) -> str:
+    """How to say what is known of a clip."""
+    values = ", ".join(f'"{name}": "..."' for name in named)
+    options = ", ".join(f"`--{name.replace('_', '-')}`" for name in named)
+    return f"`{template}` stands before the poses: `processor([...], conditions=[{{{values}}}])`, or {options}"
 
 
 def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
