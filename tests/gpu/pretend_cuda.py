@@ -78,6 +78,9 @@ class Moment:
     def nothing(self, *_: Any, **__: Any) -> None:
         pass
 
+    def record_event(self, *_: Any) -> Moment:
+        return self
+
     record = wait = synchronize = wait_stream = wait_event = nothing
 
 
@@ -211,7 +214,8 @@ class Pretence(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # which needs a real GPU
         if function is Tensor.type and len(args) == 1 and not kwargs:
             return kind_of(args[0])
         if handler := HANDLED.get(function):

@@ -20,9 +20,13 @@ from toolkit.training.monitoring.interruptions import SIGNALS, Interruptions
 
 @pytest.fixture
 def interruptions() -> Iterator[Interruptions]:
+    # Under nohup SIGHUP is ignored, and stays so.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     watched = Interruptions()
     yield watched
     watched.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
