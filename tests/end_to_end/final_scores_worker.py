@@ -20,6 +20,7 @@ from toolkit.cpu.allocator import return_freed_memory
 from toolkit.decoding.decode_split import translate_split
 from toolkit.models.loading.load import load_translator
 from toolkit.planning import memory
+from toolkit.recipe.batches import most_batch_frames
 from toolkit.scoring.predictions import write_predictions
 from toolkit.training import final_scores
 from toolkit.training import run as training_run
@@ -55,7 +56,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     measured: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
         if case.get("crowded"):
-            patch.setattr(memory, "free_memory", lambda: 0)  # no rank has room for whole weights
+            patch.setattr(memory, "free_memory", lambda *_: 0)  # no rank has room for whole weights
         evaluate, score_best, score_splits = Trainer.evaluate, training_run.score_best, final_scores.score_splits
 
         def measured_evaluate(trainer: Trainer) -> Any:
@@ -91,8 +92,8 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         training_run.train(resolved, ranks, corpus, start, lambda _: None)
     if ranks.is_main:
         model, processor = load_translator(run_dir / "best")
-        settings_ = resolved.recipe.evaluation
-        rows = translate_split(model, corpus.splits["test"], processor, batch_frames=settings_.batch_frames)
+        batch_frames = most_batch_frames(resolved.recipe.evaluation)
+        rows = translate_split(model, corpus.splits["test"], processor, batch_frames=batch_frames)
         write_predictions(run_dir / "of_its_user.csv", rows)
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, measured | {name: measured[name] - before for name in ("training", "scoring")})
