@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from tests.models.warm_start.makers import HANDS, SMALL, corpus_of, make, save
 from tests.scripts import run_main
@@ -147,7 +148,8 @@ def test_check_refuses_a_translator_that_does_not_fit(tmp_path, translator):
         (["cp", "t5_small", "a b"], "'a b'"),
     ],
 )
-def test_wrong_input_is_an_error_with_a_hint_and_exit_code_2(tmp_path, arguments, part):
+def test_wrong_input_is_an_error_with_a_hint_and_exit_code_2(tmp_path, arguments, part, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # a hub that cannot be reached is asked again and again
     done = recipes(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert part in done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -279,8 +280,9 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_fit_is_refused_in_one_line_that_names_both(
-    case: str, corpus: Corpus, trained: Callable[..., Path]
+    case: str, corpus: Corpus, trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # a hub that cannot be reached is asked again and again
     overrides, words = WRONG[case]
     with pytest.raises(UserError, match=words) as caught:
         make(corpus, f"model.init_from={trained()}", *overrides)
