@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.cpu import linear
 from toolkit.planning.costs.counts import Weight
 from toolkit.planning.costs.tracing import Trace
 from toolkit.planning.costs.zero import BYTES, ENGINE_BUCKET, STATE_BUFFERS, Items, ZeroMemory, zero_memory
@@ -99,7 +100,10 @@ def cpu_moments(
         share = min(1.0, prefetched / sum(item.numel for item in weights))
         # Weights arrive in a buffer for many, from which each is copied; it stays until all were used.
         gathered = {"gathered weights": zero.gathered + share * zero.whole}
-        moments["forward pass"] = always | sums | gathered | {"activations": later.saved}
+        largest = max(item.numel for item in weights)
+        if rank.size < BYTES["fp32"] and not linear.has_fast_bf16():
+            in_pass["weight in fp32"] = largest * BYTES["fp32"]  # while it multiplies
+        moments["forward pass"] = always | sums | in_pass | gathered | {"activations": later.saved}
     return zero, moments
 
 
