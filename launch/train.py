@@ -145,6 +145,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         )
 
     def choose_start() -> Start:
+        run_directory.check_place(resolved.run_dir)
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
         if archived := run_directory.archive_run(resolved.run_dir):

@@ -124,3 +124,13 @@ def test_a_broken_status_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"status\.json") as refusal:
         run_directory.read_status(tmp_path)
     assert "--new" in refusal.value.hint
+
+
+@pytest.mark.parametrize("place", ["file", "file/runs/mine"])
+def test_a_place_where_no_folder_can_be_is_refused_at_once(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("of a user")
+    with pytest.raises(UserError) as raised:
+        run_directory.check_place(tmp_path / place)
+    assert str(tmp_path / "file") in raised.value.message and "run.dir" in raised.value.hint
+    run_directory.check_place(tmp_path / "new" / "runs" / "mine")
+    assert not (tmp_path / "new").exists()

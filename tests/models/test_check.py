@@ -125,6 +125,13 @@ def test_a_prefix_takes_positions_too() -> None:
     assert "data.max_frames=1178" in refusal.value.hint
 
 
+def test_a_prefix_that_names_conditions_may_take_all_of_its_tokens(tmp_path: Path) -> None:
+    SMALL_BART.save_pretrained(tmp_path)
+    prefixed = (f"model.backbone={tmp_path}", "model.pose_encoder.stride=2", "model.prefix='{language}:'")
+    check_model(resolve(*prefixed, "data.max_frames=1180", "model.max_prefix_tokens=10"))
+    assert "a prefix of 11 tokens" in refused(*prefixed, "data.max_frames=1180", "model.max_prefix_tokens=11").message
+
+
 def test_more_tokens_than_positions(tmp_path: Path) -> None:
     SMALL_BART.save_pretrained(tmp_path)
     here = f"model.backbone={tmp_path}"

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from toolkit.models.backbone_config import backbone_config
 from toolkit.planning.candidates import STATES_SHARE
-from toolkit.planning.costs.counts import count
+from toolkit.planning.costs.counts import count, empty_translator
 from toolkit.planning.costs.zero import zero_memory
 from toolkit.planning.hardware import GIB
 from toolkit.planning.overview import overview
@@ -42,3 +43,10 @@ def test_adapters_train_a_few_numbers() -> None:
     # 24 + 24 × 2 attentions of T5-3B, queries and values of each, rank 16 from 1,024 to 32 heads × 128.
     assert overview(load_recipe("t5_3b_lora")).trainable == 72 * 2 * 16 * (1024 + 4096)
     assert overview(load_recipe("transformer")).trainable == 31_133_184 - 384 * 512 - (512 * 512 + 512)
+
+
+def test_a_prefix_that_names_conditions_counts_with_all_of_its_tokens() -> None:
+    for prefix, tokens in (("{language}:", 64), ("translate:", 1), (None, 0)):
+        written = f"'{prefix}'" if prefix else "null"
+        recipe = load_recipe("t5_small", ["model.from_scratch=true", f"model.prefix={written}"])
+        assert empty_translator(backbone_config(recipe.model), recipe).config.longest_prefix == tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -120,6 +121,14 @@ def forget_failed_start(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for folder in (PROCESSOR, FROZEN):
         shutil.rmtree(run_dir / folder, ignore_errors=True)
+
+
+def check_place(run_dir: Path) -> None:
+    """Raise UserError where a run directory cannot be created or written, before a rehearsal or a download."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        reason = "cannot be written" if place.is_dir() else "is no folder"
+        raise UserError(f"run.dir={run_dir}: {place} {reason}", "set run.dir=ANOTHER_FOLDER")
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:

@@ -10,6 +10,7 @@ from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
+from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import PoseEncoder, Recipe
 
@@ -41,7 +42,9 @@ def check_model(resolved: ResolvedRun) -> None:
         lora_targets(backbone, model)
     data = resolved.recipe.data
     frames = Corpus.open(data.corpus).metadata.max_frames if data.corpus else data.max_frames
-    check_positions(resolved.recipe, backbone, frames, prefix=0)
+    # How many tokens a fixed prefix has shows when the tokenizer is there.
+    prefix = model.max_prefix_tokens if placeholders(model.prefix) else 0
+    check_positions(resolved.recipe, backbone, frames, prefix)
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from toolkit.planning.costs.cpu_ranks import cpu_moments
 from toolkit.planning.costs.zero import Items
 from toolkit.planning.hardware import CPU_COMPILER, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
-from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject
+from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject, passes_of
 from toolkit.planning.workload import Workload
-from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.resolve import ResolvedRun
 
 
@@ -32,10 +31,8 @@ def make_cpu_plan(
     Raises:
         UserError: the model cannot be traced.
     """
-    recipe, config, training = resolved.recipe, resolved.deepspeed, resolved.recipe.training
-    clips = micro_batch_size or resolved.micro_batch_size
-    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
-    recompute = training.gradient_checkpointing if checkpointing is None else checkpointing
+    recipe, config = resolved.recipe, resolved.deepspeed
+    clips, accumulation, recompute = passes_of(resolved, micro_batch_size, checkpointing)
     first, later = (
         subject.trace(clips, frames, workload.tokens, config, recompute, on_cpu=True)
         for frames in (workload.frames, workload.later_frames)

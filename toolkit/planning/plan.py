@@ -189,6 +189,14 @@ class Plan:
         return found
 
 
+def passes_of(resolved: ResolvedRun, micro_batch_size: int | None, checkpointing: bool | None) -> tuple[int, int, bool]:
+    """Clips of a micro-batch, micro-batches of a step, and whether activations are recomputed; None = the recipe's."""
+    training = resolved.recipe.training
+    clips = micro_batch_size or resolved.micro_batch_size
+    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
+    return clips, accumulation, training.gradient_checkpointing if checkpointing is None else checkpointing
+
+
 def make_plan(
     subject: Subject,
     resolved: ResolvedRun,
@@ -208,10 +216,7 @@ def make_plan(
         micro_batch_size, checkpointing: instead of the recipe's.
     """
     recipe, config = resolved.recipe, resolved.deepspeed
-    training = recipe.training
-    clips = micro_batch_size or resolved.micro_batch_size
-    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
-    recompute = training.gradient_checkpointing if checkpointing is None else checkpointing
+    clips, accumulation, recompute = passes_of(resolved, micro_batch_size, checkpointing)
     zero = zero_memory(subject.weights, recipe, config, resolved.world_size)
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)

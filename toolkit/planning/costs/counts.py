@@ -20,7 +20,8 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import card_of
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.schema import Model, Recipe
 
 PACKED = "is_packed"  # attribute of a layer whose weight a run holds in int8 or NF4
 
@@ -92,10 +93,15 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
                 num_channels=landmarks.num_channels,
                 landmark_set=landmarks.to_dict(),
                 ctc=recipe.training.ctc_weight > 0,
-                prefix_token_ids=[0] if recipe.model.prefix else [],
+                prefix_token_ids=[0] * _longest_prefix(recipe.model),
             ),
             empty_backbone(config),
         )
+
+
+def _longest_prefix(model: Model) -> int:
+    """Tokens before the poses; a fixed prefix, which only a tokenizer could count, is one."""
+    return model.max_prefix_tokens if placeholders(model.prefix) else int(bool(model.prefix))
 
 
 def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTranslator, list[Weight]]:
