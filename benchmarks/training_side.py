@@ -87,6 +87,8 @@ def main() -> None:
         ]
         recipe = load_recipe(arguments.recipe, settings)
         resolved = resolve(recipe, read_ranks().world_size, has_gpu=torch.cuda.is_available())
+        if arguments.side != "ours":  # at stage 0 our own loop clips
+            resolved.deepspeed["gradient_clipping"] = recipe.training.gradient_clipping
         with calls_of_a_gpu() if arguments.as_on_gpu else nullcontext():
             sides[arguments.side](resolved, corpus)
 

@@ -44,6 +44,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, resolved: ResolvedRun) -> None:
         self.module = module
+        self.clipping = resolved.deepspeed["gradient_clipping"]
         self.optimizer = torch.optim.AdamW(parameter_groups(module, resolved))
         self.steps = 0
         self.losses: list[float] = []  # of the backward passes
@@ -64,6 +65,9 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+    def gradient_clipping(self) -> float:
+        return self.clipping
 
     def set_gradient_accumulation_boundary(self, value: bool) -> None:
         self.is_boundary = value

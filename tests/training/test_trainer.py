@@ -13,6 +13,7 @@ from torch import nn
 from tests.training.small_trainers import batches_of, group, make, names_of, watched
 from toolkit.checkpointing.checkpoints import Progress
 from toolkit.training import trainer as module
+from toolkit.training.engine import gradient_norm
 from toolkit.training.monitoring.gradient_guard import TrainingStopped
 from toolkit.training.optimization.schedules import scheduled_factor
 from toolkit.training.trainer import Trainer
@@ -33,10 +34,15 @@ def test_a_step_has_the_mean_loss_and_gradient_of_all_its_tokens(make: Callable[
     parameters = list(trainer.engine.module.parameters())
     gradients = torch.autograd.grad(loss / tokens, parameters)
     norms: list[float] = []
+    stepped: list[float] = []
     trainer._log_step = lambda speed, rate, norm, ctc: norms.append(norm)  # type: ignore[method-assign]
+    take_step = trainer.engine.step
+    trainer.engine.step = lambda: (stepped.append(float(gradient_norm(trainer.engine.module))), take_step())
     assert trainer.step(batches) is False
     assert trainer.loss == pytest.approx(loss.item() / tokens, rel=1e-5)
     assert norms == pytest.approx([float(nn.utils.get_total_norm(gradients))], rel=1e-4)
+    assert norms[0] > trainer.recipe.training.gradient_clipping == 1.0
+    assert stepped == pytest.approx([1.0], rel=1e-4), "the weights change by the clipped gradient"
     progress = trainer.progress
     assert (progress.step, progress.epoch_step, progress.clips, trainer.engine.steps) == (1, 1, 3, 1)
     assert trainer.engine.boundaries == [False, True], "gradients are reduced after the last micro-batch"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from toolkit.errors import UserError
+from toolkit.recipe.deepspeed.cells import training_precision
 from toolkit.recipe.schema import Training
 from toolkit.recipe.tree import Tree, value_at
 
@@ -59,6 +60,14 @@ def optimizer_keys(optimizer: str, *, stage: int, offloaded: bool) -> Tree:
     if OPTIMIZER_TYPES[optimizer] in MADE_BY_DEEPSPEED or stage == 0:
         return {}
     return {"zero_allow_untested_optimizer": True, **({"zero_force_ds_cpu_optimizer": False} if offloaded else {})}
+
+
+def loop_clips(config: Tree) -> bool:
+    """Whether the training loop clips gradients, and not DeepSpeed: at stage 0 with fp32 parameters and no loss scale.
+
+    There DeepSpeed would take the norm again, which the loop has, and scale tensor by tensor.
+    """
+    return not value_at(config, "zero_optimization.stage") and training_precision(config) in ("fp32", "autocast")
 
 
 def optimizer_problems(

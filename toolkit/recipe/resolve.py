@@ -32,7 +32,7 @@ from toolkit.recipe.deepspeed.keys import OWNED
 from toolkit.recipe.load import load_recipe, read_recipe
 from toolkit.recipe.mismatches import mismatches
 from toolkit.recipe.model_cards import architecture_of, card_of, reads_published, tiny_config
-from toolkit.recipe.optimizers import optimizer_keys, optimizer_problems, optimizer_section
+from toolkit.recipe.optimizers import loop_clips, optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Evaluation, Recipe, Training
 from toolkit.recipe.tree import Tree, leaves, value_at
@@ -381,7 +381,7 @@ def _filled_in(
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
         **_batch_keys(world_size, micro_batch_size, accumulation),
-        "gradient_clipping": training.gradient_clipping,
+        "gradient_clipping": 0.0 if loop_clips(config) else training.gradient_clipping,
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
     }

@@ -83,7 +83,16 @@ def gradient_norm(module: nn.Module) -> torch.Tensor:
         one number, on the device.
     """
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+    return nn.utils.get_total_norm(gradients, foreach=True)
+
+
+def clip_gradients(engine: Any, norm: float | None, largest: float) -> None:
+    """Scale the gradient in place to the norm ``largest`` where its ``norm`` is greater, unless DeepSpeed clips.
+
+    What DeepSpeed does not clip is what ``recipe.optimizers.loop_clips`` names; with ``largest`` 0 nothing is.
+    """
+    if norm is not None and norm > largest > 0 and not engine.gradient_clipping():
+        nn.utils.clip_grads_with_norm_(engine.module.parameters(), largest, torch.tensor(norm), foreach=True)
 
 
 def release_training_states(engine: Any) -> None:

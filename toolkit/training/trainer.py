@@ -37,7 +37,7 @@ from toolkit.scoring.predictions import write_predictions
 from toolkit.scoring.table import choose_samples
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
-from toolkit.training.engine import gradient_norm, set_learning_rate
+from toolkit.training.engine import clip_gradients, gradient_norm, set_learning_rate
 from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
 from toolkit.training.monitoring.gradient_guard import GradientGuard
 from toolkit.training.monitoring.interruptions import Interruptions
@@ -174,6 +174,7 @@ class Trainer:
         self._set_learning_rates(factor)
         own = self._backward(batches, sums[0])
         counts, (nll, ctc, stops), norm = self._look_at_device(sums, own, batches)
+        clip_gradients(self.engine, norm, training.gradient_clipping)
         self.engine.step()
         if self.resolved.zero_stage:
             norm = self.engine.get_global_grad_norm()

@@ -1,0 +1,46 @@
+"""Gradients at ZeRO stage 0, which the training loop clips."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.training.engine import clip_gradients, gradient_norm
+
+
+def engine_with_gradients(scale: float, clipping: float = 0.0) -> Any:
+    """A model with gradients of this scale, one of its tensors without any, and what its engine clips to itself."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    for parameter in list(module.parameters())[:-1]:
+        parameter.grad = scale * torch.randn_like(parameter)
+    return SimpleNamespace(module=module, gradient_clipping=lambda: clipping)
+
+
+def gradients(engine: Any) -> list[torch.Tensor | None]:
+    return [None if parameter.grad is None else parameter.grad.clone() for parameter in engine.module.parameters()]
+
+
+@pytest.mark.parametrize("scale", [10.0, 0.5, 0.01])
+@pytest.mark.parametrize("largest", [1.0, 0.25])
+def test_gradients_are_clipped_as_torch_clips_them(scale: float, largest: float) -> None:
+    ours, torchs = engine_with_gradients(scale), engine_with_gradients(scale)
+    norm = float(gradient_norm(ours.module))
+    assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(torchs.module.parameters(), largest)))
+    clip_gradients(ours, norm, largest)
+    torch.testing.assert_close(gradients(ours), gradients(torchs), rtol=1e-6, atol=0)
+    assert float(gradient_norm(ours.module)) == pytest.approx(min(norm, largest), rel=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "largest", "clipping"), [(100.0, 0.0, 0.0), (None, 1.0, 0.0), (100.0, 1.0, 1.0)])
+def test_gradients_stay_without_clipping_without_a_norm_and_where_deepspeed_clips(
+    norm: float | None, largest: float, clipping: float
+) -> None:
+    engine = engine_with_gradients(100.0, clipping)
+    before = gradients(engine)
+    clip_gradients(engine, norm, largest)
+    torch.testing.assert_close(gradients(engine), before, rtol=0, atol=0)
