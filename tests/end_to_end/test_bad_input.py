@@ -15,15 +15,13 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def refused(
-    run: Run, fork: Run, train_here: Callable[..., Any], settings: list[str], tmp_path: Path
-) -> Callable[..., str]:
+def refused(fork: Run, train_here: Callable[..., Any], settings: list[str], tmp_path: Path) -> Callable[..., str]:
     """Run the trainer, in this process where ``ranks`` is None, expect a refusal; its error and hint."""
 
     def refused(*arguments: object, code: int = 2, recipe: str = "t5_small", ranks: int | None = None) -> str:
         run_dir = tmp_path / "run"
         words = ["--recipe", recipe, *settings, *arguments, f"run.dir={run_dir}"]
-        done = train_here(*words) if ranks is None else (run if ranks else fork)("launch/train.py", *words, ranks=ranks)
+        done = train_here(*words) if ranks is None else fork("launch/train.py", *words, ranks=ranks)
         assert done.code == code, done.out + done.err
         assert len(done.errors) == 1, done.err
         assert "Traceback" not in done.err

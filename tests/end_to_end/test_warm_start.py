@@ -38,10 +38,10 @@ def arguments(settings: list[str], source: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_a_run_from_a_source_resumes_without_it_and_is_exported(
-    run: Run, train_here: Run, arguments: list[str], source: Path, tmp_path: Path
+    fork: Run, train_here: Run, arguments: list[str], source: Path, tmp_path: Path
 ) -> None:
     run_dir = Path(arguments[-1].removeprefix("run.dir="))
-    first = run("launch/train.py", *arguments, "training.time_limit=0.0001", ranks=2)
+    first = fork("launch/train.py", *arguments, "training.time_limit=0.0001", ranks=2)
     assert first.code == 75, first.out + first.err
     for word in ("step 1234", "bleu4 7.5", "pose_encoder", "50 landmarks", "384 rows"):
         assert word in first.out and word in (run_dir / "log.txt").read_text(), word
@@ -52,7 +52,7 @@ def test_a_run_from_a_source_resumes_without_it_and_is_exported(
         assert refused.code == 2 and "model.init_" in refused.err
 
     gone = source.rename(source.with_name("gone"))
-    rest = run("launch/train.py", *arguments, "training.time_limit=9", "--json", ranks=2)
+    rest = fork("launch/train.py", *arguments, "training.time_limit=9", "--json", ranks=2)
     gone.rename(source)
     assert rest.code == 0, rest.out + rest.err
     assert rest.json["steps"] == 3 and "resuming from" in rest.out
