@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 RESULTS = HERE / "results" / "gpu.json"
 ROUNDS, STEPS = 3, 3
+STEPS_AS_TYPED = 24
 TOY = ["model.tiny=true", "training.workers=0", "model.pose_encoder.hidden=32", "ds.bf16.enabled=false"]
 
 
@@ -172,6 +174,63 @@ def train(folder: Path, run_dir: Path, settings: list[str], toy: bool, stop_afte
     return [round(row["loss"], 5) for row in rows if row["kind"] == "train"]
 
 
+def as_typed(folder: Path, toy: bool) -> dict[str, Any]:
+    """The command that a user types, on 1, 2, 4 ... ranks of this machine: workers and micro-batches are the recipe's.
+
+    Of each: clips a second, the share of the time that ranks waited for data, and the peak of a step beside the plan.
+    """
+    found: dict[str, Any] = {}
+    for ranks in numbers_of_ranks(2 if toy else devices()):
+        run_dir = folder / f"ranks_{ranks}"
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+        command = [
+            *(*launcher, "--master_port", str(free_port()), str(HERE.parent / "launch" / "train.py")),
+            *("--recipe", "t5_base", f"data.corpus={folder / 'corpus'}", f"model.tokenizer={folder / 'tokenizer'}"),
+            *(f"run.dir={run_dir}", "model.from_scratch=true", f"training.max_steps={4 if toy else STEPS_AS_TYPED}"),
+            *("training.log_every=1", "evaluation.max_new_tokens=16", "training.global_batch_size=128"),
+            *(["training.global_batch_size=8", "training.micro_batch_size=4", *TOY] if toy else []),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{ranks} ranks: {done.stdout}{done.stderr}"[-500:])
+        found[str(ranks)] = figures_of_run(run_dir)
+    first = found["1"]["clips_per_second"]
+    for ranks, figures in found.items():
+        figures["efficiency"] = round(figures["clips_per_second"] / first / int(ranks), 3)
+    return {"clips_a_step": 8 if toy else 128, "sides": found}
+
+
+def numbers_of_ranks(most: int) -> list[int]:
+    """The powers of two up to ``most``, and ``most``."""
+    return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
+
+
+def devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def figures_of_run(run_dir: Path) -> dict[str, Any]:
+    """What a run has logged of itself: the second half of its steps, and its memory beside the plan."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["kind"] == "train"]
+    steps = steps[len(steps) // 2 :]
+    memory = next((row for row in reversed(rows) if row["kind"] == "memory"), {})
+    wanted = {"step_allocated_gib": "peak_gib", "step_planned_gib": "planned_gib", "step_process_gib": "process_gib"}
+    return {
+        "clips_per_second": round(median(row["clips_per_second"] for row in steps), 1),
+        "data_wait_share": round(median(row["data_wait_share"] for row in steps), 4),
+        **{name: round(memory[key], 2) for key, name in wanted.items() if key in memory},
+    }
+
+
 def evaluation(folder: Path, toy: bool) -> dict[str, Any]:
     """Beam search of the model that t5_small's short run has kept, against HuggingFace's ``generate``."""
     run_dir = folder / "run_whole"
@@ -188,6 +247,7 @@ ROWS = [
     Row("t5_base_16", 75, side_by_side("t5_base", 16, "zero1", 16)),  # one rank's part of eight
     Row("t5_base_128", 110, side_by_side("t5_base", 128, "zero0", 128)),
     Row("t5_small_128", 80, side_by_side("t5_small", 128, "zero0", 128)),
+    Row("t5_base_as_typed", 75, as_typed),  # and as much for each larger number of ranks
     Row("t5_large", 90, side_by_side("t5_large", 128, "zero1", 32, peers=False)),
     Row("t5_3b_lora", 110, side_by_side("t5_3b_lora", 128, "zero1", 16, peers=False)),
     Row("resume_on_another_stage", 60, resume_elsewhere),

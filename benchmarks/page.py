@@ -42,7 +42,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/gpu.py",
         "Random weights of published sizes, clips and sentences as long as iSign's; each row says its device. Sides "
         "take turns: `hf_16` is Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours. `busy` is the share of "
-        "a step in which the chip computes or copies.",
+        "a step in which the chip computes or copies. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 "
+        "... GPUs: the share of its time that ranks wait for data, and its peak beside the plan.",
     ),
     "large_models": (
         "Large models on a small machine",

@@ -88,3 +88,19 @@ def test_the_most_important_rows_fit_into_eight_minutes(gpu: ModuleType) -> None
     assert sum(row.seconds for row in gpu.ROWS[:5]) <= 8 * 60
     sides = {row.name: row.measure.sides for row in gpu.ROWS if isinstance(row.measure, gpu.Training)}
     assert {way for way, *_ in sides["t5_base_128"].values()} == {"ours", "hf", "bare", "plain"}
+
+
+def test_ranks_are_the_powers_of_two_and_all_devices(gpu: ModuleType) -> None:
+    assert [gpu.numbers_of_ranks(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_a_runs_own_figures_are_those_of_its_later_steps_and_of_its_plan(gpu: ModuleType, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "clips_per_second": rate, "data_wait_share": wait}
+        for step, rate, wait in ((1, 1.0, 0.9), (2, 2.0, 0.5), (3, 100.0, 0.01), (4, 300.0, 0.03))
+    ]
+    peaks = {"start_allocated_gib": 9.0, "step_allocated_gib": 3.917, "step_planned_gib": 3.888}
+    rows += [{"kind": "memory", "step_allocated_gib": 1.0}, {"kind": "eval"}, {"kind": "memory", **peaks}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gpu.figures_of_run(tmp_path)
+    assert found == {"clips_per_second": 200.0, "data_wait_share": 0.02, "peak_gib": 3.92, "planned_gib": 3.89}
