@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
+from toolkit.cluster.host_memory import free_host_memory
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
 from toolkit.errors import UserError
@@ -36,7 +35,7 @@ def fit_deepspeed(name: str, overrides: Sequence[str], ranks: Ranks, *, resumes:
     """
     found = on_each_node(cards)
     free = exchange(min((card.free for card in found), default=None))
-    host = min(exchange(psutil.virtual_memory().available))
+    host = min(exchange(free_host_memory()))
     least = None if None in free else min(size for size in free if size is not None)
     return on_rank_0(lambda: choose_json(name, overrides, ranks, least, host, resumes=resumes))
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from toolkit.training.monitoring.memory_shortage import OF_PROCESS, ROOT, memory_cgroups
+from toolkit.cluster.host_memory import free_addresses, free_host_memory
 
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
 # written from, the search of an evaluation, and other processes of the machine.
@@ -37,38 +36,11 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
 
     All ranks of a node measure before any of them takes more.
     """
-    own = psutil.Process().memory_info()
-    free = min([psutil.virtual_memory().available, *cgroup_free()])
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    address_space = None if soft == resource.RLIM_INFINITY else own.vms + int((1 - RESERVE) * (soft - own.vms))
-    return MemoryLimit(own.rss + int((1 - RESERVE) * free / local_ranks), address_space)
-
-
-def cgroup_free(of_process: Path = OF_PROCESS, root: Path = ROOT) -> Iterator[int]:
-    """Bytes that are left in this process's cgroup and in each of its parents that has a limit.
-
-    Pages of files that the kernel can drop count as free.
-    """
-    for folder in memory_cgroups(of_process, root):
-        free = _free_of(folder)
-        if free is not None:
-            yield free
-
-
-def _free_of(folder: Path) -> int | None:
-    names = ("memory.max", "memory.current") if (folder / "memory.max").exists() else _VERSION_1
-    try:
-        limit, used = ((folder / name).read_text().strip() for name in names)
-        if limit == "max" or int(limit) >= 2**60:  # version 1 writes the largest number of pages
-            return None
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-        return max(0, int(limit) - int(used) + droppable)
-    except (OSError, ValueError):
-        return None
-
-
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    own, addresses = psutil.Process().memory_info(), free_addresses()
+    return MemoryLimit(
+        resident=own.rss + int((1 - RESERVE) * free_host_memory() / local_ranks),
+        address_space=None if addresses is None else own.vms + int((1 - RESERVE) * addresses),
+    )
 
 
 def peaks() -> tuple[int, int]:

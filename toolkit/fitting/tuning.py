@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from toolkit.cluster.cores import usable_cores
+from toolkit.cluster.host_memory import free_host_memory
 from toolkit.cluster.process_group import free_port
 from toolkit.cluster.ranks import Ranks, check_ranks
 from toolkit.errors import UserError
@@ -88,7 +87,7 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
     hardware = Hardware(
         gpus=world_size,
         gpu_memory=min(card.free for card in found),
-        host_memory=psutil.virtual_memory().available,
+        host_memory=free_host_memory(),
     )
     comparison = compare_jsons(own.recipe, recipe, overrides, hardware, [only] if only else None)
     training = own.recipe.training

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.order import evaluation_shapes
+from toolkit.cluster.host_memory import free_addresses, free_host_memory
 from toolkit.models.translator import PoseTranslator
 
 LARGEST_SHARE = 0.9
@@ -154,11 +155,10 @@ def free_memory(device: torch.device | None = None) -> int:
         # What torch's allocator has reserved is free for this process, though not for others.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + idle
-    import psutil
-
     everywhere = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or everywhere)
-    return int(psutil.virtual_memory().available // ranks_here)
+    share, addresses = free_host_memory() // ranks_here, free_addresses()
+    return share if addresses is None else min(share, addresses)
 
 
 def _first(config: Any, *names: str, missing: int | None = None) -> int:

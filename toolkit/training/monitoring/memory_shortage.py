@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from toolkit.cluster.host_memory import OF_PROCESS, ROOT, memory_cgroups
 from toolkit.errors import explained, first_line
 
-OF_PROCESS = Path("/proc/self/cgroup")
-ROOT = Path("/sys/fs/cgroup")
 OF_MACHINE = Path("/proc/vmstat")
 OF_CGROUP = ("memory.events", "memory.oom_control")  # of version 2 and 1
 COUNTER = "oom_kill"
@@ -34,22 +32,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_short(error: BaseException) -> str:
     """What such an error says, without the allocator's statistics."""
     return ". ".join(first_line(error).split(". ")[:3])
-
-
-def memory_cgroups(of_process: Path = OF_PROCESS, root: Path = ROOT) -> Iterator[Path]:
-    """Folders of this process's memory cgroup and of each of its parents, of both versions."""
-    try:
-        lines = of_process.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mounted = root / "memory" if controllers else root  # version 1 mounts each controller by itself
-        group = Path(path)
-        for folder in (group, *group.parents):
-            yield mounted / str(folder).lstrip("/")
 
 
 def oom_kills(of_process: Path = OF_PROCESS, root: Path = ROOT, of_machine: Path = OF_MACHINE) -> int:
