@@ -33,6 +33,8 @@ class Machine:
         self.starts = 0
         self.most_generated = 10**9
         self.generated: list[int] = []
+        self.timed: list[int] = []
+        self.slow_passes: set[int] = set()  # by their number, from 1: another process ran beside them
 
     def __call__(self, *_: Any, **__: Any) -> Machine:
         self.starts += 1
@@ -55,7 +57,9 @@ class Machine:
         return Measured(problem="out of memory" if clips > self.most_generated else None)
 
     def passes(self, shape: Shape) -> Measured:
-        return Measured(seconds=1.0 + self.per_clip * shape.clips)
+        self.timed.append(shape.clips)
+        seconds = 1.0 + self.per_clip * shape.clips
+        return Measured(seconds=100.0 * seconds if len(self.timed) in self.slow_passes else seconds)
 
     def close(self) -> None:
         self.widest = 0
@@ -102,9 +106,19 @@ def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
     assert "6 clips" in lines[-2]
 
 
-def test_cpus_take_the_smallest_of_those_that_are_about_as_fast(resolve: Any, fit: Any) -> None:
-    run, _ = fit(resolve(*AUTO), Machine(per_clip=1000.0))
+def test_cpus_take_the_smallest_of_those_that_are_about_as_fast_and_time_none_beyond_it(resolve: Any, fit: Any) -> None:
+    machine = Machine(per_clip=1000.0)
+    run, _ = fit(resolve(*AUTO), machine)
     assert run.clip_limit == 1
+    assert machine.timed == 2 * [machine.timed[0]] + 2 * [machine.timed[2]], "the second size is no faster"
+
+
+@pytest.mark.parametrize("slow", [{1}, {2}, {3}, {4}, {2, 3, 5}])
+def test_a_pass_that_another_process_has_slowed_does_not_count(resolve: Any, fit: Any, slow: set[int]) -> None:
+    machine = Machine()
+    machine.slow_passes = slow
+    run, _ = fit(resolve(*AUTO), machine)
+    assert run.clip_limit == 6
 
 
 @pytest.mark.parametrize(("limit", "space"), [(3.5, None), (100.0, 7.5)], ids=["memory", "addresses"])

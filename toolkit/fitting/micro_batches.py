@@ -41,9 +41,9 @@ from toolkit.recipe.resolve import ResolvedRun
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
 AS_FAST = 0.97
-# A size this much slower than the best ends the search; larger ones are slower still.
-SLOWER = 0.85
-QUICK = 1.0  # seconds: a pass that is shorter is timed twice
+# Each size is timed so often, and its shortest time counts: the first pass of a size gets its memory from the system,
+# and other processes make a pass longer, never shorter. One that is no faster than half of it ends the search.
+TIMES = 2
 SHOWN_EVERY = 5.0  # seconds between lines about a rehearsal
 FEW = 8  # clips of a micro-batch without a rehearsal, on CPUs
 
@@ -263,16 +263,15 @@ def _fastest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
     speeds: dict[int, float] = {}
     for size in _doubling([size for size in candidates if size <= largest]):
         shape = typical(limits_of(size, stage.lengths), stage.lengths)
-        own = stage.rehearsal.passes(shape)
-        if not own.problem and not own.error and own.seconds < QUICK:
-            again = stage.rehearsal.passes(shape)
-            own = min(own, again, key=lambda one: one.seconds) if not again.problem and not again.error else again
+        own = _shortest([stage.rehearsal.passes(shape) for _ in range(TIMES)])
         measured, problem = stage.agreed(own, own.problem)
         if problem:
             break
-        speeds[size] = shape.clips / max(one.seconds for one in measured)
-        stage.show(f"{speeds[size]:.3g} clips/s of a rank with as many frames as {_words(size)}")
-        if speeds[size] < SLOWER * max(speeds.values()):
+        speed = shape.clips / max(one.seconds for one in measured)
+        is_faster = AS_FAST * speed > max(speeds.values(), default=0.0)
+        speeds[size] = speed
+        stage.show(f"{speed:.3g} clips/s of a rank with as many frames as {_words(size)}")
+        if not is_faster:
             break
     fastest = smallest_as_fast(speeds) if speeds else candidates[0]
     for size in reversed([size for size in candidates if size <= fastest]):
@@ -310,6 +309,12 @@ def _largest_by_growth(stage: _Stage, resolved: ResolvedRun, candidates: list[in
         )
     )
     return max(size for size in candidates if size <= max(candidates[0], min(exchange(most))))
+
+
+def _shortest(passes: Sequence[Measured]) -> Measured:
+    """The pass that took the least time, or the first that failed."""
+    failed = [one for one in passes if one.problem or one.error]
+    return failed[0] if failed else min(passes, key=lambda one: one.seconds)
 
 
 def smallest_as_fast(speeds: dict[int, float]) -> int:
