@@ -120,28 +120,34 @@ def make_letters() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def case_settings(case: Case) -> list[str]:
+    """The recipe keys of a case, without those of its folders."""
+    return [
+        "model.from_scratch=true",
+        f"training.global_batch_size={CLIPS_PER_RANK * case.ranks}",
+        f"training.micro_batch_size={CLIPS_PER_RANK}",
+        "training.micro_batch_frames=null",
+        f"training.epochs={STEPS}",
+        "training.warmup_ratio=0",
+        "training.schedule=constant",
+        "training.learning_rate=1e-3",
+        "training.label_smoothing=0",
+        "training.workers=0",
+        "training.log_every=1",
+        *case.overrides,
+    ]
+
+
 def run(case: Case, data: list[str], overrides: list[str], folder: Path) -> dict[str, Any]:
     """Train a case in processes of its own and say how it went."""
     print(f"{case.name}: {case.ranks} rank(s), {case.ds}", flush=True)
-    clips = CLIPS_PER_RANK * case.ranks
     plan = {
         "recipe": case.recipe,
         "ds": case.ds,
         "overrides": [
             *data,
             f"run.dir={folder / case.name}",
-            "model.from_scratch=true",
-            f"training.global_batch_size={clips}",
-            f"training.micro_batch_size={CLIPS_PER_RANK}",
-            "training.micro_batch_frames=null",
-            f"training.epochs={STEPS}",
-            "training.warmup_ratio=0",
-            "training.schedule=constant",
-            "training.learning_rate=1e-3",
-            "training.label_smoothing=0",
-            "training.workers=0",
-            "training.log_every=1",
-            *case.overrides,
+            *case_settings(case),
             *overrides,
         ],
         "results": str(folder / f"{case.name}.json"),

@@ -66,7 +66,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Plans of memory",
         "python benchmarks/planning.py",
         "What a plan says against what a rank took, two ranks on CPUs: the growth of the resident set over its "
-        "libraries; models have few layers of their published width. `off` is that of the larger phase.",
+        "libraries; models have few layers of their published width. `off` is that of the larger phase. T5-3B has all "
+        "of its layers, and the peak is that of the whole process, as `large_models.py` measured it.",
     ),
     "evaluation": (
         "Evaluation",

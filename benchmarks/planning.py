@@ -2,14 +2,15 @@
 """How near a plan comes to the memory that a run takes: predicted against measured peaks of two ranks on CPUs.
 
 python benchmarks/planning.py                  cells chosen pairwise; those that have a row are kept
-python benchmarks/planning.py --full           every cell, and T5-3B
+python benchmarks/planning.py --full           every cell
 python benchmarks/planning.py --only t5_small/zero2/8/kept --again --tensors
 python benchmarks/planning.py --predict        only predict again, from the measured rows as they are
 
 A cell is a model, a DeepSpeed JSON, a micro-batch, and whether activations are kept or recomputed. Measured is the
 growth of a rank's resident set over what it held before it joined the process group: until the model is in its engine,
 and in two steps of two micro-batches, of which the last alone has all its clips. Freed memory goes back to the system.
-Every row is written into benchmarks/results/planning.json as it comes.
+Every row is written into benchmarks/results/planning.json as it comes. T5-3B stands there as large_models.py has
+measured it: the peak of the whole process in training.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a ran
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from planning_cells import MODELS, RANKS, STEPS, Cell, all_cells, make_corpus, overrides_of, pairwise
+from planning_cells import MODELS, RANKS, STEPS, WORDS, Cell, all_cells, make_corpus, overrides_of, pairwise
 from planning_side import GIB, import_all, run_ranks
 
 from toolkit.cluster.environment import describe_environment
@@ -44,7 +45,7 @@ PICTURE = ROOT / "docs" / "pictures" / "planning.png"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every cell, and T5-3B")
+    parser.add_argument("--full", action="store_true", help="every cell")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cells, or the beginnings of their names")
     parser.add_argument("--again", action="store_true", help="measure cells that have a row again")
     parser.add_argument("--predict", action="store_true", help="measure nothing")
@@ -74,7 +75,33 @@ def main() -> None:
             row = rows[cell.name] = row | predictor.submit(predict, cell, folder, row).result()
             write_rows([rows[known.name] for known in every if known.name in rows])
             print(f"{number} of {len(chosen)}: {in_words(row)}", flush=True)
+        write_rows(list(rows.values()), predictor.submit(predict_large).result())
     draw(read_rows())
+
+
+def predict_large() -> list[dict[str, Any]]:
+    """Plans of the runs of ``large_models.py`` beside the peaks that it has measured."""
+    from large_models import CASES, FRAMES, RESULTS, VOCABULARY, case_settings
+
+    from toolkit.planning.cpu_plan import make_cpu_plan
+    from toolkit.planning.plan import Subject
+    from toolkit.planning.workload import Workload
+    from toolkit.recipe.resolve import resolve_named
+
+    measured = {row["name"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
+    rows = []
+    for case in CASES:
+        resolved = resolve_named(
+            case.recipe, case_settings(case), case.ranks, has_gpu=False, ds=case.ds, needs_data=False
+        )
+        workload = Workload(FRAMES, WORDS, FRAMES, ((1, 1),), None, "as measured")
+        plan = make_cpu_plan(Subject.of(resolved.recipe, VOCABULARY), resolved, workload)
+        predicted = max(plan.phases[phase] for phase in PHASES) / GIB
+        peak = measured[case.name]["peak_gib_per_rank"]
+        off = round(predicted / peak - 1, 3)
+        rows.append({"run": case.name, "measured_gib": peak, "predicted_gib": round(predicted, 2), "off": off})
+        print(f"{case.name}: {peak} GiB, {predicted:.2f} predicted, {off:+.1%} off", flush=True)
+    return rows
 
 
 def run(cell: Cell, folder: Path, *, tensors: bool) -> dict[str, Any]:
@@ -167,8 +194,8 @@ def peak_of(row: dict[str, Any], prefix: str = "") -> float:
     return max(float(row[f"{prefix}{phase}_gib"]) for phase in PHASES)
 
 
-def write_rows(rows: list[dict[str, Any]]) -> None:
-    """Write the results: how near all plans are, and a row for each cell."""
+def write_rows(rows: list[dict[str, Any]], large: list[dict[str, Any]] | None = None) -> None:
+    """Write the results: how near all plans are, a row for each cell, and those of large models, or as they are."""
     machine = {key: describe_environment()[key] for key in ("cpu", "cores", "memory_gib")}
     errors = {row["cell"]: abs(row["off"]) for row in rows if "off" in row}
     worst = max(errors, key=lambda cell: errors[cell])
@@ -179,12 +206,17 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
         "worst_error": errors[worst],
         "worst_cell": worst,
     }
-    RESULTS.write_text(json.dumps({"machine": machine} | figures | {"cells": rows}, indent=1) + "\n", encoding="utf-8")
+    found = {"machine": machine} | figures | {"large_models": large or read_results().get("large_models", [])}
+    RESULTS.write_text(json.dumps(found | {"cells": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_rows() -> list[dict[str, Any]]:
     """The rows measured so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.exists() else []
+    return read_results().get("cells", [])
+
+
+def read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 if __name__ == "__main__":

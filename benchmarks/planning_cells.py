@@ -43,7 +43,6 @@ MODELS = {
     "bart_large_lora": Model("bart_large", 2, (LORA,)),
     "demo": Model("demo", None),
 }
-LARGE = {"t5_3b_lora": Model("t5_3b_lora", None), "t5_3b_qlora": Model("t5_3b_qlora", None)}
 MICRO_BATCH_SIZES = (1, 8, 32)
 
 
@@ -62,11 +61,11 @@ class Cell:
 
     @property
     def spec(self) -> Model:
-        return (MODELS | LARGE)[self.model]
+        return MODELS[self.model]
 
 
 def all_cells() -> list[Cell]:
-    """Every model, JSON, micro-batch and checkpointing that a CPU can run; T5-3B with its own JSON and one clip."""
+    """Every model, JSON, micro-batch and checkpointing that a CPU can run."""
     return [cell for cell in _combinations() if _is_allowed(cell)]
 
 
@@ -74,7 +73,6 @@ def _combinations() -> Iterator[Cell]:
     names = [name for name in ds_config_names() if name not in GPU_HOSTS]
     names = [name for name in names if not name.endswith("nvme") or is_built("async_io")]
     yield from (Cell(*values) for values in product(MODELS, names, MICRO_BATCH_SIZES, (False, True)))
-    yield from (Cell("t5_3b_lora", "zero3", 1, True), Cell("t5_3b_qlora", "zero2", 1, True))
 
 
 def _is_allowed(cell: Cell) -> bool:
@@ -87,8 +85,7 @@ def _is_allowed(cell: Cell) -> bool:
 
 
 def pairwise(cells: Sequence[Cell], least: int = 60) -> list[Cell]:
-    """Cells that have every pair of values of two factors at least once, filled up to ``least``; T5-3B left out."""
-    cells = [cell for cell in cells if cell.model not in LARGE]
+    """Cells that have every pair of values of two factors at least once, filled up to ``least``."""
     pairs = {cell: set(combinations(enumerate(asdict(cell).values()), 2)) for cell in cells}
     missing: set[Any] = set().union(*pairs.values())
     chosen: list[Cell] = []
