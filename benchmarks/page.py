@@ -92,6 +92,20 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "`text_points` are what the ladder adds to the padding of frames and of target tokens; see "
         "[performance.md](performance.md#few-shapes).",
     ),
+    "transfer": (
+        "Transfer to another sign language",
+        "python benchmarks/transfer.py --model runs/demo",
+        "Character error rate on 160 phrases of sign languages that the demo never saw, after training on 200 others "
+        "that share no word with them: from the demo's model, from scratch, mixed with the demo's corpus, and the "
+        "demo's model alone; see [transfer.md](transfer.md).",
+    ),
+    "mixing": (
+        "Mixes of corpora",
+        "python benchmarks/mixing.py",
+        "Several corpora opened and ordered as one, and four corpora beside one with all of their clips: padding of an "
+        "epoch, and what the loader of one process gives, both sides in turn; see "
+        "[transfer.md](transfer.md#a-mix-of-three-corpora).",
+    ),
     "failures": (
         "Failures",
         "python benchmarks/failures.py",

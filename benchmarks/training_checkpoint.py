@@ -86,7 +86,7 @@ def one_rank(folder: Path) -> None:
     resolved = resolve_named("t5_small", [*SETTINGS, f"run.dir={folder / 'run'}"], ranks.world_size, has_gpu=False)
     corpus = Corpus.open(ensure_corpus(resolved.recipe.data))
     if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
+        run_directory.start(resolved, corpus)
     barrier()
     interruptions = Interruptions()
     times: dict[str, list[float]] = {"call": [], "next_step": [], "step": [], "complete": []}

@@ -18,17 +18,22 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.recipe.catalogue import catalogue, copy_recipe, millions, summarise
+from toolkit.recipe.corpora import missing_data
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.paths import shown
-from toolkit.recipe.resolve import ResolvedRun, missing_data, resolve_named
+from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.recipe.tree import value_at
 from toolkit.recipe.yaml_text import dump_yaml
+
+if TYPE_CHECKING:
+    from toolkit.corpus.packed import Corpus
 
 OVERRIDES = (
     "Further arguments key=value change the recipe, e.g. training.epochs=40 model.tiny=true; "
@@ -144,15 +149,17 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from toolkit.corpus.mixture.opening import open_prepared
     from toolkit.poses.landmarks import load_landmark_set
 
     run = _resolve(arguments)
-    if not run.recipe.data.corpus:
+    corpus = open_prepared(run.recipe.data) if run.recipe.data.corpora or run.recipe.model.init_from else None
+    if corpus is None and not run.recipe.data.corpus:
         load_landmark_set(run.recipe.data.landmarks)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
-    taken = _warm_start(run)
+    taken, drawn = _warm_start(run, corpus), _mixture(run, corpus)
     if arguments.json:
-        print(json.dumps({"ok": True, **_to_dict(run), "missing": missing, "init_from": taken}))
+        print(json.dumps({"ok": True, **_to_dict(run), "missing": missing, "init_from": taken, "corpora": drawn}))
         return
     model = run.recipe.model
     card = card_of(model)
@@ -173,21 +180,33 @@ def _check(arguments: argparse.Namespace) -> None:
     if run.recipe.training.micro_batch_size == "auto" and not arguments.cpu:
         print(f"  plan       {_planned_micro_batch(run)}")
     print(f"  memory     {_memory(run)}")
+    for line in drawn:
+        print(f"  corpora    {line}")
     for line in taken:
         print(f"  init_from  {line}")
     for line in (*run.notes, *missing):
         print(f"  note       {line}")
 
 
-def _warm_start(run: ResolvedRun) -> list[str]:
+def _warm_start(run: ResolvedRun, corpus: Corpus | None) -> list[str]:
     """What the run will take of a trained translator, a line a part; empty where it starts from none."""
     if run.recipe.model.init_from is None:
         return []
-    from toolkit.corpus.packed import Corpus
     from toolkit.models.warm_start.plan import check_warm_start
 
-    corpus = run.recipe.data.corpus
-    return list(check_warm_start(run.recipe, Corpus.open(corpus) if corpus else None).lines())
+    return list(check_warm_start(run.recipe, corpus).lines())
+
+
+def _mixture(run: ResolvedRun, corpus: Corpus | None) -> list[str]:
+    """What an epoch draws of each of several corpora, where they are prepared."""
+    if corpus is None or not run.recipe.data.corpora:
+        return []
+    from toolkit.batching.epochs import mixture_of
+    from toolkit.training.start import check_corpus, check_selection
+
+    check_corpus(corpus, None)
+    check_selection(run.recipe, corpus)
+    return mixture_of(corpus.splits["train"], run.recipe).lines()
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

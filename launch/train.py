@@ -103,8 +103,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.checkpointing import run_directory
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
-    from toolkit.corpus.packed import Corpus
-    from toolkit.corpus.prepare import ensure_corpus
+    from toolkit.corpus.mixture.opening import open_corpora
     from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
     from toolkit.cpu.switch import uses_cpu_code
     from toolkit.fitting.deepspeed_json import AUTO, fit_deepspeed
@@ -115,7 +114,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
     from toolkit.training.run import train, train_overfit
-    from toolkit.training.start import Start, check_corpus, extend_schedule, find_start
+    from toolkit.training.start import Start, check_corpus, check_selection, extend_schedule, find_start
 
     def echo(text: str) -> None:
         if ranks.is_main:
@@ -154,6 +153,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     def check_start() -> tuple[Start, str | None]:
         check_corpus(corpus, None if new else resolved.run_dir, start)
+        check_selection(resolved.recipe, corpus)
         check_recipe_conditions(resolved.recipe, corpus)
         if resolved.recipe.model.init_from and start.checkpoint is None and not start.finished:
             check_warm_start(resolved.recipe, corpus)
@@ -161,9 +161,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     # Rank 0 reads for all ranks: on a shared file system others may see the run directory as it was half a minute ago.
     start = on_rank_0(choose_start)
-    corpus = Corpus.open(
-        resolved.recipe.data.corpus or ensure_corpus(resolved.recipe.data, is_local_main=ranks.is_local_main)
-    )
+    corpus = open_corpora(resolved.recipe.data, is_local_main=ranks.is_local_main)
     start, extension = on_rank_0(check_start)
     if extension:
         echo(f"note: {extension}")

@@ -126,7 +126,7 @@ def start_run(case: Case, settings: list[str], run_dir: Path, ranks: Ranks) -> t
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
     corpus = Corpus.open(resolved.recipe.data.corpus or "")
     if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
+        run_directory.start(resolved, corpus)
     dist.barrier()
     return resolved, corpus
 

@@ -19,7 +19,7 @@ Resolve = Callable[..., ResolvedRun]
 
 def test_a_run_that_starts_writes_its_settings(resolve: Resolve, corpus: Corpus) -> None:
     resolved = resolve()
-    run_directory.start(resolved, corpus.path)
+    run_directory.start(resolved, corpus)
     assert run_directory.read_status(resolved.run_dir) == "running"
     assert ResolvedRun.load(resolved.run_dir).deepspeed == resolved.deepspeed
     environment = json.loads((resolved.run_dir / "environment.json").read_text())
@@ -27,7 +27,7 @@ def test_a_run_that_starts_writes_its_settings(resolve: Resolve, corpus: Corpus)
 
 
 def test_the_same_settings_may_resume(resolve: Resolve, corpus: Corpus) -> None:
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     run_directory.check_same_run(resolve())
 
 
@@ -49,7 +49,7 @@ def test_the_same_settings_may_resume(resolve: Resolve, corpus: Corpus) -> None:
     ],
 )
 def test_settings_of_how_it_runs_may_change(resolve: Resolve, corpus: Corpus, override: str) -> None:
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     run_directory.check_same_run(resolve(override))
 
 
@@ -74,7 +74,7 @@ def test_settings_of_how_it_runs_may_change(resolve: Resolve, corpus: Corpus, ov
 def test_settings_of_what_it_learns_and_of_how_the_best_is_chosen_may_not_change(
     resolve: Resolve, corpus: Corpus, override: str, listed: str
 ) -> None:
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve(override))
     assert listed in refusal.value.message
@@ -82,7 +82,7 @@ def test_settings_of_what_it_learns_and_of_how_the_best_is_chosen_may_not_change
 
 
 def test_for_another_search_the_hint_names_evaluate(resolve: Resolve, corpus: Corpus) -> None:
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     with pytest.raises(UserError) as refusal:
         run_directory.check_same_run(resolve("evaluation.num_beams=9"))
     assert "launch/evaluate.py" in refusal.value.hint
@@ -99,7 +99,7 @@ def test_every_setting_that_may_change_exists() -> None:
 
 
 def test_settings_of_preparation_have_no_effect_on_a_prepared_corpus(resolve: Resolve, corpus: Corpus) -> None:
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     run_directory.check_same_run(resolve("data.source=table", f"data.corpus={corpus.path}", "data.fps=20"))
 
 

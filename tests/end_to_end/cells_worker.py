@@ -134,7 +134,7 @@ def train_recipe(
     """A whole short run of a recipe by its own DeepSpeed JSON: training, evaluation, the best model on disk."""
     resolved = resolve_named(name, [*overrides, f"run.dir={run_dir}"], ranks.world_size, has_gpu=False)
     if ranks.is_main:
-        run_directory.start(resolved, corpus.path)
+        run_directory.start(resolved, corpus)
     dist.barrier()
     interruptions = Interruptions()
     with open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer:

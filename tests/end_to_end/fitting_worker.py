@@ -104,7 +104,7 @@ def weights_after_a_step(run: ResolvedRun, ranks: Ranks) -> str:
     """A hash of all weights after the first step."""
     corpus = Corpus.open(run.recipe.data.corpus or "")
     if ranks.is_main:
-        run_directory.start(run, corpus.path)
+        run_directory.start(run, corpus)
     dist.barrier()
     interruptions, start = Interruptions(), Start()
     with open_trainer(run, ranks, corpus, start, interruptions, lambda _: None) as trainer:

@@ -26,7 +26,8 @@ def rehearsing(monkeypatch: pytest.MonkeyPatch, resolve: Callable[..., ResolvedR
 
     def rehearsing(build: Callable[[], Any], *overrides: str) -> Rehearsal:
         monkeypatch.setattr(rehearsal._Engine, "build", lambda *_: build())
-        return Rehearsal(resolve(*overrides), Ranks(), Path("unused"), Lengths(1, 9, 9, [], []), 1, has_gpu=False)
+        unused: Any = None
+        return Rehearsal(resolve(*overrides), Ranks(), unused, Lengths(1, 9, 9, [], []), 1, has_gpu=False)
 
     return rehearsing
 
@@ -84,7 +85,7 @@ def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus
     """As beside a GPU, which does not survive a fork: all that the process needs is sent to it."""
     run = resolve("model.tiny=true", "training.micro_batch_size=auto", "training.global_batch_size=6")
     lengths = lengths_of(run, corpus.splits["train"])
-    own = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=True)
+    own = Rehearsal(run, Ranks(), corpus, lengths, 1, has_gpu=True)
     found = own.step(heaviest(limits_of(2, lengths), lengths))
     own.close()
     assert (found.problem, found.error) == (None, None)
@@ -96,7 +97,7 @@ def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, m
     """As on a GPU; on CPUs their memory is computed."""
     run = resolve("model.tiny=true", "training.global_batch_size=6", "evaluation.max_new_tokens=5")
     lengths = lengths_of(run, corpus.splits["train"])
-    computed = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=False)
+    computed = Rehearsal(run, Ranks(), corpus, lengths, 1, has_gpu=False)
     few, many = (computed.translation([Shape(clips, 20)]) for clips in (1, 1000))
     computed.close()
     assert many.resident - few.resident > 100 * 2**20
@@ -112,7 +113,7 @@ def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, m
         return Measured(seconds=float(lengths[0]))
 
     monkeypatch.setattr(rehearsal._Engine, "translation", generate)
-    own = Rehearsal(run, Ranks(), corpus.path, lengths, 1, has_gpu=False)
+    own = Rehearsal(run, Ranks(), corpus, lengths, 1, has_gpu=False)
     found = own.translation([Shape(2, 20)])
     own.close()
     assert (found.problem, found.error) == (None, None)

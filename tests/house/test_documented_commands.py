@@ -17,8 +17,8 @@ import pytest
 from tests.house.documented import ROOT, Command, commands_of, documented
 from tests.scripts import load_script
 from toolkit.errors import UserError
+from toolkit.recipe.corpora import missing_data
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.resolve import missing_data
 
 RANKS = (1, 2, 4, 6, 8, 32)
 COMMANDS = documented()
@@ -32,6 +32,7 @@ OTHERS = [
 # What stands for the reader's own in a command line -> something that is there.
 STANDS_FOR = {
     "my_recipe": "t5_small",
+    "my_mix.yaml": "t5_small",  # tests/recipe/test_corpora.py reads it
     "RECIPE": "t5_small",
     "N": "2",
     "my/zero.json": "zero2",

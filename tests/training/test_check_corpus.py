@@ -93,7 +93,7 @@ def test_the_same_clips_may_be_elsewhere_and_other_clips_are_refused(
     one = Clip("a", "text", np.zeros((3, landmarks.num_points, landmarks.num_channels), np.float32))
     began = clips_of(tmp_path / "here", one)
     run_dir = resolve().run_dir
-    run_directory.start(resolve(), began.path)
+    run_directory.start(resolve(), began)
     check_corpus(clips_of(tmp_path / "there", one), run_dir)
     shutil.rmtree(tmp_path / "here")
     for other in (replace(one, uid="b"), replace(one, text="another text"), replace(one, features=one.features[:2])):
@@ -106,7 +106,7 @@ def test_the_same_clips_may_be_elsewhere_and_other_clips_are_refused(
 
 def test_other_lengths_are_other_features(resolve: Callable[..., ResolvedRun], tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "corpus", load_landmark_set("hands_body_50"))
-    run_directory.start(resolve(), corpus.path)
+    run_directory.start(resolve(), corpus)
     other = replace(corpus, metadata=replace(corpus.metadata, too_long="reject"))
     with pytest.raises(UserError, match="clips"):
         check_corpus(other, resolve().run_dir)

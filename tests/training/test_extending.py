@@ -29,7 +29,7 @@ def start_of(resolved: ResolvedRun, step: int, **progress: Any) -> Start:
 def begun(resolve: Resolve, corpus: Corpus) -> ResolvedRun:
     """A run of four epochs, 12 steps, in its directory."""
     resolved = resolve(*SHORT, "training.epochs=4")
-    run_directory.start(resolved, corpus.path)
+    run_directory.start(resolved, corpus)
     return resolved
 
 
@@ -51,7 +51,7 @@ def test_a_started_extension_resumes_from_a_checkpoint_of_the_shorter_run(
     begun: ResolvedRun, resolve: Resolve, corpus: Corpus
 ) -> None:
     longer = resolve(*SHORT, "training.epochs=8")
-    run_directory.start(longer, corpus.path)  # and it was killed before its first checkpoint
+    run_directory.start(longer, corpus)  # and it was killed before its first checkpoint
     run_directory.check_same_run(longer)
     run_directory.check_same_experiment(longer, begun.recipe.model_dump(mode="json"), Path("c"), extend=True)
     start = start_of(begun, 9)

@@ -53,12 +53,13 @@ class Ladder:
         return f"batches are padded to {frames} frames and {tokens} tokens"
 
 
-def training_ladder(frames: NDArray[np.integer], recipe: Recipe) -> Ladder:
-    """The ladder of a run over a split with clips of so many frames.
+def training_ladder(frames: NDArray[np.integer], recipe: Recipe, clips: Indices | slice = slice(None)) -> Ladder:
+    """The ladder of a run over a split with clips of so many frames; an epoch draws ``clips`` of them, or each once.
 
     No rung is longer than ``data.max_frames``, unless a clip is, nor than ``training.max_target_tokens``.
     """
-    lengths = batch_lengths(frames, draws_of_epoch(frames, recipe, 0), recipe)
+    drawn = frames[clips]
+    lengths = batch_lengths(drawn, draws_of_epoch(drawn, recipe, 0), recipe)
     longest = longest_of_any_epoch(frames, recipe)
     stride = recipe.model.pose_encoder.frames_per_position
     return Ladder(

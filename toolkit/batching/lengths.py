@@ -1,7 +1,8 @@
 """Frames of clips as they are batched: drawn for each epoch where augmentation changes them.
 
-The random stream of lengths is (seed, epoch, 1); the order of an epoch is drawn from (seed, epoch), and what else
-changes a clip from (seed, epoch, 2, clip).
+The random stream of lengths is (seed, epoch, 1); the order of an epoch is drawn from (seed, epoch), what else changes a
+clip from (seed, pass, 2, clip), what its prefix leaves out from (seed, pass, 3, clip), and the order of a
+corpus in a pass from (seed, pass, 4, corpus).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Frames = NDArray[np.integer]
 
 
 def draws_of_epoch(frames: Frames, recipe: Recipe, epoch: int) -> Frames | None:
-    """Rows of :func:`draw_lengths` of all clips of a split; None without augmentation."""
+    """Rows of :func:`draw_lengths` of the clips of an epoch; None without augmentation."""
     if is_off(recipe.augmentation):
         return None
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))

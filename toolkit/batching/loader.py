@@ -1,7 +1,7 @@
 """Load the batches of one rank: worker processes read the memory map, augment and pad ahead of the model.
 
 The number of workers does not change a batch: the order is fixed before they start, and the augmentation of a clip
-depends on the seed, the epoch and the clip alone.
+depends on the seed, the pass over its corpus (with one corpus the epoch) and the clip alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from toolkit.batching.collate import Batch, add_labels, pad, prefix_tokens
+from toolkit.batching.epochs import EpochClips, Mixture, mixture_of
 from toolkit.batching.ladder import STEPS_TO_FILL, Ladder, micro_batches_on_rungs, token_rungs, training_ladder
 from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import (
@@ -45,7 +46,7 @@ class MicroBatch:
     """The contents of a batch, before it is loaded."""
 
     clips: Indices  # indices in the split; a filler is written ``~i``
-    epoch: int = 0  # for the random generators of augmentation
+    passes: Indices | None = None  # of each clip, for its random generators; None where nothing is random
     lengths: Frames | None = None  # rows of :func:`draw_lengths` of these clips; None without augmentation
     padded_frames: int = 0  # to pad to, where no clip is longer
 
@@ -99,11 +100,13 @@ def train_batches(
     The tokenizer may come later, by :meth:`TrainBatches.set_tokenizer`; it is used in this process, because each copy
     of a large vocabulary takes half a gigabyte and seconds to load. ``epochs`` is None for no end.
     """
-    recipe = resolved.recipe
-    ladder = training_ladder(split.frames, recipe) if resolved.padding == "ladder" else None
+    recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
+    ladder = None
+    if resolved.padding == "ladder":
+        ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
     plan = itertools.chain.from_iterable(
-        _steps_of_epoch(split.frames, resolved, ladder, number, start_step if number == epoch else 0, rank)
+        _steps_of_epoch(split.frames, mixture, resolved, ladder, number, start_step if number == epoch else 0, rank)
         for number in wanted
     )
     # The workers read the plan ahead of the steps.
@@ -127,10 +130,21 @@ def train_batches(
 
 
 def _steps_of_epoch(
-    frames: Frames, resolved: ResolvedRun, ladder: Ladder | None, epoch: int, start_step: int, rank: int
+    frames: Frames,
+    mixture: Mixture,
+    resolved: ResolvedRun,
+    ladder: Ladder | None,
+    epoch: int,
+    start_step: int,
+    rank: int,
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames."""
+    """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames.
+
+    Up to the last line clips are known by their place in the epoch: it may hold a clip several times, and not all.
+    """
     recipe, training = resolved.recipe, resolved.recipe.training
+    drawn = mixture.epoch(epoch)
+    frames = frames[drawn.clips]
     draws = draws_of_epoch(frames, recipe, epoch)
     # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
     lengths = sorting_lengths(frames, draws)
@@ -139,12 +153,20 @@ def _steps_of_epoch(
         lengths = batch_lengths(frames, draws, recipe)
     for clips in order[start_step:]:
         full = training.global_batch_size if len(order) >= STEPS_TO_FILL else len(clips)
-        yield [
-            MicroBatch(
-                share, epoch, None if draws is None else draws[np.where(share < 0, ~share, share)], padded_frames
-            )
-            for share, padded_frames in _shares(clips, lengths, resolved, ladder, rank, full)
-        ]
+        shares = _shares(clips, lengths, resolved, ladder, rank, full)
+        yield [_drawn(share, drawn, draws, padded_frames) for share, padded_frames in shares]
+
+
+def _drawn(share: Indices, drawn: EpochClips, draws: Frames | None, padded_frames: int) -> MicroBatch:
+    """The micro-batch of places in an epoch; fillers are written ``~place``."""
+    places = np.where(share < 0, ~share, share)
+    clips = drawn.clips[places]
+    return MicroBatch(
+        np.where(share < 0, ~clips, clips),
+        drawn.passes[places],
+        None if draws is None else draws[places],
+        padded_frames,
+    )
 
 
 def _shares(
@@ -190,8 +212,8 @@ def evaluation_batches(
 
 
 def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: LandmarkSet) -> Batch:
-    """Augment a batch; the changes of a clip depend on (seed, epoch, clip) and not on its batch."""
-    assert wanted.lengths is not None
+    """Augment a batch; the changes of a clip depend on (seed, pass, clip) and not on its batch."""
+    assert wanted.lengths is not None and wanted.passes is not None
     seed = recipe.training.seed
     batch.poses, batch.visible, batch.frame_mask = augment(
         batch.poses,
@@ -200,7 +222,10 @@ def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: L
         recipe.augmentation,
         landmark_set,
         wanted.lengths,
-        [np.random.default_rng((seed, wanted.epoch, 2, clip)) for clip in batch.clips.tolist()],
+        [
+            np.random.default_rng((seed, one, 2, clip))
+            for one, clip in zip(wanted.passes.tolist(), batch.clips.tolist(), strict=True)
+        ],
         wanted.padded_frames,
     )
     batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
@@ -215,11 +240,11 @@ class Prefix:
     dropout: float = 0.0  # probability, per clip and condition, that a prefix leaves it out
     seed: int = 0
 
-    def of(self, clip: Clip, index: int, epoch: int) -> str:
-        """The prefix of the clip at ``index``; what it leaves out depends on (seed, epoch, index) alone."""
+    def of(self, clip: Clip, index: int, number: int) -> str:
+        """The prefix of the clip at ``index`` in pass ``number``; what it leaves out depends on the seed and these."""
         conditions = clip.conditions
         if self.dropout:
-            drawn = np.random.default_rng((self.seed, epoch, 3, index)).random(len(conditions))
+            drawn = np.random.default_rng((self.seed, number, 3, index)).random(len(conditions))
             conditions = {
                 name: value
                 for (name, value), chance in zip(conditions.items(), drawn, strict=True)
@@ -278,10 +303,9 @@ class _Padded(Dataset[Batch]):
             # Augmentation pads again: it changes the lengths.
             batch = pad(clips, wanted.clips.tolist(), 0 if self.augmentation else wanted.padded_frames)
             if self.prefix:
-                numbers = batch.clips.tolist()
-                batch.prefixes = [
-                    self.prefix.of(clip, index, wanted.epoch) for clip, index in zip(clips, numbers, strict=True)
-                ]
+                passes = [0] * len(clips) if wanted.passes is None else wanted.passes.tolist()
+                numbered = zip(clips, batch.clips.tolist(), passes, strict=True)
+                batch.prefixes = [self.prefix.of(clip, index, number) for clip, index, number in numbered]
             return self.augmentation(batch, wanted) if self.augmentation else batch
         except Exception as error:
             if len(clips) < len(wanted.clips):

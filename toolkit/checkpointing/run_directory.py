@@ -16,6 +16,7 @@ from toolkit.cluster.secrets import redact
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.files import next_free, write_text_atomically
+from toolkit.recipe.corpora import PLACES
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun
 from toolkit.recipe.schema import Recipe
@@ -187,15 +188,25 @@ def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
 
 def changed_settings(old: Recipe, new: Recipe, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and that a run may not change, unless it is to ``extend``: key -> (old value, new value)."""
-    before = {".".join(path): value for path, value in leaves(old.model_dump(mode="json"))}
-    after = {".".join(path): value for path, value in leaves(new.model_dump(mode="json"))}
-    is_prepared = bool(old.data.corpus or new.data.corpus)
+    before, after = _settings(old), _settings(new)
+    is_prepared = any(data.corpus or any(part.corpus for part in data.corpora) for data in (old.data, new.data))
     free = (*MAY_CHANGE, *(OF_PREPARATION if is_prepared else ()), *(LENGTH if extend else ()))
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     }
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted key; of several corpora those that say where each is are left out."""
+    values = recipe.model_dump(mode="json")
+    parts = values["data"]["corpora"]
+    values["data"]["corpora"] = {
+        str(number): {key: value for key, value in part.items() if key not in PLACES} | {"name": known.label}
+        for number, (part, known) in enumerate(zip(parts, recipe.data.corpora, strict=True))
+    }
+    return {".".join(path): value for path, value in leaves(values)}
 
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
@@ -205,6 +216,8 @@ def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:
     """What makes two corpora the same, wherever they are: a position in the order of clips needs the same clips."""
+    if corpus.members:  # in the order of the recipe, which says what is used of each
+        return {"corpora": [corpus_identity(member) for member in corpus.members.values()]}
     metadata = corpus.metadata
     texts = xxhash.xxh3_64()
     for split in corpus.splits.values():
@@ -226,7 +239,7 @@ def is_same_corpus(identity: dict[str, Any], corpus: Corpus) -> bool:
     return all(found.get(key) == value for key, value in identity.items())
 
 
-def start(resolved: ResolvedRun, corpus: Path) -> None:
+def start(resolved: ResolvedRun, corpus: Corpus) -> None:
     """Write what is about to run to the run directory: recipe, DeepSpeed JSON, environment and corpus."""
     try:
         resolved.run_dir.mkdir(parents=True, exist_ok=True)
@@ -235,8 +248,8 @@ def start(resolved: ResolvedRun, corpus: Path) -> None:
             f"{resolved.run_dir}: cannot be created ({error.strerror})", "set run.dir=ANOTHER_FOLDER"
         ) from error
     resolved.save(resolved.run_dir)
-    identity = corpus_identity(Corpus.open(corpus))
-    write_text_atomically(resolved.run_dir / CORPUS_FILE, json.dumps(identity, indent=2) + "\n")
-    environment = describe_environment() | {"corpus": str(corpus.resolve())}
+    write_text_atomically(resolved.run_dir / CORPUS_FILE, json.dumps(corpus_identity(corpus), indent=2) + "\n")
+    places = {name: str(member.path.resolve()) for name, member in corpus.members.items()}
+    environment = describe_environment() | ({"corpora": places} if places else {"corpus": str(corpus.path.resolve())})
     write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")
     write_status(resolved.run_dir, "running")

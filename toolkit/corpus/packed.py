@@ -88,6 +88,15 @@ class Metadata:
         return tuple(self.landmark_set["channels"])
 
 
+@dataclass(frozen=True)
+class Part:
+    """The clips of a split that come from one corpus."""
+
+    corpus: str  # its name
+    clips: range  # their indices in the split
+    weights: tuple[float, float] | None = None  # in a mix, at the start and at the end of a run; None = by size
+
+
 class Column(Sequence[str]):
     """The texts or uids of a split, read from the memory map one by one."""
 
@@ -105,6 +114,11 @@ class Column(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for chunk in self._values.chunks:
             yield from chunk.to_pylist()
+
+    @classmethod
+    def joined(cls, columns: Sequence[Column]) -> Column:
+        """Columns one after the other, as one; nothing is copied."""
+        return cls(pa.chunked_array([chunk for column in columns for chunk in column._values.chunks], pa.string()))
 
 
 # Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
@@ -128,6 +142,11 @@ class Split:
 
     def __len__(self) -> int:
         return self._table.num_rows
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The corpora that its clips come from: one."""
+        return (Part(self.folder.parent.name, range(len(self))),)
 
     @cached_property
     def frames(self) -> npt.NDArray[np.int32]:
@@ -214,6 +233,7 @@ class Corpus:
     path: Path  # its folder
     metadata: Metadata  # how its features were made
     splits: dict[str, Split]  # by name, e.g. train, dev, test.
+    members: dict[str, Corpus] = field(default_factory=dict)  # of a mix the corpora, by name; see ``mixture``
 
     @property
     def landmark_set(self) -> LandmarkSet:

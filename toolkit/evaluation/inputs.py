@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batching.languages import language_id
 from toolkit.cluster.rendezvous import on_rank_0
+from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.corpus.packed import Corpus
-from toolkit.corpus.prepare import ensure_corpus
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import splits_to_test
 from toolkit.models.processor import PoseProcessor
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import read_choice
-from toolkit.recipe.schema import Evaluation, Recipe
+from toolkit.recipe.schema import Data, Evaluation, MixPart, Recipe
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 SEARCH_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens")
@@ -74,22 +74,40 @@ def open_corpus(model: str | Path, recipe: Recipe | None, corpus: str | None, *,
     Raises:
         UserError: there is none.
     """
+    parts = recipe.data.corpora if recipe else []
+    if recipe and corpus and (part := next((part for part in parts if _is_at(part, corpus)), None)):
+        own = recipe.data.model_copy(update={"corpora": [part]})  # with the conditions that the run gave it
+        return open_corpora(own, is_local_main=is_local_main)
     if corpus:
         return Corpus.open(corpus)
     run = run_of(model)
     if recipe is None or run is None:
         raise UserError(f"{model} lies in no run directory, so its corpus is not known", "add --corpus FOLDER")
-    place = on_rank_0(lambda: _corpus_of(run, recipe))
-    return Corpus.open(place or ensure_corpus(recipe.data, is_local_main=is_local_main))
+    data = recipe.data
+    return open_corpora(on_rank_0(lambda: _data_of(run, data)), is_local_main=is_local_main)
 
 
-def _corpus_of(run: Path, recipe: Recipe) -> Path | None:
-    """The corpus that a run was trained on, if it is still there."""
+def _is_at(part: MixPart, folder: str) -> bool:
+    return part.corpus is not None and Path(part.corpus).resolve() == Path(folder).resolve()
+
+
+def _data_of(run: Path, data: Data) -> Data:
+    """The settings of a run with the folders of the corpora that it was trained on, where they are still there."""
     try:
-        trained_on = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8")).get("corpus")
+        environment = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        trained_on = None
-    return next((Path(path) for path in (trained_on, recipe.data.corpus) if path and Path(path).is_dir()), None)
+        environment = {}
+    if data.corpora:
+        trained_on = environment.get("corpora") or {}
+        parts = [
+            part.model_copy(update={"name": part.label, "corpus": place})
+            if (place := trained_on.get(part.label)) and Path(place).is_dir()
+            else part
+            for part in data.corpora
+        ]
+        return data.model_copy(update={"corpora": parts})
+    place = next((path for path in (environment.get("corpus"), data.corpus) if path and Path(path).is_dir()), None)
+    return data.model_copy(update={"corpus": place})
 
 
 def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
@@ -97,8 +115,8 @@ def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
     extractor, metadata = processor.feature_extractor, corpus.metadata
     model_set, corpus_set = LandmarkSet.from_dict(extractor.landmark_set), corpus.landmark_set
     differences = []
-    if _meaning_of(model_set) != _meaning_of(corpus_set):
-        differences.append(f"landmarks {_describe(model_set)} and {_describe(corpus_set)}")
+    if model_set.meaning != corpus_set.meaning:
+        differences.append(f"landmarks {model_set.in_words} and {corpus_set.in_words}")
     for name in ("fps", "normalisation"):
         ours, theirs = getattr(extractor, name), getattr(metadata, name)
         if ours != theirs:
@@ -108,17 +126,6 @@ def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
             f"the model and the corpus {corpus.path} do not fit each other: {'; '.join(differences)}",
             "prepare the corpus again with the model's settings",
         )
-
-
-def _meaning_of(landmarks: LandmarkSet) -> tuple[Any, ...]:
-    """What the numbers of a feature mean; names and drawings of landmark sets do not matter to a model."""
-    relative = {part: landmarks.parts[part] for part in landmarks.anchors or {}}
-    return landmarks.points, landmarks.channels, landmarks.anchors or {}, relative
-
-
-def _describe(landmarks: LandmarkSet) -> str:
-    relative = f", {' and '.join(landmarks.anchors)} relative to an anchor" if landmarks.anchors else ""
-    return f"{landmarks.name} ({landmarks.num_points} points, {' '.join(landmarks.channels)}{relative})"
 
 
 def choose_splits(corpus: Corpus, names: str | None) -> list[str]:

@@ -122,11 +122,12 @@ def score_splits(
 ) -> dict[str, SplitResult]:
     """Translate and score splits; all ranks must call this, and all get the result.
 
-    Texts of the corpus' training split give the floors and the frequent words. ``search`` are settings of HuggingFace's
+    Of a mix the result has each split as a whole, and then the clips of each corpus (``named``), translated once. Texts
+    of the corpus' training split give the floors and the frequent words. ``search`` are settings of HuggingFace's
     ``generate`` that override the model's own; ``on_batch`` is called with a split's name and how many of its clips
     this rank has translated. The others are as for :func:`find_hypotheses`.
     """
-    results = {}
+    results: dict[str, SplitResult] = {}
     for name in names:
         with evaluation_mode(model):
             found = find_hypotheses(
@@ -141,28 +142,57 @@ def score_splits(
                 on_batch=partial(on_batch, name) if on_batch else None,
                 **(search or {}),
             )
-        results[name] = _score_split(corpus, corpus.splits[name], found, settings)
+        results |= _score_split(corpus, corpus.splits[name], found, settings)
     return results
 
 
-def _score_split(corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation) -> SplitResult:
-    """Score one split's translations, with floors, intervals and control."""
-    predictions = best_predictions(split, found)
-    hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]
+def named(split: str, corpus: str) -> str:
+    """The name of one corpus's clips in a split of a mix, in scores and files."""
+    return f"{split}@{corpus}"
+
+
+def _score_split(
+    corpus: Corpus, split: Split, found: list[list[Hypothesis]], settings: Evaluation
+) -> dict[str, SplitResult]:
+    """Score one split's translations: all of them, and those of each corpus where there are several."""
     # A corpus of nothing but test clips has no training texts; its own give the floors then.
     train = corpus.splits.get("train")
-    texts: Sequence[str] = list(train.texts) if train else references
+    predictions = best_predictions(split, found)
+    texts: Sequence[str] = list(train.texts) if train else [row.reference for row in predictions]
+    results = {split.name: _result(predictions, split.frames, texts, found, settings)}
+    for part in split.parts if len(split.parts) > 1 else ():
+        clips = slice(part.clips.start, part.clips.stop)
+        own = next((one.clips for one in train.parts if one.corpus == part.corpus), None) if train else None
+        results[named(split.name, part.corpus)] = _result(
+            predictions[clips],
+            split.frames[clips],
+            texts[own.start : own.stop] if own else texts,
+            found[clips],
+            settings,
+        )
+    return results
+
+
+def _result(
+    predictions: list[Prediction],
+    frames: npt.NDArray[np.integer],
+    texts: Sequence[str],
+    found: list[list[Hypothesis]],
+    settings: Evaluation,
+) -> SplitResult:
+    """Score translations, with floors, intervals and control; ``texts`` are those of training."""
+    hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]
     scoring: dict[str, Any] = {
         "tokenize": settings.tokenize,
         "lowercase": settings.lowercase,
         "frequent_words": frequent_words(texts, settings.tokenize),
     }
     own = measure(hypotheses, references, **scoring)
-    control = measure([hypotheses[other] for other in other_clips(split.frames, references)], references, **scoring)
+    control = measure([hypotheses[other] for other in other_clips(frames, references)], references, **scoring)
     return SplitResult(
         predictions,
         add_up(own, **scoring),
-        floors(texts, references, hypotheses=hypotheses, frames=split.frames, **scoring),
+        floors(texts, references, hypotheses=hypotheses, frames=frames, **scoring),
         intervals(own),
         compare(control, own),
         found,

@@ -51,6 +51,9 @@ def settings_hash(resolved: ResolvedRun, corpus: Corpus) -> str:
         "corpus": corpus_identity(corpus),
         "clips": len(corpus.splits["train"]),
     }
+    parts, data = corpus.splits["train"].parts, recipe.data
+    if len(parts) > 1 or data.epoch_clips:
+        content["mixture"] = [[part.weights for part in parts], data.temperature, data.epoch_clips]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -185,7 +185,7 @@ class _Stage:
         threads = share_of_cores(own, exchange(own))
         limit = memory_limit(ranks.local_world_size)
         exchange(None)  # no rank takes memory before all have looked
-        rehearsal = Rehearsal(resolved, ranks, corpus.path, lengths, threads, has_gpu=has_gpu)
+        rehearsal = Rehearsal(resolved, ranks, corpus, lengths, threads, has_gpu=has_gpu)
         return cls(rehearsal, lengths, limit, has_gpu, echo, time.monotonic())
 
     def show(self, text: str) -> None:

@@ -84,7 +84,7 @@ class Rehearsal:
     """The rehearsing process of one rank, from the first question to :meth:`close`."""
 
     def __init__(
-        self, resolved: ResolvedRun, ranks: Ranks, corpus: Path, lengths: Lengths, threads: int, *, has_gpu: bool
+        self, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, threads: int, *, has_gpu: bool
     ) -> None:
         self._arguments = (_with_own_swap(resolved, ranks.rank), ranks, corpus, lengths, threads)
         self._has_gpu = has_gpu
@@ -166,7 +166,7 @@ def _rehearse(
     other: Connection | None,
     resolved: ResolvedRun,
     ranks: Ranks,
-    corpus: Path,
+    corpus: Corpus,
     lengths: Lengths,
     threads: int,
 ) -> None:
@@ -219,13 +219,12 @@ class _Engine:
     steps: int = 0
 
     @classmethod
-    def build(cls, resolved: ResolvedRun, ranks: Ranks, path: Path, lengths: Lengths, threads: int) -> _Engine:
+    def build(cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, threads: int) -> _Engine:
         _join_fake_group(ranks)
         if torch.cuda.is_available():
             _leave_reserve(ranks)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
-        corpus = Corpus.open(path)
         processor = build_processor(resolved.recipe, corpus)
         tokenizer = processor.tokenizer
         engine, _ = make_engine(build_translator(resolved, corpus, tokenizer), resolved)

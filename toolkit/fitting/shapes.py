@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toolkit.batching.epochs import mixture_of
 from toolkit.batching.ladder import training_ladder
 from toolkit.batching.lengths import draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import evaluation_order
@@ -65,14 +66,16 @@ class Limits:
 
 def lengths_of(resolved: ResolvedRun, split: Split) -> Lengths:
     """Read a training split."""
-    recipe = resolved.recipe
-    share = -(-min(recipe.training.global_batch_size, len(split)) // resolved.world_size)
-    ladder = training_ladder(split.frames, recipe) if resolved.padding == "ladder" else None
+    recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
+    share = -(-min(recipe.training.global_batch_size, mixture.epoch_clips) // resolved.world_size)
+    ladder = None
+    if resolved.padding == "ladder":
+        ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
     epochs = 1 if is_off(recipe.augmentation) else min(math.ceil(recipe.training.epochs), MOST_EPOCHS)
     draws = (draws_of_epoch(split.frames, recipe, epoch) for epoch in range(epochs))
     drawn = [sorting_lengths(split.frames, draw) for draw in draws]
     by_size = sorted(split.texts, key=lambda text: len(text.encode()))
-    typical = max(1, int(np.median(drawn[0])))
+    typical = max(1, int(np.median(drawn[0][mixture.epoch(0).clips])))
     return Lengths(
         share,
         longest=ladder.frames[-1] if ladder else max(int(frames.max()) for frames in drawn),

@@ -15,8 +15,7 @@ import torch
 from toolkit.cluster.ops import check_needed_ops
 from toolkit.cluster.ranks import Ranks, check_ranks
 from toolkit.cluster.rendezvous import on_rank_0
-from toolkit.corpus.packed import Corpus
-from toolkit.corpus.prepare import ensure_corpus
+from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
 from toolkit.cpu.switch import uses_cpu_code
 from toolkit.files import write_text_atomically
@@ -72,8 +71,7 @@ def take_steps(file: Path, ranks: Ranks) -> None:
     if uses_cpu_code():
         memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
         return_freed_memory() if memory_is_short else keep_freed_memory()
-    data = resolved.recipe.data
-    corpus = Corpus.open(data.corpus or ensure_corpus(data, is_local_main=ranks.is_local_main))
+    corpus = open_corpora(resolved.recipe.data, is_local_main=ranks.is_local_main)
     resolved = fit_micro_batches(resolved, ranks, corpus, lambda _: None)
     start, speeds = Start(), []
     with (

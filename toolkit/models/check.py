@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
@@ -40,8 +40,8 @@ def check_model(resolved: ResolvedRun) -> None:
         )
     if model.lora:
         lora_targets(backbone, model)
-    data = resolved.recipe.data
-    frames = Corpus.open(data.corpus).metadata.max_frames if data.corpus else data.max_frames
+    corpus = open_prepared(resolved.recipe.data)
+    frames = corpus.metadata.max_frames if corpus else resolved.recipe.data.max_frames
     # How many tokens a fixed prefix has shows when the tokenizer is there.
     prefix = model.max_prefix_tokens if placeholders(model.prefix) else 0
     check_positions(resolved.recipe, backbone, frames, prefix)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from toolkit.batching.epochs import mixture_of
 from toolkit.batching.ladder import Ladder, fitted_rungs, micro_batches_on_rungs, training_ladder
 from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import epoch_order, evaluation_shapes, micro_batches, steps_per_epoch
+from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.recipe import batches
 from toolkit.recipe.batches import clip_limit, most_batch_frames
 from toolkit.recipe.resolve import padding_of
 from toolkit.recipe.schema import Recipe
@@ -41,9 +43,10 @@ class Workload:
 
 def workload_of(recipe: Recipe, world_size: int) -> Workload:
     """From the recipe's prepared corpus, else from its maxima; ``source`` says which."""
-    if recipe.data.corpus:
+    if recipe.data.corpus or recipe.data.corpora:
         try:
-            return from_corpus(recipe, Corpus.open(recipe.data.corpus), world_size)
+            if corpus := open_prepared(recipe.data):
+                return from_corpus(recipe, corpus, world_size)
         except (UserError, KeyError) as error:
             reason = error.message if isinstance(error, UserError) else "it has no training split"
             assumed = from_maxima(recipe)
@@ -65,12 +68,16 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
     Texts count as one token for each byte, at most ``training.max_target_tokens``: no tokenizer is loaded.
     """
     training, split = recipe.training, corpus.splits["train"]
-    # A plan is for GPUs.
-    ladder = training_ladder(split.frames, recipe) if padding_of(training, has_gpu=True) == "ladder" else None
+    mixture, ladder = mixture_of(split, recipe), None
+    if padding_of(training, has_gpu=True) == "ladder":  # a plan is for GPUs
+        ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
     longest, later = 1, 1
     for epoch in range(epochs):
-        for padded in _padded_frames(split.frames, recipe, ladder, epoch, world_size):
+        drawn = split.frames[mixture.epoch(epoch).clips]
+        for padded in _padded_frames(drawn, recipe, ladder, epoch, world_size):
             longest, later = max(longest, padded[0]), max([later, *padded[1:2]])
+    if mixture.epoch_clips < len(split) or len(mixture.parts) > 1:  # the longest clip may come in a later epoch
+        longest = max(longest, rung_above(ladder.frames if ladder else (), int(split.frames.max())))
     tokens = min(training.max_target_tokens, 1 + max(len(text.encode()) for text in split.texts))
     held_out = next(
         (corpus.splits[name] for name in ("dev", "test", "train") if len(corpus.splits.get(name, ()))), split
@@ -82,7 +89,7 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
         rung_above(ladder.tokens, tokens) if ladder else tokens,
         later,
         tuple({evaluated[0], evaluated[-1]}),
-        steps_per_epoch(len(split), training.global_batch_size),
+        steps_per_epoch(mixture.epoch_clips, training.global_batch_size),
         f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames{' with padding' if ladder else ''}",
     )
 
@@ -117,5 +124,4 @@ def total_steps(recipe: Recipe, workload: Workload) -> int | None:
     """Optimizer steps of the run, where its corpus or ``training.max_steps`` says them."""
     if workload.steps_per_epoch is None:
         return recipe.training.max_steps
-    steps = math.ceil(recipe.training.epochs * workload.steps_per_epoch)
-    return min(steps, recipe.training.max_steps or steps)
+    return batches.total_steps(recipe.training, workload.steps_per_epoch)

@@ -56,6 +56,18 @@ class LandmarkSet:
     def _positions(self) -> dict[tuple[str, str], int]:
         return {point: index for index, point in enumerate(self.points)}
 
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """What the numbers of a feature mean; names and drawings of sets do not matter to a model."""
+        relative = {part: self.parts[part] for part in self.anchors or {}}
+        return self.points, self.channels, self.anchors or {}, relative
+
+    @property
+    def in_words(self) -> str:
+        """Name, size and channels, for messages."""
+        relative = f", {' and '.join(self.anchors)} relative to an anchor" if self.anchors else ""
+        return f"{self.name} ({self.num_points} points, {' '.join(self.channels)}{relative})"
+
     def to_dict(self) -> dict[str, Any]:
         """This set as plain JSON types; ``from_dict`` reads it back."""
         return asdict(self)

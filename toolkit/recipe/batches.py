@@ -6,6 +6,7 @@ shares differ by at most one clip, and so do micro-batches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,12 @@ def clip_limit(training: Training) -> int:
 def most_batch_frames(evaluation: Evaluation) -> int:
     """Padded frames of a generation batch; of ``auto``, before it is chosen, the most that it may become."""
     return MOST_BATCH_FRAMES if evaluation.batch_frames == "auto" else evaluation.batch_frames
+
+
+def total_steps(training: Training, epoch_steps: int) -> int:
+    """Optimizer steps of a whole run; ``epoch_steps`` are those of an epoch."""
+    steps = math.ceil(training.epochs * epoch_steps)
+    return min(steps, training.max_steps) if training.max_steps else steps
 
 
 def num_micro_batches(clips: int, world_size: int, limit: int) -> int:

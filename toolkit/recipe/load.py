@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from toolkit.errors import UserError, as_one
 from toolkit.files import read_text
+from toolkit.recipe.corpora import with_prompt
 from toolkit.recipe.deepspeed.keys import text_keys
 from toolkit.recipe.paths import recipes_dir, shown
 from toolkit.recipe.schema import Recipe
@@ -84,7 +85,7 @@ def read_recipe(
         _merge_override(override, text)
     if ds is not None:
         text.merge({"deepspeed": ds}, {("deepspeed",): "command line"})
-    text.tree = {"name": text.name, **text.tree}
+    text.tree = with_prompt({"name": text.name, **text.tree})
     try:
         recipe = Recipe.model_validate(text.tree)
     except ValidationError as error:
@@ -129,7 +130,13 @@ _TEXTS = {path for path, annotation in _fields(Recipe) if _holds_text(annotation
 
 
 def _takes_text(path: tuple[str, ...]) -> bool:
+    path = _without_numbers(path)
     return any(path[:length] in _TEXTS for length in range(1, len(path) + 1))
+
+
+def _without_numbers(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the places in lists."""
+    return tuple(step for step in path if not step.isdigit())
 
 
 def find_recipe(name_or_path: str, near: Path | None = None) -> Path:
@@ -237,7 +244,7 @@ def _problem(details: Any, text: RecipeText) -> UserError:
 
 def _suggestion(location: tuple[str, ...]) -> str:
     """The valid key nearest to a wrong one: in its own section, or the same word in another section."""
-    *sections, word = location
+    *sections, word = _without_numbers(location)
     model: type[BaseModel] | None = Recipe
     for section in sections:
         model = _section_at(model, section) if model and section in model.model_fields else None

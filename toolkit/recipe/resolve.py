@@ -24,6 +24,7 @@ from toolkit.recipe.batches import (
     step_in_words,
 )
 from toolkit.recipe.compilation import compilation_problems
+from toolkit.recipe.corpora import missing_data, problems_of_mix
 from toolkit.recipe.deepspeed.cells import autocast_type, cell_of, cell_problem, offload_device, parameter_precision
 from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_problems
 from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
@@ -192,6 +193,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     problems = list(_batch_problems(recipe.training, world_size))
     if needs_data:
         problems.extend(missing_data(recipe))
+    problems.extend(problems_of_mix(recipe))
     problems.extend(_model_problems(recipe))
     try:
         read = read_deepspeed(recipe.deepspeed, recipe.ds, world_size=world_size)
@@ -252,21 +254,6 @@ def _batch_problems(training: Training, world_size: int) -> Iterator[UserError]:
             f"training.global_batch_size={total} has fewer clips than the {world_size} ranks that share them",
             f"start at most {total} ranks, or set training.global_batch_size={world_size} or more",
         )
-
-
-def missing_data(recipe: Recipe) -> Iterator[UserError]:
-    """What is missing, or given twice, about where the recipe's clips are; empty when nothing is."""
-    data = recipe.data
-    places = {"table": "FILE.csv", "poses": "FOLDER"}
-    if data.source == "demo":
-        return
-    if data.corpus:
-        if both := [f"data.{key}" for key in places if getattr(data, key)]:
-            message = f"data.corpus and {' and '.join(both)} both say where the clips are"
-            yield UserError(message, "keep one of them")
-    elif missing := [f"data.{key}={what}" for key, what in places.items() if not getattr(data, key)]:
-        message = f"recipe {recipe.name} does not say where its clips are"
-        yield UserError(message, f"add {' '.join(missing)} (or data.corpus=FOLDER)")
 
 
 def _model_problems(recipe: Recipe) -> Iterator[UserError]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
+from toolkit.recipe.corpora import label_of, weights_of
 from toolkit.recipe.prompts import placeholders
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -61,6 +62,35 @@ class Section(BaseModel):
         return value
 
 
+class MixPart(Section):
+    """One of several corpora that a run learns from. In a recipe a bare path means ``corpus``.
+
+    What ``data`` says of preparation holds for all of them. ``problems_of_mix`` in ``corpora.py`` says what fits.
+    """
+
+    name: str | None = None  # in scores and files; None = that of its folder or table
+    corpus: str | None = None  # folder of a prepared corpus
+    table: str | None = None  # or a table, and
+    poses: str | None = None  # the folder of its poses
+    columns: dict[str, str] = Field(default_factory=dict)  # of this table, besides data.columns
+    # Share of the clips drawn, relative to the others; [start, end] changes linearly over the run. None = by size.
+    weight: Annotated[float | list[float] | None, PlainValidator(weights_of)] = None
+    splits: list[str] | None = None  # those to use; None = all
+    prefix: str | None = None  # what {prompt} stands for in model.prefix; may name other conditions of a clip
+    language: str | None = None  # of every clip, instead of the table's
+    target_language: str | None = None  # the same
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_means_a_corpus(cls, values: Any) -> Any:
+        return {"corpus": values} if isinstance(values, str) else values
+
+    @property
+    def label(self) -> str:
+        """Its name in scores and files."""
+        return label_of(self.name, self.corpus or self.table)
+
+
 class Data(Section):
     """Which clips and texts, and what preparation makes of them.
 
@@ -72,6 +102,9 @@ class Data(Section):
     corpus: str | None = None  # folder of a prepared corpus
     table: str | None = None  # CSV or TSV with a uid and a text column
     poses: str | None = None  # folder that holds {uid}.pose
+    corpora: list[MixPart] = Field(default_factory=list)  # several to learn from, instead of corpus, table and poses
+    temperature: Positive = 1.0  # corpora without weights are drawn by size ** (1 / temperature)
+    epoch_clips: Count | None = None  # clips of an epoch; None = as many as there are
     landmarks: str = "hands_body_50"  # landmark set: name or YAML file
     fps: Positive = 12.5  # frames per second after resampling
     max_frames: Count = 512  # frames after resampling
@@ -307,6 +340,7 @@ class Evaluation(Section):
         None  # token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn)
     )
     select_by: ScoreName = "bleu4"
+    select_corpus: str = "mean"  # whose score it is, of several corpora: mean, all (clips together), or one's name
     batch_frames: CountOrAuto = "auto"  # padded frames in one generation batch of one rank; auto = what fits
     tokenize: str = "13a"  # sacreBLEU tokenizer
     lowercase: bool = False

@@ -19,7 +19,7 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import RECIPE_FILE
-from toolkit.recipe.schema import Model, Recipe
+from toolkit.recipe.schema import MixPart, Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
 from toolkit.scoring.metrics import SCORE_NAMES
 from toolkit.scoring.table import HEADINGS, format_score
@@ -133,15 +133,15 @@ def _read_scores(run_dir: Path) -> dict[str, Any]:
 def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads: tags, the base model, and the scores of the first test split."""
     is_published = backbone and reads_published(recipe.model)
-    results = []
+    results, source = [], "+".join(part.label for part in recipe.data.corpora) or recipe.data.source
     if summary:
         split, content = next(iter(summary["splits"].items()))
         results = [
             EvalResult(
                 task_type="translation",
                 task_name="sign language translation",
-                dataset_type=recipe.data.source,
-                dataset_name=recipe.data.source,
+                dataset_type=source,
+                dataset_name=source,
                 dataset_split=split,
                 metric_type=score,
                 metric_name=HEADINGS.get(score, score),
@@ -184,7 +184,9 @@ def _conditions(template: str, named: Sequence[str]) -> str:
 
 def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     data = recipe.data
-    if data.source == "demo":
+    if data.corpora:
+        source = f"A mix of {len(data.corpora)} corpora: {'; '.join(_part(part) for part in data.corpora)}."
+    elif data.source == "demo":
         source = "The fingerspelling demo corpus, made of recorded letters (one signer, one clip a letter)."
     else:
         table = data.table or data.corpus
@@ -194,6 +196,15 @@ def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     return f"{source} Splits keep the clips of one source video together unless the corpus brings its own." + (
         f" Scored on: {splits}." if splits else ""
     )
+
+
+def _part(part: MixPart) -> str:
+    """One of several corpora, and how often it was drawn."""
+    drawn = "by size" if part.weight is None else f"weight {part.weight:g}" if isinstance(part.weight, float) else ""
+    if isinstance(part.weight, list):
+        drawn = f"weight {part.weight[0]:g} at the start and {part.weight[1]:g} at the end"
+    known = [value for value in (part.language, part.target_language) if value]
+    return f"`{part.label}` ({', '.join([*known, drawn])})"
 
 
 def _lineage(lineage: Mapping[str, Any] | None) -> str:
@@ -296,6 +307,8 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     for section, keys in _PLACES.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
+    for part, known in zip(values["data"]["corpora"], recipe.data.corpora, strict=True):
+        part |= {"corpus": known.label, "name": known.label, "table": None, "poses": None}
     for path in ("deepspeed", "model.backbone", "model.init_from", "model.tokenizer", "data.landmarks"):
         *sections, key = path.split(".")
         place = values

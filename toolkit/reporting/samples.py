@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.corpus.mixture.opening import mix
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.recipe.schema import MixPart
 from toolkit.reporting.run_files import RunFiles
 from toolkit.reporting.skeletons import pack_clip, skeleton_layout
 from toolkit.scoring.metrics import rouge_tokens, sentence_chrf
@@ -159,9 +161,9 @@ def find_corpus_of_run(run: RunFiles, rows: dict[str, list[Prediction]], given: 
     """
     if given is not None:
         return Corpus.open(given)
-    for path in _candidates(run):
+    for parts in _candidates(run):
         try:
-            corpus = Corpus.open(path)
+            corpus = mix(parts, [Corpus.open(part.corpus or "") for part in parts])
             firsts = {name: {split[0].uid: split[0].reference} for name, split in rows.items()}
             if all(_indices(corpus, name, first) for name, first in firsts.items()):
                 return corpus
@@ -171,21 +173,25 @@ def find_corpus_of_run(run: RunFiles, rows: dict[str, list[Prediction]], given: 
     return None
 
 
-def _candidates(run: RunFiles) -> Iterator[Path]:
-    """Folders that may hold the run's corpus, the most likely first."""
+def _candidates(run: RunFiles) -> Iterator[list[MixPart]]:
+    """The corpora of the run, or a folder that may hold its one, the most likely first."""
+    places = run.environment.get("corpora")
+    if isinstance(places, dict):
+        yield [MixPart(name=name, corpus=place) for name, place in places.items()]
     named = [run.environment.get("corpus"), run.setting("data.corpus")]
-    yield from (Path(name) for name in named if isinstance(name, str))
+    yield from ([MixPart(corpus=name)] for name in named if isinstance(name, str))
     cache = run.setting("data.cache")
     if isinstance(cache, str):
         roots = [Path.cwd(), *run.folder.parents[:3]]
         for root in dict.fromkeys(roots):
-            yield from sorted(path.parent for path in (root / cache).glob("*/corpus.json"))
+            found = sorted(path.parent for path in (root / cache).glob("*/corpus.json"))
+            yield from ([MixPart(corpus=str(path))] for path in found)
 
 
 def _indices(corpus: Corpus, name: str, wanted: dict[str, str]) -> dict[str, tuple[str, int]]:
     """Split and index of clips by uid. The split ``name`` comes first; the text must be the same."""
     found: dict[str, tuple[str, int]] = {}
-    for split_name in sorted(corpus.splits, key=lambda other: other != name):
+    for split_name in sorted(corpus.splits, key=lambda other: other != name.partition("@")[0]):
         split = corpus.splits[split_name]
         for index, uid in enumerate(split.uids):
             if uid in wanted and uid not in found and _same_text(split.texts[index], wanted[uid]):
@@ -232,7 +238,7 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
         "seconds": histogram(seconds),
         "words": histogram(words),
         "facts": {
-            "folder": str(corpus.path),
+            "folder": ", ".join(str(member.path) for member in corpus.members.values()) or str(corpus.path),
             "landmark set": f"{corpus.landmark_set.name}, {corpus.landmark_set.num_points} points",
             "frames per second": f"{metadata.fps:g}",
             "splits": ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items()),

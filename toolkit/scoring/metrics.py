@@ -28,7 +28,7 @@ from sacrebleu.metrics import CHRF
 
 from toolkit.scoring.addends import Measure, make_bleu, measure, rouge_l, rouge_tokens
 
-__all__ = ["SCORE_NAMES", "Scores", "higher_is_better", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
+__all__ = ["SCORE_NAMES", "Scores", "higher_is_better", "mean_of", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
 
 SCORE_NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "reduced_bleu", "chrf", "rouge_l", "wer", "cer")
 _LOWER_IS_BETTER = frozenset({"wer", "cer"})
@@ -60,6 +60,16 @@ class Scores:
     def values(self) -> dict[str, float | None]:
         """The scores by name, without what describes them."""
         return {name: getattr(self, name) for name in SCORE_NAMES}
+
+
+def mean_of(scores: Sequence[Scores]) -> Scores:
+    """The mean of several scores, each set counting the same; None where one of them is."""
+    columns = {name: [one.values()[name] for one in scores] for name in SCORE_NAMES}
+    values: dict[str, Any] = {
+        name: None if None in column else sum(value or 0.0 for value in column) / len(column)
+        for name, column in columns.items()
+    }
+    return Scores(**values, clips=sum(one.clips for one in scores), signature=scores[0].signature)
 
 
 def higher_is_better(name: str) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Split
 from toolkit.decoding.decode_split import translate_split
-from toolkit.evaluation.splits import ready_to_translate, with_batch_frames
+from toolkit.evaluation.splits import named, ready_to_translate, with_batch_frames
 from toolkit.models.processor import PoseProcessor
 from toolkit.recipe.batches import most_batch_frames
+from toolkit.recipe.corpora import MEAN
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.floors import typical_sentence
-from toolkit.scoring.metrics import Scores, score
+from toolkit.scoring.metrics import Scores, mean_of, score
 from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.table import format_score
 
@@ -29,13 +30,33 @@ class Evaluated:
     """A split, translated."""
 
     predictions: list[Prediction]
-    scores: Scores
+    scores: Scores  # of all of them
+    by_corpus: dict[str, Scores] = field(default_factory=dict)  # of each corpus of a mix
 
-    def line(self) -> str:
-        """The scores in a line."""
+    def selected(self, corpus: str) -> Scores:
+        """The scores by which models are compared; see ``evaluation.select_corpus``."""
+        if corpus == MEAN and self.by_corpus:
+            return mean_of(list(self.by_corpus.values()))
+        return self.by_corpus.get(corpus, self.scores)
+
+    def figures(self, split: str) -> dict[str, float]:
+        """The scores by name for trackers, of a split and of each corpus in it."""
+        of_all = {split: self.scores} | {named(split, corpus): scores for corpus, scores in self.by_corpus.items()}
+        return {
+            f"{name}_{key}": value
+            for name, scores in of_all.items()
+            for key, value in scores.values().items()
+            if value is not None
+        }
+
+    def line(self, select_by: str) -> str:
+        """The scores in a line, and the one that matters of each corpus."""
         values = self.scores.values()
         names = [name for name in SHOWN_SCORES if name in values]
-        return "  ".join(f"{name} {format_score(name, values[name])}" for name in names)
+        texts = [f"{name} {format_score(name, values[name])}" for name in names]
+        for corpus, scores in self.by_corpus.items():
+            texts.append(f"{corpus}: {select_by} {format_score(select_by, scores.values()[select_by])}")
+        return "  ".join(texts)
 
 
 def evaluate_split(
@@ -55,8 +76,13 @@ def evaluate_split(
             world_size=ranks.world_size,
             synced=synced,
         )
-    hypotheses = [row.hypothesis for row in predictions]
-    return Evaluated(predictions, _score(hypotheses, [row.reference for row in predictions], settings))
+    parts = split.parts if len(split.parts) > 1 else ()
+    by_corpus = {part.corpus: predictions[part.clips.start : part.clips.stop] for part in parts}
+    return Evaluated(
+        predictions,
+        _scores_of(predictions, settings),
+        {corpus: _scores_of(rows, settings) for corpus, rows in by_corpus.items()},
+    )
 
 
 def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: int, settings: Evaluation) -> str | None:
@@ -84,6 +110,10 @@ def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: in
         "decoder has learnt the texts and not the poses: try --overfit 8 on this data, a higher "
         "training.pose_encoder_learning_rate or training.ctc_weight=0.3, and check that poses and texts belong together"
     )
+
+
+def _scores_of(predictions: Sequence[Prediction], settings: Evaluation) -> Scores:
+    return _score([row.hypothesis for row in predictions], [row.reference for row in predictions], settings)
 
 
 def _score(hypotheses: list[str], references: list[str], settings: Evaluation) -> Scores:

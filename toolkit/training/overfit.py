@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.corpus.packed import Clip, Corpus, Split
+from toolkit.corpus.packed import Clip, Corpus, Part, Split
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Augmentation
 from toolkit.scoring.predictions import Prediction
@@ -34,6 +34,10 @@ class ClipSubset:
     @property
     def name(self) -> str:
         return self.split.name
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part(self.name, range(len(self))),)
 
     @property
     def frames(self) -> NDArray[np.int32]:
@@ -87,6 +91,7 @@ def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
         "training.weight_decay=0",
         "model.dropout=0",
         "model.pose_encoder.dropout=0",
+        "data.epoch_clips=null",
         *(f"augmentation.{strength}=0" for strength in Augmentation.model_fields),
         f"run.dir=runs/{name}-overfit",
     ]

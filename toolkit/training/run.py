@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from toolkit.batching.epochs import mixture_of
 from toolkit.batching.loader import TrainBatches, train_batches
 from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, SavedState, archive_newer, complete_checkpoints
@@ -146,7 +147,7 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
     """
     run_dir = resolved.run_dir
     join_rendezvous(ranks)
-    on_rank_0(lambda: run_directory.start(resolved, corpus.path))
+    on_rank_0(lambda: run_directory.start(resolved, corpus))
     # The other ranks look at the run directory for the first time when it exists: a shared file system that has once
     # answered "not there" repeats that for half a minute.
     log_to_file(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
@@ -270,6 +271,8 @@ def open_trainer(
         )
         texts = corpus.splits["train"].texts
         echo(f"training: {len(texts)} clips, {trainer.total_steps} steps of {resolved.batch}")
+        for line in mixture_of(corpus.splits["train"], recipe).lines():
+            echo(f"  {line}")
         if ranks.is_main:
             warn_of_truncated_texts(recipe, texts, processor.tokenizer, tracker, progress.step, echo)
         trainer.on_exit = opened.pop_all()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.batching.order import steps_per_epoch
+from toolkit.batching.epochs import epoch_steps
 from toolkit.checkpointing import run_directory
 from toolkit.checkpointing.checkpoints import Progress, SavedState, choose_checkpoint, read_state
 from toolkit.corpus.packed import Corpus
@@ -16,9 +16,11 @@ from toolkit.errors import UserError
 from toolkit.evaluation.inputs import check_fit
 from toolkit.models import PoseProcessor
 from toolkit.poses.features import NORMALISATION
+from toolkit.recipe.batches import total_steps
+from toolkit.recipe.corpora import ALL, MEAN
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe
-from toolkit.training.optimization.schedules import extended, total_steps
+from toolkit.training.optimization.schedules import extended
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,17 @@ def check_corpus(corpus: Corpus, run_dir: Path | None, start: Start | None = Non
         )
 
 
+def check_selection(recipe: Recipe, corpus: Corpus) -> None:
+    """Raise UserError where the corpus whose scores pick the best model has no dev clips."""
+    chosen, dev = recipe.evaluation.select_corpus, corpus.splits.get("dev")
+    named = [part.corpus for part in dev.parts] if dev else []
+    if chosen not in (MEAN, ALL, *named):
+        raise UserError(
+            f"evaluation.select_corpus={chosen} has no dev clips in this mix",
+            f"set it to one of {', '.join([MEAN, ALL, *named])}",
+        )
+
+
 def extend_schedule(resolved: ResolvedRun, corpus: Corpus, start: Start) -> str | None:
     """Let a run that resumes from a checkpoint of a shorter one follow the longer schedule (``schedules.py``).
 
@@ -114,9 +127,9 @@ def extend_schedule(resolved: ResolvedRun, corpus: Corpus, start: Start) -> str 
     if start.state is None:
         return None
     training, progress = resolved.recipe.training, start.progress
-    epoch_steps = steps_per_epoch(len(corpus.splits["train"]), training.global_batch_size)
-    before = total_steps(Recipe.model_validate(start.state.recipe).training, epoch_steps)
-    after = total_steps(training, epoch_steps)
+    of_epoch = epoch_steps(corpus.splits["train"], resolved.recipe)
+    before = total_steps(Recipe.model_validate(start.state.recipe).training, of_epoch)
+    after = total_steps(training, of_epoch)
     if after < before:
         raise UserError(
             f"training.epochs and training.max_steps end the run after {after} steps, but {start.checkpoint} is at "

@@ -15,8 +15,8 @@ from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
 from toolkit.batching.copies import copied_ahead, on_device
+from toolkit.batching.epochs import epoch_steps
 from toolkit.batching.loader import TrainBatches
-from toolkit.batching.order import steps_per_epoch
 from toolkit.checkpointing.checkpoints import Progress
 from toolkit.checkpointing.kept_models import Kept, admit, keep_only, place_model
 from toolkit.checkpointing.run_directory import write_status
@@ -31,6 +31,7 @@ from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.loss import translation_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
+from toolkit.recipe.batches import total_steps
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.scoring.metrics import Scores
 from toolkit.scoring.predictions import write_predictions
@@ -49,7 +50,7 @@ from toolkit.training.monitoring.step_figures import LateNorm, check_losses, rea
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
 from toolkit.training.optimization.gradient_reduction import reduced_once
-from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, total_steps, warmup_steps
+from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, warmup_steps
 
 log = logging.getLogger("toolkit")
 
@@ -95,7 +96,7 @@ class Trainer:
         self.late_norm = LateNorm()
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = self.corpus.splits["train"]
-        self.epoch_steps = steps_per_epoch(len(self.train_split), training.global_batch_size)
+        self.epoch_steps = epoch_steps(self.train_split, self.recipe)
         self.total_steps = total_steps(training, self.epoch_steps)
         if self._is_patience_over():
             self.total_steps = progress.step
@@ -300,7 +301,8 @@ class Trainer:
         progress, training = self.progress, self.recipe.training
         with self._paused("evaluation"):
             evaluated = self.translate(self.corpus.splits["dev"])
-            scores, step, select_by = evaluated.scores, progress.step, self.recipe.evaluation.select_by
+            step, select_by = progress.step, self.recipe.evaluation.select_by
+            scores = evaluated.selected(self.recipe.evaluation.select_corpus)
             kept = admit(progress.kept, step, scores, select_by=select_by, keep=training.keep_best)
             is_best = kept[0][0] == step
             self._log_evaluation(evaluated, is_best)
@@ -337,7 +339,7 @@ class Trainer:
         """Report an evaluation: scores, predictions, samples and warnings."""
         progress, settings = self.progress, self.recipe.evaluation
         epoch = progress.epoch + 1
-        values = {f"dev_{key}": value for key, value in evaluated.scores.values().items() if value is not None}
+        values = evaluated.figures("dev")
         self.tracker.log(progress.step, values, kind="eval")
         if self.ranks.is_main:
             path = self.resolved.run_dir / "predictions" / f"predictions_epoch_{epoch:03d}.csv"
@@ -346,7 +348,7 @@ class Trainer:
             rows = [{"uid": row.uid, "reference": row.reference, "hypothesis": row.hypothesis} for row in shown]
             self.tracker.table(progress.step, "dev_samples", rows)
         best = f"  (best {settings.select_by} so far)" if is_best else ""
-        self.line.echo(f"dev after epoch {epoch}: {evaluated.line()}{best}")
+        self.line.echo(f"dev after epoch {epoch}: {evaluated.line(settings.select_by)}{best}")
         self.warn(collapse_warning(evaluated, self.train_split.texts, epoch, settings))
 
     def translate(self, split: Split) -> Evaluated:

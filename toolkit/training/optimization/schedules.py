@@ -8,12 +8,6 @@ from toolkit.checkpointing.checkpoints import Extension
 from toolkit.recipe.schema import Training
 
 
-def total_steps(training: Training, epoch_steps: int) -> int:
-    """Optimizer steps of a whole run; ``epoch_steps`` are those of an epoch."""
-    steps = math.ceil(training.epochs * epoch_steps)
-    return min(steps, training.max_steps) if training.max_steps else steps
-
-
 def warmup_steps(training: Training, total: int, extension: Extension | None) -> int:
     """Optimizer steps until the peak."""
     return extension.warmup_steps if extension else int(training.warmup_ratio * total)
