@@ -20,6 +20,9 @@ from toolkit.batching.epochs import Mixture, epoch_steps, mixture_of
 from toolkit.batching.loader import train_batches
 from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.corpus.packed import Corpus, Part
+from toolkit.fitting.kept_choices import settings_hash
+from toolkit.fitting.shapes import lengths_of
+from toolkit.planning.workload import from_corpus
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Data
 
@@ -190,3 +193,26 @@ def test_one_corpus_in_a_list_is_that_corpus(folders: list[Path], resolve: Resol
     for ours, theirs in zip(first, second, strict=True):
         assert [batch.uids for batch in ours] == [batch.uids for batch in theirs]
         assert all(batch.poses.equal(other.poses) for batch, other in zip(ours, theirs, strict=True))
+
+
+def test_plan_and_rehearsal_count_the_clips_of_an_epoch(folders: list[Path], resolve: Resolve) -> None:
+    """Six clips are a step of six, whatever the corpora hold; the longest clip may come in any epoch."""
+    data = mixed(folders, epoch_clips=6)
+    runs = [resolve(padding=padding, data=data) for padding in ("longest", "ladder")]
+    corpus = open_corpora(runs[0].recipe.data)
+    longest = int(corpus.splits["train"].frames.max())
+    for run in runs:
+        lengths = lengths_of(run, corpus.splits["train"])
+        assert lengths.share == 6 and lengths.longest >= longest
+    workload = from_corpus(runs[1].recipe, corpus, 1)
+    assert workload.steps_per_epoch == 1 and workload.frames >= longest
+    assert from_corpus(resolve(data=mixed(folders)).recipe, corpus, 1).steps_per_epoch == 9
+
+
+def test_a_choice_of_micro_batches_is_for_the_weights_that_it_was_made_with(
+    folders: list[Path], resolve: Resolve
+) -> None:
+    plain: dict[str, Any] = {"corpora": [str(path) for path in folders]}
+    runs = [resolve(data=data) for data in (plain, {**plain, "temperature": 2.0}, mixed(folders))]
+    hashes = [settings_hash(run, open_corpora(run.recipe.data)) for run in (*runs, runs[0])]
+    assert len(set(hashes)) == 3 and hashes[0] == hashes[3]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.corpus.data_settings import data_of
 from tests.written_mixes import SIZES, write_one, write_three
 from toolkit.corpus.mixture.opening import open_corpora, open_prepared
 from toolkit.corpus.packed import Corpus
@@ -75,6 +76,20 @@ def test_workers_get_the_paths_and_not_the_clips(folders: list[Path]) -> None:
     sent = pickle.dumps(split)
     assert len(sent) < 10_000
     assert list(pickle.loads(sent).uids) == list(split.uids)
+
+
+def test_a_table_in_the_list_is_prepared_by_the_settings_of_the_mix(
+    folders: list[Path], clips: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "made.csv"
+    table.write_text((clips / "table.csv").read_text().replace("text", "sentence", 1))
+    part = {"table": str(table), "poses": str(clips / "poses"), "columns": {"text": "sentence"}}
+    data = data_of(clips, tmp_path, table=None, poses=None, corpora=[{"corpus": str(folders[0])}, part])
+    train = open_corpora(data).splits["train"]
+    assert [(one.corpus, len(one.clips)) for one in train.parts] == [("large", 40), ("made", 16)]
+    (prepared,) = (tmp_path / "cache").glob("table-*/corpus.json")
+    written = prepared.stat().st_mtime_ns
+    assert len(open_corpora(data).splits["train"]) == 56 and prepared.stat().st_mtime_ns == written
 
 
 def test_a_mix_is_planned_where_all_of_it_is_prepared(folders: list[Path]) -> None:

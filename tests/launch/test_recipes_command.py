@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from tests.models.warm_start.makers import HANDS, SMALL, corpus_of, make, save
 from tests.scripts import run_main
+from tests.written_mixes import write_three
 from toolkit.recipe.paths import recipes_dir
 
 COMMAND = Path(__file__).parents[2] / "launch" / "recipes.py"
@@ -121,6 +122,26 @@ def test_check_prints_what_a_translator_will_give(tmp_path, translator):
     trained = recipes(*arguments, "model.tokenizer=train", cwd=tmp_path)
     assert "when the run has its tokenizer" in trained.stdout
     (translator / "hidden").rename(translator / "model.safetensors")
+
+
+def test_check_prints_what_an_epoch_draws_of_a_mix(tmp_path):
+    write_three(tmp_path)
+    listed = "data.corpora=[{corpus: large, weight: [1, 3]}, {corpus: small, weight: 1}]"
+    done = recipes("check", "t5_small", "--cpu", listed, "data.epoch_clips=100", "training.epochs=10", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "large: 40 clips, 52.4% of an epoch (1.31 passes), 74.4% at the end" in done.stdout
+    assert "small: 6 clips, 47.6% of an epoch (7.94 passes), 25.6% at the end" in done.stdout
+    refused = recipes("check", "t5_small", "--cpu", "data.corpora=[large, nothing]", cwd=tmp_path)
+    assert refused.returncode == 2 and "nothing" in refused.stderr
+    other = recipes(
+        "check",
+        "t5_small",
+        "--cpu",
+        "data.corpora=[small, synthetic]",
+        "evaluation.select_corpus=synthetic",
+        cwd=tmp_path,
+    )
+    assert other.returncode == 2 and "synthetic" in other.stderr
 
 
 def test_check_refuses_a_translator_that_does_not_fit(tmp_path, translator):

@@ -15,6 +15,7 @@ from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding.search import Hypothesis
 from toolkit.errors import UserError
+from toolkit.evaluation import inputs
 from toolkit.evaluation.splits import _score_split, splits_to_test
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation
@@ -112,3 +113,27 @@ def test_a_run_resumes_with_its_corpora_wherever_they_are(
     with pytest.raises(UserError) as refusal:
         check_corpus(open_corpora(changed.recipe.data), changed.run_dir)
     assert str(changed.run_dir) in refusal.value.message
+
+
+def test_a_model_is_scored_on_the_corpora_of_its_run(
+    corpus: Corpus, resolve: Resolve, folders: list[Path], tmp_path: Path
+) -> None:
+    """Wherever they are; and one of them by itself, with what the recipe says of it."""
+    parts = [{"corpus": str(path), "language": path.name} for path in folders]
+    resolved = resolve("data.source=table", f"data.corpora={json.dumps(parts)}")
+    run_directory.start(resolved, open_corpora(resolved.recipe.data))
+    recipe = inputs.recipe_of(resolved.run_dir)
+    whole = inputs.open_corpus(resolved.run_dir, recipe, None, is_local_main=True)
+    assert list(whole.members) == ["large", "small", "synthetic"] and len(whole.splits["test"]) == 6
+    assert (
+        inputs.default_out_folder(resolved.run_dir, whole) == resolved.run_dir / "evaluation" / "large+small+synthetic"
+    )
+    alone = inputs.open_corpus(resolved.run_dir, recipe, str(folders[1]), is_local_main=True)
+    assert [clip.language for clip in alone.splits["test"]] == ["small", "small"]
+
+    seen = tmp_path / "seen"
+    environment = json.loads((resolved.run_dir / "environment.json").read_text())
+    environment["corpora"]["small"] = str(folders[1].rename(seen))
+    (resolved.run_dir / "environment.json").write_text(json.dumps(environment))
+    again = inputs.open_corpus(resolved.run_dir, recipe, None, is_local_main=True)
+    assert again.members["small"].path == seen and list(again.splits["test"].uids) == list(whole.splits["test"].uids)
