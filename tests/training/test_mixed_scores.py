@@ -21,6 +21,7 @@ from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.metrics import mean_of, score
 from toolkit.training.evaluating import Evaluated
+from toolkit.training.overfit import few_clips
 from toolkit.training.start import check_corpus, check_selection
 
 Resolve = Callable[..., ResolvedRun]
@@ -79,6 +80,13 @@ def test_a_corpus_without_dev_clips_picks_no_model(corpus: Corpus, resolved: Res
     check_selection(resolve(*chosen, "evaluation.select_corpus=small").recipe, corpus)
     with pytest.raises(UserError, match="synthetic"):
         check_selection(resolve(*chosen, "evaluation.select_corpus=synthetic").recipe, corpus)
+
+
+def test_corpora_give_the_clips_to_overfit_in_turn(corpus: Corpus) -> None:
+    few = few_clips(corpus, 5).splits["train"]
+    assert [uid.split("-train-") for uid in few.uids] == [
+        *(["large", "0"], ["small", "0"], ["synthetic", "0"], ["large", "1"], ["small", "1"])
+    ]
 
 
 def listed(folders: list[Path], *weights: int) -> list[str]:

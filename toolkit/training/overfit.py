@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -100,13 +101,16 @@ def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
 def few_clips(corpus: Corpus, count: int) -> Corpus:
     """A corpus whose training split is ``count`` clips with different texts, and whose dev split is the same clips.
 
+    Corpora of a mix give them in turn.
+
     Raises:
         UserError: the corpus has fewer different texts.
     """
     train = corpus.splits["train"]
+    texts, in_turn = train.texts, chain.from_iterable(zip_longest(*(part.clips for part in train.parts)))
     first_of_text: dict[str, int] = {}
-    for index, text in enumerate(train.texts):
-        first_of_text.setdefault(text, index)
+    for index in (index for index in in_turn if index is not None):
+        first_of_text.setdefault(texts[index], index)
         if len(first_of_text) == count:
             few: Any = ClipSubset(train, list(first_of_text.values()))
             return replace(corpus, splits={"train": few, "dev": few})
