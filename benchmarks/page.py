@@ -84,6 +84,12 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/data.py",
         "Each figure beside the plain way in the same run; see [data.md](data.md).",
     ),
+    "features": (
+        "Features of another network",
+        "python benchmarks/features.py",
+        "768 numbers a frame read out of the memory map into padded batches, beside a plain copy of as many bytes in "
+        "the same run; see [data.md](data.md#features-of-another-network).",
+    ),
     "padding": (
         "Padding to a ladder of lengths",
         "python benchmarks/padding.py",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a table and pose files into a packed corpus that training maps into memory.
+"""Turn a table, pose files and feature files into a packed corpus that training maps into memory.
 
 python launch/prepare.py --recipe demo                                        what this recipe will train on
 python launch/prepare.py --table T.csv --poses DIR --out corpora/mine         my own data
@@ -39,6 +39,8 @@ from toolkit.recipe.schema import Data
 SETTINGS = {
     "table": (str, "CSV, TSV or JSONL with a line for each clip"),
     "poses": (str, "where the pose files are"),
+    "features": (str, "where the feature files of another network are, besides the poses or instead of them"),
+    "features_fps": (float, "frames per second of the features (default: as the table or the files say)"),
     "landmarks": (str, "landmark set: name or YAML file"),
     "fps": (float, "frames per second after resampling"),
     "max_frames": (int, "longest clip, in frames after resampling"),

@@ -150,12 +150,12 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from toolkit.corpus.mixture.opening import open_prepared
-    from toolkit.poses.landmarks import load_landmark_set
+    from toolkit.corpus.plan import landmarks_of
 
     run = _resolve(arguments)
     corpus = open_prepared(run.recipe.data) if run.recipe.data.corpora or run.recipe.model.init_from else None
     if corpus is None and not run.recipe.data.corpus:
-        load_landmark_set(run.recipe.data.landmarks)
+        landmarks_of(run.recipe.data)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
     taken, drawn = _warm_start(run, corpus), _mixture(run, corpus)
     if arguments.json:

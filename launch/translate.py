@@ -6,6 +6,8 @@ python launch/translate.py --model runs/demo clips/ archive.zip           one li
 python launch/translate.py --model runs/demo archive.zip:day1/clip.pose   one member of an archive
 python launch/translate.py --model runs/demo long.pose --srt long.srt     a recording of hours, as subtitles
 python launch/translate.py --model runs/demo clip.mp4                     a video (needs the extra [video])
+python launch/translate.py --model runs/i3d clip.npy                      features, for a model that reads these alone
+python launch/translate.py --model runs/both clips/ --features features/  poses and features, for one that reads both
 cat clip.pose | python launch/translate.py --model runs/demo - --json     from a pipe, with all details
 
 A clip longer than the model reads is split into overlapping windows; each gets its own line, with its time.
@@ -49,6 +51,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a run directory, a model folder or a hub id")
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="file, folder, zip, tar, archive.zip:member, or -")
     parser.add_argument("--fps", type=float, metavar="N", help="frames per second of the clips, when files are wrong")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="PLACE",
+        help="features of the clips, for a model that reads poses and features",
+    )
+    parser.add_argument("--features-fps", type=float, metavar="N", help="frames per second of features")
     parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search (default: the model's own)")
     parser.add_argument("--n-best", type=int, default=1, metavar="N", help="print N texts a clip, with their scores")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text (default: the model's own)")
@@ -101,7 +110,7 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Wrong names are found before the model is loaded, which takes seconds."""
-    from toolkit.inference.clip_sources import find_clips
+    from toolkit.inference.clip_sources import find_clips, with_features
     from toolkit.poses.video import check_video_support
 
     sources = find_clips(arguments.clips, arguments.fps)
@@ -111,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_video_support()
 
     model, processor = load(arguments)
+    sources = with_features(sources, processor.feature_extractor, arguments.features, arguments.features_fps)
     conditions = given_conditions(arguments, processor)
     from toolkit.inference.translate_files import Windowing, translate_clips
 

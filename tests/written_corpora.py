@@ -21,20 +21,24 @@ def write_corpus(
     Args:
         folder: to be created.
         splits: clips by split; features [frames, points, channels] fit ``landmark_set``, NaN = missing (a landmark with
-            a NaN in one channel is missing).
+            a NaN in one channel is missing); with ``video_features`` in all of them or in none.
         landmark_set: the landmarks in order.
         fps: frames per second of the features.
         normalisation: description of the origin and unit of the coordinates.
     """
-    width = landmark_set.width
+    splits = {name: list(clips) for name, clips in splits.items()}
+    of_clips = (clip.video_features for clips in splits.values() for clip in clips)
+    first = next(of_clips, None)
+    widths = landmark_set.width, 0 if first is None else first.shape[1]
     summaries = {}
     for name, clips in splits.items():
         (folder / name).mkdir(parents=True)
         packed = [_missing_in_every_channel(clip) for clip in clips]
-        write_shard(folder / name / shard_name(0, 1), packed, width)
-        finish_split(folder / name, width)
+        write_shard(folder / name / shard_name(0, 1), packed, *widths)
+        finish_split(folder / name, *widths)
         summaries[name] = {"clips": len(packed), "frames": sum(len(clip.features) for clip in packed)}
-    finish_corpus(folder, Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries))
+    metadata = Metadata(landmark_set.to_dict(), fps, normalisation, splits=summaries, num_features=widths[1])
+    finish_corpus(folder, metadata)
     return Corpus.open(folder)
 
 

@@ -116,6 +116,20 @@ def test_more_frames_than_positions(tmp_path: Path) -> None:
     assert "data.max_frames=600" in hint and "model.pose_encoder=conv" in hint
 
 
+def test_features_behind_the_poses_take_as_many_positions_again() -> None:
+    backbone, clips = empty_backbone(SMALL_BART), ("data.poses=poses", "model.pose_encoder.stride=2")
+    for settings, fitting in (
+        (("data.features=features", "model.fusion=concat"), 600),
+        (("data.features=features", "model.fusion=sum"), 1200),
+        (("model.fusion=concat",), 1200),
+    ):
+        recipe = load_recipe("t5_small", [*clips, *settings])
+        check_positions(recipe, backbone, fitting, prefix=0)
+        with pytest.raises(UserError) as refusal:
+            check_positions(recipe, backbone, fitting + 1, prefix=0)
+        assert f"data.max_frames={fitting}" in refusal.value.hint
+
+
 def test_a_prefix_takes_positions_too() -> None:
     recipe = load_recipe("t5_small", ["model.pose_encoder.stride=2"])
     backbone = empty_backbone(SMALL_BART)

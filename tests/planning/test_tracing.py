@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -42,9 +45,18 @@ def test_layers_that_are_left_out_count_as_if_they_were_traced(
     assert from_two.kernels == pytest.approx(whole.kernels, rel=0.08)
 
 
-def test_saved_bytes_are_those_of_a_real_pass() -> None:
+def features_of(folder: Path, *others: str) -> tuple[str, ...]:
+    """Settings of a recipe whose clips have features of 768 numbers a frame, and poses unless ``others`` say not."""
+    np.save(folder / "clip.npy", np.zeros((4, 768), np.float32))
+    return f"data.features={folder}", "model.feature_encoder.dropout=0", *others
+
+
+@pytest.mark.parametrize("inputs", [None, (), ("data.poses=poses", "model.fusion=concat")], ids=["poses", "features",
+                                                                                                 "both"])  # fmt: skip
+def test_saved_bytes_are_those_of_a_real_pass(inputs: tuple[str, ...] | None, tmp_path: Path) -> None:
     """Without dropout and attention the kernels of a CPU keep what those of a GPU keep."""
     overrides = ("model.dropout=0", "model.pose_encoder.dropout=0", "model.tiny=true")
+    overrides += () if inputs is None else features_of(tmp_path, *inputs)
     traced = trace(shorten(empty("t5_small", *overrides)), **SHAPE, dtype=torch.float32)
     model = empty("t5_small", *overrides).to_empty(device="cpu").train()
     for parameter in model.parameters():
@@ -59,18 +71,20 @@ def test_saved_bytes_are_those_of_a_real_pass() -> None:
         return tensor
 
     clips, frames, tokens = SHAPE.values()
-    points, channels = model.config.num_points, model.config.num_channels
-    mask = torch.ones(clips, frames, dtype=torch.bool)
-    mask[0, 50:] = False
+    shapes = model.config.input_shapes(clips, frames)
+    assert set(shapes) == {"poses", "visible", "frame_mask"} | ({"video_features"} if inputs is not None else set())
+    read = {
+        name: torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.randn(shape).to(dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+    read["frame_mask"][0, 50:] = False
     with as_on_gpu(autocast=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         translation_losses(
             model,
-            torch.randn(clips, frames, points, channels),
-            torch.ones(clips, frames, points, dtype=torch.bool),
-            mask,
-            torch.randint(3, 30, (clips, tokens)),
-            torch.arange(clips * tokens),
-            torch.tensor([0]),
+            **read,
+            labels=torch.randint(3, 30, (clips, tokens)),
+            labelled=torch.arange(clips * tokens),
+            special_ids=torch.tensor([0]),
             label_smoothing=0.1,
             scores_at_once=GPU_SCORES,
         )
@@ -82,6 +96,21 @@ def test_a_quarter_of_the_clips_takes_a_quarter() -> None:
     shortened = shorten(empty("t5_small"))
     small, large = (trace(shortened, **{**SHAPE, "clips": clips}, dtype=torch.bfloat16) for clips in (4, 16))
     assert large.saved == pytest.approx(4 * small.saved, rel=0.02)
+
+
+def test_features_behind_the_poses_cost_as_many_positions_again(tmp_path: Path) -> None:
+    """As of so many more frames of poses; the encoder of features is small beside the backbone."""
+    poses = trace(shorten(empty("t5_small")), **{**SHAPE, "frames": 120}, dtype=torch.bfloat16)
+    both = {
+        fusion: trace(
+            shorten(empty("t5_small", *features_of(tmp_path, "data.poses=poses", f"model.fusion={fusion}"))),
+            **SHAPE,
+            dtype=torch.bfloat16,
+        )
+        for fusion in ("sum", "concat")
+    }
+    assert both["concat"].flops == pytest.approx(poses.flops, rel=0.1)
+    assert both["sum"].flops < 0.75 * poses.flops
 
 
 def test_adapters_train_with_fewer_saved_tensors() -> None:

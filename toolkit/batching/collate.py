@@ -45,6 +45,14 @@ class Batch:
     target_languages: list[str] = field(default_factory=list)  # of the texts; empty where the table has none
     prefixes: list[str] | None = None  # of each clip, in words; None where all clips have the same
     prefix_ids: Tensor | None = None  # int64 [clips, tokens], -1 where padded; the same in tokens
+    video_features: Tensor | None = None  # float16 [clips, frames, dimensions], 0 where padded; None without any
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model reads of the clips, as ``PoseTranslator.encode`` takes it."""
+        optional = {"video_features": self.video_features, "prefix_ids": self.prefix_ids}
+        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return {"poses": self.poses, "visible": self.visible, "frame_mask": self.frame_mask, **given}
 
     @property
     def num_target_tokens(self) -> int:
@@ -82,7 +90,7 @@ def pad(clips: Sequence[Clip], indices: Sequence[int], frames: int = 0) -> Batch
     """Pad clips to the longest among them, or to so many frames; the batch has no labels yet.
 
     Args:
-        clips: features are float16 [frames, points, channels], NaN in every channel of a landmark that is missing.
+        clips: their arrays are float16; a landmark that is missing is NaN in every channel.
         indices: each clip's index in its split; ``~i`` marks a filler.
     """
     poses, visible, frame_mask = pad_features([clip.features for clip in clips], frames)
@@ -101,7 +109,25 @@ def pad(clips: Sequence[Clip], indices: Sequence[int], frames: int = 0) -> Batch
         num_clips=int((positions >= 0).sum()),
         num_frames=int(frame_mask[~is_filler].sum()),
         target_languages=[clip.target_language for clip in clips],
+        video_features=pad_video_features([clip.video_features for clip in clips], frames),
     )
+
+
+def pad_video_features(features: Sequence[npt.NDArray[np.float16] | None], padded_frames: int = 0) -> Tensor | None:
+    """Pad what another network made of each clip, float16 [frames, dimensions]: with zeros, to the longest of them.
+
+    It stays float16, so that loading it is one copy. None where clips have none.
+    """
+    found = [values for values in features if values is not None]
+    if not found:
+        return None
+    longest = max(padded_frames, *map(len, found))
+    width = found[0].shape[1]
+    packed = np.empty((len(found), longest * width), np.float16)
+    for row, values in enumerate(found):
+        packed[row, : values.size] = values.reshape(-1)
+        packed[row, values.size :] = 0
+    return torch.from_numpy(packed.reshape(len(found), longest, width))
 
 
 def pad_features(features: Sequence[npt.NDArray[np.float16]], padded_frames: int = 0) -> tuple[Tensor, Tensor, Tensor]:

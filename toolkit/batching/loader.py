@@ -29,7 +29,7 @@ from toolkit.batching.order import (
     share_of_rank,
 )
 from toolkit.batching.workers import start_workers
-from toolkit.poses.augmentation import augment, is_off
+from toolkit.poses.augmentation import augment, augment_features, is_off
 from toolkit.recipe.prompts import fill, placeholders
 
 if TYPE_CHECKING:
@@ -214,7 +214,13 @@ def evaluation_batches(
 def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: LandmarkSet) -> Batch:
     """Augment a batch; the changes of a clip depend on (seed, pass, clip) and not on its batch."""
     assert wanted.lengths is not None and wanted.passes is not None
-    seed = recipe.training.seed
+    seed, passes = recipe.training.seed, wanted.passes
+
+    def generators() -> list[np.random.Generator]:
+        numbered = zip(passes.tolist(), batch.clips.tolist(), strict=True)
+        return [np.random.default_rng((seed, number, 2, clip)) for number, clip in numbered]
+
+    old_lengths = batch.frame_mask.sum(1).tolist()
     batch.poses, batch.visible, batch.frame_mask = augment(
         batch.poses,
         batch.visible,
@@ -222,12 +228,18 @@ def _augmented(batch: Batch, wanted: MicroBatch, recipe: Recipe, landmark_set: L
         recipe.augmentation,
         landmark_set,
         wanted.lengths,
-        [
-            np.random.default_rng((seed, one, 2, clip))
-            for one, clip in zip(wanted.passes.tolist(), batch.clips.tolist(), strict=True)
-        ],
+        generators(),
         wanted.padded_frames,
     )
+    if batch.video_features is not None:
+        batch.video_features = augment_features(
+            batch.video_features,
+            recipe.augmentation,
+            old_lengths,
+            wanted.lengths,
+            generators(),
+            batch.frame_mask.shape[1],
+        )
     batch.num_frames = int(batch.frame_mask[~batch.is_filler].sum())
     return batch
 

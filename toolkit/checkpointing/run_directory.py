@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "data.corpus",
     "data.table",
     "data.poses",
+    "data.features",
     "data.cache",
     "data.workers",
     "data.max_rejects",
@@ -71,6 +72,7 @@ LENGTH = ("training.epochs", "training.max_steps")
 OF_PREPARATION = (
     "data.landmarks",
     "data.fps",
+    "data.features_fps",
     "data.min_frames",
     "data.too_long",
     "data.no_hands",
@@ -225,7 +227,7 @@ def corpus_identity(corpus: Corpus) -> dict[str, Any]:
             texts.update(f"{uid}\0{text}\0".encode())
     return {
         "splits": metadata.splits,
-        # Of table and pose files. They do not say which column holds the texts, nor how poses became features; landmark
+        # Of table and files. They do not say which column holds the texts, nor how poses became features; landmark
         # set and frame rate belong to the processor, which is compared, too.
         "checksums": metadata.checksums,
         "texts": texts.hexdigest(),

@@ -1,7 +1,7 @@
-"""Find and read the pose file of each row of the table.
+"""Find and read the pose file and the feature file of each row of the table.
 
-Pose files are in a folder, a zip or a tar; large corpora publish a zip or tar as a sequence of parts. Archives are
-read in place: parts are not joined and nothing is unpacked.
+The files of a kind are in a folder, a zip or a tar; large corpora publish a zip or tar as a sequence of parts. Archives
+are read in place: parts are not joined and nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO, Any, Protocol
 import xxhash
 
 from toolkit.corpus.members import TooManyMembers, check_list, open_zip, tar_members
-from toolkit.corpus.names import SUFFIXES, Names, escaped, is_pose_file
+from toolkit.corpus.names import FEATURE_SUFFIXES, SUFFIXES, Names, escaped, is_pose_file
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.compressed import read_member
@@ -32,6 +32,7 @@ from toolkit.poses.pose_file import PoseError
 from toolkit.poses.video import VIDEO_SUFFIXES
 
 _CHECK_PATH = "check data.poses (--poses): the folder or archive of the pose files"
+_CHECK_FEATURES = f"check data.features (--features): the folder or archive of {', '.join(FEATURE_SUFFIXES)} files"
 # What a folder or archive holds instead of poses, by suffix, and the remedy.
 _INSTEAD = {
     ".json": "convert the JSON files of each clip by pose_format.utils.openpose.load_openpose_directory (pip install "
@@ -72,6 +73,7 @@ class PoseFiles:
     files: dict[str, Any]  # the key of each file by its name, which is its path in the container
     names: Names  # finds a file by what a table calls it
     identity: str  # hash of the names and versions of all files
+    kind: str = "pose"  # or features: the column of a table that names a file, and what messages call it
 
     def match(self, row: Row) -> tuple[str, list[str]]:
         """Look up a row's clip.
@@ -79,7 +81,7 @@ class PoseFiles:
         Returns:
             the name that was looked up, and the files that match: one, none, or several if the name is ambiguous.
         """
-        found = [(name, self.names.match(name)) for _, name in _looked_up(row)]
+        found = [(name, self.names.match(name)) for _, name in self._looked_up(row)]
         unique = (match for match in found if len(match[1]) == 1)
         ambiguous = (match for match in found if match[1])
         return next(unique, None) or next(ambiguous, None) or found[0]
@@ -94,14 +96,21 @@ class PoseFiles:
         name, files = self.match(row)
         if files:
             return (
-                f"several pose files have its name: '{escaped(name)}' may be {' or '.join(map(escaped, files))}",
-                "write the path of the right one as the uid or into a column pose",
+                f"several {self.kind} files have its name: '{escaped(name)}' may be {' or '.join(map(escaped, files))}",
+                f"write the path of the right one as the uid or into a column {self.kind}",
             )
-        names = " and ".join(f"'{escaped(name)}' ({column})" for column, name in _looked_up(row))
+        names = " and ".join(f"'{escaped(name)}' ({column})" for column, name in self._looked_up(row))
         return (
-            f"no pose file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}",
-            "write the name of its file into a column pose",
+            f"no {self.kind} file has its name: looked up {names}, the nearest is {escaped(self.names.nearest(name))}",
+            f"write the name of its file into a column {self.kind}",
         )
+
+    def _looked_up(self, row: Row) -> list[tuple[str, str]]:
+        """Column and value of each name that a row's file may have."""
+        if named := getattr(row, self.kind):
+            return [(self.kind, named)]
+        is_excerpt = row.start is not None or row.end is not None
+        return [("uid", row.uid)] + ([("video", row.video)] if is_excerpt and row.video else [])
 
     def read(self, key: Any) -> bytes:
         """The bytes of a file that ``find`` named.
@@ -115,6 +124,14 @@ class PoseFiles:
             raise PoseError(f"the file cannot be read: {error.strerror or error}") from error
 
 
+def open_features(path: Path) -> PoseFiles:
+    """List the feature files of a folder, a zip or a tar, as :func:`open_poses`."""
+    try:
+        return _open(path, "features", FEATURE_SUFFIXES)
+    except UserError as error:
+        raise UserError(error.message, _CHECK_FEATURES) from error
+
+
 def open_poses(path: Path) -> PoseFiles:
     """List the pose files of a folder, a zip or a tar.
 
@@ -123,13 +140,17 @@ def open_poses(path: Path) -> PoseFiles:
     Raises:
         UserError: it is not there, is none of these, or holds no pose file.
     """
+    return _open(path, "pose", SUFFIXES)
+
+
+def _open(path: Path, kind: str, suffixes: tuple[str, ...]) -> PoseFiles:
     try:
-        container: _Container = _Folder(path) if path.is_dir() else _open_archive(path)
+        container: _Container = _Folder(path, suffixes) if path.is_dir() else _open_archive(path, suffixes)
         entries = sorted(container.entries(), key=lambda entry: entry[0])
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror}", _CHECK_PATH) from error
     if not entries:
-        raise _no_poses(path, container)
+        raise _no_files(path, container, suffixes)
     digest = xxhash.xxh3_64()
     last: dict[str, tuple[str, Any]] = {}
     for name, key, version in entries:
@@ -137,30 +158,22 @@ def open_poses(path: Path) -> PoseFiles:
         last[posixpath.normpath(name)] = name, key
         digest.update(repr((name, version)).encode())
     files = dict(last.values())
-    return PoseFiles(container, files, Names(files, str(path.absolute())), digest.hexdigest())
+    return PoseFiles(container, files, Names(files, str(path.absolute())), digest.hexdigest(), kind)
 
 
-def _no_poses(path: Path, container: _Container) -> UserError:
-    """The error for a folder or archive without poses, which names what it has instead."""
-    suffixes = Counter(posixpath.splitext(name)[1].lower() for name in container.others())
-    suffix, number = next(iter(suffixes.most_common(1)), ("", 0))
+def _no_files(path: Path, container: _Container, suffixes: tuple[str, ...]) -> UserError:
+    """The error for a folder or archive without files of a kind, which names what it has instead."""
+    found = Counter(posixpath.splitext(name)[1].lower() for name in container.others())
+    suffix, number = next(iter(found.most_common(1)), ("", 0))
     there = f", only {suffix or 'files without a suffix'} ({number:,})" if number else ""
-    return UserError(f"{path} holds no {', '.join(SUFFIXES)} file{there}", _INSTEAD.get(suffix, _CHECK_PATH))
-
-
-def _looked_up(row: Row) -> list[tuple[str, str]]:
-    """Column and value of each name that a row's pose file may have."""
-    if row.pose:
-        return [("pose", row.pose)]
-    is_excerpt = row.start is not None or row.end is not None
-    return [("uid", row.uid)] + ([("video", row.video)] if is_excerpt and row.video else [])
+    return UserError(f"{path} holds no {', '.join(suffixes)} file{there}", _INSTEAD.get(suffix, _CHECK_PATH))
 
 
 class _Folder:
     """A folder, flat or nested; the key of a file is its path, which holds in every process of a cluster."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, suffixes: tuple[str, ...]) -> None:
+        self.path, self.suffixes = path.absolute(), suffixes
 
     def entries(self) -> Iterator[tuple[str, str, object]]:
         return self._walk(str(self.path), "", frozenset())
@@ -177,7 +190,7 @@ class _Folder:
                     # A link to a folder above would be followed without end.
                     if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                         yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
-                elif is_pose_file(entry.name) and entry.is_file():
+                elif is_pose_file(entry.name, self.suffixes) and entry.is_file():
                     status = entry.stat()
                     yield prefix + entry.name, entry.path, (status.st_size, status.st_mtime_ns)
 
@@ -185,14 +198,14 @@ class _Folder:
         return Path(key).read_bytes()
 
 
-def _open_archive(path: Path) -> _Container:
+def _open_archive(path: Path, suffixes: tuple[str, ...]) -> _Container:
     joined = _JoinedParts(_parts_of(path))
     buffered = io.BufferedReader(joined)
     try:
         if zipfile.is_zipfile(buffered):
-            return _Zip(path.absolute(), buffered)
+            return _Zip(path.absolute(), buffered, suffixes)
         if joined.pread(257, 5) == b"ustar":
-            return _Tar(path.absolute(), buffered, joined)
+            return _Tar(path.absolute(), buffered, joined, suffixes)
     except TooManyMembers as error:
         raise UserError(f"{path} is no archive of poses: {error}", "unpack it, and give the folder instead") from error
     except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, RecursionError) as error:
@@ -304,17 +317,17 @@ class _JoinedParts(io.RawIOBase):
 class _Zip:
     """A zip; the key of a file is its entry in the central directory."""
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self._path = path
+    def __init__(self, path: Path, file: IO[bytes], suffixes: tuple[str, ...]) -> None:
+        self._path, self._suffixes = path, suffixes
         self._archive = open_zip(file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_archive, (self._path,)  # each machine of a cluster opens the archive itself
+        return _open_archive, (self._path, self._suffixes)  # each machine of a cluster opens the archive itself
 
     def entries(self) -> Iterator[tuple[str, zipfile.ZipInfo, object]]:
         for entry in self._archive.infolist():
             name = _zip_name(entry)
-            if is_pose_file(name):
+            if is_pose_file(name, self._suffixes):
                 yield name, entry, (entry.file_size, entry.CRC)
 
     def others(self) -> list[str]:
@@ -338,19 +351,19 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
 class _Tar:
     """An uncompressed tar; the key of a file is the offset and number of its bytes."""
 
-    def __init__(self, path: Path, file: IO[bytes], joined: _JoinedParts) -> None:
-        self._path = path
+    def __init__(self, path: Path, file: IO[bytes], joined: _JoinedParts, suffixes: tuple[str, ...]) -> None:
+        self._path, self._suffixes = path, suffixes
         self._file, self._joined = file, joined  # kept, because closing the buffered file would close `joined`
         self._members: list[tuple[str, tuple[int, int], object]] = []
         folders = characters = 0
         for member in tar_members(file):
-            if member.isreg() and not member.issparse() and is_pose_file(member.name):
+            if member.isreg() and not member.issparse() and is_pose_file(member.name, suffixes):
                 self._members.append((member.name, (member.offset_data, member.size), (member.size, member.mtime)))
                 folders, characters = folders + member.name.count("/"), characters + len(member.name)
                 check_list(len(self._members), folders, characters, joined.size)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_archive, (self._path,)
+        return _open_archive, (self._path, self._suffixes)
 
     def entries(self) -> list[tuple[str, tuple[int, int], object]]:
         return self._members

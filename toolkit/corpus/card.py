@@ -50,6 +50,8 @@ def _text(corpus: Corpus) -> str:
     lines += ["", "## How the features were made", ""]
     lines += [
         f"- Landmarks: {landmarks.name}, {landmarks.num_points} points ({parts}).",
+        f"- Features of another network: {metadata.num_features or 'none'}"
+        + (" numbers a frame, float16, sampled at the frames of the clips." if metadata.num_features else "."),
         f"- Values: {', '.join(landmarks.channels)} in float16, NaN = missing.",
         f"- Normalisation: {metadata.normalisation}.",
         f"- Lengths: {metadata.min_frames} to {metadata.max_frames} frames; longer clips: {metadata.too_long}.",

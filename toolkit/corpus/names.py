@@ -19,8 +19,11 @@ from operator import eq
 from toolkit.poses.video import VIDEO_SUFFIXES
 
 SUFFIXES = (".pose", ".npy", ".npz", ".pkl")
+FEATURE_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".safetensors")
+"""Of pose files, and of files with what another network made of a video."""
 
-_DROPPED = (*SUFFIXES, *VIDEO_SUFFIXES)  # tables name the video, and tools name the poses after it: x.mp4.pose
+_ALL_SUFFIXES = tuple(dict.fromkeys((*SUFFIXES, *FEATURE_SUFFIXES)))
+_DROPPED = (*_ALL_SUFFIXES, *VIDEO_SUFFIXES)  # tables name the video, and tools name the poses after it: x.mp4.pose
 
 MOST_MATCHES = 8  # files that a message about an ambiguous name lists
 LONGEST_PRINTED = 300  # characters of a name in a message
@@ -29,9 +32,9 @@ LONGEST_PRINTED = 300  # characters of a name in a message
 _ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:(?=/)|~(?=/)")
 
 
-def is_pose_file(name: str) -> bool:
-    """Whether a name is that of a pose file; the metadata files (``._x.pose``) that macOS adds to archives are not."""
-    return name.lower().endswith(SUFFIXES) and not posixpath.basename(name.replace("\\", "/")).startswith("._")
+def is_pose_file(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    """Whether a name has one of the suffixes; the metadata files (``._x.pose``) that macOS adds to archives do not."""
+    return name.lower().endswith(suffixes) and not posixpath.basename(name.replace("\\", "/")).startswith("._")
 
 
 def canonical(name: str) -> str:
@@ -168,8 +171,8 @@ def _without_suffix(name: str, dropped: Sequence[str] = _DROPPED) -> str:
 
 
 def _suffix(name: str) -> str:
-    """The suffix of a pose file that a name has, "" if it has none."""
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    """The suffix of a pose or feature file that a name has, "" if it has none."""
+    return next((suffix for suffix in _ALL_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _narrow(name: str, found: Sequence[str]) -> list[str]:
@@ -180,7 +183,7 @@ def _narrow(name: str, found: Sequence[str]) -> list[str]:
     spellings: list[Callable[[str], str]] = [_suffix]
     if len({canonical(candidate) for candidate in found}) == 1:
         spellings += [posixpath.normpath, posixpath.basename]
-        spellings += [lambda name: _without_suffix(posixpath.basename(name), SUFFIXES)]
+        spellings += [lambda name: _without_suffix(posixpath.basename(name), _ALL_SUFFIXES)]
     for spelling in spellings:
         found = [candidate for candidate in found if spelling(candidate) == spelling(name)] or found
     return list(found)

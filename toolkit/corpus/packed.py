@@ -8,18 +8,20 @@ On disk a corpus is a folder that the ``datasets`` library opens with ``load_fro
     train/               data-00000-of-00004.arrow ..., dataset_info.json, state.json
     dev/ test/ ...
 
-Features are float16, a list of frames of ``points x channels`` values each, NaN where a landmark is missing. Reading
-needs pyarrow alone, which starts a hundred times faster than ``datasets`` and gives views into the map.
-``writer.py`` writes these files.
+Features are float16, a list of frames of ``points x channels`` values each, NaN where a landmark is missing. What
+another network made of the video is a second column, ``video_features``, with the same frames. A corpus has at least
+one of the two. Reading needs pyarrow alone, which starts a hundred times faster than ``datasets`` and gives views into
+the map. ``writer.py`` writes these files.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import repeat
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class Clip:
     target_language: str = ""  # of the text; this and the following are empty if the table has none
     prompt: str = ""
     context: str = ""
+    video_features: npt.NDArray[np.float16] | None = None  # of another network [frames, dimensions], if there are any
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -81,6 +84,7 @@ class Metadata:
     leakage: dict[str, int] = field(default_factory=dict)  # texts and videos that splits share
     lacking: dict[str, int] = field(default_factory=dict)  # landmarks -> clips that lack them
     versions: dict[str, str] = field(default_factory=dict)  # of the toolkit that wrote it
+    num_features: int = 0  # numbers of a frame that another network made of the video
     format_version: int = FORMAT_VERSION
 
     @property
@@ -121,8 +125,9 @@ class Column(Sequence[str]):
         return cls(pa.chunked_array([chunk for column in columns for chunk in column._values.chunks], pa.string()))
 
 
-# Views of a record batch: those columns, frame offsets [clips + 1], and all frames [frames, points, channels].
-_Chunk = tuple[dict[str, pa.Array], npt.NDArray[np.int64], npt.NDArray[np.float16]]
+# Views of a record batch: those columns (None where all texts are empty), frame offsets [clips + 1], and all frames of
+# each array of a clip.
+_Chunk = tuple[dict[str, pa.Array | None], npt.NDArray[np.int64], dict[str, npt.NDArray[np.float16]]]
 
 
 class Split:
@@ -131,10 +136,11 @@ class Split:
     It is pickled as its path, so worker processes map the files themselves.
     """
 
-    def __init__(self, folder: Path, num_points: int, num_channels: int) -> None:
+    def __init__(self, folder: Path, num_points: int, num_channels: int, num_features: int = 0) -> None:
         self.folder = folder
         self.num_points = num_points
         self.num_channels = num_channels
+        self.num_features = num_features
 
     @property
     def name(self) -> str:
@@ -174,24 +180,28 @@ class Split:
         return self._table.column("hands_visible").to_numpy()
 
     def clip(self, index: int) -> Clip:
-        """The clip at ``index``; its features are a view into the map.
+        """The clip at ``index``; its arrays are views into the map.
 
         Raises:
             IndexError: there is no such clip.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)} in split {self.name}")
-        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
-        row = index - int(self._chunk_starts[chunk])
-        columns, offsets, values = self._chunk(chunk)
-        texts = {name: column[row].as_py() for name, column in columns.items()}
-        return Clip(**texts, features=values[offsets[row] : offsets[row + 1]])
+        chunk = bisect_right(self._chunk_starts, index) - 1
+        row = index - self._chunk_starts[chunk]
+        columns, offsets, arrays = self._chunk(chunk)
+        frames = slice(offsets[row], offsets[row + 1])
+        values: dict[str, Any] = {
+            name: column[row].as_py() if column is not None else "" for name, column in columns.items()
+        }
+        return Clip(**values | {name: of_all[frames] for name, of_all in arrays.items()})
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "num_points": self.num_points, "num_channels": self.num_channels}
+        sizes = ("num_points", "num_channels", "num_features")
+        return {"folder": self.folder, **{name: getattr(self, name) for name in sizes}}
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -205,25 +215,49 @@ class Split:
         return [name for name in (*TEXT_COLUMNS, "hands_visible") if name in there or name not in LATER_COLUMNS]
 
     @cached_property
-    def _chunk_starts(self) -> npt.NDArray[np.int64]:
-        """Index of the first clip of each record batch, int64 [batches]."""
-        sizes = [len(chunk) for chunk in self._table.column("features").chunks]
-        return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
+    def _chunk_starts(self) -> list[int]:
+        """Index of the first clip of each record batch."""
+        sizes = [len(chunk) for chunk in self._table.column("frames").chunks]
+        return list(accumulate(sizes[:-1], initial=0))
 
     def _chunk(self, chunk: int) -> _Chunk:
         if chunk not in self._chunks:
-            columns = {name: self._table.column(name).chunk(chunk) for name in self._columns}
-            lists = self._table.column("features").chunk(chunk)
-            frames = lists.values.flatten().to_numpy(zero_copy_only=True)
-            frames = frames.reshape(-1, self.num_points, self.num_channels)
+            columns = {name: _unless_empty(self._table.column(name).chunk(chunk)) for name in self._columns}
+            frames = self._table.column("frames").chunk(chunk).to_numpy()
+            offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
+            arrays = {
+                name: self._values(name, chunk).reshape(offsets[-1], *shape) for name, shape in self._shapes.items()
+            }
             if len(self._chunks) == MOST_CHUNKS:
                 self._chunks.pop(next(iter(self._chunks)))
-            self._chunks[chunk] = (columns, lists.offsets.to_numpy(), frames)
+            self._chunks[chunk] = (columns, offsets, arrays)
         return self._chunks[chunk]
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays that a clip is made of, each with the shape of one frame."""
+        shapes: dict[str, tuple[int, ...]] = {"features": (self.num_points, self.num_channels)}
+        return shapes | ({"video_features": (self.num_features,)} if self.num_features else {})
+
+    def _values(self, name: str, chunk: int) -> npt.NDArray[np.float16]:
+        """The values of all frames of one record batch; poses without landmarks have no column."""
+        if name not in self._table.column_names:
+            return np.empty(0, np.float16)
+        lists = self._table.column(name).chunk(chunk)
+        values: npt.NDArray[np.float16] = lists.values.flatten().to_numpy(zero_copy_only=True)
+        return values
 
     @cached_property
     def _chunks(self) -> dict[int, _Chunk]:
         return {}
+
+
+def _unless_empty(column: pa.Array) -> pa.Array | None:
+    """A column, None where all of its texts are empty: each value that is read costs half a microsecond."""
+    if column.type != pa.string():
+        return column
+    ends = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, 4 * column.offset)
+    return column if ends[0] != ends[-1] else None
 
 
 @dataclass(frozen=True)
@@ -277,6 +311,6 @@ class Corpus:
             )
         known = {item.name for item in fields(Metadata)}
         metadata = Metadata(**{key: value for key, value in content.items() if key in known})
-        num_points = len(metadata.landmark_set["points"])
-        splits = {name: Split(path / name, num_points, len(metadata.channels)) for name in metadata.splits}
+        sizes = len(metadata.landmark_set["points"]), len(metadata.channels), metadata.num_features
+        splits = {name: Split(path / name, *sizes) for name in metadata.splits}
         return cls(path, metadata, splits)

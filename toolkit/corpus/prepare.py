@@ -1,4 +1,4 @@
-"""Prepare a packed corpus from a table and pose files, once for the same inputs."""
+"""Prepare a packed corpus from a table and the files of its clips, once for the same inputs."""
 
 from __future__ import annotations
 
@@ -193,7 +193,10 @@ def _work(plan: Plan, unfinished: Path) -> Work:
     (unfinished / "progress").mkdir(parents=True, exist_ok=True)
     for split in plan.splits:
         (unfinished / split).mkdir(exist_ok=True)
-    return Work(unfinished, plan.inputs.data, plan.inputs.landmark_set, plan.inputs.poses, plan.splits)
+    inputs = plan.inputs
+    return Work(
+        unfinished, inputs.data, inputs.landmark_set, inputs.poses, inputs.features, inputs.num_features, plan.splits
+    )
 
 
 def _build_with_progress(work: Work, title: str, shards: Sequence[ShardKey], build: Build) -> float | None:
@@ -225,7 +228,7 @@ def _finish(plan: Plan, work: Work, out: Path) -> None:
         raise _too_many_rejects(inputs, rejects, out, any_used=used > 0)
     metadata = _metadata(plan, splits, records, len(rejects))
     for name in splits:
-        finish_split(unfinished / name, inputs.landmark_set.width)
+        finish_split(unfinished / name, inputs.landmark_set.width, inputs.num_features)
     _write_reasons(unfinished / "rejects.csv", REJECT_COLUMNS, rejects)
     if plan.removed:
         _write_reasons(unfinished / "removed.csv", REJECT_COLUMNS[:2], plan.removed)
@@ -252,8 +255,8 @@ def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], n
     counts: Counter[str] = Counter(rejects=num_rejects)
     if inputs.data.shared_texts != "keep":
         counts["removed_shared_texts"] = len(plan.removed)
-    rows = [(file, row) for split in plan.splits.values() for row, file in split]
-    counts["same_recording"] = len(rows) - len({(file, row.start, row.end) for file, row in rows})
+    rows = [(files, row) for split in plan.splits.values() for row, files in split]
+    counts["same_recording"] = len(rows) - len({(files, row.start, row.end) for files, row in rows})
     counts["texts_like_missing"] = sum(row.text.casefold() in _LIKE_MISSING for _, row in rows)
     lacking: Counter[str] = Counter()
     summaries = {name: {"clips": 0, "frames": 0} for name in splits}
@@ -274,6 +277,7 @@ def _metadata(plan: Plan, splits: dict[str, list[Row]], records: list[Record], n
         leakage=leakage(splits),
         lacking=dict(sorted(lacking.items())),
         versions={"toolkit": __version__, "features": str(FEATURES_VERSION)},
+        num_features=inputs.num_features,
     )
 
 
@@ -377,4 +381,4 @@ def _with_demo_inputs(data: Data, cache: Path, is_local_main: bool) -> Data:
                 total = sum(asdict(sizes).values())
                 with _progress_bar("making the demo's clips", total) as bar:
                     make_demo(clips, sizes, workers=data.workers or len(os.sched_getaffinity(0)), progress=bar.update)
-    return data.model_copy(update={"table": str(clips / "table.csv"), "poses": str(clips / "poses")})
+    return data.model_copy(update={"table": str(clips / "table.csv"), "poses": str(clips / "poses"), "features": None})

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -25,13 +25,15 @@ import xxhash
 
 from toolkit.corpus.archives import PoseFiles
 from toolkit.corpus.packed import Clip
+from toolkit.corpus.plan import ClipFiles
 from toolkit.corpus.splits import source_video
 from toolkit.corpus.table import Row
 from toolkit.corpus.writer import shard_name, unfinished_name, write_shard
 from toolkit.errors import UserError, first_line
-from toolkit.poses.features import extract_features, read_clip
+from toolkit.poses.features import read_clip
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import USUAL_FPS, PoseError
+from toolkit.poses.video_features import Recording, SampledClip, read_features
 from toolkit.recipe.prompts import CONDITIONS
 from toolkit.recipe.schema import Data
 
@@ -51,8 +53,15 @@ class Work:
     folder: Path  # the unfinished corpus
     data: Data
     landmark_set: LandmarkSet
-    poses: PoseFiles
-    splits: dict[str, list[tuple[Row, Any]]]  # rows of each split, each with its pose file
+    poses: PoseFiles | None  # None without poses
+    features: PoseFiles | None  # of another network; None without
+    num_features: int  # numbers of a frame of these
+    splits: dict[str, list[tuple[Row, ClipFiles]]]  # rows of each split, each with its files
+
+    @property
+    def sources(self) -> list[PoseFiles]:
+        """The lists of files, in the order in which a row has its files."""
+        return [files for files in (self.poses, self.features) if files]
 
     def shards(self) -> list[ShardKey]:
         """Every shard, in the order of the splits."""
@@ -68,7 +77,7 @@ class Work:
         content = json.loads(self.record_file(*shard[:2]).read_text(encoding="utf-8"))
         return Record(**content | {"rejects": [tuple(reject) for reject in content["rejects"]]})
 
-    def rows(self, split: str, number: int, count: int) -> list[tuple[Row, Any]]:
+    def rows(self, split: str, number: int, count: int) -> list[tuple[Row, ClipFiles]]:
         return self.splits[split][slice(*self._bounds(split, number, count))]
 
     def size(self, shard: ShardKey) -> int:
@@ -100,7 +109,7 @@ class Record:
     rejects: list[tuple[int, str, str, str]]  # line in the table, uid, reason and remedy
     counts: dict[str, int]
     lacking: dict[str, int]  # landmarks that files lack, each with the number of clips
-    checksum: str  # xxh3 of the pose files, in order
+    checksum: str  # xxh3 of the files, in order
 
 
 def build_shards(work: Work, shards: Sequence[ShardKey], workers: int) -> Iterator[Record]:
@@ -145,49 +154,34 @@ def _build_inherited_shard(split: str, number: int, count: int) -> Record:
 
 def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     """Extract the features of all rows of a shard and write them; rejects are in the record."""
-    data = work.data
     clips: list[Clip] = []
     rejects: list[tuple[int, str, str, str]] = []
     counts: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     checksum = xxhash.xxh3_64()
-    for row, file in work.rows(split, number, count):
+    for row, files in work.rows(split, number, count):
         try:
-            content = work.poses.read(file)
-            checksum.update(content)
-            raw = read_clip(content, row.fps)
-            features = extract_features(
-                raw.between(row.start, row.end),
-                work.landmark_set,
-                data.fps,
-                min_frames=data.min_frames,
-                max_frames=data.max_frames,
-                too_long=data.too_long,
-            )
-            if features.hands_visible == 0 and data.no_hands == "reject":
-                raise PoseError("no hands: no frame shows a landmark of either")
+            contents = {source.kind: source.read(key) for source, key in zip(work.sources, files, strict=True)}
+            for content in contents.values():
+                checksum.update(content)
+            sampled, counted = _read_row(work, row, contents)
         except PoseError as error:
             rejects.append((row.line, row.uid, str(error), error.hint))
             continue
-        counts["shortened"] += features.shortened
-        counts["normalised_without_shoulders"] += features.normalised_by == "spread"
-        counts["without_hands"] += features.hands_visible == 0
-        counts["points_without_place"] += features.without_place > 0
-        counts["end_beyond_file"] += row.end is not None and row.end > raw.num_frames / raw.fps + LATE_END
-        counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
-        counts["lacking_landmarks"] += bool(features.lacking)
-        lacking.update("/".join(point) for point in features.lacking)
+        counts.update(counted)
+        lacking.update("/".join(point) for point in (sampled.poses.lacking if sampled.poses else ()))
         clips.append(
             Clip(
                 uid=row.uid,
                 text=row.text,
-                features=features.values,
+                features=sampled.features,
                 video=source_video(row),
-                hands_visible=features.hands_visible,
+                hands_visible=sampled.poses.hands_visible if sampled.poses else 1.0,
+                video_features=sampled.video_features,
                 **{name: getattr(row, name) for name in CONDITIONS},
             )
         )
-    write_shard(work.folder / split / shard_name(number, count), clips, work.landmark_set.width)
+    write_shard(work.folder / split / shard_name(number, count), clips, work.landmark_set.width, work.num_features)
     frames = sum(len(clip.features) for clip in clips)
     record = Record(split, number, len(clips), frames, rejects, dict(counts), dict(lacking), checksum.hexdigest())
     record_file = work.record_file(split, number)
@@ -195,6 +189,39 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
     partial.write_text(json.dumps(record.__dict__), encoding="utf-8")
     partial.replace(record_file)
     return record
+
+
+def _read_row(work: Work, row: Row, contents: Mapping[str, bytes]) -> tuple[SampledClip, Counter[str]]:
+    """The arrays of a row's clip out of its files, given by their kind, and what is counted of them.
+
+    Raises:
+        PoseError: one of them cannot be used.
+    """
+    data = work.data
+    raw = read_clip(contents[work.poses.kind], row.fps) if work.poses else None
+    video = None
+    if work.features:
+        video = read_features(contents[work.features.kind], row.features_fps or data.features_fps)
+        if video.width != work.num_features:
+            raise PoseError(
+                f"features of two widths: {video.width} numbers a frame here, {work.num_features} in the first file",
+                "make the features of all clips by one network",
+            )
+    recording = Recording(raw, video)
+    sampled = recording.between(row.start, row.end).sampled(
+        work.landmark_set, data.fps, min_frames=data.min_frames, max_frames=data.max_frames, too_long=data.too_long
+    )
+    counts: Counter[str] = Counter(shortened=int(sampled.shortened))
+    if raw and (found := sampled.poses):
+        if found.hands_visible == 0 and data.no_hands == "reject":
+            raise PoseError("no hands: no frame shows a landmark of either")
+        counts["normalised_without_shoulders"] += found.normalised_by == "spread"
+        counts["without_hands"] += found.hands_visible == 0
+        counts["points_without_place"] += found.without_place > 0
+        counts["end_beyond_file"] += row.end is not None and row.end > raw.num_frames / raw.fps + LATE_END
+        counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
+        counts["lacking_landmarks"] += bool(found.lacking)
+    return sampled, counts
 
 
 def build_on_ray(work: Work, shards: Sequence[ShardKey], address: str, workers: int = 0) -> Iterator[Record]:

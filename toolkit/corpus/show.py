@@ -46,6 +46,8 @@ def animate(corpus: Corpus, uid: str, out: Path, poses: PoseFiles | None = None)
         UserError: there is no such clip or no readable recording of it.
     """
     split, clip = find_clip(corpus, uid)
+    if not corpus.landmark_set.num_points:
+        raise UserError(f"the corpus {corpus.path} has no landmarks to draw", "name a corpus that has poses")
     features = np.asarray(clip.features, np.float32)
     panels = [(f"normalised, {corpus.metadata.fps:g} fps", features, corpus.metadata.fps)]
     if poses is not None:

@@ -16,10 +16,10 @@ from toolkit.corpus.table_records import read_records
 from toolkit.errors import UserError
 from toolkit.recipe.prompts import CONDITIONS
 
-CLIP_COLUMNS = ("uid", "text", "video", "split", *CONDITIONS, "pose", "start", "end", "fps")
+CLIP_COLUMNS = ("uid", "text", "video", "split", *CONDITIONS, "pose", "start", "end", "fps", "features", "features_fps")
 REQUIRED = ("uid", "text")
 _SECONDS = "seconds from the beginning of the file"
-NUMBERS = {"start": _SECONDS, "end": _SECONDS, "fps": "frames per second"}
+NUMBERS = {"start": _SECONDS, "end": _SECONDS, "fps": "frames per second", "features_fps": "frames per second"}
 # Tables of clips that are files of their own often still have these columns: they are read only if the user maps them.
 ONLY_WHEN_MAPPED = ("start", "end")
 PRESETS: dict[str, dict[str, str]] = {
@@ -63,6 +63,8 @@ class Row:
     start: float | None = None  # seconds of the clip within its pose file
     end: float | None = None  # the same
     fps: float | None = None  # frames per second of the pose file; overrules the file
+    features: str = ""  # name of the feature file, if it is neither the uid nor the video
+    features_fps: float | None = None  # frames per second of the feature file
     line: int = 0  # number of its first line, from 1
 
 

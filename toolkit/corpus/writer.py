@@ -18,21 +18,24 @@ from toolkit.corpus.packed import METADATA_FILE, TEXT_COLUMNS, Clip, Metadata
 
 CLIPS_PER_RECORD_BATCH = 256
 UNFINISHED = ".tmp"
+ARRAYS = ("features", "video_features")
+"""Columns with an array of each clip, float16 [frames, ...]."""
 
 
-def write_shard(path: Path, clips: Sequence[Clip], features_width: int) -> None:
+def write_shard(path: Path, clips: Sequence[Clip], features_width: int, num_features: int = 0) -> None:
     """Write one Arrow file of a split; it appears under its name only when it is complete.
 
     Args:
         path: ``data-NNNNN-of-NNNNN.arrow`` in the folder of the split.
         clips: features are [frames, points, channels], any float type; they are written as float16.
-        features_width: points x channels.
+        features_width: points x channels; 0 where clips have no poses.
+        num_features: numbers of a frame of their ``video_features``; 0 where they have none.
     """
-    schema = _schema(features_width)
+    schema = _schema(features_width, num_features)
     partial = unfinished_name(path)
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, len(clips), CLIPS_PER_RECORD_BATCH):
-            writer.write_batch(_record_batch(clips[start : start + CLIPS_PER_RECORD_BATCH], schema, features_width))
+            writer.write_batch(_record_batch(clips[start : start + CLIPS_PER_RECORD_BATCH], schema))
     partial.replace(path)
 
 
@@ -41,51 +44,70 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
 
 
-def _record_batch(clips: Sequence[Clip], schema: pa.Schema, width: int) -> pa.RecordBatch:
+def _record_batch(clips: Sequence[Clip], schema: pa.Schema) -> pa.RecordBatch:
     frames = np.array([len(clip.features) for clip in clips], np.int32)
-    offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
-    flat = np.empty(int(offsets[-1]) * width, np.float16)
-    with np.errstate(over="ignore"):
-        for clip, start, end in zip(clips, offsets[:-1] * width, offsets[1:] * width, strict=True):
-            flat[start:end] = clip.features.reshape(-1)
-    # Values beyond float16 are thousands of shoulder widths away, so the landmark is missing, in every channel.
-    beyond = np.isinf(flat)
-    if beyond.any():
-        channels = clips[0].features.shape[2]
-        flat.reshape(-1, channels)[beyond.reshape(-1, channels).any(axis=1)] = np.nan
-    frames_of_clips = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
     columns = [
         *(pa.array([getattr(clip, name) for clip in clips], pa.string()) for name in TEXT_COLUMNS),
         pa.array(frames),
         pa.array([clip.hands_visible for clip in clips], pa.float32()),
-        pa.LargeListArray.from_arrays(pa.array(offsets), frames_of_clips),
+        *(_frames_column(clips, name, schema.field(name).type) for name in ARRAYS if name in schema.names),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _schema(width: int) -> pa.Schema:
-    features = pa.large_list(pa.list_(pa.float16(), width))
+def _frames_column(clips: Sequence[Clip], name: str, column: pa.LargeListType) -> pa.Array:
+    """One array of each clip as lists of frames, in float16."""
+    arrays = [getattr(clip, name) for clip in clips]
+    width = column.value_type.list_size
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays], dtype=np.int64)])
+    flat = np.empty(int(offsets[-1]) * width, np.float16)
+    with np.errstate(over="ignore"):
+        for array, start, end in zip(arrays, offsets[:-1] * width, offsets[1:] * width, strict=True):
+            flat[start:end] = array.reshape(-1)
+    # Values beyond float16 are thousands of shoulder widths away, so the landmark is missing, in every channel.
+    beyond = np.isinf(flat)
+    if beyond.any():
+        channels = arrays[0].shape[2]
+        flat.reshape(-1, channels)[beyond.reshape(-1, channels).any(axis=1)] = np.nan
+    frames_of_clips = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), width)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), frames_of_clips)
+
+
+def _widths(features_width: int, num_features: int) -> dict[str, int]:
+    """The columns of arrays that a corpus has, each with the numbers of a frame."""
+    widths = zip(ARRAYS, (features_width, num_features), strict=True)
+    return {name: width for name, width in widths if width}
+
+
+def _schema(features_width: int, num_features: int) -> pa.Schema:
     columns = [
         *((name, pa.string()) for name in TEXT_COLUMNS),
         ("frames", pa.int32()),
         ("hands_visible", pa.float32()),
-        ("features", features),
+        *(
+            (name, pa.large_list(pa.list_(pa.float16(), width)))
+            for name, width in _widths(features_width, num_features).items()
+        ),
     ]
-    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": _dataset_features(width)}})})
+    features = _dataset_features(features_width, num_features)
+    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _dataset_features(width: int) -> dict[str, Any]:
+def _dataset_features(features_width: int, num_features: int) -> dict[str, Any]:
     """The columns as the ``datasets`` library describes them."""
 
     def value(dtype: str) -> dict[str, Any]:
         return {"dtype": dtype, "_type": "Value"}
 
-    frame = {"feature": value("float16"), "length": width, "_type": "Sequence"}
+    frames = {
+        name: {"feature": {"feature": value("float16"), "length": width, "_type": "Sequence"}, "_type": "LargeList"}
+        for name, width in _widths(features_width, num_features).items()
+    }
     return {
         **{name: value("string") for name in TEXT_COLUMNS},
         "frames": value("int32"),
         "hands_visible": value("float32"),
-        "features": {"feature": frame, "_type": "LargeList"},
+        **frames,
     }
 
 
@@ -93,13 +115,13 @@ def shard_name(index: int, count: int) -> str:
     return f"data-{index:05d}-of-{count:05d}.arrow"
 
 
-def finish_split(folder: Path, features_width: int) -> None:
+def finish_split(folder: Path, features_width: int, num_features: int = 0) -> None:
     """Write the two small files that ``datasets.load_from_disk`` needs in a folder of shards."""
     shards = sorted(path.name for path in folder.glob("data-*.arrow"))
     info = {
         "citation": "",
         "description": "",
-        "features": _dataset_features(features_width),
+        "features": _dataset_features(features_width, num_features),
         "homepage": "",
         "license": "",
     }

@@ -86,11 +86,8 @@ def find_hypotheses(
         found = search(
             model,
             processor,
-            batch.poses,
-            batch.visible,
-            batch.frame_mask,
-            batch.prefix_ids,
-            None if first_tokens is None else torch.tensor(first_tokens, device=device),
+            **batch.inputs,
+            first_tokens=None if first_tokens is None else torch.tensor(first_tokens, device=device),
             n_best=n_best,
             synced=synced,
             **settings,

@@ -33,6 +33,7 @@ def search(
     frame_mask: Tensor,
     prefix_ids: Tensor | None = None,
     first_tokens: Tensor | None = None,
+    video_features: Tensor | None = None,
     *,
     n_best: int = 1,
     synced: bool = False,
@@ -43,7 +44,7 @@ def search(
     Args:
         model: in evaluation mode.
         processor: turns tokens into texts.
-        poses, visible, frame_mask, prefix_ids, first_tokens: as ``PoseTranslator.generate`` takes them.
+        poses, visible, frame_mask, prefix_ids, first_tokens, video_features: as ``PoseTranslator.generate`` takes them.
         n_best: hypotheses of each clip, at most as many as there are beams.
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
         settings: those of HuggingFace's ``generate``; they override the model's own.
@@ -60,6 +61,7 @@ def search(
         frame_mask,
         prefix_ids,
         first_tokens,
+        video_features,
         return_dict_in_generate=True,
         output_scores=True,
         num_return_sequences=n_best,

@@ -117,10 +117,10 @@ def check_fit(corpus: Corpus, processor: PoseProcessor) -> None:
     differences = []
     if model_set.meaning != corpus_set.meaning:
         differences.append(f"landmarks {model_set.in_words} and {corpus_set.in_words}")
-    for name in ("fps", "normalisation"):
+    for name in ("fps", "normalisation", "num_features"):
         ours, theirs = getattr(extractor, name), getattr(metadata, name)
         if ours != theirs:
-            differences.append(f"{name} {ours} and {theirs}")
+            differences.append(f"{name.removeprefix('num_')} {ours} and {theirs}")
     if differences:
         raise UserError(
             f"the model and the corpus {corpus.path} do not fit each other: {'; '.join(differences)}",

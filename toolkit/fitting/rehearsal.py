@@ -269,10 +269,7 @@ class _Engine:
             search(
                 self.engine.module,
                 self.processor,
-                batch.poses,
-                batch.visible,
-                batch.frame_mask,
-                batch.prefix_ids,
+                **batch.inputs,
                 synced=synced,
                 min_new_tokens=settings.max_new_tokens,
             )
@@ -302,13 +299,10 @@ class _Engine:
                 batch = self._batch(shape).to(self.engine.device)
                 nll, ctc = translation_losses(
                     self.engine,
-                    batch.poses,
-                    batch.visible,
-                    batch.frame_mask,
-                    batch.labels,
-                    batch.labelled,
-                    self.special,
-                    prefix_ids=batch.prefix_ids,
+                    **batch.inputs,
+                    labels=batch.labels,
+                    labelled=batch.labelled,
+                    special_ids=self.special,
                     label_smoothing=recipe.label_smoothing,
                 )
                 tokens = batch.labels.numel()
@@ -326,9 +320,7 @@ class _Engine:
             uids=[""] * shape.clips,
             texts=[""] * shape.clips,
             clips=torch.zeros(shape.clips, dtype=torch.int64),
-            poses=torch.randn(shape.clips, shape.frames, config.num_points, config.num_channels),
-            visible=torch.ones(shape.clips, shape.frames, config.num_points, dtype=torch.bool),
-            frame_mask=torch.ones(shape.clips, shape.frames, dtype=torch.bool),
+            **_made_up(config.input_shapes(shape.clips, shape.frames)),
             labels=labels,
             labelled=torch.arange(labels.numel()),
             is_filler=torch.zeros(shape.clips, dtype=torch.bool),
@@ -345,6 +337,14 @@ class _Engine:
             return Measured(seconds=seconds, resident=reserved, room=free - _reserve())
         resident, address_space = peaks()
         return Measured(seconds=seconds, resident=resident + more, address_space=address_space + more)
+
+
+def _made_up(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Any]:
+    """Random numbers, and masks of clips without padding."""
+    return {
+        name: torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.randn(shape).to(dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def _join_fake_group(ranks: Ranks) -> None:

@@ -165,9 +165,14 @@ def build_app(
     """The page, ready to be launched, for a model in evaluation mode on its device.
 
     It lists ``n_best`` readings of a clip of at most ``most_seconds``.
+
+    Raises:
+        UserError: the model reads features of another network, which no visitor has.
     """
     import gradio
 
+    if processor.feature_extractor.num_features:
+        raise UserError("the demo app reads poses, and this model features", "translate by launch/translate.py")
     names = conditions_of(processor)
 
     def translate(upload: str | None, *values: str) -> tuple[str, list[list[Any]], str]:

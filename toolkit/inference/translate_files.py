@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from toolkit.decoding.search import Hypothesis, search
 from toolkit.inference.clip_sources import ClipSource
 from toolkit.inference.windows import overlap_seconds, window_seconds, window_spans, without_repeats
-from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
+from toolkit.models.processor import ClipArrays, PoseFeatureExtractor, PoseProcessor
 from toolkit.models.translator import PoseTranslator
-from toolkit.poses.pose_file import PoseError, RawPose
+from toolkit.poses.pose_file import PoseError
+from toolkit.poses.video_features import Recording
 
 BATCH_FRAMES = 8192
 BATCHES_READ_AHEAD = 4  # enough to find clips of similar length, few enough to yield soon
@@ -61,7 +59,7 @@ class Windowing:
     seconds: float | None = None  # of a window; None splits clips that are longer than the model reads, 0 none
     overlap: float | None = None  # of neighbours, in seconds; None = the default
 
-    def spans(self, clip: RawPose, extractor: PoseFeatureExtractor) -> list[tuple[float, float]]:
+    def spans(self, clip: Recording, extractor: PoseFeatureExtractor) -> list[tuple[float, float]]:
         """Start and end of each window of a clip in seconds; raises UserError for lengths that do not fit the model."""
         duration = clip.num_frames / clip.fps
         if self.seconds == 0:
@@ -125,7 +123,7 @@ class _PendingWindow:
     start: float
     end: float
     is_last: bool
-    features: npt.NDArray[np.float16] | None = None
+    features: ClipArrays | None = None
     reason: str = ""
     hint: str = ""
 
@@ -139,7 +137,7 @@ def _pending_windows(
 ) -> Iterator[_PendingWindow]:
     for source in sources:
         try:
-            clip = source.read()
+            clip = source.recording()
         except PoseError as error:
             yield _PendingWindow(source, 0.0, 0.0, True, reason=str(error), hint=error.hint)
             continue
@@ -147,7 +145,7 @@ def _pending_windows(
         for number, (start, end) in enumerate(spans):
             is_last = number == len(spans) - 1
             try:
-                features = extractor.features(clip.between(start, end) if len(spans) > 1 else clip)
+                features = extractor.sample(clip.between(start, end) if len(spans) > 1 else clip)
                 yield _PendingWindow(source, start, end, is_last, features)
             except PoseError as error:
                 yield _PendingWindow(source, start, end, is_last, reason=str(error), hint=error.hint)

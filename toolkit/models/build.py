@@ -56,6 +56,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
         max_frames=metadata.max_frames,
         too_long=metadata.too_long,
         normalisation=metadata.normalisation,
+        num_features=metadata.num_features,
         **(_prefix(recipe.model, tokenizer) if placeholders(recipe.model.prefix) else {}),
     )
     return PoseProcessor(extractor, tokenizer)
@@ -80,7 +81,7 @@ def build_translator(
     prefix = _prefix(model, tokenizer)
     described = fitted_config(model, tokenizer)
     if is_known(described):
-        check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix))
+        check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix), corpus)
     start = start or WarmStart(None)
     with start.override() as override:
         backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint, override)
@@ -91,6 +92,9 @@ def build_translator(
         num_points=corpus.landmark_set.num_points,
         num_channels=corpus.landmark_set.num_channels,
         landmark_set=corpus.landmark_set.to_dict(),
+        num_features=corpus.metadata.num_features,
+        feature_encoder=model.feature_encoder.model_dump(),
+        fusion=model.fusion,
         ctc=recipe.training.ctc_weight > 0,
         ctc_search_weight=recipe.evaluation.ctc_weight,
         special_token_ids=special_ids(tokenizer),

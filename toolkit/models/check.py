@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from toolkit.corpus.mixture.opening import open_prepared
+from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
@@ -12,7 +13,7 @@ from toolkit.models.backbone_config import backbone_config
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import PoseEncoder, Recipe
+from toolkit.recipe.schema import Data, MixPart, PoseEncoder, Recipe
 
 SEQ2SEQ_HINT = "choose a seq2seq model that reads vectors; `python launch/recipes.py ls` shows some"
 
@@ -42,9 +43,10 @@ def check_model(resolved: ResolvedRun) -> None:
         lora_targets(backbone, model)
     corpus = open_prepared(resolved.recipe.data)
     frames = corpus.metadata.max_frames if corpus else resolved.recipe.data.max_frames
+    check_fusion(resolved.recipe, corpus)
     # How many tokens a fixed prefix has shows when the tokenizer is there.
     prefix = model.max_prefix_tokens if placeholders(model.prefix) else 0
-    check_positions(resolved.recipe, backbone, frames, prefix)
+    check_positions(resolved.recipe, backbone, frames, prefix, corpus)
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
@@ -55,19 +57,41 @@ def check_architecture(config: PreTrainedConfig, name: str) -> None:
     raise UserError(f"model.backbone={name} is a {config.model_type}, not {kind}", SEQ2SEQ_HINT)
 
 
-def check_positions(recipe: Recipe, backbone: PreTrainedModel, max_frames: int | None, prefix: int) -> None:
+def check_fusion(recipe: Recipe, corpus: Corpus | None) -> None:
+    """Raise UserError where CTC would read a clip twice: its poses, and then its features."""
+    if concatenates(recipe, corpus) and recipe.training.ctc_weight:
+        raise UserError(
+            f"training.ctc_weight={recipe.training.ctc_weight:g} aligns a text with the clip from its beginning to its "
+            "end, and model.fusion=concat gives the clip twice",
+            "set model.fusion=sum, or training.ctc_weight=0",
+        )
+
+
+def concatenates(recipe: Recipe, corpus: Corpus | None) -> bool:
+    """Whether the backbone gets the vectors of the features behind those of the poses."""
+    places: list[Data | MixPart] = [recipe.data, *recipe.data.corpora]
+    has_both = any(place.poses and place.features for place in places)
+    if corpus:
+        has_both = bool(corpus.landmark_set.num_points and corpus.metadata.num_features)
+    return has_both and recipe.model.fusion == "concat"
+
+
+def check_positions(
+    recipe: Recipe, backbone: PreTrainedModel, max_frames: int | None, prefix: int, corpus: Corpus | None = None
+) -> None:
     """See that the backbone has as many positions as the longest clip and the longest text take.
 
-    ``prefix`` tokens stand before the poses; ``max_frames`` is None where it is not known.
+    ``prefix`` tokens stand before the poses; ``max_frames`` and ``corpus`` are None where they are not known.
 
     Raises:
         UserError: it does not.
     """
     name, pose_encoder = recipe.model.backbone, recipe.model.pose_encoder
     limit = position_limit(backbone.get_encoder())
-    needed = prefix + encoder_positions(pose_encoder, max_frames or 0)
+    vectors = 2 if concatenates(recipe, corpus) else 1
+    needed = prefix + vectors * encoder_positions(pose_encoder, max_frames or 0)
     if limit is not None and needed > limit:
-        fitting = (limit - prefix) * pose_encoder.frames_per_position
+        fitting = (limit - prefix) // vectors * pose_encoder.frames_per_position
         shorter = (
             "pose_encoder=conv, which shortens them"
             if pose_encoder.kind == "linear"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 
@@ -17,6 +18,9 @@ class PoseTranslatorConfig(PreTrainedConfig):
         num_points: landmarks per frame.
         num_channels: coordinates per landmark (x, y, z).
         landmark_set: what the landmarks are, as ``LandmarkSet.to_dict`` gives it; ``stgcn`` makes its graph of it.
+        num_features: numbers of a frame that another network made of the video; 0 = the model reads poses alone.
+        feature_encoder: the settings of their encoder, as the recipe's ``model.feature_encoder`` holds them.
+        fusion: how their vectors are joined with those of the poses, as the recipe's ``model.fusion``.
         ctc: whether there is a CTC head over the backbone's vocabulary on the encoder's output.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
@@ -38,6 +42,9 @@ class PoseTranslatorConfig(PreTrainedConfig):
         num_points: int = 0,
         num_channels: int = 3,
         landmark_set: dict[str, Any] | None = None,
+        num_features: int = 0,
+        feature_encoder: dict[str, Any] | None = None,
+        fusion: str = "sum",
         ctc: bool = False,
         ctc_search_weight: float = 0.0,
         special_token_ids: list[int] | None = None,
@@ -53,6 +60,9 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.num_points = num_points
         self.num_channels = num_channels
         self.landmark_set = landmark_set or {}
+        self.num_features = num_features
+        self.feature_encoder = feature_encoder or {}
+        self.fusion = fusion
         self.ctc = ctc
         self.ctc_search_weight = ctc_search_weight
         self.special_token_ids = special_token_ids or []
@@ -72,6 +82,16 @@ class PoseTranslatorConfig(PreTrainedConfig):
     def longest_prefix(self) -> int:
         """Tokens before the poses, at most."""
         return self.max_prefix_tokens if self.prefix_template else len(self.prefix_token_ids)
+
+    def input_shapes(self, clips: int, frames: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what the model reads of so many clips, by the names that ``PoseTranslator.encode`` has."""
+        shapes = {
+            "poses": ((clips, frames, self.num_points, self.num_channels), torch.float32),
+            "visible": ((clips, frames, self.num_points), torch.bool),
+            "frame_mask": ((clips, frames), torch.bool),
+        }
+        of_features = {"video_features": ((clips, frames, self.num_features), torch.float16)}
+        return shapes | (of_features if self.num_features else {})
 
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's configuration as an object of its own class."""

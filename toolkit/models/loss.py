@@ -86,6 +86,7 @@ def translation_losses(
     special_ids: Tensor,
     *,
     prefix_ids: Tensor | None = None,
+    video_features: Tensor | None = None,
     label_smoothing: float = 0.0,
     scores_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def translation_losses(
 
     Args:
         model: a translator, or the engine around one.
-        poses, visible, frame_mask, labels, labelled, prefix_ids: of the micro-batch.
+        poses, visible, frame_mask, labels, labelled, prefix_ids, video_features: of the micro-batch.
         special_ids: as for :func:`ctc_loss`.
         label_smoothing, scores_at_once: as for :func:`token_loss`.
     """
@@ -104,6 +105,7 @@ def translation_losses(
         labels=labels,
         labelled=labelled,
         prefix_ids=prefix_ids,
+        **({} if video_features is None else {"video_features": video_features}),
     )
     targets = labels.flatten().index_select(0, labelled)
     nll = token_loss(output.logits, targets, label_smoothing, scores_at_once)

@@ -1,8 +1,10 @@
-"""The processor of a model folder: a ``.pose`` file becomes model inputs as in training."""
+"""The processor of a model folder: pose files and feature files become model inputs as in training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import numpy.typing as npt
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
-from toolkit.batching.collate import pad_features, prefix_tokens
+from toolkit.batching.collate import pad_features, pad_video_features, prefix_tokens
 from toolkit.batching.languages import language_tokens
-from toolkit.poses.features import NORMALISATION, extract_features
+from toolkit.poses.features import NORMALISATION, read_clip
 from toolkit.poses.landmarks import LandmarkSet
-from toolkit.poses.pose_file import RawPose
+from toolkit.poses.pose_file import PoseError, RawPose
+from toolkit.poses.video_features import RawFeatures, Recording, read_features
 from toolkit.recipe.prompts import fill, placeholders
 
 
@@ -24,10 +27,10 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
 
     The landmarks are as ``LandmarkSet.to_dict`` gives them, ``fps`` as after resampling, and longer clips than
     ``max_frames`` are shortened by ``too_long``, as in a recipe. A folder made by another normalisation is refused.
-    ``prefix_template`` and ``max_prefix_tokens`` are those of the model's configuration.
+    ``prefix_template``, ``max_prefix_tokens`` and ``num_features`` are those of the model's configuration.
     """
 
-    model_input_names = ["poses", "visible", "frame_mask"]  # noqa: RUF012 (transformers reads this name)
+    model_input_names = ["poses", "visible", "frame_mask", "video_features"]  # noqa: RUF012 (transformers reads this name)
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         normalisation: str = NORMALISATION,
         prefix_template: str = "",
         max_prefix_tokens: int = 0,
+        num_features: int = 0,
         **kwargs: Any,
     ) -> None:
         if normalisation != NORMALISATION:
@@ -49,22 +53,61 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         self.normalisation = normalisation
         self.prefix_template = prefix_template
         self.max_prefix_tokens = max_prefix_tokens
+        self.num_features = num_features
         super().__init__(**kwargs)
 
-    def __call__(self, poses: Sequence[str | Path | bytes | RawPose], **_: Any) -> BatchFeature:
+    def __call__(
+        self,
+        poses: Sequence[str | Path | bytes | RawPose | None],
+        video_features: Sequence[str | Path | bytes | RawFeatures] | None = None,
+        features_fps: float | None = None,
+        **_: Any,
+    ) -> BatchFeature:
         """Read clips.
 
         Args:
-            poses: paths of ``.pose`` files, their bytes, or clips that are read already.
+            poses: paths of ``.pose`` files, their bytes, or clips that are read already; None for a model that reads
+                features alone.
+            video_features: for a model that reads features, those of each clip, likewise.
+            features_fps: their frame rate, where files name none.
 
         Returns:
-            ``poses`` float32 [clips, frames, points, channels], ``visible`` bool [clips, frames, points] and
-            ``frame_mask`` bool [clips, frames].
+            ``poses`` float32 [clips, frames, points, channels], ``visible`` bool [clips, frames, points],
+            ``frame_mask`` bool [clips, frames] and, for a model that reads them, ``video_features`` float16
+            [clips, frames, dimensions].
 
         Raises:
             PoseError: a file is not usable; the message is the reason.
         """
-        return self.pad([self.features(pose) for pose in poses])
+        videos: Sequence[Any] = video_features or [None] * len(poses)
+        recordings = (
+            Recording(_read(pose, read_clip), _read(video, partial(read_features, fps=features_fps)))
+            for pose, video in zip(poses, videos, strict=True)
+        )
+        return self.pad([self.sample(recording) for recording in recordings])
+
+    def sample(self, clip: Recording) -> ClipArrays:
+        """The arrays of one clip as in a corpus.
+
+        Raises:
+            PoseError: the clip is not usable; the message is the reason.
+        """
+        landmark_set = LandmarkSet.from_dict(self.landmark_set)
+        if bool(clip.poses) != bool(landmark_set.num_points) or bool(clip.features) != bool(self.num_features):
+            wanted = [what for what, number in self._reads(landmark_set).items() if number]
+            raise PoseError(f"the model reads {' and '.join(wanted)} of each clip")
+        if clip.features and clip.features.width != self.num_features:
+            raise PoseError(f"{clip.features.width} features a frame, and the model reads {self.num_features}")
+        found = clip.sampled(
+            landmark_set,
+            self.fps,
+            max_frames=self.max_frames,
+            too_long=self.too_long,  # type: ignore[arg-type]
+        )
+        return ClipArrays(torch.from_numpy(found.features).half().numpy(), found.video_features)
+
+    def _reads(self, landmark_set: LandmarkSet) -> dict[str, int]:
+        return {"poses": landmark_set.num_points, "features": self.num_features}
 
     def features(self, pose: str | Path | bytes | RawPose) -> npt.NDArray[np.float16]:
         """One clip's features, float16 as in a corpus [frames, points, channels]; NaN = missing.
@@ -72,19 +115,32 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         Raises:
             PoseError: the clip is not usable; the message is the reason.
         """
-        found = extract_features(
-            Path(pose).read_bytes() if isinstance(pose, str | Path) else pose,
-            LandmarkSet.from_dict(self.landmark_set),
-            self.fps,
-            max_frames=self.max_frames,
-            too_long=self.too_long,  # type: ignore[arg-type]
-        )
-        features: npt.NDArray[np.float16] = torch.from_numpy(found.values).half().numpy()  # numpy warns of overflows
-        return features
+        return self.sample(Recording(_read(pose, read_clip))).features
 
-    def pad(self, clips: Sequence[npt.NDArray[np.float16]]) -> BatchFeature:
-        """Put clips, as :meth:`features` gives them, into one batch."""
-        return BatchFeature(dict(zip(self.model_input_names, pad_features(clips), strict=True)))
+    def pad(self, clips: Sequence[ClipArrays | npt.NDArray[np.float16]]) -> BatchFeature:
+        """Put clips, as :meth:`sample` or :meth:`features` gives them, into one batch."""
+        arrays = [clip if isinstance(clip, ClipArrays) else ClipArrays(clip) for clip in clips]
+        inputs = dict(zip(self.model_input_names[:3], pad_features([clip.features for clip in arrays]), strict=True))
+        video_features = pad_video_features([clip.video_features for clip in arrays])
+        return BatchFeature(inputs | ({} if video_features is None else {"video_features": video_features}))
+
+
+@dataclass(frozen=True)
+class ClipArrays:
+    """What a model reads of one clip, float16 as in a corpus."""
+
+    features: npt.NDArray[np.float16]  # of the poses [frames, points, channels]; NaN = missing
+    video_features: npt.NDArray[np.float16] | None = None  # of another network [frames, dimensions]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def _read(source: Any, parse: Callable[[bytes], Any]) -> Any:
+    """What a path or bytes hold; what is read already, or None, as it is."""
+    if isinstance(source, str | Path):
+        source = Path(source).read_bytes()
+    return parse(source) if isinstance(source, bytes) else source
 
 
 class PoseProcessor(ProcessorMixin):
@@ -102,11 +158,11 @@ class PoseProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        poses: Sequence[str | Path | bytes | RawPose],
+        poses: Sequence[str | Path | bytes | RawPose | None],
         conditions: Sequence[Mapping[str, str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs of ``.pose`` files; see :class:`PoseFeatureExtractor`.
+        """Model inputs of pose and feature files; see :class:`PoseFeatureExtractor`, which takes ``kwargs``.
 
         Args:
             poses: the clips.

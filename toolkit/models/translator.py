@@ -29,7 +29,8 @@ from toolkit.models.backbone import (
 )
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.ctc_search import CtcPrefixScores
-from toolkit.models.encoders import make_pose_encoder
+from toolkit.models.encoders import FeatureSettings, make_pose_encoder
+from toolkit.models.encoders.features import padding_last
 from toolkit.models.encoders.graph import reset_graph_parameters
 from toolkit.models.first_tokens import FirstTokens
 from toolkit.models.loading.base_model import BaseReference
@@ -75,6 +76,9 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             num_channels=config.num_channels,
             width=width,
             landmark_set=LandmarkSet.from_dict(config.landmark_set) if config.landmark_set else None,
+            features=FeatureSettings(config.num_features, config.feature_encoder, config.fusion)
+            if config.num_features
+            else None,
         )
         if config.ctc:
             self.ctc_head = nn.Linear(width, vocabulary_size(self.backbone.config) + 1)
@@ -92,7 +96,12 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         return self.backbone.get_input_embeddings()
 
     def encode(
-        self, poses: Tensor, visible: Tensor, frame_mask: Tensor, prefix_ids: Tensor | None = None
+        self,
+        poses: Tensor,
+        visible: Tensor,
+        frame_mask: Tensor,
+        prefix_ids: Tensor | None = None,
+        video_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both encoders once.
 
@@ -102,6 +111,8 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             frame_mask: bool [clips, frames].
             prefix_ids: tokens before the poses of each clip [clips, tokens], -1 where padded; None where the
                 configuration has them. ``PoseProcessor`` makes them.
+            video_features: what another network made of the clips [clips, frames, dimensions]; None for a model that
+                reads poses alone.
 
         Returns:
             hidden states [clips, positions, width] and their bool mask [clips, positions].
@@ -109,7 +120,8 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the model's prefix differs from clip to clip, and there are none.
         """
-        vectors, mask = self.pose_encoder(poses, visible, frame_mask)
+        of_features = {} if video_features is None else {"video_features": video_features}
+        vectors, mask = self.pose_encoder(poses, visible, frame_mask, **of_features)
         if self.config.prefix_template and prefix_ids is None:
             raise ValueError("the model needs prefix_ids: call it with what its processor makes of clips")
         if prefix_ids is None and self.config.prefix_token_ids:
@@ -119,9 +131,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             words = embed_words(self.backbone, prefix_ids.clamp(min=0)).to(vectors.dtype)
             vectors, mask = torch.cat([words, vectors], dim=1), torch.cat([prefix_ids != NO_TOKEN, mask], dim=1)
         if self.config.prefix_template:
-            # All padding goes behind the poses: where a clip's words and poses are must not depend on its batch.
-            order = (~mask).int().argsort(dim=1, stable=True)
-            vectors, mask = vectors.gather(1, order.unsqueeze(-1).expand_as(vectors)), mask.gather(1, order)
+            vectors, mask = padding_last(vectors, mask)
         encoder = self.backbone.get_encoder()
         hidden = encoder(inputs_embeds=vectors, attention_mask=attention_mask(encoder, mask)).last_hidden_state
         return hidden, mask
@@ -134,16 +144,17 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         labels: Tensor,
         labelled: Tensor | None = None,
         prefix_ids: Tensor | None = None,
+        video_features: Tensor | None = None,
     ) -> PoseTranslatorOutput:
         """Score the labels (teacher forcing).
 
         Args:
-            poses, visible, frame_mask, prefix_ids: as :meth:`encode` takes them.
+            poses, visible, frame_mask, prefix_ids, video_features: as :meth:`encode` takes them.
             labels: token ids [clips, tokens], -100 where padded.
             labelled: places of the labels that count in the flattened ``labels``, int64 [labels that count]: logits
                 are of these alone, [labels that count, vocabulary]. None scores all places.
         """
-        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids)
+        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids, video_features)
         logits = score_tokens(self.backbone, hidden, mask, decoder_inputs(labels, self.config), labelled)
         ctc_logits, mask = self._ctc(hidden, mask, prefix_ids) if self.config.ctc else (None, mask)
         return PoseTranslatorOutput(logits=logits, ctc_logits=ctc_logits, encoder_mask=mask)
@@ -166,12 +177,13 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         frame_mask: Tensor,
         prefix_ids: Tensor | None = None,
         first_tokens: Tensor | None = None,
+        video_features: Tensor | None = None,
         **settings: Any,
     ) -> Any:
         """Translate: the encoder runs once, then the backbone's own ``generate`` searches.
 
         Args:
-            poses, visible, frame_mask, prefix_ids: as :meth:`encode` takes them.
+            poses, visible, frame_mask, prefix_ids, video_features: as :meth:`encode` takes them.
             first_tokens: the token that the text of each clip begins with [clips], as the code of its language; None
                 for that of the model's settings.
             settings: what HuggingFace's ``generate`` takes (``num_beams``, ``max_new_tokens``, ``synced_gpus``, …).
@@ -179,7 +191,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         Returns:
             what the backbone's ``generate`` returns: token ids [clips × sequences, tokens] or an output object.
         """
-        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids)
+        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids, video_features)
         search = copy.deepcopy(self.generation_config)
         others = search.update(**settings)
         processors = []

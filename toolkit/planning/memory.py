@@ -69,8 +69,9 @@ def translation_memory(
     layers, heads = _first(decoder, *LAYERS), _first(decoder, *HEADS)
     inner = heads * (_first(decoder, "d_kv", missing=0) or model.pose_encoder.width // heads)
     # The pose encoder may shorten a clip, but its first layers see every frame.
-    length = frames + model.config.longest_prefix
+    length = frames * model.pose_encoder.vectors_per_position + model.config.longest_prefix
     positions, widest = clips * length, 4 * max(model.pose_encoder.width, model.config.pose_encoder["hidden"])
+    widest = max(widest, 2 * model.config.num_features)
     # Only with this attention do the beams of a clip share one copy of its encoding.
     copies = 1 if config._attn_implementation == "sdpa" else beams
     across = 2 * layers * positions * copies * inner

@@ -1,4 +1,4 @@
-"""Turn the bytes of one pose file into named landmarks, and these into features; augment features.
+"""Turn the bytes of one clip's files into named landmarks and features of other networks; sample and augment both.
 
 It must not know tables, splits, batches or models.
 """

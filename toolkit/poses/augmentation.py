@@ -6,6 +6,9 @@ prepares it do not matter. Missing landmarks stay missing and padding stays padd
 * in time: temporal crop, speed, time warp and frame drop are composed into one list of source times, read once;
 * in space: mirror, rotation, shear and scale are composed into one matrix, then comes translation, then noise;
 * in what is seen: landmark drop and hand drop.
+
+What another network made of a clip is read at the same times, and masked for a while (SpecAugment, Park et al. 2019,
+arXiv:1904.08779); changes of space are for landmarks.
 """
 
 from __future__ import annotations
@@ -123,6 +126,45 @@ def augment(
     return new_poses, new_visible, torch.arange(longest) < new_lengths[:, None]
 
 
+def augment_features(
+    features: Tensor,
+    settings: Augmentation,
+    old_lengths: Sequence[int],
+    lengths: IntArray,
+    generators: Sequence[np.random.Generator],
+    padded_frames: int,
+) -> Tensor:
+    """Change what another network made of each clip as :func:`augment` changes its poses in time, and mask a part.
+
+    Args:
+        features: float16 [clips, frames, dimensions] on the CPU, 0 where padded.
+        settings: strength of each change; 0 = off.
+        old_lengths: frames of each clip before.
+        lengths: the rows of :func:`draw_lengths` for these clips, [clips, 2].
+        generators: one for each clip, in the state in which ``augment`` got it: the drawn times are then the same.
+        padded_frames: frames of the poses of the batch after their change.
+
+    Returns:
+        a new tensor, [clips, padded frames, dimensions]; frames that are masked are 0.
+    """
+    new = features.new_zeros(len(features), padded_frames, features.shape[2])
+    old_values, new_values = features.numpy(), new.numpy()
+    for row, (length, (kept, frames), rng) in enumerate(zip(old_lengths, lengths, generators, strict=True)):
+        times = _source_times(length, int(kept), int(frames), settings, rng)
+        before = np.floor(times).astype(np.intp)
+        values, share = old_values[row][before], (times - before).astype(np.float32)[:, None]
+        if share.any():
+            after = old_values[row][np.minimum(before + 1, length - 1)]
+            new_values[row, : len(times)] = values * (1 - share) + after * share
+        else:
+            new_values[row, : len(times)] = values
+        if settings.feature_mask:
+            masked = int(len(times) * rng.uniform(0.0, settings.feature_mask))
+            first = rng.integers(0, len(times) - masked + 1)
+            new_values[row, first : first + masked] = 0
+    return new
+
+
 def _source_times(
     length: int, kept: int, frames: int, settings: Augmentation, rng: np.random.Generator
 ) -> NDArray[np.float64]:
@@ -178,7 +220,7 @@ def _move(
     """Change where the landmarks are."""
     is_mirrored = rng.random() < settings.mirror
     if is_mirrored:
-        counterpart = np.asarray(landmark_set.mirror)
+        counterpart = np.asarray(landmark_set.mirror, np.intp)
         planes, seen = planes.take(counterpart, axis=2), seen.take(counterpart, axis=1)
 
     spatial = [row for row, channel in enumerate(landmark_set.channels) if channel in ("x", "y", "z")]

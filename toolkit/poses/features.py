@@ -46,6 +46,7 @@ class ClipFeatures:
     hands_visible: float  # share of frames that show a landmark of a hand; 1.0 for sets without hands
     lacking: tuple[tuple[str, str], ...]  # landmarks of the set that the file does not contain
     without_place: int  # landmarks, over all frames, with a confidence but no place; they are missing
+    times: npt.NDArray[np.float64]  # seconds of the recording at which it was sampled, [frames]
 
 
 def extract_features(
@@ -74,7 +75,7 @@ def extract_features(
         PoseError: the clip cannot be used; the message is the reason.
     """
     raw = read_clip(pose) if isinstance(pose, bytes) else pose
-    positions, shortened = _sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
+    positions, shortened = sample_positions(raw.num_frames, raw.fps, fps, min_frames, max_frames, too_long)
     columns, shoulders = _columns(raw.header, landmark_set)
     if raw.data.shape[3] < _num_coordinates(landmark_set):
         raise PoseError(
@@ -99,7 +100,8 @@ def extract_features(
             values[~visible] = np.nan
     lacking = tuple(landmark_set.points[index] for index in np.flatnonzero(columns < 0))
     normalised_by: Literal["shoulders", "spread"] = "shoulders" if scale else "spread"
-    return ClipFeatures(values, normalised_by, shortened, _hands_visible(visible, landmark_set), lacking, num_placeless)
+    hands_visible, times = _hands_visible(visible, landmark_set), positions / raw.fps
+    return ClipFeatures(values, normalised_by, shortened, hands_visible, lacking, num_placeless, times)
 
 
 def _num_coordinates(landmark_set: LandmarkSet) -> int:
@@ -225,10 +227,14 @@ def _find_signer(raw: RawPose, columns: npt.NDArray[np.intp]) -> tuple[FloatArra
     return raw.data[frames, places], np.where(places[:, None] >= 0, raw.confidence[frames, places], np.float32(0))
 
 
-def _sample_positions(
+def sample_positions(
     frames: int, own_fps: float, fps: float, min_frames: int, max_frames: int | None, too_long: TooLong
 ) -> tuple[npt.NDArray[np.float64], bool]:
-    """The (fractional) frames of the file at which features are sampled, and whether the clip was too long."""
+    """The (fractional) frames of the file at which features are sampled, and whether the clip was too long.
+
+    Raises:
+        PoseError: the clip has too few frames, or too many where ``too_long`` is ``reject``.
+    """
     count = int((frames - 1) / own_fps * fps + 1e-6) + 1
     if count < min_frames:
         raise PoseError(f"too short: {count} frames at {fps:g} fps, at least {min_frames} wanted")

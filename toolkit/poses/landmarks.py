@@ -44,6 +44,11 @@ class LandmarkSet:
         return len(self.channels)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of one frame: points and channels."""
+        return self.num_points, self.num_channels
+
+    @property
     def width(self) -> int:
         """Values of one frame: points x channels."""
         return self.num_points * self.num_channels
@@ -85,6 +90,10 @@ class LandmarkSet:
             min_confidence=values["min_confidence"],
             anchors=values.get("anchors"),
         )
+
+
+NO_LANDMARKS = LandmarkSet(name="none", points=(), parts={}, mirror=(), edges=())
+"""Of corpora that hold features of another network and no poses."""
 
 
 def landmark_set_names() -> list[str]:

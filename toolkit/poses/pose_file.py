@@ -76,23 +76,29 @@ class RawPose:
         return len(self.data)
 
     def between(self, start: float | None, end: float | None) -> RawPose:
-        """The frames shown in [start, end) seconds; frame ``i`` is shown at ``i / fps``.
-
-        Raises:
-            PoseError: no frame lies there.
-        """
+        """The frames shown in [start, end) seconds; raises PoseError where no frame lies there."""
         if start is None and end is None:
             return self
-        first = int(np.ceil(max(start or 0.0, 0.0) * self.fps - 1e-6))
-        last = self.num_frames if end is None else min(self.num_frames, int(np.ceil(end * self.fps - 1e-6)))
-        length = self.num_frames / self.fps
-        if start is not None and end is not None and end <= start:
-            raise PoseError(f"its end, {end:g} s, is not after its start, {start:g} s", "correct start and end")
-        if end is not None and end > 2 * length + 1:
-            raise PoseError(f"its end, {end:g} s, is far beyond the file's, {length:.2f} s", _WRITE_SECONDS)
-        if first >= last:
-            raise PoseError(f"no frame between {start} s and {end} s: the file ends at {length:.2f} s", _WRITE_SECONDS)
-        return RawPose(self.fps, self.header, self.data[first:last], self.confidence[first:last])
+        frames = frames_between(start, end, self.num_frames, self.fps)
+        return RawPose(self.fps, self.header, self.data[frames], self.confidence[frames])
+
+
+def frames_between(start: float | None, end: float | None, num_frames: int, fps: float) -> slice:
+    """The frames shown in [start, end) seconds of a file; frame ``i`` is shown at ``i / fps``.
+
+    Raises:
+        PoseError: no frame lies there.
+    """
+    first = int(np.ceil(max(start or 0.0, 0.0) * fps - 1e-6))
+    last = num_frames if end is None else min(num_frames, int(np.ceil(end * fps - 1e-6)))
+    length = num_frames / fps
+    if start is not None and end is not None and end <= start:
+        raise PoseError(f"its end, {end:g} s, is not after its start, {start:g} s", "correct start and end")
+    if end is not None and end > 2 * length + 1:
+        raise PoseError(f"its end, {end:g} s, is far beyond the file's, {length:.2f} s", _WRITE_SECONDS)
+    if first >= last:
+        raise PoseError(f"no frame between {start} s and {end} s: the file ends at {length:.2f} s", _WRITE_SECONDS)
+    return slice(first, last)
 
 
 class _Reader:

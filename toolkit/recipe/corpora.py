@@ -14,7 +14,7 @@ from toolkit.recipe.prompts import placeholders
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Data, MixPart, Recipe
 
-PLACES = ("corpus", "table", "poses")  # settings that say where clips are
+PLACES = ("corpus", "table", "poses", "features")  # settings that say where clips are
 MEAN, ALL = "mean", "all"  # values of evaluation.select_corpus besides the names of corpora
 _NAME = re.compile(r"[\w.+-]+")
 
@@ -46,14 +46,17 @@ def label_of(name: str | None, place: str | None) -> str:
 def missing_data(recipe: Recipe) -> Iterator[UserError]:
     """What is missing, or given twice, about where the recipe's clips are; empty when nothing is."""
     data = recipe.data
-    places = {"table": "FILE.csv", "poses": "FOLDER"}
+    places = {"table": "FILE.csv", "poses": "FOLDER", "features": "FOLDER"}
     if data.source == "demo" or data.corpora:
         return
     if data.corpus:
         if both := [f"data.{key}" for key in places if getattr(data, key)]:
             message = f"data.corpus and {' and '.join(both)} both say where the clips are"
             yield UserError(message, "keep one of them")
-    elif missing := [f"data.{key}={what}" for key, what in places.items() if not getattr(data, key)]:
+        return
+    # Features may stand beside poses, or instead of them.
+    wanted = {key: what for key, what in places.items() if key == "table" or (key == "poses" and not data.features)}
+    if missing := [f"data.{key}={what}" for key, what in wanted.items() if not getattr(data, key)]:
         message = f"recipe {recipe.name} does not say where its clips are"
         yield UserError(message, f"add {' '.join(missing)} (or data.corpus=FOLDER)")
 
@@ -89,8 +92,9 @@ def problems_of_mix(recipe: Recipe) -> Iterator[UserError]:
 
 
 def _problems_of_part(key: str, part: MixPart) -> Iterator[UserError]:
-    by_table = part.table is not None or part.poses is not None
-    if bool(part.corpus) == by_table or (by_table and not (part.table and part.poses)):
+    of_table = (part.table, part.poses, part.features)
+    by_table = any(place is not None for place in of_table)
+    if bool(part.corpus) == by_table or (by_table and not (part.table and (part.poses or part.features))):
         given = ", ".join(f"{name}={getattr(part, name)}" for name in PLACES if getattr(part, name)) or "nothing"
         yield UserError(
             f"{key} has {given} to say where its clips are",

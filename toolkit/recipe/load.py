@@ -24,7 +24,7 @@ from toolkit.recipe.tree import Tree, did_you_mean, leaves, merge, nearest, nest
 from toolkit.recipe.yaml_text import parse_value, parse_yaml
 
 # Sections for which a bare word says their `kind`.
-NAMED_BY_KIND = ("pose_encoder", "quantization")
+NAMED_BY_KIND = ("pose_encoder", "feature_encoder", "quantization")
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
 

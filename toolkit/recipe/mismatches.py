@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from toolkit.recipe.schema import POSE_ENCODER_DEFAULTS, Model, Quantization, Recipe
+from toolkit.recipe.schema import POSE_ENCODER_DEFAULTS, FeatureEncoder, Model, Quantization, Recipe
 from toolkit.recipe.tree import value_at
 
 _DEFAULTS = Recipe(name="-", model=Model(backbone="-", quantization=Quantization(kind="int8"))).model_dump(mode="json")
@@ -29,12 +29,16 @@ def mismatches(recipe: Recipe) -> list[str]:
 def _not_read(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that this recipe's other settings turn off, and the reason."""
     if recipe.data.source == "demo":
-        yield from ((f"data.{key}", "data.source=demo makes its own clips") for key in ("table", "poses"))
+        yield from ((f"data.{key}", "data.source=demo makes its own clips") for key in ("table", "poses", "features"))
     encoder = recipe.model.pose_encoder.kind
     for key in sorted({"layers", "kernel", "stride", "heads"} - set(POSE_ENCODER_DEFAULTS[encoder])):
         yield f"model.pose_encoder.{key}", f"a {encoder} pose encoder does not read it"
     if encoder != "linear":
         yield "model.pose_encoder.projection", f"a {encoder} pose encoder does not read it"
+    if not recipe.data.features and not recipe.data.corpus:
+        of_encoder = (f"model.feature_encoder.{key}" for key in FeatureEncoder.model_fields)
+        for key in ("data.features_fps", "model.fusion", "augmentation.feature_mask", *of_encoder):
+            yield key, "data.features names none"
     if recipe.model.init_from is None:
         yield "model.init_parts", "model.init_from names no model"
     if recipe.model.quantization and recipe.model.quantization.kind == "int8":

@@ -72,6 +72,7 @@ class MixPart(Section):
     corpus: str | None = None  # folder of a prepared corpus
     table: str | None = None  # or a table, and
     poses: str | None = None  # the folder of its poses
+    features: str | None = None  # besides these or instead of them: the folder of its features of another network
     columns: dict[str, str] = Field(default_factory=dict)  # of this table, besides data.columns
     # Share of the clips drawn, relative to the others; [start, end] changes linearly over the run. None = by size.
     weight: Annotated[float | list[float] | None, PlainValidator(weights_of)] = None
@@ -102,6 +103,8 @@ class Data(Section):
     corpus: str | None = None  # folder of a prepared corpus
     table: str | None = None  # CSV or TSV with a uid and a text column
     poses: str | None = None  # folder that holds {uid}.pose
+    features: str | None = None  # folder that holds {uid}.npy: what another network made of the video, besides poses
+    features_fps: Positive | None = None  # frames per second of these; None = as the table or the files say
     corpora: list[MixPart] = Field(default_factory=list)  # several to learn from, instead of corpus, table and poses
     temperature: Positive = 1.0  # corpora without weights are drawn by size ** (1 / temperature)
     epoch_clips: Count | None = None  # clips of an epoch; None = as many as there are
@@ -193,6 +196,22 @@ class PoseEncoder(Section):
         return self
 
 
+class FeatureEncoder(Section):
+    """The network between ``data.features`` and the backbone; its stride is that of the pose encoder."""
+
+    kind: Literal["linear", "conv"] = "conv"  # linear: each frame by itself, then means of frames
+    hidden: Count = 512  # width inside the encoder
+    layers: Count = 2  # convolutions (conv)
+    kernel: Count = 5  # frames that one convolution sees, odd (conv)
+    dropout: Share = 0.1
+
+    @model_validator(mode="after")
+    def _kernel_is_odd(self) -> FeatureEncoder:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} is even", "set model.feature_encoder.kernel to an odd number")
+        return self
+
+
 class Lora(Section):
     """Low-rank adapters in the backbone's linear layers (Hu et al. 2022, "LoRA"); the pose encoder trains in full."""
 
@@ -239,6 +258,8 @@ class Model(Section):
     init_from: str | None = None  # a trained translator to start from: run directory, model folder or hub id
     init_parts: list[Part] = list(PARTS)  # what of it is taken; the rest has published or random weights
     pose_encoder: PoseEncoder = PoseEncoder()
+    feature_encoder: FeatureEncoder = FeatureEncoder()  # of data.features, where there are any
+    fusion: Literal["sum", "concat"] = "sum"  # of features and poses: added, or the ones behind the others
 
     @model_validator(mode="after")
     def _prefix_names_conditions(self) -> Model:
@@ -326,6 +347,7 @@ class Augmentation(Section):
     hand_drop: Share = 0.0  # probability per hand and clip
     mirror: Share = 0.0  # probability per clip of swapping left and right
     temporal_crop: Share = 0.0  # largest share of the clip that is dropped at its ends
+    feature_mask: Share = 0.0  # largest share of the clip, in one span, whose features (data.features) are masked
 
 
 class Evaluation(Section):

@@ -27,7 +27,7 @@ from toolkit.scoring.table import HEADINGS, format_score
 SCORES_FILE = "scores.json"
 # Paths on the machine that trained are private, and of no use elsewhere.
 _PLACES = {
-    "data": ("corpus", "table", "poses", "cache"),
+    "data": ("corpus", "table", "poses", "features", "cache"),
     "run": ("dir",),
 }
 
@@ -38,7 +38,7 @@ _TEXT = """\
 
 # {name}: a sign language translator
 
-It translates the pose sequence of a signing person into text. {description}
+It translates the {seen} of a signing person into text. {description}
 
 ## How to use
 
@@ -50,18 +50,18 @@ import toolkit.auto  # registers the model with transformers
 from transformers import AutoModel, AutoProcessor
 
 model, processor = AutoModel.from_pretrained("{place}"), AutoProcessor.from_pretrained("{place}")
-print(processor.batch_decode(model.generate(**processor(["clip.pose"])))[0])
+print(processor.batch_decode(model.generate(**processor({call})))[0])
 ```
 
 In a clone of the toolkit, also for folders, archives, videos and long recordings with subtitles:
 
 ```
-python launch/translate.py --model {place} clip.pose
+python launch/translate.py --model {place} {files}
 ```
 
 ## What it reads
 
-`.pose` files, MediaPipe Holistic or others that name the same landmarks.
+{reads}
 
 | | |
 |---|---|
@@ -109,6 +109,7 @@ def model_card(
         place=name,
         description=recipe.description or "",
         version=__version__,
+        **_usage(extractor),
         inputs="\n".join(f"| {what} | {value} |" for what, value in _inputs(extractor).items()),
         data=_data(recipe, summary),
         lineage=_lineage(model.config.lineage),
@@ -159,6 +160,23 @@ def _front_matter(name: str, recipe: Recipe, backbone: ModelCard | None, summary
     )
 
 
+def _usage(extractor: PoseFeatureExtractor) -> dict[str, str]:
+    """What a clip is to this model, and how it is given in Python and on the command line."""
+    poses = "`.pose` files, MediaPipe Holistic or others that name the same landmarks"
+    features = (
+        f"feature files (`.npy`, `.npz`, `.h5`, `.safetensors`) with the {extractor.num_features} numbers a frame of "
+        "the network that it was trained with"
+    )
+    in_python, on_line = 'video_features=["clip.npy"], features_fps=25', "--features-fps 25"
+    if not extractor.num_features:
+        return {"seen": "pose sequence", "call": '["clip.pose"]', "files": "clip.pose", "reads": f"{poses}."}
+    if not extractor.landmark_set["points"]:
+        usage = {"call": f"[None], {in_python}", "files": f"clip.npy {on_line}"}
+        return {"seen": "video features", **usage, "reads": f"{features[0].upper()}{features[1:]}."}
+    usage = {"call": f'["clip.pose"], {in_python}', "files": f"clip.pose --features clip.npy {on_line}"}
+    return {"seen": "pose sequence and video features", **usage, "reads": f"{poses}, and {features}."}
+
+
 def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
     landmarks = extractor.landmark_set
     longest = f"{extractor.max_frames} frames" if extractor.max_frames else "any"
@@ -167,6 +185,7 @@ def _inputs(extractor: PoseFeatureExtractor) -> dict[str, str]:
     return {
         "landmark set": f"{landmarks['name']}: {len(landmarks['points'])} points by name, "
         f"channels {', '.join(landmarks['channels'])}",
+        **({"features": f"{extractor.num_features} numbers a frame"} if extractor.num_features else {}),
         "frames per second": f"{extractor.fps:g}, whatever the file has",
         "longest clip": f"{longest}{seconds}; longer ones: {extractor.too_long}",
         "normalisation": extractor.normalisation,
@@ -262,7 +281,7 @@ def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
     ]
     if recipe.data.source == "demo":
         limits.insert(0, "It spells letters of a few fingerspelling alphabets, for one signer: it is a demonstration.")
-    if "face" not in extractor.landmark_set.get("parts", {}):
+    if not extractor.num_features and "face" not in extractor.landmark_set.get("parts", {}):
         limits.insert(-2, "It does not see the face, which carries grammar and mouthings.")
     return limits
 
@@ -308,7 +327,7 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
     for section, keys in _PLACES.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
     for part, known in zip(values["data"]["corpora"], recipe.data.corpora, strict=True):
-        part |= {"corpus": known.label, "name": known.label, "table": None, "poses": None}
+        part |= {"corpus": known.label, "name": known.label, "table": None, "poses": None, "features": None}
     for path in ("deepspeed", "model.backbone", "model.init_from", "model.tokenizer", "data.landmarks"):
         *sections, key = path.split(".")
         place = values

@@ -212,6 +212,8 @@ def embed_clips(splits: list[dict[str, Any]], corpus: Corpus) -> dict[str, Any]:
         ``skeleton`` and ``clips``, as ``skeleton.js`` draws them.
     """
     landmark_set, fps = corpus.landmark_set, corpus.metadata.fps
+    if not landmark_set.num_points:  # features alone: nothing to draw
+        return {"skeleton": skeleton_layout(landmark_set), "clips": []}
     clips: list[dict[str, Any]] = []
     count = sum(len(group) for split in splits for group in split["samples"].values())
     most_bytes = min(CLIP_BYTES, CLIPS_BYTES // max(count, 1))
@@ -240,6 +242,7 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
         "facts": {
             "folder": ", ".join(str(member.path) for member in corpus.members.values()) or str(corpus.path),
             "landmark set": f"{corpus.landmark_set.name}, {corpus.landmark_set.num_points} points",
+            **({"features": f"{metadata.num_features} numbers a frame"} if metadata.num_features else {}),
             "frames per second": f"{metadata.fps:g}",
             "splits": ", ".join(f"{name} {len(split):,}" for name, split in corpus.splits.items()),
             "hours": f"{sum(float(values.sum()) for values in seconds.values()) / 3600:,.2f}",

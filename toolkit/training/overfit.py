@@ -92,6 +92,7 @@ def overfit_overrides(clips: int, world_size: int, name: str) -> list[str]:
         "training.weight_decay=0",
         "model.dropout=0",
         "model.pose_encoder.dropout=0",
+        "model.feature_encoder.dropout=0",
         "data.epoch_clips=null",
         *(f"augmentation.{strength}=0" for strength in Augmentation.model_fields),
         f"run.dir=runs/{name}-overfit",

@@ -89,7 +89,8 @@ def _search(evaluation: Evaluation, references: Sequence[str], tokenizer: Any) -
 
 def _preparation(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
     pairs = {key: (getattr(recipe.data, key), getattr(corpus.metadata, key)) for key in KEPT_SETTINGS}
-    pairs["landmarks"] = (Path(recipe.data.landmarks).stem, corpus.landmark_set.name)
+    if corpus.landmark_set.num_points:
+        pairs["landmarks"] = (Path(recipe.data.landmarks).stem, corpus.landmark_set.name)
     differing = [f"data.{key}={wanted} (corpus: {own})" for key, (wanted, own) in pairs.items() if wanted != own]
     if differing:
         have = "has" if len(differing) == 1 else "have"

@@ -226,13 +226,10 @@ class Trainer:
         training = self.recipe.training
         return translation_losses(
             self.engine,
-            batch.poses,
-            batch.visible,
-            batch.frame_mask,
-            batch.labels,
-            batch.labelled,
-            self.special_ids,
-            prefix_ids=batch.prefix_ids,
+            **batch.inputs,
+            labels=batch.labels,
+            labelled=batch.labelled,
+            special_ids=self.special_ids,
             label_smoothing=training.label_smoothing if self.engine.training else 0.0,
         )
 

@@ -69,7 +69,8 @@ def warm_start(
     name = model.init_from
     on_each_node(lambda: fetch_source(name))
     source = read_source(name)
-    plan = make_plan(source, resolved.recipe, corpus.landmark_set, corpus.metadata.fps, tokenizer)
+    landmarks, metadata = corpus.landmark_set, corpus.metadata
+    plan = make_plan(source, resolved.recipe, landmarks, metadata.fps, tokenizer, metadata.num_features)
     generation = {} if reads_published(model) else _generation(plan)
     history = history_of(source)
     lineage = {**history, "table": {line.part: line.what for line in plan.table}}

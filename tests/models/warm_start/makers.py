@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import Plan, make_plan
 from toolkit.models.warm_start.source import read_source
 from toolkit.poses.features import NORMALISATION
-from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.poses.landmarks import NO_LANDMARKS, LandmarkSet, load_landmark_set
 from toolkit.recipe.resolve import resolve_named
 
 SMALL = (
@@ -43,6 +44,19 @@ def corpus_of(folder: Path, landmark_set: LandmarkSet, texts: Sequence[str] = TE
     """Clips of random motion; landmarks have the same motion in every set."""
     clips = [Clip(f"clip-{n}", text, motion(landmark_set, 12, seed=n).numpy()) for n, text in enumerate(texts)]
     return write_corpus(folder, {"train": clips}, landmark_set, fps, NORMALISATION)
+
+
+def with_features(corpus: Corpus, folder: Path, width: int, *, poses: bool = True) -> Corpus:
+    """A copy of a corpus with random features of another network, beside the poses or instead of them."""
+
+    def changed(clip: Clip, index: int) -> Clip:
+        values = np.random.default_rng(index).normal(size=(len(clip.features), width)).astype(np.float16)
+        found = clip.features if poses else np.empty((len(clip.features), 0, 3), np.float16)
+        return replace(clip, features=found, video_features=values)
+
+    clips = [changed(clip, index) for index, clip in enumerate(corpus.splits["train"])]
+    landmark_set = corpus.landmark_set if poses else NO_LANDMARKS
+    return write_corpus(folder, {"train": clips}, landmark_set, corpus.metadata.fps, NORMALISATION)
 
 
 def motion(landmark_set: LandmarkSet, frames: int, seed: int) -> Tensor:
@@ -79,7 +93,8 @@ def make(
     if resolved.recipe.model.init_from and start is None:
         source = read_source(resolved.recipe.model.init_from)
         metadata = corpus.metadata
-        plan = make_plan(source, resolved.recipe, corpus.landmark_set, metadata.fps, processor.tokenizer)
+        widths = corpus.landmark_set, metadata.fps, processor.tokenizer, metadata.num_features
+        plan = make_plan(source, resolved.recipe, *widths)
         start = WarmStart(plan, base, keeps_base=base is not None)
     torch.manual_seed(seed)
     return Made(build_translator(resolved, corpus, processor.tokenizer, start).eval(), processor, plan)

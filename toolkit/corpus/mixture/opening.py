@@ -10,7 +10,9 @@ from typing import Any
 
 from toolkit.corpus.mixture.split import MixedSplit, Share
 from toolkit.corpus.packed import Corpus, Metadata
+from toolkit.corpus.plan import landmarks_of, width_of_features
 from toolkit.errors import UserError
+from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.corpora import PLACES
 from toolkit.recipe.schema import Data, MixPart
 
@@ -37,6 +39,22 @@ def open_prepared(data: Data) -> Corpus | None:
     """
     folders = [part.corpus for part in _parts(data) if part.corpus]
     return mix(_parts(data), [*map(Corpus.open, folders)]) if len(folders) == len(_parts(data)) else None
+
+
+def frame_of(data: Data) -> tuple[LandmarkSet, int]:
+    """What a frame of these clips holds, prepared or not: landmarks, and how many numbers of another network.
+
+    Raises:
+        UserError: a corpus cannot be opened, there is no such set of landmarks, or no features can be read.
+    """
+    if corpus := open_prepared(data):
+        return corpus.landmark_set, corpus.metadata.num_features
+    first = _each(data)[0]
+    if first.corpus:
+        return frame_of(first)
+    if not first.features or first.source == "demo":
+        return landmarks_of(first), 0
+    return landmarks_of(first), width_of_features(Path(first.features))
 
 
 def _parts(data: Data) -> list[MixPart]:
@@ -100,10 +118,10 @@ def _check_same_features(first_name: str, first: Corpus, name: str, corpus: Corp
     differences = []
     if first.landmark_set.meaning != corpus.landmark_set.meaning:
         differences.append(f"landmarks {first.landmark_set.in_words} and {corpus.landmark_set.in_words}")
-    for what in ("fps", "normalisation"):
+    for what in ("fps", "normalisation", "num_features"):
         ours, theirs = getattr(first.metadata, what), getattr(corpus.metadata, what)
         if ours != theirs:
-            differences.append(f"{what} {ours} and {theirs}")
+            differences.append(f"{what.removeprefix('num_')} {ours} and {theirs}")
     if differences:
         raise UserError(
             f"the corpora {first_name} and {name} do not fit each other: {'; '.join(differences)}",

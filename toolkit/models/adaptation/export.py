@@ -178,16 +178,20 @@ def _scores(model: PoseTranslator) -> Tensor:
         UserError: they are not numbers.
     """
     clips, frames, tokens = 3, 32, 8
-    shape = (clips, frames, model.config.num_points, model.config.num_channels)
-    poses = torch.linspace(-6, 6, math.prod(shape)).sin().reshape(shape)
-    visible = torch.ones(shape[:3], dtype=torch.bool)
-    visible[1, :, ::2] = False  # every other landmark is missing
-    frame_mask = torch.ones(shape[:2], dtype=torch.bool)
-    frame_mask[2, frames // 2 :] = False  # half of it is padding
+    shapes = model.config.input_shapes(clips, frames)
+    inputs = {
+        name: torch.ones(shape, dtype=dtype)
+        if dtype == torch.bool
+        else torch.linspace(-6, 6, math.prod(shape)).sin().reshape(shape).to(dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+    inputs["visible"][1, :, ::2] = False  # every other landmark is missing
+    inputs["frame_mask"][2, frames // 2 :] = False  # half of it is padding
+    inputs["visible"] &= inputs["frame_mask"][..., None]
     words = torch.linspace(2, vocabulary_size(model.backbone.config) - 1, clips * tokens).long()
     labels = words.reshape(clips, tokens)
     prefix = labels[:, :2] if model.config.prefix_template else None
-    logits = model(poses, visible & frame_mask[..., None], frame_mask, labels, prefix_ids=prefix).logits
+    logits = model(**inputs, labels=labels, prefix_ids=prefix).logits
     if not logits.isfinite().all():
         raise UserError(f"the model gives NaN or infinity in {model.dtype}", "choose another --dtype")
     return logits.float().flatten(0, 1).log_softmax(dim=-1)

@@ -46,6 +46,11 @@ class PoseEncoder(nn.Module):
         self.width = settings.width
         self.positions = settings.positions
         self.frames_per_position = settings.stride
+        self.vectors_per_position = 1
+
+    def length(self, frames: int) -> int:
+        """Vectors that the backbone gets of so many frames."""
+        return -(-frames // self.frames_per_position) * self.vectors_per_position
 
     def forward(self, poses: Tensor, visible: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch.

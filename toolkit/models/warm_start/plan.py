@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.corpus.mixture.opening import frame_of
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import add_tokens
 from toolkit.models.backbone import empty_backbone, encoder_width
 from toolkit.models.backbone_config import backbone_config, fitted_config
-from toolkit.models.encoders import make_pose_encoder
+from toolkit.models.encoders import FeatureSettings, make_pose_encoder
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.models.translator import PoseTranslator
 from toolkit.models.warm_start.backbone import difference, part_of_each, token_dimension
@@ -26,7 +27,7 @@ from toolkit.models.warm_start.mapping import Axis, Mapping
 from toolkit.models.warm_start.pose_encoder import Landmarks, compare, mappings
 from toolkit.models.warm_start.source import KEY, Source, empty_source, read_source
 from toolkit.models.warm_start.tokens import row_axis
-from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
+from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.model_cards import language_of, tokenizer_of
 from toolkit.recipe.schema import BACKBONE_PARTS, PARTS, POSE_ENCODER_DEFAULTS, Part, PoseEncoder, Recipe
 
@@ -77,9 +78,12 @@ def check_warm_start(recipe: Recipe, corpus: Corpus | None = None) -> Plan:
     """
     model, data = recipe.model, recipe.data
     assert model.init_from is not None
-    landmark_set = corpus.landmark_set if corpus else load_landmark_set(data.landmarks)
+    landmark_set, num_features = (
+        (corpus.landmark_set, corpus.metadata.num_features) if corpus else frame_of(recipe.data)
+    )
     fps = corpus.metadata.fps if corpus else data.fps
-    return make_plan(read_source(model.init_from), recipe, landmark_set, fps, _tokenizer_here(recipe))
+    source = read_source(model.init_from)
+    return make_plan(source, recipe, landmark_set, fps, _tokenizer_here(recipe), num_features)
 
 
 def _tokenizer_here(recipe: Recipe) -> PreTrainedTokenizerBase | None:
@@ -98,8 +102,11 @@ def make_plan(
     landmark_set: LandmarkSet,
     fps: float,
     tokenizer: PreTrainedTokenizerBase | None,
+    num_features: int = 0,
 ) -> Plan:
     """Map the source to a run with these landmarks and this tokenizer (None where it is not known yet).
+
+    ``num_features`` are the numbers of a frame that another network made of the run's clips.
 
     Raises:
         UserError: a part that is to be taken does not fit; the message names both sizes.
@@ -129,10 +136,11 @@ def make_plan(
     notes = _memory_notes(source, known) if set(BACKBONE_PARTS) & set(model.init_parts) else []
     if "pose_encoder" in model.init_parts:
         landmarks = compare(landmark_set, source.landmark_set)
-        mapped = _pose_encoder(source, recipe, backbone, landmark_set, known)
+        mapped = _pose_encoder(source, recipe, backbone, landmark_set, known, num_features)
         found |= mapped
         lines["pose_encoder"] = Taken("pose_encoder", _in_words(mapped, landmarks))
         notes += _pose_notes(source, landmark_set, fps)
+        notes += _feature_notes(source, recipe, num_features)
     parts = part_of_each(backbone)
     for part in BACKBONE_PARTS:
         if part not in model.init_parts:
@@ -179,7 +187,12 @@ def _rows_in_words(axis: Axis | None, tokenizer: PreTrainedTokenizerBase | None)
 
 
 def _pose_encoder(
-    source: Source, recipe: Recipe, backbone: PreTrainedModel, landmark_set: LandmarkSet, known: PoseTranslator
+    source: Source,
+    recipe: Recipe,
+    backbone: PreTrainedModel,
+    landmark_set: LandmarkSet,
+    known: PoseTranslator,
+    num_features: int,
 ) -> dict[str, Mapping]:
     """How the pose encoder's tensors come from the source's; raises UserError where the encoder is another one."""
     settings, theirs = recipe.model.pose_encoder, PoseEncoder.model_validate(source.config.pose_encoder)
@@ -209,17 +222,43 @@ def _pose_encoder(
             num_channels=landmark_set.num_channels,
             width=widths[1],
             landmark_set=landmark_set,
+            features=FeatureSettings(num_features, recipe.model.feature_encoder.model_dump()) if num_features else None,
         )
-    names = list(encoder.state_dict())
-    found = mappings(names, landmark_set, source.landmark_set, settings.kind, settings.hidden)
-    prefix = "pose_encoder."
-    return {
-        f"{prefix}{name}": Mapping(f"{prefix}{mapping.source}", mapping.rows, mapping.columns)
-        for name, mapping in found.items()
-    }
+    # Beside features the encoder of the poses is one of two.
+    ours, before = (
+        "pose_encoder.poses." if number else "pose_encoder." for number in (num_features, source.config.num_features)
+    )
+    names = [f"pose_encoder.{name}" for name in encoder.state_dict()]
+    of_features = [name for name in names if num_features and name.startswith("pose_encoder.features.")]
+    found = {name: Mapping(name) for name in of_features if _has_same_features(source, recipe, num_features)}
+    if landmark_set.num_points and source.landmark_set.num_points:
+        of_poses = [name.removeprefix(ours) for name in names if name not in of_features]
+        mapped = mappings(of_poses, landmark_set, source.landmark_set, settings.kind, settings.hidden)
+        found |= {
+            f"{ours}{name}": Mapping(f"{before}{mapping.source}", mapping.rows, mapping.columns)
+            for name, mapping in mapped.items()
+        }
+    return found
+
+
+def _has_same_features(source: Source, recipe: Recipe, num_features: int) -> bool:
+    """Whether the source's encoder of features fits the run: it has as many inputs, and the same layers."""
+    ours, theirs = recipe.model.feature_encoder.model_dump(), source.config.feature_encoder
+    same = all(ours[key] == theirs.get(key) for key in ours if key != "dropout")
+    return same and num_features == source.config.num_features
+
+
+def _feature_notes(source: Source, recipe: Recipe, num_features: int) -> list[str]:
+    known = source.config.num_features
+    if num_features and not _has_same_features(source, recipe, num_features):
+        there = f"reads {known} numbers a frame, or by other layers" if known else "reads none"
+        return [f"the encoder of the {num_features} features is new: the source {there}"]
+    return ["the source's encoder of features is left: this run has none"] if known and not num_features else []
 
 
 def _in_words(mapped: dict[str, Mapping], landmarks: Landmarks) -> str:
+    if not mapped:
+        return "new: the source reads other inputs"
     if all(mapping.is_same for mapping in mapped.values()):
         return f"taken as it is: {len(mapped)} tensors, {landmarks.shared} landmarks"
     text = f"{landmarks.shared} landmarks by name"

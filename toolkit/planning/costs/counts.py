@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from toolkit.corpus.mixture.opening import frame_of
 from toolkit.models.adaptation.adapters import adapt
 from toolkit.models.adaptation.quantisation import packable
 from toolkit.models.backbone import empty_backbone
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.translator import PoseTranslator
-from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.schema import Model, Recipe
@@ -83,7 +83,7 @@ def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
 
 def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator:
     """The recipe's translator around a backbone of this configuration, on the meta device, before any adapter."""
-    landmarks = load_landmark_set(recipe.data.landmarks)
+    landmarks, num_features = frame_of(recipe.data)
     with torch.device("meta"):
         return PoseTranslator(
             PoseTranslatorConfig(
@@ -92,6 +92,9 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
                 num_points=landmarks.num_points,
                 num_channels=landmarks.num_channels,
                 landmark_set=landmarks.to_dict(),
+                num_features=num_features,
+                feature_encoder=recipe.model.feature_encoder.model_dump(),
+                fusion=recipe.model.fusion,
                 ctc=recipe.training.ctc_weight > 0,
                 prefix_token_ids=[0] * _longest_prefix(recipe.model),
             ),

@@ -120,29 +120,25 @@ def trace(
     model.train()
     _set_checkpointing(model, checkpointing)
     config = model.config
-    points = config.num_points
     device = torch.device("cpu" if on_cpu else "meta")
     mode = fake or nullcontext()
     with mode, device:
-        poses = torch.empty(clips, frames, points, config.num_channels)
-        visible = torch.empty(clips, frames, points, dtype=torch.bool)
-        mask = torch.empty(clips, frames, dtype=torch.bool)
+        shapes = config.input_shapes(clips, frames)
+        inputs = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         labels = torch.empty(clips, tokens, dtype=torch.int64)
         labelled = torch.empty(clips * tokens, dtype=torch.int64)
         special = torch.empty(3, dtype=torch.int64)
     live = _Live([*model.parameters(), *model.buffers()])
     kernels = as_on_cpu(autocast) if on_cpu else as_on_gpu(autocast)
     with mode, kernels, _watching(model, live) as marks, live:
-        for tensor in (poses, visible, mask, labels, labelled):
+        for tensor in (*inputs.values(), labels, labelled):
             live.add(tensor)
         nll, ctc = translation_losses(
             model,
-            poses,
-            visible,
-            mask,
-            labels,
-            labelled,
-            special,
+            **inputs,
+            labels=labels,
+            labelled=labelled,
+            special_ids=special,
             label_smoothing=0.1,
             scores_at_once=CPU_SCORES if on_cpu else GPU_SCORES,
         )

@@ -125,12 +125,9 @@ def cost_beside_training(model: Any, batch: Batch) -> Cost | None:
     devices = [batch.poses.device] if batch.poses.device.type == "cuda" else []
     with uncompiled(model), torch.random.fork_rng(devices), torch.no_grad(), CostRecorder(model, batch) as recorder:
         model(
-            poses=batch.poses,
-            visible=batch.visible,
-            frame_mask=batch.frame_mask,
+            **batch.inputs,
             labels=batch.labels,
             labelled=batch.labelled,
-            prefix_ids=batch.prefix_ids,
         )
     return recorder.cost()
 
