@@ -29,14 +29,15 @@ def features(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("ds", "fusion"), [("zero2", "sum"), ("zero3", "concat")])
-def test_poses_and_features_are_trained_exported_and_translated(
-    run: Callable[..., Any], settings: list[str], clips: Path, features: Path, ds: str, fusion: str, tmp_path: Path
+@pytest.mark.parametrize(("ds", "inputs"), [("zero2", "sum"), ("zero3", "concat"), ("zero1", "features alone")])
+def test_features_are_trained_evaluated_exported_and_translated(
+    run: Callable[..., Any], settings: list[str], clips: Path, features: Path, ds: str, inputs: str, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir, are_alone = tmp_path / "run", inputs == "features alone"
     arguments = [
         *("--recipe", "t5_small", "--ds", ds, "--json", *settings, f"run.dir={run_dir}", "training.epochs=1"),
-        *(f"data.features={features}", f"data.features_fps={FPS}", f"model.fusion={fusion}"),
+        *(f"data.features={features}", f"data.features_fps={FPS}"),
+        "data.poses=null" if are_alone else f"model.fusion={inputs}",
         *("augmentation.speed=0.2", "augmentation.feature_mask=0.3", "training.ctc_weight=0"),
     ]
     done = run("launch/train.py", *arguments, ranks=2)
@@ -47,8 +48,9 @@ def test_poses_and_features_are_trained_exported_and_translated(
     clip = sorted((clips / "poses").glob("*.pose"))[0]
     texts = []
     for model in (run_dir, tmp_path / "exported"):
-        words = ("--model", model, clip, "--features", features / f"{clip.stem}.npy", "--features-fps", FPS)
-        done = run("launch/translate.py", *words)
+        its_features = features / f"{clip.stem}.npy"
+        words = (its_features,) if are_alone else (clip, "--features", its_features)
+        done = run("launch/translate.py", "--model", model, *words, "--features-fps", FPS)
         assert done.code == 0, done.err
         texts.append(done.out)
     assert texts[0] == texts[1]
