@@ -62,6 +62,7 @@ setup(
         "toolkit": ["py.typed"],
         "toolkit.poses": ["landmark_sets/*.yaml"],
         "toolkit.corpus": ["*.txt", "*.csv"],
+        "toolkit.corpus.published": ["*.yaml"],
         "toolkit.reporting": ["assets/*"],
         "toolkit._recipes": ["*.yaml", "*.md"],
         "toolkit._recipes.models": ["*.yaml", "*.md"],

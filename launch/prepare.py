@@ -4,7 +4,8 @@
 python launch/prepare.py --recipe demo                                        what this recipe will train on
 python launch/prepare.py --table T.csv --poses DIR --out corpora/mine         my own data
 python launch/prepare.py --source isign --table iSign_v1.1.csv --poses POSES --out corpora/isign
-python launch/prepare.py --source how2sign --table how2sign_train.csv --poses POSES --out corpora/how2sign
+python launch/prepare.py --source how2sign --table 'how2sign_{split}.csv' --poses POSES --out corpora/how2sign
+python launch/prepare.py --source phoenix14t --table annotations/manual --poses POSES --out corpora/phoenix
 python launch/prepare.py --table T.jsonl --poses POSES.zip --columns uid=id,text=sentence --json
 python launch/prepare.py ... --out corpora/isign --shard 3/16          one of 16 jobs; the last one makes the corpus
 python launch/prepare.py ... --out corpora/isign --ray head-node:6379  on all machines of a Ray cluster
@@ -29,15 +30,15 @@ from pydantic import ValidationError
 from toolkit.corpus.archives import open_poses
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import Prepared, find_or_prepare, prepare
+from toolkit.corpus.published.presets import presets
 from toolkit.corpus.show import animate
-from toolkit.corpus.table import PRESETS
 from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Data
 
 # Options that are settings of the same name in the section `data` of a recipe.
 SETTINGS = {
-    "table": (str, "CSV, TSV or JSONL with a line for each clip"),
+    "table": (str, "CSV, TSV or JSONL with a line for each clip; {split} in its name: a table for each split"),
     "poses": (str, "where the pose files are"),
     "features": (str, "where the feature files of another network are, besides the poses or instead of them"),
     "features_fps": (float, "frames per second of the features (default: as the table or the files say)"),
@@ -51,8 +52,10 @@ SETTINGS = {
         str,
         "treatment of held-out clips whose text is in train: keep, remove, or remove_near (nearly the same text, too)",
     ),
-    "dev_share": (float, "share of the clips in dev, by source video"),
-    "test_share": (float, "share of the clips in test, by source video"),
+    "time_unit": (str, "unit of the columns start and end: seconds, milliseconds or frames"),
+    "split_by": (str, "what no two splits share: as the table says, `video`, or `signer`"),
+    "dev_share": (float, "share of the clips in dev, by source video or signer"),
+    "test_share": (float, "share of the clips in test, by source video or signer"),
     "split_seed": (int, "seed of the random choice of videos"),
     "max_rejects": (
         float,
@@ -109,7 +112,7 @@ def _parse() -> argparse.Namespace:
         "--recipe", metavar="NAME", help="take the settings from a recipe; the options below change them"
     )
     parser.add_argument(
-        "--source", choices=["demo", "table", *PRESETS], help="demo, or the corpus whose column names the table has"
+        "--source", choices=["demo", "table", *presets()], help="demo, or the public corpus whose table it is"
     )
     defaults = Data()
     for name, (kind, meaning) in SETTINGS.items():
@@ -148,10 +151,8 @@ def _settings(arguments: argparse.Namespace) -> Data:
         name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None
     }
     columns = _columns(arguments.columns) if arguments.columns else {}
-    if arguments.source in ("demo", "table", "isign"):
+    if arguments.source:
         given["source"] = arguments.source
-    elif arguments.source:
-        columns = PRESETS[arguments.source] | columns
     if columns:
         given["columns"] = columns
     try:

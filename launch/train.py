@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
+    from toolkit.models.glosses import check_glosses
     from toolkit.models.warm_start.plan import check_warm_start
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
@@ -155,6 +156,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         check_corpus(corpus, None if new else resolved.run_dir, start)
         check_selection(resolved.recipe, corpus)
         check_recipe_conditions(resolved.recipe, corpus)
+        check_glosses(resolved.recipe, corpus)
         if resolved.recipe.model.init_from and start.checkpoint is None and not start.finished:
             check_warm_start(resolved.recipe, corpus)
         return start, extend_schedule(resolved, corpus, start)

@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
     def clip(number: int, text: str) -> Clip:
         features = rng.normal(size=(8 + number, landmark_set.num_points, landmark_set.num_channels))
-        return Clip(f"clip-{number}", text, features.astype(np.float16))
+        return Clip(f"clip-{number}", text, features.astype(np.float16), gloss=text.upper())
 
     texts = ["sun", "moon", "sun", "star", "moon", "sky"]
     splits = {"train": [clip(i, text) for i, text in enumerate(texts)], "test": [clip(9, "rain")]}

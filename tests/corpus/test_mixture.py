@@ -39,6 +39,7 @@ def test_splits_hold_the_clips_of_all_corpora_one_after_the_other(folders: list[
         assert split.texts[len(clips) - 1] == clips[-1].text
         assert split.frames.tolist() == [len(clip.features) for clip in clips]
         assert list(split.conditions()) == [clip.conditions for clip in clips]
+        assert list(split.values("video")) == [clip.video for clip in clips]
         for ours, theirs in zip(split, clips, strict=True):
             assert np.array_equal(ours.features, theirs.features, equal_nan=True)
         assert {part.corpus: len(part.clips) for part in split.parts} == {
@@ -57,6 +58,7 @@ def test_a_corpus_says_what_is_known_of_its_clips(folders: list[Path]) -> None:
     ).splits["train"]
     conditions = list(split.conditions())
     assert conditions == [split.clip(index).conditions for index in range(66)]
+    assert split.values("language") == [of_clip["language"] for of_clip in conditions]
     nothing = dict.fromkeys(("language", "target_language", "prompt", "context"), "")
     known = nothing | {"language": "ins", "target_language": "hi_IN", "prompt": "ins to hi_IN:"}
     assert conditions[:40] == [known] * 40

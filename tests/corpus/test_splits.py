@@ -51,6 +51,43 @@ def test_the_order_of_the_table_does_not_matter_but_the_seed_does() -> None:
     assert members[0] == members[1] != members[2]
 
 
+def _signed(signers: int, clips: int) -> list[Row]:
+    return [
+        Row(f"{signer}-{clip}", f"{signer} {clip}", video=f"v{clip}", split="train", signer=f"s{signer}")
+        for signer in range(signers)
+        for clip in range(clips)
+    ]
+
+
+def test_no_signer_is_in_two_splits_whatever_the_table_says() -> None:
+    rows = _signed(20, 6)
+    assert list(assign_splits(rows, 0.1, 0.1, 0)) == ["train"]
+    splits = assign_splits(rows, 0.1, 0.1, 0, by="signer")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 96, "dev": 12, "test": 12}
+    assert sum(len({row.signer for row in rows}) for rows in splits.values()) == 20
+    found = leakage(splits)
+    assert found["test_signers_in_train"] == found["dev_signers_in_train"] == 0
+    assert found["test_videos_in_train"] == 12
+    by_video = assign_splits(rows, 0.1, 0.1, 0, by="video")
+    assert leakage(by_video)["test_videos_in_train"] == 0
+    assert leakage(by_video)["test_signers_in_train"] == len(by_video["test"]) > 0
+
+
+def test_leakage_of_signers_is_counted_where_the_table_names_some() -> None:
+    rows = {"train": [Row("a", "x", signer="s"), Row("b", "y")], "test": [Row("c", "z", signer="s"), Row("d", "w")]}
+    assert leakage(rows)["test_signers_in_train"] == 1
+    assert "test_signers_in_train" not in leakage(_with_texts(train=["a"], test=["b"]))
+
+
+def test_splits_by_signer_need_a_signer_in_every_row_and_enough_of_them() -> None:
+    rows = [*_signed(3, 2), Row("x", "y", line=7)]
+    with pytest.raises(UserError, match="line 7") as raised:
+        assign_splits(rows, 0.1, 0.1, 0, by="signer")
+    assert "--columns signer=" in raised.value.hint
+    with pytest.raises(UserError, match="2 signers"):
+        assign_splits(_signed(2, 9), 0.1, 0.1, 0, by="signer")
+
+
 def _with_texts(**texts: list[str]) -> dict[str, list[Row]]:
     return {
         name: [Row(f"{name}-{number}", text, line=number) for number, text in enumerate(of_split)]

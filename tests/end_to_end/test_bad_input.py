@@ -73,6 +73,11 @@ def test_empty_texts(refused: Callable[..., str], clips: Path, tmp_path: Path) -
     assert "table.csv" in error and "line 2" in error
 
 
+def test_glosses_that_the_clips_lack(refused: Callable[..., str]) -> None:
+    error = refused("training.ctc_weight=0.5", "training.ctc_target=gloss")
+    assert "24 of 24" in error and "column gloss" in error and "training.ctc_target=text" in error
+
+
 def test_a_recipe_that_does_not_exist(refused: Callable[..., str]) -> None:
     error = refused(recipe="t5_smal")
     assert "t5_small" in error

@@ -39,7 +39,12 @@ def write(folder: Path, landmarks: LandmarkSet, fps: float = 12.5, normalisation
     def clips(name: str, count: int) -> list[Clip]:
         shape = (landmarks.num_points, landmarks.num_channels)
         return [
-            Clip(f"{name}{index}", f"we go home {index}", rng.normal(size=(8 + index, *shape)).astype(np.float16))
+            Clip(
+                f"{name}{index}",
+                f"we go home {index}",
+                rng.normal(size=(8 + index, *shape)).astype(np.float16),
+                signer=f"signer {index % 2}",
+            )
             for index in range(count)
         ]
 
@@ -66,6 +71,9 @@ def test_results_lie_in_files_and_the_json_line_says_where(model_folder, corpus,
     assert [row["uid"] for row in rows] == [f"b{index}" for index in range(9)]
     assert set(rows[0]) == {"uid", "reference", "hypothesis", "score", "chrf"}
     assert len((out / "test_n_best.csv").read_text().splitlines()) == 1 + 2 * 9
+    (signers,) = summary["splits"]["test"]["groups"].values()
+    assert {name: scores["clips"] for name, scores in signers.items()} == {"signer 0": 5, "signer 1": 4}
+    assert "test, by signer" in done.stdout
     for words in ("floor: shuffled", "control: poses of other clips", "95 % from", "looks at the signing"):
         assert words in done.stdout
     again = evaluate("compare", out / "test.csv", out / "test.csv", "--json", cwd=tmp_path)

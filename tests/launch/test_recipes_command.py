@@ -25,7 +25,7 @@ def recipes(*arguments, cwd):
 RECIPES = {
     *("t5_small", "t5_base", "t5_large", "t5_3b", "t5_3b_lora", "t5_3b_lora_int8", "t5_3b_qlora", "t5_large_qlora"),
     *("flan_t5_base", "byt5_small", "bart_large", "mbart50", "mt5_base", "mt5_large", "umt5_base", "m2m100"),
-    *("nllb_600m", "pegasus_large", "transformer", "demo"),
+    *("nllb_600m", "pegasus_large", "transformer", "demo", "mt5_base_unisign", "t5_small_24fps"),
 }
 
 

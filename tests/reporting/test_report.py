@@ -72,6 +72,16 @@ def test_the_memory_of_each_phase_stands_beside_the_plan(run):
     assert step == {"phase": "step", "measured": 4.4, "reserved": 5.0, "process": 2.5, "planned": 4.0}
 
 
+def test_scores_of_groups_are_shown_where_they_are_well_formed(run):
+    scores = json.loads((run / "scores.json").read_text())
+    anna = {"clips": 3, "cer": 0.5, "bleu4": None, "new": 1}
+    groups = {"signer": {"anna": anna, "ben": {"cer": 1}, "carl": 7}, "length": [1], "language": {}}
+    scores["splits"]["test"]["groups"] = groups
+    (run / "scores.json").write_text(json.dumps(scores))
+    (split,) = content_of(write_report(run))["scores"]
+    assert split["groups"] == [{"by": "signer", "rows": [["anna", 3, {"bleu4": None, "cer": 0.5}]]}]
+
+
 def test_scores_without_or_with_broken_intervals_are_shown(run):
     scores = json.loads((run / "scores.json").read_text())
     for intervals in (None, "?", {"chrf": [1], "wer": ["a", "b"], "cer": [0.1, 0.2], "new": [1, 2]}):
@@ -136,7 +146,8 @@ def test_a_broken_file_is_left_out_with_a_warning(run):
 def test_scores_of_another_shape_are_left_out(run):
     (run / "scores.json").write_text(json.dumps({"splits": {"test": {"scores": {"cer": "x"}, "floors": [1]}, "b": 3}}))
     content = content_of(write_report(run))
-    assert content["scores"] == [{"name": "test", "clips": None, "rows": [["model", {"cer": None}]], "intervals": {}}]
+    only = {"name": "test", "clips": None, "rows": [["model", {"cer": None}]], "intervals": {}, "groups": []}
+    assert content["scores"] == [only]
 
 
 def test_a_failed_run_says_why_and_shows_its_last_evaluation(run):

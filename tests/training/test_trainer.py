@@ -72,6 +72,20 @@ def test_losses_are_divided_by_the_tokens_of_all_ranks_and_both_are_logged(make:
     assert trainer.progress.seconds == 2.5
 
 
+def test_a_run_learns_the_glosses_of_its_clips(make: Callable[..., Trainer]) -> None:
+    trainer = make("training.ctc_weight=1", "training.ctc_target=gloss", "training.epochs=20")
+    batches = [batch for _, step in zip(range(2), batches_of(trainer), strict=False) for batch in step]
+
+    def ctc_of_an_epoch() -> float:
+        return sum(trainer._losses(batch)[1].item() for batch in batches)
+
+    before = ctc_of_an_epoch()
+    trainer.run(batches_of(trainer))
+    assert ctc_of_an_epoch() < 0.8 * before
+    evaluated = trainer.translate(trainer.corpus.splits["train"])
+    assert evaluated.scores.gloss_wer is not None and "gloss_wer" in evaluated.line("cer")
+
+
 def test_without_a_ctc_head_no_ctc_loss_is_logged(make: Callable[..., Trainer]) -> None:
     trainer = make()
     calls = watched(trainer, "tracker")

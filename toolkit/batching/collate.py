@@ -46,6 +46,8 @@ class Batch:
     prefixes: list[str] | None = None  # of each clip, in words; None where all clips have the same
     prefix_ids: Tensor | None = None  # int64 [clips, tokens], -1 where padded; the same in tokens
     video_features: Tensor | None = None  # float16 [clips, frames, dimensions], 0 where padded; None without any
+    glosses: list[str] = field(default_factory=list)  # of each clip; empty where the table has none
+    gloss_labels: Tensor | None = None  # int64 [clips, glosses], -100 where padded; None where CTC reads the text
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def pad(clips: Sequence[Clip], indices: Sequence[int], frames: int = 0) -> Batch
         num_frames=int(frame_mask[~is_filler].sum()),
         target_languages=[clip.target_language for clip in clips],
         video_features=pad_video_features([clip.video_features for clip in clips], frames),
+        glosses=[clip.gloss for clip in clips],
     )
 
 

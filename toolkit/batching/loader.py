@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from toolkit.batching.collate import Batch, add_labels, pad, prefix_tokens
+from toolkit.batching.collate import IGNORED_LABEL, Batch, add_labels, pad, prefix_tokens
 from toolkit.batching.epochs import EpochClips, Mixture, mixture_of
+from toolkit.batching.glosses import gloss_ids, gloss_vocabulary
 from toolkit.batching.ladder import STEPS_TO_FILL, Ladder, micro_batches_on_rungs, token_rungs, training_ladder
 from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import (
@@ -120,6 +121,8 @@ def train_batches(
         prefix = Prefix(model.prefix, model.condition_dropout, training.seed)
     dataset = _Padded(split, augmentation, prefix)
     labeller = Labeller(tokenizer, training.max_target_tokens, model.max_prefix_tokens, ladder)
+    if training.ctc_weight and training.ctc_target == "gloss":
+        labeller.glosses = {gloss: place for place, gloss in enumerate(gloss_vocabulary(split.values("gloss")))}
     tasks = itertools.chain.from_iterable(steps_ahead)
     batches: Iterator[Batch]
     if recipe.training.workers:
@@ -281,6 +284,7 @@ class Labeller:
         self.max_prefix_tokens = max_prefix_tokens
         self.rungs = ladder.tokens if ladder else ()
         self.prefix_rungs = token_rungs(max_prefix_tokens) if ladder else ()
+        self.glosses: dict[str, int] | None = None  # the place of each in the vocabulary of the CTC head
 
     def __call__(self, batch: Batch) -> Batch:
         try:
@@ -288,6 +292,8 @@ class Labeller:
                 batch.prefix_ids = prefix_tokens(
                     batch.prefixes, self.tokenizer, self.max_prefix_tokens, self.prefix_rungs
                 )
+            if self.glosses is not None:
+                batch.gloss_labels = gloss_ids(batch.glosses, self.glosses, batch.is_filler, IGNORED_LABEL)
             return add_labels(batch, self.tokenizer, self.max_target_tokens, self.rungs)
         except Exception as error:
             error.add_note(_clips_note(batch.uids))

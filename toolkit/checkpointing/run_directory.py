@@ -78,6 +78,8 @@ OF_PREPARATION = (
     "data.no_hands",
     "data.shared_texts",
     "data.columns",
+    "data.time_unit",
+    "data.split_by",
     "data.dev_share",
     "data.test_share",
     "data.split_seed",

@@ -1,8 +1,8 @@
 """Match the names of clips in tables and commands with files, archive members and clips.
 
 Names are compared by their folders and stem: in NFC, with or without a suffix of pose files or videos in any case, with
-``/`` or ``\\``, without ``./``. A name may lack folders on the left or have more of them, as an absolute path of
-another machine has.
+``/`` or ``\\``, with ``:`` or ``%``, without ``./``. A name may lack folders on the left or have more of them, as an
+absolute path of another machine has.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def _parse(name: str) -> tuple[bool, str]:
         name = unicodedata.normalize("NFC", name)
     rest = _ROOT.sub("", name, count=1) if _ROOT.match(name) else name
     absolute = rest != name or rest.startswith("/")
+    rest = rest.replace(":", "%")  # no file of Windows has it, and OpenASL writes its clips so
     parts: list[str] = []
     for part in map(str.strip, rest.split("/")):
         if part == ".." and parts:

@@ -38,8 +38,8 @@ METADATA_FILE = "corpus.json"
 MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
 # Settings of preparation that a corpus keeps in its metadata.
 KEPT_SETTINGS = ("fps", "max_frames", "min_frames", "too_long", "no_hands", "shared_texts")
-TEXT_COLUMNS = ("uid", "text", "video", *CONDITIONS)
-LATER_COLUMNS = ("target_language", "prompt", "context")  # which corpora of earlier versions lack
+TEXT_COLUMNS = ("uid", "text", "video", *CONDITIONS, "signer", "gloss")
+LATER_COLUMNS = ("target_language", "prompt", "context", "signer", "gloss")  # which corpora of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Clip:
     target_language: str = ""  # of the text; this and the following are empty if the table has none
     prompt: str = ""
     context: str = ""
+    signer: str = ""
+    gloss: str = ""  # separated by spaces
     video_features: npt.NDArray[np.float16] | None = None  # of another network [frames, dimensions], if there are any
 
     @property
@@ -166,6 +168,11 @@ class Split:
     @property
     def texts(self) -> Column:
         return Column(self._table.column("text"))
+
+    def values(self, column: str) -> Sequence[str]:
+        """What a column says of each clip; empty texts where the corpus was made without it."""
+        there = column in self._table.column_names
+        return Column(self._table.column(column)) if there else [""] * len(self)
 
     def conditions(self) -> Iterator[dict[str, str]]:
         """What a prefix may say about each clip, as :attr:`Clip.conditions`."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import xxhash
 from toolkit.corpus.archives import PoseFiles, open_features, open_poses
 from toolkit.corpus.names import canonical, contradict, escaped, shared_tail
 from toolkit.corpus.packed import FORMAT_VERSION, KEPT_SETTINGS
+from toolkit.corpus.published.presets import Preset, assigned_splits, find_tables, presets
 from toolkit.corpus.splits import assign_splits, remove_shared_texts
-from toolkit.corpus.table import PRESETS, Row, read_table
+from toolkit.corpus.table import Row, read_table
 from toolkit.errors import UserError
 from toolkit.poses.features import FEATURES_VERSION
 from toolkit.poses.landmarks import NO_LANDMARKS, LandmarkSet, load_landmark_set
@@ -32,6 +33,9 @@ Reject = tuple[int, str, str, str]
 
 ClipFiles = tuple[Any, ...]
 """The keys of a clip's files, one of each source."""
+
+Reason = tuple[str, str]
+"""Why a row has no file of its own, and the remedy."""
 
 MOST_FILES_MISSING = 0.5  # share of the clips; if more have no file, the folder or the names are wrong
 PLACES = {"pose": "poses", "features": "features"}
@@ -62,6 +66,14 @@ class Inputs:
         parts += [files.identity for files in self.sources]
         if self.features:
             parts += ["features", self.data.features_fps]
+        # What later versions added counts only where it is used: corpora that were prepared before are found.
+        added = {
+            "preset": _preset(self.data).model_dump(exclude_defaults=True),
+            "time_unit": self.data.time_unit,
+            "split_by": self.data.split_by if self.data.split_by != "table" else "",
+            "columns": [name for name in ("signer", "gloss") if any(getattr(row, name) for row in self.rows)],
+        }
+        parts += [{name: value} for name, value in added.items() if value]
         return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     @property
@@ -93,12 +105,10 @@ def read_inputs(data: Data) -> Inputs:
             "set data.table=T.csv data.poses=FOLDER (--table T.csv --poses FOLDER), or data.corpus=PREPARED",
         )
     landmark_set = landmarks_of(data)
-    table = Path(data.table)
-    rows = read_table(table, {**PRESETS.get(data.source, {}), **data.columns})
+    rows, checksum = _read_tables(data, Path(data.table))
     poses = open_poses(Path(data.poses)) if data.poses else None
     features = open_features(Path(data.features)) if data.features else None
     num_features = _width_of_rows(features, rows, data.features_fps) if features else 0
-    checksum = xxhash.xxh3_64_hexdigest(table.read_bytes())
     return Inputs(data, landmark_set, rows, poses, checksum, features, num_features)
 
 
@@ -128,7 +138,7 @@ def _width_of_rows(features: PoseFiles, rows: Sequence[Row], fps: float | None) 
     pairs = list(islice(((row, key) for row, key in found if key is not None), MOST_EXAMPLES))
     if not pairs:
         reason, remedy = features.reason_not_found(rows[0])
-        raise UserError(f"no clip has its features, such as line {rows[0].line}: {reason}", remedy)
+        raise UserError(f"no clip has its features, such as {rows[0].place}: {reason}", remedy)
     return _first_width(features, [(row.uid, key) for row, key in pairs], [row.features_fps or fps for row, _ in pairs])
 
 
@@ -155,6 +165,29 @@ def _first_width(
     )
 
 
+def _preset(data: Data) -> Preset:
+    return presets().get(data.source, Preset())
+
+
+def _read_tables(data: Data, table: Path) -> tuple[list[Row], str]:
+    """The rows of all tables that ``data.table`` names, and the checksum of their contents."""
+    preset = _preset(data)
+    tables = find_tables(table, preset)
+    rows: list[Row] = []
+    checksum = xxhash.xxh3_64()
+    for split, path in tables:
+        found = read_table(
+            path, data.columns, preset=preset, time_unit=data.time_unit, split=split, one_of_several=len(tables) > 1
+        )
+        checksum.update(path.read_bytes())
+        if preset.splits and data.split_by == "table" and "split" not in data.columns:
+            beside, assigned = assigned_splits(path, preset.splits)
+            found = [replace(row, split=assigned.get(row.uid, "")) for row in found]
+            checksum.update(beside.read_bytes())
+        rows += found
+    return rows, checksum.hexdigest()
+
+
 def make_plan(inputs: Inputs) -> Plan:
     """Find the files of every row and assign the rows to splits.
 
@@ -166,7 +199,7 @@ def make_plan(inputs: Inputs) -> Plan:
     rows = [row for row, _ in located]
     if not rows:
         return Plan(inputs, {}, rejects, [])  # the preparation ends with the reasons
-    splits = assign_splits(rows, data.dev_share, data.test_share, data.split_seed, str(data.table))
+    splits = assign_splits(rows, data.dev_share, data.test_share, data.split_seed, str(data.table), data.split_by)
     splits, removed = remove_shared_texts(splits, data.shared_texts)
     files = {row.uid: file for row, file in located}
     with_files = {name: [(row, files[row.uid]) for row in rows] for name, rows in splits.items()}
@@ -182,26 +215,30 @@ def _locate(inputs: Inputs) -> tuple[list[tuple[Row, ClipFiles]], list[Reject]]:
     rows: list[Row] = []
     rejects: list[Reject] = []
     first: dict[str, Row] = {}
+    data = inputs.data
+    by_table = _preset(data).splits if data.split_by == "table" and "split" not in data.columns else None
     for row in inputs.rows:
         if not row.uid:
-            rejects.append((row.line, "", f"line {row.line} has no uid", ""))
+            rejects.append((row.line, "", f"{row.place} has no uid", ""))
         elif row.uid in first:
             rejects.append((row.line, row.uid, *_duplicate(row, first[row.uid])))
         elif not row.text:
             rejects.append((row.line, row.uid, "the text is empty", ""))
+        elif by_table and not row.split:
+            rejects.append((row.line, row.uid, f"{by_table.file} does not assign it to a split", "add it there"))
         else:
             rows.append(row)
         first.setdefault(row.uid, row)
-    located: dict[int, ClipFiles] = {row.line: () for row in rows}
+    located: dict[str, ClipFiles] = {row.uid: () for row in rows}
     for source in inputs.sources:
-        keys, without = _locate_in(source, [row for row in rows if row.line in located], inputs)
-        located = {line: (*before, keys[line]) for line, before in located.items() if line in keys}
+        keys, without = _locate_in(source, [row for row in rows if row.uid in located], inputs)
+        located = {uid: (*before, keys[uid]) for uid, before in located.items() if uid in keys}
         rejects += without
-    return [(row, located[row.line]) for row in rows if row.line in located], rejects
+    return [(row, located[row.uid]) for row in rows if row.uid in located], rejects
 
 
-def _locate_in(source: PoseFiles, rows: Sequence[Row], inputs: Inputs) -> tuple[dict[int, Any], list[Reject]]:
-    """The key of each row's file by the line of the row, and the rows without one as rejects."""
+def _locate_in(source: PoseFiles, rows: Sequence[Row], inputs: Inputs) -> tuple[dict[str, Any], list[Reject]]:
+    """The key of each row's file by its uid, and the rows without one as rejects."""
     found: list[tuple[Row, str, str]] = []  # with the name that was looked up and its file
     without_file: list[Row] = []
     for row in rows:
@@ -210,35 +247,36 @@ def _locate_in(source: PoseFiles, rows: Sequence[Row], inputs: Inputs) -> tuple[
             found.append((row, name, files[0]))
         else:
             without_file.append(row)
-    reasons = {row.line: reason for row, reason in _conflicts(found, source.kind)}
-    if len(without_file) + len(reasons) > MOST_FILES_MISSING * len(inputs.rows):
-        raise _most_files_missing(inputs, source, without_file, reasons)
+    conflicts = list(_conflicts(found, source.kind))
+    if len(without_file) + len(conflicts) > MOST_FILES_MISSING * len(inputs.rows):
+        raise _most_files_missing(inputs, source, without_file, conflicts)
+    reasons = {row.uid: reason for row, reason in conflicts}
     rejects: list[Reject] = [(row.line, row.uid, *source.reason_not_found(row)) for row in without_file]
-    rejects += [(row.line, row.uid, *reasons[row.line]) for row, _, _ in found if row.line in reasons]
-    return {row.line: source.files[file] for row, _, file in found if row.line not in reasons}, rejects
+    rejects += [(row.line, row.uid, *reasons[row.uid]) for row, _, _ in found if row.uid in reasons]
+    return {row.uid: source.files[file] for row, _, file in found if row.uid not in reasons}, rejects
 
 
 def _duplicate(row: Row, first: Row) -> tuple[str, str]:
     """The reason and the remedy."""
-    reason = f"duplicate uid: line {first.line} has it too"
+    reason = f"duplicate uid: {first.place} has it too"
     if not row.pose or canonical(row.pose) == canonical(first.pose):
         return reason, "remove one of the rows"
     return f"{reason}, with another pose file", "use the path of the file as the uid, which may contain folders"
 
 
 def _most_files_missing(
-    inputs: Inputs, source: PoseFiles, without_file: Sequence[Row], reasons: Mapping[int, tuple[str, str]]
+    inputs: Inputs, source: PoseFiles, without_file: Sequence[Row], conflicts: Sequence[tuple[Row, Reason]]
 ) -> UserError:
     """The error for a table most of whose rows lack a file of a source, with an example of the most frequent reason."""
-    examples = [(row.line, source.reason_not_found(row)) for row in without_file[:MOST_EXAMPLES]]
-    examples += list(reasons.items())[:MOST_EXAMPLES]
+    examples = [(row, source.reason_not_found(row)) for row in without_file[:MOST_EXAMPLES]]
+    examples += conflicts[:MOST_EXAMPLES]
     (kind, _), *_ = Counter(reason.partition(":")[0] for _, (reason, _) in examples).most_common(1)
-    line, (reason, remedy) = next(example for example in examples if example[1][0].startswith(kind))
+    row, (reason, remedy) = next(example for example in examples if example[1][0].startswith(kind))
     key = PLACES[source.kind]
     place = getattr(inputs.data, key)
     return UserError(
-        f"{len(without_file) + len(reasons)} of the {len(inputs.rows)} clips in {inputs.data.table} have no "
-        f"{source.kind} file of their own in {place}, such as line {line}: {reason}",
+        f"{len(without_file) + len(conflicts)} of the {len(inputs.rows)} clips in {inputs.data.table} have no "
+        f"{source.kind} file of their own in {place}, such as {row.place}: {reason}",
         f"check data.{key} (--{key}); if it is right, {remedy}",
     )
 
@@ -269,8 +307,8 @@ def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]], kind: str) ->
             yield (
                 row,
                 (
-                    f"two names lead to one {kind} file: '{escaped(name)}' and '{escaped(others_name)}' (line "
-                    f"{other.line}) both to {escaped(file)}",
+                    f"two names lead to one {kind} file: '{escaped(name)}' and '{escaped(others_name)}' "
+                    f"({other.place}) both to {escaped(file)}",
                     f"set data.{PLACES[kind]} to the folder that holds the files of both",
                 ),
             )
@@ -279,12 +317,12 @@ def _conflicts_of_file(file: str, rows: Sequence[tuple[Row, str]], kind: str) ->
                 row,
                 (
                     f"no {kind} file has its name: looked up '{escaped(name)}', the nearest is {escaped(file)}, "
-                    f"but that is '{escaped(best)}' of line {owner.line}",
+                    f"but that is '{escaped(best)}' of {owner.place}",
                     "add the missing file",
                 ),
             )
         elif by_uid is not None and name == row.uid:
-            reason = f"duplicate uid: line {by_uid.line} has it too, written '{escaped(by_uid.uid)}'"
+            reason = f"duplicate uid: {by_uid.place} has it too, written '{escaped(by_uid.uid)}'"
             yield row, (reason, "remove one of the rows")
         elif name == row.uid:
             by_uid = row

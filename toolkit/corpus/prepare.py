@@ -315,10 +315,11 @@ def _too_many_rejects(inputs: Inputs, rejects: list[Reject], out: Path, *, any_u
     (kind, number), *_ = Counter(reason.partition(":")[0] for _, _, reason, _ in rejects).most_common(1)
     reason, hint = next(reject[2:] for reject in rejects if reject[2].partition(":")[0] == kind)
     share = 100 * len(rejects) / len(inputs.rows)
-    empty = [line for line, _, reason, _ in rejects if reason == "the text is empty"]
+    empty = [(line, uid) for line, uid, reason, _ in rejects if reason == "the text is empty"]
     if len(empty) > inputs.data.max_rejects * len(inputs.rows):
+        first = next(row for row in inputs.rows if (row.line, row.uid) == empty[0])
         return UserError(
-            f"{inputs.data.table}, line {empty[0]}: the text is empty ({len(empty)} such rows)",
+            f"{inputs.data.table}, {first.place}: the text is empty ({len(empty)} such rows)",
             "fill in these texts or remove the rows",
         )
     allowed = f", data.max_rejects allows {100 * inputs.data.max_rejects:g} %" if any_used else ""

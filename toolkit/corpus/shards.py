@@ -178,6 +178,8 @@ def build_shard(work: Work, split: str, number: int, count: int) -> Record:
                 video=source_video(row),
                 hands_visible=sampled.poses.hands_visible if sampled.poses else 1.0,
                 video_features=sampled.video_features,
+                signer=row.signer,
+                gloss=row.gloss,
                 **{name: getattr(row, name) for name in CONDITIONS},
             )
         )
@@ -208,7 +210,8 @@ def _read_row(work: Work, row: Row, contents: Mapping[str, bytes]) -> tuple[Samp
                 "make the features of all clips by one network",
             )
     recording = Recording(raw, video)
-    sampled = recording.between(row.start, row.end).sampled(
+    start, end = row.seconds(raw.fps if raw else video.fps if video else 1.0)
+    sampled = recording.between(start, end).sampled(
         work.landmark_set, data.fps, min_frames=data.min_frames, max_frames=data.max_frames, too_long=data.too_long
     )
     counts: Counter[str] = Counter(shortened=int(sampled.shortened))
@@ -218,7 +221,7 @@ def _read_row(work: Work, row: Row, contents: Mapping[str, bytes]) -> tuple[Samp
         counts["normalised_without_shoulders"] += found.normalised_by == "spread"
         counts["without_hands"] += found.hands_visible == 0
         counts["points_without_place"] += found.without_place > 0
-        counts["end_beyond_file"] += row.end is not None and row.end > raw.num_frames / raw.fps + LATE_END
+        counts["end_beyond_file"] += end is not None and end > raw.num_frames / raw.fps + LATE_END
         counts["unusual_fps"] += not USUAL_FPS[0] <= raw.fps <= USUAL_FPS[1]
         counts["lacking_landmarks"] += bool(found.lacking)
     return sampled, counts

@@ -1,7 +1,8 @@
-"""Assign clips to train, dev and test by source video, and measure what splits share.
+"""Assign clips to train, dev and test by source video or by signer, and measure what splits share.
 
-All clips of a video go to one split, so that no scene, clothes or series of sentences leak. Splits that the table names
-may share texts and videos: that is counted.
+All clips of a video go to one split, so that no scene, clothes or series of sentences leak; or all clips of a signer,
+so that scores hold for people whom the model has never seen. Splits that the table names may share texts, videos and
+signers: that is counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import xxhash
 
 from toolkit.corpus.table import Row
 from toolkit.errors import UserError
+from toolkit.recipe.corpora import SplitBy
 
 # The three forms of iSign's uids. Splitting at the last dash would separate the dictionary clips (word, definition,
 # examples) of one video from each other.
@@ -40,52 +42,73 @@ def source_video(row: Row) -> str:
 
 
 def assign_splits(
-    rows: Sequence[Row], dev_share: float, test_share: float, seed: int, table: str = "the table"
+    rows: Sequence[Row],
+    dev_share: float,
+    test_share: float,
+    seed: int,
+    table: str = "the table",
+    by: SplitBy = "table",
 ) -> dict[str, list[Row]]:
     """Assign rows to splits: as the table says, or by source video in an order that depends on the seed alone.
 
     Whole videos go to dev until it has its share of the clips, then to test, and the rest to train; the order of the
     table does not matter. Every row is in exactly one split.
 
-    The shares, of the clips, are used if the table names no splits; ``seed`` is of the order of the videos.
+    Args:
+        rows: all of them.
+        dev_share, test_share: of the clips; used if the table names no splits.
+        seed: of the order of the videos.
+        table: its name, for messages.
+        by: ``video`` or ``signer`` assigns whole videos, or all clips of a signer, whatever the table says.
 
     Raises:
-        UserError: some rows name their split and others do not, or there are too few videos to split.
+        UserError: some rows name their split, or signer, and others do not, or there are too few videos to split.
     """
     named = sum(bool(row.split) for row in rows)
-    if named:
+    if named and by == "table":
         if named < len(rows):
-            line = next(row.line for row in rows if not row.split)
+            first = next(row for row in rows if not row.split)
             raise UserError(
-                f"{table}, line {line} names no split while others do ({len(rows) - named} such rows)",
+                f"{table}, {first.place} names no split while others do ({len(rows) - named} such rows)",
                 "fill the column split in every row, or in none",
             )
         given: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             given[row.split].append(row)
         return _in_usual_order(given)
+    if by == "signer" and (unknown := [row for row in rows if not row.signer]):
+        raise UserError(
+            f"{table}, {unknown[0].place} names no signer ({len(unknown)} such rows), as data.split_by=signer needs",
+            "fill the column signer in every row, map it (--columns signer=NAME), or set data.split_by=video",
+        )
 
-    videos = Counter(source_video(row) for row in rows)
-    order = sorted(videos, key=lambda video: xxhash.xxh3_64_digest(f"{seed}/{video}".encode()))
+    kept_together, what = (_signer, "signers") if by == "signer" else (source_video, "source videos")
+    by_what = "signer" if by == "signer" else "video"
+    groups = Counter(map(kept_together, rows))
+    order = sorted(groups, key=lambda group: xxhash.xxh3_64_digest(f"{seed}/{group}".encode()))
     wanted = {"dev": dev_share, "test": test_share}
     if len(order) < 1 + sum(share > 0 for share in wanted.values()):
         raise UserError(
-            f"{table}: all {len(rows)} clips come from {len(order)} source videos, too few to split by video",
+            f"{table}: all {len(rows)} clips come from {len(order)} {what}, too few to split by {by_what}",
             "add a column split to the table, or set data.dev_share=0 data.test_share=0 (--dev-share 0 --test-share 0)",
         )
     split_of: dict[str, str] = {}
     position = 0
     for split, share in wanted.items():
         clips = 0
-        # At least one video is left for the next split.
+        # At least one is left for the next split.
         while position < len(order) - 1 and clips < share * len(rows):
             split_of[order[position]] = split
-            clips += videos[order[position]]
+            clips += groups[order[position]]
             position += 1
     assigned: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        assigned[split_of.get(source_video(row), "train")].append(row)
+        assigned[split_of.get(kept_together(row), "train")].append(row)
     return _in_usual_order(assigned)
+
+
+def _signer(row: Row) -> str:
+    return row.signer
 
 
 def _in_usual_order(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -164,11 +187,14 @@ def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
     """How much each held-out split shares with train.
 
     Counted are clips whose text is in train (apart from case and punctuation); clips whose words are those of a text in
-    train except for one; and clips whose source video is in train.
+    train except for one; clips whose source video is in train; and, where the table names signers, clips whose signer
+    is in train.
     """
     train = splits.get("train", [])
     texts = _SharedTexts(train)
     videos = {source_video(row) for row in train}
+    signers = {row.signer for row in train if row.signer}
+    are_named = any(row.signer for rows in splits.values() for row in rows)
     shared = {}
     for name, rows in splits.items():
         if name != "train":
@@ -176,4 +202,6 @@ def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:
             shared[f"{name}_texts_in_train"] = verdicts["same"]
             shared[f"{name}_near_texts_in_train"] = verdicts["near"]
             shared[f"{name}_videos_in_train"] = sum(source_video(row) in videos for row in rows)
+            if are_named:
+                shared[f"{name}_signers_in_train"] = sum(row.signer in signers for row in rows)
     return shared

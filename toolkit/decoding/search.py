@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.decoding.beam_search import beam_search
@@ -23,6 +24,7 @@ class Hypothesis:
 
     text: str  # detokenised
     score: float | None  # log-probability over length penalty; None for greedy search, which has none
+    gloss: str | None = None  # what a CTC head that reads glosses has read of the clip
 
 
 def search(
@@ -55,6 +57,12 @@ def search(
         loop: dict[str, Any] = {"custom_generate": beam_search, "synced": synced}
     else:
         loop = {"synced_gpus": synced}
+    encoded: tuple[Tensor, Tensor] | None = None
+    glosses: list[str | None] = [None] * len(poses)
+    if model.config.ctc and model.config.ctc_vocabulary:
+        with torch.no_grad():
+            encoded = model.encode(poses, visible, frame_mask, prefix_ids, video_features)
+        glosses = [*model.read_glosses(*encoded, prefix_ids)]
     found = model.generate(
         poses,
         visible,
@@ -62,6 +70,7 @@ def search(
         prefix_ids,
         first_tokens,
         video_features,
+        encoded,
         return_dict_in_generate=True,
         output_scores=True,
         num_return_sequences=n_best,
@@ -75,5 +84,5 @@ def search(
     values = (
         [round(value, SCORE_DIGITS) for value in scores.float().tolist()] if scores is not None else [None] * len(texts)
     )
-    hypotheses = list(map(Hypothesis, texts, values))
+    hypotheses = list(map(Hypothesis, texts, values, [gloss for gloss in glosses for _ in range(n_best)]))
     return [hypotheses[start : start + n_best] for start in range(0, len(hypotheses), n_best)]

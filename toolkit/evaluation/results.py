@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from toolkit.corpus.packed import Corpus
 from toolkit.evaluation.splits import SplitResult
 from toolkit.files import write_text_atomically
 from toolkit.scoring.floors import FLOOR_LABELS
+from toolkit.scoring.groups import GROUPED_BY
 from toolkit.scoring.metrics import Scores
 from toolkit.scoring.neural import NeuralMetrics, neural_score
 from toolkit.scoring.predictions import write_predictions
 from toolkit.scoring.table import HEADINGS, SIGNIFICANT, scores_table
 
 SCORES = "scores.json"
+MOST_GROUPS = 12  # rows of the terminal's table of one kind; scores.json has all
 # The scores that the control is judged by; the first that is applicable, because BLEU-4 needs texts of four words.
 CONTROL_SCORES = ("bleu4", "chrf")
 
@@ -66,6 +68,8 @@ def write_results(out: Path, summary: dict[str, Any], results: dict[str, SplitRe
         write_predictions(out / f"{name}.csv", result.predictions)
         if result.n_best and len(result.n_best[0]) > 1:
             _write_n_best(out / f"{name}_n_best.csv", result)
+        if result.n_best and result.n_best[0][0].gloss is not None:
+            _write_glosses(out / f"{name}_glosses.csv", result)
     write_text_atomically(out / SCORES, json.dumps(summary, indent=2) + "\n")
 
 
@@ -78,8 +82,17 @@ def _write_n_best(path: Path, result: SplitResult) -> None:
                 writer.writerow([row.uid, place, item.text.replace("\0", " "), item.score])
 
 
+def _write_glosses(path: Path, result: SplitResult) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow(["uid", "glosses"])
+        writer.writerows(
+            [row.uid, found[0].gloss] for row, found in zip(result.predictions, result.n_best, strict=True)
+        )
+
+
 def format_results(results: dict[str, SplitResult]) -> str:
-    """The table of scores with floors and intervals, and below it the verdict of the control."""
+    """The table of scores with floors and intervals, the verdict of the control, and the scores of groups of clips."""
     rows: dict[str, Scores] = {}
     verdicts = []
     for name, result in results.items():
@@ -87,7 +100,18 @@ def format_results(results: dict[str, SplitResult]) -> str:
         rows |= {f"{name}, {FLOOR_LABELS[kind]}": scores for kind, scores in result.floors.items()}
         verdicts.append(f"{name}: {control_verdict(result)}")
     intervals = {name: result.intervals for name, result in results.items()}
-    return "\n".join([scores_table(rows, intervals), "", *verdicts])
+    return "\n".join([scores_table(rows, intervals), "", *verdicts, *_format_groups(results)])
+
+
+def _format_groups(results: dict[str, SplitResult]) -> list[str]:
+    """A table for each split and kind of groups."""
+    tables = []
+    for name, result in results.items():
+        for kind, groups in result.groups.items():
+            shown = {group: replace(scores, signature={}) for group, scores in list(groups.items())[:MOST_GROUPS]}
+            more = f", the {MOST_GROUPS} largest of {len(groups)}" if len(groups) > MOST_GROUPS else ""
+            tables += ["", f"{name}, by {GROUPED_BY[kind]}{more}", scores_table(shown)]
+    return tables
 
 
 def control_verdict(result: SplitResult) -> str:

@@ -16,12 +16,14 @@ from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import best_predictions, evaluation_mode, find_hypotheses
 from toolkit.decoding.search import Hypothesis
 from toolkit.decoding.whole_weights import whole_weights
+from toolkit.evaluation.glosses import gloss_measure, glosses_read
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.memory import fits_whole, fitting_batch_frames
 from toolkit.recipe.batches import most_batch_frames
 from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.addends import frequent_words, measure
 from toolkit.scoring.floors import floors, other_clips
+from toolkit.scoring.groups import group_scores
 from toolkit.scoring.metrics import Scores, add_up
 from toolkit.scoring.predictions import Prediction
 from toolkit.scoring.resampling import Comparison, Interval, compare, intervals
@@ -37,6 +39,7 @@ class SplitResult:
     intervals: dict[str, Interval] = field(default_factory=dict)  # hold 95 % of each score's resampled values
     against_control: dict[str, Comparison] = field(default_factory=dict)  # first: on other clips' poses; second: own
     n_best: list[list[Hypothesis]] = field(default_factory=list)  # of each clip, best first
+    groups: dict[str, dict[str, Scores]] = field(default_factory=dict)  # of each signer, language, length of sentence
 
     def summary(self) -> dict[str, Any]:
         """Scores, intervals and floors by name, ready for JSON."""
@@ -45,6 +48,10 @@ class SplitResult:
             "scores": self.scores.values(),
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
             "floors": {kind: scores.values() for kind, scores in self.floors.items()},
+            "groups": {
+                kind: {name: {"clips": scores.clips, **scores.values()} for name, scores in groups.items()}
+                for kind, groups in self.groups.items()
+            },
         }
 
 
@@ -159,7 +166,8 @@ def _score_split(
     train = corpus.splits.get("train")
     predictions = best_predictions(split, found)
     texts: Sequence[str] = list(train.texts) if train else [row.reference for row in predictions]
-    results = {split.name: _result(predictions, split.frames, texts, found, settings)}
+    said = {column: list(split.values(column)) for column in ("signer", "language", "gloss")}
+    results = {split.name: _result(predictions, split.frames, texts, found, settings, said)}
     for part in split.parts if len(split.parts) > 1 else ():
         clips = slice(part.clips.start, part.clips.stop)
         own = next((one.clips for one in train.parts if one.corpus == part.corpus), None) if train else None
@@ -169,6 +177,7 @@ def _score_split(
             texts[own.start : own.stop] if own else texts,
             found[clips],
             settings,
+            {column: values[clips] for column, values in said.items()},
         )
     return results
 
@@ -179,16 +188,23 @@ def _result(
     texts: Sequence[str],
     found: list[list[Hypothesis]],
     settings: Evaluation,
+    said: dict[str, list[str]],
 ) -> SplitResult:
-    """Score translations, with floors, intervals and control; ``texts`` are those of training."""
+    """Score translations, with floors, intervals and control.
+
+    ``texts`` are those of training; ``said`` is what the corpus says of each clip: its signer, language and glosses.
+    """
     hypotheses, references = [row.hypothesis for row in predictions], [row.reference for row in predictions]
     scoring: dict[str, Any] = {
         "tokenize": settings.tokenize,
         "lowercase": settings.lowercase,
         "frequent_words": frequent_words(texts, settings.tokenize),
     }
-    own = measure(hypotheses, references, **scoring)
-    control = measure([hypotheses[other] for other in other_clips(frames, references)], references, **scoring)
+    others = other_clips(frames, references)
+    glosses = glosses_read(found, said["gloss"])
+    of_others = ([glosses[0][other] for other in others], glosses[1]) if glosses else None
+    own = measure(hypotheses, references, **scoring) + gloss_measure(glosses)
+    control = measure([hypotheses[other] for other in others], references, **scoring) + gloss_measure(of_others)
     return SplitResult(
         predictions,
         add_up(own, **scoring),
@@ -196,4 +212,5 @@ def _result(
         intervals(own),
         compare(control, own),
         found,
+        group_scores(own, {kind: said[kind] for kind in ("signer", "language")}, references, scoring),
     )

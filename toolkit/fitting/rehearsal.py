@@ -303,6 +303,7 @@ class _Engine:
                     labels=batch.labels,
                     labelled=batch.labelled,
                     special_ids=self.special,
+                    gloss_labels=batch.gloss_labels,
                     label_smoothing=recipe.label_smoothing,
                 )
                 tokens = batch.labels.numel()
@@ -327,6 +328,7 @@ class _Engine:
             num_clips=shape.clips,
             num_frames=shape.clips * shape.frames,
             prefix_ids=longest_prefix if config.prefix_template else None,
+            gloss_labels=labels % len(config.ctc_vocabulary) if config.ctc_vocabulary else None,
         )
 
     def _measured(self, seconds: float, more: int = 0) -> Measured:

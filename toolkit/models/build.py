@@ -15,6 +15,7 @@ from toolkit.models.backbone import empty_backbone, is_known
 from toolkit.models.backbone_config import backbone_config, fitted_config, not_loadable, source_of
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.glosses import glosses_of
 from toolkit.models.loading.backbone_weights import (
     Placement,
     place_added_modules,
@@ -96,6 +97,7 @@ def build_translator(
         feature_encoder=model.feature_encoder.model_dump(),
         fusion=model.fusion,
         ctc=recipe.training.ctc_weight > 0,
+        ctc_vocabulary=glosses_of(recipe, corpus),
         ctc_search_weight=recipe.evaluation.ctc_weight,
         special_token_ids=special_ids(tokenizer),
         **prefix,

@@ -21,7 +21,8 @@ class PoseTranslatorConfig(PreTrainedConfig):
         num_features: numbers of a frame that another network made of the video; 0 = the model reads poses alone.
         feature_encoder: the settings of their encoder, as the recipe's ``model.feature_encoder`` holds them.
         fusion: how their vectors are joined with those of the poses, as the recipe's ``model.fusion``.
-        ctc: whether there is a CTC head over the backbone's vocabulary on the encoder's output.
+        ctc: whether there is a CTC head on the encoder's output.
+        ctc_vocabulary: the glosses that it reads; empty if it reads the tokens of the backbone's vocabulary.
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
         prefix_token_ids: a text prompt whose embeddings stand before the poses of every clip.
@@ -46,6 +47,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         feature_encoder: dict[str, Any] | None = None,
         fusion: str = "sum",
         ctc: bool = False,
+        ctc_vocabulary: list[str] | None = None,
         ctc_search_weight: float = 0.0,
         special_token_ids: list[int] | None = None,
         prefix_token_ids: list[int] | None = None,
@@ -64,6 +66,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.feature_encoder = feature_encoder or {}
         self.fusion = fusion
         self.ctc = ctc
+        self.ctc_vocabulary = ctc_vocabulary or []
         self.ctc_search_weight = ctc_search_weight
         self.special_token_ids = special_token_ids or []
         self.prefix_token_ids = prefix_token_ids or []

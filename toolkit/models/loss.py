@@ -87,6 +87,7 @@ def translation_losses(
     *,
     prefix_ids: Tensor | None = None,
     video_features: Tensor | None = None,
+    gloss_labels: Tensor | None = None,
     label_smoothing: float = 0.0,
     scores_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,7 @@ def translation_losses(
     Args:
         model: a translator, or the engine around one.
         poses, visible, frame_mask, labels, labelled, prefix_ids, video_features: of the micro-batch.
+        gloss_labels: of the micro-batch; CTC reads them where there are some, else the labels.
         special_ids: as for :func:`ctc_loss`.
         label_smoothing, scores_at_once: as for :func:`token_loss`.
     """
@@ -111,7 +113,9 @@ def translation_losses(
     nll = token_loss(output.logits, targets, label_smoothing, scores_at_once)
     if output.ctc_logits is None:
         return nll, torch.zeros_like(nll)
-    return nll, ctc_loss(output.ctc_logits, output.encoder_mask, labels, special_ids)
+    if gloss_labels is None:
+        return nll, ctc_loss(output.ctc_logits, output.encoder_mask, labels, special_ids)
+    return nll, ctc_loss(output.ctc_logits, output.encoder_mask, gloss_labels, special_ids[:0])
 
 
 def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: 
     Args:
         logits: [clips, positions, vocabulary + 1]; the last one is the blank.
         encoder_mask: bool [clips, positions].
-        labels: [clips, tokens], -100 where nothing counts.
+        labels: [clips, tokens or glosses], -100 where nothing counts.
         special_ids: tokens that stand for no sign (end of sentence, language codes).
     """
     signed = (labels != IGNORED_LABEL) & ~torch.isin(labels, special_ids)

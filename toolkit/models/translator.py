@@ -6,6 +6,7 @@ A saved translator is an ordinary HuggingFace folder. Loading is strict: a missi
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,8 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             else None,
         )
         if config.ctc:
-            self.ctc_head = nn.Linear(width, vocabulary_size(self.backbone.config) + 1)
+            read = len(config.ctc_vocabulary) or vocabulary_size(self.backbone.config)
+            self.ctc_head = nn.Linear(width, read + 1)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,6 +172,17 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         return self.ctc_head(of_poses), mask.gather(1, places)
 
     @torch.no_grad()
+    def read_glosses(self, hidden: Tensor, mask: Tensor, prefix_ids: Tensor | None = None) -> list[str]:
+        """The glosses of clips, as ``encode`` gives them: the best of each position, without repetitions and blanks."""
+        logits, mask = self._ctc(hidden, mask, prefix_ids)
+        glosses = self.config.ctc_vocabulary
+        best = logits.argmax(dim=-1).masked_fill(~mask, len(glosses))
+        return [
+            " ".join(glosses[place] for place, _ in itertools.groupby(of_clip) if place < len(glosses))
+            for of_clip in best.tolist()
+        ]
+
+    @torch.no_grad()
     def generate(
         self,
         poses: Tensor,
@@ -178,6 +191,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         prefix_ids: Tensor | None = None,
         first_tokens: Tensor | None = None,
         video_features: Tensor | None = None,
+        encoded: tuple[Tensor, Tensor] | None = None,
         **settings: Any,
     ) -> Any:
         """Translate: the encoder runs once, then the backbone's own ``generate`` searches.
@@ -186,12 +200,13 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
             poses, visible, frame_mask, prefix_ids, video_features: as :meth:`encode` takes them.
             first_tokens: the token that the text of each clip begins with [clips], as the code of its language; None
                 for that of the model's settings.
+            encoded: what :meth:`encode` gives of these clips; None = the encoder runs here.
             settings: what HuggingFace's ``generate`` takes (``num_beams``, ``max_new_tokens``, ``synced_gpus``, …).
 
         Returns:
             what the backbone's ``generate`` returns: token ids [clips × sequences, tokens] or an output object.
         """
-        hidden, mask = self.encode(poses, visible, frame_mask, prefix_ids, video_features)
+        hidden, mask = encoded or self.encode(poses, visible, frame_mask, prefix_ids, video_features)
         search = copy.deepcopy(self.generation_config)
         others = search.update(**settings)
         processors = []

@@ -29,7 +29,9 @@ USUAL_FPS = (10, 120)
 """Frame rates at which sign language is usually recorded; clips of other rates are counted."""
 
 
-_WRITE_SECONDS = "write start and end in seconds of the file: a number of frames or milliseconds is not converted"
+_WRITE_SECONDS = (
+    "write start and end in seconds of the file, or set data.time_unit (--time-unit) to milliseconds or frames"
+)
 
 
 class PoseError(ValueError):

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.errors import UserError
 from toolkit.recipe.prompts import placeholders
@@ -14,6 +14,12 @@ from toolkit.recipe.prompts import placeholders
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Data, MixPart, Recipe
 
+# A table of our columns, the demo, or a public corpus (toolkit/corpus/published/presets.yaml).
+Source = Literal[
+    "table", "isign", "how2sign", "phoenix14t", "csl_daily", "openasl", "youtube_asl", "uni_sign", "glosl", "demo"
+]
+SplitBy = Literal["table", "video", "signer"]
+TimeUnit = Literal["seconds", "milliseconds", "frames"]
 PLACES = ("corpus", "table", "poses", "features")  # settings that say where clips are
 MEAN, ALL = "mean", "all"  # values of evaluation.select_corpus besides the names of corpora
 _NAME = re.compile(r"[\w.+-]+")

@@ -1,4 +1,4 @@
-"""Settings of a recipe that do not go together, as notes: those that have no effect, and those that surprise.
+"""Settings of a recipe that do not go together: errors, and notes on those that have no effect or surprise.
 
 What can be seen only with a corpus is in ``toolkit/training/setting_notes.py``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from toolkit.errors import UserError
 from toolkit.recipe.schema import POSE_ENCODER_DEFAULTS, FeatureEncoder, Model, Quantization, Recipe
 from toolkit.recipe.tree import value_at
 
@@ -26,6 +27,27 @@ def mismatches(recipe: Recipe) -> list[str]:
     return notes
 
 
+def ctc_problems(recipe: Recipe) -> Iterator[UserError]:
+    """What asks a CTC head for what it does not read."""
+    training, evaluation = recipe.training, recipe.evaluation
+    if evaluation.ctc_weight > 0 and training.ctc_weight == 0:
+        yield UserError(
+            f"evaluation.ctc_weight={evaluation.ctc_weight} needs a CTC head, and training.ctc_weight=0 trains none",
+            "set training.ctc_weight=0.3 or evaluation.ctc_weight=0",
+        )
+    elif evaluation.ctc_weight > 0 and training.ctc_target == "gloss":
+        yield UserError(
+            f"evaluation.ctc_weight={evaluation.ctc_weight} scores the tokens of a text, and with "
+            "training.ctc_target=gloss the CTC head reads glosses",
+            "set evaluation.ctc_weight=0 or training.ctc_target=text",
+        )
+    if evaluation.select_by == "gloss_wer" and (training.ctc_target != "gloss" or training.ctc_weight == 0):
+        yield UserError(
+            "evaluation.select_by=gloss_wer needs a CTC head that reads glosses",
+            "set training.ctc_target=gloss training.ctc_weight=0.3, or another evaluation.select_by",
+        )
+
+
 def _not_read(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that this recipe's other settings turn off, and the reason."""
     if recipe.data.source == "demo":
@@ -39,6 +61,8 @@ def _not_read(recipe: Recipe) -> Iterator[tuple[str, str]]:
         of_encoder = (f"model.feature_encoder.{key}" for key in FeatureEncoder.model_fields)
         for key in ("data.features_fps", "model.fusion", "augmentation.feature_mask", *of_encoder):
             yield key, "data.features names none"
+    if not recipe.training.ctc_weight:
+        yield "training.ctc_target", "training.ctc_weight=0 trains no CTC head"
     if recipe.model.init_from is None:
         yield "model.init_parts", "model.init_from names no model"
     if recipe.model.quantization and recipe.model.quantization.kind == "int8":

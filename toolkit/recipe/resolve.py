@@ -31,7 +31,7 @@ from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
 from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
 from toolkit.recipe.deepspeed.keys import OWNED
 from toolkit.recipe.load import load_recipe, read_recipe
-from toolkit.recipe.mismatches import mismatches
+from toolkit.recipe.mismatches import ctc_problems, mismatches
 from toolkit.recipe.model_cards import architecture_of, card_of, reads_published, tiny_config
 from toolkit.recipe.optimizers import loop_clips, optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
@@ -258,12 +258,7 @@ def _batch_problems(training: Training, world_size: int) -> Iterator[UserError]:
 
 def _model_problems(recipe: Recipe) -> Iterator[UserError]:
     model = recipe.model
-    if recipe.evaluation.ctc_weight > 0 and recipe.training.ctc_weight == 0:
-        yield UserError(
-            f"evaluation.ctc_weight={recipe.evaluation.ctc_weight} needs a CTC head, and training.ctc_weight=0 "
-            "trains none",
-            "set training.ctc_weight=0.3 or evaluation.ctc_weight=0",
-        )
+    yield from ctc_problems(recipe)
     try:
         card = card_of(model)
         if model.tiny and card:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
-from toolkit.recipe.corpora import label_of, weights_of
+from toolkit.recipe.corpora import Source, SplitBy, TimeUnit, label_of, weights_of
 from toolkit.recipe.prompts import placeholders
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -45,7 +45,7 @@ def _switch(value: Any) -> Any:
 
 
 Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
-ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer"]
+ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer", "gloss_wer"]
 
 
 class Section(BaseModel):
@@ -99,9 +99,9 @@ class Data(Section):
     ``poses`` are prepared into ``cache`` before training. ``source: demo`` needs neither.
     """
 
-    source: Literal["table", "isign", "demo"] = "table"
+    source: Source = "table"
     corpus: str | None = None  # folder of a prepared corpus
-    table: str | None = None  # CSV or TSV with a uid and a text column
+    table: str | None = None  # CSV or TSV with a uid and a text column; {split} in its name: a table for each split
     poses: str | None = None  # folder that holds {uid}.pose
     features: str | None = None  # folder that holds {uid}.npy: what another network made of the video, besides poses
     features_fps: Positive | None = None  # frames per second of these; None = as the table or the files say
@@ -116,8 +116,10 @@ class Data(Section):
     no_hands: Literal["keep", "reject"] = "keep"  # clips of which no frame shows a hand; counted either way
     shared_texts: Literal["keep", "remove", "remove_near"] = "keep"  # held-out clips whose text train has, too
     columns: dict[str, str] = Field(default_factory=dict)  # our column name -> the table's, e.g. {uid: SENTENCE_ID}
-    dev_share: Share = 0.05  # share of the source videos
-    test_share: Share = 0.05  # share of the source videos
+    time_unit: TimeUnit | None = None  # of start and end; None = as the source has them, else seconds
+    split_by: SplitBy = "table"  # table = its splits, by video where it names none; whole videos; all clips of a signer
+    dev_share: Share = 0.05  # share of the source videos, or signers
+    test_share: Share = 0.05  # share of the source videos, or signers
     split_seed: int = 0
     max_rejects: Share = 0.01  # share of clips that may be unusable before preparation stops
     cache: str = "corpora"  # folder of prepared corpora
@@ -301,9 +303,8 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4
     pose_encoder_learning_rate: Positive | None = None  # None = learning_rate
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = (
-        1.0  # learning rate of a backbone layer: times this per layer above
-    )
+    # Learning rate of a backbone layer: times this per layer above.
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     weight_decay: Strength = 0.01
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: Positive = 1e-8
@@ -315,10 +316,10 @@ class Training(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_target_tokens: Count = 128  # longer texts are truncated, and learnt as if they ended there
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off
+    ctc_target: Literal["text", "gloss"] = "text"  # what it reads: tokens of the text, or the column gloss
     freeze_backbone_steps: CountOrZero = 0  # first optimizer steps, in which only what has random weights learns
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
-        None  # decay of averaged weights, which are evaluated and kept
-    )
+    # Decay of averaged weights, which are evaluated and kept.
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     early_stopping: Count | None = None  # evaluations in a row without a better evaluation.select_by; None = off
     seed: CountOrZero = 42
     save_every: Count = 500  # optimizer steps
@@ -358,9 +359,8 @@ class Evaluation(Section):
     no_repeat_ngram_size: CountOrZero = 0  # n-grams that may not repeat; 0 = off
     ctc_weight: Share = 0.0  # share of the CTC head in a beam's score; needs training.ctc_weight > 0
     max_new_tokens: Count = 128
-    forced_language: str | None = (
-        None  # token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn)
-    )
+    # Token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn).
+    forced_language: str | None = None
     select_by: ScoreName = "bleu4"
     select_corpus: str = "mean"  # whose score it is, of several corpora: mean, all (clips together), or one's name
     batch_frames: CountOrAuto = "auto"  # padded frames in one generation batch of one rank; auto = what fits

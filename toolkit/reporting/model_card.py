@@ -22,7 +22,7 @@ from toolkit.recipe.resolve import RECIPE_FILE
 from toolkit.recipe.schema import MixPart, Model, Recipe
 from toolkit.recipe.yaml_text import dump_yaml
 from toolkit.scoring.metrics import SCORE_NAMES
-from toolkit.scoring.table import HEADINGS, format_score
+from toolkit.scoring.table import HEADINGS, SOMETIMES, format_score
 
 SCORES_FILE = "scores.json"
 # Paths on the machine that trained are private, and of no use elsewhere.
@@ -212,9 +212,12 @@ def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
         source = f"`{Path(table).name}`" if table else "the table of its recipe"
         source = f"Source: {data.source}, {source}."
     splits = ", ".join(f"{name} {split['clips']:,} clips" for name, split in summary.get("splits", {}).items())
-    return f"{source} Splits keep the clips of one source video together unless the corpus brings its own." + (
-        f" Scored on: {splits}." if splits else ""
+    together = (
+        "No signer is in two splits."
+        if data.split_by == "signer"
+        else "Splits keep the clips of one source video together unless the corpus brings its own."
     )
+    return f"{source} {together}" + (f" Scored on: {splits}." if splits else "")
 
 
 def _part(part: MixPart) -> str:
@@ -267,8 +270,8 @@ def _scores(summary: Mapping[str, Any]) -> str:
 
 
 def _belongs(name: str, summary: Mapping[str, Any]) -> bool:
-    """Whether a score has its column: reduced BLEU only where it was asked for."""
-    return name != "reduced_bleu" or any(split["scores"].get(name) is not None for split in summary["splits"].values())
+    """Whether a score has its column: reduced BLEU and the error rate of glosses only where they were computed."""
+    return name not in SOMETIMES or any(split["scores"].get(name) is not None for split in summary["splits"].values())
 
 
 def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:

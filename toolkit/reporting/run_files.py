@@ -19,6 +19,7 @@ import yaml
 
 from toolkit.errors import UserError
 from toolkit.recipe.tree import leaves, value_at
+from toolkit.scoring.groups import GROUPED_BY
 from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
 
 # Points that a curve is drawn with; more cannot be distinguished on a screen.
@@ -199,7 +200,8 @@ def _splits(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def score_tables(run: RunFiles) -> list[dict[str, Any]]:
     """Of each split ``name``, ``clips``, ``rows``: (label, score by name), the model's first, then its floors, and the
-    ``intervals`` of the model's scores: (lowest, highest) by name."""
+    ``intervals`` of the model's scores: (lowest, highest) by name; ``groups`` of clips: what they are grouped by, and
+    rows of name, clips and score by name."""
     return [
         {
             "name": name,
@@ -207,6 +209,7 @@ def score_tables(run: RunFiles) -> list[dict[str, Any]]:
             "rows": [["model", _scores(result["scores"])]]
             + [[f"floor: {kind}", _scores(floor)] for kind, floor in result["floors"].items()],
             "intervals": _intervals(result.get("intervals")),
+            "groups": _groups(result.get("groups")),
         }
         for name, result in _splits(run.scores).items()
     ]
@@ -214,6 +217,20 @@ def score_tables(run: RunFiles) -> list[dict[str, Any]]:
 
 def _scores(values: dict[str, Any]) -> dict[str, float | None]:
     return {name: values[name] if is_number(values.get(name)) else None for name in SCORE_NAMES if name in values}
+
+
+def _groups(values: Any) -> list[dict[str, Any]]:
+    """The well-formed groups of clips."""
+    found = []
+    for kind, groups in values.items() if isinstance(values, dict) else ():
+        rows = [
+            [name, scores.get("clips"), _scores(scores)]
+            for name, scores in (groups.items() if isinstance(groups, dict) else ())
+            if isinstance(scores, dict) and is_number(scores.get("clips"))
+        ]
+        if rows:
+            found.append({"by": GROUPED_BY.get(kind, kind), "rows": rows})
+    return found
 
 
 def _intervals(values: Any) -> dict[str, list[float]]:

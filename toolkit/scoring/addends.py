@@ -33,6 +33,7 @@ Formula = Callable[[Matrix], float]
 PORTION = 10_000
 MAX_ORDER = 4
 BLEU_NAMES = tuple(f"bleu{order}" for order in range(1, MAX_ORDER + 1))
+BLEU_ORDERS = {name: order for order, name in enumerate(BLEU_NAMES, start=1)} | {"reduced_bleu": MAX_ORDER}
 
 # A token is one character of a script without spaces, or a run of letters, marks and digits. Python's own \w drops the
 # vowel signs of Devanagari. The joiners U+200C and U+200D are parts of words.
@@ -57,6 +58,17 @@ class Measure:
     def values(self, sums: Matrix) -> dict[str, float]:
         """The scores of a set whose contributions add up to ``sums`` [numbers]."""
         return {name: formula(sums) for name, formula in self.formulas.items()}
+
+    def of_clips(self, clips: Sequence[int]) -> Measure:
+        """The same of some clips alone, without the BLEU orders that are not applicable to them."""
+        addends = self.addends[list(clips)]
+        longest_reference = int(addends[:, 1].max())
+        applicable = {
+            name: formula
+            for name, formula in self.formulas.items()
+            if name not in BLEU_ORDERS or BLEU_ORDERS[name] <= longest_reference
+        }
+        return Measure(addends, applicable)
 
 
 def measure(
@@ -99,6 +111,11 @@ def measure(
     ]
 
 
+def gloss_errors(hypotheses: Sequence[str], references: Sequence[str]) -> Measure:
+    """What every clip adds to the error rate of its glosses."""
+    return Measure(_error_addends(jiwer.transformations.wer_default, hypotheses, references), {"gloss_wer": _ratio})
+
+
 def _formulas(names: tuple[str, ...], addends: Matrix, chrf: CHRF) -> dict[str, Formula]:
     """How the scores of these names follow from sums of addends; without those that are not applicable."""
     if names == ("chrf",):
@@ -106,12 +123,8 @@ def _formulas(names: tuple[str, ...], addends: Matrix, chrf: CHRF) -> dict[str, 
     if names not in (BLEU_NAMES, ("reduced_bleu",)):
         return dict.fromkeys(names, _ratio)
     longest_reference = int(addends[:, 1].max())
-    orders = range(1, MAX_ORDER + 1) if names == BLEU_NAMES else [MAX_ORDER]
-    return {
-        name: partial(_bleu_of_order, order)
-        for name, order in zip(names, orders, strict=True)
-        if order <= longest_reference
-    }
+    orders = {name: BLEU_ORDERS[name] for name in names}
+    return {name: partial(_bleu_of_order, order) for name, order in orders.items() if order <= longest_reference}
 
 
 def make_bleu(tokenize: str, lowercase: bool) -> BLEU:
@@ -197,9 +210,9 @@ def _bleu_of_order(order: int, sums: Matrix) -> float:
     return float(BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp", max_ngram_order=order).score)
 
 
-def _error_addends(prepare: Any, hypotheses: list[str], references: list[str]) -> Matrix:
+def _error_addends(prepare: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Matrix:
     """Errors and reference length of each pair, in words or characters."""
-    pairs = zip(prepare(references), prepare(hypotheses), strict=True)
+    pairs = zip(prepare(list(references)), prepare(list(hypotheses)), strict=True)
     return np.array([(Levenshtein.distance(wanted, given), len(wanted)) for wanted, given in pairs], dtype=np.float64)
 
 

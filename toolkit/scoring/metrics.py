@@ -13,6 +13,7 @@ How each score is computed:
   letters, marks and digits, as in the reference implementation but for all scripts; Chinese and Japanese count by
   character.
 * ``wer``, ``cer``: jiwer's word and character error rate over the whole set; ratios, above 1 with many insertions.
+* ``gloss_wer``: the word error rate of the glosses that a CTC head reads (``training.ctc_target: gloss``), else None.
 
 Texts without any word have scores, too: two such texts match where they are equal.
 """
@@ -30,8 +31,8 @@ from toolkit.scoring.addends import Measure, make_bleu, measure, rouge_l, rouge_
 
 __all__ = ["SCORE_NAMES", "Scores", "higher_is_better", "mean_of", "rouge_l", "rouge_tokens", "score", "sentence_chrf"]
 
-SCORE_NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "reduced_bleu", "chrf", "rouge_l", "wer", "cer")
-_LOWER_IS_BETTER = frozenset({"wer", "cer"})
+SCORE_NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "reduced_bleu", "chrf", "rouge_l", "wer", "cer", "gloss_wer")
+_LOWER_IS_BETTER = frozenset({"wer", "cer", "gloss_wer"})
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Scores:
 
     Attributes:
         bleu1, bleu2, bleu3, bleu4, chrf, rouge_l, reduced_bleu: 0..100, higher is better.
-        wer, cer: ratios, lower is better.
+        wer, cer, gloss_wer: ratios, lower is better.
         clips: number of pairs scored.
         signature: for each kind of score the settings that it was computed with.
     """
@@ -56,6 +57,7 @@ class Scores:
     clips: int
     signature: dict[str, str] = field(default_factory=dict)
     reduced_bleu: float | None = None
+    gloss_wer: float | None = None
 
     def values(self) -> dict[str, float | None]:
         """The scores by name, without what describes them."""

@@ -20,8 +20,10 @@ HEADINGS = {
     "rouge_l": "ROUGE-L",
     "wer": "WER",
     "cer": "CER",
+    "gloss_wer": "gloss WER",
 }
 NOT_APPLICABLE = "n/a"
+SOMETIMES = ("reduced_bleu", "gloss_wer")  # scores that have a column only where some row has them
 # A difference with a p-value below this is significant.
 SIGNIFICANT = 0.05
 
@@ -34,13 +36,13 @@ def scores_table(rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str
         intervals: of some of these rows the 95 % intervals, by score; they go below their row.
 
     Returns:
-        lines of text without a newline at the end; rows with the same settings share their signature. Reduced BLEU has
-        a column only where some row has it.
+        lines of text without a newline at the end; rows with the same settings share their signature. Reduced BLEU and
+        the error rate of glosses have a column only where some row has them.
     """
     names = [
         name
         for name in SCORE_NAMES
-        if name != "reduced_bleu" or any(row.reduced_bleu is not None for row in rows.values())
+        if name not in SOMETIMES or any(getattr(row, name) is not None for row in rows.values())
     ]
     table = [["", *(HEADINGS[name] for name in names), "clips"]]
     for label, scores in rows.items():
@@ -92,7 +94,7 @@ def format_score(name: str, value: float | None) -> str:
     """A score with two decimals, the error rates with four, because they are ratios."""
     if value is None:
         return NOT_APPLICABLE
-    return f"{value:.4f}" if name in ("wer", "cer") else f"{value:.2f}"
+    return f"{value:.4f}" if name in ("wer", "cer", "gloss_wer") else f"{value:.2f}"
 
 
 def choose_samples(predictions: Sequence[Prediction], count: int, seed: int = 0) -> list[Prediction]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Split
-from toolkit.decoding.decode_split import translate_split
+from toolkit.decoding.decode_split import best_predictions, find_hypotheses
+from toolkit.decoding.search import Hypothesis
+from toolkit.evaluation.glosses import gloss_measure, glosses_read
 from toolkit.evaluation.splits import named, ready_to_translate, with_batch_frames
 from toolkit.models.processor import PoseProcessor
 from toolkit.recipe.batches import most_batch_frames
@@ -17,10 +19,10 @@ from toolkit.recipe.schema import Evaluation
 from toolkit.scoring.floors import typical_sentence
 from toolkit.scoring.metrics import Scores, mean_of, score
 from toolkit.scoring.predictions import Prediction
-from toolkit.scoring.table import format_score
+from toolkit.scoring.table import SOMETIMES, format_score
 
 # Scores that a line has room for.
-SHOWN_SCORES = ("bleu4", "chrf", "wer", "cer")
+SHOWN_SCORES = ("bleu4", "chrf", "wer", "cer", "gloss_wer")
 # Different hypotheses for each different reference, below which outputs count as all alike.
 ALIKE_SHARE = 0.05
 
@@ -52,7 +54,7 @@ class Evaluated:
     def line(self, select_by: str) -> str:
         """The scores in a line, and the one that matters of each corpus."""
         values = self.scores.values()
-        names = [name for name in SHOWN_SCORES if name in values]
+        names = [name for name in SHOWN_SCORES if name not in SOMETIMES or values[name] is not None]
         texts = [f"{name} {format_score(name, values[name])}" for name in names]
         for corpus, scores in self.by_corpus.items():
             texts.append(f"{corpus}: {select_by} {format_score(select_by, scores.values()[select_by])}")
@@ -67,7 +69,7 @@ def evaluate_split(
         settings, engine.module, engine.device, split.frames, gathers=engine.zero_optimization_stage() == 3
     )
     with ready_to_translate(engine, split.frames, settings) as synced:
-        predictions = translate_split(
+        found = find_hypotheses(
             engine.module,
             split,
             processor,
@@ -76,12 +78,15 @@ def evaluate_split(
             world_size=ranks.world_size,
             synced=synced,
         )
-    parts = split.parts if len(split.parts) > 1 else ()
-    by_corpus = {part.corpus: predictions[part.clips.start : part.clips.stop] for part in parts}
+    predictions, glosses = best_predictions(split, found), list(split.values("gloss"))
+    parts = {part.corpus: slice(part.clips.start, part.clips.stop) for part in split.parts}
     return Evaluated(
         predictions,
-        _scores_of(predictions, settings),
-        {corpus: _scores_of(rows, settings) for corpus, rows in by_corpus.items()},
+        _scores_of(predictions, found, glosses, settings),
+        {
+            corpus: _scores_of(predictions[clips], found[clips], glosses[clips], settings)
+            for corpus, clips in (parts.items() if len(parts) > 1 else ())
+        },
     )
 
 
@@ -112,8 +117,17 @@ def collapse_warning(evaluated: Evaluated, train_texts: Sequence[str], epoch: in
     )
 
 
-def _scores_of(predictions: Sequence[Prediction], settings: Evaluation) -> Scores:
-    return _score([row.hypothesis for row in predictions], [row.reference for row in predictions], settings)
+def _scores_of(
+    predictions: Sequence[Prediction],
+    found: Sequence[Sequence[Hypothesis]],
+    glosses: Sequence[str],
+    settings: Evaluation,
+) -> Scores:
+    """The scores of texts, and of glosses where the model reads some."""
+    scores = _score([row.hypothesis for row in predictions], [row.reference for row in predictions], settings)
+    for part in gloss_measure(glosses_read(found, glosses)):
+        scores = replace(scores, gloss_wer=part.values(part.addends.sum(axis=0))["gloss_wer"])
+    return scores
 
 
 def _score(hypotheses: list[str], references: list[str], settings: Evaluation) -> Scores:

@@ -53,6 +53,11 @@ class ClipSubset:
     def texts(self) -> list[str]:
         return [self.split.texts[index] for index in self.indices]
 
+    def values(self, column: str) -> list[str]:
+        """What a column says of each clip."""
+        values = self.split.values(column)
+        return [values[index] for index in self.indices]
+
     def conditions(self) -> Iterator[dict[str, str]]:
         return (clip.conditions for clip in self)
 

@@ -230,6 +230,7 @@ class Trainer:
             labels=batch.labels,
             labelled=batch.labelled,
             special_ids=self.special_ids,
+            gloss_labels=batch.gloss_labels,
             label_smoothing=training.label_smoothing if self.engine.training else 0.0,
         )
 

@@ -22,6 +22,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.files import read_text, write_text_atomically
 from toolkit.models.build import stands_on_base
+from toolkit.models.glosses import glosses_of
 from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import Plan, make_plan
 from toolkit.models.warm_start.source import fetch_source, history_of, read_source
@@ -69,8 +70,8 @@ def warm_start(
     name = model.init_from
     on_each_node(lambda: fetch_source(name))
     source = read_source(name)
-    landmarks, metadata = corpus.landmark_set, corpus.metadata
-    plan = make_plan(source, resolved.recipe, landmarks, metadata.fps, tokenizer, metadata.num_features)
+    landmarks, metadata, glosses = corpus.landmark_set, corpus.metadata, glosses_of(resolved.recipe, corpus)
+    plan = make_plan(source, resolved.recipe, landmarks, metadata.fps, tokenizer, metadata.num_features, glosses)
     generation = {} if reads_published(model) else _generation(plan)
     history = history_of(source)
     lineage = {**history, "table": {line.part: line.what for line in plan.table}}

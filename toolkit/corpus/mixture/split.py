@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.corpus.packed import Clip, Column, Part, Split
-from toolkit.recipe.prompts import fill
+from toolkit.recipe.prompts import CONDITIONS, fill
 from toolkit.recipe.schema import MixPart
 
 
@@ -78,6 +78,12 @@ class MixedSplit:
     def hands_visible(self) -> npt.NDArray[np.float32]:
         """Share of frames that show at least one hand, float32 [clips]."""
         return np.concatenate([share.split.hands_visible for share in self.shares] or [np.zeros(0, np.float32)])
+
+    def values(self, column: str) -> list[str]:
+        """What a column says of each clip, or the recipe of its corpus."""
+        if column in CONDITIONS:
+            return [known[column] for known in self.conditions()]
+        return [value for share in self.shares for value in share.split.values(column)]
 
     def conditions(self) -> Iterator[dict[str, str]]:
         """What a prefix may say about each clip."""

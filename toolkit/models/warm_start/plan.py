@@ -5,7 +5,7 @@ A part that does not fit is refused by name; a part that fits is mapped tensor b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from toolkit.models.adaptation.extra_tokens import add_tokens
 from toolkit.models.backbone import empty_backbone, encoder_width
 from toolkit.models.backbone_config import backbone_config, fitted_config
 from toolkit.models.encoders import FeatureSettings, make_pose_encoder
+from toolkit.models.glosses import glosses_of, reads_glosses
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.models.translator import PoseTranslator
 from toolkit.models.warm_start.backbone import difference, part_of_each, token_dimension
-from toolkit.models.warm_start.mapping import Axis, Mapping
+from toolkit.models.warm_start.mapping import Axis, Mapping, by_name
 from toolkit.models.warm_start.pose_encoder import Landmarks, compare, mappings
 from toolkit.models.warm_start.source import KEY, Source, empty_source, read_source
 from toolkit.models.warm_start.tokens import row_axis
@@ -82,8 +83,8 @@ def check_warm_start(recipe: Recipe, corpus: Corpus | None = None) -> Plan:
         (corpus.landmark_set, corpus.metadata.num_features) if corpus else frame_of(recipe.data)
     )
     fps = corpus.metadata.fps if corpus else data.fps
-    source = read_source(model.init_from)
-    return make_plan(source, recipe, landmark_set, fps, _tokenizer_here(recipe), num_features)
+    source, glosses = read_source(model.init_from), glosses_of(recipe, corpus) if corpus else None
+    return make_plan(source, recipe, landmark_set, fps, _tokenizer_here(recipe), num_features, glosses)
 
 
 def _tokenizer_here(recipe: Recipe) -> PreTrainedTokenizerBase | None:
@@ -103,8 +104,9 @@ def make_plan(
     fps: float,
     tokenizer: PreTrainedTokenizerBase | None,
     num_features: int = 0,
+    glosses: Sequence[str] | None = None,
 ) -> Plan:
-    """Map the source to a run with these landmarks and this tokenizer (None where it is not known yet).
+    """Map the source to a run with these landmarks, tokenizer and glosses (None where these are not known yet).
 
     ``num_features`` are the numbers of a frame that another network made of the run's clips.
 
@@ -155,7 +157,7 @@ def make_plan(
             found |= {f"backbone.{name}": Mapping(f"backbone.{name}") for name in names}
             lines[part] = Taken(part, f"taken as it is: {len(names)} tensors")
     if "ctc_head" in model.init_parts:
-        lines["ctc_head"], head = _ctc_head(source, recipe, backbone, axis)
+        lines["ctc_head"], head = _ctc_head(source, recipe, backbone, axis, glosses)
         found |= head
     return Plan(source, found, [lines[part] for part in PARTS], notes, axis)
 
@@ -301,20 +303,28 @@ def _memory_notes(source: Source, known: PoseTranslator) -> list[str]:
 
 
 def _ctc_head(
-    source: Source, recipe: Recipe, backbone: PreTrainedModel, axis: Axis | None
+    source: Source, recipe: Recipe, backbone: PreTrainedModel, axis: Axis | None, glosses: Sequence[str] | None
 ) -> tuple[Taken, dict[str, Mapping]]:
     part: Part = "ctc_head"
     if not recipe.training.ctc_weight:
         return Taken(part, "left: training.ctc_weight=0 has none"), {}
     if not source.config.ctc:
         return Taken(part, "new: the source has none"), {}
+    if reads_glosses(recipe) != bool(source.config.ctc_vocabulary):
+        reads = "glosses" if source.config.ctc_vocabulary else "tokens of the text"
+        return Taken(part, f"new: the source's reads {reads}"), {}
     if encoder_width(backbone.config) != encoder_width(source.config.backbone_config()):
         raise UserError(
             f"{KEY}={source.name}: its CTC head reads width {encoder_width(source.config.backbone_config())}, the "
             f"recipe's {encoder_width(backbone.config)}",
             f"leave {part} out of {PARTS_KEY}",
         )
-    what = Taken(part, _rows_in_words(axis, axis and source.processor.tokenizer))
+    if reads_glosses(recipe):
+        axis = None if glosses is None else by_name(glosses, source.config.ctc_vocabulary)
+        shared = "by gloss" if axis is None else f"{axis.shared} of {len(axis.places)} glosses by name"
+        what = Taken(part, shared)
+    else:
+        what = Taken(part, _rows_in_words(axis, axis and source.processor.tokenizer))
     if axis is None:
         return what, {}
     # The blank is the last row, after those of the vocabulary.

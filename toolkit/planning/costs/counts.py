@@ -23,6 +23,7 @@ from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.schema import Model, Recipe
 
+ASSUMED_GLOSSES = 2000  # of a CTC head that reads glosses, whose number the corpus alone says
 PACKED = "is_packed"  # attribute of a layer whose weight a run holds in int8 or NF4
 
 
@@ -96,6 +97,7 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
                 feature_encoder=recipe.model.feature_encoder.model_dump(),
                 fusion=recipe.model.fusion,
                 ctc=recipe.training.ctc_weight > 0,
+                ctc_vocabulary=["?"] * ASSUMED_GLOSSES if recipe.training.ctc_target == "gloss" else [],
                 prefix_token_ids=[0] * _longest_prefix(recipe.model),
             ),
             empty_backbone(config),

@@ -304,6 +304,14 @@
     return el("div", {}, el("p", {}, el("strong", {}, split.name), " ", el("span", { class: "small" }, clips || "")), table(head, rows, "scores"));
   }
 
+  // Signers, languages and lengths of sentences, one row each.
+  function groupsTable(group, split, run) {
+    const names = Object.keys(run.headings).filter((name) => name !== "reduced_bleu" && group.rows.some(([, , scores]) => typeof scores[name] === "number"));
+    return fold(`${split.name}, by ${group.by}`, table([cell("th", "", group.by), cell("th", "number", "clips"), ...names.map((name) => cell("th", "number", run.headings[name]))],
+      group.rows.map(([label, clips, scores]) => [el("th", { scope: "row", dir: "auto" }, label), cell("td", "number", number(clips)),
+        ...names.map((name) => cell("td", "number", scoreText(name, scores[name])))]), "scores"));
+  }
+
   // ---- what a hypothesis got wrong -----------------------------------------------------------------------------
 
   const MOST_TOKENS = 400;
@@ -459,6 +467,7 @@
     if (run.status === "running") what[2] = run.time && `started ${run.time.slice(0, 16).replace("T", " ")}`;
     head(run.name, run.status, el("p", { class: "soft" }, what.filter(Boolean).join(" · ")), tilesOf(run), notices(run.warnings));
     section("scores", "Scores", run.scores.length > 0 && el("div", { class: "grid roomy" }, run.scores.map((split) => scoresTable(split, run))),
+      run.scores.flatMap((split) => split.groups.map((group) => groupsTable(group, split, run))),
       run.scores.length > 0 && Object.keys(run.signature).length > 0 && fold("Signature: how the scores were computed", keyValues(run.signature)));
     section("curves", "Curves", grid(evaluationCharts(run), trainCharts([run], "step")));
     section("samples", "Samples", samplesOf(run.splits));
