@@ -13,9 +13,10 @@ from tests.written_corpora import write_corpus
 from toolkit.batching.collate import collate
 from toolkit.corpus.packed import Clip
 from toolkit.models import PoseFeatureExtractor, PoseProcessor
-from toolkit.poses.features import NORMALISATION, extract_features
-from toolkit.poses.landmarks import load_landmark_set
+from toolkit.poses.features import NORMALISATION, extract_features, read_clip
+from toolkit.poses.landmarks import NO_LANDMARKS, load_landmark_set
 from toolkit.poses.pose_file import PoseError
+from toolkit.poses.video_features import RawFeatures, Recording
 
 
 def test_a_file_becomes_what_training_read(tmp_path: Path, processor: PoseProcessor, pose_files: list[Path]) -> None:
@@ -30,6 +31,29 @@ def test_a_file_becomes_what_training_read(tmp_path: Path, processor: PoseProces
     assert torch.equal(inputs["poses"], batch.poses)
     assert torch.equal(inputs["visible"], batch.visible)
     assert torch.equal(inputs["frame_mask"], batch.frame_mask)
+
+
+@pytest.mark.parametrize("poses", [True, False])
+def test_features_from_files_become_what_training_read(poses: bool, tmp_path: Path, pose_files: list[Path]) -> None:
+    landmark_set = load_landmark_set("hands_body_50") if poses else NO_LANDMARKS
+    files, clips = [], []
+    for path in pose_files:
+        pose = read_clip(path.read_bytes())
+        values = np.random.default_rng(pose.num_frames).normal(size=(pose.num_frames, 6)).astype(np.float32)
+        np.save(tmp_path / f"{path.stem}.npy", values)
+        files.append(tmp_path / f"{path.stem}.npy")
+        found = Recording(pose if poses else None, RawFeatures(values, pose.fps)).sampled(landmark_set, 12.5)
+        clips.append(Clip(path.stem, "word", found.features, video_features=found.video_features))
+    corpus = write_corpus(tmp_path / "corpus", {"train": clips}, landmark_set, 12.5, NORMALISATION)
+    tokenizer = ByT5Tokenizer()
+    batch = collate(list(corpus.splits["train"]), range(len(clips)), tokenizer, max_target_tokens=9)
+    processor = PoseProcessor(PoseFeatureExtractor(landmark_set.to_dict(), 12.5, num_features=6), tokenizer)
+    given = pose_files if poses else [None] * len(files)
+    inputs = processor(given, video_features=files, features_fps=pose.fps)
+    assert set(inputs) == set(batch.inputs) == {"poses", "visible", "frame_mask", "video_features"}
+    assert all(torch.equal(inputs[name], batch.inputs[name]) for name in inputs)
+    with pytest.raises(PoseError, match="features"):
+        processor(pose_files)
 
 
 def test_bytes_and_paths_are_the_same(processor: PoseProcessor, pose_files: list[Path]) -> None:
