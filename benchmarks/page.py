@@ -108,8 +108,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "mixing": (
         "Mixes of corpora",
         "python benchmarks/mixing.py",
-        "Several corpora opened and ordered as one, and four corpora beside one with all of their clips: padding of an "
-        "epoch, and what the loader of one process gives, both sides in turn; see "
+        "Several corpora opened and ordered as one, and four corpora beside one with as many clips: padding of an "
+        "epoch, and what the loader of one process gives in a second of processor time, both sides in turn; see "
         "[transfer.md](transfer.md#a-mix-of-three-corpora).",
     ),
     "failures": (
