@@ -216,3 +216,9 @@ def test_a_choice_of_micro_batches_is_for_the_weights_that_it_was_made_with(
     runs = [resolve(data=data) for data in (plain, {**plain, "temperature": 2.0}, mixed(folders))]
     hashes = [settings_hash(run, open_corpora(run.recipe.data)) for run in (*runs, runs[0])]
     assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
+
+
+def test_a_longer_run_draws_the_same_clips_by_constant_weights() -> None:
+    short, long = (mixture([30, 9], [(2.0, 2.0), (1.0, 1.0)], 20, length) for length in (5, 9))
+    for epoch in range(5):
+        assert np.array_equal(short.epoch(epoch).clips, long.epoch(epoch).clips)
