@@ -64,6 +64,7 @@ def test_a_corpus_says_what_is_known_of_its_clips(folders: list[Path]) -> None:
     assert conditions[:40] == [known] * 40
     assert conditions[40] == nothing | {"language": "gsg", "prompt": "spelled gsg:"}
     assert conditions[46] == nothing
+    assert list(split.condition_counts()) == [(conditions[0], 40), (conditions[40], 6), (nothing, 20)]
 
 
 def test_only_the_splits_that_are_named_are_used(folders: list[Path]) -> None:

@@ -63,6 +63,7 @@ def test_conditions_are_packed_and_corpora_without_them_are_read(tmp_path, monke
     clips = [Clip("a", "b", features, **known), Clip("c", "d", features)]
     split = write_corpus(tmp_path / "new", {"train": clips}, SET, 12.5).splits["train"]
     assert [clip.conditions for clip in split] == list(split.conditions()) == [known, dict.fromkeys(known, "")]
+    assert list(split.condition_counts()) == [(known, 1), (dict.fromkeys(known, ""), 1)]
     monkeypatch.setattr("toolkit.corpus.writer.TEXT_COLUMNS", ("uid", "text", "video", "language"))
     split = write_corpus(tmp_path / "old", {"train": clips}, SET, 12.5).splits["train"]
     assert [clip.language for clip in split] == ["ins", ""] and not split.clip(0).context

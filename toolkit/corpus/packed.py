@@ -181,6 +181,14 @@ class Split:
         ]
         return (dict(zip(CONDITIONS, values, strict=True)) for values in zip(*columns, strict=True))
 
+    def condition_counts(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Each combination of conditions, and how many clips have it."""
+        there = [name for name in CONDITIONS if name in self._columns]
+        counted = self._table.select(there).group_by(there, use_threads=False).aggregate([([], "count_all")])
+        for row in counted.to_pylist():
+            clips = row.pop("count_all")
+            yield dict.fromkeys(CONDITIONS, "") | row, clips
+
     @property
     def hands_visible(self) -> npt.NDArray[np.float32]:
         """Share of frames that show at least one hand, float32 [clips]."""

@@ -25,7 +25,7 @@ def check_recipe_conditions(recipe: Recipe, corpus: Corpus) -> None:
     """
     language = language_of(recipe)
     tokenizer = None
-    if language and any(of_clip["target_language"] for of_clip in corpus.splits["train"].conditions()):
+    if language and any(known["target_language"] for known, _ in corpus.splits["train"].condition_counts()):
         trust = recipe.model.trust_remote_code
         tokenizer = make_tokenizer(tokenizer_of(recipe.model), language=language, trust_remote_code=trust)
     check_conditions(placeholders(recipe.model.prefix), corpus, ["train"], tokenizer)
@@ -64,9 +64,9 @@ def _check_language(tokenizer: Any, language: str) -> None:
 def _counts(corpus: Corpus, split: str) -> dict[str, Counter[str]]:
     """How many clips of a split have which value of each condition; those without one do not count."""
     counts: dict[str, Counter[str]] = {}
-    for of_clip in corpus.splits[split].conditions():
-        for name, value in of_clip.items():
-            counts.setdefault(name, Counter()).update([value] if value else [])
+    for known, clips in corpus.splits[split].condition_counts():
+        for name, value in known.items():
+            counts.setdefault(name, Counter()).update({value: clips} if value else {})
     return counts
 
 
@@ -86,7 +86,9 @@ def condition_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any) -> Iterator[
     limit = model.max_prefix_tokens
     if named:
         # A tokenizer makes at most two tokens of a byte, so short prefixes need not be tokenised.
-        prefixes = Counter(fill(model.prefix or "", of_clip) for of_clip in split.conditions())
+        prefixes: Counter[str] = Counter()
+        for known, clips in split.condition_counts():
+            prefixes[fill(model.prefix or "", known)] += clips
         suspects = [prefix for prefix in prefixes if 2 * len(prefix.encode()) > limit]
         ids = tokenizer(suspects, add_special_tokens=False)["input_ids"] if suspects else []
         lengths = {prefix: len(of_prefix) for prefix, of_prefix in zip(suspects, ids, strict=True)}

@@ -61,6 +61,9 @@ class ClipSubset:
     def conditions(self) -> Iterator[dict[str, str]]:
         return (clip.conditions for clip in self)
 
+    def condition_counts(self) -> Iterator[tuple[dict[str, str], int]]:
+        return ((known, 1) for known in self.conditions())
+
     def __len__(self) -> int:
         return len(self.indices)
 

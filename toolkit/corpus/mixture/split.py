@@ -90,6 +90,11 @@ class MixedSplit:
         for share in self.shares:
             yield from map(share.known, share.split.conditions())
 
+    def condition_counts(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Each combination of conditions in a corpus, and how many of its clips have it."""
+        counted = ((share, *one) for share in self.shares for one in share.split.condition_counts())
+        return ((share.known(known), clips) for share, known, clips in counted)
+
     def clip(self, index: int) -> Clip:
         """The clip at ``index``; its features are a view into the map.
 
