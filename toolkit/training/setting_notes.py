@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.corpus.packed import KEPT_SETTINGS, Corpus
 from toolkit.models.conditions import condition_notes
+from toolkit.poses.landmarks import NO_LANDMARKS
 from toolkit.recipe.schema import Evaluation, Recipe, Training
 from toolkit.scoring.metrics import score
 
@@ -89,7 +90,7 @@ def _search(evaluation: Evaluation, references: Sequence[str], tokenizer: Any) -
 
 def _preparation(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
     pairs = {key: (getattr(recipe.data, key), getattr(corpus.metadata, key)) for key in KEPT_SETTINGS}
-    if corpus.landmark_set.num_points:
+    if corpus.landmark_set.name != NO_LANDMARKS.name:
         pairs["landmarks"] = (Path(recipe.data.landmarks).stem, corpus.landmark_set.name)
     differing = [f"data.{key}={wanted} (corpus: {own})" for key, (wanted, own) in pairs.items() if wanted != own]
     if differing:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.corpus.mixture.split import MixedSplit, Share
-from toolkit.corpus.packed import Corpus, Metadata
+from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import landmarks_of, width_of_features
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import LandmarkSet
@@ -44,14 +44,15 @@ def open_prepared(data: Data) -> Corpus | None:
 def frame_of(data: Data) -> tuple[LandmarkSet, int]:
     """What a frame of these clips holds, prepared or not: landmarks, and how many numbers of another network.
 
+    Corpora of a mix hold the same, so the first is looked at; a corpus that is not there holds what the settings say.
+
     Raises:
-        UserError: a corpus cannot be opened, there is no such set of landmarks, or no features can be read.
+        UserError: there is no such set of landmarks, or no features can be read.
     """
-    if corpus := open_prepared(data):
-        return corpus.landmark_set, corpus.metadata.num_features
     first = _each(data)[0]
-    if first.corpus:
-        return frame_of(first)
+    if first.corpus and (Path(first.corpus) / METADATA_FILE).exists():
+        corpus = Corpus.open(first.corpus)
+        return corpus.landmark_set, corpus.metadata.num_features
     if not first.features or first.source == "demo":
         return landmarks_of(first), 0
     return landmarks_of(first), width_of_features(Path(first.features))
