@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from tests.as_users_do.published import FORMS
 from tests.rank_workers import joined
 from toolkit.checkpointing.random_states import seed_everything
 from toolkit.cluster.ranks import Ranks
@@ -22,7 +23,7 @@ from toolkit.models.build import build_translator
 from toolkit.models.check import check_model
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loading.weights import whole_state_dict
-from toolkit.recipe.model_cards import load_model_yaml, model_names
+from toolkit.recipe.model_cards import load_model_yaml
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training.run import make_processor
 
@@ -33,8 +34,8 @@ def main() -> None:
     with joined() as worker:
         corpus, hub = Corpus.open(worker.plan["corpus"]), Path(worker.plan["hub"])
         outcomes: dict[str, Any] = {}
-        for card in map(load_model_yaml, model_names()):
-            for ds in STRATEGIES if card.hub_id else ():
+        for card in map(load_model_yaml, FORMS):
+            for ds in STRATEGIES:
                 try:
                     outcomes[f"{card.name} {ds}"] = load(card.name, ds, corpus, hub / str(card.hub_id), worker.ranks)
                 except Exception:  # an error of a card is that card's result

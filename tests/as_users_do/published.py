@@ -22,14 +22,17 @@ from typing import Any
 
 import sentencepiece
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GemmaTokenizer,
+    LlamaTokenizer,
     M2M100Tokenizer,
     NllbTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5Tokenizer,
 )
 
@@ -145,7 +148,41 @@ def marian(folder: Path) -> None:
     echo(folder, tokenizer_class="MarianTokenizer", source_lang="de", target_lang="en")
 
 
+def qwen(folder: Path) -> None:
+    """No token begins a text; one ends documents and pads."""
+    byte_level(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    echo(folder, tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None)
+
+
+def llama3(folder: Path) -> None:
+    """A token begins every text, none ends it, and none pads."""
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    backend = byte_level(folder, [begin, end])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end).save_pretrained(folder)
+
+
+def byte_level(folder: Path, special: list[str]) -> Tokenizer:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(words(), vocab_size=400, special_tokens=special, show_progress=False)
+    trained.save_model(str(folder))
+    return trained._tokenizer
+
+
+def mistral(folder: Path) -> None:
+    vocabulary = ["<unk>", "<s>", "</s>", "▁", *sorted(set("".join(words())))]
+    LlamaTokenizer(vocab=numbered(vocabulary), merges=[], add_bos_token=True).save_pretrained(folder)
+
+
+def gemma(folder: Path) -> None:
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *sorted(set("".join(words())))]
+    GemmaTokenizer(vocab=numbered(vocabulary), merges=[], add_bos_token=True).save_pretrained(folder)
+
+
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+# Of language models one of each architecture and tokenizer, and those that have a recipe.
 FORMS = {
     "t5_small": Form("safetensors", t5, fast=True),
     "t5_base": Form("safetensors", t5, fast=True),
@@ -164,6 +201,14 @@ FORMS = {
     "m2m100": Form("bin", m2m100, generation=(("max_length", 200), ("early_stopping", True))),
     "nllb_600m": Form("bin", nllb, fast=True, generation=(("max_length", 200),)),
     "pegasus_large": Form("bin", pegasus, generation=(("length_penalty", 0.8), ("num_beams", 8), ("max_length", 256))),
+    "qwen2_5_0_5b": Form("safetensors", qwen, fast=True),
+    "qwen2_5_7b": Form("shards", qwen, fast=True),
+    "qwen2_5_14b": Form("shards", qwen, fast=True),
+    "qwen3_0_6b": Form("safetensors", qwen, fast=True),
+    "llama3_1_8b": Form("shards", llama3, fast=True, generation=(("do_sample", True), ("temperature", 0.6))),
+    "mistral_7b": Form("shards", mistral, fast=True),
+    "gemma2_2b": Form("shards", gemma, fast=True),
+    "gemma_7b": Form("shards", gemma, fast=True),
     "marian": Form("bin", marian, generation=(("num_beams", 6), ("max_length", 512))),
 }
 
@@ -183,7 +228,7 @@ def publish(hub: Path, clone: Path) -> None:
         card = load_model_yaml(name)
         if name == "demo":
             continue  # published nowhere, and small as it is
-        config, parameters = publish_model(card, FORMS[name], hub) if card.hub_id else shrink(card)
+        config, parameters = publish_model(card, FORMS[name], hub) if name in FORMS else shrink(card)
         tree, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         path.write_text(dump_yaml({**tree, "config": config, "parameters": parameters}), encoding="utf-8")
 
@@ -221,7 +266,7 @@ def shrink(card: ModelCard) -> tuple[dict[str, Any], int]:
 
 def fit(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a configuration a row for every token; Marian's padding is its last one."""
-    padding_is_last = values["pad_token_id"] == values["vocab_size"] - 1
+    padding_is_last = values.get("pad_token_id") == values["vocab_size"] - 1
     rows = len(tokenizer) if padding_is_last else (len(tokenizer) // ROWS + 1) * ROWS
     values["vocab_size"] = rows
     if padding_is_last:

@@ -13,7 +13,8 @@ from toolkit.batching.collate import Batch
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding import beam_search as module
-from toolkit.decoding.beam_search import SHARED_ATTENTION, beam_search
+from toolkit.decoding.beam_search import beam_search
+from toolkit.decoding.held_clips import SHARED_ATTENTION
 from toolkit.models import PoseProcessor, PoseTranslator
 
 Make = Callable[..., PoseTranslator]

@@ -41,7 +41,7 @@ def cell_of_recipe(name: str) -> Cell:
 RECIPES_OWN = [cell_of_recipe(name) for name in recipe_names()]
 BY_NIGHT = [cell for cell in ON_CPU if cell not in COVER]
 ON_GPU = [cell for cell in CLAIMED if needs_gpu(cell)]
-RECIPES_BY_DAY = ("mbart50", "t5_3b_qlora", "transformer")
+RECIPES_BY_DAY = ("mbart50", "qwen2_5_7b_qlora", "t5_3b_qlora", "transformer")
 CELLS_A_START = 100  # what DeepSpeed leaves behind of each engine fills the memory in the end
 ONE_BATCH = [
     "training.global_batch_size=4",

@@ -19,7 +19,7 @@ from toolkit.batching.collate import places_of_labels
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
-from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width
+from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, reader
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.loss import translation_losses
@@ -91,6 +91,7 @@ def batch(corpus: Corpus, make: Callable[..., PoseTranslator]) -> Batch:
 CARDS = [
     *("t5_small", "t5_v1_1_base", "byt5_small", "mt5_base", "umt5_base", "longt5_base"),
     *("bart_large", "mbart50", "m2m100", "pegasus_large", "marian", "led_base", "transformer"),
+    *("qwen2_5_0_5b", "qwen3_0_6b", "llama3_2_1b", "mistral_7b", "gemma2_2b", "gemma_7b"),
 ]
 ASKING = {"longt5_base", "led_base"}  # their attention over windows looks at its mask
 every_card = pytest.mark.parametrize("name", CARDS)
@@ -252,12 +253,12 @@ def test_a_run_in_bfloat16_leaves_nothing_in_float32_that_stands_in_its_way(
 
 
 @every_card
-def test_a_prefix_is_embedded_as_the_encoder_embeds_words(name: str, make: Callable[..., PoseTranslator]) -> None:
+def test_a_prefix_is_embedded_as_the_backbone_embeds_words(name: str, make: Callable[..., PoseTranslator]) -> None:
     backbone = make(name).backbone
     ids = torch.tensor([[9, 8, 7, 6]])
     with torch.no_grad():
-        expected = backbone.get_encoder()(input_ids=ids).last_hidden_state
-        got = backbone.get_encoder()(inputs_embeds=embed_words(backbone, ids)).last_hidden_state
+        expected = reader(backbone)(input_ids=ids).last_hidden_state
+        got = reader(backbone)(inputs_embeds=embed_words(backbone, ids)).last_hidden_state
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

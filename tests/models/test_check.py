@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     BartConfig,
     GPT2Config,
+    LlamaConfig,
     MT5Config,
     PreTrainedConfig,
     T5Config,
@@ -156,6 +157,45 @@ def test_more_tokens_than_positions(tmp_path: Path) -> None:
     BartConfig(**{**SMALL_BART.to_dict(), "max_position_embeddings": 100}).save_pretrained(tmp_path)
     error = refused(here, "data.max_frames=99")
     assert error.hint == "set training.max_target_tokens=100 evaluation.max_new_tokens=100"
+
+
+SMALL_LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=512,
+)
+
+
+def test_prompt_poses_and_text_share_the_context_of_a_language_model(tmp_path: Path) -> None:
+    SMALL_LLAMA.save_pretrained(tmp_path)
+    here = (f"model.backbone={tmp_path}", "model.pose_encoder.stride=2", "training.max_target_tokens=100")
+    # 383 positions of poses, one start token, 128 tokens of text.
+    check_model(resolve(*here, "data.max_frames=766"))
+    error = refused(*here, "data.max_frames=768")
+    assert all(f" {number} " in f"{error.message} " for number in (512, 768, 128, 513))
+    assert "data.max_frames=766" in error.hint
+    prefixed = ("model.prompt='{language}: {poses}'", "model.max_prefix_tokens=11")
+    assert "data.max_frames=744" in refused(*here, *prefixed, "data.max_frames=766").hint
+
+
+def test_what_a_language_model_lacks(tmp_path: Path) -> None:
+    SMALL_LLAMA.save_pretrained(tmp_path)
+    here = f"model.backbone={tmp_path}"
+    error = refused(here, "model.freeze=[encoder]")
+    assert "encoder" in error.message and "llama" in error.message
+    check_model(resolve(here, "model.freeze=[decoder]", "data.max_frames=400"))
+    assert "model.prefix" in refused("model.from_scratch=true", "model.prompt=translate {poses}").hint
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2_vl", "bert", "mamba"])
+def test_other_models_without_an_encoder_are_refused(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    error = refused(f"model.backbone={tmp_path}")
+    assert f"is a {kind}" in error.message and "llama" in error.message
 
 
 # BART: two rows of the table are not positions. T5: relative. M2M100: computed for any length.

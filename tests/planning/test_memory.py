@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, PreTrainedConfig, T5Config
+from transformers import BartConfig, LlamaConfig, PreTrainedConfig, T5Config
 
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
@@ -16,6 +16,7 @@ from toolkit.planning import memory
 from toolkit.planning.memory import fitting_batch_frames, translation_memory
 
 CLIPS, FRAMES, BEAMS, TOKENS = 3, 40, 4, 12
+KEPT = {"keys", "values", "prefix_keys", "prefix_values"}
 SIZES = {"vocab_size": 50, "d_model": 32}
 BACKBONES: dict[str, PreTrainedConfig] = {
     # Heads that together are wider than the model, as T5's largest are.
@@ -25,6 +26,11 @@ BACKBONES: dict[str, PreTrainedConfig] = {
     "bart": BartConfig(
         **SIZES, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=8,
         decoder_attention_heads=4, max_position_embeddings=64,
+    ),
+    # Queries share keys, and heads are not a part of the width.
+    "llama": LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, decoder_start_token_id=3,
     ),
 }  # fmt: skip
 
@@ -50,9 +56,9 @@ def largest_cache(model: PoseTranslator) -> int:
 
     def look(module: nn.Module, given: Any, named: Any, output: Any) -> None:
         cache = named["past_key_values"]
-        layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-        layers = [layer for layer in layers if layer.is_initialized]  # T5 makes one for each layer of the encoder
-        sizes.append(sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)))
+        parts = [cache] if hasattr(cache, "layers") else [cache.self_attention_cache, cache.cross_attention_cache]
+        kept = [value for part in parts for layer in part.layers for key, value in vars(layer).items() if key in KEPT]
+        sizes.append(sum(tensor.nbytes for tensor in kept if tensor is not None))  # T5 has layers that stay empty
 
     handle = model.backbone.get_decoder().register_forward_hook(look, with_kwargs=True)
     poses = torch.randn(CLIPS, FRAMES, 5, 3)

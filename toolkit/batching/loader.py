@@ -31,7 +31,7 @@ from toolkit.batching.order import (
 )
 from toolkit.batching.workers import start_workers
 from toolkit.poses.augmentation import augment, augment_features, is_off
-from toolkit.recipe.prompts import fill, placeholders
+from toolkit.recipe.prompts import fill, own_words, placeholders
 
 if TYPE_CHECKING:
     from toolkit.corpus.packed import Clip, Split
@@ -117,8 +117,9 @@ def train_batches(
     )
     model, training = recipe.model, recipe.training
     prefix = None
-    if model.prefix and placeholders(model.prefix):
-        prefix = Prefix(model.prefix, model.condition_dropout, training.seed)
+    words = own_words(model.prefix, model.prompt)
+    if placeholders(words):
+        prefix = Prefix(words, model.condition_dropout, training.seed)
     dataset = _Padded(split, augmentation, prefix)
     labeller = Labeller(tokenizer, training.max_target_tokens, model.max_prefix_tokens, ladder)
     if training.ctc_weight and training.ctc_target == "gloss":

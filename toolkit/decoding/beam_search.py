@@ -6,34 +6,29 @@ HuggingFace's own; only the loop is ours. Three things make it faster, and none 
 * **A clip leaves the batch when it is done.** HuggingFace computes all clips until the last one ends. Here a clip also
   ends as soon as no beam can overtake the hypotheses that are to be returned: a log-probability only falls as a text
   grows, so the best that a beam can reach is its sum over the most favourable length.
-* **The beams of a clip share one copy of its encoding.** Their cross-attention is one product per clip, not one a
-  beam, and the largest part of the cache is never copied from step to step.
+* **The beams of a clip share one copy of its encoding**, or of a language model's keys and values of its prefix. Their
+  attention to it is one product per clip, not one a beam, and the largest part of the cache is never copied from step
+  to step (``held_clips.py``).
 * **The first step runs once a clip**, because all its beams begin alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutput
 
 from toolkit.batching.copies import on_device
+from toolkit.decoding.held_clips import held_clips
 
 # Below any log-probability; HuggingFace's value, since scores are compared with its own.
 NEVER = -1e9
 # Finished clips are dropped, which costs a copy, when they are this share of a batch.
 DROP_SHARE = 0.125
-SHARED_ATTENTION = "sdpa_shared_by_beams"
 # The host waits for a GPU when it looks which clips are done; there it looks after so many tokens.
 TOKENS_BETWEEN_LOOKS = 10
 
@@ -51,12 +46,13 @@ def beam_search(
     """The decoding loop that ``generate`` calls; the signature is HuggingFace's.
 
     Args:
-        model: an encoder-decoder.
+        model: an encoder-decoder or a language model.
         input_ids: how every text begins [clips × beams, tokens].
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
         synced: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
             HuggingFace keeps its own ``synced_gpus`` from custom loops.
-        model_kwargs: ``encoder_outputs`` and ``attention_mask``, repeated for each beam, and an empty cache.
+        model_kwargs: ``encoder_outputs``, or ``inputs_embeds`` of prefixes, and ``attention_mask``, repeated for each
+            beam, and an empty cache.
 
     Returns:
         token ids [clips × returned sequences, tokens], best first, or with ``return_dict_in_generate`` an object with
@@ -64,46 +60,26 @@ def beam_search(
     """
     beams = generation_config.num_beams
     search = _Search(generation_config, input_ids.view(-1, beams, input_ids.shape[1]), logits_processor)
-    # Contiguous, because GPT-2 takes a view of it.
-    hidden = model_kwargs["encoder_outputs"][0][::beams].contiguous()
-    mask = model_kwargs["attention_mask"][::beams]
-    cache = model_kwargs["past_key_values"]
-
-    with _beams_share_encodings(model) as shared:
-        decoder_ids = input_ids[::beams]
+    with held_clips(model, beams, model_kwargs) as held:
+        ids = input_ids[::beams]
         while True:
-            outputs = model(
-                decoder_input_ids=decoder_ids,
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-            )
+            logits = held.scores(ids)
             if search.rows:
-                logits = outputs.logits[:, -1].float()
-                is_first = len(logits) != search.rows
-                if is_first:
+                logits = logits.float()
+                if len(logits) != search.rows:  # the first step, which all beams of a clip share
                     logits = logits.repeat_interleave(beams, dim=0)
                 rows, clips = search.step(logits, logits_processor, stopping_criteria)
             if not search.rows:
                 if not (synced and _any_rank_searches(False, input_ids.device)):
                     break
                 # Other ranks still search: this one runs the same layers on one row, whose output is not used.
-                decoder_ids, hidden, mask = decoder_ids[:1], hidden[:1], mask[:1]
-                cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=input_ids.device))
+                ids = ids[:1]
+                held.keep_one()
                 continue
             if synced:
                 _any_rank_searches(True, input_ids.device)
-            # After its first step the cache holds one row a clip, of which each beam takes a copy.
-            cache.self_attention_cache.reorder_cache(rows // beams if is_first else rows)
-            if clips is not None or (is_first and not shared):
-                kept = clips if clips is not None else torch.arange(len(hidden), device=hidden.device)
-                if not shared:
-                    kept = (kept if is_first else kept * beams).repeat_interleave(beams)
-                hidden, mask = hidden[kept], mask[kept]
-                cache.cross_attention_cache.reorder_cache(kept)
-            decoder_ids = search.running[:, :, -1].reshape(-1, 1)
+            held.follow(rows, clips)
+            ids = search.running[:, :, -1].reshape(-1, 1)
     return search.result()
 
 
@@ -251,50 +227,3 @@ def _any_rank_searches(this_one: bool, device: torch.device) -> bool:
     searching = torch.tensor(float(this_one), device=device)
     dist.all_reduce(searching, op=dist.ReduceOp.MAX)
     return bool(searching.item())
-
-
-@contextmanager
-def _beams_share_encodings(model: Any) -> Iterator[bool]:
-    """Within it one row of keys and values serves all beams of a clip, where the model's attention allows that.
-
-    The context's value says whether it does.
-    """
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        yield False
-        return
-    model.set_attn_implementation(SHARED_ATTENTION)
-    try:
-        yield True
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _shared_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
-) -> tuple[Tensor, None]:
-    """Scaled dot product attention in which several queries in a row may share a row of keys.
-
-    Args:
-        module: the attention layer.
-        query: [rows, heads, 1 token, width]; the rows of a clip stand together.
-        key, value: [clips, heads, positions, width].
-        attention_mask: [rows, 1, 1, positions], alike for all rows of a clip.
-        settings: as HuggingFace's attention takes them.
-
-    Returns:
-        [rows, 1 token, heads, width], and no weights.
-    """
-    rows, heads, _, width = query.shape
-    beams = rows // key.shape[0]
-    if beams == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    # A beam becomes a position of the query, for which attention over an encoding knows no order.
-    query = query.view(-1, beams, heads, width).transpose(1, 2)
-    mask = attention_mask[::beams] if attention_mask is not None and len(attention_mask) == rows else attention_mask
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, **(settings | {"is_causal": False}))
-    return output.reshape(rows, 1, heads, width), None
-
-
-AttentionInterface.register(SHARED_ATTENTION, _shared_attention)
-AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)

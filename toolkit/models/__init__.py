@@ -1,4 +1,4 @@
-"""Pose encoders and the translator around any HuggingFace seq2seq backbone.
+"""Pose encoders and the translator around a HuggingFace backbone: a seq2seq model or a language model.
 
 Its import registers the translator with transformers' ``Auto`` classes; users write ``import toolkit.auto``. It knows
 nothing of training.

@@ -1,6 +1,7 @@
-"""What differs between seq2seq architectures: class, width, positions, how a text begins, how tokens are scored.
+"""What differs between backbones: class, width, positions, how a text begins, how tokens are scored.
 
-Must not know of poses.
+A backbone is an encoder-decoder, whose encoder reads a clip's vectors, or a language model, whose decoder reads them as
+the prefix of its text. Must not know of poses.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from transformers import (
     initialization,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.batching.collate import IGNORED_LABEL
+from toolkit.models.language_models.prefixes import generation_inputs, is_language_model, score_after_prefixes
 
 # Decoders whose scores are the output matrix times their states, plus `final_logits_bias` where there is one; those of
 # T5's kind first multiply the states by `model_dim ** -0.5`, if this key of the configuration is true.
@@ -94,13 +96,14 @@ def note_output_matrix(config: PreTrainedConfig, published: dict[str, Any]) -> N
 
 
 def is_known(config: PreTrainedConfig) -> bool:
-    """Whether ``config`` is of one of transformers' own seq2seq architectures."""
-    return type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    """Whether ``config`` is of an architecture of transformers' own: encoder-decoders, and language models."""
+    return type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or is_language_model(config)
 
 
 def is_seq2seq(config: PreTrainedConfig) -> bool:
     """Whether there is an encoder-decoder that reads and writes text for ``config``, here or in code from the hub."""
-    return is_known(config) or "AutoModelForSeq2SeqLM" in (getattr(config, "auto_map", None) or {})
+    own = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return own or "AutoModelForSeq2SeqLM" in (getattr(config, "auto_map", None) or {})
 
 
 def backbone_class(config: PreTrainedConfig) -> Any:
@@ -109,6 +112,8 @@ def backbone_class(config: PreTrainedConfig) -> Any:
     """
     if not is_known(config):
         return AutoModelForSeq2SeqLM
+    if is_language_model(config):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(config, "separate_output", False):
         return SEPARATE_OUTPUT[config.model_type]
     return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
@@ -132,6 +137,21 @@ def empty_backbone(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     return model
 
 
+def halves(backbone: PreTrainedModel) -> tuple[PreTrainedModel | None, PreTrainedModel]:
+    """Encoder and decoder; a language model has no encoder."""
+    return None if is_language_model(backbone.config) else backbone.get_encoder(), backbone.get_decoder()
+
+
+def stacks(backbone: PreTrainedModel) -> list[PreTrainedModel]:
+    """The halves that there are, the encoder first."""
+    return [half for half in halves(backbone) if half is not None]
+
+
+def reader(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The half that reads clips: the encoder, or a language model's decoder."""
+    return stacks(backbone)[0]
+
+
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of ``config`` that describes the encoder; most architectures have one configuration for both halves."""
     part = getattr(config, "encoder", None)
@@ -145,7 +165,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def encoder_width(config: PreTrainedConfig) -> int:
-    """Width of what the encoder reads and gives."""
+    """Width of what the backbone reads of a clip: of its encoder, or of a language model."""
     return int(encoder_config(config).hidden_size)
 
 
@@ -170,6 +190,11 @@ def position_limit(half: nn.Module) -> int | None:
             unused = getattr(module, "offset", 0 if padding is None else padding + 1)
             sizes.append(module.num_embeddings - unused)
     return min(sizes, default=None)
+
+
+def context_limit(backbone: PreTrainedModel) -> int:
+    """How many positions a language model was made for; it computes them for any length."""
+    return int(backbone.config.max_position_embeddings)
 
 
 def cast_position_tables(model: nn.Module, dtype: torch.dtype) -> None:
@@ -199,20 +224,44 @@ def stack_layers(stack: nn.Module) -> list[nn.Module]:
 
 
 def takes_vectors(backbone: PreTrainedModel) -> bool:
-    """Whether the encoder reads vectors in place of token ids."""
-    return "inputs_embeds" in inspect.signature(backbone.get_encoder().forward).parameters
+    """Whether the backbone reads vectors in place of token ids."""
+    return "inputs_embeds" in inspect.signature(reader(backbone).forward).parameters
 
 
 def embed_words(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Token ids [clips, tokens] as the encoder embeds them: [clips, tokens, width].
+    """Token ids [clips, tokens] as the backbone embeds them: [clips, tokens, width].
 
-    BART, mBART, M2M100 and NLLB multiply by ``sqrt(width)`` inside their embedding module, so calling it is enough.
+    BART, mBART, M2M100, NLLB and Gemma multiply by ``sqrt(width)`` inside their embedding module: calling it is enough.
     Pegasus and Marian do so in the encoder and only when it is given ids, so it is done here. Poses are not scaled:
     the pose encoder ends in a layer norm and learns the scale that suits the backbone.
     """
-    scale = getattr(backbone.get_encoder(), "embed_scale", 1.0)
+    scale = getattr(reader(backbone), "embed_scale", 1.0)
     vectors: Tensor = backbone.get_input_embeddings()(ids) * scale
     return vectors
+
+
+def encode_vectors(backbone: PreTrainedModel, vectors: Tensor, mask: Tensor) -> Tensor:
+    """What the decoder reads of clips, given their vectors [clips, positions, width] and bool mask [clips, positions].
+
+    An encoder's output; a language model reads the vectors themselves, before the text.
+    """
+    encoder, _ = halves(backbone)
+    if encoder is None:
+        return vectors
+    hidden: Tensor = encoder(inputs_embeds=vectors, attention_mask=attention_mask(encoder, mask)).last_hidden_state
+    return hidden
+
+
+def search_inputs(backbone: PreTrainedModel, hidden: Tensor, mask: Tensor, start: int) -> dict[str, Any]:
+    """What the backbone's ``generate`` is called with.
+
+    Args:
+        hidden, mask: as :func:`encode_vectors` gives and takes them.
+        start: token that every text begins with.
+    """
+    if is_language_model(backbone.config):
+        return dict(generation_inputs(backbone, hidden, mask, start))
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask.long()}
 
 
 def attention_mask(half: PreTrainedModel, mask: Tensor) -> Tensor:
@@ -252,7 +301,7 @@ def score_tokens(
 
     Args:
         backbone: has weights.
-        hidden: what its encoder gave [clips, positions, width].
+        hidden: as :func:`encode_vectors` gives it [clips, positions, width].
         mask: bool [clips, positions].
         ids: what its decoder reads [clips, tokens].
         rows: int64 [rows], places in the flattened ``ids`` to score alone. Scores of a whole vocabulary are the largest
@@ -261,6 +310,8 @@ def score_tokens(
     Returns:
         [clips, tokens, vocabulary], or [rows, vocabulary].
     """
+    if is_language_model(backbone.config):
+        return score_after_prefixes(backbone, hidden, mask, ids, rows)
     kind = decoder_config(backbone.config).model_type
     if rows is None or kind not in SCALED_OUTPUT.keys() | PLAIN_OUTPUT:
         mask = mask.long()

@@ -14,6 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import reserve_rows
 from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
+from toolkit.models.language_models.prefixes import is_language_model
+from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
 from toolkit.models.tokenizers import text_frame
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published, tiny_config, tokenizer_of
@@ -57,6 +59,11 @@ def backbone_config(model: Model) -> PreTrainedConfig:
     return config
 
 
+def is_for_language_model(model: Model) -> bool:
+    """Whether the tokenizer of a run is one that a language model may bring, which ends no text; may read the hub."""
+    return tokenizer_of(model) not in ("bytes", "train") and is_language_model(backbone_config(model))
+
+
 def fit_dropout(config: PreTrainedConfig, model: Model) -> None:
     """Set, in place, a configuration's dropout to the recipe's; no layer is dropped."""
     for part in _parts(config):
@@ -88,6 +95,9 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
         _fit_vocabulary(config, tokenizer)
     else:
         _check_vocabulary(config, model, len(tokenizer))
+    if is_language_model(config):
+        _fit_text_tokens(config, model, tokenizer)
+        return
     _, behind = text_frame(tokenizer)
     if behind:
         # The first mBART writes the language code behind a text and starts the next one from it.
@@ -146,8 +156,10 @@ def fit_rows(config: PreTrainedConfig, tokens: int) -> None:
 
 def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fit a configuration for random weights to another vocabulary than its published one."""
-    starts_with_padding = config.decoder_start_token_id == config.pad_token_id
     fit_rows(config, len(tokenizer))
+    if is_language_model(config):
+        return
+    starts_with_padding = config.decoder_start_token_id == config.pad_token_id
     for part in _parts(config):
         part.pad_token_id = tokenizer.pad_token_id
         part.eos_token_id = tokenizer.eos_token_id
@@ -156,6 +168,14 @@ def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
             if hasattr(part, key):
                 setattr(part, key, None)
     config.decoder_start_token_id = tokenizer.pad_token_id if starts_with_padding else tokenizer.eos_token_id
+
+
+def _fit_text_tokens(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a language model begin and end texts as its tokenizer does; what was published may list several ends."""
+    config.eos_token_id = tokenizer.eos_token_id
+    # The embedding of the token for padding does not train.
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+    config.decoder_start_token_id = words_around_poses(model, tokenizer).start
 
 
 def _check_vocabulary(config: PreTrainedConfig, model: Model, tokens: int) -> None:

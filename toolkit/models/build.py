@@ -12,10 +12,18 @@ from toolkit.models.adaptation.adapters import adapt
 from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens
 from toolkit.models.adaptation.quantisation import mark_quantised
 from toolkit.models.backbone import empty_backbone, is_known
-from toolkit.models.backbone_config import backbone_config, fitted_config, not_loadable, source_of
+from toolkit.models.backbone_config import (
+    backbone_config,
+    fitted_config,
+    is_for_language_model,
+    not_loadable,
+    source_of,
+)
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.glosses import glosses_of
+from toolkit.models.language_models.prefixes import is_language_model
+from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.backbone_weights import (
     Placement,
     place_added_modules,
@@ -31,7 +39,7 @@ from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
 from toolkit.models.warm_start.filling import WarmStart, frozen_weights
 from toolkit.recipe.model_cards import card_of, language_of, reads_published, tokenizer_of
-from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
 
@@ -49,6 +57,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
         texts,
         language=language_of(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
+        for_language_model=is_for_language_model(recipe.model),
     )
     add_tokens(tokenizer, recipe.model.extra_tokens)
     extractor = PoseFeatureExtractor(
@@ -58,7 +67,7 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
         too_long=metadata.too_long,
         normalisation=metadata.normalisation,
         num_features=metadata.num_features,
-        **(_prefix(recipe.model, tokenizer) if placeholders(recipe.model.prefix) else {}),
+        **_of_clips(recipe.model),
     )
     return PoseProcessor(extractor, tokenizer)
 
@@ -79,8 +88,8 @@ def build_translator(
     model = recipe.model
     placement = placement_of(resolved)
     fingerprint = Fingerprint() if stands_on_base(model) else None
-    prefix = _prefix(model, tokenizer)
     described = fitted_config(model, tokenizer)
+    prefix = _prefix(model, tokenizer, described)
     if is_known(described):
         check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix), corpus)
     start = start or WarmStart(None)
@@ -123,16 +132,27 @@ def build_translator(
     return translator
 
 
-def _prefix(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the translator's configuration says about its prefix: the tokens of all clips, or a template."""
-    if placeholders(model.prefix):
-        return {"prefix_template": model.prefix, "max_prefix_tokens": model.max_prefix_tokens}
-    ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix else []
-    return {"prefix_token_ids": ids}
+def _prefix(model: Model, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
+    """What the translator's configuration says about the words beside its poses: of all clips, and a template."""
+    if is_language_model(config):
+        words = words_around_poses(model, tokenizer)
+        return {"prefix_token_ids": words.before, "suffix_token_ids": words.behind, **_of_clips(model)}
+    own = _of_clips(model)
+    ids = tokenizer(model.prefix, add_special_tokens=False)["input_ids"] if model.prefix and not own else []
+    return {"prefix_token_ids": ids, **own}
+
+
+def _of_clips(model: Model) -> dict[str, Any]:
+    """The same about words that differ from clip to clip."""
+    words = own_words(model.prefix, model.prompt)
+    if not placeholders(words):
+        return {}
+    return {"prefix_template": words, "max_prefix_tokens": model.max_prefix_tokens}
 
 
 def _longest(prefix: dict[str, Any]) -> int:
-    return prefix.get("max_prefix_tokens") or len(prefix["prefix_token_ids"])
+    fixed = len(prefix["prefix_token_ids"]) + len(prefix.get("suffix_token_ids", ()))
+    return fixed + int(prefix.get("max_prefix_tokens", 0))
 
 
 def rebuild_translator(

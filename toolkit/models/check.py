@@ -8,22 +8,33 @@ from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import lora_targets
-from toolkit.models.backbone import empty_backbone, is_known, is_seq2seq, position_limit, takes_vectors
+from toolkit.models.backbone import (
+    context_limit,
+    empty_backbone,
+    halves,
+    is_known,
+    is_seq2seq,
+    position_limit,
+    takes_vectors,
+)
 from toolkit.models.backbone_config import backbone_config
+from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
-from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
+from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Data, MixPart, PoseEncoder, Recipe
 
-SEQ2SEQ_HINT = "choose a seq2seq model that reads vectors; `python launch/recipes.py ls` shows some"
+OTHERS_HINT = "choose another model that reads vectors; `python launch/recipes.py ls` shows some"
 
 
 def check_model(resolved: ResolvedRun) -> None:
     """See that the backbone can be loaded and trained as the recipe asks; reads no weights and needs no process group.
 
     Raises:
-        UserError: it cannot be loaded, is no encoder-decoder, reads no vectors, has too few positions, lacks a layer
-            that LoRA is to adapt, or is in a refused cell of the compatibility table.
+        UserError: it cannot be loaded, is neither an encoder-decoder nor a known language model, reads no vectors, has
+            too few positions, lacks a part that is to be frozen or a layer that LoRA is to adapt, or is in a refused
+            cell of the compatibility table.
     """
     model = resolved.recipe.model
     config = backbone_config(model)
@@ -37,7 +48,17 @@ def check_model(resolved: ResolvedRun) -> None:
     if not takes_vectors(backbone):
         raise UserError(
             f"model.backbone={model.backbone}: the encoder of a {config.model_type} takes no inputs_embeds for poses",
-            SEQ2SEQ_HINT,
+            OTHERS_HINT,
+        )
+    if model.prompt and not is_language_model(config):
+        raise UserError(
+            f"model.prompt is for language models, and model.backbone={model.backbone} is a {config.model_type}",
+            "set model.prefix instead: words before the poses",
+        )
+    if "encoder" in model.freeze and halves(backbone)[0] is None:
+        raise UserError(
+            f"model.freeze=[encoder]: model.backbone={model.backbone} is a {config.model_type} and has no encoder",
+            "freeze decoder or embeddings, or leave model.freeze empty",
         )
     if model.lora:
         lora_targets(backbone, model)
@@ -45,16 +66,20 @@ def check_model(resolved: ResolvedRun) -> None:
     frames = corpus.metadata.max_frames if corpus else resolved.recipe.data.max_frames
     check_fusion(resolved.recipe, corpus)
     # How many tokens a fixed prefix has shows when the tokenizer is there.
-    prefix = model.max_prefix_tokens if placeholders(model.prefix) else 0
+    prefix = model.max_prefix_tokens if placeholders(own_words(model.prefix, model.prompt)) else 0
     check_positions(resolved.recipe, backbone, frames, prefix, corpus)
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError unless this configures an encoder-decoder for texts; ``name`` is for the message."""
-    if config.is_encoder_decoder and is_seq2seq(config):
+    """Raise UserError unless this configures an encoder-decoder for texts or a language model that is known here.
+
+    ``name`` is for the message.
+    """
+    if is_language_model(config) or (config.is_encoder_decoder and is_seq2seq(config)):
         return
-    kind = "a model that writes text from text" if config.is_encoder_decoder else "an encoder-decoder"
-    raise UserError(f"model.backbone={name} is a {config.model_type}, not {kind}", SEQ2SEQ_HINT)
+    known = f"an encoder-decoder, nor a language model that is known here ({', '.join(LANGUAGE_MODELS)})"
+    kind = "not a model that writes text from text" if config.is_encoder_decoder else f"neither {known}"
+    raise UserError(f"model.backbone={name} is a {config.model_type}, {kind}", OTHERS_HINT)
 
 
 def check_fusion(recipe: Recipe, corpus: Corpus | None) -> None:
@@ -87,9 +112,14 @@ def check_positions(
         UserError: it does not.
     """
     name, pose_encoder = recipe.model.backbone, recipe.model.pose_encoder
-    limit = position_limit(backbone.get_encoder())
     vectors = 2 if concatenates(recipe, corpus) else 1
-    needed = prefix + vectors * encoder_positions(pose_encoder, max_frames or 0)
+    positions = vectors * encoder_positions(pose_encoder, max_frames or 0)
+    encoder, decoder = halves(backbone)
+    if encoder is None:
+        _check_context(recipe, backbone, max_frames or 0, positions, prefix)
+        return
+    limit = position_limit(encoder)
+    needed = prefix + positions
     if limit is not None and needed > limit:
         fitting = (limit - prefix) // vectors * pose_encoder.frames_per_position
         shorter = (
@@ -102,7 +132,7 @@ def check_positions(
             f"{f' after a prefix of {prefix} tokens' if prefix else ''} take {needed}",
             f"set data.max_frames={fitting}, or model.{shorter}",
         )
-    limit = position_limit(backbone.get_decoder())
+    limit = position_limit(decoder)
     lengths = {
         "training.max_target_tokens": recipe.training.max_target_tokens,
         "evaluation.max_new_tokens": recipe.evaluation.max_new_tokens,
@@ -112,6 +142,20 @@ def check_positions(
         remedy = " ".join(f"{key}={limit}" for key, length in lengths.items() if length > limit)
         raise UserError(
             f"model.backbone={name} has {limit} decoder positions, and texts take up to {needed}", f"set {remedy}"
+        )
+
+
+def _check_context(recipe: Recipe, backbone: PreTrainedModel, max_frames: int, positions: int, prefix: int) -> None:
+    """See that prefix, so many positions of a clip, start token and text fit into a language model's context."""
+    limit, tokens = context_limit(backbone), max(recipe.training.max_target_tokens, recipe.evaluation.max_new_tokens)
+    needed = prefix + positions + 1 + tokens
+    if needed > limit:
+        fitting = max(0, limit - prefix - 1 - tokens) * max_frames // positions
+        raise UserError(
+            f"model.backbone={recipe.model.backbone} has a context of {limit} positions; clips of {max_frames} frames, "
+            f"{prefix} tokens beside them and texts of {tokens} tokens take {needed}",
+            f"set data.max_frames={fitting}, a larger model.pose_encoder.stride, or fewer training.max_target_tokens "
+            "and evaluation.max_new_tokens",
         )
 
 

@@ -26,7 +26,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as gradients
 from torch.fx.experimental import _config as sizes
 
-from toolkit.models.backbone import stack_layers
+from toolkit.models.backbone import stack_layers, stacks
 
 BACKEND: str | Callable[..., Any] = "inductor"  # tests choose others
 # Graphs of one kind of layer: with and without position biases, frozen and not, for one clip or token and for several.
@@ -62,8 +62,7 @@ def layers_to_compile(model: Any) -> list[Any]:
     """The blocks of pose encoder, encoder and decoder."""
     lists = [part for part in model.pose_encoder.modules() if isinstance(part, nn.ModuleList)]
     of_poses = [layer for part in lists for layer in part]
-    backbone = model.backbone
-    return [*of_poses, *stack_layers(backbone.get_encoder()), *stack_layers(backbone.get_decoder())]
+    return [*of_poses, *(layer for stack in stacks(model.backbone) for layer in stack_layers(stack))]
 
 
 def compile_layers(model: Any) -> int:

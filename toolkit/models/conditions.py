@@ -11,7 +11,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.tokenizers import make_tokenizer, text_frame
 from toolkit.recipe.model_cards import language_of, tokenizer_of
-from toolkit.recipe.prompts import fill, placeholders
+from toolkit.recipe.prompts import fill, own_words, placeholders
 from toolkit.recipe.schema import Recipe
 
 LANGUAGES_COLUMN = "the column target_language"
@@ -28,7 +28,7 @@ def check_recipe_conditions(recipe: Recipe, corpus: Corpus) -> None:
     if language and any(known["target_language"] for known, _ in corpus.splits["train"].condition_counts()):
         trust = recipe.model.trust_remote_code
         tokenizer = make_tokenizer(tokenizer_of(recipe.model), language=language, trust_remote_code=trust)
-    check_conditions(placeholders(recipe.model.prefix), corpus, ["train"], tokenizer)
+    check_conditions(placeholders(own_words(recipe.model.prefix, recipe.model.prompt)), corpus, ["train"], tokenizer)
 
 
 def check_conditions(names: Sequence[str], corpus: Corpus, splits: Iterable[str], tokenizer: Any = None) -> None:
@@ -73,7 +73,8 @@ def _counts(corpus: Corpus, split: str) -> dict[str, Counter[str]]:
 def condition_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any) -> Iterator[str]:
     """What a user should know of the conditions of the training clips: which are missing, unused or truncated."""
     model, split = recipe.model, corpus.splits["train"]
-    named, counts = placeholders(model.prefix), _counts(corpus, "train")
+    words, counts = own_words(model.prefix, model.prompt), _counts(corpus, "train")
+    named = placeholders(words)
     for name in named:
         if missing := len(split) - counts[name].total():
             yield f"{missing} of {len(split)} training clips have no {name}, and their prefix leaves it out"
@@ -88,7 +89,7 @@ def condition_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any) -> Iterator[
         # A tokenizer makes at most two tokens of a byte, so short prefixes need not be tokenised.
         prefixes: Counter[str] = Counter()
         for known, clips in split.condition_counts():
-            prefixes[fill(model.prefix or "", known)] += clips
+            prefixes[fill(words, known)] += clips
         suspects = [prefix for prefix in prefixes if 2 * len(prefix.encode()) > limit]
         ids = tokenizer(suspects, add_special_tokens=False)["input_ids"] if suspects else []
         lengths = {prefix: len(of_prefix) for prefix, of_prefix in zip(suspects, ids, strict=True)}

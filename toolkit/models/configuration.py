@@ -12,7 +12,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
     """Configuration of :class:`~toolkit.models.translator.PoseTranslator`.
 
     Args:
-        backbone: the HuggingFace configuration of the seq2seq backbone, as ``to_dict`` gives it.
+        backbone: the HuggingFace configuration of the backbone, as ``to_dict`` gives it.
         pose_encoder: the settings of the pose encoder (``kind``, ``hidden``, ``layers``, …), as the recipe's
             ``model.pose_encoder`` holds them.
         num_points: landmarks per frame.
@@ -26,8 +26,9 @@ class PoseTranslatorConfig(PreTrainedConfig):
         ctc_search_weight: share of the CTC head in the score of a beam, 0..1; 0 searches by the decoder alone.
         special_token_ids: tokens that are written but not signed; CTC never reads them.
         prefix_token_ids: a text prompt whose embeddings stand before the poses of every clip.
-        prefix_template: instead of it, a template that names conditions of a clip, which the processor fills in.
+        prefix_template: a template that names conditions of a clip, which the processor fills in; behind these tokens.
         max_prefix_tokens: longer ones are truncated.
+        suffix_token_ids: words between the poses of every clip and the start token of its text; language models only.
         adapter: folder, beside the weights, of their PEFT adapter, which ``from_pretrained`` loads; ``adapter=None``
             leaves it out.
         lineage: the trained translator that training started from, if any: ``source``, ``step``, ``scores``, what was
@@ -53,6 +54,7 @@ class PoseTranslatorConfig(PreTrainedConfig):
         prefix_token_ids: list[int] | None = None,
         prefix_template: str = "",
         max_prefix_tokens: int = 0,
+        suffix_token_ids: list[int] | None = None,
         adapter: str | None = None,
         lineage: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -72,19 +74,23 @@ class PoseTranslatorConfig(PreTrainedConfig):
         self.prefix_token_ids = prefix_token_ids or []
         self.prefix_template = prefix_template
         self.max_prefix_tokens = max_prefix_tokens
+        self.suffix_token_ids = suffix_token_ids or []
         self.adapter = adapter
         self.lineage = lineage
         # generate() and the tokenizer read these off the outer configuration.
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
             kwargs.setdefault(key, self.backbone.get(key))
+        if kwargs["pad_token_id"] is None:
+            kwargs["pad_token_id"] = kwargs["eos_token_id"]  # a language model may have no other
         kwargs.setdefault("is_encoder_decoder", True)
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
     @property
     def longest_prefix(self) -> int:
-        """Tokens before the poses, at most."""
-        return self.max_prefix_tokens if self.prefix_template else len(self.prefix_token_ids)
+        """Tokens beside the poses, at most."""
+        of_clip = self.max_prefix_tokens if self.prefix_template else 0
+        return of_clip + len(self.prefix_token_ids) + len(self.suffix_token_ids)
 
     def input_shapes(self, clips: int, frames: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of what the model reads of so many clips, by the names that ``PoseTranslator.encode`` has."""

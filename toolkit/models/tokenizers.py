@@ -23,11 +23,17 @@ TRAINED_VOCABULARY = 8000
 
 
 def make_tokenizer(
-    kind: str, texts: Iterable[str] = (), *, language: str | None = None, trust_remote_code: bool = False
+    kind: str,
+    texts: Iterable[str] = (),
+    *,
+    language: str | None = None,
+    trust_remote_code: bool = False,
+    for_language_model: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Make or load a tokenizer: ``bytes``, ``train`` (on the texts), or one of a hub id or a folder.
 
-    With ``language``, as a multilingual tokenizer calls it, every text carries its code.
+    With ``language``, as a multilingual tokenizer calls it, every text carries its code. ``for_language_model``: that
+    of a language model begins its input with a token, and ends no text; here it ends each, and begins none.
 
     Raises:
         UserError: the hub id or folder cannot be loaded, does not know the language, needs one that is not given, or
@@ -39,6 +45,8 @@ def make_tokenizer(
         tokenizer = train_tokenizer(texts)
     else:
         tokenizer = _load_tokenizer(kind, trust_remote_code)
+    if for_language_model:
+        _end_texts(tokenizer)
     _set_language(tokenizer, language, kind)
     _check_ends(tokenizer, kind)
     return tokenizer
@@ -69,6 +77,14 @@ def _set_language(tokenizer: Any, language: str | None, kind: str) -> None:
         )
     language_id(tokenizer, language)
     tokenizer.tgt_lang = language.strip("_")
+
+
+def _end_texts(tokenizer: Any) -> None:
+    """Frame texts by an end alone; a token for padding, which is nowhere read, may be the same."""
+    if tokenizer.eos_token is not None and hasattr(tokenizer, "add_eos_token"):
+        tokenizer.add_bos_token, tokenizer.add_eos_token = False, True
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _check_ends(tokenizer: Any, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""The translator: a pose encoder in front of any HuggingFace seq2seq backbone, as one ``PreTrainedModel``.
+"""The translator: a pose encoder in front of a HuggingFace seq2seq or language model, as one ``PreTrainedModel``.
 
 A saved translator is an ordinary HuggingFace folder. Loading is strict: a missing or unexpected tensor is an error.
 """
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from toolkit.batching.collate import NO_TOKEN
 from toolkit.batching.copies import on_device
 from toolkit.errors import UserError
 from toolkit.models.backbone import (
-    attention_mask,
     decoder_inputs,
     embed_words,
+    encode_vectors,
     encoder_width,
     new_backbone,
     score_tokens,
+    search_inputs,
     vocabulary_size,
 )
 from toolkit.models.configuration import PoseTranslatorConfig
@@ -54,7 +54,7 @@ class PoseTranslatorOutput(ModelOutput):
 
 
 class PoseTranslator(PreTrainedModel, GenerationMixin):
-    """Poses to text: pose encoder → backbone encoder → backbone decoder.
+    """Poses to text: pose encoder → backbone encoder → backbone decoder; a language model has the decoder alone.
 
     A ready ``backbone``, for instance from the hub, is taken as it is; without one it is made by the configuration.
     """
@@ -105,7 +105,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         prefix_ids: Tensor | None = None,
         video_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run both encoders once.
+        """Run the encoders once.
 
         Args:
             poses: [clips, frames, points, channels].
@@ -117,26 +117,36 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
                 reads poses alone.
 
         Returns:
-            hidden states [clips, positions, width] and their bool mask [clips, positions].
+            what the decoder reads of the clips [clips, positions, width], an encoder's hidden states or the prefix of a
+            language model's text, and their bool mask [clips, positions]; padding stands behind everything.
 
         Raises:
             ValueError: the model's prefix differs from clip to clip, and there are none.
         """
         of_features = {} if video_features is None else {"video_features": video_features}
         vectors, mask = self.pose_encoder(poses, visible, frame_mask, **of_features)
-        if self.config.prefix_template and prefix_ids is None:
+        config = self.config
+        if config.prefix_template and prefix_ids is None:
             raise ValueError("the model needs prefix_ids: call it with what its processor makes of clips")
-        if prefix_ids is None and self.config.prefix_token_ids:
-            of_all = on_device(self.config.prefix_token_ids, vectors.device, torch.int64)
-            prefix_ids = of_all.expand(len(vectors), -1)
-        if prefix_ids is not None:
-            words = embed_words(self.backbone, prefix_ids.clamp(min=0)).to(vectors.dtype)
-            vectors, mask = torch.cat([words, vectors], dim=1), torch.cat([prefix_ids != NO_TOKEN, mask], dim=1)
-        if self.config.prefix_template:
+        before, behind = (self._fixed(ids, vectors) for ids in (config.prefix_token_ids, config.suffix_token_ids))
+        if before is not None:
+            prefix_ids = before if prefix_ids is None else torch.cat([before, prefix_ids], dim=1)
+        parts = [self._embedded(prefix_ids, vectors), (vectors, mask), self._embedded(behind, vectors)]
+        if prefix_ids is not None or behind is not None:
+            vectors, mask = (torch.cat(pair, dim=1) for pair in zip(*filter(None, parts), strict=True))
+        if config.prefix_template or behind is not None:
             vectors, mask = padding_last(vectors, mask)
-        encoder = self.backbone.get_encoder()
-        hidden = encoder(inputs_embeds=vectors, attention_mask=attention_mask(encoder, mask)).last_hidden_state
-        return hidden, mask
+        return encode_vectors(self.backbone, vectors, mask), mask
+
+    def _fixed(self, ids: list[int], vectors: Tensor) -> Tensor | None:
+        """Tokens that all clips of these vectors have [clips, tokens]; None where there are none."""
+        return on_device(ids, vectors.device, torch.int64).expand(len(vectors), -1) if ids else None
+
+    def _embedded(self, ids: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Words beside these vectors, and their mask."""
+        if ids is None:
+            return None
+        return embed_words(self.backbone, ids.clamp(min=0)).to(vectors.dtype), ids != NO_TOKEN
 
     def forward(
         self,
@@ -163,13 +173,15 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
 
     def _ctc(self, hidden: Tensor, mask: Tensor, prefix_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores of the CTC head and their mask, at the positions that stem from poses."""
-        if prefix_ids is None:
-            first_pose = len(self.config.prefix_token_ids)
-            return self.ctc_head(hidden[:, first_pose:]), mask[:, first_pose:]
-        first_poses = (prefix_ids != NO_TOKEN).sum(dim=1, keepdim=True)
-        places = first_poses + torch.arange(hidden.shape[1] - prefix_ids.shape[1], device=hidden.device)
-        of_poses = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
-        return self.ctc_head(of_poses), mask.gather(1, places)
+        fixed, behind = len(self.config.prefix_token_ids), len(self.config.suffix_token_ids)
+        if prefix_ids is None and not behind:
+            return self.ctc_head(hidden[:, fixed:]), mask[:, fixed:]
+        of_clip = torch.zeros_like(mask[:, :1]) if prefix_ids is None else prefix_ids != NO_TOKEN
+        words = fixed + of_clip.sum(dim=1, keepdim=True)
+        of_batch = fixed + behind + (0 if prefix_ids is None else prefix_ids.shape[1])
+        positions = torch.arange(hidden.shape[1] - of_batch, device=hidden.device)
+        of_poses = hidden.gather(1, (words + positions).unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
+        return self.ctc_head(of_poses), positions < mask.sum(dim=1, keepdim=True) - words - behind
 
     @torch.no_grad()
     def read_glosses(self, hidden: Tensor, mask: Tensor, prefix_ids: Tensor | None = None) -> list[str]:
@@ -194,7 +206,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         encoded: tuple[Tensor, Tensor] | None = None,
         **settings: Any,
     ) -> Any:
-        """Translate: the encoder runs once, then the backbone's own ``generate`` searches.
+        """Translate: the encoders run once, then the backbone's own ``generate`` searches.
 
         Args:
             poses, visible, frame_mask, prefix_ids, video_features: as :meth:`encode` takes them.
@@ -226,8 +238,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         if processors:
             others["logits_processor"] = [*processors, *others.get("logits_processor", [])]
         return self.backbone.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            attention_mask=mask.long(),
+            **search_inputs(self.backbone, hidden, mask, self.config.decoder_start_token_id),
             generation_config=search,
             **others,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import lora_targets
-from toolkit.models.backbone import empty_backbone, encoder_width, position_limit, takes_vectors
+from toolkit.models.backbone import context_limit, empty_backbone, encoder_width, halves, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.check import check_architecture
 from toolkit.planning.costs.counts import count_with
@@ -17,7 +17,7 @@ from toolkit.planning.hardware import GIB
 from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, refusal
 from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
-from toolkit.recipe.model_cards import card_of
+from toolkit.recipe.model_cards import card_of, card_published_as
 from toolkit.recipe.schema import Lora, Quantization, Recipe
 
 STATES_SHARE = 2 / 3  # of a card; the rest is for activations and what else lives there
@@ -60,7 +60,8 @@ class Candidate:
         architecture: HuggingFace ``model_type``.
         tested: whether the compatibility table, and so the tests, know this architecture.
         hidden_size: width of the vectors that the encoder takes.
-        encoder_positions, decoder_positions: the most that it reads; None = no limit.
+        encoder_positions, decoder_positions: the most that it reads; None = no limit. A language model has these many
+            for both together.
         parameters: of the backbone.
         lora_targets: layers that LoRA would adapt; empty where they must be named.
         ways: all allowed ways.
@@ -90,10 +91,12 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
         world_size: number of GPUs.
 
     Raises:
-        UserError: it cannot be loaded, is no encoder-decoder, or reads no vectors.
+        UserError: it cannot be loaded, is neither an encoder-decoder nor a known language model, or reads no vectors.
     """
-    own = {"from_scratch": True} if card_of(recipe.model) else {}  # a card's dimensions need no hub
-    model = recipe.model.model_copy(update={"lora": None, "quantization": None, "freeze": [], **own})
+    asked = recipe.model.backbone
+    model = recipe.model.model_copy(update={"backbone": card_published_as(asked) or asked})
+    own = {"from_scratch": True} if card_of(model) else {}  # a card's dimensions need no hub
+    model = model.model_copy(update={"lora": None, "quantization": None, "freeze": [], **own})
     recipe = recipe.model_copy(update={"model": model})
     config = backbone_config(model)
     check_architecture(config, model.backbone)
@@ -102,15 +105,17 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
         raise UserError(
             f"model.backbone={model.backbone}: the encoder of a {config.model_type} reads token ids only (it takes no "
             "inputs_embeds), and poses are vectors",
-            "choose another seq2seq model; `python launch/recipes.py ls` lists some",
+            "choose another model; `python launch/recipes.py ls` lists some",
         )
+    encoder, decoder = halves(backbone)
+    limits = (position_limit(encoder), position_limit(decoder)) if encoder else (context_limit(backbone),) * 2
     return Candidate(
-        backbone=model.backbone,
+        backbone=asked,
         architecture=config.model_type,
         tested=config.model_type in ARCHITECTURES,
         hidden_size=encoder_width(config),
-        encoder_positions=position_limit(backbone.get_encoder()),
-        decoder_positions=position_limit(backbone.get_decoder()),
+        encoder_positions=limits[0],
+        decoder_positions=limits[1],
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         lora_targets=_targets(config, recipe),
         ways=list(_ways(config, recipe, card_gib, world_size)),

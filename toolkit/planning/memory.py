@@ -18,6 +18,7 @@ from torch import distributed as dist
 from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.order import evaluation_shapes
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
+from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.translator import PoseTranslator
 
 LARGEST_SHARE = 0.9
@@ -67,13 +68,14 @@ def translation_memory(
     config = model.backbone.config
     decoder = getattr(config, "decoder", config)
     layers, heads = _first(decoder, *LAYERS), _first(decoder, *HEADS)
-    inner = heads * (_first(decoder, "d_kv", missing=0) or model.pose_encoder.width // heads)
+    width = _first(decoder, "d_kv", "head_dim", missing=0) or model.pose_encoder.width // heads
+    inner = width * _first(decoder, "num_key_value_heads", missing=heads)  # of keys, or of values
     # The pose encoder may shorten a clip, but its first layers see every frame.
     length = frames * model.pose_encoder.vectors_per_position + model.config.longest_prefix
     positions, widest = clips * length, 4 * max(model.pose_encoder.width, model.config.pose_encoder["hidden"])
     widest = max(widest, 2 * model.config.num_features)
-    # Only with this attention do the beams of a clip share one copy of its encoding.
-    copies = 1 if config._attn_implementation == "sdpa" else beams
+    # Only with this attention do the beams of a clip share one copy of its encoding; a prefix has always one.
+    copies = 1 if config._attn_implementation == "sdpa" or is_language_model(config) else beams
     across = 2 * layers * positions * copies * inner
     along = 2 * layers * clips * beams * max_new_tokens * inner
     return TranslationMemory(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.errors import UserError
-from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.prompts import own_words, placeholders
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Data, MixPart, Recipe
@@ -90,7 +90,7 @@ def problems_of_mix(recipe: Recipe) -> Iterator[UserError]:
     yield from _problems_of_weights(data)
     yield from _twice(data)
     of_prompts = [part for part in data.corpora if part.prefix is not None]
-    if of_prompts and "prompt" not in placeholders(recipe.model.prefix):
+    if of_prompts and "prompt" not in placeholders(own_words(recipe.model.prefix, recipe.model.prompt)):
         yield UserError(
             f"the corpus {of_prompts[0].label} has a prefix, which model.prefix={recipe.model.prefix!r} leaves out",
             "name {prompt} in model.prefix, or set model.prefix=null",
@@ -167,7 +167,9 @@ def with_prompt(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe's tree in which ``model.prefix`` is ``{prompt}`` where a corpus has a prefix and the model has none."""
     data, model = tree.get("data"), tree.get("model")
     parts = data.get("corpora") if isinstance(data, dict) else None
-    if not isinstance(parts, list) or not isinstance(model, dict) or model.get("prefix") is not None:
+    if not isinstance(parts, list) or not isinstance(model, dict):
+        return tree
+    if model.get("prefix") is not None or model.get("prompt") is not None:
         return tree
     has_prefix = any(isinstance(part, dict) and part.get("prefix") is not None for part in parts)
     return {**tree, "model": {**model, "prefix": "{prompt}"}} if has_prefix else tree

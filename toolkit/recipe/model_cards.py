@@ -89,6 +89,11 @@ def card_of(model: Model) -> ModelCard | None:
     )
 
 
+def card_published_as(hub_id: str) -> str | None:
+    """The name of the card of that hub id; None where there is none."""
+    return next((name for name in model_names() if load_model_yaml(name).hub_id == hub_id), None)
+
+
 def architecture_of(model: Model) -> str | None:
     """The backbone's HuggingFace ``model_type`` as far as it is known without a hub; None for a hub id."""
     card = card_of(model)
@@ -140,6 +145,14 @@ _BART: dict[str, Any] = {
     **{f"{half}_attention_heads": 4 for half in ("encoder", "decoder")},
     **{f"{half}_ffn_dim": 128 for half in ("encoder", "decoder")},
 }
+_LANGUAGE_MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 # How each architecture shrinks: the largest value that each key keeps; a list replaces the published one. Keys that are
 # not named stay as published, so activation, biases, tying and positions remain the architecture's own.
 TINY_LIMITS: dict[str, dict[str, Any]] = {
@@ -152,6 +165,9 @@ TINY_LIMITS: dict[str, dict[str, Any]] = {
         "max_encoder_position_embeddings": 1024,
         "max_decoder_position_embeddings": 1024,
     },
+    **dict.fromkeys(("llama", "mistral", "gemma"), _LANGUAGE_MODEL),
+    **{name: {**_LANGUAGE_MODEL, "layer_types": ["full_attention"] * 2} for name in ("qwen2", "qwen3")},
+    "gemma2": {**_LANGUAGE_MODEL, "layer_types": ["sliding_attention", "full_attention"]},
     "encoder-decoder": {
         "encoder": {
             "hidden_size": 64,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from toolkit.recipe.corpora import Source, SplitBy, TimeUnit, label_of, weights_of
-from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.prompts import own_words, placeholders
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -247,8 +247,8 @@ class Model(Section):
     from_scratch: bool = False  # random weights, dimensions of the model card: needs no hub
     tiny: bool = False  # the same architecture, shrunk to two narrow layers; implies random weights
     tokenizer: str | None = None  # None = the backbone's own; "bytes"; "train"; hub id or folder
-    # Words embedded before the poses; {language}, {target_language}, {prompt} and {context} are the clip's.
-    prefix: str | None = None
+    prefix: str | None = None  # words before the poses; {language}, {target_language}, {prompt}, {context} are a clip's
+    prompt: str | None = None  # of a language model, instead: a chat's message, in which {poses} stands for the clip
     max_prefix_tokens: Count = 64  # longer prefixes of single clips are truncated
     condition_dropout: Share = 0.0  # probability, per training clip and condition, that its prefix leaves it out
     trust_remote_code: bool = False
@@ -265,7 +265,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _prefix_names_conditions(self) -> Model:
-        if not placeholders(self.prefix) and self.condition_dropout:
+        if not placeholders(own_words(self.prefix, self.prompt)) and self.condition_dropout:
             raise ValueError(
                 f"condition_dropout={self.condition_dropout}, but the prefix names no condition",
                 "set model.condition_dropout=0, or name one: model.prefix='translate {language}:'",

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, EncoderDecoderConfig, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    GPT2Config,
+)
 from transformers import PreTrainedConfig as Configuration
 
 from toolkit.models.loading.random_weights import make_skeleton
+from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 HALVES = {
@@ -17,7 +25,12 @@ HALVES = {
 }
 BART = {"d_model": 32, "vocab_size": 100, "decoder_start_token_id": 2, **HALVES}
 LED = {"attention_window": 8, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+LANGUAGE_MODEL = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "pad_token_id": 0},
+}
 CONFIGS: dict[str, Configuration] = {
+    **{name: AutoConfig.for_model(name, **LANGUAGE_MODEL) for name in LANGUAGE_MODELS},
     **{name: AutoConfig.for_model(name, **T5, decoder_start_token_id=0) for name in ("t5", "mt5", "umt5", "longt5")},
     **{
         name: AutoConfig.for_model(name, **BART, pad_token_id=1, max_position_embeddings=64)
@@ -35,7 +48,8 @@ CONFIGS: dict[str, Configuration] = {
 def test_every_tensor_is_distributed_as_transformers_draws_it(name: str) -> None:
     skeleton = make_skeleton(CONFIGS[name])
     torch.manual_seed(0)
-    usual = AutoModelForSeq2SeqLM.from_config(CONFIGS[name])
+    kind = AutoModelForCausalLM if name in LANGUAGE_MODELS else AutoModelForSeq2SeqLM
+    usual = kind.from_config(CONFIGS[name])
     expected = {**dict(usual.named_parameters()), **dict(usual.named_buffers())}
     tensors = {**dict(skeleton.model.named_parameters()), **dict(skeleton.model.named_buffers())}
     assert tensors.keys() == expected.keys()

@@ -38,7 +38,7 @@ def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     return output.logits.square().sum()
 
 
-@pytest.mark.parametrize("backbone", ["demo", "mbart50"])
+@pytest.mark.parametrize("backbone", ["demo", "mbart50", "qwen3_0_6b"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_cost_of_other_batches_follows_from_one(
     resolve: Callable[..., ResolvedRun], corpus: Corpus, backbone: str, frozen: bool

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.errors import UserError
+from toolkit.models.backbone import halves
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.schema import Lora, Model
 
 # How the architectures call the queries and values of attention, which is what the LoRA paper adapts: T5 and its kin;
-# BART, M2M100, Pegasus, Marian and LED's decoder; BERT and LED's encoder; GPT-2 (all three in one, and its queries to
-# the encoder).
+# BART, M2M100, Pegasus, Marian, LED's decoder and language models; BERT and LED's encoder; GPT-2 (all three in one, and
+# its queries to the encoder).
 QUERIES_AND_VALUES = frozenset({"q", "v", "q_proj", "v_proj", "query", "value", "c_attn", "q_attn"})
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # PEFT's own name for the only adapter of a model
@@ -143,13 +144,16 @@ def _part(model: PoseTranslator, part: str) -> list[nn.Parameter]:
     if part == "layer_norms":
         norms = [module for module in backbone.modules() if type(module).__name__.endswith("Norm")]
         return [parameter for module in norms for parameter in module.parameters()]
-    half = backbone.get_encoder() if part == "encoder" else backbone.get_decoder()
+    encoder, decoder = halves(backbone)
+    half = encoder if part == "encoder" else decoder
     kept = {id(parameter) for parameter in tables}
-    return [parameter for parameter in half.parameters() if id(parameter) not in kept]
+    return [parameter for parameter in half.parameters() if id(parameter) not in kept] if half else []
 
 
 def _unreached_modules(model: PoseTranslator) -> set[nn.Module]:
-    encoder, tables = model.backbone.get_encoder(), token_tables(model)
+    (encoder, _), tables = halves(model.backbone), token_tables(model)
+    if encoder is None:
+        return set()  # a language model reads words in any case
     words = {encoder.get_input_embeddings(), model.backbone.get_input_embeddings()} - {None}
     idle = {module for module in words if all(module.weight is not table.weight for table in tables)}
     parts = [part for name, part in encoder.named_modules() if name.endswith(("pooler", "_global"))]

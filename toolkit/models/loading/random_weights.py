@@ -75,7 +75,7 @@ class Skeleton:
 
 
 def make_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
-    """The seq2seq model that ``config`` describes, without memory for its weights."""
+    """The backbone that ``config`` describes, without memory for its weights."""
     # Untied until the calls are recorded, as in transformers: a tied weight gets its source's initialisation.
     with torch.device("meta"), initialization.no_tie_weights():
         model = new_backbone(config, dtype=torch.float32, trust_remote_code=trust_remote_code)

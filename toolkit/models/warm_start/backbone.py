@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from toolkit.models.backbone import decoder_config, encoder_config, encoder_width, layer_list
+from toolkit.models.backbone import decoder_config, encoder_config, encoder_width, halves, layer_list, stacks
 from toolkit.models.backbone_config import DROPOUT_KEYS, LAYER_DROP_KEYS
 from toolkit.recipe.schema import BACKBONE_PARTS, Part
 
@@ -27,7 +27,8 @@ def part_of_each(backbone: PreTrainedModel) -> dict[str, Part]:
     """The part that each stored tensor of a backbone belongs to, by name; tied ones have one part."""
     tensors = backbone.state_dict(keep_vars=True)
     tables = {id(tensor) for tensor in _tables(backbone).values()}
-    encoder = {id(tensor) for tensor in backbone.get_encoder().state_dict(keep_vars=True).values()}
+    half, _ = halves(backbone)
+    encoder = {id(tensor) for tensor in half.state_dict(keep_vars=True).values()} if half else set()
     parts: dict[str, Part] = {}
     for name, tensor in tensors.items():
         of_tokens = id(tensor) in tables or name == "final_logits_bias"
@@ -38,7 +39,7 @@ def part_of_each(backbone: PreTrainedModel) -> dict[str, Part]:
 def _tables(backbone: PreTrainedModel) -> dict[int, Tensor]:
     """Weights with a row for each token, and the output's bias, by identity."""
     modules: list[Any] = [backbone.get_output_embeddings(), backbone.get_input_embeddings()]
-    for half in (backbone.get_encoder(), backbone.get_decoder()):
+    for half in stacks(backbone):
         with contextlib.suppress(NotImplementedError):  # some halves do not give theirs
             modules.append(half.get_input_embeddings())
     return {
@@ -83,7 +84,7 @@ def difference(wanted: PreTrainedModel, known: PreTrainedModel, parts: list[Part
 
 
 def _in_words(model: PreTrainedModel) -> str:
-    layers = " + ".join(str(len(layer_list(half))) for half in (model.get_encoder(), model.get_decoder()))
+    layers = " + ".join(str(len(layer_list(half))) for half in stacks(model))
     return f"{model.config.model_type} of width {encoder_width(model.config)} with {layers} layers"
 
 

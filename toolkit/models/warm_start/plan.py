@@ -18,7 +18,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import add_tokens
 from toolkit.models.backbone import empty_backbone, encoder_width
-from toolkit.models.backbone_config import backbone_config, fitted_config
+from toolkit.models.backbone_config import backbone_config, fitted_config, is_for_language_model
 from toolkit.models.encoders import FeatureSettings, make_pose_encoder
 from toolkit.models.glosses import glosses_of, reads_glosses
 from toolkit.models.tokenizers import make_tokenizer
@@ -92,7 +92,12 @@ def _tokenizer_here(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     kind = tokenizer_of(recipe.model)
     if kind != "bytes" and not Path(kind).is_dir():
         return None
-    tokenizer = make_tokenizer(kind, language=language_of(recipe), trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = make_tokenizer(
+        kind,
+        language=language_of(recipe),
+        trust_remote_code=recipe.model.trust_remote_code,
+        for_language_model=is_for_language_model(recipe.model),
+    )
     add_tokens(tokenizer, recipe.model.extra_tokens)
     return tokenizer
 

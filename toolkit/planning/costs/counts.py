@@ -20,7 +20,7 @@ from toolkit.models.backbone_config import backbone_config
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.model_cards import card_of
-from toolkit.recipe.prompts import placeholders
+from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.schema import Model, Recipe
 
 ASSUMED_GLOSSES = 2000  # of a CTC head that reads glosses, whose number the corpus alone says
@@ -99,14 +99,18 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
                 ctc=recipe.training.ctc_weight > 0,
                 ctc_vocabulary=["?"] * ASSUMED_GLOSSES if recipe.training.ctc_target == "gloss" else [],
                 prefix_token_ids=[0] * _longest_prefix(recipe.model),
+                # A language model has them of a tokenizer; which they are changes no size.
+                pad_token_id=0,
+                decoder_start_token_id=0,
             ),
             empty_backbone(config),
         )
 
 
 def _longest_prefix(model: Model) -> int:
-    """Tokens before the poses; a fixed prefix, which only a tokenizer could count, is one."""
-    return model.max_prefix_tokens if placeholders(model.prefix) else int(bool(model.prefix))
+    """Tokens before the poses; fixed words, which only a tokenizer could count, are one."""
+    words = own_words(model.prefix, model.prompt)
+    return model.max_prefix_tokens if placeholders(words) else int(bool(words))
 
 
 def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTranslator, list[Weight]]:

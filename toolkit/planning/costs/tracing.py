@@ -13,7 +13,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.cpu.layers import use_cpu_layers
-from toolkit.models.backbone import layer_list
+from toolkit.models.backbone import halves, layer_list
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.counts import PACKED
 from toolkit.planning.costs.kernels import as_on_cpu, as_on_gpu
 
-LAYERS = 2  # that are traced of each stack
+LAYERS = 2  # that are traced of each stack of an encoder-decoder
 # What torch raises where a model reads values, which tensors without memory do not have.
 UNTRACEABLE = (
     NotImplementedError,
@@ -68,23 +68,27 @@ class TracedModel:
     """A model on the meta device whose stacks were shortened.
 
     Attributes:
-        model: has at most ``LAYERS`` layers in encoder and decoder.
+        model: has at most ``layers`` layers in encoder and decoder.
         left_out: how many layers of encoder and decoder were removed.
+        layers: that are left of each stack, at most.
     """
 
     model: PoseTranslator
     left_out: tuple[int, int]
+    layers: int
 
 
 def shorten(model: PoseTranslator) -> TracedModel:
     """Remove all but the first layers of encoder and decoder; changes ``model``."""
     left_out = []
-    for stack in (model.backbone.get_encoder(), model.backbone.get_decoder()):
-        layers = layer_list(stack)
-        left_out.append(max(0, len(layers) - LAYERS))
+    # A language model keeps no layer's input, which lives until its layer is done; that of the first one lives longer.
+    kept = LAYERS + (halves(model.backbone)[0] is None)
+    for stack in halves(model.backbone):
+        layers = layer_list(stack) if stack is not None else nn.ModuleList()
+        left_out.append(max(0, len(layers) - kept))
         if left_out[-1]:
-            del layers[LAYERS:]
-    return TracedModel(model, (left_out[0], left_out[1]))
+            del layers[kept:]
+    return TracedModel(model, (left_out[0], left_out[1]), kept)
 
 
 def trace(
@@ -113,7 +117,7 @@ def trace(
     model = traced.model
     fake = FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else None
     if fake:
-        traced = TracedModel(_faked(model, dtype, fake), traced.left_out)
+        traced = replace(traced, model=_faked(model, dtype, fake))
         model = traced.model
     else:
         model.to(dtype)
@@ -193,7 +197,7 @@ def _extrapolate(traced: TracedModel, marks: _Marks, live: _Live, saved: int) ->
     )
     kernels, flops = float(live.kernels), live.flops
     for number, layer, region in zip(traced.left_out, of_layer, ("encoder", "decoder"), strict=True):
-        backward = [count / LAYERS for count in live.of_backward.get(region, (0, 0.0))]
+        backward = [count / traced.layers for count in live.of_backward.get(region, (0, 0.0))]
         kernels += number * (layer[1] + backward[0])
         flops += number * (layer[2] + backward[1])
     return Trace(
@@ -222,7 +226,7 @@ def _set_checkpointing(model: PoseTranslator, on: bool) -> None:
 @contextmanager
 def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
     """Follow which part of the model computes, forward and backward; drop gradients of weights, as DeepSpeed does."""
-    encoder, decoder = model.backbone.get_encoder(), model.backbone.get_decoder()
+    encoder, decoder = halves(model.backbone)
     marks = _Marks(([], []))
     forward = {"encoder", "decoder"}  # whose first pass is not over: recomputation passes again
 
@@ -232,12 +236,15 @@ def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
 
         return hook
 
-    def encoder_starts(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-        if "encoder" in forward:
-            live.region = "encoder"
-            vectors = named["inputs_embeds"]
-            if vectors.requires_grad:
-                handles.append(vectors.register_hook(enter("pose encoder")))
+    def starts(part: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            if part in forward:
+                live.region = part
+                vectors = named["inputs_embeds"]
+                if vectors.requires_grad:
+                    handles.append(vectors.register_hook(enter("pose encoder")))
+
+        return hook
 
     def ends(part: str, following: str) -> Any:
         def hook(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
@@ -261,17 +268,17 @@ def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
 
         return hook
 
-    handles: list[Any] = [
-        encoder.register_forward_pre_hook(encoder_starts, with_kwargs=True),
-        encoder.register_forward_hook(ends("encoder", "decoder"), with_kwargs=True),
-        decoder.register_forward_hook(ends("decoder", "scores"), with_kwargs=True),
-    ]
-    for layer in layer_list(decoder)[:1]:
-        handles.append(layer.register_forward_pre_hook(decoder_starts, with_kwargs=True))
+    handles: list[Any] = [decoder.register_forward_hook(ends("decoder", "scores"), with_kwargs=True)]
+    if encoder is None:
+        handles.append(decoder.register_forward_pre_hook(starts("decoder"), with_kwargs=True))
+    else:
+        handles.append(encoder.register_forward_pre_hook(starts("encoder"), with_kwargs=True))
+        handles.append(encoder.register_forward_hook(ends("encoder", "decoder"), with_kwargs=True))
+        for layer in layer_list(decoder)[:1]:
+            handles.append(layer.register_forward_pre_hook(decoder_starts, with_kwargs=True))
     for stack, found in zip((encoder, decoder), marks.stacks, strict=True):
-        handles += [
-            layer.register_forward_hook(marker(found, number)) for number, layer in enumerate(layer_list(stack))
-        ]
+        layers = layer_list(stack) if stack is not None else nn.ModuleList()
+        handles += [layer.register_forward_hook(marker(found, number)) for number, layer in enumerate(layers)]
     for parameter in model.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))

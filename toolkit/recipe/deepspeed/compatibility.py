@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+# HuggingFace model_type of language models whose masks and caches were compared with HuggingFace's own results; there
+# are no others here.
+LANGUAGE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2")
 # HuggingFace model_type of every backbone family that is promised; any other seq2seq model may work and is not tested.
 ARCHITECTURES = (
     "t5",
@@ -26,6 +29,7 @@ ARCHITECTURES = (
     "marian",
     "led",
     "encoder-decoder",
+    *LANGUAGE_MODELS,
 )
 PRECISIONS = ("fp32", "bf16", "autocast", "fp16")  # autocast: fp32 parameters, matrix products in bf16
 ADAPTERS = ("none", "lora", "dora", "rslora")
@@ -34,7 +38,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 OFFLOADS = ("none", "optimizer", "param", "optimizer+param", "nvme")  # nvme: optimizer states; parameters on the host
 
 # Architectures whose activations leave fp16's range and turn the loss into NaN.
-OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus"})
+OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus", "gemma", "gemma2"})
 
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {

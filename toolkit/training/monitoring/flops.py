@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
 from toolkit.cpu.linear import has_fast_bf16
-from toolkit.models.backbone import stack_layers
+from toolkit.models.backbone import halves, reader, stack_layers
 from toolkit.models.compiled import uncompiled
 
 PEAK_TRIALS = 4
@@ -32,6 +32,7 @@ class Cost:
     positions_per_frame: float  # encoder positions for each padded frame
     encoder_attention: float  # for each pair of encoder positions of a clip
     decoder_attention: float  # for each pair of a target token and what it attends to: tokens and encoder positions
+    directions: int = 1  # in which tokens and positions attend to each other; a language model's mask hides one of two
 
     def of(self, batch: Batch) -> float:
         """The FLOPs of one forward and backward pass over a batch, padding included."""
@@ -42,7 +43,7 @@ class Cost:
             frames * self.per_frame
             + tokens * self.per_token
             + positions**2 * self.encoder_attention
-            + tokens * (tokens + positions) * self.decoder_attention
+            + tokens * (tokens + self.directions * positions) * self.decoder_attention
         )
 
 
@@ -62,9 +63,9 @@ class CostRecorder:
 
     def __enter__(self) -> CostRecorder:
         backbone = self._model.backbone
-        encoder = backbone.get_encoder()
-        of_encoder = {id(module) for part in (encoder, self._model.pose_encoder) for module in part.modules()}
-        self._handles = [encoder.register_forward_hook(self._see_encoder)]
+        parts = [self._model.pose_encoder, halves(backbone)[0]]
+        of_encoder = {id(module) for part in parts if part is not None for module in part.modules()}
+        self._handles = [reader(backbone).register_forward_hook(self._see_reader)]
         for module in self._model.modules():
             if _is_product(module):
                 in_decoder = id(module) not in of_encoder and module is not getattr(self._model, "ctc_head", None)
@@ -85,24 +86,28 @@ class CostRecorder:
         tokens = self._batch.labels.shape[1]
         if not self._seen or not self._positions:
             return None
-        # The decoder's cross-attention reads the encoder's positions: as many rows, unless texts are just as long.
-        over_positions = clips * self._positions
-        over_frames = sum(cost for decoder, rows, cost in self._seen if not decoder or rows == over_positions)
-        over_tokens = sum(cost for decoder, rows, cost in self._seen if decoder and rows != over_positions)
-        backbone = self._model.backbone
-        encoder, decoder = (len(stack_layers(part)) for part in (backbone.get_encoder(), backbone.get_decoder()))
+        # The decoder's cross-attention reads the encoder's positions: as many rows, unless texts are just as long. A
+        # language model's layers read both.
+        encoder, decoder = halves(self._model.backbone)
+        read = self._positions + (0 if encoder else tokens)
+        of_positions = self._positions / read
+        both = sum(cost for in_decoder, rows, cost in self._seen if in_decoder and rows == clips * read)
+        over_frames = of_positions * both + sum(cost for in_decoder, _, cost in self._seen if not in_decoder)
+        over_tokens = sum(cost for _, _, cost in self._seen) - over_frames
         # Scores and weighted sum are a product each; forward and twice backward.
-        pair = 3 * 2 * 2 * attention_width(backbone.config)
+        pair = 3 * 2 * 2 * attention_width(self._model.backbone.config)
         return Cost(
             per_frame=over_frames / (clips * frames),
             per_token=over_tokens / (clips * tokens),
             positions_per_frame=self._positions / frames,
-            encoder_attention=encoder * pair,
-            decoder_attention=decoder * pair,
+            encoder_attention=len(stack_layers(encoder or decoder)) * pair,
+            decoder_attention=len(stack_layers(decoder)) * pair,
+            directions=1 if encoder else 2,
         )
 
-    def _see_encoder(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._positions = output.last_hidden_state.shape[1]
+    def _see_reader(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        tokens = 0 if halves(self._model.backbone)[0] else self._batch.labels.shape[1]
+        self._positions = output.last_hidden_state.shape[1] - tokens
 
     def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, in_decoder: bool) -> None:
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -141,6 +146,8 @@ def attention_width(config: Any) -> int:
     """Heads times their width, of a backbone's configuration."""
     if hasattr(config, "d_kv"):
         return int(config.num_heads * config.d_kv)
+    if getattr(config, "head_dim", None):
+        return int(config.num_attention_heads * config.head_dim)
     return int(getattr(config, "decoder", config).hidden_size)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.models.backbone import stack_layers
+from toolkit.models.backbone import stack_layers, stacks
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,19 @@ class Place:
 def places(model: nn.Module) -> dict[str, Place]:
     """Every parameter of a translator's backbone by its name in the translator."""
     backbone: Any = model.backbone
-    stacks = [stack_layers(stack) for stack in (backbone.get_encoder(), backbone.get_decoder())]
+    halves = stacks(backbone)
+    layers_of = [stack_layers(half) for half in halves]
     above = {
         id(parameter): len(layers) - 1 - number
-        for layers in stacks
+        for layers in layers_of
         for number, layer in enumerate(layers)
         for parameter in layer.parameters()
     }
     embeddings = {id(weight) for weight in _embeddings(backbone)}
-    deepest = max(map(len, stacks), default=0)
+    deepest = max(map(len, layers_of), default=0)
     # An encoder's and a decoder's own embeddings are below their own stack, shared ones below the deeper one.
     depth = {id(weight): deepest for weight in _embeddings(backbone)}
-    for stack, layers in zip((backbone.get_encoder(), backbone.get_decoder()), stacks, strict=True):
+    for stack, layers in zip(halves, layers_of, strict=True):
         shared = {id(weight) for weight in backbone.get_input_embeddings().parameters()}
         depth |= {id(weight): len(layers) for weight in _embeddings(stack) if id(weight) not in shared | above.keys()}
     return {
