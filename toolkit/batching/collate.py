@@ -129,7 +129,7 @@ def pad_video_features(features: Sequence[npt.NDArray[np.float16] | None], padde
     packed = np.empty((len(found), longest * width), np.float16)
     for row, values in enumerate(found):
         packed[row, : values.size] = values.reshape(-1)
-        packed[row, values.size :] = 0
+        packed[row, values.size :].fill(0)
     return torch.from_numpy(packed.reshape(len(found), longest, width))
 
 
