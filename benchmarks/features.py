@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""How fast features of another network are loaded into a batch, beside the speed of memory in the same run.
+"""How fast features of another network are loaded into batches, beside the speed of memory in the same run.
 
 python benchmarks/features.py           half a minute on one core
 python benchmarks/features.py --quick   fewer clips, to see that it runs; nothing is written
 
-Writes benchmarks/results/features.json. Clips of 32 to 600 frames (log-normal, median 180, as at 25 frames a second)
-have 768 float16 numbers a frame. Loading is what a loader process does: read the clips of a batch out of the memory map
-and pad them. The speed of memory is that of a plain copy of as many bytes into new memory, out of an array as large.
-Both take turns; the figures are medians over rounds of all batches. The map is in the page cache.
+Writes benchmarks/results/features.json. Clips have 768 float16 numbers a frame and one length, row by row a longer one.
+Loading is what a loader process does: read the clips of a batch, texts and all, out of the memory map and pad their
+features. The speed of memory is that of the copies alone: the same clips, held in memory, into new batches. Both take
+turns; a figure is the median over rounds of all batches. The map is in the page cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +36,8 @@ from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import NO_LANDMARKS
 
 RESULTS = ROOT / "benchmarks" / "results" / "features.json"
-WIDTH, BATCH, ROUNDS = 768, 32, 9
+WIDTH, BATCH, ROUNDS = 768, 32, 15
+LENGTHS, SIZE = (64, 128, 256, 512), 256 << 20  # frames of a clip; bytes of a corpus
 
 
 def main() -> None:
@@ -45,60 +45,64 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer clips; nothing is written")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = packed(Path(folder) / "corpus", 128 if quick else 1024)
-        results = measure(corpus)
-    print(json.dumps(results, indent=2))
+    rows = []
+    for frames in LENGTHS:
+        with tempfile.TemporaryDirectory() as folder:
+            clips = (SIZE // 8 if quick else SIZE) // (2 * WIDTH * frames) // BATCH * BATCH
+            rows.append(measure(packed(Path(folder) / "corpus", clips, frames), frames))
+        print(json.dumps(rows[-1]), flush=True)
     if not quick:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps({"by length": rows}, indent=2) + "\n", encoding="utf-8")
 
 
-def packed(folder: Path, count: int) -> Corpus:
+def packed(folder: Path, count: int, frames: int) -> Corpus:
     """A corpus of features alone."""
-    rng = np.random.default_rng(0)
-    frames = rng.lognormal(np.log(180), 0.6, count).clip(32, 600).astype(int)
-    noise = rng.normal(size=(1024, WIDTH)).astype(np.float16)
-
-    def clip(number: int, length: int) -> Clip:
-        values = noise[rng.integers(0, len(noise), length)]
-        return Clip(f"clip-{number}", "text", np.empty((length, 0, 3), np.float16), video_features=values)
-
+    noise = np.random.default_rng(0).normal(size=(frames + count, WIDTH)).astype(np.float16)
     (folder / "train").mkdir(parents=True)
-    clips = [clip(number, int(length)) for number, length in enumerate(frames)]
+    clips = [
+        Clip(
+            f"clip-{number}",
+            "a text of some words",
+            np.empty((frames, 0, 3), np.float16),
+            video_features=noise[number : number + frames],
+        )
+        for number in range(count)
+    ]
     write_shard(folder / "train" / shard_name(0, 1), clips, 0, WIDTH)
     finish_split(folder / "train", 0, WIDTH)
-    splits = {"train": {"clips": count, "frames": int(frames.sum())}}
+    splits = {"train": {"clips": count, "frames": count * frames}}
     metadata = Metadata(NO_LANDMARKS.to_dict(), 12.5, NORMALISATION, splits=splits, num_features=WIDTH)
     finish_corpus(folder, metadata)
     return Corpus.open(folder)
 
 
-def measure(corpus: Corpus) -> dict[str, Any]:
+def measure(corpus: Corpus, frames: int) -> dict[str, Any]:
     """GB/s of loading and of memory, by turns, and the median of their ratios."""
     split = corpus.splits["train"]
     batches = [batch.tolist() for batch in epoch_order(split.frames, BATCH, 42, 0)]
-    shapes = [(len(batch), int(split.frames[batch].max())) for batch in batches]
-    ends = np.cumsum([clips * frames for clips, frames in shapes])
-    source = np.ones((int(ends[-1]), WIDTH), np.float16)
+    held = [[np.array(split.clip(index).video_features) for index in batch] for batch in batches]
+    size = len(split) * frames * WIDTH * 2
 
     def load() -> None:
         for batch in batches:
             pad_video_features([split.clip(index).video_features for index in batch])
 
     def copy() -> None:
-        for start, end in pairwise([0, *ends.tolist()]):
-            torch.from_numpy(source[start:end].copy())
+        for clips in held:
+            batch = np.empty((len(clips), frames, WIDTH), np.float16)
+            for row, values in enumerate(clips):
+                batch[row] = values
+            torch.from_numpy(batch)
 
-    load()
-    copy()  # pages of the map, and memory of the allocator
+    load()  # pages of the map
+    copy()
     rounds = [(seconds_of(load), seconds_of(copy)) for _ in range(ROUNDS)]
     return {
-        "loading_gb_per_s": round(source.nbytes / median(first for first, _ in rounds) / 1e9, 2),
-        "memory_gb_per_s": round(source.nbytes / median(second for _, second in rounds) / 1e9, 2),
-        "ratio": round(median(second / first for first, second in rounds), 3),
-        "width": WIDTH,
+        "frames": frames,
         "clips": len(split),
-        "gb_a_round": round(source.nbytes / 1e9, 2),
+        "loading_gb_per_s": round(size / median(first for first, _ in rounds) / 1e9, 2),
+        "memory_gb_per_s": round(size / median(second for _, second in rounds) / 1e9, 2),
+        "ratio": round(median(second / first for first, second in rounds), 3),
     }
 
 
