@@ -87,8 +87,9 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "features": (
         "Features of another network",
         "python benchmarks/features.py",
-        "768 numbers a frame, read out of the memory map into batches of 32 clips, beside copies of the same clips held "
-        "in memory. What a clip costs besides (its texts, its place in the map) is some microseconds; see [data.md](data.md#features-of-another-network).",
+        "768 numbers a frame, read out of the memory map into batches of 32 clips, beside copies of the same clips "
+        "held in memory. A clip costs some microseconds besides, for its texts and its place in the map; see "
+        "[data.md](data.md#features-of-another-network).",
     ),
     "padding": (
         "Padding to a ladder of lengths",
