@@ -113,6 +113,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "epoch, and what the loader of one process gives in a second of processor time, both sides in turn; see "
         "[transfer.md](transfer.md#a-mix-of-three-corpora).",
     ),
+    "vocabulary": (
+        "A trimmed vocabulary",
+        "python benchmarks/vocabulary.py",
+        "mT5-Base with random weights on Hindi-like and English texts, with all tokens and with those that the texts "
+        "need; two processes take turns. States are weights, fp32 copies and moments; see "
+        "[transfer.md](transfer.md#a-vocabulary-for-the-corpus).",
+    ),
     "failures": (
         "Failures",
         "python benchmarks/failures.py",

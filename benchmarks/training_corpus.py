@@ -19,12 +19,13 @@ MAX_FRAMES = 300
 CLIPS = 4096
 
 
-def make_corpus(folder: Path, clips: int = CLIPS) -> Corpus:
-    """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300) and sentences of about seven words."""
+def make_corpus(folder: Path, clips: int = CLIPS, texts: list[str] | None = None) -> Corpus:
+    """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300), and sentences of about seven words
+    where it gets no texts."""
     landmarks = load_landmark_set("hands_body_50")
     draw = np.random.default_rng(0)
     frames = draw.lognormal(np.log(90), 0.6, clips).clip(16, MAX_FRAMES).astype(int)
-    texts = _sentences(clips)
+    texts = texts or _sentences(clips)
     noise = draw.normal(size=(2 * MAX_FRAMES, landmarks.num_points, landmarks.num_channels)).astype(np.float16)
     starts = draw.integers(0, MAX_FRAMES, clips)
     rows = [

@@ -6,6 +6,7 @@ python launch/export.py runs/demo --to exported/demo --dtype bf16         half t
 python launch/export.py runs/demo --to exported/demo --push-to-hub me/demo   and to the hub (log in first)
 python launch/export.py runs/t5_3b_lora --to exported/lora              with adapter/, which PEFT loads, too
 python launch/export.py runs/t5_3b_lora --to exported/lora --merge-lora      the adapter added to the weights
+python launch/export.py runs/mt5 --to exported/mt5 --restore-vocabulary      with the tokens that the run had trimmed
 
 The model to be written is compared with the run's, and the folder is loaded and compared before it takes its name.
 """
@@ -37,6 +38,12 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as they were trained)"
     )
     parser.add_argument("--merge-lora", action="store_true", help="merge adapters into the weights they adapt")
+    parser.add_argument(
+        "--restore-vocabulary",
+        action="store_true",
+        help="bring tokens back that model.vocabulary=corpus trimmed, with their rows of the weights that the run "
+        "started from",
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload it, too; a repository that is new is private")
     parser.add_argument("--replace", action="store_true", help="replace the model that --to holds already")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -57,6 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
     from toolkit.cluster.logs import show_errors_only
     from toolkit.models.adaptation.export import check_dtype, check_target, export_model
     from toolkit.models.loading.load import load_translator
+    from toolkit.models.loading.weights import count_weights
+    from toolkit.models.vocabulary.restore import whole_vocabulary
+    from toolkit.recipe.load import load_recipe
+    from toolkit.recipe.resolve import RECIPE_FILE
     from toolkit.reporting.model_card import model_card
 
     check_target(folder, replace=arguments.replace)
@@ -65,8 +76,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.merge_lora and not getattr(model, "peft_config", None):
         raise UserError(f"--merge-lora: {run_dir} was not trained with adapters", "leave out --merge-lora")
     check_dtype(model, arguments.dtype)
+    whole = None
+    if arguments.restore_vocabulary:
+        whole = whole_vocabulary(load_recipe(str(run_dir / RECIPE_FILE)), model, processor)
     card = model_card(
-        run_dir, arguments.push_to_hub or folder.name, model, processor.feature_extractor, merged=arguments.merge_lora
+        run_dir,
+        arguments.push_to_hub or folder.name,
+        model,
+        processor,
+        merged=arguments.merge_lora,
+        parameters=count_weights(model.parameters()) + (whole.added_weights(model) if whole else 0),
+        restored=whole is not None,
     )
     quantization = (model.base.model["quantization"] if model.base else None) or {}
     difference = export_model(
@@ -77,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         replace=arguments.replace,
         merge_adapter=arguments.merge_lora,
+        whole=whole,
     )
     size = sum(file.stat().st_size for file in folder.rglob("*"))
     summary: dict[str, Any] = {
@@ -86,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         "largest_difference": difference,
         "adapter": model.config.adapter,
         "unpacked": quantization.get("kind"),
+        "restored_tokens": len(whole.processor.tokenizer) - len(processor.tokenizer) if whole else 0,
     }
     if not arguments.json:
         facts = [f"{folder}: {size / 1e6:,.1f} MB, {summary['dtype']}, read back and compared"]
@@ -95,6 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
             facts.append(f"the adapter is in {folder / model.config.adapter}")
         elif arguments.merge_lora:
             facts.append("the adapter is merged")
+        if whole:
+            facts.append(f"{summary['restored_tokens']:,} tokens are back that the run had trimmed")
         if difference:
             facts.append(f"a token's probability differs by at most {difference:.2g}")
         print("; ".join(facts), flush=True)

@@ -157,9 +157,10 @@ def _check(arguments: argparse.Namespace) -> None:
     if corpus is None and not run.recipe.data.corpus:
         landmarks_of(run.recipe.data)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
-    taken, drawn = _warm_start(run, corpus), _mixture(run, corpus)
+    taken, drawn, vocabulary = _warm_start(run, corpus), _mixture(run, corpus), _vocabulary(run)
     if arguments.json:
-        print(json.dumps({"ok": True, **_to_dict(run), "missing": missing, "init_from": taken, "corpora": drawn}))
+        found = {"missing": missing, "init_from": taken, "corpora": drawn, "vocabulary": vocabulary or None}
+        print(json.dumps({"ok": True, **_to_dict(run), **found}))
         return
     model = run.recipe.model
     card = card_of(model)
@@ -175,6 +176,8 @@ def _check(arguments: argparse.Namespace) -> None:
             placement.append(f"{what} on {device}")
     print(f"recipe {run.recipe.name} can run on {_ranks(run)}")
     print(f"  model      {model.backbone}{size}, {weights}, tokenizer {tokenizer_of(model)}")
+    if vocabulary:
+        print(f"  vocabulary {vocabulary}")
     print(f"  DeepSpeed  {run.recipe.deepspeed}: {', '.join(placement)}")
     print(f"  batch      a step of {run.batch}, padded to {PADDING[run.padding]}")
     if run.recipe.training.micro_batch_size == "auto" and not arguments.cpu:
@@ -207,6 +210,19 @@ def _mixture(run: ResolvedRun, corpus: Corpus | None) -> list[str]:
     check_corpus(corpus, None)
     check_selection(run.recipe, corpus)
     return mixture_of(corpus.splits["train"], run.recipe).lines()
+
+
+def _vocabulary(run: ResolvedRun) -> str:
+    """How many tokens the run will keep, in words; empty where it keeps all.
+
+    Raises:
+        UserError: the tokenizer is here and cannot be trimmed.
+    """
+    if run.recipe.model.vocabulary == "full":
+        return ""
+    from toolkit.planning.costs.vocabulary import planned_vocabulary
+
+    return planned_vocabulary(run.recipe).what
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

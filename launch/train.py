@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
     from toolkit.models.glosses import check_glosses
+    from toolkit.models.vocabulary.needed import check_trimming
     from toolkit.models.warm_start.plan import check_warm_start
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
@@ -157,8 +158,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         check_selection(resolved.recipe, corpus)
         check_recipe_conditions(resolved.recipe, corpus)
         check_glosses(resolved.recipe, corpus)
-        if resolved.recipe.model.init_from and start.checkpoint is None and not start.finished:
-            check_warm_start(resolved.recipe, corpus)
+        if start.checkpoint is None and not start.finished:
+            check_trimming(resolved.recipe)
+            if resolved.recipe.model.init_from:
+                check_warm_start(resolved.recipe, corpus)
         return start, extend_schedule(resolved, corpus, start)
 
     # Rank 0 reads for all ranks: on a shared file system others may see the run directory as it was half a minute ago.

@@ -12,12 +12,15 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
-from toolkit.models.adaptation.extra_tokens import reserve_rows
+from toolkit.models.adaptation.extra_tokens import reserve_rows, table_rows
 from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
 from toolkit.models.tokenizers import text_frame
+from toolkit.models.vocabulary.ids import ids_of, renumber
+from toolkit.models.vocabulary.trimming import KEY as TRIM_KEY
+from toolkit.models.vocabulary.trimming import Trimming, trimming_of
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published, tiny_config, tokenizer_of
 from toolkit.recipe.schema import Model
 
@@ -83,16 +86,45 @@ def fitted_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     return config
 
 
+def full_config(model: Model, tokenizer: PreTrainedTokenizerBase, trimming: Trimming) -> PreTrainedConfig:
+    """The configuration of the backbone whose tables are trimmed for this tokenizer: rows and ids of the full one."""
+    config = backbone_config(model)
+    if _has_own_vocabulary(model):
+        _fit_vocabulary(config, tokenizer)
+        for part in _parts(config):
+            renumber(part, dict(enumerate(trimming.kept)))
+        fit_rows(config, trimming.tokens)
+    return config
+
+
+def published_ids(model: Model) -> set[int]:
+    """The tokens that the backbone's configuration names; none where the run's vocabulary is another one."""
+    if _has_own_vocabulary(model):
+        return set()
+    return {place for part in _parts(backbone_config(model)) for place in ids_of(part)}
+
+
 def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fit a configuration, in place, to a run: its dropout, its vocabulary, how its texts begin and end.
 
     Raises:
-        UserError: published weights do not have as many embedding rows as the tokenizer has tokens.
+        UserError: published weights do not have as many embedding rows as the tokenizer has tokens; a vocabulary is to
+            be trimmed that the backbone has not got, or has two of.
     """
     fit_dropout(config, model)
-    card = card_of(model)
-    if not reads_published(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone):
+    trimming = trimming_of(tokenizer)
+    if trimming and len(table_rows(config)) > 1:
+        raise UserError(
+            f"{TRIM_KEY}: encoder and decoder of model.backbone={model.backbone} have a vocabulary each",
+            "set model.vocabulary=full",
+        )
+    if _has_own_vocabulary(model):
         _fit_vocabulary(config, tokenizer)
+    elif trimming:
+        _check_vocabulary(config, model, trimming.tokens + len(model.extra_tokens))
+        for part in _parts(config):
+            renumber(part, trimming.new_ids)
+        fit_rows(config, len(trimming.kept))
     else:
         _check_vocabulary(config, model, len(tokenizer))
     if is_language_model(config):
@@ -152,6 +184,12 @@ def fit_rows(config: PreTrainedConfig, tokens: int) -> None:
         part.vocab_size = tokens
         if hasattr(part, "decoder_vocab_size"):
             part.decoder_vocab_size = tokens
+
+
+def _has_own_vocabulary(model: Model) -> bool:
+    """Whether a run has another tokenizer than its backbone was published with, and so random tables."""
+    card = card_of(model)
+    return not reads_published(model) and tokenizer_of(model) != (card.tokenizer if card else model.backbone)
 
 
 def _fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

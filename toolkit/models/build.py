@@ -15,8 +15,9 @@ from toolkit.models.backbone import empty_backbone, is_known
 from toolkit.models.backbone_config import (
     backbone_config,
     fitted_config,
-    is_for_language_model,
+    full_config,
     not_loadable,
+    published_ids,
     source_of,
 )
 from toolkit.models.check import check_positions
@@ -35,10 +36,13 @@ from toolkit.models.loading.backbone_weights import (
 from toolkit.models.loading.base_model import BaseReference, Fingerprint, Override
 from toolkit.models.loading.hub import NOT_LOADED, fetch_weights
 from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
-from toolkit.models.tokenizers import make_tokenizer, special_ids, text_frame
+from toolkit.models.tokenizers import special_ids, text_frame
 from toolkit.models.translator import PoseTranslator
+from toolkit.models.vocabulary.needed import run_tokenizer
+from toolkit.models.vocabulary.tables import Trim
+from toolkit.models.vocabulary.trimming import trimming_of
 from toolkit.models.warm_start.filling import WarmStart, frozen_weights
-from toolkit.recipe.model_cards import card_of, language_of, reads_published, tokenizer_of
+from toolkit.recipe.model_cards import card_of, reads_published
 from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Evaluation, Model, Recipe
@@ -48,17 +52,11 @@ def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:
     """The processor that goes with a model trained on ``corpus``.
 
     Raises:
-        UserError: the tokenizer cannot be loaded.
+        UserError: the tokenizer cannot be loaded, or not be trimmed.
     """
     metadata = corpus.metadata
-    texts = corpus.splits["train"].texts
-    tokenizer = make_tokenizer(
-        tokenizer_of(recipe.model),
-        texts,
-        language=language_of(recipe),
-        trust_remote_code=recipe.model.trust_remote_code,
-        for_language_model=is_for_language_model(recipe.model),
-    )
+    trims = recipe.model.vocabulary == "corpus"
+    tokenizer = run_tokenizer(recipe, corpus, published_ids(recipe.model) if trims else ())
     add_tokens(tokenizer, recipe.model.extra_tokens)
     extractor = PoseFeatureExtractor(
         landmark_set=metadata.landmark_set,
@@ -94,7 +92,9 @@ def build_translator(
         check_positions(recipe, empty_backbone(described), corpus.metadata.max_frames, _longest(prefix), corpus)
     start = start or WarmStart(None)
     with start.override() as override:
-        backbone = _backbone(described, model, placement, recipe.training.seed, fingerprint, override)
+        backbone = backbone_with_weights(
+            described, model, tokenizer, placement, recipe.training.seed, fingerprint, override
+        )
     config = PoseTranslatorConfig(
         # Without the path that the backbone was loaded from.
         backbone={key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"},
@@ -181,7 +181,7 @@ def rebuild_translator(
         read = frozen_weights(base.weights)
         backbone = random_backbone(described, placement, seed=base.seed, fingerprint=fingerprint, override=read)
     else:
-        backbone = _backbone(described, settings, placement, base.seed, fingerprint)
+        backbone = backbone_with_weights(described, settings, tokenizer, placement, base.seed, fingerprint)
     translator = PoseTranslator(config, backbone)
     _complete(translator, settings, tokenizer, placement)
     return translator, fingerprint.hexdigest()
@@ -231,17 +231,24 @@ def fetch_backbone(model: Model) -> None:
         raise not_loadable(model, error) from error
 
 
-def _backbone(
+def backbone_with_weights(
     config: PreTrainedConfig,
     model: Model,
+    tokenizer: PreTrainedTokenizerBase,
     placement: Placement,
     seed: int,
     fingerprint: Fingerprint | None,
     override: Override = lambda fallback: fallback,
 ) -> PreTrainedModel:
-    """The backbone with its weights."""
+    """The backbone with its weights: published, random, or those that the override reads.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    trimming = trimming_of(tokenizer)
+    trim = Trim(trimming, full_config(model, tokenizer, trimming)) if trimming else None
     if not reads_published(model):
-        return random_backbone(config, placement, seed=seed, fingerprint=fingerprint, override=override)
+        return random_backbone(config, placement, seed=seed, fingerprint=fingerprint, override=override, trim=trim)
     try:
         return published_backbone(
             source_of(model),
@@ -250,6 +257,7 @@ def _backbone(
             trust_remote_code=model.trust_remote_code,
             fingerprint=fingerprint,
             override=override,
+            trim=trim,
         )
     except NOT_LOADED as error:
         raise not_loadable(model, error) from error

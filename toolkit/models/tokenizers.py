@@ -29,11 +29,13 @@ def make_tokenizer(
     language: str | None = None,
     trust_remote_code: bool = False,
     for_language_model: bool = False,
+    local_only: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Make or load a tokenizer: ``bytes``, ``train`` (on the texts), or one of a hub id or a folder.
 
     With ``language``, as a multilingual tokenizer calls it, every text carries its code. ``for_language_model``: that
     of a language model begins its input with a token, and ends no text; here it ends each, and begins none.
+    ``local_only`` downloads nothing.
 
     Raises:
         UserError: the hub id or folder cannot be loaded, does not know the language, needs one that is not given, or
@@ -44,7 +46,7 @@ def make_tokenizer(
     elif kind == "train":
         tokenizer = train_tokenizer(texts)
     else:
-        tokenizer = _load_tokenizer(kind, trust_remote_code)
+        tokenizer = _load_tokenizer(kind, trust_remote_code, local_only)
     if for_language_model:
         _end_texts(tokenizer)
     _set_language(tokenizer, language, kind)
@@ -52,9 +54,11 @@ def make_tokenizer(
     return tokenizer
 
 
-def _load_tokenizer(kind: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(kind: str, trust_remote_code: bool, local_only: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(kind, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            kind, trust_remote_code=trust_remote_code, **({"local_files_only": True} if local_only else {})
+        )
     except (*NOT_LOADED, ImportError) as error:
         trouble = hub_trouble(error, kind) or HubTrouble(f"cannot be loaded ({first_line(error)})", "correct its id")
         raise UserError(

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 import torch
 
 from toolkit.errors import UserError
-from toolkit.models.backbone_config import backbone_config, fit_dropout, fit_rows
+from toolkit.models.backbone_config import fit_dropout, fit_rows
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
-from toolkit.planning.costs.counts import Weight, adapted_translator
+from toolkit.planning.costs.counts import Weight, adapted_translator, planned_config
 from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
+from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.costs.zero import Items, ZeroMemory, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.deepspeed.cells import parameter_precision
-from toolkit.recipe.model_cards import card_of, reads_published, tokenizer_of
+from toolkit.recipe.model_cards import reads_published, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
@@ -40,11 +41,13 @@ class Subject:
     Attributes:
         recipe: decides the model.
         weights: each parameter once.
+        vocabulary: how a trimmed one is counted, in words; empty where it is not trimmed.
     """
 
     recipe: Recipe
     weights: list[Weight]
     _traced: TracedModel
+    vocabulary: str = ""
     _traces: dict[tuple[object, ...], Trace] = field(default_factory=dict)
     _translations: dict[tuple[object, ...], TranslationMemory] = field(default_factory=dict)
 
@@ -54,21 +57,20 @@ class Subject:
 
         Args:
             recipe: the recipe.
-            rows: tokens of a vocabulary that is made for the run; None = the most that it may have.
+            rows: tokens of a vocabulary that is made or trimmed for the run; None = the most that it may have.
 
         Raises:
             UserError: neither a model card nor a configuration of the backbone is here.
         """
-        model = recipe.model
-        if card_of(model):
-            model = model.model_copy(update={"from_scratch": True})  # the card's dimensions need no hub
-        config = backbone_config(model)
-        fit_dropout(config, model)
+        vocabulary = planned_vocabulary(recipe)
+        rows = rows or vocabulary.rows
+        config = planned_config(recipe, rows)
+        fit_dropout(config, recipe.model)
         rows = rows or {"train": TRAINED_VOCABULARY, "bytes": BYTE_VOCABULARY}.get(tokenizer_of(recipe.model))
         if rows and not reads_published(recipe.model):
             fit_rows(config, rows)
         translator, weights = adapted_translator(config, recipe)
-        return cls(recipe, weights, shorten(translator))
+        return cls(recipe, weights, shorten(translator), vocabulary.what)
 
     def trace(
         self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool = False

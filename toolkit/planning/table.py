@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from toolkit.planning.comparison import Comparison, Row
+from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.hardware import GIB, Hardware, in_gib
 from toolkit.planning.plan import Subject
 from toolkit.planning.workload import Workload, total_steps
@@ -34,6 +35,7 @@ def as_dict(
     return {
         "recipe": recipe.name,
         "hardware": hardware.in_words(),
+        "vocabulary": planned_vocabulary(recipe).what or None,
         "workload": workload.source,
         "batch": _batch(recipe, hardware),
         "steps": total_steps(recipe, workload),
@@ -85,6 +87,8 @@ def _lines(
     trained = sum(item.numel for item in subject.weights if item.trained)
     yield f"plan of recipe {recipe.name} on {hardware.in_words()}"
     yield f"  model     {recipe.model.backbone}: {millions(every)} parameters, {millions(trained)} of them trained"
+    if subject.vocabulary:
+        yield f"  tokens    {subject.vocabulary}"
     yield f"  clips     {workload.source}"
     yield f"  batch     a step of {_batch(recipe, hardware)}"
     yield f"  steps     {_steps(recipe, workload)}"

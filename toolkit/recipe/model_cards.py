@@ -130,6 +130,23 @@ def tokenizer_of(model: Model) -> str:
     return card.tokenizer if card else model.backbone
 
 
+def check_vocabulary(model: Model) -> None:
+    """Raise UserError where a vocabulary is to be trimmed that has nothing to trim, or a full one is to get more."""
+    if model.vocabulary_text and model.vocabulary == "full":
+        raise UserError(
+            f"model.vocabulary_text={model.vocabulary_text}, but model.vocabulary=full keeps all tokens",
+            "set model.vocabulary=corpus, or leave out model.vocabulary_text",
+        )
+    tokenizer = tokenizer_of(model)
+    if model.vocabulary == "corpus" and tokenizer in ("bytes", "train"):
+        why = "its tokens are bytes" if tokenizer == "bytes" else "it is learnt from the corpus"
+        default = "" if model.tokenizer else ", which random weights have unless the recipe names a tokenizer"
+        raise UserError(
+            f"model.vocabulary=corpus: there is nothing to trim of model.tokenizer={tokenizer}{default}: {why}",
+            "set model.vocabulary=full, or model.tokenizer to a hub id or a folder",
+        )
+
+
 def language_of(recipe: Recipe) -> str | None:
     """The language code that every text begins with: the recipe's; else the card's, where its tokenizer is in use."""
     if recipe.evaluation.forced_language:

@@ -32,7 +32,7 @@ from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
 from toolkit.recipe.deepspeed.keys import OWNED
 from toolkit.recipe.load import load_recipe, read_recipe
 from toolkit.recipe.mismatches import ctc_problems, mismatches
-from toolkit.recipe.model_cards import architecture_of, card_of, reads_published, tiny_config
+from toolkit.recipe.model_cards import architecture_of, card_of, check_vocabulary, reads_published, tiny_config
 from toolkit.recipe.optimizers import loop_clips, optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Evaluation, Recipe, Training
@@ -261,6 +261,7 @@ def _model_problems(recipe: Recipe) -> Iterator[UserError]:
     yield from ctc_problems(recipe)
     try:
         card = card_of(model)
+        check_vocabulary(model)
         if model.tiny and card:
             tiny_config(card.architecture, card.config)
     except UserError as error:

@@ -247,6 +247,9 @@ class Model(Section):
     from_scratch: bool = False  # random weights, dimensions of the model card: needs no hub
     tiny: bool = False  # the same architecture, shrunk to two narrow layers; implies random weights
     tokenizer: str | None = None  # None = the backbone's own; "bytes"; "train"; hub id or folder
+    vocabulary: Literal["full", "corpus"] = "full"  # the tokenizer's, or what the training texts need of it
+    vocabulary_text: str | None = None  # text file whose most frequent tokens stay, too; needs vocabulary: corpus
+    vocabulary_margin: Count = 5000  # so many of them
     prefix: str | None = None  # words before the poses; {language}, {target_language}, {prompt}, {context} are a clip's
     prompt: str | None = None  # of a language model, instead: a chat's message, in which {poses} stands for the clip
     max_prefix_tokens: Count = 64  # longer prefixes of single clips are truncated
@@ -294,8 +297,7 @@ class Training(Section):
     epochs: Positive = 20.0
     max_steps: Count | None = None  # optimizer steps; None = as many as the epochs hold
     global_batch_size: Count = 32  # clips per optimizer step over all ranks
-    # Clips per forward pass of one rank, at most; a step has as few passes as that allows. auto = the
-    # fastest that fits, chosen at the start.
+    # Clips per forward pass of one rank, at most; a step has as few passes as that allows. auto = the fastest.
     micro_batch_size: CountOrAuto = "auto"
     micro_batch_frames: Count | None = None  # padded frames per forward pass of one rank, at most; None = no limit
     # To what batches are padded: their longest clip and text, or a ladder of few lengths. auto = ladder on GPUs.
@@ -303,8 +305,7 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: Positive = 3e-4
     pose_encoder_learning_rate: Positive | None = None  # None = learning_rate
-    # Learning rate of a backbone layer: times this per layer above.
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the learning rate, per backbone layer above
     weight_decay: Strength = 0.01
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: Positive = 1e-8
@@ -359,8 +360,7 @@ class Evaluation(Section):
     no_repeat_ngram_size: CountOrZero = 0  # n-grams that may not repeat; 0 = off
     ctc_weight: Share = 0.0  # share of the CTC head in a beam's score; needs training.ctc_weight > 0
     max_new_tokens: Count = 128
-    # Token that every text begins with, as the tokenizer writes it (hi_IN, deu_Latn).
-    forced_language: str | None = None
+    forced_language: str | None = None  # token that every text begins with, as the tokenizer has it: hi_IN, deu_Latn
     select_by: ScoreName = "bleu4"
     select_corpus: str = "mean"  # whose score it is, of several corpora: mean, all (clips together), or one's name
     batch_frames: CountOrAuto = "auto"  # padded frames in one generation batch of one rank; auto = what fits

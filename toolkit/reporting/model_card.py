@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from toolkit import __version__
 from toolkit.errors import UserError
 from toolkit.files import read_text
-from toolkit.models.loading.weights import count_weights
-from toolkit.models.processor import PoseFeatureExtractor
+from toolkit.models.processor import PoseFeatureExtractor, PoseProcessor
 from toolkit.models.translator import PoseTranslator
+from toolkit.models.vocabulary.trimming import trimming_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published
 from toolkit.recipe.prompts import placeholders
@@ -93,14 +93,29 @@ python launch/translate.py --model {place} {files}
 
 
 def model_card(
-    run_dir: Path, name: str, model: PoseTranslator, extractor: PoseFeatureExtractor, *, merged: bool = False
+    run_dir: Path,
+    name: str,
+    model: PoseTranslator,
+    processor: PoseProcessor,
+    *,
+    parameters: int,
+    merged: bool = False,
+    restored: bool = False,
 ) -> str:
-    """The README of the model that a run trained; ``name`` is its folder's name, or its id on the hub.
+    """The README of the model that a run trained.
+
+    Args:
+        run_dir: the run.
+        name: the model's folder's name, or its id on the hub.
+        model, processor: as the run saved them.
+        parameters: how many numbers the exported model has.
+        merged: whether its adapter is merged.
+        restored: whether it has the tokens again that the run trimmed.
 
     Raises:
         UserError: the run's files are not readable.
     """
-    recipe = load_recipe(str(run_dir / RECIPE_FILE))
+    recipe, extractor = load_recipe(str(run_dir / RECIPE_FILE)), processor.feature_extractor
     summary = _read_scores(run_dir)
     backbone = card_of(recipe.model)
     return _TEXT.format(
@@ -115,7 +130,9 @@ def model_card(
         lineage=_lineage(model.config.lineage),
         scores=_scores(summary),
         limits="\n".join(f"- {limit}" for limit in _limits(recipe, extractor)),
-        size=_size(recipe, backbone, model) + _adaptation(recipe.model, name, merged=merged),
+        size=_size(recipe, backbone, parameters)
+        + _adaptation(recipe.model, name, merged=merged)
+        + _vocabulary(processor.tokenizer, restored=restored),
         recipe=dump_yaml(_without_places(recipe)),
     )
 
@@ -289,13 +306,12 @@ def _limits(recipe: Recipe, extractor: PoseFeatureExtractor) -> list[str]:
     return limits
 
 
-def _size(recipe: Recipe, backbone: ModelCard | None, model: PoseTranslator) -> str:
-    parameters = count_weights(model.parameters()) / 1e6
+def _size(recipe: Recipe, backbone: ModelCard | None, parameters: int) -> str:
     start = "published weights" if reads_published(recipe.model) else "random weights"
     start = "a trained translator" if recipe.model.init_from else start
     licence = f" ({backbone.license})" if backbone else ""
     name = backbone.name if backbone else Path(recipe.model.backbone).name
-    return f"{parameters:,.1f} M parameters; backbone {name}{licence}, from {start}"
+    return f"{parameters / 1e6:,.1f} M parameters; backbone {name}{licence}, from {start}"
 
 
 def _adaptation(settings: Model, name: str, *, merged: bool) -> str:
@@ -325,13 +341,31 @@ def _adaptation(settings: Model, name: str, *, merged: bool) -> str:
     return text
 
 
+def _vocabulary(tokenizer: Any, *, restored: bool) -> str:
+    """What became of a vocabulary that was trimmed to the training texts, in sentences."""
+    trimming = trimming_of(tokenizer)
+    if trimming is None:
+        return ""
+    text = f". It was trained with {trimming.in_words()}: those that the training texts needed. "
+    if restored:
+        return text + "The others are back, with the rows that training started from"
+    return text + "Any other text is written by shorter tokens"
+
+
 def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     for section, keys in _PLACES.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
     for part, known in zip(values["data"]["corpora"], recipe.data.corpora, strict=True):
         part |= {"corpus": known.label, "name": known.label, "table": None, "poses": None, "features": None}
-    for path in ("deepspeed", "model.backbone", "model.init_from", "model.tokenizer", "data.landmarks"):
+    for path in (
+        "deepspeed",
+        "model.backbone",
+        "model.init_from",
+        "model.tokenizer",
+        "model.vocabulary_text",
+        "data.landmarks",
+    ):
         *sections, key = path.split(".")
         place = values
         for section in sections:

@@ -23,6 +23,7 @@ from toolkit.errors import UserError
 from toolkit.files import read_text, write_text_atomically
 from toolkit.models.build import stands_on_base
 from toolkit.models.glosses import glosses_of
+from toolkit.models.vocabulary.ids import ID_LISTS, renumbered
 from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import Plan, make_plan
 from toolkit.models.warm_start.source import fetch_source, history_of, read_source
@@ -30,8 +31,6 @@ from toolkit.recipe.model_cards import reads_published
 from toolkit.recipe.resolve import ResolvedRun
 
 INIT_FILE = "init_from.json"
-# What of a model's settings of the search belongs to its tokens and not to the recipe.
-_OF_TOKENS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 
 log = logging.getLogger("toolkit")
 
@@ -93,12 +92,16 @@ def in_words(history: dict[str, Any], name: str) -> str:
 
 
 def _generation(plan: Plan) -> dict[str, Any]:
-    """The source's tokens that must not be written, where the run's tokenizer numbers all tokens as the source's."""
+    """The source's tokens that must not be written, as the run's tokenizer numbers them; those that it has."""
     tokens, settings = plan.tokens, plan.source.generation
-    count = len(plan.source.processor.tokenizer)
-    if tokens is None or len(tokens.places) < count or tokens.places[:count].tolist() != list(range(count)):
+    if tokens is None:
         return {}
-    return {key: value for key in _OF_TOKENS if (value := getattr(settings, key, None)) is not None}
+    new_ids = {old: new for new, old in enumerate(tokens.places.tolist()) if old >= 0}
+    found: dict[str, Any] = {key: renumbered(ids, new_ids) for key in ID_LISTS if (ids := getattr(settings, key, None))}
+    end = settings.forced_eos_token_id
+    if end is not None:
+        found["forced_eos_token_id"] = renumbered(end, new_ids) if isinstance(end, list) else new_ids.get(end)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _read(run_dir: Path, base: Path | None) -> _Remembered:

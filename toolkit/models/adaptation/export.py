@@ -19,6 +19,7 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.translator import PoseTranslator
+from toolkit.models.vocabulary.restore import WholeVocabulary
 from toolkit.recipe.deepspeed.compatibility import OVERFLOWS_IN_FP16
 
 CARD = "README.md"
@@ -58,11 +59,13 @@ def export_model(
     dtype: str | None,
     replace: bool,
     merge_adapter: bool = False,
+    whole: WholeVocabulary | None = None,
 ) -> float:
     """Write a model folder that transformers loads after ``import toolkit.auto``, whatever trained it.
 
     Quantised layers are written as the numbers that they stand for. An adapter is merged, or written beside the weights
-    in PEFT's own form, which ``from_pretrained`` loads. Nothing is written unless the result agrees with the model.
+    in PEFT's own form, which ``from_pretrained`` loads. A trimmed vocabulary becomes ``whole`` where that is given.
+    Nothing is written unless the result agrees with the model.
 
     The model becomes one of plain weights in ``dtype`` (None: as they are), in place. The folder has another name until
     it is complete and read back; ``card`` is the text of its README.
@@ -81,13 +84,17 @@ def export_model(
     if adapter and merge_adapter:
         merge(model, adapter)
         adapter = None
+    kept = None
+    if whole:
+        whole.give_to(model)
+        processor, kept = whole.processor, whole.kept
     model.config.adapter = ADAPTER_FOLDER if adapter else None
-    after = _scores_with(model, adapter)
+    after = _scores_with(model, adapter, kept)
     _check_agreement(before, after, tolerance)
     if dtype:
         model.to(TORCH_DTYPES[dtype])
         adapter = adapter and adapter.to(TORCH_DTYPES[dtype])
-        after = _scores_with(model, adapter)
+        after = _scores_with(model, adapter, kept)
         _check_agreement(before, after, max(tolerance, TOLERANCES[dtype]))
     _write(model, processor, adapter, folder, card)
     return float((before.softmax(dim=-1) - after.softmax(dim=-1)).abs().max())
@@ -160,24 +167,26 @@ def _check_agreement(before: Tensor, after: Tensor, tolerance: float) -> None:
         )
 
 
-def _scores_with(model: PoseTranslator, adapter: Adapter | None) -> Tensor:
+def _scores_with(model: PoseTranslator, adapter: Adapter | None, tokens: Tensor | None) -> Tensor:
     """:func:`_scores` of a model of plain weights with an adapter, which is detached again."""
     if adapter is None:
-        return _scores(model)
+        return _scores(model, tokens)
     attach_adapter(model, adapter)
-    scores = _scores(model)
+    scores = _scores(model, tokens)
     detach_adapter(model)
     return scores
 
 
 @torch.no_grad()
-def _scores(model: PoseTranslator) -> Tensor:
+def _scores(model: PoseTranslator, tokens: Tensor | None = None) -> Tensor:
     """Log-probabilities of the next tokens of three made-up clips, float32 [clips × tokens, vocabulary].
+
+    Of these tokens of a vocabulary, int64 [tokens], as if there were no others; None = of all.
 
     Raises:
         UserError: they are not numbers.
     """
-    clips, frames, tokens = 3, 32, 8
+    clips, frames, length = 3, 32, 8
     shapes = model.config.input_shapes(clips, frames)
     inputs = {
         name: torch.ones(shape, dtype=dtype)
@@ -188,10 +197,12 @@ def _scores(model: PoseTranslator) -> Tensor:
     inputs["visible"][1, :, ::2] = False  # every other landmark is missing
     inputs["frame_mask"][2, frames // 2 :] = False  # half of it is padding
     inputs["visible"] &= inputs["frame_mask"][..., None]
-    words = torch.linspace(2, vocabulary_size(model.backbone.config) - 1, clips * tokens).long()
-    labels = words.reshape(clips, tokens)
+    rows = vocabulary_size(model.backbone.config) if tokens is None else len(tokens)
+    words = torch.linspace(2, rows - 1, clips * length).long()
+    labels = (words if tokens is None else tokens[words]).reshape(clips, length)
     prefix = labels[:, :2] if model.config.prefix_template else None
     logits = model(**inputs, labels=labels, prefix_ids=prefix).logits
+    logits = logits if tokens is None else logits[..., tokens]
     if not logits.isfinite().all():
         raise UserError(f"the model gives NaN or infinity in {model.dtype}", "choose another --dtype")
     return logits.float().flatten(0, 1).log_softmax(dim=-1)

@@ -26,6 +26,8 @@ from toolkit.models.backbone import backbone_class, cast_position_tables
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loading.base_model import Fingerprint, Override, TensorReader
 from toolkit.models.loading.random_weights import Skeleton, make_skeleton
+from toolkit.models.vocabulary.ids import renumber
+from toolkit.models.vocabulary.tables import Trim
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Quantization
 
@@ -77,21 +79,32 @@ def random_backbone(
     seed: int,
     fingerprint: Fingerprint | None = None,
     override: Override = _as_it_is,
+    trim: Trim | None = None,
 ) -> PreTrainedModel:
     """A backbone with random weights, drawn from transformers' distributions.
 
     The same seed gives the same weights, whatever the placement; under stage 3 all ranks call this. The override reads
-    others in place of some, and the fingerprint hashes the weights, on ranks that have whole ones.
+    others in place of some, and the fingerprint hashes the weights, on ranks that have whole ones. Rows of a trimmed
+    vocabulary are those that whole tables would have.
 
     Raises:
         UserError: the architecture does not say how its weights are initialised.
     """
     skeleton = make_skeleton(config)
     try:
-        read = override(lambda name, tensor: skeleton.draw(tensor, name, seed)) if placement.fills else _unread
+        read = override(_drawn(skeleton, seed, trim)) if placement.fills else _unread
         return fill_skeleton(skeleton, read, placement, fingerprint)
     except NotImplementedError as error:
         raise UserError(str(error), "train it from published weights: model.from_scratch=false") from error
+
+
+def _drawn(skeleton: Skeleton, seed: int, trim: Trim | None) -> TensorReader:
+    if trim is None:
+        return lambda name, tensor: skeleton.draw(tensor, name, seed)
+    whole = make_skeleton(trim.config)
+    tensors: dict[str, Tensor] = dict(whole.model.named_parameters(remove_duplicate=False))
+    tensors |= dict(whole.model.named_buffers(remove_duplicate=False))
+    return trim.watch(lambda name, _: whole.draw(tensors[name], name, seed), skeleton.model)
 
 
 def published_backbone(
@@ -102,13 +115,15 @@ def published_backbone(
     trust_remote_code: bool = False,
     fingerprint: Fingerprint | None = None,
     override: Override = _as_it_is,
+    trim: Trim | None = None,
 ) -> PreTrainedModel:
     """A backbone with the weights of a hub id or folder, or those that the override reads in place of some.
 
     transformers maps the files into memory, and each weight is read from them when it is needed. Under ZeRO stage 3
     rank 0 alone reads; the others receive one weight after the other and keep their partition.
 
-    Rows for tokens that the files lack become zero. The fingerprint hashes the weights on ranks that read them.
+    Rows for tokens that the files lack become zero; of a trimmed vocabulary the kept rows are read. The fingerprint
+    hashes the weights on ranks that read them.
 
     Raises:
         OSError, ValueError: there is no such model.
@@ -120,6 +135,8 @@ def published_backbone(
     skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
     with contextlib.suppress(OSError):  # where none was published, the one made from the configuration stays
         skeleton.model.generation_config = GenerationConfig.from_pretrained(source)
+        if trim:
+            renumber(skeleton.model.generation_config, trim.trimming.new_ids)
     if not placement.fills:
         return fill_skeleton(skeleton, _unread, placement)
     # By its own configuration: ours may leave room for more tokens.
@@ -131,7 +148,7 @@ def published_backbone(
         ignore_mismatched_sizes=True,  # listed in ``info`` instead
     )
     parameters = dict(loaded.named_parameters(remove_duplicate=False))
-    _check_complete(source, info, parameters, skeleton.model)
+    _check_complete(source, info, parameters, (make_skeleton(trim.config) if trim else skeleton).model)
     tensors: dict[str, Tensor] = {**parameters, **dict(loaded.named_buffers(remove_duplicate=False))}
 
     def read(name: str, like: Tensor) -> Tensor:
@@ -140,7 +157,8 @@ def published_backbone(
             parameters[name].data = torch.empty(0)  # frees its memory
         return widened(values, like)
 
-    return fill_skeleton(skeleton, override(read), placement, fingerprint)
+    whole = trim.watch(read, skeleton.model) if trim else read
+    return fill_skeleton(skeleton, override(whole), placement, fingerprint)
 
 
 def place_added_modules(model: PreTrainedModel, placement: Placement) -> None:

@@ -18,18 +18,18 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import add_tokens
 from toolkit.models.backbone import empty_backbone, encoder_width
-from toolkit.models.backbone_config import backbone_config, fitted_config, is_for_language_model
+from toolkit.models.backbone_config import backbone_config, fitted_config, published_ids
 from toolkit.models.encoders import FeatureSettings, make_pose_encoder
 from toolkit.models.glosses import glosses_of, reads_glosses
-from toolkit.models.tokenizers import make_tokenizer
 from toolkit.models.translator import PoseTranslator
+from toolkit.models.vocabulary.needed import full_tokenizer, run_tokenizer
 from toolkit.models.warm_start.backbone import difference, part_of_each, token_dimension
 from toolkit.models.warm_start.mapping import Axis, Mapping, by_name
 from toolkit.models.warm_start.pose_encoder import Landmarks, compare, mappings
 from toolkit.models.warm_start.source import KEY, Source, empty_source, read_source
 from toolkit.models.warm_start.tokens import row_axis
 from toolkit.poses.landmarks import LandmarkSet
-from toolkit.recipe.model_cards import language_of, tokenizer_of
+from toolkit.recipe.model_cards import tokenizer_of
 from toolkit.recipe.schema import BACKBONE_PARTS, PARTS, POSE_ENCODER_DEFAULTS, Part, PoseEncoder, Recipe
 
 PARTS_KEY = "model.init_parts"
@@ -84,20 +84,20 @@ def check_warm_start(recipe: Recipe, corpus: Corpus | None = None) -> Plan:
     )
     fps = corpus.metadata.fps if corpus else data.fps
     source, glosses = read_source(model.init_from), glosses_of(recipe, corpus) if corpus else None
-    return make_plan(source, recipe, landmark_set, fps, _tokenizer_here(recipe), num_features, glosses)
+    return make_plan(source, recipe, landmark_set, fps, _tokenizer_here(recipe, corpus), num_features, glosses)
 
 
-def _tokenizer_here(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    """The run's tokenizer, where it takes neither a download nor the texts of the corpus."""
+def _tokenizer_here(recipe: Recipe, corpus: Corpus | None) -> PreTrainedTokenizerBase | None:
+    """The run's tokenizer, where it takes no download, and no texts of a corpus that is not here."""
     kind = tokenizer_of(recipe.model)
-    if kind != "bytes" and not Path(kind).is_dir():
+    trims = recipe.model.vocabulary == "corpus"
+    if (kind != "bytes" and not Path(kind).is_dir()) or (trims and corpus is None):
         return None
-    tokenizer = make_tokenizer(
-        kind,
-        language=language_of(recipe),
-        trust_remote_code=recipe.model.trust_remote_code,
-        for_language_model=is_for_language_model(recipe.model),
-    )
+    if trims:
+        assert corpus
+        tokenizer = run_tokenizer(recipe, corpus, published_ids(recipe.model))
+    else:
+        tokenizer = full_tokenizer(recipe)
     add_tokens(tokenizer, recipe.model.extra_tokens)
     return tokenizer
 

@@ -16,9 +16,10 @@ from toolkit.corpus.mixture.opening import frame_of
 from toolkit.models.adaptation.adapters import adapt
 from toolkit.models.adaptation.quantisation import packable
 from toolkit.models.backbone import empty_backbone
-from toolkit.models.backbone_config import backbone_config
+from toolkit.models.backbone_config import backbone_config, fit_rows
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.translator import PoseTranslator
+from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.recipe.model_cards import card_of
 from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.schema import Model, Recipe
@@ -68,10 +69,24 @@ def count(recipe: Recipe) -> Counts:
     Raises:
         UserError: the backbone's configuration cannot be read, or LoRA targets match nothing.
     """
+    return count_with(planned_config(recipe, planned_vocabulary(recipe).rows), recipe)
+
+
+def planned_config(recipe: Recipe, rows: int | None) -> PreTrainedConfig:
+    """The backbone's configuration, with so many tokens in a vocabulary that is made or trimmed for the run.
+
+    Raises:
+        UserError: neither a model card nor a configuration of the backbone is here.
+    """
     model = recipe.model
     if card_of(model):
-        model = model.model_copy(update={"from_scratch": True})
-    return count_with(backbone_config(model), recipe)
+        model = model.model_copy(update={"from_scratch": True})  # the card's dimensions need no hub
+    config = backbone_config(model)
+    if rows and recipe.model.vocabulary == "corpus":
+        # Where padding is among the last tokens, it stays there.
+        config.pad_token_id = min(config.pad_token_id or 0, rows - 1)
+        fit_rows(config, rows)
+    return config
 
 
 def count_with(config: PreTrainedConfig, recipe: Recipe) -> Counts:
