@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Check all input before the process group exists, then train."""
     import torch
 
+    from toolkit.batching.glosses import check_glosses
     from toolkit.checkpointing import run_directory
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
@@ -110,7 +111,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
-    from toolkit.models.glosses import check_glosses
     from toolkit.models.vocabulary.needed import check_trimming
     from toolkit.models.warm_start.plan import check_warm_start
     from toolkit.training.overfit import few_clips

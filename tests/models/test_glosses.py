@@ -12,7 +12,7 @@ import torch
 from tests.models.warm_start.makers import HANDS, SMALL, inputs_of, make, motion, save
 from tests.written_corpora import write_corpus
 from toolkit.batching.collate import IGNORED_LABEL
-from toolkit.batching.glosses import gloss_ids, gloss_vocabulary
+from toolkit.batching.glosses import check_glosses, gloss_ids, gloss_vocabulary
 from toolkit.batching.loader import train_batches
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.decoding.decode_split import find_hypotheses
@@ -20,7 +20,6 @@ from toolkit.errors import UserError
 from toolkit.evaluation.results import write_results
 from toolkit.evaluation.splits import score_splits
 from toolkit.models import PoseTranslator
-from toolkit.models.glosses import check_glosses
 from toolkit.models.loss import ctc_loss, translation_losses
 from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import check_warm_start, make_plan

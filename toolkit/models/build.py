@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.batching.glosses import glosses_of
 from toolkit.corpus.packed import Corpus
 from toolkit.models.adaptation.adapters import adapt
 from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens
@@ -22,7 +23,6 @@ from toolkit.models.backbone_config import (
 )
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.glosses import glosses_of
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.backbone_weights import (

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.batching.glosses import glosses_of
 from toolkit.checkpointing import run_directory
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_each_node, on_rank_0
@@ -22,7 +23,6 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.files import read_text, write_text_atomically
 from toolkit.models.build import stands_on_base
-from toolkit.models.glosses import glosses_of
 from toolkit.models.vocabulary.ids import ID_LISTS, renumbered
 from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import Plan, make_plan

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.batching.glosses import glosses_of, reads_glosses
 from toolkit.corpus.mixture.opening import frame_of
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
@@ -20,7 +21,6 @@ from toolkit.models.adaptation.extra_tokens import add_tokens
 from toolkit.models.backbone import empty_backbone, encoder_width
 from toolkit.models.backbone_config import backbone_config, fitted_config, published_ids
 from toolkit.models.encoders import FeatureSettings, make_pose_encoder
-from toolkit.models.glosses import glosses_of, reads_glosses
 from toolkit.models.translator import PoseTranslator
 from toolkit.models.vocabulary.needed import full_tokenizer, run_tokenizer
 from toolkit.models.warm_start.backbone import difference, part_of_each, token_dimension
