@@ -19,17 +19,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
 from toolkit.corpus.members import TooManyMembers, check_list, open_zip, tar_members
 from toolkit.corpus.names import FEATURE_SUFFIXES, SUFFIXES, Names, escaped, is_pose_file
-from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.compressed import read_member
 from toolkit.poses.pose_file import PoseError
 from toolkit.poses.video import VIDEO_SUFFIXES
+
+if TYPE_CHECKING:
+    from toolkit.corpus.table import Row  # what reads tables takes long to import
 
 _CHECK_PATH = "check data.poses (--poses): the folder or archive of the pose files"
 _CHECK_FEATURES = f"check data.features (--features): the folder or archive of {', '.join(FEATURE_SUFFIXES)} files"

@@ -17,7 +17,6 @@ from typing import Any
 
 from toolkit.corpus.archives import PoseFiles, open_features, open_poses
 from toolkit.corpus.names import FEATURE_SUFFIXES, SUFFIXES, Names, escaped, is_pose_file
-from toolkit.corpus.table import Row
 from toolkit.errors import UserError
 from toolkit.poses.features import read_clip
 from toolkit.poses.pose_file import PoseError, RawPose, read_pose
@@ -96,6 +95,8 @@ def _of_content(clip: ClipSource, fps: float | None) -> ClipSource:
 
 
 def _found_in(files: PoseFiles, clip: ClipSource, fps: float | None) -> ClipSource:
+    from toolkit.corpus.table import Row  # what reads tables takes long to import
+
     row = Row(clip.uid, "")
     key = files.find(row)
     if key is None:
