@@ -101,7 +101,9 @@ def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, m
     few, many = (computed.translation([Shape(clips, 20)]) for clips in (1, 1000))
     computed.close()
     assert many.resident - few.resident > 100 * 2**20
-    assert many.address_space - few.address_space == many.resident - few.resident
+    # What the process itself has taken between the two questions is some pages.
+    grown = many.address_space - few.address_space
+    assert grown == pytest.approx(many.resident - few.resident, rel=0.01)
 
     def generate(engine: Any, shapes: list[Shape]) -> Measured:
         lengths: list[int] = []
