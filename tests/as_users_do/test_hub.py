@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.as_users_do.hub import BLOCK, Hub
 from toolkit.errors import UserError
 from toolkit.models.backbone_config import backbone_config
-from toolkit.models.build import _backbone
+from toolkit.models.build import backbone_with_weights
 from toolkit.models.loading.backbone_weights import placement_for
 from toolkit.models.loading.load import load_translator
 from toolkit.models.tokenizers import make_tokenizer
@@ -53,7 +53,8 @@ def config(source: str) -> Any:
 def weights(source: str, known: Any = None) -> dict[str, torch.Tensor]:
     """The backbone's weights; ``known`` is its configuration where the hub no longer gives it."""
     model = load_recipe("t5_small", [f"model.backbone={source}"]).model
-    return _backbone(known or config(source), model, placement_for("fp32", None), 0, None).state_dict()
+    described, tokenizer = known or config(source), make_tokenizer("bytes")
+    return backbone_with_weights(described, model, tokenizer, placement_for("fp32", None), 0, None).state_dict()
 
 
 WAYS: dict[str, Callable[[str], Any]] = {"config": config, "tokenizer": make_tokenizer, "translator": load_translator}
