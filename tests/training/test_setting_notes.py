@@ -26,7 +26,7 @@ def notes(
     repeats: int = 0,
 ) -> list[str]:
     unknown = dict.fromkeys(CONDITIONS, "")
-    train = SimpleNamespace(texts=LONG, conditions=lambda: [unknown] * len(LONG))
+    train = SimpleNamespace(texts=LONG, condition_counts=lambda: [(unknown, len(LONG))])
     splits = {"train": train} | ({"dev": SimpleNamespace(texts=dev)} if dev else {})
     corpus: Any = SimpleNamespace(
         splits=splits,
