@@ -103,8 +103,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Transfer to another sign language",
         "python benchmarks/transfer.py --model runs/demo",
         "Character error rate on 160 phrases of sign languages that the demo never saw, after training on 200 others "
-        "that share no word with them: from the demo's model and from scratch; with `--mix` besides mixed with the demo's "
-        "corpus, and the demo's model alone; see [transfer.md](transfer.md).",
+        "that share no word with them: from the demo's model and from scratch; with `--mix` besides mixed with the "
+        "demo's corpus, and the demo's model alone; see [transfer.md](transfer.md).",
     ),
     "mixing": (
         "Mixes of corpora",
