@@ -54,8 +54,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Micro-batches that are chosen",
         "python benchmarks/auto_micro_batch.py",
         "Clips a second of two ranks with the micro-batch that `auto` chooses, and with the best power of two that a "
-        "sweep finds; and whole small runs of random recipes and DeepSpeed JSONs under random limits of addresses "
-        "(`ulimit -v`). T5-Base keeps two of its twelve layers.",
+        "sweep finds. The command also sweeps T5-Base with two of its layers, and tries random recipes and DeepSpeed "
+        "JSONs under random limits of addresses (`ulimit -v`); their rows appear here when they have been measured.",
     ),
     "memory": (
         "Memory of each DeepSpeed JSON",
