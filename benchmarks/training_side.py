@@ -95,6 +95,14 @@ def main() -> None:
 
 def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
     """The toolkit's own loop."""
+    for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus):
+        if trainer.ranks.is_main:
+            used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
+            answer(clips, seconds, mfu=used)
+
+
+def turns_of_ours(resolved: ResolvedRun, corpus: Corpus) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:
+    """Take each turn that is ordered by the toolkit's own loop; its trainer, steps, clips and seconds."""
     keep_freed_memory()
     ranks = read_ranks()
     with (
@@ -109,9 +117,7 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
             for step in taken:
                 trainer.step(step)
             seconds = elapsed(started)
-            if ranks.is_main:
-                used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
-                answer(trainer.progress.clips - clips, seconds, mfu=used)
+            yield trainer, taken, trainer.progress.clips - clips, seconds
 
 
 def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> float:

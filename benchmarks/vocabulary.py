@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +36,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 from training_corpus import make_corpus
 from transformers import MT5Config, T5Tokenizer
-from turns import answer, elapsed, orders
+from turns import answer
 
-from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.cpu.allocator import keep_freed_memory
 from toolkit.models.backbone import note_output_matrix
 from toolkit.models.build import build_processor
 from toolkit.models.tokenizers import train_tokenizer
@@ -231,27 +228,11 @@ def take_turn(process: subprocess.Popen[str], steps: int) -> dict[str, Any]:
 
 def train_in_turns(folder: Path, vocabulary: str) -> None:
     """One side: the toolkit's own loop."""
-    from training_side import endless
+    from training_side import turns_of_ours
 
-    from toolkit.training.run import open_run, open_trainer
-    from toolkit.training.start import Start
-
-    keep_freed_memory()
-    ranks, run = read_ranks(), resolved_run(folder, vocabulary)
     corpus = Corpus.open(folder / "corpus")
-    with (
-        open_run(run, ranks, corpus) as interruptions,
-        open_trainer(run, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
-    ):
-        trainer.engine.train()
-        batches = endless(run, corpus, trainer.processor.tokenizer)
-        for steps in orders():
-            taken = [next(batches) for _ in range(steps)]
-            started, clips = time.perf_counter(), trainer.progress.clips
-            for step in taken:
-                trainer.step(step)
-            seconds = elapsed(started)
-            answer(trainer.progress.clips - clips, seconds, tensors=live_bytes())
+    for _, _, clips, seconds in turns_of_ours(resolved_run(folder, vocabulary), corpus):
+        answer(clips, seconds, tensors=live_bytes())
 
 
 def live_bytes() -> int:
