@@ -131,9 +131,11 @@ def test_wandb_keeps_a_run_offline_and_resumes_it_under_the_same_id(tmp_path):
             tracker.log(resume_step + 1, {"loss": 1.5})
             tracker.table(resume_step + 1, "samples", [{"reference": "hello", "hypothesis": "hallo"}])
     run_id = (tmp_path / RUN_ID_FILE).read_text().strip()
+    # Two starts within one second: wandb adds a suffix to the second folder's name, the file inside keeps the ID.
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert folders and all(folder.name.endswith(run_id) for folder in folders)
-    assert all(list(folder.glob("*.wandb")) for folder in folders)
+    assert folders and all(
+        [file.name for file in folder.glob("*.wandb")] == [f"run-{run_id}.wandb"] for folder in folders
+    )
 
 
 @pytest.mark.process
