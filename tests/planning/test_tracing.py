@@ -153,9 +153,10 @@ def test_a_fault_of_a_pass_is_not_taken_for_a_model_that_cannot_be_traced(monkey
 @pytest.mark.parametrize("name", ["t5_small", "demo"])
 def test_a_pass_on_a_cpu_keeps_the_scores_of_its_attention(name: str) -> None:
     shortened = shorten(empty(name))
-    settings = {**SHAPE, "dtype": torch.bfloat16}
+    # So many frames that scores, which grow with their square, outweigh what convolutions in fp32 keep without AVX-512.
+    settings = {**SHAPE, "frames": 4800, "dtype": torch.bfloat16}
     gpu, cpu = trace(shortened, **settings), trace(shortened, **settings, on_cpu=True)
-    assert cpu.saved > 1.02 * gpu.saved
+    assert cpu.saved > 1.2 * gpu.saved
     assert cpu.peak > gpu.peak
     again = trace(shortened, **settings)
     assert (again.saved, again.peak) == (gpu.saved, gpu.peak), "the model stays as it was"
