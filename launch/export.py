@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     # transformers imports DeepSpeed to save, which warns on machines without a GPU unless it is set to the CPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from toolkit.cluster.logs import show_errors_only
+
+    show_errors_only()  # peft imports bitsandbytes, which warns of a missing kernel on processors that know bf16
     from toolkit.models.adaptation.export import check_dtype, check_target, export_model
     from toolkit.models.loading.load import load_translator
     from toolkit.models.loading.weights import count_weights
@@ -71,7 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
     from toolkit.reporting.model_card import model_card
 
     check_target(folder, replace=arguments.replace)
-    show_errors_only()
     model, processor = load_translator(run_dir)
     if arguments.merge_lora and not getattr(model, "peft_config", None):
         raise UserError(f"--merge-lora: {run_dir} was not trained with adapters", "leave out --merge-lora")
