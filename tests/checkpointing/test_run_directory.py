@@ -45,6 +45,7 @@ def test_the_same_settings_may_resume(resolve: Resolve, corpus: Corpus) -> None:
         "training.eval_every=2",
         "training.early_stopping=4",
         "evaluation.samples=3",
+        "evaluation.graphs=false",
         "evaluation.batch_frames=100",
     ],
 )

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from tests.recorded_calls import RecordedCalls
 from tests.written_corpora import write_corpus
 from toolkit.batching.collate import places_of_labels
 from toolkit.corpus.packed import Clip, Corpus
+from toolkit.decoding import step_graphs
 from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
 from toolkit.models.backbone import decoder_inputs, embed_words, encoder_width, reader
@@ -226,6 +228,23 @@ def test_our_beam_search_finds_what_huggingfaces_does(
         ours = model.generate(**inputs, **settings, custom_generate=beam_search)
         assert torch.equal(ours.sequences, theirs.sequences)
         torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+@every_card
+def test_steps_as_graphs_find_the_same(
+    name: str, make: Callable[..., PoseTranslator], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, capture = make(name), RecordedCalls()
+    monkeypatch.setattr(step_graphs, "capture_on", lambda device: capture)
+    graphs = step_graphs.graphs_of_search(model, wanted=True)
+    assert (graphs is None) == (name in ASKING)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    settings = {"num_beams": 3, "min_new_tokens": 8, "max_new_tokens": 9, "custom_generate": beam_search}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    plain, graphed = (model.generate(**inputs, **settings, graphs=given) for given in (None, graphs))
+    assert torch.equal(graphed.sequences, plain.sequences)
+    torch.testing.assert_close(graphed.sequences_scores, plain.sequences_scores, atol=1e-5, rtol=1e-5)
+    assert graphs is None or (len(capture.captured) == 1 and capture.replays == 7), "steps were not replayed"
 
 
 @every_card

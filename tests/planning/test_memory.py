@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import BartConfig, LlamaConfig, PreTrainedConfig, T5Config
 
+from tests.recorded_calls import RecordedCalls
 from toolkit.decoding.beam_search import beam_search
+from toolkit.decoding.step_graphs import StepGraphs
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.planning import memory
 from toolkit.planning.memory import fitting_batch_frames, translation_memory
@@ -78,6 +80,19 @@ def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention
     assert held <= estimate.cache <= 1.5 * held
     # A stride only makes it less.
     assert largest_cache(translator(name, stride=2)) < held
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_graphs_keep_what_is_counted(name: str) -> None:
+    model, graphs = translator(name, stride=1), StepGraphs(RecordedCalls())
+    estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS, graphs=True)
+    poses, real = torch.randn(CLIPS, FRAMES, 5, 3), torch.ones(CLIPS, FRAMES, dtype=torch.bool)
+    model.generate(poses, real[..., None].expand(-1, -1, 5), real, custom_generate=beam_search, graphs=graphs)
+    assert graphs.cache is not None
+    held = sum(states.nbytes for states in graphs.cache.states())
+    assert 0.9 * held <= estimate.kept <= 1.1 * held
+    without = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
+    assert estimate.working > without.working
 
 
 def test_weights_are_counted_once_and_in_their_own_precision() -> None:

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "run",
     "tracking",
     "evaluation.samples",
+    "evaluation.graphs",
     "evaluation.batch_frames",
     # Where the clips are; check_same_corpus compares the clips themselves.
     "data.source",

@@ -10,10 +10,13 @@ HuggingFace's own; only the loop is ours. Three things make it faster, and none 
   attention to it is one product per clip, not one a beam, and the largest part of the cache is never copied from step
   to step (``held_clips.py``).
 * **The first step runs once a clip**, because all its beams begin alike.
+
+On GPUs the other steps are CUDA graphs (``step_graphs.py``).
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
 from toolkit.batching.copies import on_device
 from toolkit.decoding.held_clips import held_clips
+from toolkit.decoding.step_graphs import StepGraphs, graphed_clips
 
 # Below any log-probability; HuggingFace's value, since scores are compared with its own.
 NEVER = -1e9
@@ -41,6 +45,7 @@ def beam_search(
     stopping_criteria: Any,
     generation_config: Any,
     synced: bool = False,
+    graphs: StepGraphs | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """The decoding loop that ``generate`` calls; the signature is HuggingFace's.
@@ -51,6 +56,7 @@ def beam_search(
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
         synced: whether every rank must run the decoder as often as the one that needs it most (ZeRO stage 3).
             HuggingFace keeps its own ``synced_gpus`` from custom loops.
+        graphs: of this model's steps; None runs them as they are written.
         model_kwargs: ``encoder_outputs``, or ``inputs_embeds`` of prefixes, and ``attention_mask``, repeated for each
             beam, and an empty cache.
 
@@ -60,7 +66,11 @@ def beam_search(
     """
     beams = generation_config.num_beams
     search = _Search(generation_config, input_ids.view(-1, beams, input_ids.shape[1]), logits_processor)
-    with held_clips(model, beams, model_kwargs) as held:
+    with ExitStack() as stack:
+        held: Any = stack.enter_context(held_clips(model, beams, model_kwargs))
+        if graphs is not None:
+            held = stack.enter_context(graphed_clips(held, graphs, generation_config.max_length))
+            search.drop_share = held.drop_share
         ids = input_ids[::beams]
         while True:
             logits = held.scores(ids)
@@ -122,7 +132,7 @@ class _Search:
         self.keepers = [item for item in processors if hasattr(item, "keep_clips")]
         known = (type(item).__module__.startswith("transformers.") for item in processors if item not in self.keepers)
         self.may_drop = all(known)
-        self.look_every = tokens_between_looks(prompts.device)
+        self.look_every, self.drop_share = tokens_between_looks(prompts.device), DROP_SHARE
 
     @property
     def rows(self) -> int:
@@ -185,7 +195,7 @@ class _Search:
         if (length - self.prompt) % self.look_every and length < self.config.max_length:
             return rows.flatten(), None
         is_done: list[bool] = self.is_done.tolist()
-        if not all(is_done) and (not self.may_drop or sum(is_done) < DROP_SHARE * len(is_done)):
+        if not all(is_done) and (not self.may_drop or sum(is_done) < self.drop_share * len(is_done)):
             return rows.flatten(), None
         device = rows.device
         done = on_device([place for place, is_one in enumerate(is_done) if is_one], device, torch.int64)

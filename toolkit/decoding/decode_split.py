@@ -15,6 +15,7 @@ from toolkit.batching.languages import language_tokens
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
 from toolkit.decoding.search import Hypothesis, search
+from toolkit.decoding.step_graphs import graphs_of_search
 from toolkit.models.translator import PoseTranslator
 from toolkit.scoring.predictions import Prediction, make_predictions
 
@@ -46,6 +47,7 @@ def find_hypotheses(
     on_batch: Callable[[int], None] | None = None,
     n_best: int = 1,
     few_shapes: bool | None = None,
+    graphs: bool = True,
     **settings: Any,
 ) -> list[list[Hypothesis]]:
     """Find the best texts for every clip of ``split``.
@@ -60,6 +62,7 @@ def find_hypotheses(
         on_batch: called with the number of clips that this rank has translated so far.
         n_best: hypotheses for each clip, at most as many as there are beams.
         few_shapes: whether batches are padded to a ladder of few lengths; None = on GPUs.
+        graphs: whether the steps of the search are CUDA graphs, where ranks on GPUs need not step together.
         settings: override the model's own generation settings.
 
     Returns:
@@ -80,6 +83,7 @@ def find_hypotheses(
         prefix=config.prefix_template,
         max_prefix_tokens=config.max_prefix_tokens,
     )
+    steps = graphs_of_search(model, wanted=graphs and not synced)
     for batch in batches:
         batch = batch.to(device)
         first_tokens = language_tokens(tokenizer, batch.target_languages)
@@ -90,6 +94,7 @@ def find_hypotheses(
             first_tokens=None if first_tokens is None else torch.tensor(first_tokens, device=device),
             n_best=n_best,
             synced=synced,
+            graphs=steps,
             **settings,
         )
         clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)

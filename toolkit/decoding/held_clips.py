@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from toolkit.decoding.static_cache import StoredClips
+
 SHARED_ATTENTION = "sdpa_shared_by_beams"
 PREFIX_ATTENTION = "prefix_shared_by_beams"
 
@@ -27,9 +29,8 @@ PREFIX_ATTENTION = "prefix_shared_by_beams"
 def held_clips(model: Any, beams: int, inputs: dict[str, Any]) -> Iterator[EncodedClips | PrefixClips]:
     """What a search over these inputs of ``generate`` holds; the model's attention changes within it."""
     before = model.config._attn_implementation
-    held = EncodedClips(model, beams, inputs) if "encoder_outputs" in inputs else PrefixClips(model, beams, inputs)
     try:
-        yield held
+        yield EncodedClips(model, beams, inputs) if "encoder_outputs" in inputs else PrefixClips(model, beams, inputs)
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
@@ -74,6 +75,15 @@ class EncodedClips:
             self.hidden, self.mask = self.hidden[kept], self.mask[kept]
             self.cache.cross_attention_cache.reorder_cache(kept)
         self.is_first = False
+
+    def stored(self) -> StoredClips:
+        """What a cache of another kind takes over after the first step; the beams of a clip share its encoding."""
+        parts = self.cache.self_attention_cache, self.cache.cross_attention_cache
+        # T5 with more layers in its encoder has as many here, of which some stay empty.
+        texts, clips = ([(one.keys, one.values) for one in part.layers if one.keys is not None] for part in parts)
+        for layer in (*parts[0].layers, *parts[1].layers):
+            layer.keys = layer.values = None
+        return StoredClips(clips, self.mask.bool(), texts, hidden=self.hidden[:1, :1].clone())
 
     def keep_one(self) -> None:
         """Hold a single row, whose scores are not used."""
@@ -133,6 +143,13 @@ class PrefixClips:
                 layer.keep_clips(clips)
         if clips is not None:
             self.lengths = self.lengths[clips]
+
+    def stored(self) -> StoredClips:
+        """What a cache of another kind takes over after the first step."""
+        clips = [(layer.prefix_keys, layer.prefix_values) for layer in self.layers]
+        mask = self.layers[0].mask
+        self.layers = []
+        return StoredClips(clips, mask, [], lengths=self.lengths)
 
     def keep_one(self) -> None:
         """Hold a single row, whose scores are not used."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.decoding.beam_search import beam_search
+from toolkit.decoding.step_graphs import StepGraphs
 from toolkit.models.translator import PoseTranslator
 
 # Later digits depend on the number of threads, and one rank and several must write the same files.
@@ -39,6 +40,7 @@ def search(
     *,
     n_best: int = 1,
     synced: bool = False,
+    graphs: StepGraphs | None = None,
     **settings: Any,
 ) -> list[list[Hypothesis]]:
     """Find the ``n_best`` texts for each clip of a batch, by our beam search or HuggingFace's other loops.
@@ -49,12 +51,13 @@ def search(
         poses, visible, frame_mask, prefix_ids, first_tokens, video_features: as ``PoseTranslator.generate`` takes them.
         n_best: hypotheses of each clip, at most as many as there are beams.
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
+        graphs: of beam search's steps; None runs them as they are written.
         settings: those of HuggingFace's ``generate``; they override the model's own.
     """
     beams = settings.get("num_beams", model.generation_config.num_beams) or 1
     samples = settings.get("do_sample", model.generation_config.do_sample)
     if beams > 1 and not samples:
-        loop: dict[str, Any] = {"custom_generate": beam_search, "synced": synced}
+        loop: dict[str, Any] = {"custom_generate": beam_search, "synced": synced, "graphs": graphs}
     else:
         loop = {"synced_gpus": synced}
     encoded: tuple[Tensor, Tensor] | None = None

@@ -91,6 +91,7 @@ def with_batch_frames(
         beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,
         gathers=gathers,
+        graphs=settings.graphs,
     )
     return settings.model_copy(update={"batch_frames": size})
 
@@ -108,6 +109,7 @@ def ready_to_translate(engine: Any, frames: npt.NDArray[np.integer], settings: E
         batch_frames=most_batch_frames(settings),
         beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,
+        graphs=settings.graphs,
     )
     with evaluation_mode(engine.module), whole_weights(engine, gather=gather) as synced:
         yield synced
@@ -145,6 +147,7 @@ def score_splits(
                 rank=rank,
                 world_size=world_size,
                 synced=synced,
+                graphs=settings.graphs,
                 n_best=n_best,
                 on_batch=partial(on_batch, name) if on_batch else None,
                 **(search or {}),

@@ -37,6 +37,7 @@ from toolkit.cluster.devices import use_device
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.decoding.search import search
+from toolkit.decoding.step_graphs import graphs_of_search
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import ready_to_translate
 from toolkit.fitting.hardware import Card
@@ -249,7 +250,8 @@ class _Engine:
     def translation(self, shapes: Sequence[Shape]) -> Measured:
         """On a GPU the search itself; on CPUs, where it takes long, its memory by arithmetic beside what trains."""
         settings, module = self.resolved.recipe.evaluation, self.engine.module
-        search_of = {"beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+        search_of: dict[str, Any] = {"beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+        search_of["graphs"] = settings.graphs and torch.cuda.is_available()
         memory, shape = max(
             ((translation_memory(module, clips=one.clips, frames=one.frames, **search_of), one) for one in shapes),
             key=lambda pair: pair[0].total,
@@ -263,16 +265,22 @@ class _Engine:
         return self._measured(0.0)
 
     def generate(self, shape: Shape) -> None:
-        """Search for the texts of a generation batch, to the last token that they may have."""
+        """Search for the texts of a generation batch, to the last token that they may have.
+
+        Twice where steps are graphs: what these keep stays while the next batch begins.
+        """
         settings, batch = self.resolved.recipe.evaluation, self._batch(shape).to(self.engine.device)
         with ready_to_translate(self.engine, np.full(shape.clips, shape.frames), settings) as synced:
-            search(
-                self.engine.module,
-                self.processor,
-                **batch.inputs,
-                synced=synced,
-                min_new_tokens=settings.max_new_tokens,
-            )
+            graphs = graphs_of_search(self.engine.module, wanted=settings.graphs and not synced)
+            for _ in range(2 if graphs else 1):
+                search(
+                    self.engine.module,
+                    self.processor,
+                    **batch.inputs,
+                    synced=synced,
+                    graphs=graphs,
+                    min_new_tokens=settings.max_new_tokens,
+                )
 
     def step(self, shapes: Sequence[Shape]) -> Measured:
         """A step as the trainer takes it; the second one holds what the first one allocated."""

@@ -42,7 +42,7 @@ def make_cpu_plan(
     )
     always = moments["update"] | {"gradients": zero.kept_gradients, "copies of the update": 0.0}
     translation = subject.translation(config, workload)
-    generation = max(translation.encoder, translation.cache + translation.scores)
+    generation = translation.working
     moments |= {"evaluation": always | {"generation": generation, "gathered weights": zero.whole}, "save": always}
     imported = CPU_PEFT if recipe.model.lora else CPU_COMPILER if resolved.zero_stage else 0
     moments = {name: _complete(items, imported, starts=name == "start") for name, items in moments.items()}

@@ -38,21 +38,29 @@ class TranslationMemory:
         encoder: the widest activations of the pose encoder and the backbone's encoder, attention scores included.
         cache: keys and values of the decoder when the last token is written, and a copy of one layer's.
         scores: of all tokens that may come next, as logits, as log-probabilities and as the processors leave them.
+        kept: keys and values that stay from one batch to the next, where steps are CUDA graphs; ``cache`` is then what
+            the first step has beside them.
     """
 
     weights: int
     encoder: int
     cache: int
     scores: int
+    kept: int = 0
+
+    @property
+    def working(self) -> int:
+        """All but the weights."""
+        # The encoder is done when the decoder begins.
+        return self.kept + max(self.encoder, self.cache + self.scores)
 
     @property
     def total(self) -> int:
-        # The encoder is done when the decoder begins.
-        return self.weights + max(self.encoder, self.cache + self.scores)
+        return self.weights + self.working
 
 
 def translation_memory(
-    model: PoseTranslator, *, clips: int, frames: int, beams: int, max_new_tokens: int
+    model: PoseTranslator, *, clips: int, frames: int, beams: int, max_new_tokens: int, graphs: bool = False
 ) -> TranslationMemory:
     """What translating one batch takes at most.
 
@@ -61,6 +69,7 @@ def translation_memory(
         clips: of the batch.
         frames: of its longest clip, to which all are padded.
         beams, max_new_tokens: of the search.
+        graphs: whether its steps are CUDA graphs.
     """
     parameters = list(model.parameters())
     weights = sum(getattr(item, "ds_numel", item.numel()) * item.element_size() for item in parameters)
@@ -78,16 +87,25 @@ def translation_memory(
     copies = 1 if config._attn_implementation == "sdpa" or is_language_model(config) else beams
     across = 2 * layers * positions * copies * inner
     along = 2 * layers * clips * beams * max_new_tokens * inner
+    kept = across + along if graphs else 0
+    held = across + (0 if graphs else along)
     return TranslationMemory(
         weights=weights,
         encoder=size * (3 * positions * widest + 2 * heads * positions * length),
-        cache=size * (across + along + along // layers + positions * model.pose_encoder.width),
+        cache=size * (held + along // layers + positions * model.pose_encoder.width),
         scores=3 * FLOAT32 * clips * beams * _first(decoder, "vocab_size"),
+        kept=size * kept,
     )
 
 
 def fits_whole(
-    engine: Any, *, frames: npt.NDArray[np.integer], batch_frames: int, beams: int, max_new_tokens: int
+    engine: Any,
+    *,
+    frames: npt.NDArray[np.integer],
+    batch_frames: int,
+    beams: int,
+    max_new_tokens: int,
+    graphs: bool = False,
 ) -> bool:
     """Whether every rank has room to translate with whole weights; all ranks call this and get the same answer.
 
@@ -96,11 +114,15 @@ def fits_whole(
         frames: of each clip that is to be translated.
         batch_frames: padded frames of a batch.
         beams, max_new_tokens: of the search.
+        graphs: whether its steps are CUDA graphs, on GPUs.
     """
+    graphs = graphs and engine.device.type == "cuda"
     rungs = fitted_rungs(frames, engine.module.pose_encoder.frames_per_position) if engine.device.type == "cuda" else ()
     batches = evaluation_shapes(frames, batch_frames, rungs)
     needed = max(
-        translation_memory(engine.module, clips=clips, frames=longest, beams=beams, max_new_tokens=max_new_tokens).total
+        translation_memory(
+            engine.module, clips=clips, frames=longest, beams=beams, max_new_tokens=max_new_tokens, graphs=graphs
+        ).total
         for clips, longest in batches
     )
     fits = torch.tensor(float(needed <= LARGEST_SHARE * free_memory()), device=engine.device)
@@ -117,6 +139,7 @@ def fitting_batch_frames(
     beams: int,
     max_new_tokens: int,
     gathers: bool = False,
+    graphs: bool = False,
 ) -> int:
     """The most padded frames of a batch, ``most`` or a half, a quarter… of it, for which every rank has room.
 
@@ -128,14 +151,18 @@ def fitting_batch_frames(
         frames, beams, max_new_tokens: as for :func:`fits_whole`.
         most: padded frames to begin with.
         gathers: whether whole weights come on top: they are partitioned by ZeRO-3.
+        graphs: whether the steps of the search are CUDA graphs, on GPUs.
     """
+    graphs = graphs and device.type == "cuda"
     room, longest = LARGEST_SHARE * free_memory(device), int(frames.max(initial=1))
     rungs = fitted_rungs(frames, model.pose_encoder.frames_per_position) if device.type == "cuda" else ()
 
     def fits(size: int, *, whole: bool) -> bool:
         batches = evaluation_shapes(frames, size, rungs)
         every = [
-            translation_memory(model, clips=clips, frames=length, beams=beams, max_new_tokens=max_new_tokens)
+            translation_memory(
+                model, clips=clips, frames=length, beams=beams, max_new_tokens=max_new_tokens, graphs=graphs
+            )
             for clips, length in batches
         ]
         return all(memory.total - (0 if whole else memory.weights) <= room for memory in every)

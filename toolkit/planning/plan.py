@@ -114,10 +114,10 @@ class Subject:
                 ) from error
         return self._traces[key]
 
-    def translation(self, config: Tree, workload: Workload) -> TranslationMemory:
-        """The largest generation batch of an evaluation."""
+    def translation(self, config: Tree, workload: Workload, *, graphs: bool = False) -> TranslationMemory:
+        """The largest generation batch of an evaluation, whose steps may be CUDA graphs."""
         dtype = TORCH_DTYPES[parameter_precision(config)]
-        key = (dtype, workload.evaluated)
+        key = (dtype, workload.evaluated, graphs)
         if key not in self._translations:
             settings = self.recipe.evaluation
             model = self._traced.model.to(dtype)  # its configuration has all layers
@@ -129,10 +129,11 @@ class Subject:
                         frames=frames,
                         beams=settings.num_beams,
                         max_new_tokens=settings.max_new_tokens,
+                        graphs=graphs,
                     )
                     for clips, frames in workload.evaluated
                 ),
-                key=lambda memory: max(memory.encoder, memory.cache + memory.scores),
+                key=lambda memory: memory.working,
             )
         return self._translations[key]
 
@@ -279,13 +280,14 @@ def largest_micro_batch(
 def _evaluation(subject: Subject, config: Tree, hardware: Hardware, workload: Workload, zero: ZeroMemory) -> Items:
     """What an evaluation holds; generation batches that are chosen are halved until they fit."""
     while True:
-        translation = subject.translation(config, workload)
+        translation = subject.translation(config, workload, graphs=subject.recipe.evaluation.graphs)
         items = zero.always | {
-            "generation": max(translation.encoder, translation.cache + translation.scores),
+            "generation": translation.working,
             "gathered weights": zero.whole,
         }
         if zero.whole > zero.gathered and sum(_complete(items, hardware).values()) > hardware.gpu_memory:
             # Then ranks generate in step, and gather layer by layer.
+            translation = subject.translation(config, workload)
             items = zero.always | {
                 "gathered weights": zero.gathered,
                 "generation": translation.cache + translation.scores,

@@ -1,8 +1,7 @@
 """The recipe as a typed tree: every key, its unit, its default and its bounds.
 
 The same names serve in YAML (``training: {epochs: 20}``) and on the command line (``training.epochs=20``). Nothing here
-reads a file; see ``load.py``. All models are frozen and refuse unknown keys. A validator raises ``ValueError(message,
-hint)``, of which ``load.py`` makes a ``UserError``.
+reads a file; ``load.py`` does, and makes a ``UserError`` of the ``ValueError(message, hint)`` that a validator raises.
 """
 
 from __future__ import annotations
@@ -364,6 +363,7 @@ class Evaluation(Section):
     select_by: ScoreName = "bleu4"
     select_corpus: str = "mean"  # whose score it is, of several corpora: mean, all (clips together), or one's name
     batch_frames: CountOrAuto = "auto"  # padded frames in one generation batch of one rank; auto = what fits
+    graphs: bool = True  # on GPUs the decoder's steps are CUDA graphs; elsewhere they run as they are written
     tokenize: str = "13a"  # sacreBLEU tokenizer
     lowercase: bool = False
     samples: CountOrZero = 10  # outputs shown after each evaluation

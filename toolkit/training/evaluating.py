@@ -77,6 +77,7 @@ def evaluate_split(
             rank=ranks.rank,
             world_size=ranks.world_size,
             synced=synced,
+            graphs=settings.graphs,
         )
     predictions, glosses = best_predictions(split, found), list(split.values("gloss"))
     parts = {part.corpus: slice(part.clips.start, part.clips.stop) for part in split.parts}

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from tests.recorded_calls import RecordedCalls
 from tests.small_configs import translator_config
 from toolkit.batching.collate import NO_TOKEN, places_of_labels
-from toolkit.decoding import held_clips
+from toolkit.decoding import held_clips, step_graphs
 from toolkit.decoding.beam_search import beam_search
+from toolkit.decoding.step_graphs import StepGraphs
 from toolkit.models import PoseTranslator
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 
@@ -147,6 +149,20 @@ def test_a_search_finds_what_transformers_finds_for_each_clip(
         if beams > 1:
             torch.testing.assert_close(found.sequences_scores[clip], theirs.sequences_scores[0], atol=1e-4, rtol=1e-4)
     assert len(set(texts)) > 1, "too much alike to show much"
+
+
+@every_kind
+def test_steps_as_graphs_find_the_same(
+    kind: str, make: Callable[..., PoseTranslator], clips: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With windows, scores that are capped, and queries that share keys."""
+    model, capture = make(kind), RecordedCalls()
+    monkeypatch.setattr(step_graphs, "SHORTEST", 8)
+    settings = {"num_beams": 5, "return_dict_in_generate": True, "output_scores": True, "custom_generate": beam_search}
+    plain, graphed = (model.generate(**clips, **settings, graphs=given) for given in (None, StepGraphs(capture)))
+    assert torch.equal(graphed.sequences, plain.sequences)
+    torch.testing.assert_close(graphed.sequences_scores, plain.sequences_scores, atol=1e-4, rtol=1e-4)
+    assert capture.replays
 
 
 def test_beams_share_the_keys_of_their_prefix(

@@ -1,0 +1,241 @@
+"""The steps of a beam search as CUDA graphs: a token costs the host one call and not one for each kernel.
+
+A graph belongs to a number of clips and a length of texts. Both have few values: clips are dropped by halves, and
+lengths double. Graphs live as long as the translation of one split, because weights may lie elsewhere afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+
+from toolkit.decoding.held_clips import EncodedClips, PrefixClips
+from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache
+from toolkit.models.adaptation.quantisation import is_packed
+from toolkit.models.backbone import decoder_config
+from toolkit.models.language_models.prefixes import is_language_model
+
+# Encoder-decoders, by the model type of their decoder, which compute a step without an answer from the GPU.
+ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "gpt2"})
+SHORTEST = 32  # tokens of the first graphs of a batch; the next ones are for twice as many
+DROP_SHARE = 0.5  # of the clips that are done before the others are moved together
+MOST_GRAPHS = 64  # of one split's; further steps run without
+
+log = logging.getLogger("toolkit")
+
+
+class Capture(Protocol):
+    """How a call becomes a graph."""
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Run the call, which may be repeated: its result, and what computes it again into the same memory.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """
+
+
+class CudaGraphs:
+    """Captures calls as CUDA graphs on the current device, in one pool of memory; each result is used at once."""
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.pool: Any = None
+        self.first: Any = None  # a pool without a graph could not be used again
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        self.stream = self.stream or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            call()  # libraries allocate what they need at their first call, which a capture forbids
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph: where a capture fails it leaves its stream the current one.
+        with torch.cuda.stream(self.stream):
+            # Other threads of this process may use the GPU meanwhile.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                result = call()
+            finally:
+                graph.capture_end()
+        self.first = self.first or graph
+        graph.replay()  # a capture computes nothing
+        return result, graph.replay
+
+
+class StepGraphs:
+    """Memory and graphs of the steps of one model's searches."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture: Capture | None = capture
+        self.cache: StaticCache | None = None
+        self.graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
+
+    def take(self, held: EncodedClips | PrefixClips, beams: int, length: int) -> int:
+        """Store what a search holds after its first step; gives the tokens of each text so far."""
+        stored = held.stored()
+        clips = len(stored.mask)
+        if self.cache is None or not self.cache.holds(stored, clips, beams, length):
+            self.graphs.clear()
+            self.cache = None  # its memory is free before the next one is made
+            self.cache = StaticCache(stored, clips, beams, length)
+        return self.cache.store(stored)
+
+    def scores(self, model: Any, clips: int, tokens: int) -> Tensor:
+        """Scores of the next tokens of the first clips [rows, vocabulary], after so many tokens."""
+        cache = self.cache
+        assert cache is not None
+        now, span = _clips_of_graph(cache.clips, clips), _span_of_graph(cache.length, tokens)
+
+        def call() -> Tensor:
+            cache.begin(now, span)
+            output = model(**cache.inputs(), past_key_values=cache.cache, use_cache=True, return_dict=True)
+            logits: Tensor = output.logits[:, -1]
+            return logits
+
+        if (now, span) in self.graphs:
+            logits, replay = self.graphs[now, span]
+            replay()
+        elif self.capture is None or len(self.graphs) >= MOST_GRAPHS:
+            logits = call()
+        else:
+            logits = self._captured(call, (now, span))
+        return logits[: clips * cache.beams]
+
+    def _captured(self, call: Callable[[], Tensor], key: tuple[int, int]) -> Tensor:
+        assert self.capture is not None
+        try:
+            self.graphs[key] = self.capture(call)
+        except RuntimeError as error:  # of torch or CUDA, which say what the capture met
+            self.capture = None
+            log.warning("search: steps run without CUDA graphs from here on: %s", str(error).strip().splitlines()[0])
+            return call()
+        return self.graphs[key][0]
+
+
+def capture_on(device: torch.device) -> Capture | None:
+    """How calls on a device are captured; None where there are no graphs."""
+    return CudaGraphs() if device.type == "cuda" else None
+
+
+def graphs_of_search(model: Any, *, wanted: bool) -> StepGraphs | None:
+    """Graphs for the searches of a translator; None where they are not wanted, or not possible.
+
+    A line in the log names a backbone for which they are not.
+    """
+    capture = capture_on(next(model.parameters()).device) if wanted else None
+    if capture is None:
+        return None
+    if reason := _obstacle(model.backbone):
+        log.info("search: steps run without CUDA graphs (%s)", reason)
+        return None
+    return StepGraphs(capture)
+
+
+def _obstacle(backbone: Any) -> str | None:
+    """Why the steps of a backbone cannot be captured; None where they can."""
+    if any(map(is_packed, backbone.parameters())):
+        return "bitsandbytes launches kernels of quantised layers by itself"
+    kind, attention = decoder_config(backbone.config).model_type, backbone.config._attn_implementation
+    if is_language_model(backbone.config) or (kind in ENCODER_DECODERS and attention == "sdpa"):
+        return None
+    return f"a decoder of {kind} with {attention} attention"
+
+
+class GraphedClips:
+    """What a search holds of its clips; the first step runs as it is written, all others by graphs."""
+
+    drop_share = DROP_SHARE
+
+    def __init__(self, held: EncodedClips | PrefixClips, graphs: StepGraphs, length: int) -> None:
+        self.held: EncodedClips | PrefixClips | None = held
+        self.model, self.beams, self.graphs, self.length = held.model, held.beams, graphs, length
+        self.clips, self.tokens = 0, 0
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Scores of the next tokens [rows, vocabulary], after these [rows, 1]."""
+        cache = self.graphs.cache
+        if self.held is not None or cache is None:
+            assert self.held is not None
+            return self.held.scores(ids)
+        cache.ids[: len(ids)].copy_(ids)
+        cache.position.add_(1)
+        self.tokens += 1
+        return self.graphs.scores(self.model, self.clips, self.tokens)
+
+    def follow(self, rows: Tensor, clips: Tensor | None) -> None:
+        """Continue with the texts of these rows, and with these clips alone where some are done."""
+        if self.held is not None:
+            self.held.follow(rows, clips)
+            self.tokens = self.graphs.take(self.held, self.beams, self.length)
+            self.held = None
+            self.model.set_attn_implementation(STATIC_ATTENTION)
+        else:
+            assert self.graphs.cache is not None
+            self.graphs.cache.follow(rows, clips)
+        self.clips = len(rows) // self.beams
+
+    def keep_one(self) -> None:
+        """Ranks that step together hold no graphs."""
+        raise NotImplementedError
+
+
+class _Positions(M2M100SinusoidalPositionalEmbedding):
+    """Positions of one token of each text, without a look whether the table is long enough."""
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, past_key_values_length: Any = 0
+    ) -> Tensor:
+        """Rows of the table for tokens [rows, 1] after so many others."""
+        if not isinstance(past_key_values_length, Tensor):
+            own: Tensor = super().forward(input_ids, inputs_embeds, past_key_values_length)
+            return own
+        places = input_ids.ne(self.padding_idx).long() * (1 + past_key_values_length) + self.padding_idx
+        found: Tensor = self.weights[places]
+        return found
+
+
+@contextmanager
+def graphed_clips(held: EncodedClips | PrefixClips, graphs: StepGraphs, length: int) -> Iterator[GraphedClips]:
+    """What a search of texts of so many tokens holds; the model's positions change within it."""
+    with _positions_without_looks(held.model, length):
+        yield GraphedClips(held, graphs, length)
+
+
+@contextmanager
+def _positions_without_looks(model: Any, length: int) -> Iterator[None]:
+    """Within it tables of positions serve texts of so many tokens without a question to the GPU."""
+    tables = [module for module in model.modules() if type(module) is M2M100SinusoidalPositionalEmbedding]
+    for table in tables:
+        if length + table.padding_idx + 1 > table.weights.shape[0]:
+            table.make_weights(length + table.padding_idx + 1 + table.offset, table.embedding_dim, table.padding_idx)
+        table.__class__ = _Positions
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.__class__ = M2M100SinusoidalPositionalEmbedding
+
+
+def _clips_of_graph(most: int, clips: int) -> int:
+    """The least of all, a half, a quarter … of the clips that there is room for, in which these find place."""
+    size = most
+    while -(-size // 2) >= clips and size > 1:
+        size = -(-size // 2)
+    return size
+
+
+def _span_of_graph(longest: int, tokens: int) -> int:
+    """The least of the lengths of graphs that texts of so many tokens have place in."""
+    span = min(SHORTEST, longest)
+    while span < tokens:
+        span = min(2 * span, longest)
+    return span
