@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,25 +80,32 @@ def merge(key: str, result: dict[str, Any], path: Path = RESULTS) -> None:
 
 def vs_plain_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Corpus order, micro-batches padded to the split's longest clip, HuggingFace's ``generate`` on each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_translator(arguments.model)
-    model.config.ctc_search_weight = 0.0  # HuggingFace's beam search scores by the decoder only
+    model.to(device).config.ctc_search_weight = 0.0  # HuggingFace's beam search scores by the decoder only
     split = open_split(arguments.model, arguments.corpus)
     longest = int(split.frames.max())
 
     def plain() -> list[str]:
         texts = []
         for start in range(0, len(split), MICRO_BATCH):
-            batch = padded_batch(split, range(start, min(start + MICRO_BATCH, len(split))), processor, longest)
+            clips = range(start, min(start + MICRO_BATCH, len(split)))
+            batch = padded_batch(split, clips, processor, longest).to(device)
             tokens = model.generate(batch.poses, batch.visible, batch.frame_mask, **SEARCH)
             texts += [text.strip() for text in processor.batch_decode(tokens)]
         return texts
 
-    def ours() -> list[str]:
-        predictions = translate_split(model, split, processor, batch_frames=BATCH_FRAMES, **SEARCH)
+    def ours(graphs: bool = True) -> list[str]:
+        predictions = translate_split(model, split, processor, batch_frames=BATCH_FRAMES, graphs=graphs, **SEARCH)
         return [row.hypothesis for row in predictions]
 
+    more: dict[str, Any] = {}
     with evaluation_mode(model):
         texts, plain_seconds, ours_seconds = take_turns(plain, ours, arguments.repeats)
+        if device.type == "cuda":
+            both, without, graphed = take_turns(partial(ours, False), ours, arguments.repeats)
+            more = {"ratio_to_ours_without_graphs": round(without / graphed, 2)}
+            more["same_texts_without_graphs"] = sum(map(str.__eq__, *both))
     return {
         "clips": len(split),
         "beams": SEARCH["num_beams"],
@@ -106,6 +114,7 @@ def vs_plain_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio": round(plain_seconds / ours_seconds, 2),
         "target": f">= {TARGETS['vs_plain_generate']}",
         "same_texts": sum(map(str.__eq__, *texts)),
+        **more,
     }
 
 

@@ -74,6 +74,14 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/evaluation.py --model runs/demo",
         "With the demo's model. Texts of both ways are compared and must be equal.",
     ),
+    "search_steps": (
+        "What a token of a search costs the host",
+        "python benchmarks/search_steps.py",
+        "T5-Base of full depth and hardly any width, 16 clips with 5 beams on one thread: what is left is Python and "
+        "dispatch. `ours_graphs` is the code of a GPU, whose steps are replays; a replay costs nothing here, where a "
+        "GPU takes one launch. `ours_static_cache` runs the same calls as they are written. Kernels are the calls "
+        "that start one; see [performance.md](performance.md#a-search-without-launches).",
+    ),
     "positions": (
         "Pose encoders and positions",
         "python benchmarks/positions.py",
