@@ -31,6 +31,7 @@ from evaluation_translate import translate_vs_bare
 from sacrebleu.metrics import BLEU, CHRF
 
 from toolkit.batching.collate import Batch, collate
+from toolkit.cluster.devices import own_device
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.decoding.decode_split import evaluation_mode, translate_split
 from toolkit.evaluation.inputs import open_corpus, recipe_of
@@ -80,7 +81,7 @@ def merge(key: str, result: dict[str, Any], path: Path = RESULTS) -> None:
 
 def vs_plain_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Corpus order, micro-batches padded to the split's longest clip, HuggingFace's ``generate`` on each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     model, processor = load_translator(arguments.model)
     model.to(device).config.ctc_search_weight = 0.0  # HuggingFace's beam search scores by the decoder only
     split = open_split(arguments.model, arguments.corpus)
