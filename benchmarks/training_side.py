@@ -160,6 +160,10 @@ def transformers_layers() -> None:
     backbone.TAKES_WHOLE_MASK = backbone.WANTS_OWN_MASK = frozenset()
 
 
+def deepspeeds_own_calls() -> None:
+    engine.skip_sums_of_one_rank = engine.count_no_hooks = lambda *_: None
+
+
 def freed_memory_goes() -> None:
     global keep_freed_memory
     keep_freed_memory = bool
@@ -172,6 +176,7 @@ WITHOUT = {
     "quick_norm": transformers_norm,
     "kept_memory": freed_memory_goes,
     "gpu_layers": transformers_layers,
+    "fewer_calls": deepspeeds_own_calls,
 }
 
 
@@ -195,8 +200,8 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     join_process_group(read_ranks())
     processor, model = build(resolved, corpus)
     ready = ready_steps(resolved, corpus, processor.tokenizer)
+    deepspeeds_own_calls()
     trained, _ = make_engine(model, resolved)
-    trained.enable_backward_allreduce = True  # as DeepSpeed has it
     trained.train()
     done = 0
     for steps in orders():
@@ -218,11 +223,12 @@ def ready_steps(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> list[l
 
 
 def plain(resolved: ResolvedRun, corpus: Corpus) -> None:
-    """torch alone: transformers' own layers, ready batches, autocast where the run has bf16, and no DeepSpeed."""
+    """torch alone: transformers' own layers, ready batches, autocast where the run computes in bf16, no DeepSpeed."""
     transformers_layers()
     processor, model = build(resolved, corpus)
     ready = ready_steps(resolved, corpus, processor.tokenizer)
     device, training = own_device(), resolved.recipe.training
+    in_bf16 = product_type(resolved) == torch.bfloat16
     model.to(device).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
     done = 0
@@ -231,7 +237,7 @@ def plain(resolved: ResolvedRun, corpus: Corpus) -> None:
         for _ in range(steps):
             batches = ready[done % len(ready)]
             for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=resolved.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
                     loss = mean_loss(model, batch) / len(batches)
                 loss.backward()
                 clips += batch.num_clips
@@ -346,10 +352,9 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
             if self.left == 0:
                 answer(self.taken * training.global_batch_size, elapsed(self.started))
 
-    config = {key: value for key, value in resolved.deepspeed.items() if key != "torch_autocast"}
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(resolved.run_dir),
-        deepspeed=config,
+        deepspeed=resolved.deepspeed,
         use_cpu=not torch.cuda.is_available(),
         bf16=resolved.precision == "bf16",
         per_device_train_batch_size=resolved.micro_batch_size,

@@ -27,6 +27,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(deepspeed, "initialize", lambda **_: (engine_made,))
     monkeypatch.setattr(engine, "parameter_groups", lambda *_: [])
     monkeypatch.setattr(engine, "client_optimizer", lambda *_: None)
+    monkeypatch.setattr(engine, "skip_sums_of_one_rank", lambda *_: None)
+    monkeypatch.setattr(engine, "count_no_hooks", lambda *_: None)
     return engine_made
 
 
@@ -38,7 +40,10 @@ def test_one_variable_decides_on_layers_and_communication(
         monkeypatch.setenv(SWITCH, value)
     communication: list[Any] = []
     monkeypatch.setattr(engine, "communicate_on_cpu", lambda *found: communication.append(found))
-    model, resolved = nn.Sequential(nn.Dropout(0.1)), SimpleNamespace(deepspeed={}, recipe=load_recipe("demo"))
+    model, resolved = (
+        nn.Sequential(nn.Dropout(0.1)),
+        SimpleNamespace(deepspeed={}, world_size=1, recipe=load_recipe("demo")),
+    )
     engine.make_engine(model, resolved)  # type: ignore[arg-type]
     assert isinstance(model[0], CPUDropout) == is_used
     assert communication == [(made, resolved)] * is_used
@@ -54,7 +59,7 @@ def test_layers_that_are_compiled_are_torchs_own(
     monkeypatch.setattr(engine, "compile_layers", compiled.append)
     model, recipe = nn.Sequential(nn.Dropout(0.1)), load_recipe("demo", ["training.compile=true"])
     with caplog.at_level(logging.INFO, "toolkit"):
-        engine.make_engine(model, SimpleNamespace(deepspeed={}, recipe=recipe))  # type: ignore[arg-type]
+        engine.make_engine(model, SimpleNamespace(deepspeed={}, world_size=1, recipe=recipe))  # type: ignore[arg-type]
     assert type(model[0]) is nn.Dropout
     assert compiled == [model]
     lines = [record.getMessage() for record in caplog.records]

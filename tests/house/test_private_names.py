@@ -20,6 +20,8 @@ NAMES = {
     "torch/nn/modules/linear.py": ["Linear"],
     "torch/nn/modules/module.py": [
         "register_forward_hook",
+        "_forward_hooks",
+        "_forward_pre_hooks",
         "_non_persistent_buffers_set",
     ],
     "torch/_C/_VariableFunctions.pyi": ["_softmax_backward_data", "native_dropout"],
@@ -51,6 +53,7 @@ NAMES = {
         "is_deepcompile_active",
         "coalesce_grad_reduction",
     ],
+    "deepspeed/runtime/base_optimizer.py": ["should_refresh_expected_hook_count", "_backward_active_depth"],
     "deepspeed/runtime/bf16_optimizer.py": [
         "update_lp_params",
         "get_grads_for_reduction",

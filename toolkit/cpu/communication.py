@@ -17,10 +17,11 @@ def communicate_on_cpu(engine: Any, resolved: ResolvedRun) -> None:
     optimizer = engine.optimizer
     if resolved.zero_stage > 1 or hasattr(optimizer, "reduce_gradients"):
         return  # an optimizer that sums as the gradients come
-    if resolved.world_size == 1:
-        # DeepSpeed copies all gradients into one tensor and back at every step, for a single rank, too.
-        engine.enable_backward_allreduce = False
-    elif hasattr(optimizer, "get_grads_for_reduction") and not value_at(resolved.deepspeed, "communication_data_type"):
+    if (
+        resolved.world_size > 1
+        and hasattr(optimizer, "get_grads_for_reduction")
+        and not value_at(resolved.deepspeed, "communication_data_type")
+    ):
         engine.buffered_allreduce_fallback = functools.partial(_average_gradients, optimizer)
         optimizer.update_lp_params = functools.partial(_share_weights, optimizer)
 

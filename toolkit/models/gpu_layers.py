@@ -15,6 +15,9 @@ from torch.nn import functional
 _NORMS = ("LongT5LayerNorm", "MT5LayerNorm", "T5LayerNorm", "UMT5LayerNorm")
 # Their layers share the position bias of the first one.
 _ATTENTIONS = ("MT5Attention", "T5Attention")
+_FEED_FORWARDS = tuple(
+    f"{family}Dense{kind}" for family in ("LongT5", "MT5", "T5", "UMT5") for kind in ("ActDense", "GatedActDense")
+)
 
 
 class FusedRMSNorm(nn.Module):
@@ -25,24 +28,56 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Scale states [..., width] to a mean square of one, then by the weight."""
+        if self.weight.dtype == torch.float32:
+            hidden_states = hidden_states.float()  # narrower in autocast; transformers' own computes in fp32, too
         if hidden_states.dtype != self.weight.dtype:
             own: Tensor = super().forward(hidden_states)
             return own
         return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class FlatFeedForward(nn.Module):
+    """The feed-forward half of a layer, on rows; mixed into a class of transformers'.
+
+    A linear layer views a tensor of more dimensions as rows, and its result back, each time that it is called.
+    """
+
+    act: Any
+    dropout: Any
+    wo: Any
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """States [..., width] to states of the same shape."""
+        rows = hidden_states.flatten(0, -2)
+        if not _is_in_autocast(rows):
+            return super().forward(rows).view(hidden_states.shape)  # type: ignore[no-any-return]
+        # transformers' own casts to the type of the last weight, which the product casts back.
+        inner = self.act(self.wi_0(rows)) * self.wi_1(rows) if hasattr(self, "wi_1") else self.act(self.wi(rows))
+        mixed: Tensor = self.wo(self.dropout(inner))
+        return mixed.view(hidden_states.shape)
+
+
 class SharedBiasAttention(nn.Module):
     """Attention whose position bias holds the mask; mixed into a class of transformers'.
 
     The first layer of a stack makes the bias, the others get it. transformers adds the mask in every layer again, and
-    to the cross-attention, which has no position bias, a tensor of zeros for each pair of positions.
+    to the cross-attention, which has no position bias, a tensor of zeros for each pair of positions. Projections of the
+    same states are one product.
     """
 
     config: Any
     is_causal: bool
     n_heads: int
+    key_value_proj_dim: int
+    inner_dim: int
+    dropout: float
+    scaling: float
     has_relative_attention_bias: bool
     compute_bias: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
 
     def forward(
         self,
@@ -59,7 +94,41 @@ class SharedBiasAttention(nn.Module):
             return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
         if position_bias is None:
             position_bias = self.masked_bias(hidden_states, mask, key_value_states)
-        return super().forward(hidden_states, None, key_value_states, position_bias, None, is_causal=False, **kwargs)
+        if key_value_states is None:
+            query, key, value = self.projected(hidden_states, self.q, self.k, self.v)
+        else:
+            (query,), (key, value) = (
+                self.projected(hidden_states, self.q),
+                self.projected(key_value_states, self.k, self.v),
+            )
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=position_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scaling,
+        )
+        output = self.o(attended.transpose(1, 2).reshape(-1, self.inner_dim))
+        return output.view(hidden_states.shape), position_bias, None
+
+    def projected(self, states: Tensor, *layers: nn.Module) -> list[Tensor]:
+        """What each of these linear layers makes of states [clips, positions, width], by heads.
+
+        Weights that can be read are joined for one product; those that adapters, quantisation or hooks stand before
+        (ZeRO stage 3 gathers them there) are multiplied one by one.
+
+        Returns:
+            of each layer [clips, heads, positions, width of a head].
+        """
+        rows = states.flatten(0, 1)
+        if len(layers) > 1 and all(map(_is_bare, layers)):
+            products = [functional.linear(rows, torch.cat([layer.get_parameter("weight") for layer in layers]))]
+        else:
+            products = [layer(rows) for layer in layers]
+        by_heads = [part.view(*states.shape[:2], -1, self.key_value_proj_dim) for part in products]
+        parts = by_heads if len(by_heads) == len(layers) else by_heads[0].split(self.n_heads, dim=2)
+        return [part.transpose(1, 2) for part in parts]
 
     def masked_bias(self, hidden_states: Tensor, mask: Tensor | None, key_value_states: Tensor | None) -> Tensor:
         """What is added to the scores: broadcasts to [clips, heads, queries, keys]."""
@@ -76,13 +145,27 @@ class SharedBiasAttention(nn.Module):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
         # Autocast may cast it to bf16, where the least number of fp32 would become minus infinity.
         least = max(torch.finfo(bias.dtype).min, torch.finfo(torch.bfloat16).min)
-        return torch.where(mask, bias, least)
+        return torch.where(mask, bias, least).contiguous()  # the table of biases gives the heads last
+
+
+def _is_in_autocast(states: Tensor) -> bool:
+    kind = states.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one of torch, without bias, whose weight is all that it multiplies by."""
+    return type(layer) is nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def use_gpu_layers(model: nn.Module) -> None:
-    """Have T5 and its kin compute normalisation and masks in few calls."""
+    """Have T5 and its kin compute their layers in few calls."""
     for module in model.modules():
         own = type(module)
-        for names, mixed in ((_NORMS, FusedRMSNorm), (_ATTENTIONS, SharedBiasAttention)):
+        for names, mixed in (
+            (_NORMS, FusedRMSNorm),
+            (_ATTENTIONS, SharedBiasAttention),
+            (_FEED_FORWARDS, FlatFeedForward),
+        ):
             if own.__name__ in names:
                 module.__class__ = type(f"GPU{own.__name__}", (mixed, own), {})

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT, holds_whole_gradient, reduced_once
+from toolkit.training.optimization.gradient_reduction import (
+    LARGEST_WHOLE_GRADIENT,
+    count_no_hooks,
+    holds_whole_gradient,
+    reduced_once,
+    skip_sums_of_one_rank,
+)
 
 
 class Engine:
@@ -90,3 +97,39 @@ def test_a_failed_step_starts_no_collective() -> None:
     with pytest.raises(ValueError, match="memory"), reduced_once(engine, 2):
         raise ValueError("memory")
     assert engine.events == ["begin"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "sums_as_they_come", "is_sent"),
+    [(0, 1, False, False), (1, 1, False, False), (0, 2, False, True), (1, 1, True, True), (2, 1, True, True)],
+)
+def test_a_single_rank_sends_its_gradients_nowhere(
+    stage: int, ranks: int, sums_as_they_come: bool, is_sent: bool
+) -> None:
+    engine: Any = Engine(stage=stage)
+    engine.enable_backward_allreduce = True
+    engine.optimizer = SimpleNamespace(**({"reduce_gradients": None} if sums_as_they_come else {}))
+    skip_sums_of_one_rank(engine, ranks)
+    assert engine.enable_backward_allreduce == is_sent
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_are_not_counted_in_backward_passes_of_the_engine(stage: int) -> None:
+    """Where torch starts one by itself DeepSpeed has no other way to know its end; stage 3 reads the count."""
+    deepspeed = pytest.importorskip("deepspeed.runtime.base_optimizer")
+    engine: Any = Engine(stage=stage)
+    optimizer = engine.optimizer = deepspeed.ZeROOptimizer()
+    count_no_hooks(engine)
+    assert optimizer.should_refresh_expected_hook_count()
+    optimizer.enter_backward()
+    assert bool(optimizer.should_refresh_expected_hook_count()) == (stage == 3)
+    optimizer.exit_backward()
+    assert optimizer.should_refresh_expected_hook_count()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_optimizers_are_left_as_they_are(stage: int) -> None:
+    engine: Any = Engine(stage=stage)
+    engine.optimizer = SimpleNamespace()
+    count_no_hooks(engine)
+    assert vars(engine.optimizer) == {}

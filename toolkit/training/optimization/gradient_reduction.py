@@ -16,6 +16,28 @@ from torch import nn
 from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT
 
 
+def skip_sums_of_one_rank(engine: Any, world_size: int) -> None:
+    """Have a single rank keep its gradients as they are.
+
+    At stage 0, and in the bf16 optimizer of stage 1, DeepSpeed copies all gradients into one tensor and back at every
+    step, whatever the number of ranks. Its other optimizers sum as the gradients come.
+    """
+    if world_size == 1 and engine.zero_optimization_stage() <= 1 and not hasattr(engine.optimizer, "reduce_gradients"):
+        engine.enable_backward_allreduce = False
+
+
+def count_no_hooks(engine: Any) -> None:
+    """Have DeepSpeed not count, at stages 1 and 2, how many parameters each backward pass will reach.
+
+    It makes two views of every parameter for it. It reads the count only where torch cannot say by itself that a
+    backward pass is over, which it can for those that the engine starts.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    optimizer, counts = engine.optimizer, engine.optimizer.should_refresh_expected_hook_count
+    optimizer.should_refresh_expected_hook_count = lambda: not optimizer._backward_active_depth and counts()
+
+
 def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:
     """A context for the backward passes of one step; when it ends, their gradients are summed over ranks.
 

@@ -1,0 +1,129 @@
+"""T5's layers for GPUs: fewer operator calls, and the same results whatever stands before their weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from tests.scripts import load_script
+from toolkit.models.gpu_layers import use_gpu_layers
+
+FEWER = 0.4  # of the operator calls, at least
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_heads": 4,
+    "num_decoder_layers": 12,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
+
+
+def models(kind: str = "t5", layers: int = 12) -> tuple[Any, Any]:
+    """Transformers' own, and a copy with layers for GPUs."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_layers": layers, "num_decoder_layers": layers}
+    own: Any = {
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**sizes)),
+        "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**sizes, feed_forward_proj="gated-gelu")),
+    }[kind]()
+    quick = copy.deepcopy(own)
+    use_gpu_layers(quick)
+    return own.train(), quick.train()
+
+
+def loss_of(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(3, 9, 16, generator=generator)
+    mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    mask[1, ..., 5:] = False
+    labels = torch.randint(1, 50, (3, 7), generator=generator)
+    states = model.encoder(inputs_embeds=vectors, attention_mask=mask)
+    loss: Tensor = model(encoder_outputs=states, attention_mask=mask, labels=labels, use_cache=False).loss
+    return loss
+
+
+def same(own: Any, quick: Any, tolerance: float = 1e-5) -> None:
+    """Losses and gradients of both."""
+    losses = [loss_of(model) for model in (own, quick)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=tolerance)
+    for loss in losses:
+        loss.backward()
+    for (name, mine), theirs in zip(quick.named_parameters(), own.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=100 * tolerance, atol=tolerance, msg=name)
+
+
+def calls_of(model: Any, *, autocast: bool = False) -> Any:
+    """Operator calls of a forward and a backward pass."""
+    benchmark = load_script("benchmarks/operator_calls.py")
+    with benchmark.calls_of_a_gpu(), benchmark.Calls() as calls:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model)
+        loss.backward()
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_they_need_fewer_operator_calls(kind: str, autocast: bool) -> None:
+    own, quick = (calls_of(model, autocast=autocast) for model in models(kind))
+    assert quick.total <= (1 - FEWER) * own.total
+    assert quick.kernels < own.kernels
+
+
+def test_projections_of_the_same_states_are_one_product() -> None:
+    """Queries, keys and values of 2 layers in 2 stacks, keys and values of 2 layers: a forward and 2 backward."""
+    own, quick = (calls_of(model).operators["aten.mm.default"] for model in models(layers=2))
+    assert own - quick == 3 * (4 * 2 + 2 * 1)
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_they_compute_the_same_in_autocast(kind: str) -> None:
+    own, quick = models(kind, layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [loss_of(model) for model in (own, quick)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    assert losses[1].dtype == losses[0].dtype
+    for loss in losses:
+        loss.backward()
+    for mine, theirs in zip(quick.parameters(), own.parameters(), strict=True):
+        assert mine.grad.dtype == theirs.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.1, atol=0.02)
+
+
+def test_layers_with_hooks_are_called() -> None:
+    """ZeRO stage 3 gathers a weight in a hook, and the first pass counts its FLOPs in hooks."""
+    own, quick = models(layers=2)
+    seen: list[str] = []
+    linear = {name: module for name, module in quick.named_modules() if type(module) is torch.nn.Linear}
+    for name, module in linear.items():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    same(own, quick)
+    assert sorted(seen) == sorted(linear)
+
+
+def test_adapters_are_called() -> None:
+    own, quick = models(layers=2)
+    for model in (own, quick):
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False), model)
+    same(own, quick)
+    assert sum(".lora_" in name and value.grad.any().item() for name, value in quick.named_parameters()) == 2 * 2 * 6
+
+
+def test_frozen_projections_get_no_gradient() -> None:
+    own, quick = models(layers=2)
+    for model in (own, quick):
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(".k." not in name)
+    same(own, quick)
