@@ -44,13 +44,17 @@ class FlatFeedForward(nn.Module):
 
     act: Any
     dropout: Any
+    wi: Any
+    wi_0: Any
+    wi_1: Any
     wo: Any
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """States [..., width] to states of the same shape."""
         rows = hidden_states.flatten(0, -2)
         if not _is_in_autocast(rows):
-            return super().forward(rows).view(hidden_states.shape)  # type: ignore[no-any-return]
+            own: Tensor = super().forward(rows)
+            return own.view(hidden_states.shape)
         # transformers' own casts to the type of the last weight, which the product casts back.
         inner = self.act(self.wi_0(rows)) * self.wi_1(rows) if hasattr(self, "wi_1") else self.act(self.wi(rows))
         mixed: Tensor = self.wo(self.dropout(inner))
