@@ -56,8 +56,10 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Micro-batches that are chosen",
         "python benchmarks/auto_micro_batch.py",
         "Clips a second of two ranks with the micro-batch that `auto` chooses, and with the best power of two that a "
-        "sweep finds. The command also sweeps T5-Base with two of its layers, and tries random recipes and DeepSpeed "
-        "JSONs under random limits of addresses (`ulimit -v`); their rows appear here when they have been measured.",
+        "sweep finds. The command also sweeps T5-Base with two of its layers, and takes runs of random models and "
+        "DeepSpeed JSONs, two steps and an evaluation, under limits of addresses (`ulimit -v`) or of a memory cgroup "
+        "that lie between the plans of the smallest and the largest micro-batches: `binds` where larger ones did not "
+        "fit. Rows appear here when they have been measured.",
     ),
     "memory": (
         "Memory of each DeepSpeed JSON",

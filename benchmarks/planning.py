@@ -36,6 +36,7 @@ from planning_side import GIB, import_all, run_ranks
 
 from toolkit.cluster.environment import describe_environment
 from toolkit.cluster.ops import use_extensions_dir
+from toolkit.cpu.linear import has_fast_bf16
 
 RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
 PHASES = ("start", "step")
@@ -83,6 +84,7 @@ def predict_large() -> list[dict[str, Any]]:
     """Plans of the runs of ``large_models.py`` beside the peaks that it has measured."""
     from large_models import CASES, FRAMES, RESULTS, VOCABULARY, case_settings
 
+    from toolkit.cpu import linear
     from toolkit.planning.cpu_plan import make_cpu_plan
     from toolkit.planning.plan import Subject
     from toolkit.planning.workload import Workload
@@ -91,6 +93,7 @@ def predict_large() -> list[dict[str, Any]]:
     measured = {row["name"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
     rows = []
     for case in CASES:
+        linear.has_fast_bf16 = lambda row=measured[case.name]: row.get("fast_bf16", False)
         resolved = resolve_named(
             case.recipe, case_settings(case), case.ranks, has_gpu=False, ds=case.ds, needs_data=False
         )
@@ -118,12 +121,12 @@ def run(cell: Cell, folder: Path, *, tensors: bool) -> dict[str, Any]:
     if tensors:
         for phase in ("start", "step"):
             print((out / f"{phase}_0.txt").read_text(encoding="utf-8"), flush=True)
-    return {"cell": cell.name} | figures
+    return {"cell": cell.name, "fast_bf16": has_fast_bf16()} | figures
 
 
 @cache
-def subject(model: str, folder: Path, rows: int) -> Any:
-    """A model of ``MODELS`` with so many tokens."""
+def subject(model: str, folder: Path, rows: int, fast_bf16: bool) -> Any:
+    """A model of ``MODELS`` with so many tokens; its traces are those of a processor with fast bf16 or without."""
     from toolkit.planning.plan import Subject
     from toolkit.recipe.load import load_recipe
 
@@ -132,17 +135,22 @@ def subject(model: str, folder: Path, rows: int) -> Any:
 
 
 def predict(cell: Cell, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The plan's figures for a row, without the libraries of a process, and how far they are off."""
+    """The plan's figures for a row, without the libraries of a process, and how far they are off.
+
+    The plan is that of the processor on which the row was measured: where bf16 is slow, ranks multiply in fp32.
+    """
+    from toolkit.cpu import linear
     from toolkit.planning.cpu_plan import make_cpu_plan
     from toolkit.planning.hardware import CPU_LIBRARIES
     from toolkit.planning.workload import Workload
     from toolkit.recipe.resolve import resolve_named
 
+    linear.has_fast_bf16 = lambda: row["fast_bf16"]  # this process predicts, and trains nothing
     overrides = overrides_of(cell, folder)
     resolved = resolve_named(cell.spec.recipe, overrides, RANKS, has_gpu=False, ds=cell.ds, needs_data=False)
     frames = row["frames"]
     workload = Workload(frames, row["tokens"], frames, ((1, 1),), None, "as measured")
-    plan = make_cpu_plan(subject(cell.model, folder, row["rows"]), resolved, workload)
+    plan = make_cpu_plan(subject(cell.model, folder, row["rows"], row["fast_bf16"]), resolved, workload)
     start, step = ((plan.phases[phase] - CPU_LIBRARIES) / GIB for phase in ("start", "step"))
     return {
         "predicted_start_gib": round(start, 4),

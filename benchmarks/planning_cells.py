@@ -69,10 +69,18 @@ def all_cells() -> list[Cell]:
     return [cell for cell in _combinations() if _is_allowed(cell)]
 
 
-def _combinations() -> Iterator[Cell]:
+def jsons_of(model: str) -> list[str]:
+    """The DeepSpeed JSONs under which a CPU can train a model."""
+    return [name for name in _json_names() if _is_allowed(Cell(model, name, 1, recomputed=False))]
+
+
+def _json_names() -> list[str]:
     names = [name for name in ds_config_names() if name not in GPU_HOSTS]
-    names = [name for name in names if not name.endswith("nvme") or is_built("async_io")]
-    yield from (Cell(*values) for values in product(MODELS, names, MICRO_BATCH_SIZES, (False, True)))
+    return [name for name in names if not name.endswith("nvme") or is_built("async_io")]
+
+
+def _combinations() -> Iterator[Cell]:
+    yield from (Cell(*values) for values in product(MODELS, _json_names(), MICRO_BATCH_SIZES, (False, True)))
 
 
 def _is_allowed(cell: Cell) -> bool:
@@ -121,10 +129,10 @@ def settings(cell: Cell) -> list[str]:
 
 def overrides_of(cell: Cell, folder: Path) -> list[str]:
     """All recipe keys of a cell whose corpus and models are in ``folder``."""
-    return [*settings(cell), *_backbone(cell.spec, folder), f"data.corpus={folder / 'corpus'}"]
+    return [*settings(cell), *shallow_backbone(cell.spec, folder), f"data.corpus={folder / 'corpus'}"]
 
 
-def _backbone(model: Model, folder: Path) -> list[str]:
+def shallow_backbone(model: Model, folder: Path) -> list[str]:
     """The setting that names a folder with the card's configuration and fewer layers; none where all layers stay."""
     from toolkit.models.backbone_config import backbone_config
     from toolkit.recipe.load import load_recipe

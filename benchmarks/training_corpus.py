@@ -19,9 +19,9 @@ MAX_FRAMES = 300
 CLIPS = 4096
 
 
-def make_corpus(folder: Path, clips: int = CLIPS, texts: list[str] | None = None) -> Corpus:
+def make_corpus(folder: Path, clips: int = CLIPS, texts: list[str] | None = None, held_out: int = 0) -> Corpus:
     """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300), and sentences of about seven words
-    where it gets no texts."""
+    where it gets no texts. Its last ``held_out`` clips are the dev split, and no others; the rest trains."""
     landmarks = load_landmark_set("hands_body_50")
     draw = np.random.default_rng(0)
     frames = draw.lognormal(np.log(90), 0.6, clips).clip(16, MAX_FRAMES).astype(int)
@@ -32,10 +32,14 @@ def make_corpus(folder: Path, clips: int = CLIPS, texts: list[str] | None = None
         Clip(f"clip-{index}", text, noise[start : start + length], f"video-{index}")
         for index, (text, start, length) in enumerate(zip(texts, starts, frames, strict=True))
     ]
-    (folder / "train").mkdir(parents=True)
-    write_shard(folder / "train" / shard_name(0, 1), rows, landmarks.width)
-    finish_split(folder / "train", landmarks.width)
-    splits = {"train": {"clips": clips, "frames": int(frames.sum())}}
+    trained = clips - held_out
+    splits = {}
+    for name, span in {"train": slice(trained), "dev": slice(trained, clips)}.items():
+        if rows[span]:
+            (folder / name).mkdir(parents=True)
+            write_shard(folder / name / shard_name(0, 1), rows[span], landmarks.width)
+            finish_split(folder / name, landmarks.width)
+            splits[name] = {"clips": len(rows[span]), "frames": int(frames[span].sum())}
     finish_corpus(folder, Metadata(landmarks.to_dict(), 12.5, NORMALISATION, splits=splits))
     return Corpus.open(folder)
 

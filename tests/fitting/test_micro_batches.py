@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[
         monkeypatch.setattr(micro_batches, "Rehearsal", machine)
         monkeypatch.setattr(micro_batches, "cards", lambda: [Card("H100", 80 * GIB, 70 * GIB)] if gpu else [])
         monkeypatch.setattr(micro_batches, "build_missing_ops", lambda *_: None)
+        monkeypatch.setattr(micro_batches, "import_libraries", lambda _: None)  # no engine is built
         monkeypatch.setattr(
             micro_batches,
             "memory_limit",
@@ -106,11 +108,25 @@ def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
     assert "6 clips" in lines[-2]
 
 
-def test_cpus_take_the_smallest_of_those_that_are_about_as_fast_and_time_none_beyond_it(resolve: Any, fit: Any) -> None:
-    machine = Machine(per_clip=1000.0)
-    run, _ = fit(resolve(*AUTO), machine)
-    assert run.clip_limit == 1
-    assert machine.timed == 2 * [machine.timed[0]] + 2 * [machine.timed[2]], "the second size is no faster"
+@pytest.mark.parametrize(
+    ("few", "per_clip", "times", "chosen"),
+    [
+        (2, 0.0, [2, 6], 6),  # the larger one is faster: smaller ones cannot be
+        (2, 1000.0, [2, 6, 1], 1),  # all are about as fast: the smallest takes the least memory
+        (6, 1000.0, [6, 2, 1], 1),
+        (6, 0.0, [6, 2], 6),  # the next smaller one is slower: those below it, too
+        (0, 0.0, [1, 2, 6], 6),
+    ],
+)
+def test_cpus_time_from_a_few_clips_on_in_the_direction_in_which_it_pays(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch, few: int, per_clip: float, times: list[int], chosen: int
+) -> None:
+    monkeypatch.setattr(micro_batches, "FEW", few)
+    machine = Machine(per_clip=per_clip)
+    run, lines = fit(resolve(*AUTO), machine)
+    assert run.clip_limit == chosen
+    asked = [int(number) for number in re.findall(r"with (\d)", lines[-2])]
+    assert asked == times and len(machine.timed) == micro_batches.TIMES * len(times)
 
 
 @pytest.mark.parametrize("slow", [{1}, {2}, {3}, {4}, {2, 3, 5}])
@@ -126,9 +142,10 @@ def test_cpus_keep_to_the_limit_without_trying_what_is_too_large(
     resolve: Any, fit: Any, limit: float, space: float | None
 ) -> None:
     machine = Machine()
-    run, _ = fit(resolve(*AUTO), machine, limit=limit, space=space)
+    run, lines = fit(resolve(*AUTO), machine, limit=limit, space=space)
     assert run.clip_limit == 3
     assert max(machine.steps) == 3
+    assert "more than 3 of the longest clips do not fit" in lines[-2]
 
 
 def test_cpus_take_a_pass_more_where_the_growth_was_misjudged(resolve: Any, fit: Any) -> None:
@@ -204,7 +221,7 @@ def test_a_rehearsal_that_takes_long_shows_what_it_has_found(
     monkeypatch.setattr(micro_batches, "SHOWN_EVERY", 0.0)
     _, lines = fit(resolve(*AUTO), Machine())
     assert "choosing micro-batches" in lines[0]
-    assert sum("clips/s" in line for line in lines[1:-2]) == 3, "sizes of 1, 2 and 6"
+    assert sum("clips/s" in line for line in lines[1:-2]) == 2, "sizes of 6 and 2"
     _, again = fit(resolve(*AUTO), Machine())
     assert len(again) == 1 and "before" in again[0]
 

@@ -19,7 +19,12 @@ PASS = Trace(saved=1e6, peak=2e6, kernels=0, flops=0)
 
 
 # Of benchmarks/results/planning.json.
-CELLS = ("t5_small/zero0/1/kept", "t5_small/zero1/8/recomputed", "t5_base_lora/zero2/8/kept")
+CELLS = (
+    "t5_small/zero0/1/kept",
+    "t5_small/zero1/8/recomputed",
+    "t5_base_lora/zero2/8/kept",
+    "t5_base_nf4/zero0/8/kept",
+)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -27,9 +32,8 @@ def test_a_plan_is_within_a_tenth_of_what_was_measured(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = load_script("benchmarks/planning.py")
-    # That machine had none; with it linear layers keep other tensors.
-    monkeypatch.setattr("toolkit.cpu.linear.has_fast_bf16", lambda: False)
     (row,) = (row for row in benchmark.read_rows() if row["cell"] == name)
+    monkeypatch.setattr("toolkit.cpu.linear.has_fast_bf16", lambda: row["fast_bf16"])  # as predict sets it
     model, ds, clips, activations = name.split("/")
     cell = benchmark.Cell(model, ds, int(clips), recomputed=activations == "recomputed")
     assert abs(benchmark.predict(cell, tmp_path, row)["off"]) <= 0.1
@@ -81,3 +85,25 @@ def test_stage_3_holds_weights_twice_while_they_arrive() -> None:
     assert small == 2 * 20e6 * 2
     some = moments("zero3", stage3_prefetch_bucket_size=5 * 10**6)["forward pass"]["gathered weights"]
     assert some == pytest.approx(1.25 * 20e6 * 2)
+
+
+def test_a_whole_gradient_is_reduced_before_there_is_a_sum() -> None:
+    whole, too_large = (
+        moments("zero2_autocast", weights=[Weight(size, True)])["gradient reduction"]["gradients"]
+        for size in (10**7, 10**8)
+    )
+    assert whole == 0
+    assert too_large == 10**8 * 4 / 2, "each micro-batch is reduced, and added to the sum"
+
+
+@pytest.mark.parametrize(("share", "fast", "copies"), [(1.0, True, 1.5), (0.0, True, 1.0), (0.75, True, 1.125),
+                                                       (0.25, True, 0.75), (1.0, False, 1.0)])  # fmt: skip
+def test_under_autocast_linear_layers_are_reduced_by_themselves(
+    share: float, fast: bool, copies: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, from one more copy; where the toolkit's own layers are there, DeepSpeed sends everything in fp32."""
+    monkeypatch.setattr("toolkit.cpu.linear.has_fast_bf16", lambda: fast)
+    numbers = 10**7
+    weights = [Weight(int(share * numbers), True, linear=True), Weight(int((1 - share) * numbers), True)]
+    buckets = moments("zero2_autocast", weights=weights)["gradient reduction"]["buckets"]
+    assert buckets == pytest.approx((1 + copies) * numbers * 4)

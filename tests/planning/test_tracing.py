@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from toolkit.models.backbone_config import backbone_config, fit_dropout
 from toolkit.models.loss import GPU_SCORES, translation_losses
 from toolkit.planning import plan
 from toolkit.planning.costs import tracing
-from toolkit.planning.costs.counts import adapted_translator
-from toolkit.planning.costs.kernels import as_on_gpu
+from toolkit.planning.costs.counts import PACKED, adapted_translator
+from toolkit.planning.costs.kernels import PackedLinear, as_on_gpu
 from toolkit.planning.costs.tracing import shorten, trace
 from toolkit.planning.plan import Subject
 from toolkit.recipe.load import load_recipe
@@ -169,3 +170,40 @@ def test_layers_in_nf4_keep_no_inputs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
         for more in ((), ("model.quantization=nf4",))
     )
     assert nf4.saved < 0.95 * lora.saved
+
+
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["gpu", "cpu"])
+def test_autocast_keeps_no_bf16_copies_of_packed_weights(on_cpu: bool) -> None:
+    settings = {**SHAPE, "dtype": torch.float32, "autocast": True, "on_cpu": on_cpu}
+    lora, nf4, int8 = (
+        empty("t5_base", "model.lora.r=16", *more)
+        for more in ((), ("model.quantization=nf4",), ("model.quantization=int8",))
+    )
+    copies = 2 * sum(module.weight.numel() for module in nf4.modules() if hasattr(module, PACKED))
+    kept = [trace(shorten(model), **settings).saved for model in (lora, nf4, int8)]
+    assert kept[1] < kept[0] - 0.8 * copies
+    assert kept[2] > kept[1], "int8 keeps its inputs"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_layers_keep_what_those_of_bitsandbytes_keep(kind: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    real = (
+        bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        if kind == "nf4"
+        else bitsandbytes.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
+    )
+    real.load_state_dict({"weight": torch.randn(128, 64)})
+    stand_in = PackedLinear(64, 128, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    stand_in.keeps_input = kind == "int8"
+    kept, types = [], []
+    for layer in (real.to("cpu"), stand_in):
+        vectors = 2 * torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+        storage = weakref.ref(vectors.untyped_storage())
+        output = layer(vectors)
+        del vectors
+        kept.append(storage() is not None)
+        types.append(output.dtype)
+        output.sum().backward()
+    assert kept == [kind == "int8"] * 2
+    assert types == [torch.bfloat16] * 2

@@ -38,14 +38,15 @@ from toolkit.models.build import fetch_backbone
 from toolkit.recipe.batches import MicroBatchChoice, most_batch_frames
 from toolkit.recipe.choices import choices_folder, keep_choice
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.engine import import_libraries
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
 AS_FAST = 0.97
 # Each size is timed so often, and its shortest time counts: the first pass of a size gets its memory from the system,
-# and other processes make a pass longer, never shorter. One that is no faster than half of it ends the search.
+# and other processes make a pass longer, never shorter.
 TIMES = 2
 SHOWN_EVERY = 5.0  # seconds between lines about a rehearsal
-FEW = 8  # clips of a micro-batch without a rehearsal, on CPUs
+FEW = 8  # clips of a micro-batch without a rehearsal, on CPUs, and where a rehearsal begins to look for the fastest
 
 Echo = Callable[[str], None]
 
@@ -101,6 +102,8 @@ def _rehearsed(
     echo("training.micro_batch_size=auto: choosing micro-batches by a rehearsal on this hardware")
     on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
     on_each_node(lambda: fetch_backbone(resolved.recipe.model))
+    if not has_gpu:
+        import_libraries(resolved)  # the run needs them, too, and the fork has them then
     stage = _Stage.of(resolved, ranks, corpus, lengths, echo, has_gpu=has_gpu)
     try:
         size, reason = _largest(stage, resolved) if has_gpu else _fastest(stage, resolved)
@@ -260,31 +263,54 @@ def _fastest(stage: _Stage, resolved: ResolvedRun) -> tuple[int, str]:
     """On CPUs: the fastest size of those that fit, by the clips of typical length that a pass computes in a second."""
     candidates = sorted(sizes(stage.lengths.share))
     largest = _largest_by_growth(stage, resolved, candidates)
-    speeds: dict[int, float] = {}
-    for size in _doubling([size for size in candidates if size <= largest]):
-        shape = typical(limits_of(size, stage.lengths), stage.lengths)
-        own = _shortest([stage.rehearsal.passes(shape) for _ in range(TIMES)])
-        measured, problem = stage.agreed(own, own.problem)
-        if problem:
-            break
-        speed = shape.clips / max(one.seconds for one in measured)
-        is_faster = AS_FAST * speed > max(speeds.values(), default=0.0)
-        speeds[size] = speed
-        stage.show(f"{speed:.3g} clips/s of a rank with as many frames as {_words(size)}")
-        if not is_faster:
-            break
+    speeds = _speeds(stage, _doubling([size for size in candidates if size <= largest]))
     fastest = smallest_as_fast(speeds) if speeds else candidates[0]
+    fits_all = largest == candidates[-1]
     for size in reversed([size for size in candidates if size <= fastest]):
         measured, problem = stage.agreed(*stage.step(size))
         if not problem:
             took = max(one.resident for one in measured) / GIB
             tried = ", ".join(f"{speed:.3g} with {number}" for number, speed in speeds.items())
+            most = "" if fits_all else f"; more than {max(size, largest)} of the longest clips do not fit"
             return size, (
                 f"as many frames as {_words(size)} are computed fastest (clips/s of a rank in a rehearsal: {tried}); "
-                f"the heaviest took {took:.2f} of {stage.limit.resident / GIB:.2f} GiB of a rank"
+                f"the heaviest took {took:.2f} of {stage.limit.resident / GIB:.2f} GiB of a rank{most}"
             )
+        largest, fits_all = min(largest, size - 1), False
         stage.rehearsal.close()  # the largest memory of a process never shrinks
     raise _nothing_fits(resolved, problem)
+
+
+def _speeds(stage: _Stage, tried: list[int]) -> dict[int, float]:
+    """Clips of typical length a second of a rank, by size: from a few clips on upwards while larger sizes are faster.
+
+    Where the first of them is not faster, downwards while smaller ones are about as fast.
+    """
+    speeds: dict[int, float] = {}
+
+    def is_worth_more(size: int, factor: float) -> bool:
+        """Time a size; whether ``factor`` of its speed reaches the best before it."""
+        shape = typical(limits_of(size, stage.lengths), stage.lengths)
+        own = _shortest([stage.rehearsal.passes(shape) for _ in range(TIMES)])
+        measured, problem = stage.agreed(own, own.problem)
+        if problem:
+            return False
+        best, speed = max(speeds.values(), default=0.0), shape.clips / max(one.seconds for one in measured)
+        speeds[size] = speed
+        stage.show(f"{speed:.3g} clips/s of a rank with as many frames as {_words(size)}")
+        return factor * speed > best
+
+    start = max((number for number, size in enumerate(tried) if size <= FEW), default=0)
+    is_worth_more(tried[start], 1.0)
+    faster = 0
+    for size in tried[start + 1 :]:
+        if not is_worth_more(size, AS_FAST):
+            break
+        faster += 1
+    for size in [] if faster else reversed(tried[:start]):
+        if not is_worth_more(size, 1 / AS_FAST):
+            break
+    return speeds
 
 
 def _largest_by_growth(stage: _Stage, resolved: ResolvedRun, candidates: list[int]) -> int:

@@ -28,6 +28,16 @@ from toolkit.training.optimization.optimizers import client_optimizer, parameter
 log = logging.getLogger("toolkit")
 
 
+def import_libraries(resolved: ResolvedRun) -> None:
+    """Import what building the run's engine imports otherwise; seconds, which processes that are forked later save."""
+    import deepspeed  # noqa: F401
+
+    if resolved.zero_stage:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 - as ZeRO does; it imports torch's compiler
+    if resolved.recipe.model.lora:
+        import peft  # noqa: F401
+
+
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:
     """Give the model to DeepSpeed; its layers are replaced by faster ones, and compiled, first.
 

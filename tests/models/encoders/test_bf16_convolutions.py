@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.models.encoders import bf16_convolutions
+from toolkit.cpu import linear
 from toolkit.models.encoders.bf16_convolutions import Conv1d, Conv2d
 
 CASES = [(Conv1d, nn.Conv1d, 5, (2, 8, 12)), (Conv2d, nn.Conv2d, (5, 1), (2, 8, 12, 3))]
@@ -34,7 +34,7 @@ class Seen(TorchDispatchMode):
 def test_the_precision_of_a_run_is_kept(
     monkeypatch: pytest.MonkeyPatch, ours: Any, torchs: Any, kernel: Any, shape: Any, knows: bool, precision: str
 ) -> None:
-    monkeypatch.setattr(bf16_convolutions, "has_fast_bf16", lambda: knows)
+    monkeypatch.setattr(linear, "has_fast_bf16", lambda: knows)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
     reference = torchs(8, 8, kernel).to(dtype)

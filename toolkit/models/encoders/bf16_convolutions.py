@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.cpu.linear import has_fast_bf16
+from toolkit.cpu import linear
 
 
 class Conv1d(nn.Conv1d):
@@ -32,7 +32,7 @@ def _convolve(convolve: Any, input: Tensor, weight: Tensor, bias: Tensor | None)
     dtype = input.dtype
     if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    if input.device.type != "cpu" or dtype != torch.bfloat16 or has_fast_bf16():
+    if input.device.type != "cpu" or dtype != torch.bfloat16 or linear.has_fast_bf16():
         result: Tensor = convolve(input, weight, bias)
         return result
     with torch.autocast("cpu", enabled=False):

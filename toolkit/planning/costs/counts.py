@@ -25,7 +25,7 @@ from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.schema import Model, Recipe
 
 ASSUMED_GLOSSES = 2000  # of a CTC head that reads glosses, whose number the corpus alone says
-PACKED = "is_packed"  # attribute of a layer whose weight a run holds in int8 or NF4
+PACKED = "packed_by"  # attribute of a layer whose weight a run holds in int8 or NF4: the recipe's model.quantization
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Weight:
         numel: its numbers.
         trained: whether it trains.
         packed: whether it is held in int8 or NF4.
+        linear: whether it is one of ``nn.Linear``, whose gradients DeepSpeed sends in autocast's type.
     """
 
     numel: int
     trained: bool
     packed: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,12 @@ def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTr
     packed = _packed(translator, recipe)
     with torch.device("meta"):
         adapt(translator, recipe.model)
-    weights = [Weight(item.numel(), item.requires_grad, id(item) in packed) for item in translator.parameters()]
+    layers = (module for module in translator.modules() if type(module) is nn.Linear)
+    linear = {id(weight) for module in layers for weight in module.parameters(recurse=False)}
+    weights = [
+        Weight(item.numel(), item.requires_grad, id(item) in packed, id(item) in linear)
+        for item in translator.parameters()
+    ]
     return translator, weights
 
 
@@ -143,7 +150,7 @@ def _packed(translator: PoseTranslator, recipe: Recipe) -> set[int]:
     backbone, quantization = translator.backbone, recipe.model.quantization
     modules = [backbone.get_submodule(path) for path in (packable(backbone, quantization) if quantization else ())]
     for module in modules:
-        setattr(module, PACKED, True)
+        setattr(module, PACKED, quantization)
     return {id(weight) for module in modules for weight in module.parameters()}
 
 

@@ -39,6 +39,7 @@ class _Rank:
         master: of a number of the master copy.
         filled: what gradients fill of one bucket.
         early: share of the gradients that come after a bucket was full for the first time.
+        linear: share of the trained numbers that are in linear layers.
     """
 
     zero: ZeroMemory
@@ -50,6 +51,7 @@ class _Rank:
     master: float
     filled: float
     early: float
+    linear: float
 
 
 def cpu_moments(
@@ -81,12 +83,14 @@ def cpu_moments(
     kept = always["gradients"]
     partition = zero.kept_gradients + zero.gradients - kept  # and at stage 1 bf16 gradients, until the update is over
     sums = {"gradients": kept + partition}
+    # A whole gradient goes into buckets once a step, and a partition's sum is made as its bucket is done.
+    made = {"gradients": kept + rank.early * partition} if whole and rank.stage == 2 else sums
     in_pass = {"gathered weights": zero.gathered, "unpacked weight": zero.unpacked}
     moments = {
         "start": _start(rank, always),
         "first micro-batch": always | in_pass | {"activations": first.peak},
         "gradient reduction": always
-        | sums
+        | made
         | {"activations": rank.early * later.saved, "gathered weights": rank.early * zero.gathered}
         | {"buckets": rank.filled + _reduction(rank, config, world_size, adds=micro_batches > 1 and not whole)},
         "update": always | sums | {"copies of the update": _update(rank, config)},
@@ -123,6 +127,7 @@ def _rank(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: i
         master=size if value_at(config, "bf16.bf16_master_weights_and_grads") else BYTES["fp32"],
         filled=min(bucket, trained) * size if stage >= 2 else 0.0,
         early=max(0.0, 1 - bucket / trained) if stage >= 2 else 0.0,
+        linear=sum(item.numel for item in weights if item.trained and item.linear) / trained,
     )
 
 
@@ -192,7 +197,10 @@ def _reduction(rank: _Rank, config: Tree, world_size: int, *, adds: bool) -> flo
         return rank.filled * (2 + rank.accumulated / rank.size / world_size)
     copies = rank.filled  # all gradients of a bucket in one tensor
     if value_at(config, "torch_autocast.enabled"):
-        copies += rank.filled * BYTES["bf16"] / rank.size  # and in the type in which they are sent
+        # Each type that is sent has a bucket, one after the other. Those of nn.Linear are sent in bf16, from one more
+        # copy; without fast bf16 the toolkit's own layers are there instead, and DeepSpeed knows them not.
+        in_bf16 = rank.linear if linear.has_fast_bf16() else 0.0
+        copies *= max(in_bf16 * (1 + BYTES["bf16"] / rank.size), 1 - in_bf16)
     # In the type of the parameters this rank's partition is a tensor for each micro-batch.
     return copies + (rank.own * rank.size if adds and rank.accumulated == rank.size else 0.0)
 

@@ -65,6 +65,35 @@ class _Ctc(torch.autograd.Function):
         return torch.empty_like(log_probabilities), None
 
 
+class PackedLinear(nn.Linear):
+    """A layer of bitsandbytes: its weight is frozen, and in the type in which it multiplies; bytes of the packed weight
+    are counted elsewhere. Its output has the type of its input; int8 keeps the input for the backward pass.
+    """
+
+    keeps_input = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _PackedProduct.apply(input.to(self.weight.dtype), self.weight, self.keeps_input)
+        output = output.to(input.dtype)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """bitsandbytes' product: autocast changes no type within it, and no weight in another type is kept."""
+
+    @staticmethod
+    def forward(context: Any, input: Tensor, weight: Tensor, keeps_input: bool) -> Tensor:
+        context.save_for_backward(weight, *([input] if keeps_input else []))
+        with torch.autocast("cpu", enabled=False):
+            return torch.mm(input.flatten(0, -2), weight.t()).unflatten(0, input.shape[:-1])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, *_ = context.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            return torch.mm(gradient.flatten(0, -2), weight).unflatten(0, gradient.shape[:-1]), None, None
+
+
 @contextmanager
 def as_on_gpu(autocast: bool) -> Iterator[None]:
     """Within it torch's functions keep on the meta device what they keep on a GPU."""

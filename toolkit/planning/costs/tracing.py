@@ -30,10 +30,11 @@ from torch.utils.flop_counter import flop_registry
 
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.models.backbone import halves, layer_list
+from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.counts import PACKED
-from toolkit.planning.costs.kernels import as_on_cpu, as_on_gpu
+from toolkit.planning.costs.kernels import PackedLinear, as_on_cpu, as_on_gpu
 
 LAYERS = 2  # that are traced of each stack of an encoder-decoder
 # What torch raises where a model reads values, which tensors without memory do not have.
@@ -80,6 +81,7 @@ class TracedModel:
 
 def shorten(model: PoseTranslator) -> TracedModel:
     """Remove all but the first layers of encoder and decoder; changes ``model``."""
+    _pack(model)
     left_out = []
     # A language model keeps no layer's input, which lives until its layer is done; that of the first one lives longer.
     kept = LAYERS + (halves(model.backbone)[0] is None)
@@ -121,6 +123,8 @@ def trace(
         model = traced.model
     else:
         model.to(dtype)
+        for module, kind in _packed_types(model).items():
+            module.to(kind)
     model.train()
     _set_checkpointing(model, checkpointing)
     config = model.config
@@ -153,16 +157,28 @@ def trace(
     return _extrapolate(traced, marks, live, saved)
 
 
+def _pack(model: PoseTranslator) -> None:
+    """Let layers whose weights are held in int8 or NF4 keep what those of bitsandbytes keep."""
+    for module in model.modules():
+        if hasattr(module, PACKED):
+            module.__class__ = PackedLinear
+            module.keeps_input = getattr(module, PACKED).kind == "int8"
+
+
+def _packed_types(model: PoseTranslator) -> dict[nn.Module, torch.dtype]:
+    """The types in which packed layers multiply, where it is another than that of their input."""
+    packed = {module: getattr(module, PACKED) for module in model.modules() if hasattr(module, PACKED)}
+    return {module: TORCH_DTYPES[by.compute_dtype] for module, by in packed.items() if by.kind == "nf4"}
+
+
 def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> PoseTranslator:
     """A copy with the layers of a CPU, whose parameters and buffers are fake tensors there."""
     model = copy.deepcopy(model)
     use_cpu_layers(model)
-    for module in model.modules():
-        if hasattr(module, PACKED):
-            module.__class__ = nn.Linear  # as one of bitsandbytes, it keeps no input of a frozen weight
+    types = _packed_types(model)
     made: dict[int, Tensor] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if id(tensor) not in made:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
@@ -175,7 +191,7 @@ def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> P
         for module in model.modules():
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in own:
-                setattr(module, name, fake(tensor))
+                setattr(module, name, fake(tensor, types.get(module, dtype)))
     del kept
     return model
 

@@ -130,8 +130,9 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     lean = bool(value_at(config, "bf16.bf16_master_weights_and_grads"))
     named = value_at(config, "data_types.grad_accum_dtype")
     accumulated = BYTES[named] if named else size
-    kind = recipe.model.quantization.kind if recipe.model.quantization else None
-    each = PACKED_BYTES[kind] if kind else size
+    quantization = recipe.model.quantization
+    each = PACKED_BYTES[quantization.kind] if quantization else size
+    unpacked = BYTES[quantization.compute_dtype] if quantization and quantization.kind == "nf4" else 0.0
     trained = sum(item.numel for item in weights if item.trained)
     frozen = sum(item.numel for item in weights if not item.trained and not item.packed)
     packed = sum(item.numel for item in weights if item.packed)
@@ -144,7 +145,7 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         trained=trained * size,
         frozen=frozen * size,
         packed=packed * each,
-        unpacked=max((item.numel for item in weights if item.packed), default=0) * size if kind == "nf4" else 0.0,
+        unpacked=max((item.numel for item in weights if item.packed), default=0) * unpacked,
         master=own * master_size,
         moments=own * numbers * moment,
         average=own * BYTES["fp32"] if recipe.training.ema else 0.0,
