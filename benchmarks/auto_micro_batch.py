@@ -3,6 +3,7 @@
 
 python benchmarks/auto_micro_batch.py                what is missing in the results, two hours on two quiet cores
 python benchmarks/auto_micro_batch.py --only demo    one sweep: every power of two beside what auto chooses
+python benchmarks/auto_micro_batch.py --only cost    what a rehearsal costs the demo: starts with and without it
 python benchmarks/auto_micro_batch.py --only random  random models and JSONs under limits of memory that bind
 python benchmarks/auto_micro_batch.py --again        measure all of them again
 
@@ -32,6 +33,7 @@ from training_corpus import make_corpus
 
 from toolkit.cluster.ops import use_extensions_dir
 from toolkit.fitting.tuning import Cell, try_cell
+from toolkit.recipe.load import load_recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "auto_micro_batch.json"
 RANKS, ROUNDS = 2, 2
@@ -49,13 +51,15 @@ SWEEPS: dict[str, dict[str, Any]] = {
         "overrides": (*SCRATCH, "training.global_batch_size=64"),
     },
 }
+OTHERS = ("cost", "random")
 CLOSE_ENOUGH = 0.95
+COST_ROUNDS, COST_SIZE, COST_STEPS = 3, 16, 3  # whole starts of the demo; most steps that a rehearsal may cost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=[*SWEEPS, "random"], metavar="NAME", help="of demo t5_small t5_base random"
+        "--only", nargs="+", choices=[*SWEEPS, *OTHERS], metavar="NAME", help="of demo t5_small t5_base cost random"
     )
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="random runs (default 30)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="instead of all powers of two of a sweep")
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows = Rows(arguments.results, again=arguments.again)
-    chosen = arguments.only or [*SWEEPS, "random"]
+    chosen = arguments.only or [*SWEEPS, *OTHERS]
     use_extensions_dir()
     with tempfile.TemporaryDirectory(prefix="auto-micro-batch-") as name:
         folder = Path(name)
@@ -71,10 +75,44 @@ def main() -> None:
         if sweeps := [wanted for wanted in chosen if wanted != "random"]:
             corpus = make_corpus(folder / "corpus", CLIPS).path
             for wanted in sweeps:
-                sweep(rows, wanted, corpus, arguments.sizes)
+                if wanted == "cost":
+                    cost(rows, corpus, folder)
+                else:
+                    sweep(rows, wanted, corpus, arguments.sizes)
         if "random" in chosen:
             random_runs(rows, arguments.runs, folder)
     print(f"wrote {rows.path}; draw the page: python benchmarks/page.py")
+
+
+def cost(rows: Rows, corpus: Path, folder: Path) -> None:
+    """What the first start of the demo takes longer with a rehearsal than with a number, in steps of the run."""
+    overrides = [*SWEEPS["demo"]["overrides"], f"data.corpus={corpus}", "training.workers=0"]
+
+    def measure(size: int | str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=folder) as cache:  # without the choice of an earlier start
+            os.environ["XDG_CACHE_HOME"] = cache
+            cell = Cell("zero1", size)
+            outcome = try_cell(ROOT / "launch" / "plan.py", "demo", overrides, cell, RANKS, SWEEPS["demo"]["steps"])
+        if outcome.speed is None:
+            raise SystemExit(f"error: the demo did not start: {outcome.problem}")
+        return {"seconds": round(outcome.seconds, 2), "clips_per_second": round(outcome.speed.clips_per_second, 2)}
+
+    for number in range(COST_ROUNDS):
+        for size in ("auto", COST_SIZE):
+            key = {"micro_batch_size": size, "round": number}
+            rows.measured("rehearsal_of_the_demo", key, lambda size=size: measure(size))
+    found = rows.results["rehearsal_of_the_demo"]
+    starts = {size: [row for row in found if row["micro_batch_size"] == size] for size in ("auto", COST_SIZE)}
+    rehearsed, given = (median(row["seconds"] for row in own) for own in starts.values())
+    clips = load_recipe("demo", overrides).training.global_batch_size
+    step = clips / median(row["clips_per_second"] for row in starts[COST_SIZE])
+    figure = {
+        "ours_steps": round((rehearsed - given) / step, 1),
+        "seconds": round(rehearsed - given, 2),
+        "seconds_of_a_step": round(step, 3),
+        "target": f"<= {COST_STEPS}",
+    }
+    rows.conclude("rehearsal_cost_demo", figure)
 
 
 class Rows:
