@@ -39,12 +39,17 @@ def _said_once() -> Callable[[logging.LogRecord], bool]:
     return is_new
 
 
-def log_to_file(log: Path | None) -> None:
-    """Send the logs of DeepSpeed, transformers and the toolkit to a file without secrets; None drops them."""
+def import_deepspeed() -> None:
+    """Import DeepSpeed, which sets up its logging as it is imported, without what it prints then."""
     with contextlib.redirect_stdout(io.StringIO()):
-        import deepspeed  # it sets up its logging as it is imported
+        import deepspeed
 
         deepspeed.accelerator.get_accelerator()
+
+
+def log_to_file(log: Path | None) -> None:
+    """Send the logs of DeepSpeed, transformers and the toolkit to a file without secrets; None drops them."""
+    import_deepspeed()
     handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
     handler.addFilter(_said_once())
     handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from toolkit.checkpointing.zero_shards import base_optimizer
 from toolkit.cluster.devices import attention_kernels
-from toolkit.cluster.logs import prints_to_log
+from toolkit.cluster.logs import import_deepspeed, prints_to_log
 from toolkit.cluster.ops import use_compile_cache
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
@@ -30,8 +30,7 @@ log = logging.getLogger("toolkit")
 
 def import_libraries(resolved: ResolvedRun) -> None:
     """Import what building the run's engine imports otherwise; seconds, which processes that are forked later save."""
-    import deepspeed  # noqa: F401
-
+    import_deepspeed()
     if resolved.zero_stage:
         from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 - as ZeRO does; it imports torch's compiler
     if resolved.recipe.model.lora:
