@@ -24,7 +24,10 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Seq2SeqTrainer gets. The bare loop has our ZeRO-1, quick layers and allocator settings, ready batches and "
         "DeepSpeed's sum of gradients over ranks, which ours leaves out where there is one: loading, guards and "
         "figures are what ours has besides. MFU is model FLOPs over those of a matrix product "
-        "measured after each turn in the same process; a row has all changes of those above it.",
+        "measured after each turn in the same process; a row has all changes of those above it. `auto_vs_...` is "
+        "recipe `t5_small` as it is (128 clips a step, micro-batches that it chooses) against micro-batches of 8, "
+        "against steps of 32 clips in micro-batches of 8, and against Seq2SeqTrainer's defaults (steps of 8 clips, "
+        "ZeRO-2).",
     ),
     "host_cost": (
         "What a micro-batch costs the host",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast the toolkit trains, each figure beside its peer in the same run.
 
-python benchmarks/training.py                     all figures, about 40 minutes on two quiet cores
+python benchmarks/training.py                     all figures, about 50 minutes on two quiet cores
 python benchmarks/training.py --only throughput   one of them; the others stay as they were
 
 Full-size T5-Small on clips and sentences as long as iSign's, made here. The ways of training are processes that take
@@ -56,10 +56,21 @@ CHANGES: dict[str, list[str]] = {
     "micro-batches of 128": ["training.global_batch_size=128", "training.micro_batch_size=128"],
 }
 
+# The recipe as it is, which chooses micro-batches; the same with small ones; small steps, too; and Seq2SeqTrainer's own
+# defaults. Each with the steps of a turn, which are as many clips.
+AUTO: dict[str, tuple[str, list[str], int]] = {
+    "auto": ("ours", ["training.micro_batch_size=auto"], 1),
+    "auto_vs_micro_batches_of_8": ("ours", ["training.micro_batch_size=8"], 1),
+    "auto_vs_steps_of_32_in_8": ("ours", [*BATCH], 4),
+    "auto_vs_hf_default": ("hf", [*ZERO["hf"], "training.global_batch_size=8", "training.micro_batch_size=8"], 16),
+}
+AUTO_TARGETS = {"auto_vs_steps_of_32_in_8": 2.4, "auto_vs_hf_default": 4.0}  # at least
+
 
 def main() -> None:
     benchmarks = {
         "throughput": throughput,
+        "auto": auto,
         "mfu": mfu,
         "two_rank_speedup": two_rank_speedup,
         "checkpoint_block_s": lambda *_: {"checkpoint_block_s": measure_checkpoint()},
@@ -127,6 +138,32 @@ def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
         for name, taken in turns.items()
     }
     return {"mfu": {"mfu": max(row["mfu"] for row in changes.values()), "changes": changes, "target": ">= 0.35"}}
+
+
+def auto(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Clips a second of the recipe as it is, which chooses its micro-batches, against other sizes."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # choices of an earlier measurement do not count
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in AUTO}
+    with ExitStack() as stack:
+        processes = {}
+        for name, (side, settings, steps) in AUTO.items():  # one after the other: a rehearsal takes all cores
+            processes[name] = stack.enter_context(side_process(side, folder, settings))
+            take_turn(processes[name], max(1, steps // 4))
+        for number in range(rounds):
+            for name, process in processes.items():
+                turns[name].append(take_turn(process, AUTO[name][2]))
+            print(f"round {number + 1} of {rounds}: {rates_of(turns, number)}", flush=True)
+    ours = turns.pop("auto")
+    return {
+        name: {
+            "ours_clips_per_second": speed(ours),
+            "peer_clips_per_second": speed(taken),
+            "ratio": round(speed(ours) / speed(taken), 3),
+            "target": f">= {AUTO_TARGETS[name]}" if name in AUTO_TARGETS else "",
+            "micro_batches": ours[0]["micro_batch"],
+        }
+        for name, taken in turns.items()
+    }
 
 
 def two_rank_speedup(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:

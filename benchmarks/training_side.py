@@ -40,6 +40,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.cpu import layers
 from toolkit.cpu.allocator import keep_freed_memory
 from toolkit.errors import Interrupted
+from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.models import backbone
 from toolkit.models.build import build_processor, build_translator
 from toolkit.recipe.load import load_recipe
@@ -94,11 +95,12 @@ def main() -> None:
 
 
 def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
-    """The toolkit's own loop."""
+    """The toolkit's own loop, with the micro-batches that it chooses where the recipe leaves them to it."""
+    resolved = fit_micro_batches(resolved, read_ranks(), corpus, lambda _: None)
     for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus):
         if trainer.ranks.is_main:
             used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
-            answer(clips, seconds, mfu=used)
+            answer(clips, seconds, mfu=used, micro_batch=resolved.micro_batch_size)
 
 
 def turns_of_ours(resolved: ResolvedRun, corpus: Corpus) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:

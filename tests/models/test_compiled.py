@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,26 @@ def test_kernels_compute_the_same(
     compile_layers(model)
     loss_and_norm(model, batch_of(*SHAPES[0]))
     assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] >= 6
+
+
+@pytest.mark.nightly
+def test_a_cache_that_is_lost_in_mid_run_costs_no_pass(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The real compiler, whose folder became one that it cannot write to; then a batch that needs another graph."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    model, reference = make(), make()
+    compile_layers(model)
+    batches = batch_of(*SHAPES[0]), batch_of(1, 40, 9)  # one clip is a size of its own
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        assert loss_and_norm(model, batches[0]) == pytest.approx(loss_and_norm(reference, batches[0]), rel=1e-4)
+        assert model.compiled_layers.works
+        shutil.rmtree(folder)
+        folder.touch()
+        for batch in reversed(batches):
+            assert loss_and_norm(model, batch) == pytest.approx(loss_and_norm(reference, batch), rel=1e-4)
+    assert not model.compiled_layers.works
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "toolkit")
+    assert str(folder) in message and "\n" not in message

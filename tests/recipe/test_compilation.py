@@ -41,10 +41,15 @@ def test_layers_are_compiled_where_they_can_be(
 
 
 @pytest.mark.parametrize(
-    ("override", "ds", "word"), [("model.lora=null", "zero3", "stage 3"), ("model.backbone=led_base", "zero2", "led")]
+    ("overrides", "ds", "word"),
+    [
+        ([], "zero3", "stage 3"),
+        (["model.backbone=led_base"], "zero2", "led"),
+        (["model.quantization=nf4", "model.lora.r=8"], "zero2", "nf4"),
+    ],
 )
-def test_where_they_cannot_be_true_is_refused(override: str, ds: str, word: str) -> None:
-    error = error_of("t5_small", "training.compile=true", override, ds=ds, has_gpu=True)
+def test_where_they_cannot_be_true_is_refused(overrides: list[str], ds: str, word: str) -> None:
+    error = error_of("t5_small", "training.compile=true", *overrides, ds=ds, has_gpu=True)
     assert "training.compile=true" in error.message and word in error.message
     assert "training.compile=auto" in error.hint
 
