@@ -79,11 +79,11 @@ def test_batches_of_one_shape_share_memory_and_graphs(
     first = search(len(batch))
     cache, keys = graphs.cache, dict(graphs.graphs)
     assert cache is not None
-    addresses = [states.data_ptr() for states in cache.states()]
+    addresses = [tensor.data_ptr() for tensor in (*cache.states(), cache.scores)]
     captured = len(capture.captured)
     assert torch.equal(search(len(batch)), first)
     assert graphs.cache is cache and graphs.graphs == keys and len(capture.captured) == captured
-    assert [states.data_ptr() for states in cache.states()] == addresses
+    assert [tensor.data_ptr() for tensor in (*cache.states(), cache.scores)] == addresses
     # Fewer clips use the front of it, by a graph of half, a quarter … of the clips.
     alone = model.generate(*(tensor[:3] for tensor in inputs), custom_generate=searching.beam_search)
     assert torch.equal(search(3)[:, : alone.shape[1]], alone)

@@ -89,7 +89,7 @@ def test_graphs_keep_what_is_counted(name: str) -> None:
     poses, real = torch.randn(CLIPS, FRAMES, 5, 3), torch.ones(CLIPS, FRAMES, dtype=torch.bool)
     model.generate(poses, real[..., None].expand(-1, -1, 5), real, custom_generate=beam_search, graphs=graphs)
     assert graphs.cache is not None
-    held = sum(states.nbytes for states in graphs.cache.states())
+    held = sum(tensor.nbytes for tensor in (*graphs.cache.states(), graphs.cache.scores))
     assert 0.9 * held <= estimate.kept <= 1.1 * held
     without = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
     assert estimate.working > without.working

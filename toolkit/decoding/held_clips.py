@@ -76,14 +76,17 @@ class EncodedClips:
             self.cache.cross_attention_cache.reorder_cache(kept)
         self.is_first = False
 
-    def stored(self) -> StoredClips:
-        """What a cache of another kind takes over after the first step; the beams of a clip share its encoding."""
+    def stored(self, scores: Tensor) -> StoredClips:
+        """What a cache of another kind takes over after the first step, which gave scores such as these.
+
+        The beams of a clip share its encoding.
+        """
         parts = self.cache.self_attention_cache, self.cache.cross_attention_cache
         # T5 with more layers in its encoder has as many here, of which some stay empty.
         texts, clips = ([(one.keys, one.values) for one in part.layers if one.keys is not None] for part in parts)
         for layer in (*parts[0].layers, *parts[1].layers):
             layer.keys = layer.values = None
-        return StoredClips(clips, self.mask.bool(), texts, hidden=self.hidden[:1, :1].clone())
+        return StoredClips(clips, self.mask.bool(), texts, scores, hidden=self.hidden[:1, :1].clone())
 
     def keep_one(self) -> None:
         """Hold a single row, whose scores are not used."""
@@ -144,12 +147,12 @@ class PrefixClips:
         if clips is not None:
             self.lengths = self.lengths[clips]
 
-    def stored(self) -> StoredClips:
-        """What a cache of another kind takes over after the first step."""
+    def stored(self, scores: Tensor) -> StoredClips:
+        """What a cache of another kind takes over after the first step, which gave scores such as these."""
         clips = [(layer.prefix_keys, layer.prefix_values) for layer in self.layers]
         mask = self.layers[0].mask
         self.layers = []
-        return StoredClips(clips, mask, [], lengths=self.lengths)
+        return StoredClips(clips, mask, [], scores, lengths=self.lengths)
 
     def keep_one(self) -> None:
         """Hold a single row, whose scores are not used."""

@@ -29,6 +29,7 @@ class StoredClips:
         mask: bool [clips, positions].
         texts: keys and values of each layer for the texts so far [rows, heads, tokens, width]; empty where there are
             none yet, because the clips are prefixes of the texts.
+        scores: such as those of the first token [any, vocabulary].
         lengths: of the prefixes [clips]; None where the clips are encodings.
         hidden: a state as the decoder would get it [1, 1, width]; None where the clips are prefixes.
     """
@@ -36,6 +37,7 @@ class StoredClips:
     clips: list[tuple[Tensor, Tensor]]
     mask: Tensor
     texts: list[tuple[Tensor, Tensor]]
+    scores: Tensor
     lengths: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -52,6 +54,7 @@ class StaticCache:
         clips, beams, length, positions: what there is room for; ``length`` in tokens, ``positions`` of a clip.
         ids: the last token of each text [rows, 1], for the next step to read.
         position: of that token in its text, int64 without dimensions.
+        scores: of the next tokens [rows, vocabulary], in the same place for all graphs.
         now, span: clips and tokens that the step at hand computes.
     """
 
@@ -63,6 +66,7 @@ class StaticCache:
         self.first_place = self.positions if self.has_prefixes else 0
         self.ids = torch.zeros(clips * beams, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.scores = stored.scores.new_zeros(clips * beams, stored.scores.shape[1])
         self.mask = torch.ones(clips, self.positions, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(clips, dtype=torch.int64, device=device)
         self.beam = torch.arange(beams, device=device)

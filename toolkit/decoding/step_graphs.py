@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
 from toolkit.decoding.held_clips import EncodedClips, PrefixClips
-from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache
+from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache, StoredClips
 from toolkit.models.adaptation.quantisation import is_packed
 from toolkit.models.backbone import decoder_config
 from toolkit.models.language_models.prefixes import is_language_model
@@ -78,9 +78,8 @@ class StepGraphs:
         self.cache: StaticCache | None = None
         self.graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
 
-    def take(self, held: EncodedClips | PrefixClips, beams: int, length: int) -> int:
+    def take(self, stored: StoredClips, beams: int, length: int) -> int:
         """Store what a search holds after its first step; gives the tokens of each text so far."""
-        stored = held.stored()
         clips = len(stored.mask)
         if self.cache is None or not self.cache.holds(stored, clips, beams, length):
             self.graphs.clear()
@@ -97,8 +96,7 @@ class StepGraphs:
         def call() -> Tensor:
             cache.begin(now, span)
             output = model(**cache.inputs(), past_key_values=cache.cache, use_cache=True, return_dict=True)
-            logits: Tensor = output.logits[:, -1]
-            return logits
+            return cache.scores[: now * cache.beams].copy_(output.logits[:, -1])
 
         if (now, span) in self.graphs:
             logits, replay = self.graphs[now, span]
@@ -158,13 +156,15 @@ class GraphedClips:
         self.held: EncodedClips | PrefixClips | None = held
         self.model, self.beams, self.graphs, self.length = held.model, held.beams, graphs, length
         self.clips, self.tokens = 0, 0
+        self.first_scores: Any = None
 
     def scores(self, ids: Tensor) -> Tensor:
         """Scores of the next tokens [rows, vocabulary], after these [rows, 1]."""
         cache = self.graphs.cache
         if self.held is not None or cache is None:
             assert self.held is not None
-            return self.held.scores(ids)
+            self.first_scores = self.held.scores(ids)
+            return self.first_scores
         cache.ids[: len(ids)].copy_(ids)
         cache.position.add_(1)
         self.tokens += 1
@@ -174,8 +174,8 @@ class GraphedClips:
         """Continue with the texts of these rows, and with these clips alone where some are done."""
         if self.held is not None:
             self.held.follow(rows, clips)
-            self.tokens = self.graphs.take(self.held, self.beams, self.length)
-            self.held = None
+            self.tokens = self.graphs.take(self.held.stored(self.first_scores[:0]), self.beams, self.length)
+            self.held = self.first_scores = None
             self.model.set_attn_implementation(STATIC_ATTENTION)
         else:
             assert self.graphs.cache is not None

@@ -38,8 +38,8 @@ class TranslationMemory:
         encoder: the widest activations of the pose encoder and the backbone's encoder, attention scores included.
         cache: keys and values of the decoder when the last token is written, and a copy of one layer's.
         scores: of all tokens that may come next, as logits, as log-probabilities and as the processors leave them.
-        kept: keys and values that stay from one batch to the next, where steps are CUDA graphs; ``cache`` is then what
-            the first step has beside them.
+        kept: keys, values and logits that stay from one batch to the next, where steps are CUDA graphs; ``cache`` is
+            then what the first step has beside them.
     """
 
     weights: int
@@ -87,13 +87,14 @@ def translation_memory(
     copies = 1 if config._attn_implementation == "sdpa" or is_language_model(config) else beams
     across = 2 * layers * positions * copies * inner
     along = 2 * layers * clips * beams * max_new_tokens * inner
-    kept = across + along if graphs else 0
+    logits = clips * beams * _first(decoder, "vocab_size")
+    kept = across + along + logits if graphs else 0
     held = across + (0 if graphs else along)
     return TranslationMemory(
         weights=weights,
         encoder=size * (3 * positions * widest + 2 * heads * positions * length),
         cache=size * (held + along // layers + positions * model.pose_encoder.width),
-        scores=3 * FLOAT32 * clips * beams * _first(decoder, "vocab_size"),
+        scores=3 * FLOAT32 * logits,
         kept=size * kept,
     )
 
