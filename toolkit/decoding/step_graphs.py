@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
 from toolkit.decoding.held_clips import EncodedClips, PrefixClips
 from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache, StoredClips
@@ -23,6 +22,7 @@ from toolkit.models.language_models.prefixes import is_language_model
 
 # Encoder-decoders, by the model type of their decoder, which compute a step without an answer from the GPU.
 ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "gpt2"})
+ASKING_POSITIONS = "M2M100SinusoidalPositionalEmbedding"
 SHORTEST = 32  # tokens of the first graphs of a batch; the next ones are for twice as many
 DROP_SHARE = 0.5  # of the clips that are done before the others are moved together
 MOST_GRAPHS = 64  # of one split's; further steps run without
@@ -187,8 +187,11 @@ class GraphedClips:
         raise NotImplementedError
 
 
-class _Positions(M2M100SinusoidalPositionalEmbedding):
-    """Positions of one token of each text, without a look whether the table is long enough."""
+class _Positions:
+    """Mixed into M2M100's positions: those of one token of each text, without a look how long the table is."""
+
+    padding_idx: int
+    weights: Tensor
 
     @torch.no_grad()
     def forward(
@@ -196,11 +199,10 @@ class _Positions(M2M100SinusoidalPositionalEmbedding):
     ) -> Tensor:
         """Rows of the table for tokens [rows, 1] after so many others."""
         if not isinstance(past_key_values_length, Tensor):
-            own: Tensor = super().forward(input_ids, inputs_embeds, past_key_values_length)
+            own: Tensor = super().forward(input_ids, inputs_embeds, past_key_values_length)  # type: ignore[misc]
             return own
         places = input_ids.ne(self.padding_idx).long() * (1 + past_key_values_length) + self.padding_idx
-        found: Tensor = self.weights[places]
-        return found
+        return self.weights[places]
 
 
 @contextmanager
@@ -213,16 +215,17 @@ def graphed_clips(held: EncodedClips | PrefixClips, graphs: StepGraphs, length: 
 @contextmanager
 def _positions_without_looks(model: Any, length: int) -> Iterator[None]:
     """Within it tables of positions serve texts of so many tokens without a question to the GPU."""
-    tables = [module for module in model.modules() if type(module) is M2M100SinusoidalPositionalEmbedding]
-    for table in tables:
+    tables: list[Any] = [module for module in model.modules() if type(module).__name__ == ASKING_POSITIONS]
+    classes = [type(table) for table in tables]
+    for table, own in zip(tables, classes, strict=True):
         if length + table.padding_idx + 1 > table.weights.shape[0]:
             table.make_weights(length + table.padding_idx + 1 + table.offset, table.embedding_dim, table.padding_idx)
-        table.__class__ = _Positions
+        table.__class__ = type(f"Static{own.__name__}", (_Positions, own), {})
     try:
         yield
     finally:
-        for table in tables:
-            table.__class__ = M2M100SinusoidalPositionalEmbedding
+        for table, own in zip(tables, classes, strict=True):
+            table.__class__ = own
 
 
 def _clips_of_graph(most: int, clips: int) -> int:

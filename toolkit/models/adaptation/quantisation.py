@@ -5,14 +5,16 @@ Packed are the backbone's linear layers. Embeddings, output projection, pose enc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.dtypes import TORCH_DTYPES
-from toolkit.recipe.schema import Quantization
+
+if TYPE_CHECKING:  # the search imports this file, and translate.py starts without pydantic
+    from toolkit.recipe.schema import Quantization
 
 # Columns of activations beyond this are computed in 16 bits, as LLM.int8() has it (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0
