@@ -17,6 +17,7 @@ from toolkit.decoding import held_clips, step_graphs
 from toolkit.decoding.beam_search import beam_search
 from toolkit.decoding.step_graphs import StepGraphs
 from toolkit.models import PoseTranslator
+from toolkit.models.language_models import prefixes
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 
 WIDTH, VOCABULARY, START, END = 32, 29, 3, 1
@@ -219,3 +220,45 @@ def test_joint_search_with_ctc(make: Callable[..., PoseTranslator], clips: dict[
     settings = {"num_beams": 4, "return_dict_in_generate": True, "output_scores": True}
     theirs, ours = model.generate(**clips, **settings), model.generate(**clips, **settings, custom_generate=beam_search)
     assert texts_of(ours.sequences) == texts_of(theirs.sequences)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["gemma", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_causal_kernel_gets_no_mask_in_training(
+    kind: str,
+    checkpointing: bool,
+    make: Callable[..., PoseTranslator],
+    clips: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses and gradients are those with a mask; where a window is shorter than the sequence, there is one."""
+    model, seen = make(kind).train(), []
+    windows = kind in OF_KIND and "sliding_window" in OF_KIND[kind]
+    if checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*states: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **settings: Any) -> Tensor:
+        seen.append((attn_mask is None, is_causal))
+        return kernel(*states, attn_mask=attn_mask, is_causal=is_causal, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    labels = labels_of([[4, 5, 6, 7, 8, END], [9, END], [10, 11, 12, END], [END]])
+
+    def loss_and_gradients() -> tuple[Tensor, list[Tensor]]:
+        logits = model(**clips, labels=labels, labelled=places_of_labels(labels)).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels[labels != -100])
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    loss, gradients = loss_and_gradients()
+    assert seen and ((True, True) in seen) != (kind == "mistral"), seen
+    if not windows:
+        assert set(seen) == {(True, True)}
+    assert model.backbone.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(prefixes, "KERNELS", ())
+    seen.clear()
+    expected, others = loss_and_gradients()
+    assert windows or {has_none for has_none, _ in seen} == {False}
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for found, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6)

@@ -7,13 +7,21 @@ that positions, causal masks and sliding windows are those of the clip alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from toolkit.cpu.attention import NAME as CPU_ATTENTION
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
+
+# Attention by a kernel that takes a mask or knows a causal one; the others are transformers' own, step by step.
+KERNELS = ("sdpa", CPU_ATTENTION)
+MASKLESS = "maskless_"  # before the name of one of them, for which transformers makes no mask
 
 
 def is_language_model(config: PreTrainedConfig) -> bool:
@@ -45,29 +53,45 @@ def score_after_prefixes(
     # Each clip's prefix, its text, and the padding of its prefix.
     source = torch.where(is_text, prefixes.shape[1] + in_text, torch.where(in_text < 0, places, places - tokens))
     vectors = _reordered(torch.cat([prefixes, words], dim=1), source)
-    states = model.get_decoder()(inputs_embeds=vectors, attention_mask=_causal(model, vectors), use_cache=False)[0]
+    with _causal_attention(model, vectors) as causal:
+        states = model.get_decoder()(inputs_embeds=vectors, attention_mask=causal, use_cache=False)[0]
     first = lengths + torch.arange(clips, device=ids.device)[:, None] * len(places)
     scored = (first + torch.arange(tokens, device=ids.device)).flatten()
     states = states.flatten(0, 1).index_select(0, scored if rows is None else scored.index_select(0, rows))
     logits: Tensor = model.get_output_embeddings()(states if rows is not None else states.view(clips, tokens, -1))
-    if cap := getattr(model.config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return softcapped(logits, model.config)
 
 
-def _causal(model: Any, vectors: Tensor) -> Tensor:
-    """The mask of sequences with padding behind them, which no real position sees.
+def softcapped(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Scores below the limit that a decoder's configuration has (Gemma 2), or as they are."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
-    transformers would make one after it has looked whether anything is hidden: the host would wait for a GPU.
+
+@contextmanager
+def _causal_attention(model: Any, vectors: Tensor) -> Iterator[Tensor | None]:
+    """Within it the model reads sequences with padding behind them, which no real position sees; gives the mask.
+
+    None where the kernel knows what causal is: GPUs have a faster one without a mask (Dao 2023, "FlashAttention-2").
+    transformers would make a mask after it has looked whether anything is hidden, for which the host waits for a GPU;
+    for attention that is registered without a function for masks it makes none.
     """
     clips, length = vectors.shape[:2]
     window = getattr(model.config, "sliding_window", None)
     if window is not None and length > window:  # which layers have one is transformers' to say
-        return torch.ones(clips, length, dtype=torch.int64, device=vectors.device)
-    seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=vectors.device).tril()
-    if model.config._attn_implementation != "eager":
-        return seen
-    return torch.zeros_like(seen, dtype=vectors.dtype).masked_fill(~seen, torch.finfo(vectors.dtype).min)
+        yield torch.ones(clips, length, dtype=torch.int64, device=vectors.device)
+        return
+    own = model.config._attn_implementation
+    if own not in KERNELS:
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=vectors.device).tril()
+        yield torch.zeros_like(seen, dtype=vectors.dtype).masked_fill(~seen, torch.finfo(vectors.dtype).min)
+        return
+    AttentionInterface.register(MASKLESS + own, ALL_ATTENTION_FUNCTIONS[own])
+    model.config._attn_implementation = MASKLESS + own
+    try:
+        yield None
+    finally:
+        model.config._attn_implementation = own
 
 
 def generation_inputs(model: PreTrainedModel, prefixes: Tensor, mask: Tensor, start: int) -> dict[str, Tensor]:
