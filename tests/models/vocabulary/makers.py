@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    GemmaTokenizer,
+    LlamaTokenizer,
     M2M100Tokenizer,
     MarianTokenizer,
     MBart50Tokenizer,
     NllbTokenizer,
     PegasusTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
     RobertaTokenizer,
     T5Tokenizer,
 )
@@ -148,6 +151,60 @@ def marian(folder: Path) -> Any:
     return MarianTokenizer(**{key: str(folder / name) for key, name in places.items()})
 
 
+def byte_level(special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level tokenizer of the texts."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts(), vocab_size=900, special_tokens=list(special), show_progress=False)
+    content = json.loads(tokenizer.to_str())["model"]
+    return content["vocab"], [tuple(pair) for pair in content["merges"]]
+
+
+def qwen(_: Path) -> Any:
+    """No token begins a text; one ends documents and pads; a chat stands between two others."""
+    end, turn, turn_end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    vocabulary, merges = byte_level([end, turn, turn_end])
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, eos_token=end, pad_token=end, unk_token=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn, turn_end]})
+    message = f"{turn}{{{{ message.role }}}}\n{{{{ message.content }}}}{turn_end}\n"
+    tokenizer.chat_template = f"{{% for message in messages %}}{message}{{% endfor %}}{turn}assistant\n"
+    return tokenizer
+
+
+def llama3(_: Path) -> Any:
+    """A token begins every text, none ends it, and none pads; a word that is a token is not merged together."""
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    vocabulary, merges = byte_level([begin, end])
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer.add_special_tokens([begin, end])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end)
+
+
+def with_bytes(special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a tokenizer of whole texts whose unknown characters become bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    kept = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=kept, show_progress=False, max_token_length=12)
+    tokenizer.train_from_iterator(texts(), trainer)
+    content = json.loads(tokenizer.to_str())["model"]
+    return content["vocab"], [tuple(pair) for pair in content["merges"]]
+
+
+def mistral(_: Path) -> Any:
+    vocabulary, merges = with_bytes(["<unk>", "<s>", "</s>"])
+    return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+
+
+def gemma(_: Path) -> Any:
+    vocabulary, merges = with_bytes(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+
+
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "t5": (t5, None),
     "unigram with bytes": (unigram_with_bytes, None),
@@ -158,7 +215,12 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "nllb": (nllb, "hin_Deva"),
     "m2m100": (m2m100, "hi"),
     "marian": (marian, None),
+    "qwen": (qwen, None),
+    "llama3": (llama3, None),
+    "mistral": (mistral, None),
+    "gemma": (gemma, None),
 }
+OF_LANGUAGE_MODELS = ("qwen", "llama3", "mistral", "gemma")
 
 
 @cache

@@ -11,21 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     M2M100Config,
     M2M100ForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 import toolkit.auto
@@ -36,7 +45,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.adaptation.export import export_model
-from toolkit.models.backbone import SEPARATE_OUTPUT
+from toolkit.models.architectures.separate_output import SEPARATE_OUTPUT
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.loading.load import load_translator
 from toolkit.models.vocabulary.restore import whole_vocabulary
@@ -52,6 +61,13 @@ BODY = {
     **{f"{half}_layers": 1 for half in ("encoder", "decoder")},
     **{f"{half}_ffn_dim": 16 for half in ("encoder", "decoder")},
     **{f"{half}_attention_heads": 2 for half in ("encoder", "decoder")},
+}
+STACK = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
 }
 
 
@@ -69,6 +85,20 @@ def _marian(rows: int, tokenizer: Any) -> Any:
     return MarianMTModel(
         MarianConfig(vocab_size=rows, pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad, **BODY)
     )
+
+
+def _causal(model: Any, config: Any, **settings: Any) -> Callable[[int, Any], Any]:
+    def make(rows: int, tokenizer: Any) -> Any:
+        roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {role: getattr(tokenizer, role) for role in roles}
+        return model(config(vocab_size=rows, **{**STACK, **ids, **settings}))
+
+    return make
+
+
+def _t5gemma(rows: int, tokenizer: Any) -> Any:
+    half = {"vocab_size": rows, "head_dim": 8, "query_pre_attn_scalar": 8, **STACK}
+    return T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=half, decoder=half, vocab_size=rows))
 
 
 # Backbone and its tokenizer's family; tables have more rows than there are tokens, as T5's and M2M100's.
@@ -90,7 +120,13 @@ MODELS: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
         lambda rows, _: PegasusForConditionalGeneration(PegasusConfig(vocab_size=rows, pad_token_id=0, **BODY)),
     ),
     "marian": ("marian", _marian),
+    "qwen2 tied": ("qwen", _causal(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True)),
+    "llama untied": ("llama3", _causal(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=False)),
+    "mistral untied": ("mistral", _causal(MistralForCausalLM, MistralConfig, tie_word_embeddings=False)),
+    "gemma tied": ("gemma", _causal(GemmaForCausalLM, GemmaConfig, head_dim=8)),
+    "t5gemma": ("gemma", _t5gemma),
 }
+PROMPT = ("model.prefix=null", "model.prompt=ba del {poses} fo gri:")
 KEPT = texts()[:12]
 TOKENS = "model.extra_tokens=['<loc>', '<per>']"
 
@@ -194,7 +230,8 @@ def test_kept_tokens_have_the_scores_that_they_have_among_all(
     torch.testing.assert_close(scores(small), scores(full, kept), rtol=1e-5, atol=1e-6)
 
     for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-        assert int(kept[getattr(small.model.config, key)]) == getattr(full.model.config, key)
+        own, known = (getattr(each.model.config, key) for each in (small, full))
+        assert (None if own is None else int(kept[own])) == known
     forced, known = (each.model.generation_config.forced_bos_token_id for each in (small, full))
     assert (forced is None) == (known is None) and (known is None or int(kept[forced]) == known)
     of_full = full.model.generation_config.bad_words_ids
@@ -210,10 +247,36 @@ def test_kept_tokens_have_the_scores_that_they_have_among_all(
     processor, model = (each.from_pretrained(tmp_path / "saved") for each in (AutoProcessor, AutoModel))
     assert torch.equal(scores(Built(model.eval(), processor, small.resolved)), scores(small))
     small.model.backbone.save_pretrained(tmp_path / "backbone")
-    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "backbone").config.vocab_size == len(kept)
+    loaded = type(small.model.backbone).from_pretrained(tmp_path / "backbone")
+    assert {len(each.get_input_embeddings().weight) for each in (loaded, loaded.get_decoder())} == {len(kept)}
 
 
-@pytest.mark.parametrize("name", ["t5 untied", "bart", "m2m100"])
+@pytest.mark.parametrize("name", ["qwen2 tied", "llama untied"])
+def test_the_words_of_a_prompt_are_kept(name: str, folder: Path, corpus: Corpus) -> None:
+    """Qwen's stand in a chat template."""
+    place = publish(name, folder)
+    full = build(place, corpus, *PROMPT)
+    small = build(place, corpus, "model.vocabulary=corpus", *PROMPT)
+    same_pose_encoder(full, small)
+    kept = kept_ids(small.processor)
+    torch.testing.assert_close(scores(small), scores(full, kept), rtol=1e-5, atol=1e-6)
+    assert len(kept) < full.model.backbone.config.vocab_size
+    configs = [each.model.config for each in (small, full)]
+    for key in ("prefix_token_ids", "suffix_token_ids"):
+        own, known = (getattr(config, key) for config in configs)
+        assert known and [int(kept[place]) for place in own] == known
+    assert int(kept[configs[0].decoder_start_token_id]) == configs[1].decoder_start_token_id
+    assert small.processor.tokenizer.chat_template == full.processor.tokenizer.chat_template
+    # And they come back.
+    whole = whole_vocabulary(small.resolved.recipe, small.model, small.processor)
+    whole.give_to(small.model)
+    restored = Built(small.model, whole.processor, small.resolved)
+    torch.testing.assert_close(scores(restored), scores(full), rtol=1e-5, atol=1e-6)
+    for key in ("prefix_token_ids", "suffix_token_ids", "decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(small.model.config, key) == getattr(full.model.config, key), key
+
+
+@pytest.mark.parametrize("name", ["t5 untied", "bart", "m2m100", "gemma tied", "llama untied"])
 def test_a_full_vocabulary_comes_back_with_the_rows_of_the_source_and_those_that_were_trained(
     name: str, folder: Path, corpus: Corpus, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.models.vocabulary.makers import FAMILIES, saved, texts
+from tests.models.vocabulary.makers import FAMILIES, OF_LANGUAGE_MODELS, saved, texts
 from toolkit.batching.languages import languages_of
 from toolkit.errors import UserError
 from toolkit.models.tokenizers import make_tokenizer, text_frame
@@ -22,7 +22,8 @@ from toolkit.models.vocabulary.trimming import Trimming, check_trimmable, finger
 @pytest.fixture(scope="module", params=FAMILIES)
 def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = saved(request.param, tmp_path_factory.mktemp("tokenizers"))
-    return make_tokenizer(str(place), language=FAMILIES[request.param][1])
+    is_of_language_model = request.param in OF_LANGUAGE_MODELS
+    return make_tokenizer(str(place), language=FAMILIES[request.param][1], for_language_model=is_of_language_model)
 
 
 def trimmed_to(tokenizer: Any, kept: list[str]) -> tuple[Any, Trimming]:

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError, first_line
 from toolkit.models.backbone_config import is_for_language_model
+from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.tokenizers import make_tokenizer
-from toolkit.models.vocabulary.trimming import KEY, check_trimmable, forget_trimming, trimmed, trimming_of
+from toolkit.models.vocabulary.trimming import check_trimmable, forget_trimming, trimmed, trimming_of
 from toolkit.recipe.model_cards import card_of, language_of, reads_published, tokenizer_of
-from toolkit.recipe.prompts import fill
+from toolkit.recipe.prompts import fill, own_words
 from toolkit.recipe.schema import Model, Recipe
 
 TEXT_KEY = "model.vocabulary_text"
@@ -79,13 +80,15 @@ def trimmed_tokenizer(
         UserError: it cannot be trimmed, or the text file of its margin cannot be read.
     """
     model = recipe.model
-    _check_backbone(model)
     needed = {place for place in config_ids if place < len(tokenizer)}
     for ids in _tokenized(tokenizer, corpus.splits["train"].texts):
         needed.update(ids)
-    if model.prefix:
-        for ids in tokenizer(list(_prefixes(model, corpus)), add_special_tokens=False)["input_ids"]:
+    if words := own_words(model.prefix, model.prompt):
+        for ids in tokenizer(list(_prefixes(words, corpus)), add_special_tokens=False)["input_ids"]:
             needed.update(ids)
+    if _is_language_model(model):
+        around = words_around_poses(model, tokenizer)
+        needed.update(around.before, around.behind, [around.start])
     smaller, trimming = trimmed(tokenizer, needed, tokenizer_of(model))
     if model.vocabulary_text:
         needed |= _margin(tokenizer, _lines(model.vocabulary_text), model.vocabulary_margin, set(trimming.kept))
@@ -101,18 +104,9 @@ def check_trimming(recipe: Recipe) -> None:
     """
     if recipe.model.vocabulary == "full":
         return
-    _check_backbone(recipe.model)
     if recipe.model.vocabulary_text:
         next(_lines(recipe.model.vocabulary_text))
     check_trimmable(full_tokenizer(recipe), tokenizer_of(recipe.model))
-
-
-def _check_backbone(model: Model) -> None:
-    if _is_language_model(model):
-        raise UserError(
-            f"{KEY}: model.backbone={model.backbone} is a language model, whose prompts need all tokens",
-            "set model.vocabulary=full",
-        )
 
 
 def _is_language_model(model: Model) -> bool:
@@ -121,9 +115,8 @@ def _is_language_model(model: Model) -> bool:
     return is_for_language_model(model.model_copy(update=own))
 
 
-def _prefixes(model: Model, corpus: Corpus) -> dict[str, None]:
+def _prefixes(template: str, corpus: Corpus) -> dict[str, None]:
     """The words before the poses of each training clip, and those without any condition, each once."""
-    template = model.prefix or ""
     conditions = [{}, *corpus.splits["train"].conditions()]
     return dict.fromkeys(fill(template, of_clip) for of_clip in conditions)
 

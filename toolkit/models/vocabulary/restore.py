@@ -100,9 +100,10 @@ class WholeVocabulary:
         values = self.backbone.config.to_dict()
         whole.backbone = {key: value for key, value in values.items() if key != "_name_or_path"}
         whole.special_token_ids = special_ids(self.processor.tokenizer)
-        whole.prefix_token_ids = [int(self.kept[place]) for place in config.prefix_token_ids]
+        for key in ("prefix_token_ids", "suffix_token_ids"):
+            setattr(whole, key, [int(self.kept[place]) for place in getattr(config, key)])
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-            setattr(whole, key, whole.backbone.get(key))
+            setattr(whole, key, int(self.kept[getattr(config, key)]))
         return whole
 
 
