@@ -39,7 +39,7 @@ from transformers import MT5Config, T5Tokenizer
 from turns import answer
 
 from toolkit.corpus.packed import Corpus
-from toolkit.models.backbone import note_output_matrix
+from toolkit.models.backbone import note_published
 from toolkit.models.build import build_processor
 from toolkit.models.tokenizers import train_tokenizer
 from toolkit.models.vocabulary.needed import full_tokenizer
@@ -89,7 +89,7 @@ def make_inputs(folder: Path, arguments: argparse.Namespace) -> None:
     # mT5's table has twelve rows more than there are tokens.
     values = config | changed | {"vocab_size": len(tokenizer) + 12}
     backbone = MT5Config(**values)
-    note_output_matrix(backbone, values)
+    note_published(backbone, values)
     backbone.save_pretrained(folder / "backbone")
 
 

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from toolkit.corpus.demo import words
-from toolkit.models.backbone import new_backbone, note_output_matrix
+from toolkit.models.backbone import new_backbone, note_published
 from toolkit.recipe.model_cards import ModelCard, load_model_yaml, model_names, tiny_config
 from toolkit.recipe.yaml_text import dump_yaml, parse_yaml
 
@@ -209,6 +209,8 @@ FORMS = {
     "mistral_7b": Form("shards", mistral, fast=True),
     "gemma2_2b": Form("shards", gemma, fast=True),
     "gemma_7b": Form("shards", gemma, fast=True),
+    "t5gemma_2b_2b": Form("shards", gemma, fast=True),
+    "t5gemma2_270m": Form("safetensors", gemma, fast=True),
     "marian": Form("bin", marian, generation=(("num_beams", 6), ("max_length", 512))),
 }
 
@@ -266,16 +268,19 @@ def shrink(card: ModelCard) -> tuple[dict[str, Any], int]:
 
 def fit(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a configuration a row for every token; Marian's padding is its last one."""
-    padding_is_last = values.get("pad_token_id") == values["vocab_size"] - 1
+    padding_is_last = "vocab_size" in values and values.get("pad_token_id") == values["vocab_size"] - 1
     rows = len(tokenizer) if padding_is_last else (len(tokenizer) // ROWS + 1) * ROWS
-    values["vocab_size"] = rows
+    encoder = values.get("encoder", {})
+    for part in (values, encoder, encoder.get("text_config", {}), values.get("decoder", {})):
+        if "vocab_size" in part:
+            part["vocab_size"] = rows
     if padding_is_last:
         values["pad_token_id"] = values["decoder_start_token_id"] = rows - 1
 
 
 def backbone(card: ModelCard, values: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.for_model(card.architecture, **values)
-    note_output_matrix(config, values)
+    note_published(config, values)
     torch.manual_seed(0)
     return new_backbone(config)
 

@@ -44,6 +44,7 @@ NAMES = {
         "_init_weights",
         "_tied_weights_keys",
         "_keep_in_fp32_modules",
+        "_keys_to_ignore_on_load_unexpected",
         "_is_hf_initialized",
     ],
     "transformers/integrations/peft.py": ["_hf_peft_config_loaded"],

@@ -93,6 +93,7 @@ def batch(corpus: Corpus, make: Callable[..., PoseTranslator]) -> Batch:
 CARDS = [
     *("t5_small", "t5_v1_1_base", "byt5_small", "mt5_base", "umt5_base", "longt5_base"),
     *("bart_large", "mbart50", "m2m100", "pegasus_large", "marian", "led_base", "transformer"),
+    *("t5gemma_2b_2b", "t5gemma2_270m"),
     *("qwen2_5_0_5b", "qwen3_0_6b", "llama3_2_1b", "mistral_7b", "gemma2_2b", "gemma_7b"),
 ]
 ASKING = {"longt5_base", "led_base"}  # their attention over windows looks at its mask

@@ -23,7 +23,7 @@ from transformers import (
 
 from toolkit.errors import UserError
 from toolkit.models import backbone_config as backbone_configs
-from toolkit.models.backbone import backbone_class, empty_backbone, new_backbone, note_output_matrix, position_limit
+from toolkit.models.backbone import backbone_class, empty_backbone, new_backbone, note_published, position_limit
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.check import check_model, check_positions, encoder_positions
 from toolkit.recipe.load import load_recipe
@@ -252,7 +252,7 @@ def test_another_dimension_is_named_with_both_values(key: str, value: int, carde
 def test_an_output_matrix_of_its_own_stays_one(architecture: str, tmp_path: Path) -> None:
     published = {**BODY, "tie_word_embeddings": False, "decoder_start_token_id": 0}
     config = AutoConfig.for_model(architecture, **published)
-    note_output_matrix(config, published)
+    note_published(config, published)
     torch.manual_seed(0)
     model = new_backbone(config).eval()
     model.tie_weights()

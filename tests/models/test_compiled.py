@@ -55,6 +55,11 @@ CALLS = {
     "transformer": ("transformer", (), 149),
     "conformer": ("t5_small", ("model.pose_encoder=conformer",), 409),
     "stgcn": ("t5_small", ("model.pose_encoder=stgcn",), 399),
+    "qwen3": ("qwen3_0_6b", (), 105),
+    "llama, lora, checkpoints": ("llama3_2_1b", (*LORA, *CHECKPOINTS), 230),
+    "gemma2": ("gemma2_2b", (), 129),
+    "t5gemma": ("t5gemma_2b_2b", (), 298),
+    "t5gemma2": ("t5gemma2_270m", (), 283),
 }
 BY_DAY = ("t5, lora, checkpoints", "gated, checkpoints", "bart")
 SHAPES = [(2, 11, 7), (3, 16, 9), (4, 22, 5), (2, 33, 13)]  # clips, frames, tokens
@@ -209,7 +214,7 @@ def test_other_sizes_need_no_other_graphs(make: Make, graphs: Graphs) -> None:
     assert len(graphs) <= 3 * 6
 
 
-@pytest.mark.parametrize("name", cases(("bart", "t5, lora, checkpoints"), ("bart",)))
+@pytest.mark.parametrize("name", cases(("bart", "qwen3", "t5, lora, checkpoints"), ("bart", "qwen3")))
 def test_backward_passes_are_captured_too(make: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     backbone, overrides, _ = CALLS[name]

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from toolkit.errors import UserError
-from toolkit.models.backbone import empty_backbone, note_output_matrix
+from toolkit.models.backbone import empty_backbone, note_published
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import TINY_LIMITS, card_of, load_model_yaml, model_names, tiny_config, tokenizer_of
 
@@ -16,7 +16,7 @@ from toolkit.recipe.model_cards import TINY_LIMITS, card_of, load_model_yaml, mo
 def count_parameters(card):
     """The backbone's parameters by its published dimensions; tied ones count once."""
     config = AutoConfig.for_model(card.architecture, **card.config)
-    note_output_matrix(config, card.config)
+    note_published(config, card.config)
     return sum(parameter.numel() for parameter in empty_backbone(config).parameters())
 
 
@@ -39,7 +39,9 @@ def known_keys(architecture):
 def test_every_dimension_is_one_that_transformers_knows(name):
     card = load_model_yaml(name)
     assert set(card.config) <= known_keys(card.architecture)
-    for half in (half for half in card.config.values() if isinstance(half, dict) and "model_type" in half):
+    halves = [half for half in card.config.values() if isinstance(half, dict)]
+    halves += [half["text_config"] for half in halves if "text_config" in half]
+    for half in (half for half in halves if "model_type" in half):
         assert set(half) <= known_keys(half["model_type"])
 
 
@@ -72,6 +74,8 @@ PUBLISHED = {
     "mistral_7b": 7248.0,
     "gemma2_2b": 2614.3,
     "gemma_7b": 8537.7,
+    "t5gemma_2b_2b": 5596.9,
+    "t5gemma2_270m": 368.4,  # without its vision tower
     "smollm2_135m": 134.5,
     "smollm2_360m": 361.8,
 }
@@ -102,8 +106,10 @@ def test_a_tiny_configuration_is_small_and_of_the_same_architecture(name):
     assert card.config == before
     assert tiny.keys() >= card.config.keys()
     words = {"vocab_size": 384, "pad_token_id": 0}
-    if card.architecture == "encoder-decoder":
+    if "decoder" in tiny:
         words = {half: {**tiny[half], **words} for half in ("encoder", "decoder")}
+    if "text_config" in tiny.get("encoder", {}):
+        words["encoder"]["text_config"] = {**tiny["encoder"]["text_config"], "vocab_size": 384}
     shrunk = card.model_copy(update={"config": {**tiny, **words}})
     assert count_parameters(shrunk) < 600_000
     unlimited = set(card.config) - set(TINY_LIMITS[card.architecture])

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from toolkit.decoding.static_cache import StoredClips
+from toolkit.models.backbone import beams_share_encoding
 
 SHARED_ATTENTION = "sdpa_shared_by_beams"
 PREFIX_ATTENTION = "prefix_shared_by_beams"
@@ -47,7 +48,7 @@ class EncodedClips:
         self.cache = inputs["past_key_values"]
         self.is_first = True
         # One row of keys and values serves all beams of a clip where the model's attention allows that.
-        self.shared = model.config._attn_implementation == "sdpa"
+        self.shared = beams_share_encoding(model.config)
         if self.shared:
             model.set_attn_implementation(SHARED_ATTENTION)
 

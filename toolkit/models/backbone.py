@@ -11,88 +11,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    MT5ForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5ForConditionalGeneration,
-    UMT5ForConditionalGeneration,
-    initialization,
-)
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.batching.collate import IGNORED_LABEL
-from toolkit.models.language_models.prefixes import generation_inputs, is_language_model, score_after_prefixes
+from toolkit.models.architectures.separate_output import SEPARATE_OUTPUT
+from toolkit.models.architectures.t5gemma2 import T5Gemma2WithoutVision
+from toolkit.models.language_models.prefixes import (
+    generation_inputs,
+    is_language_model,
+    score_after_prefixes,
+    softcapped,
+)
 
-# Decoders whose scores are the output matrix times their states, plus `final_logits_bias` where there is one; those of
-# T5's kind first multiply the states by `model_dim ** -0.5`, if this key of the configuration is true.
+# Decoders whose scores are the output matrix times their states, plus `final_logits_bias` where there is one, below
+# `final_logit_softcapping` where there is one; those of T5's kind first multiply the states by `model_dim ** -0.5`, if
+# this key of the configuration is true.
 SCALED_OUTPUT = {"t5": "scale_decoder_outputs", "longt5": "scale_decoder_outputs", "umt5": "tie_word_embeddings"}
-PLAIN_OUTPUT = frozenset({"mt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "led", "gpt2"})
+PLAIN_OUTPUT = frozenset(
+    {"mt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "led", "gpt2", "t5_gemma_module", "t5gemma2_decoder"}
+)
+# Encoder-decoders made of language models: their tokenizers end no text, and the decoder's first token begins each.
+OF_LANGUAGE_MODELS = frozenset({"t5gemma", "t5gemma2"})
 # Architectures that take a mask of four dimensions as it is. From one of two, transformers makes the other in each
 # half, after it has looked whether anything is masked: the host would wait for a GPU twice a forward pass.
 TAKES_WHOLE_MASK = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "pegasus", "marian", "bert", "gpt2"})
+# The same where layers with a window have a mask of their own, which is alike while clips are short.
+TAKES_MASK_OF_KIND = frozenset({"t5_gemma_module", "t5gemma2_encoder"})
 # Decoders that look at their own mask, too, or at their tokens where they get none.
 WANTS_OWN_MASK = frozenset({"bart", "mbart", "m2m_100", "pegasus", "marian", "gpt2"})
 
 
-class _WithSeparateOutput(PreTrainedModel):
-    """T5's kind with an output matrix of its own, as T5 1.1, Flan-T5, mT5 and UMT5 were published.
+def note_published(config: PreTrainedConfig, published: dict[str, Any]) -> None:
+    """Write into ``config`` what transformers 5 does not keep of published values.
 
-    Their configurations say `tie_word_embeddings: false`, and transformers 5 ties the matrix to the embedding all the
-    same. (LongT5 says false, too, and was published with one matrix.)
-    """
+    Whether the output projection is a matrix of its own: ``separate_output=True``, which outlives saving. The token
+    that begins texts, where only the decoder's part names it.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        # transformers scales the decoder's states by this width before a tied matrix; a separate one takes them as
-        # they are. UMT5 would scale them, because transformers forces its configuration to be tied.
-        self.model_dim = 1
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            # Fan-in, as T5X has it: logits begin near zero.
-            initialization.normal_(self.lm_head.weight, mean=0.0, std=self.config.d_model**-0.5)
-
-
-def _ties_but_the_output(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    return {name: source for name, source in (model_class._tied_weights_keys or {}).items() if "lm_head" not in name}
-
-
-# transformers does not initialise modules without weights of their own in a model of another package: `__module__`
-# says that these are initialised as its own.
-class _T5WithSeparateOutput(_WithSeparateOutput, T5ForConditionalGeneration):
-    __module__ = T5ForConditionalGeneration.__module__
-    _tied_weights_keys = _ties_but_the_output(T5ForConditionalGeneration)
-
-
-class _MT5WithSeparateOutput(_WithSeparateOutput, MT5ForConditionalGeneration):
-    __module__ = MT5ForConditionalGeneration.__module__
-    _tied_weights_keys = _ties_but_the_output(MT5ForConditionalGeneration)
-
-
-class _UMT5WithSeparateOutput(_WithSeparateOutput, UMT5ForConditionalGeneration):
-    __module__ = UMT5ForConditionalGeneration.__module__
-    _tied_weights_keys = _ties_but_the_output(UMT5ForConditionalGeneration)
-
-
-SEPARATE_OUTPUT = {"t5": _T5WithSeparateOutput, "mt5": _MT5WithSeparateOutput, "umt5": _UMT5WithSeparateOutput}
-
-
-def note_output_matrix(config: PreTrainedConfig, published: dict[str, Any]) -> None:
-    """Write into ``config`` whether the output projection is a matrix of its own, which transformers 5 forgets.
-
-    ``published`` are the values of ``config.json`` or of a model card before transformers read them; ``config`` gets
-    ``separate_output=True``, which outlives saving, or nothing.
+    ``published`` are the values of ``config.json`` or of a model card before transformers read them.
     """
     # T5 saved again by transformers 5 says `true` but remembers that it is not scaled, which only untied ones are.
     unscaled = config.model_type == "t5" and published.get("scale_decoder_outputs") is False
     untied = published.get("tie_word_embeddings") is False or unscaled
     if config.model_type in SEPARATE_OUTPUT and untied:
         config.separate_output = True
+    if config.model_type in OF_LANGUAGE_MODELS and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = decoder_config(config).bos_token_id
 
 
 def is_known(config: PreTrainedConfig) -> bool:
@@ -108,7 +73,7 @@ def is_seq2seq(config: PreTrainedConfig) -> bool:
 
 def backbone_class(config: PreTrainedConfig) -> Any:
     """The class of the backbone: transformers' own, ``AutoModelForSeq2SeqLM`` for code from the hub, or one of
-    ``SEPARATE_OUTPUT``. Has ``from_pretrained``.
+    ``architectures``. Has ``from_pretrained``.
     """
     if not is_known(config):
         return AutoModelForSeq2SeqLM
@@ -116,6 +81,8 @@ def backbone_class(config: PreTrainedConfig) -> Any:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(config, "separate_output", False):
         return SEPARATE_OUTPUT[config.model_type]
+    if config.model_type == "t5gemma2":
+        return T5Gemma2WithoutVision
     return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
 
@@ -155,7 +122,8 @@ def reader(backbone: PreTrainedModel) -> PreTrainedModel:
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of ``config`` that describes the encoder; most architectures have one configuration for both halves."""
     part = getattr(config, "encoder", None)
-    return part if isinstance(part, PreTrainedConfig) else config
+    # T5Gemma 2's has a part for pictures, too.
+    return part.get_text_config() if isinstance(part, PreTrainedConfig) else config
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -240,6 +208,14 @@ def embed_words(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
     return vectors
 
 
+def scaled_for(backbone: PreTrainedModel, vectors: Tensor) -> Tensor:
+    """Vectors of poses [clips, positions, width] by which its first layer reads ``vectors``.
+
+    T5Gemma multiplies all that it is given by ``sqrt(width)``, which is meant for words.
+    """
+    return vectors / backbone.config.encoder.hidden_size**0.5 if backbone.config.model_type == "t5gemma" else vectors
+
+
 def encode_vectors(backbone: PreTrainedModel, vectors: Tensor, mask: Tensor) -> Tensor:
     """What the decoder reads of clips, given their vectors [clips, positions, width] and bool mask [clips, positions].
 
@@ -264,14 +240,31 @@ def search_inputs(backbone: PreTrainedModel, hidden: Tensor, mask: Tensor, start
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask.long()}
 
 
-def attention_mask(half: PreTrainedModel, mask: Tensor) -> Tensor:
-    """The mask that an encoder, or a decoder that reads its output, takes.
+def beams_share_encoding(config: PreTrainedConfig) -> bool:
+    """Whether one row of an encoding's keys and values can serve all beams of a clip.
+
+    T5Gemma 2 attends to encoding and text at once, and those with softcapped attention have no kernel for it.
+    """
+    return config._attn_implementation == "sdpa" and config.model_type != "t5gemma2"
+
+
+def attention_mask(half: PreTrainedModel, mask: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask that an encoder, or a decoder that reads its output, takes: one, or one for each kind of its layers.
 
     Args:
         half: of the backbone.
         mask: bool [clips, positions], true where there is something.
     """
-    return mask[:, None, None, :] if _takes(half, TAKES_WHOLE_MASK) else mask.long()
+    if _takes(half, TAKES_WHOLE_MASK):
+        return mask[:, None, None, :]
+    config = half.config.get_text_config()
+    # Layers with a window see half of it in each direction.
+    if half.config.model_type in TAKES_MASK_OF_KIND and mask.shape[1] <= config.sliding_window // 2:
+        whole = mask[:, None, None, :]
+        if config._attn_implementation == "eager":
+            whole = torch.where(whole, 0.0, torch.finfo(half.dtype).min).to(half.dtype)
+        return dict.fromkeys(("full_attention", "sliding_attention"), whole)
+    return mask.long()
 
 
 def _takes(half: PreTrainedModel, architectures: frozenset[str]) -> bool:
@@ -323,7 +316,9 @@ def score_tokens(
     decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
     mask = attention_mask(decoder, mask)
     earlier = None
-    if _takes(decoder, WANTS_OWN_MASK):
+    if kind == "t5gemma2_decoder":
+        earlier = torch.ones_like(ids)  # otherwise it looks whether several texts stand in a row
+    elif _takes(decoder, WANTS_OWN_MASK):
         earlier = torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool, device=ids.device).tril()
     states = decoder(
         input_ids=ids,
@@ -336,4 +331,4 @@ def score_tokens(
         states = states * backbone.model_dim**-0.5
     logits = backbone.get_output_embeddings()(states.flatten(0, 1).index_select(0, rows))
     bias = getattr(backbone, "final_logits_bias", None)
-    return logits if bias is None else logits + bias
+    return softcapped(logits if bias is None else logits + bias, decoder.config)

@@ -13,7 +13,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import reserve_rows, table_rows
-from toolkit.models.backbone import decoder_config, encoder_config, note_output_matrix, vocabulary_size
+from toolkit.models.backbone import (
+    OF_LANGUAGE_MODELS,
+    decoder_config,
+    encoder_config,
+    note_published,
+    vocabulary_size,
+)
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.hub import NOT_LOADED, hub_trouble
@@ -58,13 +64,16 @@ def backbone_config(model: Model) -> PreTrainedConfig:
         _check_against_card(card, {**config.to_dict(), **values}, source_of(model))
     if model.tiny:
         return _from_values(config.model_type, {**config.to_dict(), **values}, tiny=True)
-    note_output_matrix(config, values)
+    note_published(config, values)
     return config
 
 
 def is_for_language_model(model: Model) -> bool:
     """Whether the tokenizer of a run is one that a language model may bring, which ends no text; may read the hub."""
-    return tokenizer_of(model) not in ("bytes", "train") and is_language_model(backbone_config(model))
+    if tokenizer_of(model) in ("bytes", "train"):
+        return False
+    config = backbone_config(model)
+    return is_language_model(config) or config.model_type in OF_LANGUAGE_MODELS
 
 
 def fit_dropout(config: PreTrainedConfig, model: Model) -> None:
@@ -130,6 +139,11 @@ def fit_config(config: PreTrainedConfig, model: Model, tokenizer: PreTrainedToke
     if is_language_model(config):
         _fit_text_tokens(config, model, tokenizer)
         return
+    if config.model_type in OF_LANGUAGE_MODELS:
+        for part in _parts(config):
+            part.eos_token_id = tokenizer.eos_token_id  # those that were trained to chat list several
+        # transformers reads from there how texts begin.
+        decoder_config(config).bos_token_id = config.decoder_start_token_id
     _, behind = text_frame(tokenizer)
     if behind:
         # The first mBART writes the language code behind a text and starts the next one from it.
@@ -169,7 +183,7 @@ def _shortened(reason: str) -> str:
 def _from_values(architecture: str, values: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
     values = tiny_config(architecture, values) if tiny else values
     config = AutoConfig.for_model(architecture, **{key: value for key, value in values.items() if key != "model_type"})
-    note_output_matrix(config, values)
+    note_published(config, values)
     return config
 
 

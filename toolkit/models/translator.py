@@ -24,6 +24,7 @@ from toolkit.models.backbone import (
     encode_vectors,
     encoder_width,
     new_backbone,
+    scaled_for,
     score_tokens,
     search_inputs,
     vocabulary_size,
@@ -125,7 +126,7 @@ class PoseTranslator(PreTrainedModel, GenerationMixin):
         """
         of_features = {} if video_features is None else {"video_features": video_features}
         vectors, mask = self.pose_encoder(poses, visible, frame_mask, **of_features)
-        config = self.config
+        vectors, config = scaled_for(self.backbone, vectors), self.config
         if config.prefix_template and prefix_ids is None:
             raise ValueError("the model needs prefix_ids: call it with what its processor makes of clips")
         before, behind = (self._fixed(ids, vectors) for ids in (config.prefix_token_ids, config.suffix_token_ids))

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.order import evaluation_shapes
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
+from toolkit.models.backbone import beams_share_encoding, decoder_config
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.translator import PoseTranslator
 
@@ -75,7 +76,7 @@ def translation_memory(
     weights = sum(getattr(item, "ds_numel", item.numel()) * item.element_size() for item in parameters)
     size = max(item.element_size() for item in parameters if item.is_floating_point())
     config = model.backbone.config
-    decoder = getattr(config, "decoder", config)
+    decoder = decoder_config(config)
     layers, heads = _first(decoder, *LAYERS), _first(decoder, *HEADS)
     width = _first(decoder, "d_kv", "head_dim", missing=0) or model.pose_encoder.width // heads
     inner = width * _first(decoder, "num_key_value_heads", missing=heads)  # of keys, or of values
@@ -84,7 +85,7 @@ def translation_memory(
     positions, widest = clips * length, 4 * max(model.pose_encoder.width, model.config.pose_encoder["hidden"])
     widest = max(widest, 2 * model.config.num_features)
     # Only with this attention do the beams of a clip share one copy of its encoding; a prefix has always one.
-    copies = 1 if config._attn_implementation == "sdpa" or is_language_model(config) else beams
+    copies = 1 if beams_share_encoding(config) or is_language_model(config) else beams
     across = 2 * layers * positions * copies * inner
     along = 2 * layers * clips * beams * max_new_tokens * inner
     logits = clips * beams * _first(decoder, "vocab_size")

@@ -170,6 +170,7 @@ _LANGUAGE_MODEL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+_WINDOW_AND_ALL = {**_LANGUAGE_MODEL, "layer_types": ["sliding_attention", "full_attention"]}
 # How each architecture shrinks: the largest value that each key keeps; a list replaces the published one. Keys that are
 # not named stay as published, so activation, biases, tying and positions remain the architecture's own.
 TINY_LIMITS: dict[str, dict[str, Any]] = {
@@ -184,7 +185,9 @@ TINY_LIMITS: dict[str, dict[str, Any]] = {
     },
     **dict.fromkeys(("llama", "mistral", "gemma"), _LANGUAGE_MODEL),
     **{name: {**_LANGUAGE_MODEL, "layer_types": ["full_attention"] * 2} for name in ("qwen2", "qwen3")},
-    "gemma2": {**_LANGUAGE_MODEL, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": _WINDOW_AND_ALL,
+    "t5gemma": {"encoder": _WINDOW_AND_ALL, "decoder": _WINDOW_AND_ALL},
+    "t5gemma2": {"encoder": {"text_config": _WINDOW_AND_ALL}, "decoder": _WINDOW_AND_ALL},
     "encoder-decoder": {
         "encoder": {
             "hidden_size": 64,

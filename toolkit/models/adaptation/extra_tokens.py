@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import token_tables
+from toolkit.models.backbone import decoder_config, encoder_config
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.schema import Model
 
@@ -87,9 +88,9 @@ def table_rows(config: PreTrainedConfig) -> set[int]:
 
 
 def _row_settings(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
-    for part in (config, getattr(config, "encoder", None), getattr(config, "decoder", None)):
+    for part in {id(part): part for part in (config, encoder_config(config), decoder_config(config))}.values():
         for key in ROW_KEYS:
-            if isinstance(part, PreTrainedConfig) and getattr(part, key, None) is not None:
+            if getattr(part, key, None) is not None:
                 yield part, key
 
 

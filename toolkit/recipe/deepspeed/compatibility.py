@@ -29,6 +29,8 @@ ARCHITECTURES = (
     "marian",
     "led",
     "encoder-decoder",
+    "t5gemma",
+    "t5gemma2",
     *LANGUAGE_MODELS,
 )
 PRECISIONS = ("fp32", "bf16", "autocast", "fp16")  # autocast: fp32 parameters, matrix products in bf16
@@ -38,7 +40,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 OFFLOADS = ("none", "optimizer", "param", "optimizer+param", "nvme")  # nvme: optimizer states; parameters on the host
 
 # Architectures whose activations leave fp16's range and turn the loss into NaN.
-OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus", "gemma", "gemma2"})
+OVERFLOWS_IN_FP16 = frozenset({"t5", "mt5", "umt5", "longt5", "pegasus", "t5gemma", "t5gemma2", "gemma", "gemma2"})
 
 # DeepSpeed settings that only a GPU host can carry out: dotted key -> what it is.
 GPU_ONLY = {
