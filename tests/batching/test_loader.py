@@ -17,6 +17,7 @@ import torch
 
 from tests.time_limits import limit
 from toolkit.batching.collate import IGNORED_LABEL, Batch
+from toolkit.batching.lengths import text_sizes
 from toolkit.batching.loader import evaluation_batches, train_batches
 from toolkit.batching.order import steps_per_epoch
 
@@ -98,6 +99,15 @@ def test_workers_change_nothing(resolve, train, epoch):
     for first, second in zip(plain, with_workers, strict=True):
         for one, other in zip(first, second, strict=True):
             assert_same(one, other)
+
+
+def test_texts_count_where_they_share_a_sequence_with_their_clips(corpus, resolve):
+    texts = corpus.splits["train"].texts
+    for backbone in ("qwen3_0_6b", "Qwen/Qwen2.5-7B"):
+        sizes = text_sizes(texts, resolve(model={"backbone": backbone}).recipe)
+        assert sizes.tolist() == [len(text.encode()) for text in texts]
+    for backbone in ("t5_small", "facebook/bart-base"):
+        assert text_sizes(texts, resolve(model={"backbone": backbone}).recipe) is None
 
 
 def test_resuming_gives_what_the_whole_epoch_gave(resolve, train):
@@ -316,7 +326,8 @@ SCRIPT = """
     import signal, sys, time
     from pathlib import Path
     from transformers import ByT5Tokenizer
-    from toolkit.batching.loader import train_batches
+    from toolkit.batching.lengths import text_sizes
+from toolkit.batching.loader import train_batches
     from toolkit.corpus.packed import Corpus
     from toolkit.recipe.resolve import ResolvedRun
     from toolkit.recipe.schema import Recipe

@@ -148,3 +148,30 @@ def test_long_clips_come_in_small_micro_batches() -> None:
     frames = np.array([100, 20, 20, 20, 20, 60, 40, 20])
     parts = micro_batches_by_frames(np.arange(8), frames, 0, 1, 4, 100)
     assert [part.tolist() for part in parts] == [[0], [5], [6, 1], [2, 3, 4, 7]]
+
+
+@given(lengths, st.integers(1, 50), st.integers(0, 5))
+def test_sorting_by_texts_as_well_keeps_the_clips_of_an_epoch(frames, batch_size, seed):
+    texts = np.random.default_rng(seed).integers(1, 99, len(frames))
+    order = epoch_order(frames, batch_size, seed, 0, texts)
+    assert sorted(np.concatenate(order).tolist()) == list(range(len(frames)))
+    assert [len(batch) for batch in order] == [len(batch) for batch in epoch_order(frames, batch_size, seed, 0)]
+    assert all((np.diff(frames[batch]) <= 0).all() for batch in order[: len(frames) // batch_size])
+
+
+def test_sorting_by_texts_as_well_pads_sequences_of_clips_and_texts_less():
+    frames = log_normal_lengths(64 * 200)
+    spread = np.random.default_rng(1).normal(0, 0.35, len(frames))
+    texts = (0.2 * frames * np.exp(spread)).astype(np.int64) + 2  # tokens, for which their bytes stand
+
+    def padding(order):
+        """Share of padding in sequences of a position of every two frames and one of every token, and in frames."""
+        rows = [micro for batch in order for micro in micro_batches(batch, 0, 1, 16)]
+        positions = -(-frames // 2)
+        padded = sum(len(row) * (positions[row].max() + texts[row].max()) for row in rows)
+        padded_frames = sum(len(row) * frames[row].max() for row in rows)
+        return 1 - (positions + texts).sum() / padded, 1 - frames.sum() / padded_frames
+
+    by_frames, by_both = padding(epoch_order(frames, 64, 0, 0)), padding(epoch_order(frames, 64, 0, 0, texts))
+    assert by_both[0] < 0.5 * by_frames[0] and by_both[0] < 0.08
+    assert by_both[1] < by_frames[1] + 0.03

@@ -8,13 +8,14 @@ corpus in a pass from (seed, pass, 4, corpus).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.poses.augmentation import draw_lengths, is_off, remaining_frames
+from toolkit.recipe.model_cards import is_language_model_known
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Recipe
@@ -28,6 +29,16 @@ def draws_of_epoch(frames: Frames, recipe: Recipe, epoch: int) -> Frames | None:
         return None
     rng = np.random.default_rng((recipe.training.seed, epoch, 1))
     return draw_lengths(frames, recipe.augmentation, rng, max_frames=recipe.data.max_frames)
+
+
+def text_sizes(texts: Iterable[str], recipe: Recipe) -> Frames | None:
+    """Bytes of each text where it stands in one sequence with its clip, behind a language model; None elsewhere.
+
+    Only their order counts, so no tokenizer is needed. Of a model that is neither a card nor here nothing is known.
+    """
+    if not is_language_model_known(recipe.model):
+        return None
+    return np.fromiter((len(text.encode()) for text in texts), dtype=np.int64)
 
 
 def sorting_lengths(frames: Frames, draws: Frames | None) -> Frames:

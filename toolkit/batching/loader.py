@@ -20,7 +20,7 @@ from toolkit.batching.collate import IGNORED_LABEL, Batch, add_labels, pad, pref
 from toolkit.batching.epochs import EpochClips, Mixture, mixture_of
 from toolkit.batching.glosses import gloss_ids, gloss_vocabulary
 from toolkit.batching.ladder import STEPS_TO_FILL, Ladder, micro_batches_on_rungs, token_rungs, training_ladder
-from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
+from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths, text_sizes
 from toolkit.batching.order import (
     Indices,
     epoch_order,
@@ -106,8 +106,9 @@ def train_batches(
     if resolved.padding == "ladder":
         ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
+    sizes = split.frames, text_sizes(split.texts, recipe)
     plan = itertools.chain.from_iterable(
-        _steps_of_epoch(split.frames, mixture, resolved, ladder, number, start_step if number == epoch else 0, rank)
+        _steps_of_epoch(*sizes, mixture, resolved, ladder, number, start_step if number == epoch else 0, rank)
         for number in wanted
     )
     # The workers read the plan ahead of the steps.
@@ -135,6 +136,7 @@ def train_batches(
 
 def _steps_of_epoch(
     frames: Frames,
+    texts: Frames | None,
     mixture: Mixture,
     resolved: ResolvedRun,
     ladder: Ladder | None,
@@ -144,6 +146,8 @@ def _steps_of_epoch(
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames.
 
+    ``texts`` are the sizes of their texts, where these count.
+
     Up to the last line clips are known by their place in the epoch: it may hold a clip several times, and not all.
     """
     recipe, training = resolved.recipe, resolved.recipe.training
@@ -152,7 +156,8 @@ def _steps_of_epoch(
     draws = draws_of_epoch(frames, recipe, epoch)
     # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
     lengths = sorting_lengths(frames, draws)
-    order = epoch_order(lengths, training.global_batch_size, training.seed, epoch)
+    texts = None if texts is None else texts[drawn.clips]
+    order = epoch_order(lengths, training.global_batch_size, training.seed, epoch, texts)
     if ladder:
         lengths = batch_lengths(frames, draws, recipe)
     for clips in order[start_step:]:

@@ -28,13 +28,23 @@ MIN_POOLS = 2
 # Lengths are changed at random by up to this share before sorting, so that batches differ from epoch to epoch.
 LENGTH_JITTER = 0.02
 
+# Where texts stand in one sequence with their clips, clips of similar length are sorted by text: so large a share of a
+# pool at a time. Larger ones pad the frames more, smaller ones the texts.
+TEXT_SORTED_SHARE = 0.06
+
 
 def steps_per_epoch(num_clips: int, global_batch_size: int) -> int:
     """Number of optimizer steps in an epoch; the last one may hold fewer clips."""
     return -(-num_clips // global_batch_size)
 
 
-def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, epoch: int) -> list[Indices]:
+def epoch_order(
+    frames: NDArray[np.integer],
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    texts: NDArray[np.integer] | None = None,
+) -> list[Indices]:
     """Assign every clip to exactly one global batch of clips of similar length.
 
     Args:
@@ -42,6 +52,7 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
         global_batch_size: clips of one optimizer step, over all ranks.
         seed: the run's seed.
         epoch: the order differs from epoch to epoch.
+        texts: sizes of the texts in any unit, [clips], where similar ones shall meet; None where they do not count.
 
     Returns:
         an array of clip indices for each step, longest clip first; full batches in random order, then a partial one.
@@ -58,14 +69,39 @@ def epoch_order(frames: NDArray[np.integer], global_batch_size: int, seed: int, 
     # One sort for all pools: the pool number is weighted more than any length.
     order = shuffled[np.argsort(pool * (2.0 * float(blurred.max()) + 1.0) - blurred)]
 
+    partial = order[:0]
     if num_left:
         # Otherwise the partial batch would always have the shortest clips of the last pool.
         start = global_batch_size * int(rng.integers(-(-(num_pools - 1) * num_steps // num_pools), num_full + 1))
         partial = order[start : start + num_left]
-        order = np.concatenate([order[:start], order[start + num_left :], partial])
+        order, pool = (np.delete(values, slice(start, start + num_left)) for values in (order, pool))
+    if texts is not None and len(order):
+        order = _similar_texts_together(order, pool, np.asarray(frames), np.asarray(texts), global_batch_size)
+    order = np.concatenate([order, partial])
     batches = [order[start : start + global_batch_size] for start in range(0, num_clips, global_batch_size)]
     arrangement = rng.permutation(num_full)
     return [batches[i] for i in arrangement] + batches[num_full:]
+
+
+def _similar_texts_together(
+    order: Indices,
+    pool: NDArray[np.integer],
+    frames: NDArray[np.integer],
+    texts: NDArray[np.integer],
+    global_batch_size: int,
+) -> Indices:
+    """Full batches of clips, sorted by pool and length, so arranged that those of a batch have similar texts as well.
+
+    ``pool`` is that of each of ``order``. Each batch has its longest clip first.
+    """
+    first = np.searchsorted(pool, pool)  # of each clip's pool
+    batches = np.bincount(pool)[pool] // global_batch_size
+    group = (np.arange(len(order)) - first) // (
+        global_batch_size * np.maximum(1, np.round(TEXT_SORTED_SHARE * batches).astype(np.int64))
+    )
+    order = order[np.lexsort((-texts[order], group, pool))]
+    batch = np.arange(len(order)) // global_batch_size
+    return order[np.lexsort((-frames[order], batch))]
 
 
 def micro_batches(

@@ -119,8 +119,9 @@ def heaviest(limits: Limits, lengths: Lengths) -> list[Shape]:
     """The micro-batches between which any other within the limits lies, in any order of the clips.
 
     With so many padded frames, the memory of a micro-batch is a sum of terms that are constant, grow with the length of
-    its clips (attention in the encoder) or with their number (attention and scores in the decoder). Such a sum is
-    largest at one end: for the longest clips, or for as many clips as there may be.
+    its clips (attention in the encoder) or with their number (attention and scores in the decoder). Behind a language
+    model clip and text are one sequence, whose attention grows with both and, for so many frames, has no maximum
+    between the ends. Such a sum is largest at one end: for the longest clips, or for as many clips as there may be.
     """
     frames = limits.frames or limits.clips * lengths.longest
     few = max(1, min(limits.clips, frames // lengths.longest))

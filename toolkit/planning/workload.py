@@ -9,7 +9,7 @@ import numpy as np
 
 from toolkit.batching.epochs import mixture_of
 from toolkit.batching.ladder import Ladder, fitted_rungs, micro_batches_on_rungs, training_ladder
-from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths
+from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths, text_sizes
 from toolkit.batching.order import epoch_order, evaluation_shapes, micro_batches, steps_per_epoch
 from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.corpus.packed import Corpus
@@ -71,10 +71,11 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
     mixture, ladder = mixture_of(split, recipe), None
     if padding_of(training, has_gpu=True) == "ladder":  # a plan is for GPUs
         ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
-    longest, later = 1, 1
+    longest, later, texts = 1, 1, text_sizes(split.texts, recipe)
     for epoch in range(epochs):
-        drawn = split.frames[mixture.epoch(epoch).clips]
-        for padded in _padded_frames(drawn, recipe, ladder, epoch, world_size):
+        clips = mixture.epoch(epoch).clips
+        sizes = split.frames[clips], None if texts is None else texts[clips]
+        for padded in _padded_frames(*sizes, recipe, ladder, epoch, world_size):
             longest, later = max(longest, padded[0]), max([later, *padded[1:2]])
     if mixture.epoch_clips < len(split) or len(mixture.parts) > 1:  # the longest clip may come in a later epoch
         longest = max(longest, rung_above(ladder.frames if ladder else (), int(split.frames.max())))
@@ -102,14 +103,14 @@ def with_smaller_evaluation(workload: Workload) -> Workload | None:
 
 
 def _padded_frames(
-    frames: Frames, recipe: Recipe, ladder: Ladder | None, epoch: int, world_size: int
+    frames: Frames, texts: Frames | None, recipe: Recipe, ladder: Ladder | None, epoch: int, world_size: int
 ) -> Iterator[list[int]]:
     """Frames to which rank 0 pads its micro-batches, of each step of an epoch."""
     training, limit = recipe.training, clip_limit(recipe.training)
     draws = draws_of_epoch(frames, recipe, epoch)
     order = sorting_lengths(frames, draws)
     in_batches = batch_lengths(frames, draws, recipe)
-    for batch in epoch_order(order, training.global_batch_size, training.seed, epoch):
+    for batch in epoch_order(order, training.global_batch_size, training.seed, epoch, texts):
         if ladder:
             shares = micro_batches_on_rungs(batch, in_batches, ladder.frames, 0, world_size, limit, None, len(batch))
             yield [padded for _, padded in shares]

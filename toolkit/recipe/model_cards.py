@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError
 from toolkit.files import read_text
+from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.paths import models_dir, shown
 from toolkit.recipe.schema import BACKBONE_PARTS, Model, Recipe
 from toolkit.recipe.tree import did_you_mean
@@ -109,6 +110,13 @@ def architecture_of(model: Model) -> str | None:
                 "save the model again by save_pretrained, or name another folder in model.backbone",
             ) from error
     return None
+
+
+def is_language_model_known(model: Model) -> bool:
+    """Whether the backbone is a language model as far as that is known without a hub: of a card, or in a folder."""
+    published = card_published_as(model.backbone)
+    architecture = load_model_yaml(published).architecture if published else architecture_of(model)
+    return architecture in LANGUAGE_MODELS
 
 
 def reads_published(model: Model) -> bool:
