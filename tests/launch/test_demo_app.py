@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config
+from transformers import Qwen2Config, T5Config
 
 from tests.small_configs import T5, translator_config
 from tests.time_limits import limit
@@ -48,9 +48,28 @@ def translator() -> tuple[PoseTranslator, PoseProcessor]:
     return model, PoseProcessor(extractor, make_tokenizer("bytes"))
 
 
+@pytest.fixture(scope="module")
+def language_model() -> tuple[PoseTranslator, PoseProcessor]:
+    """The same with a language model, which reads words before and behind the poses."""
+    torch.manual_seed(3)
+    landmark_set = load_landmark_set("hands_body_50")
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 30}
+    words = {"prefix_token_ids": [5, 6, 7], "suffix_token_ids": [8]}
+    model = PoseTranslator(translator_config(Qwen2Config(**sizes, **heads, **ids), **words)).eval()
+    model.generation_config.update(max_new_tokens=6, pad_token_id=0, eos_token_id=1)
+    extractor = PoseFeatureExtractor(landmark_set=landmark_set.to_dict(), max_frames=64)
+    return model, PoseProcessor(extractor, make_tokenizer("bytes"))
+
+
+every_kind = pytest.mark.parametrize("kind", ["translator", "language_model"])
+
+
+@every_kind
 @pytest.mark.parametrize("text", ["word", "für मौसम 今天 😀", ""])
-def test_confidences_belong_to_whole_characters(translator, clips, text):
-    model, processor = translator
+def test_confidences_belong_to_whole_characters(kind, clips, text, request):
+    model, processor = request.getfixturevalue(kind)
     clip = read_clip(clips[0].read_bytes())
     parts = confidences(model, processor, clip, text)
     assert "".join(part for part, _ in parts) == text and len(parts) == len(text)
@@ -65,8 +84,9 @@ def test_confidences_belong_to_whole_characters(translator, clips, text):
     assert product == pytest.approx(float(chosen), rel=1e-4)
 
 
-def test_long_clips_are_read_in_windows(translator, clips):
-    model, processor = translator
+@every_kind
+def test_long_clips_are_read_in_windows(kind, clips, request):
+    model, processor = request.getfixturevalue(kind)
     longest = max(clips, key=lambda path: path.stat().st_size)
     reading = read_clip_file(model, processor, longest, n_best=3, most_seconds=300)
     assert len(reading.n_best) == 3 and reading.drawing["clip"]["frames"] > 64
