@@ -314,7 +314,7 @@ def score_tokens(
     if (projection := getattr(backbone, "enc_to_dec_proj", None)) is not None:  # halves of different widths
         hidden = projection(hidden)
     decoder = backbone.get_decoder().base_model  # without a head of its own, as GPT-2 has
-    mask = attention_mask(decoder, mask)
+    seen = attention_mask(decoder, mask)
     earlier = None
     if kind == "t5gemma2_decoder":
         earlier = torch.ones_like(ids)  # otherwise it looks whether several texts stand in a row
@@ -324,7 +324,7 @@ def score_tokens(
         input_ids=ids,
         attention_mask=earlier,
         encoder_hidden_states=hidden,
-        encoder_attention_mask=mask,
+        encoder_attention_mask=seen,
         use_cache=False,
     )[0]
     if kind in SCALED_OUTPUT and getattr(backbone.config, SCALED_OUTPUT[kind]):
