@@ -95,9 +95,14 @@ def drawn(number: int) -> Draw:
         f"evaluation.num_beams={draw.choice((1, 2, 5))}",
         *(["training.ema=0.99"] if draw.random() < 0.3 else []),
     )
-    by = draw.choice(("addresses", "cgroup") if MEMORY_CGROUPS.is_dir() else ("addresses",))
+    by = draw.choice(("addresses", "cgroup") if has_cgroups() else ("addresses",))
     ranks, place = draw.choice((1, 1, 2)), round(draw.uniform(TIGHTEST, LOOSEST), 2)
     return Draw(Cell(model, ds, 1, recomputed=False), ranks, settings, by, place)
+
+
+def has_cgroups() -> bool:
+    """Whether this process may make memory cgroups, of version 1."""
+    return os.access(MEMORY_CGROUPS, os.W_OK) and (MEMORY_CGROUPS / "cgroup.procs").exists()
 
 
 def measure(number: int, corpus: Corpus, folder: Path) -> dict[str, Any]:
