@@ -117,10 +117,9 @@ def measure(number: int, corpus: Corpus, folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     smallest, largest = planned(draw, overrides, corpus)
     # A rank may take what it holds and what is free, less a reserve: the limit that permits so much.
-    needs = [CPU_LIBRARIES + (size - CPU_LIBRARIES) / (1 - RESERVE) for size in (smallest, largest)]
+    own = libraries()[draw.by]
+    needs = [own + (size - CPU_LIBRARIES) / (1 - RESERVE) for size in (smallest, largest)]
     limit = needs[0] + draw.place * (needs[1] - needs[0])
-    if draw.by == "addresses":
-        limit += addresses_of_libraries() - CPU_LIBRARIES
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--recipe", draw.cell.spec.recipe]
     ended = run_limited([*words, "--ds", draw.cell.ds, "--new", *overrides], draw, int(limit), folder / str(number))
     choice = read_choice(run) if run.exists() else None
@@ -153,12 +152,13 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
 
 
 @cache
-def addresses_of_libraries() -> int:
-    """What a rank has mapped when it begins to choose."""
-    words = "import toolkit.training.run, toolkit.fitting.rehearsal, deepspeed, psutil"
-    code = f"{words}; print(psutil.Process().memory_info().vms)"
+def libraries() -> dict[str, int]:
+    """Bytes of main memory and of addresses that a rank has when it begins to choose."""
+    modules = "toolkit.training.run, toolkit.fitting.rehearsal, deepspeed, psutil"
+    code = f"import {modules}; own = psutil.Process().memory_info(); print(own.rss, own.vms)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return int(done.stdout.splitlines()[-1])
+    resident, addresses = map(int, done.stdout.splitlines()[-1].split())
+    return {"cgroup": resident, "addresses": addresses}
 
 
 def run_limited(command: list[str], draw: Draw, limit: int, out: Path) -> dict[str, Any]:
