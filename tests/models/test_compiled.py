@@ -56,7 +56,7 @@ CALLS = {
     "conformer": ("t5_small", ("model.pose_encoder=conformer",), 409),
     "stgcn": ("t5_small", ("model.pose_encoder=stgcn",), 399),
     "qwen3": ("qwen3_0_6b", (), 105),
-    "llama, lora, checkpoints": ("llama3_2_1b", (*LORA, *CHECKPOINTS), 230),
+    "llama, lora, checkpoints": ("llama3_2_1b", (*LORA, *CHECKPOINTS), 129),
     "gemma2": ("gemma2_2b", (), 129),
     "t5gemma": ("t5gemma_2b_2b", (), 298),
     "t5gemma2": ("t5gemma2_270m", (), 283),

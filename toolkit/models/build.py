@@ -23,7 +23,7 @@ from toolkit.models.backbone_config import (
 )
 from toolkit.models.check import check_positions
 from toolkit.models.configuration import PoseTranslatorConfig
-from toolkit.models.language_models.prefixes import is_language_model
+from toolkit.models.language_models.prefixes import is_language_model, recomputation
 from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.loading.backbone_weights import (
     Placement,
@@ -128,7 +128,7 @@ def build_translator(
         )
     if recipe.training.gradient_checkpointing:
         # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.gradient_checkpointing_enable({"use_reentrant": False, **recomputation(backbone)})
     return translator
 
 

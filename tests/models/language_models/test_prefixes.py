@@ -235,7 +235,8 @@ def test_a_causal_kernel_gets_no_mask_in_training(
     model, seen = make(kind).train(), []
     windows = kind in OF_KIND and "sliding_window" in OF_KIND[kind]
     if checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False, **prefixes.recomputation(model.backbone)}
+        model.backbone.gradient_checkpointing_enable(settings)
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*states: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **settings: Any) -> Tensor:

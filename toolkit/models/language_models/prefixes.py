@@ -8,7 +8,7 @@ that positions, causal masks and sliding windows are those of the clip alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,12 +86,31 @@ def _causal_attention(model: Any, vectors: Tensor) -> Iterator[Tensor | None]:
         seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=vectors.device).tril()
         yield torch.zeros_like(seen, dtype=vectors.dtype).masked_fill(~seen, torch.finfo(vectors.dtype).min)
         return
-    AttentionInterface.register(MASKLESS + own, ALL_ATTENTION_FUNCTIONS[own])
-    model.config._attn_implementation = MASKLESS + own
-    try:
+    with _maskless(model):
         yield None
+
+
+@contextmanager
+def _maskless(model: Any) -> Iterator[None]:
+    """Within it transformers makes no masks for the model."""
+    own = model.config._attn_implementation
+    if own in KERNELS:
+        AttentionInterface.register(MASKLESS + own, ALL_ATTENTION_FUNCTIONS[own])
+        model.config._attn_implementation = MASKLESS + own
+    try:
+        yield
     finally:
         model.config._attn_implementation = own
+
+
+def recomputation(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of torch's checkpoints by which layers are recomputed with the attention that they ran with.
+
+    The results are the same without; a compiled layer would be compiled again for another name.
+    """
+    if not is_language_model(model.config):
+        return {}
+    return {"context_fn": lambda: (nullcontext(), _maskless(model))}
 
 
 def generation_inputs(model: PreTrainedModel, prefixes: Tensor, mask: Tensor, start: int) -> dict[str, Tensor]:
