@@ -151,12 +151,23 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
     return smallest, largest
 
 
+# As a rank is after its first backward pass, in a process group: threads have stacks and heaps of their own.
+READY = """
+import psutil, torch, toolkit.training.run, toolkit.fitting.rehearsal
+from deepspeed.runtime.zero.muon import muon_optimizer
+from toolkit.cluster.process_group import join_process_group
+from toolkit.cluster.ranks import Ranks
+join_process_group(Ranks())
+torch.ones(2**20, requires_grad=True).square().sum().backward()
+own = psutil.Process().memory_info()
+print(own.rss, own.vms)
+"""
+
+
 @cache
 def libraries() -> dict[str, int]:
-    """Bytes of main memory and of addresses that a rank has when it begins to choose."""
-    modules = "toolkit.training.run, toolkit.fitting.rehearsal, deepspeed, psutil"
-    code = f"import {modules}; own = psutil.Process().memory_info(); print(own.rss, own.vms)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    """Bytes of main memory and of addresses that a rank has without a model."""
+    done = subprocess.run([sys.executable, "-c", READY], capture_output=True, text=True, check=True, cwd=ROOT)
     resident, addresses = map(int, done.stdout.splitlines()[-1].split())
     return {"cgroup": resident, "addresses": addresses}
 
