@@ -198,7 +198,7 @@ def _loading(clips: Path, folder: Path, quick: bool) -> dict[str, float]:
     indices = list(range(BATCH))
 
     def packed() -> None:
-        collate([split.clip(index) for index in indices], indices, tokenizer, max_target_tokens=128)
+        collate(split.read(indices), indices, tokenizer, max_target_tokens=128)
 
     def plain() -> None:
         read = [_plain_features((clips / "poses" / f"clip-{index}.pose").read_bytes()) for index in indices]

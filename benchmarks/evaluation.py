@@ -182,8 +182,7 @@ def open_split(model: str, corpus: str | None) -> Split:
 
 def padded_batch(split: Split, indices: range, processor: Any, frames: int) -> Batch:
     """A batch padded to a fixed number of frames."""
-    clips = [split.clip(index) for index in indices]
-    batch = collate(clips, list(indices), processor.tokenizer, max_target_tokens=512)
+    batch = collate(split.read(indices), list(indices), processor.tokenizer, max_target_tokens=512)
     more = frames - batch.poses.shape[1]
     batch.poses = torch.nn.functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
     batch.visible = torch.nn.functional.pad(batch.visible, (0, 0, 0, more))

@@ -137,7 +137,7 @@ def make_trainer(folder: str, split: Split, processor: Any, config: dict[str, An
     """HuggingFace's trainer on the same weights, with generation settings and batch size as ours."""
 
     def pad(indices: list[int]) -> dict[str, torch.Tensor]:
-        batch = collate([split.clip(index) for index in indices], indices, processor.tokenizer, max_target_tokens=512)
+        batch = collate(split.read(indices), indices, processor.tokenizer, max_target_tokens=512)
         return {name: getattr(batch, name) for name in ("poses", "visible", "frame_mask", "labels")}
 
     def metrics(prediction: Any) -> dict[str, float]:

@@ -85,7 +85,7 @@ def measure(corpus: Corpus, frames: int) -> dict[str, Any]:
 
     def load() -> None:
         for batch in batches:
-            pad_video_features([split.clip(index).video_features for index in batch])
+            pad_video_features(split.read(batch).video_features)
 
     def copy() -> None:
         for clips in held:

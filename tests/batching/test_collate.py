@@ -6,7 +6,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from toolkit.batching.collate import IGNORED_LABEL, collate, target_labels
-from toolkit.corpus.packed import Clip
+from toolkit.corpus.packed import Clip, Clips
 from toolkit.models.tokenizers import train_tokenizer
 
 
@@ -20,7 +20,7 @@ def clip(frames: int, text: str = "ab", fill: float = 1.0) -> Clip:
 
 
 def test_shapes_types_and_masks(tokenizer):
-    batch = collate([clip(5, "abc"), clip(2, "a")], [7, 3], tokenizer, max_target_tokens=16)
+    batch = collate(Clips.of([clip(5, "abc"), clip(2, "a")]), [7, 3], tokenizer, max_target_tokens=16)
     assert batch.poses.shape == (2, 5, 4, 3) and batch.poses.dtype == torch.float32
     assert batch.visible.shape == (2, 5, 4) and batch.visible.dtype == torch.bool
     assert batch.frame_mask.tolist() == [[True] * 5, [True, True, False, False, False]]
@@ -37,7 +37,7 @@ def test_shapes_types_and_masks(tokenizer):
 def test_a_missing_landmark_is_zero_and_not_visible(tokenizer):
     one = clip(3)
     one.features[1, 2] = np.nan
-    batch = collate([one], [0], tokenizer, max_target_tokens=16)
+    batch = collate(Clips.of([one]), [0], tokenizer, max_target_tokens=16)
     assert not batch.visible[0, 1, 2]
     assert batch.visible.sum() == 11
     assert (batch.poses[0, 1, 2] == 0).all()
@@ -45,17 +45,17 @@ def test_a_missing_landmark_is_zero_and_not_visible(tokenizer):
 
 
 def test_a_clip_at_the_origin_is_seen(tokenizer):
-    assert collate([clip(2, fill=0.0)], [0], tokenizer, max_target_tokens=16).visible.all()
+    assert collate(Clips.of([clip(2, fill=0.0)]), [0], tokenizer, max_target_tokens=16).visible.all()
 
 
 def test_read_only_features_are_accepted(tokenizer):
     one = clip(3)
     one.features.flags.writeable = False
-    assert collate([one], [0], tokenizer, max_target_tokens=16).poses.sum() == 36
+    assert collate(Clips.of([one]), [0], tokenizer, max_target_tokens=16).poses.sum() == 36
 
 
 def test_a_filler_has_no_labels_and_no_frames(tokenizer):
-    batch = collate([clip(5), clip(4)], [2, ~6], tokenizer, max_target_tokens=16)
+    batch = collate(Clips.of([clip(5), clip(4)]), [2, ~6], tokenizer, max_target_tokens=16)
     assert batch.is_filler.tolist() == [False, True]
     assert batch.clips.tolist() == [2, 6]
     assert (batch.labels[1] == IGNORED_LABEL).all()
@@ -75,7 +75,7 @@ def test_a_truncated_text_keeps_its_end_of_sentence(tokenizer, kind):
 
 
 def test_moving_a_batch_keeps_all_of_it(tokenizer):
-    batch = collate([clip(3)], [0], tokenizer, max_target_tokens=16)
+    batch = collate(Clips.of([clip(3)]), [0], tokenizer, max_target_tokens=16)
     moved = batch.to("meta")
     assert all(getattr(moved, name).is_meta for name in ("poses", "visible", "frame_mask", "labels", "labelled"))
     assert not moved.is_filler.is_meta and not moved.clips.is_meta, "they are read by the host"

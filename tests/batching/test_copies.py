@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 from toolkit.batching import copies
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.copies import copied_ahead, on_device
-from toolkit.corpus.packed import Clip
+from toolkit.corpus.packed import Clip, Clips
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def batches() -> list[Batch]:
     tokenizer = ByT5Tokenizer()
     clips = [Clip(f"clip {number}", "ab", np.ones((2, 4, 3), np.float16)) for number in range(3)]
-    return [collate([clip], [number], tokenizer, max_target_tokens=8) for number, clip in enumerate(clips)]
+    return [collate(Clips.of([clip]), [number], tokenizer, max_target_tokens=8) for number, clip in enumerate(clips)]
 
 
 @pytest.fixture

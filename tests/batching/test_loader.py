@@ -235,15 +235,15 @@ def test_an_exception_in_a_worker_reaches_the_caller_with_its_message_and_the_cl
     assert report.count("ValueError: rotation") == 1
 
 
-def test_a_clip_that_cannot_be_read_is_named(corpus, resolve, tokenizer, monkeypatch):
-    def broken(index):
+def test_clips_that_cannot_be_read_are_named(corpus, resolve, tokenizer, monkeypatch):
+    def broken(indices):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(corpus.splits["train"], "clip", broken)
+    monkeypatch.setattr(corpus.splits["train"], "read", broken)
     stream = train_batches(corpus.splits["train"], tokenizer, resolve(), landmark_set=corpus.landmark_set)
     with pytest.raises(OSError, match="Input/output") as error:
         next(stream)
-    assert re.search(r"while clip \d+ of split train was read", error.value.__notes__[0])
+    assert re.search(r"while these clips of split train were read: \d+, \d+", error.value.__notes__[0])
 
 
 def children_of(pid: int) -> set[int]:

@@ -14,7 +14,7 @@ from tests.batching.conftest import make_clip
 from tests.written_corpora import write_corpus
 from toolkit.batching.collate import Batch, pad
 from toolkit.batching.loader import evaluation_batches, train_batches
-from toolkit.corpus.packed import Clip, Corpus
+from toolkit.corpus.packed import Clip, Clips, Corpus
 from toolkit.poses.landmarks import load_landmark_set
 
 WIDTH = 5
@@ -46,7 +46,7 @@ def batches_of(corpus: Corpus, tokenizer: object, resolved: object) -> list[Batc
 
 def test_they_are_padded_with_zeros_and_stay_float16() -> None:
     clips = [clip_of(0, 7), clip_of(1, 4)]
-    batch = pad(clips, [0, ~1], frames=9)
+    batch = pad(Clips.of(clips), [0, ~1], frames=9)
     assert batch.video_features is not None and batch.video_features.dtype == torch.float16
     assert batch.video_features.shape == (2, 9, WIDTH) and batch.frame_mask.shape == (2, 9)
     for row, clip in enumerate(clips):
@@ -54,7 +54,7 @@ def test_they_are_padded_with_zeros_and_stay_float16() -> None:
         assert np.array_equal(batch.video_features[row, :frames].numpy(), clip.video_features)
         assert not batch.video_features[row, frames:].any()
     assert set(batch.inputs) == {"poses", "visible", "frame_mask", "video_features"}
-    assert "video_features" not in pad([make_clip(0, 4)], [0]).inputs
+    assert "video_features" not in pad(Clips.of([make_clip(0, 4)]), [0]).inputs
 
 
 def test_evaluation_reads_them_as_they_are(seen_corpus: Corpus, tokenizer: object) -> None:

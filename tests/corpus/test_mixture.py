@@ -12,7 +12,7 @@ import pytest
 from tests.corpus.data_settings import data_of
 from tests.written_mixes import SIZES, write_one, write_three
 from toolkit.corpus.mixture.opening import open_corpora, open_prepared
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.packed import Clips, Corpus
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Data
 
@@ -59,6 +59,12 @@ def test_a_corpus_says_what_is_known_of_its_clips(folders: list[Path]) -> None:
     conditions = list(split.conditions())
     assert conditions == [split.clip(index).conditions for index in range(66)]
     assert split.values("language") == [of_clip["language"] for of_clip in conditions]
+    indices = [65, 0, 41, 7, 64, 0, 39, 40, 45, 46]
+    together = split.read(np.array(indices))
+    one_by_one = Clips.of([split.clip(index) for index in indices])
+    assert list(together.conditions()) == [conditions[index] for index in indices]
+    assert together.texts == one_by_one.texts
+    assert all(map(np.array_equal, together.features, one_by_one.features))
     nothing = dict.fromkeys(("language", "target_language", "prompt", "context"), "")
     known = nothing | {"language": "ins", "target_language": "hi_IN", "prompt": "ins to hi_IN:"}
     assert conditions[:40] == [known] * 40

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.written_corpora import write_corpus
-from toolkit.corpus.packed import METADATA_FILE, Clip, Corpus
+from toolkit.corpus.packed import METADATA_FILE, Clip, Clips, Corpus
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import load_landmark_set
 
@@ -83,10 +83,23 @@ def test_a_split_pickles_as_its_path(corpus: Corpus) -> None:
     assert _same(pickle.loads(pickled).clip(599), split.clip(599))
 
 
+def test_clips_read_together_are_those_read_one_by_one(corpus: Corpus) -> None:
+    split = corpus.splits["train"]
+    indices = [599, 3, 256, 255, 3, 0]
+    one_by_one = Clips.of([split.clip(index) for index in indices])
+    together = split.read(indices)
+    assert together.texts == one_by_one.texts and len(set(together.texts["uid"])) == 5
+    assert together.texts["uid"] == [split.uids[index] for index in indices]
+    for ours, theirs in zip(together.features, one_by_one.features, strict=True):
+        assert np.array_equal(ours, theirs, equal_nan=True) and not ours.flags.owndata
+
+
 @pytest.mark.parametrize("index", [-1, 600])
 def test_no_clip_there(corpus: Corpus, index: int) -> None:
     with pytest.raises(IndexError, match=f"{index} .*600 .*train"):
         corpus.splits["train"].clip(index)
+    with pytest.raises(IndexError):
+        corpus.splits["train"].read([0, index])
 
 
 def test_the_datasets_library_opens_it(corpus: Corpus) -> None:

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 
 from tests.written_corpora import write_corpus
 from toolkit.batching.collate import collate
-from toolkit.corpus.packed import Clip
+from toolkit.corpus.packed import Clip, Clips
 from toolkit.models import PoseFeatureExtractor, PoseProcessor
 from toolkit.poses.features import NORMALISATION, extract_features, read_clip
 from toolkit.poses.landmarks import NO_LANDMARKS, load_landmark_set
@@ -25,7 +25,7 @@ def test_a_file_becomes_what_training_read(tmp_path: Path, processor: PoseProces
         Clip(path.stem, "word", extract_features(path.read_bytes(), landmark_set, 12.5).values) for path in pose_files
     ]
     corpus = write_corpus(tmp_path / "corpus", {"train": clips}, landmark_set, 12.5, NORMALISATION)
-    packed = list(corpus.splits["train"])
+    packed = corpus.splits["train"].read(range(len(pose_files)))
     batch = collate(packed, range(len(packed)), processor.tokenizer, max_target_tokens=9)
     inputs = processor(pose_files)
     assert torch.equal(inputs["poses"], batch.poses)
@@ -46,7 +46,7 @@ def test_features_from_files_become_what_training_read(poses: bool, tmp_path: Pa
         clips.append(Clip(path.stem, "word", found.features, video_features=found.video_features))
     corpus = write_corpus(tmp_path / "corpus", {"train": clips}, landmark_set, 12.5, NORMALISATION)
     tokenizer = ByT5Tokenizer()
-    batch = collate(list(corpus.splits["train"]), range(len(clips)), tokenizer, max_target_tokens=9)
+    batch = collate(Clips.of(list(corpus.splits["train"])), range(len(clips)), tokenizer, max_target_tokens=9)
     processor = PoseProcessor(PoseFeatureExtractor(landmark_set.to_dict(), 12.5, num_features=6), tokenizer)
     given = pose_files if poses else [None] * len(files)
     inputs = processor(given, video_features=files, features_fps=pose.fps)

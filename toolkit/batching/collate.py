@@ -19,7 +19,7 @@ from toolkit.batching.languages import language_tokens
 from toolkit.batching.lengths import rung_above
 
 if TYPE_CHECKING:
-    from toolkit.corpus.packed import Clip
+    from toolkit.corpus.packed import Clips
 
 IGNORED_LABEL = -100
 NO_TOKEN = -1  # pads prefixes
@@ -83,54 +83,45 @@ class Batch:
         return replace(self, **{name: move(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
 
-def collate(clips: Sequence[Clip], indices: Sequence[int], tokenizer: Any, *, max_target_tokens: int) -> Batch:
+def collate(clips: Clips, indices: Sequence[int], tokenizer: Any, *, max_target_tokens: int) -> Batch:
     """Pad clips to the longest among them and turn their texts into labels; see :func:`pad` and :func:`add_labels`."""
     return add_labels(pad(clips, indices), tokenizer, max_target_tokens)
 
 
-def pad(clips: Sequence[Clip], indices: Sequence[int], frames: int = 0) -> Batch:
+def pad(clips: Clips, indices: Sequence[int] | npt.NDArray[np.int64], frames: int = 0) -> Batch:
     """Pad clips to the longest among them, or to so many frames; the batch has no labels yet.
 
     Args:
         clips: their arrays are float16; a landmark that is missing is NaN in every channel.
         indices: each clip's index in its split; ``~i`` marks a filler.
     """
-    poses, visible, frame_mask = pad_features([clip.features for clip in clips], frames)
+    poses, visible, frame_mask = pad_features(clips.features, frames)
     positions = np.asarray(indices, dtype=np.int64)
-    is_filler = torch.from_numpy(positions < 0)
+    is_filler = positions < 0
     return Batch(
-        uids=[clip.uid for clip in clips],
-        texts=[clip.text for clip in clips],
-        clips=torch.from_numpy(np.where(positions < 0, ~positions, positions)),
+        uids=clips.texts["uid"],
+        texts=clips.texts["text"],
+        clips=torch.from_numpy(np.where(is_filler, ~positions, positions)),
         poses=poses,
         visible=visible,
         frame_mask=frame_mask,
         labels=torch.empty(len(clips), 0, dtype=torch.int64),
         labelled=torch.empty(0, dtype=torch.int64),
-        is_filler=is_filler,
-        num_clips=int((positions >= 0).sum()),
-        num_frames=int(frame_mask[~is_filler].sum()),
-        target_languages=[clip.target_language for clip in clips],
-        video_features=pad_video_features([clip.video_features for clip in clips], frames),
-        glosses=[clip.gloss for clip in clips],
+        is_filler=torch.from_numpy(is_filler),
+        num_clips=len(clips) - int(is_filler.sum()),
+        num_frames=sum(len(each) for each, no in zip(clips.features, is_filler.tolist(), strict=True) if not no),
+        target_languages=clips.texts["target_language"],
+        video_features=pad_video_features(clips.video_features, frames),
+        glosses=clips.texts["gloss"],
     )
 
 
-def pad_video_features(features: Sequence[npt.NDArray[np.float16] | None], padded_frames: int = 0) -> Tensor | None:
+def pad_video_features(features: Sequence[npt.NDArray[np.float16]] | None, padded_frames: int = 0) -> Tensor | None:
     """Pad what another network made of each clip, float16 [frames, dimensions]: with zeros, to the longest of them.
 
     It stays float16, so that loading it is one copy. None where clips have none.
     """
-    found = [values for values in features if values is not None]
-    if not found:
-        return None
-    longest = max(padded_frames, *map(len, found))
-    width = found[0].shape[1]
-    packed = np.empty((len(found), longest * width), np.float16)
-    for row, values in enumerate(found):
-        packed[row, : values.size] = values.reshape(-1)
-        packed[row, values.size :].fill(0)
-    return torch.from_numpy(packed.reshape(len(found), longest, width))
+    return torch.from_numpy(_padded_frames(features, padded_frames, 0)) if features else None
 
 
 def pad_features(features: Sequence[npt.NDArray[np.float16]], padded_frames: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,17 +134,33 @@ def pad_features(features: Sequence[npt.NDArray[np.float16]], padded_frames: int
     Returns:
         ``poses``, ``visible`` and ``frame_mask`` of a :class:`Batch`.
     """
-    longest = max(padded_frames, *map(len, features))
     # Padding starts as NaN, so that one comparison finds both padding and missing landmarks.
-    packed = torch.full((len(features), longest, *features[0].shape[1:]), torch.nan, dtype=torch.float16)
-    frame_mask = torch.zeros(len(features), longest, dtype=torch.bool)
-    rows = packed.numpy()
-    for row, frames in enumerate(features):
-        rows[row, : len(frames)] = frames
-        frame_mask[row, : len(frames)] = True
+    rows = _padded_frames(features, padded_frames, np.nan)
+    frame_mask = torch.from_numpy(np.arange(rows.shape[1]) < np.array([*map(len, features)])[:, None])
     # All channels are NaN or none is, so the first one decides; comparing its bits is ten times faster than isnan.
     visible = torch.from_numpy((rows.view(np.uint16)[..., 0] & HALF_WITHOUT_SIGN) < HALF_INFINITY)
-    return packed.float().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0), visible, frame_mask
+    poses = torch.from_numpy(rows).float().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return poses, visible, frame_mask
+
+
+def _padded_frames(
+    arrays: Sequence[npt.NDArray[np.float16]], padded_frames: int, padding: float
+) -> npt.NDArray[np.float16]:
+    """Arrays [frames, ...] as one [arrays, frames, ...], padded to the longest of them or to so many frames.
+
+    One call of numpy copies them all.
+    """
+    lengths = [*map(len, arrays)]
+    longest, shape = max(padded_frames, *lengths), arrays[0].shape[1:]
+    blank = np.full((longest - min(lengths), *shape), padding, np.float16)
+    joined = []
+    for length, array in zip(lengths, arrays, strict=True):
+        joined.append(array)
+        if length < longest:
+            joined.append(blank[: longest - length])
+    packed = np.empty((len(arrays) * longest, *shape), np.float16)
+    np.concatenate(joined, out=packed)
+    return packed.reshape(len(arrays), longest, *shape)
 
 
 def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int, rungs: Sequence[int] = ()) -> Batch:

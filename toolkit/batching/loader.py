@@ -34,7 +34,7 @@ from toolkit.poses.augmentation import augment, augment_features, is_off
 from toolkit.recipe.prompts import fill, own_words, placeholders
 
 if TYPE_CHECKING:
-    from toolkit.corpus.packed import Clip, Split
+    from toolkit.corpus.packed import Split
     from toolkit.poses.landmarks import LandmarkSet
     from toolkit.recipe.resolve import ResolvedRun
     from toolkit.recipe.schema import Recipe
@@ -261,9 +261,8 @@ class Prefix:
     dropout: float = 0.0  # probability, per clip and condition, that a prefix leaves it out
     seed: int = 0
 
-    def of(self, clip: Clip, index: int, number: int) -> str:
+    def of(self, conditions: dict[str, str], index: int, number: int) -> str:
         """The prefix of the clip at ``index`` in pass ``number``; what it leaves out depends on the seed and these."""
-        conditions = clip.conditions
         if self.dropout:
             drawn = np.random.default_rng((self.seed, number, 3, index)).random(len(conditions))
             conditions = {
@@ -320,23 +319,23 @@ class _Padded(Dataset[Batch]):
         self.prefix = prefix
 
     def __getitem__(self, wanted: MicroBatch) -> Batch:
-        clips: list[Clip] = []
+        indices = np.where(wanted.clips < 0, ~wanted.clips, wanted.clips)
         try:
-            for index in wanted.clips.tolist():
-                clips.append(self.split.clip(index if index >= 0 else ~index))
+            clips = self.split.read(indices)
+        except Exception as error:
+            numbers = ", ".join(map(str, indices.tolist()))
+            error.add_note(f"while these clips of split {self.split.name} were read: {numbers}")
+            raise
+        try:
             # Augmentation pads again: it changes the lengths.
-            batch = pad(clips, wanted.clips.tolist(), 0 if self.augmentation else wanted.padded_frames)
+            batch = pad(clips, wanted.clips, 0 if self.augmentation else wanted.padded_frames)
             if self.prefix:
                 passes = [0] * len(clips) if wanted.passes is None else wanted.passes.tolist()
-                numbered = zip(clips, batch.clips.tolist(), passes, strict=True)
-                batch.prefixes = [self.prefix.of(clip, index, number) for clip, index, number in numbered]
+                numbered = zip(clips.conditions(), indices.tolist(), passes, strict=True)
+                batch.prefixes = [self.prefix.of(conditions, index, number) for conditions, index, number in numbered]
             return self.augmentation(batch, wanted) if self.augmentation else batch
         except Exception as error:
-            if len(clips) < len(wanted.clips):
-                index = int(wanted.clips[len(clips)])
-                error.add_note(f"while clip {index if index >= 0 else ~index} of split {self.split.name} was read")
-            else:
-                error.add_note(_clips_note([clip.uid for clip in clips]))
+            error.add_note(_clips_note(clips.texts["uid"]))
             raise
 
 

@@ -17,13 +17,12 @@ the map. ``writer.py`` writes these files.
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
-from itertools import accumulate, repeat
+from functools import cache, cached_property
+from itertools import accumulate, chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +65,42 @@ class Clip:
     def conditions(self) -> dict[str, str]:
         """What a prefix may say about the clip."""
         return {name: getattr(self, name) for name in CONDITIONS}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Several clips, column by column: reading them so takes a tenth of the time of as many :class:`Clip`."""
+
+    texts: dict[str, list[str]]  # of each of ``TEXT_COLUMNS`` what the clips say
+    features: list[npt.NDArray[np.floating[Any]]]  # of each clip, as :class:`Clip` has them
+    video_features: list[npt.NDArray[np.float16]] | None = None  # the same; None where clips have none
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def conditions(self) -> Iterator[dict[str, str]]:
+        """What a prefix may say about each clip."""
+        columns = (self.texts[name] for name in CONDITIONS)
+        return (dict(zip(CONDITIONS, values, strict=True)) for values in zip(*columns, strict=True))
+
+    @classmethod
+    def of(cls, clips: Sequence[Clip]) -> Clips:
+        """These clips."""
+        texts = {name: [getattr(clip, name) for clip in clips] for name in TEXT_COLUMNS}
+        found = [clip.video_features for clip in clips if clip.video_features is not None]
+        return cls(texts, [clip.features for clip in clips], found or None)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Clips], order: Sequence[int]) -> Clips:
+        """The clips of several, one after the other, and then in this order."""
+
+        def together(lists: Iterable[list[Any]]) -> list[Any]:
+            values = [*chain.from_iterable(lists)]
+            return [values[place] for place in order]
+
+        texts = {name: together(part.texts[name] for part in parts) for name in TEXT_COLUMNS}
+        found = together(part.video_features or [] for part in parts) if parts[0].video_features else None
+        return cls(texts, together(part.features for part in parts), found)
 
 
 @dataclass(frozen=True)
@@ -127,9 +162,12 @@ class Column(Sequence[str]):
         return cls(pa.chunked_array([chunk for column in columns for chunk in column._values.chunks], pa.string()))
 
 
-# Views of a record batch: those columns (None where all texts are empty), frame offsets [clips + 1], and all frames of
-# each array of a clip.
-_Chunk = tuple[dict[str, pa.Array | None], npt.NDArray[np.int64], dict[str, npt.NDArray[np.float16]]]
+class _Chunk(NamedTuple):
+    """Views of a record batch."""
+
+    texts: dict[str, tuple[memoryview, memoryview]]  # int32 offsets [clips + 1] and bytes of each column
+    offsets: memoryview  # int64 [clips + 1], of its frames
+    arrays: dict[str, npt.NDArray[np.float16]]  # all frames of each array of a clip
 
 
 class Split:
@@ -202,14 +240,34 @@ class Split:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)} in split {self.name}")
-        chunk = bisect_right(self._chunk_starts, index) - 1
-        row = index - self._chunk_starts[chunk]
-        columns, offsets, arrays = self._chunk(chunk)
-        frames = slice(offsets[row], offsets[row + 1])
-        values: dict[str, Any] = {
-            name: column[row].as_py() if column is not None else "" for name, column in columns.items()
+        read = self.read([index])
+        texts = {name: of_clips[0] for name, of_clips in read.texts.items()}
+        hands = self._table.column("hands_visible")[index].as_py()
+        features = read.video_features[0] if read.video_features else None
+        return Clip(**texts, features=read.features[0], hands_visible=hands, video_features=features)
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Clips:
+        """The clips at these indices, as a batch needs them; their arrays are views into the map.
+
+        Raises:
+            IndexError: one of them is not there.
+        """
+        # Few steps of Python are taken for each clip: they would take longer than copying a short one.
+        places = np.searchsorted(self._chunk_starts, indices, side="right") - 1
+        rows = (indices - self._chunk_starts[places]).tolist()  # in their record batches
+        if min(rows, default=0) < 0:
+            raise IndexError(f"an index below 0 in split {self.name}")
+        chunks = [self._chunk(place) for place in places.tolist()]
+        found = list(zip(chunks, rows, strict=True))
+        spans = [slice(offsets[row], offsets[row + 1]) for (_, offsets, _), row in found]
+        arrays: dict[str, Any] = {
+            name: [chunk.arrays[name][span] for chunk, span in zip(chunks, spans, strict=True)] for name in self._shapes
         }
-        return Clip(**values | {name: of_all[frames] for name, of_all in arrays.items()})
+        texts = {name: [""] * len(found) for name in TEXT_COLUMNS}
+        for name in self._filled:  # a column that is empty so far is not asked for each clip
+            views = ((*chunk.texts[name], row) for chunk, row in found)
+            texts[name] = [str(data[ends[row] : ends[row + 1]], "utf-8") for ends, data, row in views]
+        return Clips(texts, **arrays)
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
@@ -225,34 +283,48 @@ class Split:
 
     @cached_property
     def _columns(self) -> list[str]:
-        """The columns that a clip is made of, besides its features."""
+        """The columns of texts; corpora of earlier versions lack some."""
         there = set(self._table.column_names)
-        return [name for name in (*TEXT_COLUMNS, "hands_visible") if name in there or name not in LATER_COLUMNS]
+        return [name for name in TEXT_COLUMNS if name in there or name not in LATER_COLUMNS]
 
     @cached_property
-    def _chunk_starts(self) -> list[int]:
+    def _filled(self) -> set[str]:
+        """Columns that have a text in a record batch that was read."""
+        return set()
+
+    @cached_property
+    def _chunk_starts(self) -> npt.NDArray[np.int64]:
         """Index of the first clip of each record batch."""
         sizes = [len(chunk) for chunk in self._table.column("frames").chunks]
-        return list(accumulate(sizes[:-1], initial=0))
+        return np.array([0, *accumulate(sizes[:-1])])
 
     def _chunk(self, chunk: int) -> _Chunk:
-        if chunk not in self._chunks:
-            columns = {name: _unless_empty(self._table.column(name).chunk(chunk)) for name in self._columns}
-            frames = self._table.column("frames").chunk(chunk).to_numpy()
-            offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
-            arrays = {
-                name: self._values(name, chunk).reshape(offsets[-1], *shape) for name, shape in self._shapes.items()
-            }
-            if len(self._chunks) == MOST_CHUNKS:
-                self._chunks.pop(next(iter(self._chunks)))
-            self._chunks[chunk] = (columns, offsets, arrays)
+        if (found := self._chunks.get(chunk)) is not None:
+            return found
+        texts = {name: self._text_views(name, chunk) for name in TEXT_COLUMNS}
+        frames = self._table.column("frames").chunk(chunk).to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
+        arrays = {name: self._values(name, chunk).reshape(offsets[-1], *shape) for name, shape in self._shapes.items()}
+        if len(self._chunks) == MOST_CHUNKS:
+            self._chunks.pop(next(iter(self._chunks)))
+        self._filled.update(name for name, (_, data) in texts.items() if len(data))
+        self._chunks[chunk] = _Chunk(texts, offsets.data, arrays)
         return self._chunks[chunk]
 
-    @property
+    @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays that a clip is made of, each with the shape of one frame."""
         shapes: dict[str, tuple[int, ...]] = {"features": (self.num_points, self.num_channels)}
         return shapes | ({"video_features": (self.num_features,)} if self.num_features else {})
+
+    def _text_views(self, name: str, chunk: int) -> tuple[memoryview, memoryview]:
+        """Offsets and bytes of a column; pyarrow itself takes twice as long for each text."""
+        if name not in self._columns:
+            return _no_texts(len(self._table.column("frames").chunk(chunk)))
+        column = self._table.column(name).chunk(chunk)
+        _, offsets, data = column.buffers()
+        ends = memoryview(offsets).cast("i")[column.offset : column.offset + len(column) + 1]
+        return (ends, memoryview(data)) if ends[0] != ends[-1] else _no_texts(len(column))
 
     def _values(self, name: str, chunk: int) -> npt.NDArray[np.float16]:
         """The values of all frames of one record batch; poses without landmarks have no column."""
@@ -267,12 +339,9 @@ class Split:
         return {}
 
 
-def _unless_empty(column: pa.Array) -> pa.Array | None:
-    """A column, None where all of its texts are empty: each value that is read costs half a microsecond."""
-    if column.type != pa.string():
-        return column
-    ends = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, 4 * column.offset)
-    return column if ends[0] != ends[-1] else None
+@cache
+def _no_texts(clips: int) -> tuple[memoryview, memoryview]:
+    return memoryview(np.zeros(clips + 1, np.int32).data), memoryview(b"")
 
 
 @dataclass(frozen=True)

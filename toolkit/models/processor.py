@@ -121,7 +121,8 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
         """Put clips, as :meth:`sample` or :meth:`features` gives them, into one batch."""
         arrays = [clip if isinstance(clip, ClipArrays) else ClipArrays(clip) for clip in clips]
         inputs = dict(zip(self.model_input_names[:3], pad_features([clip.features for clip in arrays]), strict=True))
-        video_features = pad_video_features([clip.video_features for clip in arrays])
+        found = [clip.video_features for clip in arrays if clip.video_features is not None]
+        video_features = pad_video_features(found)
         return BatchFeature(inputs | ({} if video_features is None else {"video_features": video_features}))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.corpus.packed import Clip, Corpus, Part, Split
+from toolkit.corpus.packed import Clip, Clips, Corpus, Part, Split
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Augmentation
 from toolkit.scoring.predictions import Prediction
@@ -59,7 +59,7 @@ class ClipSubset:
         return [values[index] for index in self.indices]
 
     def conditions(self) -> Iterator[dict[str, str]]:
-        return (clip.conditions for clip in self)
+        return self.read(np.arange(len(self))).conditions()
 
     def condition_counts(self) -> Iterator[tuple[dict[str, str], int]]:
         return ((known, 1) for known in self.conditions())
@@ -70,6 +70,10 @@ class ClipSubset:
     def clip(self, index: int) -> Clip:
         """The clip at ``index``."""
         return self.split.clip(self.indices[index])
+
+    def read(self, indices: NDArray[np.int64]) -> Clips:
+        """The clips at these indices, as a batch needs them."""
+        return self.split.read(np.array(self.indices)[indices])
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.corpus.packed import Clip, Column, Part, Split
+from toolkit.corpus.packed import Clip, Clips, Column, Part, Split
 from toolkit.recipe.prompts import CONDITIONS, fill
 from toolkit.recipe.schema import MixPart
 
@@ -31,6 +31,14 @@ class Share:
             if given is not None:
                 conditions = {**conditions, name: given}
         return conditions if settings.prefix is None else {**conditions, "prompt": fill(settings.prefix, conditions)}
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Clips:
+        """The clips at these indices of the corpus, with what the recipe says of them."""
+        clips = self.split.read(indices)
+        if not self.changes_conditions:
+            return clips
+        known = [*map(self.known, clips.conditions())]
+        return replace(clips, texts=clips.texts | {name: [each[name] for each in known] for name in CONDITIONS})
 
     @cached_property
     def changes_conditions(self) -> bool:
@@ -110,6 +118,15 @@ class MixedSplit:
             return clip
         known: dict[str, Any] = share.known(clip.conditions)
         return replace(clip, **known)
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Clips:
+        """The clips at these indices, as a batch needs them; their arrays are views into the map."""
+        indices = np.asarray(indices)
+        places = np.searchsorted(self.ends, indices, side="right")
+        rows = {place: np.flatnonzero(places == place) for place in np.unique(places).tolist()}
+        starts = [0, *self.ends]
+        parts = [self.shares[place].read(indices[there] - starts[place]) for place, there in rows.items()]
+        return Clips.joined(parts, np.argsort(np.concatenate([*rows.values()])).tolist())
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
