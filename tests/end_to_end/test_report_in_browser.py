@@ -1,12 +1,14 @@
 """Reports as readers see them: in headless Chromium, on a desk, on a phone, and on paper."""
 
 import base64
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 from toolkit.reporting.report import write_comparison, write_report
+from toolkit.scoring.metrics import score
 
 PHONE = {"width": 390, "height": 844}
 HOSTILE = [
@@ -35,6 +37,30 @@ def hostile(make_run, tmp_path_factory) -> Path:
     return write_report(run)
 
 
+@pytest.fixture(scope="module")
+def grouped(make_run, tmp_path_factory) -> Path:
+    """Scores of two splits by signer, sign language and length; there are more signers than a screen has lines."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "grouped")
+    whole = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    signers = [
+        "مترجم",
+        "a signer with a long name, of the evening news",
+        *(f"Signer{number:02d}" for number in range(58)),
+    ]
+    names = {"signer": signers, "language": ["ase", "gsg", "unknown"], "length": ["1-5", "6-10", "11-20", "21+"]}
+    groups = {
+        kind: {
+            name: {"clips": 7000 - 100 * place, **score(["a b c d e"], ["a b c d e f"]).values()}
+            for place, name in enumerate(of_kind)
+        }
+        for kind, of_kind in names.items()
+    }
+    test = whole["splits"]["test"] | {"groups": groups}
+    whole["splits"] = {"test": test, "test@news": test}
+    (run / "scores.json").write_text(json.dumps(whole), encoding="utf-8")
+    return write_report(run)
+
+
 def overflow(browser) -> int:
     """Pixels by which the page is wider than its window."""
     return browser.run("return document.documentElement.scrollWidth - window.innerWidth")
@@ -58,6 +84,32 @@ def test_scores_stand_with_their_intervals_and_fit_a_phone(browser, report):
     browser.open(report.as_uri(), **PHONE)
     shown = browser.run("return [...document.querySelectorAll('#scores td .interval')].map((cell) => cell.textContent)")
     assert len(shown) >= 5 and all(" – " in text for text in shown)
+    assert overflow(browser) <= 0 and browser.errors() == []
+
+
+def test_groups_have_tables_whose_names_stay_in_sight(browser, grouped):
+    """On a phone the scores of a group lie to the right, and names neither take their place nor leave with them."""
+    browser.open(grouped.as_uri(), **PHONE)
+    titles = browser.run("return [...document.querySelectorAll('#scores summary')].map((one) => one.textContent)")
+    kinds = ("signer", "language", "words of the reference")
+    assert titles[:-1] == [f"{split}, by {kind}" for split in ("test", "test@news") for kind in kinds]
+    browser.run("document.querySelectorAll('#scores details').forEach((one) => (one.open = true))")
+    rows = "return [...document.querySelectorAll('.groups')].map((one) => one.querySelectorAll('tbody tr').length)"
+    assert browser.run(rows) == [60, 3, 4] * 2
+    second = "return document.querySelector('.groups tbody tr:nth-child(2)').textContent"
+    assert browser.run(second).startswith("a signer with a long name, of the evening news6,900")
+    seen = """
+        const table = document.querySelector('.groups').parentElement, frame = () => table.getBoundingClientRect();
+        const name = table.querySelector('tbody tr:nth-child(2) th').getBoundingClientRect();
+        table.scrollLeft = 1000;
+        const last = table.querySelector('tbody tr:nth-child(2) td:last-child').getBoundingClientRect();
+        const after = table.querySelector('tbody tr:nth-child(2) th').getBoundingClientRect();
+        const inSight = last.right <= frame().right + 1 && after.left >= frame().left - 1;
+        return [name.width < frame().width / 2, table.scrollLeft > 0, inSight];
+    """
+    assert browser.run(seen) == [True] * 3
+    # Scores that no clip has, of glosses and of reduced BLEU, have no line.
+    assert "gloss" not in browser.run("return document.getElementById('scores').textContent")
     assert overflow(browser) <= 0 and browser.errors() == []
 
 

@@ -21,6 +21,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.tree import leaves, value_at
 from toolkit.scoring.groups import GROUPED_BY
 from toolkit.scoring.metrics import SCORE_NAMES, higher_is_better
+from toolkit.scoring.table import SOMETIMES
 
 # Points that a curve is drawn with; more cannot be distinguished on a screen.
 CURVE_POINTS = 200
@@ -216,7 +217,9 @@ def score_tables(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _scores(values: dict[str, Any]) -> dict[str, float | None]:
-    return {name: values[name] if is_number(values.get(name)) else None for name in SCORE_NAMES if name in values}
+    """Scores of one set of translations; those that few runs have are left out where there is none."""
+    found = {name: values[name] if is_number(values.get(name)) else None for name in SCORE_NAMES if name in values}
+    return {name: value for name, value in found.items() if value is not None or name not in SOMETIMES}
 
 
 def _groups(values: Any) -> list[dict[str, Any]]:

@@ -306,10 +306,10 @@
 
   // Signers, languages and lengths of sentences, one row each.
   function groupsTable(group, split, run) {
-    const names = Object.keys(run.headings).filter((name) => name !== "reduced_bleu" && group.rows.some(([, , scores]) => typeof scores[name] === "number"));
+    const names = Object.keys(run.headings).filter((name) => group.rows.some(([, , scores]) => typeof scores[name] === "number"));
     return fold(`${split.name}, by ${group.by}`, table([cell("th", "", group.by), cell("th", "number", "clips"), ...names.map((name) => cell("th", "number", run.headings[name]))],
       group.rows.map(([label, clips, scores]) => [el("th", { scope: "row", dir: "auto" }, label), cell("td", "number", number(clips)),
-        ...names.map((name) => cell("td", "number", scoreText(name, scores[name])))]), "scores"));
+        ...names.map((name) => cell("td", "number", scoreText(name, scores[name])))]), "scores groups"));
   }
 
   // ---- what a hypothesis got wrong -----------------------------------------------------------------------------
