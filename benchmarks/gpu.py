@@ -65,7 +65,8 @@ class Training(NamedTuple):
     sides: dict[str, tuple[str, ...]]
 
     def __call__(self, folder: Path, toy: bool) -> dict[str, Any]:
-        from training import open_sides, take_turn
+        from sides import take_turn
+        from training import open_sides
 
         clips = 8 if toy else self.clips
         settings = [

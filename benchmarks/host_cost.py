@@ -25,7 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from training import side_process, take_turn
+from sides import take_turn
+from training import side_process
 from training_corpus import make_corpus
 from transformers import T5Config, T5ForConditionalGeneration
 

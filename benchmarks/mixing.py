@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""What a mix of corpora costs: opening and ordering it, its padding, and the speed of its loader.
+"""What a mix of corpora costs: opening and ordering it, its padding, and the speed of its loader and of training.
 
-python benchmarks/mixing.py              some minutes on one core
+python benchmarks/mixing.py              some ten minutes on one core
+python benchmarks/mixing.py --training   only the speed of training, which replaces that of the last results
 python benchmarks/mixing.py --clips 5000 smaller corpora to open; nothing is written
 
 Writes benchmarks/results/mixing.json. Lengths are as iSign's (log-normal, median 90 frames, 16 to 300). Ten corpora of
 100,000 clips each are opened, and the first epoch and one in the middle of the run are ordered, weights changing. Then
 four corpora stand beside one with as many clips: padding of an epoch, and clips that the loader of one process gives in
 a second of processor time, both sides in turn. ``drawn`` is how far the counts of an epoch are from its weights.
+Whole training is that of two processes with a tiny model, which take turns of an epoch of the same clips; they load
+them in the training process, so that nothing of it is hidden. Its ratio is the median over pairs of turns.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from sides import started, take_turn
 from transformers import ByT5Tokenizer
+from turns import answer
 
 from toolkit.batching.epochs import mixture_of
 from toolkit.batching.loader import train_batches
 from toolkit.batching.order import epoch_order, micro_batches
 from toolkit.corpus.mixture.opening import open_corpora
-from toolkit.corpus.packed import Clip, Metadata
+from toolkit.corpus.packed import Clip, Corpus, Metadata
 from toolkit.corpus.writer import finish_corpus, finish_split, shard_name, write_shard
 from toolkit.files import write_text_atomically
 from toolkit.poses.features import NORMALISATION
@@ -43,16 +49,29 @@ from toolkit.recipe.schema import Recipe
 RESULTS = ROOT / "benchmarks" / "results" / "mixing.json"
 CLIPS, CORPORA = 100_000, 10
 BESIDE, BESIDE_CLIPS, TURNS = 4, 500, 5
+SIDES = ("one", "four")
 SHARD = 10_000  # clips of a shard
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, metavar="N", help="of each of the corpora that are opened")
-    clips = parser.parse_args().clips
+    parser.add_argument("--training", action="store_true", help="measure only the speed of training")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        train_in_turns(arguments.folder, arguments.side)
+        return
+    clips = arguments.clips
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        results = {**opening(folder / "many", clips or CLIPS), **beside(folder)}
+        write_sides(folder)
+        if arguments.training:
+            results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        else:
+            results = {**opening(folder / "many", clips or CLIPS), **beside(folder)}
+        results |= training(folder)
     print(json.dumps(results, indent=2))
     if clips is None:
         write_text_atomically(RESULTS, json.dumps(results, indent=2) + "\n")
@@ -109,11 +128,30 @@ def opening(folder: Path, clips: int) -> dict[str, Any]:
     }
 
 
-def beside(folder: Path) -> dict[str, Any]:
-    """Four corpora, drawn alike, beside one with as many clips."""
-    one = write(folder / "one", BESIDE * BESIDE_CLIPS, points=50)
+def write_sides(folder: Path) -> None:
+    """Four corpora, and one with all of their clips."""
     four = [write(folder / f"four{number}", BESIDE_CLIPS, points=50, seed=number) for number in range(1, BESIDE + 1)]
-    sides = {"one": recipe_of([one], [None]), "four": recipe_of(four, [1.0, 1.0, 1.0, 1.0])}
+    (folder / "one").mkdir()
+    (folder / "one" / "train").mkdir()
+    sums = {"clips": 0, "frames": 0}
+    for number, path in enumerate(four):
+        (shard,) = (path / "train").glob("*.arrow")
+        shutil.copy(shard, folder / "one" / "train" / shard_name(number, BESIDE))
+        metadata = Corpus.open(path).metadata
+        sums = {what: value + metadata.splits["train"][what] for what, value in sums.items()}
+    finish_corpus(folder / "one", replace(metadata, splits={"train": sums}))
+
+
+def side_recipe(folder: Path, side: str) -> Recipe:
+    """One corpus, or four that are drawn alike."""
+    if side == "one":
+        return recipe_of([folder / "one"], [None])
+    return recipe_of([folder / f"four{number}" for number in range(1, BESIDE + 1)], [1.0] * BESIDE)
+
+
+def beside(folder: Path) -> dict[str, Any]:
+    """Four corpora, drawn alike, beside one with their clips."""
+    sides = {side: side_recipe(folder, side) for side in SIDES}
     padding = {name: padding_of(recipe) for name, recipe in sides.items()}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(TURNS):
@@ -132,6 +170,40 @@ def beside(folder: Path) -> dict[str, Any]:
             "target": "at least 0.98",
         },
     }
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """Clips a second of whole training, in turns of an epoch."""
+    steps = -(-BESIDE * BESIDE_CLIPS // 128)
+    turns: dict[str, list[float]] = {side: [] for side in SIDES}
+    one, four = ([__file__, "--side", side, "--folder", str(folder)] for side in SIDES)
+    with started(one) as one_side, started(four) as four_side:
+        processes = {"one": one_side, "four": four_side}
+        for turn in range(TURNS + 1):
+            for side in sorted(SIDES, reverse=bool(turn % 2)):
+                taken = take_turn(processes[side], steps)
+                if turn:  # the first is no measure
+                    turns[side].append(taken["clips"] / taken["seconds"])
+    ratios = [four / one for one, four in zip(turns["one"], turns["four"], strict=True)]
+    return {
+        "trained clips/s": {side: round(float(np.median(values)), 1) for side, values in turns.items()},
+        "trained clips/s of four over one": {
+            "value": round(float(np.median(ratios)), 3),
+            "each": [round(ratio, 3) for ratio in ratios],
+            "target": "at least 0.98",
+        },
+    }
+
+
+def train_in_turns(folder: Path, side: str) -> None:
+    """One side: the toolkit's own loop, loading and all."""
+    from training_side import turns_of_ours
+
+    more = ["model.tiny=true", "model.pose_encoder.hidden=64", "model.from_scratch=true", "model.tokenizer=bytes"]
+    more += ["ds.bf16.enabled=false", f"run.dir={folder / f'run_{side}'}"]
+    recipe = side_recipe(folder, side)
+    for _, _, clips, seconds in turns_of_ours(resolved_of(recipe, *more), open_corpora(recipe.data), loaded=False):
+        answer(clips, seconds)
 
 
 def padding_of(recipe: Recipe) -> float:
@@ -155,10 +227,10 @@ def clips_per_second(recipe: Recipe, epoch: int) -> float:
     return clips / (time.process_time() - started)
 
 
-def resolved_of(recipe: Recipe) -> ResolvedRun:
+def resolved_of(recipe: Recipe, *more: str) -> ResolvedRun:
     parts = [part.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for part in recipe.data.corpora]
     settings = [f"data.corpora={json.dumps(parts)}", "training.workers=0", "training.micro_batch_size=16"]
-    return resolve_named("t5_small", [*settings, "training.global_batch_size=128"], 1, has_gpu=False)
+    return resolve_named("t5_small", [*settings, "training.global_batch_size=128", *more], 1, has_gpu=False)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from sides import started, take_turn
 from training_checkpoint import measure as measure_checkpoint
 from training_corpus import make_backbone, make_corpus
 
@@ -233,37 +232,11 @@ def open_sides(
     return {side: process.result() for side, process in started.items()}
 
 
-@contextmanager
-def side_process(side: str, folder: Path, settings: list[str] | tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
+def side_process(
+    side: str, folder: Path, settings: list[str] | tuple[str, ...]
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """A process that trains in one way, a turn at a time."""
-    command = [sys.executable, str(HERE / "training_side.py"), side, str(folder), *settings]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            for line in process.stdout:
-                if line.strip() == "ready":
-                    break
-            else:
-                errors.seek(0)
-                sys.exit(f"{side} did not start:\n{errors.read()[-3000:]}")
-            yield process
-        finally:
-            process.stdin.close()
-            os.killpg(process.pid, signal.SIGKILL)  # the loaders' workers, too
-            process.wait()
-
-
-def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, float]:
-    """Let a side take so many optimizer steps; ``count`` has it count one."""
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            return json.loads(line)
-    sys.exit(f"{' '.join(map(str, process.args))} ended during its turn")
+    return started([str(HERE / "training_side.py"), side, str(folder), *settings])
 
 
 def answers_of(command: list[str]) -> list[dict[str, float]]:

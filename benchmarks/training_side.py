@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from toolkit.cluster.devices import own_device
 from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.packed import Clips, Corpus
 from toolkit.cpu import layers
 from toolkit.cpu.allocator import keep_freed_memory
 from toolkit.errors import Interrupted
@@ -103,8 +104,13 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
             answer(clips, seconds, mfu=used, micro_batch=resolved.micro_batch_size)
 
 
-def turns_of_ours(resolved: ResolvedRun, corpus: Corpus) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:
-    """Take each turn that is ordered by the toolkit's own loop; its trainer, steps, clips and seconds."""
+def turns_of_ours(
+    resolved: ResolvedRun, corpus: Corpus, *, loaded: bool = True
+) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:
+    """Take each turn that is ordered by the toolkit's own loop; its trainer, steps, clips and seconds.
+
+    The clips of a turn are loaded before its clock starts, or else in its steps.
+    """
     keep_freed_memory()
     ranks = read_ranks()
     with (
@@ -114,10 +120,11 @@ def turns_of_ours(resolved: ResolvedRun, corpus: Corpus) -> Iterator[tuple[Train
         trainer.engine.train()
         batches = endless(resolved, corpus, trainer.processor.tokenizer)
         for steps in orders():
-            taken = [next(batches) for _ in range(steps)]
-            started, clips = time.perf_counter(), trainer.progress.clips
-            for step in taken:
-                trainer.step(step)
+            ahead = [next(batches) for _ in range(steps if loaded else 0)]
+            started, clips, taken = time.perf_counter(), trainer.progress.clips, []
+            for _ in range(steps):
+                taken.append(ahead.pop(0) if loaded else next(batches))
+                trainer.step(taken[-1])
             seconds = elapsed(started)
             yield trainer, taken, trainer.progress.clips - clips, seconds
 
@@ -268,7 +275,7 @@ def padded(resolved: ResolvedRun, corpus: Corpus) -> None:
     model.train()
     training = resolved.recipe.training
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
-    loader = iter(random_order(corpus, lambda clips: pad_to_maximum(clips, processor.tokenizer), resolved))
+    loader = iter(random_order(corpus, partial(pad_to_maximum, tokenizer=processor.tokenizer), resolved))
     for steps in orders():
         started, clips = time.perf_counter(), 0
         for _ in range(steps):
@@ -291,18 +298,13 @@ def random_order(corpus: Corpus, collator: Any, resolved: ResolvedRun) -> Any:
         [*range(len(split))] * 50,  # type: ignore[arg-type]
         batch_size=resolved.micro_batch_size,
         shuffle=True,
-        collate_fn=lambda indices: collator([(index, split.clip(index)) for index in indices]),
+        collate_fn=lambda indices: collator(split.read(indices), indices),
         num_workers=resolved.recipe.training.workers,
     )
 
 
-def plain_batch(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
-    """Clips padded to the longest of the micro-batch."""
-    return collate([clip for _, clip in clips], [i for i, _ in clips], tokenizer, max_target_tokens=MAX_TOKENS)
-
-
-def pad_to_maximum(clips: list[tuple[int, Any]], tokenizer: Any) -> Batch:
-    batch = plain_batch(clips, tokenizer)
+def pad_to_maximum(clips: Clips, indices: list[int], tokenizer: Any) -> Batch:
+    batch = collate(clips, indices, tokenizer, max_target_tokens=MAX_TOKENS)
     more = MAX_FRAMES - batch.poses.shape[1]
     batch.poses = functional.pad(batch.poses, (0, 0, 0, 0, 0, more))
     batch.visible = functional.pad(batch.visible, (0, 0, 0, more))
@@ -332,7 +334,7 @@ def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
     model.forward = forward
 
     def collator(indices: list[int]) -> dict[str, torch.Tensor]:
-        batch = plain_batch([(index, split.clip(index)) for index in indices], processor.tokenizer)
+        batch = collate(split.read(indices), indices, processor.tokenizer, max_target_tokens=MAX_TOKENS)
         return {key: getattr(batch, key) for key in ("poses", "visible", "frame_mask", "labels")}
 
     class Turns(TrainerCallback):

@@ -19,14 +19,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from sides import started, take_turn
 from training_corpus import make_corpus
 from transformers import MT5Config, T5Tokenizer
 from turns import answer
@@ -151,9 +147,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         if side == "corpus":
             unknown, differ = compare_texts(folder, full_tokenizer(run.recipe), processor.tokenizer)
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    with side_process("full", folder) as full, side_process("corpus", folder) as corpus:
+    full, corpus = ([__file__, "--side", side, "--folder", str(folder)] for side in SIDES)
+    with started(full) as full_side, started(corpus) as corpus_side:
         for number in range(arguments.rounds + 1):
-            for side, process in (("full", full), ("corpus", corpus)):
+            for side, process in zip(SIDES, (full_side, corpus_side), strict=True):
                 turn = take_turn(process, arguments.steps)
                 if number:  # the first makes the optimizer's states
                     taken[side].append(turn)
@@ -194,36 +191,6 @@ def compare_texts(folder: Path, full: Any, trimmed: Any) -> tuple[int, int]:
     pairs = zip(ids, before, strict=True)
     other = sum(trimmed.convert_ids_to_tokens(a) != full.convert_ids_to_tokens(b) for a, b in pairs)
     return unknown, other
-
-
-@contextmanager
-def side_process(side: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains with one vocabulary, a turn at a time."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
-        try:
-            assert process.stdout and process.stdin
-            if not any(line.strip() == "ready" for line in process.stdout):
-                errors.seek(0)
-                sys.exit(f"{side} did not start:\n{errors.read()[-3000:]}")
-            yield process
-            process.stdin.close()
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def take_turn(process: subprocess.Popen[str], steps: int) -> dict[str, Any]:
-    assert process.stdout and process.stdin
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            return dict(json.loads(line))
-    sys.exit("a side ended during its turn")
 
 
 def train_in_turns(folder: Path, vocabulary: str) -> None:
