@@ -125,7 +125,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "Mixes of corpora",
         "python benchmarks/mixing.py",
         "Several corpora opened and ordered as one, and four corpora beside one with as many clips: padding of an "
-        "epoch, and what the loader of one process gives in a second of processor time, both sides in turn; see "
+        "epoch, what the loader of one process gives in a second of processor time, and clips a second of training a "
+        "tiny model, loading included, both sides in turn; see "
         "[transfer.md](transfer.md#a-mix-of-three-corpora).",
     ),
     "vocabulary": (

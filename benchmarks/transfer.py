@@ -9,7 +9,7 @@ The demo's corpus holds four sign languages for tests alone. Their phrases are s
 train, dev and test. Both runs have the demo's recipe, the same 200 phrases and the same steps; the dev split picks the
 step. A mix of these phrases with the demo's corpus, drawn by the root of its size (`data.temperature=2`), starts from
 scratch, too, and its best model is picked by the phrases; beside it stands the demo's model, which has only the demo's
-corpus. Writes benchmarks/results/transfer.json.
+corpus. Writes benchmarks/results/transfer.json and docs/pictures/transfer.png.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,7 @@ from toolkit.corpus.demo import UNSEEN_LANGUAGES, DemoSizes, make_demo
 from toolkit.files import write_text_atomically
 
 RESULTS = ROOT / "benchmarks" / "results" / "transfer.json"
+CHART = ROOT / "docs" / "pictures" / "transfer.png"
 PHRASES = {"train": 200, "dev": 40, "test": 160}
 POOL = 1600  # phrases that are made; those that hold words of two splits are left out
 STEPS = 500  # of 32 clips
@@ -74,7 +76,35 @@ def main() -> None:
         },
     }
     write_text_atomically(RESULTS, json.dumps(content, indent=2) + "\n")
+    draw(content, CHART)
     print(f"CER {cer['init_from']:.3f} from {arguments.model}, {cer['from scratch']:.3f} from scratch; wrote {RESULTS}")
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """The character error rate of each way on the phrases, with its 95 % interval."""
+    from matplotlib.figure import Figure
+
+    labels = {
+        "init_from": f"the {content['model']}'s model,\nthen the phrases",
+        "mix": f"phrases and the {content['model']}'s\ncorpus, from scratch",
+        "from scratch": "the phrases alone,\nfrom scratch",
+        "demo alone": f"the {content['model']}'s model\nas it is",
+    }
+    names = [name for name in labels if name in content["cer"]]
+    rates = [content["cer"][name] for name in names]
+    bounds = [content["splits"][f"{name}, test"]["intervals"]["cer"] for name in names]
+    distances = [[rate - low for rate, (low, _) in zip(rates, bounds, strict=True)],
+                 [high - rate for rate, (_, high) in zip(rates, bounds, strict=True)]]  # fmt: skip
+    figure = Figure(figsize=(2 + 1.7 * len(names), 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    colours = ["#2563a8" if name in ("init_from", "mix") else "#b8bec6" for name in names]
+    bars = axes.bar([labels[name] for name in names], rates, color=colours, width=0.6, yerr=distances, ecolor="#6b7280")
+    axes.bar_label(bars, [f"{rate:.3f}" for rate in rates], padding=2)
+    axes.set_ylim(0, 1.15 * max(high for _, high in bounds))
+    axes.set_ylabel("character error rate (less is better)")
+    axes.set_title(f"{content['phrases']['train']} phrases of sign languages that the {content['model']} never saw")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def make_clips(folder: Path) -> Path:
