@@ -28,7 +28,7 @@ from training_corpus import make_corpus
 from toolkit.cluster.process_group import free_port
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, EXIT_USER_ERROR
-from toolkit.fitting.memory_limits import RESERVE
+from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, RESERVE, THREADS
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
 from toolkit.planning.plan import Subject
@@ -118,6 +118,7 @@ def measure(number: int, corpus: Corpus, folder: Path) -> dict[str, Any]:
     smallest, largest = planned(draw, overrides, corpus)
     # A rank may take what it holds and what is free, less a reserve: the limit that permits so much.
     own = libraries()[draw.by]
+    own += THREADS * ADDRESSES_OF_A_THREAD if draw.by == "addresses" else 0
     needs = [own + (size - CPU_LIBRARIES) / (1 - RESERVE) for size in (smallest, largest)]
     limit = needs[0] + draw.place * (needs[1] - needs[0])
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--recipe", draw.cell.spec.recipe]

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from toolkit.cluster import host_memory
-from toolkit.fitting.memory_limits import RESERVE, memory_limit
+from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, RESERVE, THREADS, memory_limit
 
 GIB = 2**30
 
@@ -24,4 +24,7 @@ def test_ranks_share_what_the_narrowest_limit_leaves(monkeypatch: pytest.MonkeyP
     assert memory_limit(local_ranks=2).address_space is None
     vms = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda _: (vms + 10 * GIB, vms + 10 * GIB))
-    assert memory_limit(local_ranks=2).address_space == pytest.approx(vms + (1 - RESERVE) * 10 * GIB, rel=0.05)
+    threads = THREADS * ADDRESSES_OF_A_THREAD
+    assert memory_limit(local_ranks=2).address_space == pytest.approx(
+        vms + (1 - RESERVE) * (10 * GIB - threads), rel=0.01
+    )

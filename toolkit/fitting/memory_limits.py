@@ -16,6 +16,9 @@ from toolkit.cluster.host_memory import free_addresses, free_host_memory
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
 # written from, the search of an evaluation, and other processes of the machine.
 RESERVE = 0.2
+# Addresses of the threads that a run has and its rehearsal has not: of gloo, of the watch over ranks, of checkpoints.
+# glibc maps 64 MiB for the heap of each, and twice as much while it looks for their place.
+THREADS, ADDRESSES_OF_A_THREAD = 6, (64 + 8) << 20
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
     own, addresses = psutil.Process().memory_info(), free_addresses()
     return MemoryLimit(
         resident=own.rss + int((1 - RESERVE) * free_host_memory() / local_ranks),
-        address_space=None if addresses is None else own.vms + int((1 - RESERVE) * addresses),
+        address_space=None if addresses is None else own.vms + _for_tensors(addresses),
     )
+
+
+def _for_tensors(addresses: int) -> int:
+    """How many of the addresses that are free a rehearsal may take."""
+    return int((1 - RESERVE) * (addresses - THREADS * ADDRESSES_OF_A_THREAD))
 
 
 def peaks() -> tuple[int, int]:
