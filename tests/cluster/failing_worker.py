@@ -19,9 +19,10 @@ import torch.distributed.rendezvous  # noqa: F401 - before the forks
 from toolkit.cluster import failures
 from toolkit.cluster.failures import at_failure, recording_failures, run_rank
 from toolkit.cluster.ranks import Ranks
-from toolkit.cluster.rendezvous import on_each_node, on_rank_0
+from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
 from toolkit.errors import UserError
 
+LARGE = bytes(range(256)) * 2**16  # 16 MiB, as the tokenizers of large vocabularies have
 HANGS = 120.0  # as in a collective that another rank never enters
 
 
@@ -46,6 +47,7 @@ def refuse() -> None:
 
 def agrees(ranks: Ranks) -> None:
     print(on_rank_0(lambda: look(ranks)), on_each_node(lambda: look(ranks)), flush=True)
+    assert on_rank_0(lambda: LARGE) == LARGE and exchange(LARGE) == [LARGE] * ranks.world_size
 
 
 def rank_0_refuses(ranks: Ranks) -> None:

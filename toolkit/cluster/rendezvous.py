@@ -30,6 +30,8 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
 # An answer of the store takes milliseconds where rank 0 lives.
 ANSWER_TIMEOUT = timedelta(seconds=30)
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.5
+# The store takes 8 MiB at once.
+PART_BYTES = 4 * 2**20
 
 
 class OtherRankFailed(Exception):
@@ -124,8 +126,8 @@ def exchange(value: Value) -> list[Value]:
         return [value]
     rendezvous.outcomes += 1
     keys = [f"value {rendezvous.outcomes} of rank {rank}" for rank in range(rendezvous.ranks.world_size)]
-    rendezvous.store.set(keys[rendezvous.ranks.rank], pickle.dumps(value))
-    return [pickle.loads(wait_for(rendezvous.store, key)) for key in keys]
+    _send(rendezvous.store, keys[rendezvous.ranks.rank], value)
+    return [_receive(rendezvous.store, key) for key in keys]
 
 
 def _outcome_of(leaders: list[int], work: Callable[[], Value]) -> Value:
@@ -138,10 +140,10 @@ def _outcome_of(leaders: list[int], work: Callable[[], Value]) -> Value:
     if key := keys.get(rendezvous.ranks.rank):
         rendezvous.is_working = True
         try:
-            _publish_outcome(work, lambda outcome: rendezvous.store.set(key, pickle.dumps(outcome)))
+            _publish_outcome(work, lambda outcome: _send(rendezvous.store, key, outcome))
         finally:
             rendezvous.is_working = False
-    outcomes = {leader: pickle.loads(wait_for(rendezvous.store, key)) for leader, key in keys.items()}
+    outcomes = {leader: _receive(rendezvous.store, key) for leader, key in keys.items()}
     for leader, (kind, content) in outcomes.items():
         if kind is not None:
             raise kind(*content) from OtherRankFailed(f"the error is rank {leader}'s")
@@ -158,6 +160,21 @@ def _publish_outcome(work: Callable[[], Any], publish: Callable[[tuple[type[Exce
     except BaseException as error:
         publish((OtherRankFailed, (f"{type(error).__name__}: {error}",)))
         raise
+
+
+def _send(store: Any, key: str, value: Any) -> None:
+    """Publish a value of any size: a tokenizer of 150,000 tokens is larger than what the store takes at once."""
+    content = pickle.dumps(value)
+    starts = range(0, len(content), PART_BYTES)
+    for number, start in enumerate(starts):
+        store.set(f"{key}, part {number}", content[start : start + PART_BYTES])
+    store.set(key, str(len(starts)))
+
+
+def _receive(store: Any, key: str) -> Any:
+    """The value that a rank has published, as soon as it has."""
+    parts = range(int(wait_for(store, key)))
+    return pickle.loads(b"".join(bytes(store.get(f"{key}, part {number}")) for number in parts))
 
 
 def wait_for(store: Any, key: str) -> bytes:
