@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import BartConfig, PreTrainedModel, T5Config
 from transformers import PreTrainedConfig as Configuration
 
 from toolkit.models.adaptation.quantisation import is_packed, mark_quantised
+from toolkit.models.backbone import stack_layers
+from toolkit.models.loading import backbone_weights
 from toolkit.models.loading.backbone_weights import Placement, random_backbone
 from toolkit.models.loading.weights import count_weights
 from toolkit.recipe.schema import Quantization
@@ -67,6 +73,25 @@ def test_linear_layers_are_packed_and_frozen_and_nothing_else() -> None:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.get_input_embeddings().weight.requires_grad
         assert count_weights(model.parameters()) == count_weights(make(architecture, None).parameters())
+
+
+def test_one_rank_of_a_node_shows_how_many_weights_are_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class AtOnce(tqdm):  # type: ignore[misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings | {"delay": 0, "mininterval": 0})
+
+    monkeypatch.setattr(backbone_weights, "tqdm", AtOnce)
+    model = make("t5", "nf4")
+    shares = re.findall(r"(\d+)%", capsys.readouterr().err)
+    assert shares[-1] == "100" and len(set(shares)) >= len(stack_layers(model.encoder)) + len(
+        stack_layers(model.decoder)
+    )
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    make("t5", "nf4")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "int8"}, {"kind": "nf4", "compute_dtype": "fp16"}])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.cluster.devices import own_device
+from toolkit.cluster.ranks import read_ranks
 from toolkit.errors import UserError
 from toolkit.models.adaptation.extra_tokens import table_rows, widened
 from toolkit.models.adaptation.quantisation import is_packed, packable, quantised
@@ -189,23 +192,45 @@ def fill_skeleton(
             places[id(tensor)].append((module, name))
     to_pack = packable(model, placement.quantization) if placement.quantization else set()
     partition = _Partitioner(placement.zero3) if placement.zero3 else None
-    for path, module in list(model.named_modules()):
-        for name, tensor in list(_own_tensors(module)):
-            if tensor.device.type != "meta":
-                continue  # tied to one that came before
-            is_parameter = isinstance(tensor, nn.Parameter)
-            whole = _values(f"{path}.{name}" if path else name, tensor, source, placement)
-            filled = nn.Parameter(whole, requires_grad=tensor.requires_grad) if is_parameter else whole
-            for holder, attribute in places[id(tensor)]:
-                setattr(holder, attribute, filled)
-        if path in to_pack:
-            assert placement.quantization
-            module = quantised(module, placement.quantization, placement.dtype)
-            model.set_submodule(path, module)
-        if partition:
-            for parameter in module.parameters(recurse=False):
-                partition(parameter)
+    with _progress_bar(sum(weight.numel() for weight in model.parameters())) as bar:
+        # The largest first: what has its final form is held beside the whole tensor that is drawn, read or cast.
+        for path, module in sorted(model.named_modules(), key=_largest, reverse=True):
+            for name, tensor in list(_own_tensors(module)):
+                if tensor.device.type != "meta":
+                    continue  # tied to one that came before
+                is_parameter = isinstance(tensor, nn.Parameter)
+                whole = _values(f"{path}.{name}" if path else name, tensor, source, placement)
+                filled = nn.Parameter(whole, requires_grad=tensor.requires_grad) if is_parameter else whole
+                for holder, attribute in places[id(tensor)]:
+                    setattr(holder, attribute, filled)
+                bar.update(tensor.numel() if is_parameter else 0)
+            if path in to_pack:
+                assert placement.quantization
+                module = quantised(module, placement.quantization, placement.dtype)
+                model.set_submodule(path, module)
+            if partition:
+                for parameter in module.parameters(recurse=False):
+                    partition(parameter)
     return model
+
+
+def _largest(named: tuple[str, nn.Module]) -> int:
+    return max((tensor.numel() for _, tensor in _own_tensors(named[1])), default=0)
+
+
+def _progress_bar(weights: int) -> tqdm:
+    """Weights that are ready, and the time left, on one rank of a node; in a log file a line every ten seconds."""
+    tqdm.monitor_interval = 0  # its thread would be running when processes are forked
+    return tqdm(
+        total=weights,
+        desc="building the backbone",
+        unit=" weights",
+        unit_scale=True,
+        delay=3,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        miniters=1,  # a table of tokens counts as much as many layers, from which no pace follows
+        disable=not read_ranks().is_local_main,
+    )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
