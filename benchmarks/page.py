@@ -53,7 +53,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "large_models": (
         "Large models on a small machine",
         "python benchmarks/large_models.py",
-        "Full-size models with random weights. Memory is the largest resident size of one rank.",
+        "Full-size models with random weights, clips of 64 frames. Memory is the largest resident size of one rank; "
+        "[planning.md](planning.md) says how near its plan comes.",
     ),
     "auto_micro_batch": (
         "Micro-batches that are chosen",
@@ -79,7 +80,10 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "evaluation": (
         "Evaluation",
         "python benchmarks/evaluation.py --model runs/demo",
-        "With the demo's model. Texts of both ways are compared and must be equal.",
+        "With the demo's model. Texts of both ways are compared and must be equal. `language_model` rows are of "
+        "`python benchmarks/evaluation_prefixes.py`: SmolLM2-135M with random weights behind poses, beside "
+        "HuggingFace's `generate(inputs_embeds=...)` in a process of its own, in processor time of one thread; memory "
+        "is the peak beyond the weights. No text ends before its last token, so no clip leaves the search early.",
     ),
     "search_steps": (
         "What a token of a search costs the host",
@@ -143,6 +147,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "left; the worst of all faults, then each by itself. The bare script meets the error of `step_1` on two ranks.",
     ),
     "demo": ("The demo", "python benchmarks/demo.py", "A bare clone of the repository, from nothing to scores."),
+    "demo_kinds": (
+        "The demo with a language model",
+        "python benchmarks/demo_kinds.py --model runs/demo",
+        "The demo's T5 and a language model of its width in its place (`--recipe demo model.backbone=demo_causal`), "
+        "both from scratch, with the same clips, steps and settings. `cer_decoder_alone` is the search without the CTC "
+        "head's scores. Minutes are steps times the median processor time of a step of one rank, in turns.",
+    ),
 }
 HEAD = """# Benchmarks
 
