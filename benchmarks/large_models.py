@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""T5-3B on a CPU: does the largest recipe train here, how long does a step take, and how much memory does a rank need?
+"""T5-3B and Qwen2.5 on a CPU: do large recipes train here, how long is a step, how much memory does a rank need?
 
-python benchmarks/large_models.py                     every case: 20 GiB of free memory and about half an hour
-python benchmarks/large_models.py --only t5_3b_qlora  one of them: 6 GiB are enough
+python benchmarks/large_models.py                     every case: 20 GiB of free memory and about an hour and a half
+python benchmarks/large_models.py --only t5_3b_qlora  one of them: 6 GiB are enough, 9 for qwen2_5_7b_qlora
 
 Writes benchmarks/results/large_models.json, a row per case; with --only the other rows stay as they were. The backbone
 has its published size and random weights, the clips are real motion of 64 frames, and every step sees the same few of
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "large_models.json"
 STEPS = 5
 FRAMES = 64
 CLIPS_PER_RANK = 1
-VOCABULARY = 32128  # tokens of the published T5
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Case:
         recipe: in recipes/.
         ds: DeepSpeed JSON.
         ranks: processes on this machine.
-        target: GiB that the peak of a rank must not exceed.
+        target: GiB that the peak of a rank must not exceed; None where no figure is asked.
         overrides: settings of this case.
     """
 
@@ -54,8 +54,16 @@ class Case:
     recipe: str
     ds: str
     ranks: int
-    target: float
+    target: float | None
     overrides: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the published backbone."""
+        from toolkit.recipe.load import load_recipe
+        from toolkit.recipe.model_cards import load_model_yaml
+
+        return int(load_model_yaml(load_recipe(self.recipe).model.backbone).config["vocab_size"])
 
 
 # Gathered weights that may stay for later layers: those of some two layers of T5-3B, which trades time for memory.
@@ -66,6 +74,8 @@ FEW_LIVE = (
 CASES = [
     Case("t5_3b_lora", "t5_3b_lora", "zero3", ranks=2, target=6.0, overrides=FEW_LIVE),
     Case("t5_3b_qlora", "t5_3b_qlora", "zero2", ranks=1, target=4.0),
+    Case("qwen2_5_0_5b_lora", "qwen2_5_0_5b", "zero3", ranks=2, target=None, overrides=("model.lora.r=16",)),
+    Case("qwen2_5_7b_qlora", "qwen2_5_7b_qlora", "zero2", ranks=1, target=7.5),
 ]
 
 
@@ -93,27 +103,25 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> list[str]:
-    """Make clips and a tokenizer; the overrides that name them."""
+    """Make clips; the overrides that name them."""
     from toolkit.corpus.demo import DemoSizes, make_demo
 
     clips = make_demo(folder / "clips", DemoSizes(train=8, dev=1, test=1, test_unseen_languages=1), seed=1)
-    make_letters().save_pretrained(folder / "tokenizer")
     return [
         f"data.table={clips / 'table.csv'}",
         f"data.poses={clips / 'poses'}",
         f"data.cache={folder / 'corpora'}",
         f"data.max_frames={FRAMES}",
-        f"model.tokenizer={folder / 'tokenizer'}",
     ]
 
 
-def make_letters() -> Any:
-    """A tokenizer of letters whose vocabulary is as large as T5's, so that the model has its published size."""
+def make_letters(size: int) -> Any:
+    """A tokenizer of letters with so many tokens, so that the model has its published size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
-    tokens += [f"<unused_{number}>" for number in range(VOCABULARY - len(tokens))]
+    tokens += [f"<unused_{number}>" for number in range(size - len(tokens))]
     tokenizer = Tokenizer(models.Unigram([(token, 0.0) for token in tokens], unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -141,11 +149,14 @@ def case_settings(case: Case) -> list[str]:
 def run(case: Case, data: list[str], overrides: list[str], folder: Path) -> dict[str, Any]:
     """Train a case in processes of its own and say how it went."""
     print(f"{case.name}: {case.ranks} rank(s), {case.ds}", flush=True)
+    tokenizer = folder / f"{case.name}.tokenizer"
+    make_letters(case.tokens).save_pretrained(tokenizer)
     plan = {
         "recipe": case.recipe,
         "ds": case.ds,
         "overrides": [
             *data,
+            f"model.tokenizer={tokenizer}",
             f"run.dir={folder / case.name}",
             *case_settings(case),
             *overrides,
@@ -155,13 +166,18 @@ def run(case: Case, data: list[str], overrides: list[str], folder: Path) -> dict
     path = folder / f"{case.name}.plan.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [launcher, "--num_gpus", str(case.ranks), str(Path(__file__).resolve()), "--rank-of", str(path)]
+    with socket.socket() as listener:  # a run beside this one may hold DeepSpeed's usual port
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = [launcher, "--num_gpus", str(case.ranks), "--master_port", str(port)]
+    command = [*ranks, str(Path(__file__).resolve()), "--rank-of", str(path)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // case.ranks)), **os.environ}
     subprocess.run(command, check=True, env=environment)
     measured = json.loads(Path(plan["results"]).read_text(encoding="utf-8"))
     peak = measured["peak_gib_per_rank"]
-    print(f"{case.name}: peak {peak} GiB a rank (at most {case.target})", flush=True)
-    return {"name": case.name, "ds": case.ds, "ranks": case.ranks, "target_gib_per_rank": case.target, **measured}
+    asked = {"target_gib_per_rank": case.target} if case.target else {}
+    print(f"{case.name}: peak {peak} GiB a rank{f' (at most {case.target})' if asked else ''}", flush=True)
+    return {"name": case.name, "ds": case.ds, "ranks": case.ranks, **asked, **measured}
 
 
 def train_as_rank(plan: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def main() -> None:
 
 def predict_large() -> list[dict[str, Any]]:
     """Plans of the runs of ``large_models.py`` beside the peaks that it has measured."""
-    from large_models import CASES, FRAMES, RESULTS, VOCABULARY, case_settings
+    from large_models import CASES, FRAMES, RESULTS, case_settings
 
     from toolkit.cpu import linear
     from toolkit.planning.cpu_plan import make_cpu_plan
@@ -92,13 +92,13 @@ def predict_large() -> list[dict[str, Any]]:
 
     measured = {row["name"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
     rows = []
-    for case in CASES:
+    for case in (case for case in CASES if case.name in measured):
         linear.has_fast_bf16 = lambda row=measured[case.name]: row.get("fast_bf16", False)
         resolved = resolve_named(
             case.recipe, case_settings(case), case.ranks, has_gpu=False, ds=case.ds, needs_data=False
         )
         workload = Workload(FRAMES, WORDS, FRAMES, ((1, 1),), None, "as measured")
-        plan = make_cpu_plan(Subject.of(resolved.recipe, VOCABULARY), resolved, workload)
+        plan = make_cpu_plan(Subject.of(resolved.recipe, case.tokens), resolved, workload)
         predicted = max(plan.phases[phase] for phase in PHASES) / GIB
         peak = measured[case.name]["peak_gib_per_rank"]
         off = round(predicted / peak - 1, 3)
