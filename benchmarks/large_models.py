@@ -189,6 +189,7 @@ def train_as_rank(plan: dict[str, Any]) -> None:
     from toolkit.corpus.packed import Corpus
     from toolkit.corpus.prepare import ensure_corpus
     from toolkit.cpu.allocator import return_freed_memory
+    from toolkit.cpu.linear import has_fast_bf16
     from toolkit.models.loading.weights import count_weights
     from toolkit.recipe.resolve import resolve_named
     from toolkit.training import run as training_run
@@ -246,6 +247,7 @@ def train_as_rank(plan: dict[str, Any]) -> None:
         result = {
             "model": resolved.recipe.model.backbone,
             "precision": resolved.precision,
+            "fast_bf16": has_fast_bf16(),
             "quantization": resolved.recipe.model.quantization and resolved.recipe.model.quantization.kind,
             "parameters": count_weights(parameters),
             "trainable": count_weights(parameter for parameter in parameters if parameter.requires_grad),
