@@ -135,6 +135,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     inputs.check_fit(corpus, processor)
     check_conditions(placeholders(processor.feature_extractor.prefix_template), corpus, names, processor.tokenizer)
     search = inputs.search_settings(settings, recipe, arguments.overrides, processor.tokenizer)
+    ctc_weight = inputs.search_ctc_weight(arguments.model, settings, arguments.overrides)
     beams = search.get("num_beams", generation.num_beams) or 1
     if arguments.n_best > beams:
         raise UserError(
@@ -155,6 +156,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     length = search.get("max_new_tokens") or generation.max_new_tokens
     fullest = settings.model_copy(update={"num_beams": beams, "max_new_tokens": length})
     with open_model(arguments, ranks, corpus, names, fullest) as (model, synced, batch_frames):
+        if ctc_weight is not None:
+            model.config.ctc_search_weight = ctc_weight
         started = time.monotonic()
         results = score_splits(
             model,

@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import T5Config
 
+from tests.small_configs import T5, translator_config
 from tests.terminals import assert_quiet
 from tests.time_limits import limit
 from tests.written_corpora import write_corpus
@@ -19,6 +22,7 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.errors import exit_code_of
 from toolkit.evaluation import splits
+from toolkit.models.translator import PoseTranslator
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
 from toolkit.recipe.load import load_recipe
@@ -99,6 +103,27 @@ def test_generation_batches_are_no_larger_than_those_that_the_run_chose(
         (run / "micro_batch.json").write_text(json.dumps(chosen))
 
 
+def test_the_share_of_the_ctc_head_is_that_of_the_command_line(
+    model_folder, corpus, tmp_path, command, monkeypatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    PoseTranslator(translator_config(T5Config(**T5), ctc=True, ctc_search_weight=0.25)).save_pretrained(model)
+    shutil.copy(model_folder / "generation_config.json", model)
+    weights: list[float] = []
+    own = splits.find_hypotheses
+
+    def find(model: PoseTranslator, *rest: Any, **named: Any) -> Any:
+        weights.append(model.config.ctc_search_weight)
+        return own(model, *rest, **named)
+
+    monkeypatch.setattr(splits, "find_hypotheses", find)
+    for given, weight in (((), 0.25), (("evaluation.ctc_weight=0.5",), 0.5), (("evaluation.ctc_weight=0",), 0)):
+        arguments = ["--model", model, "--corpus", corpus.path, "--out", tmp_path / f"out{weight}", *given]
+        assert run_in_process(command, arguments, monkeypatch) == 0
+        assert weights.pop() == weight
+
+
 def test_mistakes_are_an_error_and_a_hint(model_folder, corpus, tmp_path, command, capsys, monkeypatch) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)
@@ -119,6 +144,7 @@ def test_mistakes_are_an_error_and_a_hint(model_folder, corpus, tmp_path, comman
         (["--model", model_folder, "--corpus", corpus.path, "training.epochs=2"], "training.epochs=2"),
         (["--model", model_folder, "--corpus", corpus.path, "evaluation.tokenize=13b"], "'13b'"),
         (["--model", model_folder, "--corpus", corpus.path, "evaluation.forced_language=hi_IN"], "hi_IN"),
+        (["--model", model_folder, "--corpus", corpus.path, "evaluation.ctc_weight=0.5"], "evaluation.ctc_weight=0.5"),
         (["--model", model_folder, "--neural", "comet"], "NAME=CHECKPOINT"),
         (["compare", tmp_path / "a.csv", tmp_path / "b.csv"], "a.csv"),
     ]

@@ -15,6 +15,8 @@ from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import splits_to_test
+from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.loading.load import find_model
 from toolkit.models.processor import PoseProcessor
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.load import load_recipe
@@ -159,6 +161,24 @@ def search_settings(
     if settings.forced_language:
         search["forced_bos_token_id"] = language_id(tokenizer, settings.forced_language)
     return search
+
+
+def search_ctc_weight(model: str | Path, settings: Evaluation, overrides: Sequence[str]) -> float | None:
+    """Share of the CTC head in the search, where the command line gives one; None leaves that of the model.
+
+    Raises:
+        UserError: there is no CTC head, or it reads glosses.
+    """
+    if not any(item.startswith("evaluation.ctc_weight=") for item in overrides):
+        return None
+    config = PoseTranslatorConfig.from_pretrained(find_model(model))
+    if settings.ctc_weight > 0 and (not config.ctc or config.ctc_vocabulary):
+        lacks = "its CTC head reads glosses" if config.ctc else "the model has none"
+        raise UserError(
+            f"evaluation.ctc_weight={settings.ctc_weight} needs a CTC head that reads texts, and {lacks}",
+            "leave it out",
+        )
+    return settings.ctc_weight
 
 
 def default_out_folder(model: str | Path, corpus: Corpus) -> Path:
