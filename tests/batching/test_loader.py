@@ -326,8 +326,7 @@ SCRIPT = """
     import signal, sys, time
     from pathlib import Path
     from transformers import ByT5Tokenizer
-    from toolkit.batching.lengths import text_sizes
-from toolkit.batching.loader import train_batches
+    from toolkit.batching.loader import train_batches
     from toolkit.corpus.packed import Corpus
     from toolkit.recipe.resolve import ResolvedRun
     from toolkit.recipe.schema import Recipe
