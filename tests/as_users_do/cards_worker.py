@@ -59,7 +59,7 @@ def load(name: str, ds: str, corpus: Corpus, published: Path, ranks: Ranks) -> d
     differing = [
         name
         for name in names
-        if not torch.equal(found[name], expected[name.removeprefix("backbone.")].to(TORCH_DTYPES[resolved.precision]))
+        if not torch.equal(found[name], expected[published_name(name, expected)].to(TORCH_DTYPES[resolved.precision]))
     ]
     ids = tokenizer(text_target="good day")["input_ids"]
     return {
@@ -77,6 +77,12 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     if (folder / "pytorch_model.bin").is_file():
         return dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def published_name(name: str, published: dict[str, Tensor]) -> str:
+    """What a parameter of a translator is called in published files."""
+    name = name.removeprefix("backbone.")
+    return name if name in published else name.replace(".text_model", "")  # as T5Gemma 2's encoder was written
 
 
 def everywhere(names: list[str]) -> list[str]:

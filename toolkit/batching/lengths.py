@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.poses.augmentation import draw_lengths, is_off, remaining_frames
-from toolkit.recipe.model_cards import is_language_model_known
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Recipe
@@ -36,6 +35,9 @@ def text_sizes(texts: Iterable[str], recipe: Recipe) -> Frames | None:
 
     Only their order counts, so no tokenizer is needed. Of a model that is neither a card nor here nothing is known.
     """
+    # Imports pydantic, which a processor, whose batches have rungs, too, does without.
+    from toolkit.recipe.model_cards import is_language_model_known
+
     if not is_language_model_known(recipe.model):
         return None
     return np.fromiter((len(text.encode()) for text in texts), dtype=np.int64)
