@@ -16,6 +16,8 @@ import torch
 from torch import distributed as dist
 
 from tests.rank_workers import Worker, once_for_all_engines
+from tests.recorded_calls import RecordedCalls
+from toolkit.batching.collate import Batch
 from toolkit.checkpointing import run_directory
 from toolkit.cluster.logs import log_to_file
 from toolkit.cluster.ops import use_extensions_dir
@@ -29,6 +31,7 @@ from toolkit.fitting.shapes import lengths_of
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.recipe.batches import MicroBatchChoice
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
+from toolkit.training import pass_graphs
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
@@ -56,7 +59,12 @@ def main() -> None:
 def fitted(case: dict[str, Any], worker: Worker) -> ResolvedRun:
     """A case with its micro-batches: those that it names, else those that a rehearsal chooses."""
     ranks, folder = worker.ranks, worker.folder / case["folder"]
-    overrides = [*worker.plan["settings"], "training.micro_batch_size=auto", f"run.dir={folder}"]
+    overrides = [
+        *worker.plan["settings"],
+        *case.get("overrides", []),
+        "training.micro_batch_size=auto",
+        f"run.dir={folder}",
+    ]
     resolved = resolve_named("t5_small", overrides, ranks.world_size, has_gpu=False, ds=case["ds"])
     if given := case.get("given"):
         return resolved.with_choice(MicroBatchChoice(**given))
@@ -69,31 +77,43 @@ def fitted(case: dict[str, Any], worker: Worker) -> ResolvedRun:
 
 @contextmanager
 def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None]:
-    """Within it the last rank has no memory for more padded frames: in forward pass, backward pass or update."""
-    own = rehearsal.translation_losses
+    """Within it the last rank has no memory for more padded frames: in a pass, an update or a capture."""
+    own, own_capture = rehearsal.batch_losses, pass_graphs.capture_on
+    recorded, under_way = RecordedCalls(), [False]
 
-    def breaking(engine: Any, poses: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
-        if ranks.rank < ranks.world_size - 1 or poses.shape[0] * poses.shape[1] <= frames:
-            return own(engine, poses, *arguments, **settings)
+    def capture(call: Any) -> Any:
+        under_way[0] = True
+        result = recorded(call)
+        under_way[0] = False
+        return result
+
+    if where == "capture":
+        pass_graphs.capture_on = lambda device: capture
+
+    def breaking(engine: Any, batch: Batch, *arguments: Any, **settings: Any) -> Any:
+        if ranks.rank < ranks.world_size - 1 or batch.frame_mask.numel() <= frames:
+            return own(engine, batch, *arguments, **settings)
+        if where == "capture":
+            return raise_out_of_memory() if under_way[0] else own(engine, batch, *arguments, **settings)
         if where == "forward":
             hook = engine.module.backbone.get_decoder().register_forward_pre_hook(raise_out_of_memory)
             try:
-                return own(engine, poses, *arguments, **settings)
+                return own(engine, batch, *arguments, **settings)
             finally:
                 hook.remove()
         if where == "update":
             engine.step = raise_out_of_memory
-        nll, ctc = own(engine, poses, *arguments, **settings)
+        nll, ctc = own(engine, batch, *arguments, **settings)
         if where == "backward":
             weight = next(weight for weight in engine.module.parameters() if weight.requires_grad)
             weight.register_hook(raise_out_of_memory)
         return nll, ctc
 
-    rehearsal.translation_losses = breaking
+    rehearsal.batch_losses = breaking
     try:
         yield
     finally:
-        rehearsal.translation_losses = own
+        rehearsal.batch_losses, pass_graphs.capture_on = own, own_capture
 
 
 def raise_out_of_memory(*_: Any) -> None:

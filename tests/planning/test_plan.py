@@ -64,6 +64,26 @@ def test_the_peak_of_t5_base_is_that_of_an_h100() -> None:
     assert larger.allocated / GIB == pytest.approx(4.69, rel=0.10)
 
 
+@pytest.mark.parametrize("ds", ["zero0", "zero1"])
+def test_graphs_of_passes_keep_activations_and_gradients(ds: str) -> None:
+    graphs = (*SCRATCH, "training.compile=graphs")
+    with_graphs = make_plan(subject("t5_small", *graphs), resolved("t5_small", *graphs, ds=ds), H100, FOUR_STEPS)
+    without = make_plan(subject("t5_small", *SCRATCH), resolved("t5_small", *SCRATCH, ds=ds), H100, FOUR_STEPS)
+    pool = with_graphs.items["pool of CUDA graphs"]
+    assert pool == pytest.approx(without.pass_.peak + without.zero.trained)
+    for phase in ("step", "evaluation", "save"):
+        assert with_graphs.phases[phase] >= without.phases[phase] + pool
+    assert with_graphs.phases["start"] == without.phases["start"]
+    run, model, workload = (
+        resolved("t5_small", *graphs, ds=ds),
+        subject("t5_small", *graphs),
+        from_maxima(load_recipe("t5_small", graphs)),
+    )
+    card = Hardware(gpus=1, gpu_memory=6 * GIB)
+    plain = largest_micro_batch(subject("t5_small", *SCRATCH), resolved("t5_small", *SCRATCH, ds=ds), card, workload)
+    assert largest_micro_batch(model, run, card, workload) < plain
+
+
 def test_the_largest_micro_batch_fits_and_one_more_clip_does_not() -> None:
     run, model = resolved("t5_small", *SCRATCH), subject("t5_small", *SCRATCH)
     workload = from_maxima(run.recipe)

@@ -8,6 +8,7 @@ from tests.recipe.resolving import error_of, run_of
 from toolkit.errors import UserError
 from toolkit.recipe.compilation import Compilation, compilation
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.resolve import padding_of
 
 
 def compilation_of(*overrides: str, ds: str = "zero2", has_gpu: bool = True) -> Compilation:
@@ -54,12 +55,56 @@ def test_where_they_cannot_be_true_is_refused(overrides: list[str], ds: str, wor
     assert "training.compile=auto" in error.hint
 
 
-@pytest.mark.parametrize("value", ["graphs", "1", "null", "[true]"])
+@pytest.mark.parametrize("value", ["graph", "1", "null", "[true]"])
 def test_another_value_is_refused(value: str) -> None:
     with pytest.raises(UserError, match=r"training\.compile"):
         load_recipe("t5_small", [f"training.compile={value}"])
 
 
-@pytest.mark.parametrize("value", [True, False, "auto"])
+@pytest.mark.parametrize(
+    ("overrides", "ds"),
+    [
+        ([], "zero0"),
+        ([], "zero1"),
+        (["ds.bf16.enabled=false"], "zero1"),
+        (["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"], "zero1"),
+        (["model.lora.r=8"], "zero1"),
+        (["training.padding=ladder"], "zero1"),
+    ],
+)
+def test_passes_are_graphs_where_they_can_be(overrides: list[str], ds: str) -> None:
+    run = run_of("t5_small", "training.compile=graphs", *overrides, ds=ds, has_gpu=True)
+    found = compilation(run.recipe, run.deepspeed, has_gpu=True)
+    assert found.graphs and not found.compiles and "graphs" in found.in_words()
+    assert padding_of(run.recipe.training, has_gpu=False) == "ladder", "a graph belongs to one shape"
+    on_cpus = compilation(run.recipe, run.deepspeed, has_gpu=False)
+    assert "CPU" in on_cpus.in_words() and "\n" not in on_cpus.in_words()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ds", "word"),
+    [
+        ([], "zero2", "stage 2"),
+        ([], "zero2_offload", "stage 2"),
+        ([], "zero3", "stage 3"),
+        ([], "zero3_deepcompile", "stage 3"),
+        (["ds.zero_optimization.offload_optimizer.device=cpu"], "zero1", "offload"),
+        (["ds.torch_autocast=null", "ds.bf16.enabled=true"], "zero0", "bf16"),
+        (["training.gradient_checkpointing=true"], "zero1", "gradient_checkpointing"),
+        (["training.freeze_backbone_steps=5"], "zero1", "freeze_backbone_steps"),
+        (["training.ctc_weight=0.3"], "zero1", "ctc_weight"),
+        (["training.padding=longest"], "zero1", "longest"),
+        (["model.quantization=nf4", "model.lora.r=8"], "zero1", "quantization"),
+        (["model.backbone=led_base"], "zero1", "led"),
+        (["model.backbone=longt5_base"], "zero1", "longt5"),
+    ],
+)
+def test_where_they_cannot_graphs_are_refused(overrides: list[str], ds: str, word: str) -> None:
+    error = error_of("t5_small", "training.compile=graphs", *overrides, ds=ds, has_gpu=True)
+    assert "training.compile=graphs" in error.message and word in error.message
+    assert "training.compile=auto" in error.hint
+
+
+@pytest.mark.parametrize("value", [True, False, "auto", "graphs"])
 def test_its_values_are_kept(value: bool | str) -> None:
     assert load_recipe("t5_small", [f"training.compile={value}".lower()]).training.compile == value

@@ -41,6 +41,7 @@ class Engine:
 
     device = torch.device("cpu")
     dp_world_size = 1
+    enable_backward_allreduce = False  # of one rank
 
     def __init__(self, module: nn.Module, resolved: ResolvedRun) -> None:
         self.module = module
@@ -65,6 +66,9 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+    def torch_autocast_enabled(self) -> bool:
+        return False
 
     def gradient_clipping(self) -> float:
         return self.clipping

@@ -98,9 +98,7 @@ def test_labels_are_smoothed_in_training_alone(
     make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
     smoothing: list[float] = []
-    monkeypatch.setattr(
-        module, "translation_losses", lambda *_, label_smoothing, **__: smoothing.append(label_smoothing)
-    )
+    monkeypatch.setattr(module, "batch_losses", lambda *_, label_smoothing, **__: smoothing.append(label_smoothing))
     trainer = make("training.label_smoothing=0.25")
     trainer.engine.module.train(training)
     trainer._losses(next(batches_of(trainer))[0])

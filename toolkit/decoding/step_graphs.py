@@ -57,6 +57,7 @@ class CudaGraphs:
             call()  # libraries allocate what they need at their first call, which a capture forbids
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # within a capture the allocator cannot free what it keeps for others
         # Not torch.cuda.graph: where a capture fails it leaves its stream the current one.
         with torch.cuda.stream(self.stream):
             # Other threads of this process may use the GPU meanwhile.

@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +45,7 @@ from toolkit.fitting.memory_limits import peaks
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.compiled import uncompiled
-from toolkit.models.loss import translation_losses
+from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
@@ -55,6 +55,7 @@ from toolkit.training.engine import gradient_norm, make_engine
 from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 from toolkit.training.optimization.averaging import update_average
 from toolkit.training.optimization.gradient_reduction import reduced_once
+from toolkit.training.pass_graphs import pass_graphs
 
 # The share of a GPU that stays free: buffers of NCCL, which the rehearsal has none of, and blocks between tensors.
 GPU_RESERVE = 0.05
@@ -219,6 +220,9 @@ class _Engine:
     tokens: dict[bool, int]  # of the longest texts, and of typical ones
     steps: int = 0
 
+    def __post_init__(self) -> None:
+        self.graphs = pass_graphs(self.engine, self.resolved, self._losses)
+
     @classmethod
     def build(cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, threads: int) -> _Engine:
         _join_fake_group(ranks)
@@ -299,26 +303,28 @@ class _Engine:
 
     def _backward(self, shapes: Sequence[Shape], *, ends_step: bool) -> float:
         before = time.monotonic()
-        recipe = self.resolved.recipe.training
-        # Without compiled layers, which keep less: should one fail, the run continues without them.
-        with uncompiled(self.engine.module), reduced_once(self.engine, len(shapes)):
-            for number, shape in enumerate(shapes, start=1):
-                self.engine.set_gradient_accumulation_boundary(ends_step and number == len(shapes))
-                batch = self._batch(shape).to(self.engine.device)
-                nll, ctc = translation_losses(
-                    self.engine,
-                    **batch.inputs,
-                    labels=batch.labels,
-                    labelled=batch.labelled,
-                    special_ids=self.special,
-                    gloss_labels=batch.gloss_labels,
-                    label_smoothing=recipe.label_smoothing,
-                )
-                tokens = batch.labels.numel()
-                self.engine.backward((nll + recipe.ctc_weight * ctc) / tokens, scale_wrt_gas=False)
+        batches = (self._batch(shape).to(self.engine.device) for shape in shapes)
+        if self.graphs and ends_step:
+            self.graphs.backward(batches, torch.ones(()), lambda _: contextlib.nullcontext())
+            if self.graphs.out_of_memory:
+                raise torch.OutOfMemoryError("the capture of a graph")
+        else:
+            self._written_backward(batches, len(shapes), ends_step=ends_step)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.monotonic() - before
+
+    def _written_backward(self, batches: Iterable[Batch], count: int, *, ends_step: bool) -> None:
+        # Without compiled layers, which keep less: should one fail, the run continues without them.
+        with uncompiled(self.engine.module), reduced_once(self.engine, count):
+            for number, batch in enumerate(batches, start=1):
+                self.engine.set_gradient_accumulation_boundary(ends_step and number == count)
+                nll, ctc = self._losses(batch, self.engine)
+                loss = (nll + self.resolved.recipe.training.ctc_weight * ctc) / batch.labels.numel()
+                self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _losses(self, batch: Batch, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_losses(model, batch, self.special, label_smoothing=self.resolved.recipe.training.label_smoothing)
 
     def _batch(self, shape: Shape) -> Batch:
         """Random poses and texts; what a pass takes depends on their sizes alone."""

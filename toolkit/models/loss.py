@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toolkit.batching.collate import IGNORED_LABEL
+from toolkit.batching.collate import IGNORED_LABEL, Batch
 
 # Scores that are computed in fp32 at once: what fits a CPU's cache, and what occupies a GPU.
 CPU_SCORES, GPU_SCORES = 2**19, 2**27
@@ -116,6 +116,21 @@ def translation_losses(
     if gloss_labels is None:
         return nll, ctc_loss(output.ctc_logits, output.encoder_mask, labels, special_ids)
     return nll, ctc_loss(output.ctc_logits, output.encoder_mask, gloss_labels, special_ids[:0])
+
+
+def batch_losses(
+    model: Any, batch: Batch, special_ids: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As :func:`translation_losses`, of a batch on the model's device."""
+    return translation_losses(
+        model,
+        **batch.inputs,
+        labels=batch.labels,
+        labelled=batch.labelled,
+        special_ids=special_ids,
+        gloss_labels=batch.gloss_labels,
+        label_smoothing=label_smoothing,
+    )
 
 
 def ctc_loss(logits: Tensor, encoder_mask: Tensor, labels: Tensor, special_ids: Tensor) -> Tensor:

@@ -67,8 +67,9 @@ def planned_phases(
     subject = Subject.of(resolved.recipe, rows)
     workload = computed.workload(corpus, resolved)
     plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=computed.clips)
-    # As in Plan.allocated: neither the context nor what the allocator loses between its blocks.
-    return {phase: (size - hardware.context) / (1 + FRAGMENTS) for phase, size in plan.phases.items()}
+    # As in Plan.allocated: neither the context, what the allocator loses between its blocks, nor the pool of graphs.
+    pools = {phase: 0.0 if phase == "start" else plan.zero.graph_pool for phase in plan.phases}
+    return {phase: (size - hardware.context) / (1 + FRAGMENTS) - pools[phase] for phase, size in plan.phases.items()}
 
 
 def advice_within(

@@ -23,6 +23,7 @@ from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
+from toolkit.recipe.compilation import compilation
 from toolkit.recipe.deepspeed.cells import parameter_precision
 from toolkit.recipe.model_cards import reads_published, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
@@ -177,8 +178,12 @@ class Plan:
 
     @property
     def allocated(self) -> float:
-        """What ``torch.cuda.max_memory_allocated`` will say: without the context and the allocator's fragments."""
-        return self.total - self.items["CUDA context"] - self.items["allocator"]
+        """What ``torch.cuda.max_memory_allocated`` will say.
+
+        Without the context, the allocator's fragments, and what graphs keep, which torch counts as reserved.
+        """
+        pool = self.items.get("pool of CUDA graphs", 0.0)
+        return self.total - self.items["CUDA context"] - self.items["allocator"] - pool
 
     def lacking(self, hardware: Hardware) -> list[str]:
         """What the hardware has too little of, in words; empty where the run fits."""
@@ -223,9 +228,13 @@ def make_plan(
     zero = zero_memory(subject.weights, recipe, config, resolved.world_size)
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
+    start = zero.always
+    if compilation(recipe, config, has_gpu=True).graphs:
+        # Passes of a shape that is new run as they are written beside it, before they are captured.
+        zero = zero.with_graphs(first.peak)
     always = zero.always
     moments: dict[str, Items] = {
-        "start": always | {"weights before they are flattened": zero.trained},
+        "start": start | {"weights before they are flattened": zero.trained},
         "first micro-batch": _in_pass(zero, first.peak, gradients=0.0),
         "gradient reduction": always
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}

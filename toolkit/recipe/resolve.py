@@ -239,9 +239,9 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
 
 
 def padding_of(training: Training, *, has_gpu: bool) -> Literal["longest", "ladder"]:
-    """To what batches are padded; ``auto`` takes few lengths on GPUs, and least padding on CPUs."""
+    """To what batches are padded; ``auto`` takes few lengths on GPUs and for graphs, and least padding on CPUs."""
     if training.padding == "auto":
-        return "ladder" if has_gpu else "longest"
+        return "ladder" if has_gpu or training.compile == "graphs" else "longest"
     return training.padding
 
 

@@ -36,14 +36,14 @@ def _count_or_auto(value: Any) -> int | Literal["auto"]:
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 
 
-def _switch(value: Any) -> Any:
-    """``auto``, true or false; a union would take 1 for true."""
-    if value is True or value is False or value == "auto":
+def _compile(value: Any) -> Any:
+    """``auto``, true, false or ``graphs``; a union would take 1 for true."""
+    if value is True or value is False or value in ("auto", "graphs"):
         return value
-    raise ValueError("not a valid value", "write auto, true or false")
+    raise ValueError("not a valid value", "write auto, true, false or graphs")
 
 
-Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
+Compile = Annotated[bool | Literal["auto", "graphs"], PlainValidator(_compile)]
 ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer", "gloss_wer"]
 
 
@@ -312,7 +312,7 @@ class Training(Section):
     warmup_ratio: Share = 0.1  # share of all optimizer steps
     gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
-    compile: Switch = "auto"  # layers in fewer, larger kernels; auto = on GPUs, where ZeRO stage and model allow it
+    compile: Compile = "auto"  # layers in fewer, larger kernels, on GPUs (auto); graphs = passes as CUDA graphs
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_target_tokens: Count = 128  # longer texts are truncated, and learnt as if they ended there
     ctc_weight: Strength = 0.0  # weight of a CTC loss on the encoder; 0 = off

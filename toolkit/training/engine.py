@@ -47,7 +47,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
 
     layers = compilation(resolved.recipe, resolved.deepspeed, has_gpu=torch.cuda.is_available())
     log.info("layers: %s", layers.in_words())
-    if uses_cpu_code() and not layers.compiles:
+    if uses_cpu_code() and not (layers.compiles or layers.graphs):
         use_cpu_layers(module)
     else:
         use_gpu_layers(module)

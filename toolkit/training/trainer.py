@@ -28,7 +28,7 @@ from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import Interrupted
 from toolkit.models.compiled import before_compilations
 from toolkit.models.loading.weights import save_model, saved_state_dict
-from toolkit.models.loss import translation_losses
+from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.recipe.batches import total_steps
@@ -51,6 +51,7 @@ from toolkit.training.optimization.averaging import averaged_weights, update_ave
 from toolkit.training.optimization.freezing import BackboneFreeze
 from toolkit.training.optimization.gradient_reduction import reduced_once
 from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, warmup_steps
+from toolkit.training.pass_graphs import pass_graphs
 
 log = logging.getLogger("toolkit")
 
@@ -86,6 +87,7 @@ class Trainer:
         self.freeze = (
             BackboneFreeze(self.engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
         )
+        self.graphs = pass_graphs(self.engine, resolved, self._losses)
         self.loss_spikes = LossSpikes()
         self.rank_watch = RankWatch(
             self.ranks,
@@ -132,6 +134,7 @@ class Trainer:
                 on_rank_0(lambda: keep_only(self.resolved.run_dir, [step for step, _ in self.progress.kept]))
         finally:
             self.rank_watch.close()
+            self.graphs = None  # the final scores need the memory
 
     def _run(self, stream: TrainBatches) -> None:
         self.memory.enter("step")
@@ -211,9 +214,11 @@ class Trainer:
         # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
         scale = (self.ranks.world_size / tokens.clamp(min=1)).float()
         weight, losses = self.recipe.training.ctc_weight, []
+        ahead = self.memory.seen(copied_ahead(batches, self.engine.device))
+        if self.graphs:
+            return self.graphs.backward(ahead, scale, lambda batch: self.meter.forward(self.engine.module, batch))
         with reduced_once(self.engine, len(batches)):
-            for number, batch in enumerate(copied_ahead(batches, self.engine.device), start=1):
-                self.memory.see(number, batch)
+            for number, batch in enumerate(ahead, start=1):
                 self.engine.set_gradient_accumulation_boundary(number == len(batches))
                 with self.meter.forward(self.engine.module, batch):
                     nll, ctc = self._losses(batch)
@@ -221,18 +226,10 @@ class Trainer:
                 self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
         return torch.stack(losses).double().view(-1, 2).sum(0)
 
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed token loss and CTC loss of a micro-batch, in nats."""
-        training = self.recipe.training
-        return translation_losses(
-            self.engine,
-            **batch.inputs,
-            labels=batch.labels,
-            labelled=batch.labelled,
-            special_ids=self.special_ids,
-            gloss_labels=batch.gloss_labels,
-            label_smoothing=training.label_smoothing if self.engine.training else 0.0,
-        )
+    def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed token loss and CTC loss of a micro-batch, in nats, by the engine or another ``model``."""
+        smoothing = self.recipe.training.label_smoothing if self.engine.training else 0.0
+        return batch_losses(model or self.engine, batch, self.special_ids, label_smoothing=smoothing)
 
     def _look_at_device(
         self, counts: Tensor, own: Tensor, batches: Sequence[Batch]

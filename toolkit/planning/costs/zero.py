@@ -46,6 +46,7 @@ class ZeroMemory:
         master, moments, average: of the optimizer, on the device.
         kept_gradients: always on the device.
         gradients: on the device from the first backward pass of a step to its update.
+        graph_pool: what CUDA graphs of training passes keep from one step to the next, on the device.
         kept_buckets, buckets: for communication, always or in the backward pass.
         reduction, update: copies in these moments, on the device.
         unpacked: the largest quantised weight, unpacked while it is used.
@@ -68,6 +69,7 @@ class ZeroMemory:
     average: float = 0.0
     kept_gradients: float = 0.0
     gradients: float = 0.0
+    graph_pool: float = 0.0
     kept_buckets: float = 0.0
     buckets: float = 0.0
     reduction: float = 0.0
@@ -94,6 +96,7 @@ class ZeroMemory:
             "weight average": self.average,
             "gradients": self.kept_gradients,
             "buckets": self.kept_buckets,
+            "pool of CUDA graphs": self.graph_pool,
         }
 
     @property
@@ -105,6 +108,14 @@ class ZeroMemory:
     def device(self) -> float:
         """Bytes of the model states."""
         return sum(self.states.values())
+
+    def with_graphs(self, activations: float) -> ZeroMemory:
+        """The same where passes are CUDA graphs whose largest one has so many bytes of activations.
+
+        Its pool holds them and, until they are added up, the gradients of a micro-batch. The sums stay where they are.
+        """
+        kept = self.kept_gradients + self.gradients
+        return replace(self, kept_gradients=kept, gradients=0.0, graph_pool=activations + self.trained)
 
     def in_backward(self, gradients: float) -> Items:
         """What is on the device in a backward pass, with the gradients that earlier passes of the step left there."""

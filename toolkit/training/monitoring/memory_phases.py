@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,6 +101,12 @@ class MemoryPhases:
             self.first = Shape.largest([self.first, shape])
         else:
             self.later = Shape.largest([self.later, shape])
+
+    def seen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The micro-batches of a step, each seen when it is computed."""
+        for number, batch in enumerate(batches, start=1):
+            self.see(number, batch)
+            yield batch
 
     def highest(self, kind: str) -> float:
         """GiB of this rank at most, in all phases until now."""

@@ -43,7 +43,7 @@ def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None
 
     All ranks have the same number of micro-batches.
     """
-    return _reduced_once(engine) if micro_batches > 1 and holds_whole_gradient(engine) else nullcontext()
+    return coalesced_reduction(engine) if micro_batches > 1 and holds_whole_gradient(engine) else nullcontext()
 
 
 def holds_whole_gradient(engine: Any) -> bool:
@@ -70,7 +70,8 @@ _abandoned: list[Any] = []
 
 
 @contextmanager
-def _reduced_once(engine: Any) -> Iterator[None]:
+def coalesced_reduction(engine: Any) -> Iterator[None]:
+    """Gradients stay where backward passes leave them; when it ends they are summed over ranks, for one step."""
     reduction = engine.coalesce_grad_reduction()
     reduction.__enter__()
     try:
