@@ -122,6 +122,15 @@ def side_by_side(recipe: str, clips: int, zero: str, best: int | str, *, peers: 
     return Training(recipe, clips, own | (others if peers else {}))
 
 
+def launches() -> dict[str, tuple[str, ...]]:
+    """Small micro-batches, where launches take longest: layers as they are written, compiled, and passes as graphs."""
+    shared = (micro(16), "deepspeed=zero1", "training.padding=ladder")
+    return {
+        name: ("ours", *shared, f"training.compile={value}")
+        for name, value in {"written": "false", "compiled": "auto", "graphs": "graphs"}.items()
+    }
+
+
 def every_json(folder: Path, toy: bool) -> dict[str, Any]:
     """Four steps of t5_small by every DeepSpeed JSON, and how far its losses are from those of ZeRO-1."""
     names = [path.stem for path in sorted((HERE.parent / "ds_configs").glob("*.json")) if "nvme" not in path.stem]
@@ -248,6 +257,7 @@ ROWS = [
     Row("t5_base_16", 75, side_by_side("t5_base", 16, "zero1", 16)),  # one rank's part of eight
     Row("t5_base_128", 110, side_by_side("t5_base", 128, "zero0", 128)),
     Row("t5_small_128", 80, side_by_side("t5_small", 128, "zero0", 128)),
+    Row("t5_small_launches", 60, Training("t5_small", 16, launches())),
     Row("t5_base_as_typed", 75, as_typed),  # and as much for each larger number of ranks
     Row("t5_large", 90, side_by_side("t5_large", 128, "zero1", 32, peers=False)),
     Row("t5_3b_lora", 110, side_by_side("t5_3b_lora", 128, "zero1", 16, peers=False)),
