@@ -152,8 +152,12 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
     return smallest, largest
 
 
-# As a rank is after its first backward pass, in a process group: threads have stacks and heaps of their own.
+# As a rank is after its first backward pass, in a process group; any limit decides how its threads take addresses.
 READY = """
+import resource
+from toolkit.cpu.allocator import keep_freed_memory
+resource.setrlimit(resource.RLIMIT_AS, (2**40, resource.getrlimit(resource.RLIMIT_AS)[1]))
+keep_freed_memory()
 import psutil, torch, toolkit.training.run, toolkit.fitting.rehearsal
 from deepspeed.runtime.zero.muon import muon_optimizer
 from toolkit.cluster.process_group import join_process_group
@@ -253,7 +257,7 @@ def end_of(codes: list[int], output: str) -> str:
     """How a run ended, in words."""
     if not any(codes):
         return ENDS[0]
-    memory = ("allocate memory", "MemoryError", "OutOfMemory", OUT_OF_MEMORY, "bad_alloc")
+    memory = ("allocate memory", "MemoryError", "OutOfMemory", OUT_OF_MEMORY, "bad_alloc", "start new thread")
     if any(ENDS.get(code) == OUT_OF_MEMORY for code in codes):
         return OUT_OF_MEMORY
     if EXIT_USER_ERROR in codes and "micro_batch_size=auto: not one" in output:

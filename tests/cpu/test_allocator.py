@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,45 @@ def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
 
     assert new_pages("set") < 1000
     assert new_pages("leave") > 30_000, "without the settings every large block was to get new pages"
+
+
+# Threads that hold a small block each, under a limit on addresses.
+LIMITED = """
+from toolkit.cpu.allocator import keep_freed_memory
+import ctypes, resource, sys, threading
+
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+if sys.argv[1] == "set":
+    assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+
+def addresses():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+    return int(line.split()[1]) / 1024
+
+def hold():
+    libc.malloc(1000)
+    held.wait()
+    counted.wait()
+
+before, count = addresses(), 4
+held, counted = threading.Barrier(count + 1), threading.Barrier(count + 1)
+threads = [threading.Thread(target=hold) for _ in range(count)]
+for thread in threads:
+    thread.start()
+held.wait()
+print((addresses() - before) / count)
+counted.wait()
+"""
+
+
+@pytest.mark.process
+def test_where_addresses_are_limited_a_thread_has_no_heap_of_its_own() -> None:
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    stack_mib = 8 if stack == resource.RLIM_INFINITY else stack / 2**20
+
+    def mib_a_thread(choice: str) -> float:
+        return float(outcome(LIMITED, choice)) - stack_mib
+
+    assert mib_a_thread("set") < 8
+    assert mib_a_thread("leave") > 32, "without the settings each thread was to map a heap"

@@ -46,6 +46,7 @@ def test_a_process_that_takes_more_than_its_limit_is_out_of_memory(
         ([EXIT_SMALLER_NEXT, -15], "", "out of memory"),
         ([-9, 1], "", "out of memory"),
         ([1], "RuntimeError: can't allocate memory", "out of memory"),
+        ([1], "RuntimeError: can't start new thread", "out of memory"),
         ([1], "KeyError: 7", "other"),
         ([EXIT_USER_ERROR], "error: no such recipe", "other"),
     ],

@@ -6,19 +6,24 @@ heap, so that a rank that gathers layer after layer fills the machine's memory. 
 
 Elsewhere it should not: each step asks for the same large blocks, and pages that the system takes back and fills with
 zeros again cost time; benchmarks/training.py measures it. The kept heap has huge pages where the system offers them.
+
+Where the addresses of a process are limited (``ulimit -v``), freed memory goes back as well, since what a heap loses
+between its blocks counts against the limit, and all threads share one heap: of each heap of its own glibc maps 64 MiB.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 _THRESHOLD_BYTES = 65536
 # Of the same settings, the variables by which glibc takes them at start-up, and the numbers of mallopt (malloc.h).
-_NUMBERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_MMAP_MAX_": -4}
+_NUMBERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}
 _RETURN = {"MALLOC_TRIM_THRESHOLD_": _THRESHOLD_BYTES, "MALLOC_MMAP_THRESHOLD_": _THRESHOLD_BYTES}
 _KEEP = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": 0}  # never trim the heap, never map
+_FEW_ADDRESSES = {"MALLOC_ARENA_MAX": 1}
 _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
 
 
@@ -30,15 +35,23 @@ def return_freed_memory() -> bool:
     Returns:
         whether the settings hold; false where the C library is not glibc.
     """
-    return _set(_RETURN)
+    return _set(_RETURN | (_FEW_ADDRESSES if _addresses_are_limited() else {}))
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks for the next ones of their size; else as :func:`return_freed_memory`."""
+    """Keep freed blocks for the next ones of their size, unless addresses are limited; else as
+    :func:`return_freed_memory`.
+    """
+    if _addresses_are_limited():
+        return return_freed_memory()
     held = _set(_KEEP)
     if held and os.environ["MALLOC_MMAP_MAX_"] == "0" and os.environ["MALLOC_TRIM_THRESHOLD_"] == "-1":
         _grow_heap_of_huge_pages()
     return held
+
+
+def _addresses_are_limited() -> bool:
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _grow_heap_of_huge_pages() -> None:
@@ -53,7 +66,7 @@ def _grow_heap_of_huge_pages() -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") * page // 2
     block = glibc.malloc(ctypes.c_size_t(size))
-    if block:  # else there is a limit on addresses
+    if block:
         start = -(-block // page) * page
         glibc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((block + size - start) // page * page), _MADV_HUGEPAGE)
         glibc.free(ctypes.c_void_p(block))  # nothing was written: the heap keeps the addresses, not the memory

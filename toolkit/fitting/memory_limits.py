@@ -17,8 +17,8 @@ from toolkit.cluster.host_memory import free_addresses, free_host_memory
 # written from, the search of an evaluation, and other processes of the machine.
 RESERVE = 0.2
 # Addresses of the threads that a run has and its rehearsal has not: of gloo, of the watch over ranks, of checkpoints.
-# glibc maps 64 MiB for the heap of each, and twice as much while it looks for their place.
-THREADS, ADDRESSES_OF_A_THREAD = 6, (64 + 8) << 20
+# Each has a stack; the allocator gives them no heaps of their own where addresses are limited.
+THREADS, ADDRESSES_OF_A_THREAD = 12, 10 << 20
 
 
 @dataclass(frozen=True)

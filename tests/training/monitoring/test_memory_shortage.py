@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from toolkit.errors import UserError
+from toolkit.training.monitoring import memory_shortage
 from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory, oom_kills
 
 CUDA = (
@@ -40,6 +41,14 @@ def test_other_errors_are_not(error: BaseException) -> None:
 
 def test_an_error_of_the_user_is_none() -> None:
     assert not is_out_of_memory(UserError("a card is out of memory"))
+
+
+def test_a_thread_that_cannot_start_is_one_where_addresses_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("can't start new thread")
+    assert not is_out_of_memory(error)
+    monkeypatch.setattr(memory_shortage, "free_addresses", lambda: 2**20)
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_statistics_of_the_allocator_are_left_out() -> None:

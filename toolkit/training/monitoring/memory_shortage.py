@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.cluster.host_memory import OF_PROCESS, ROOT, memory_cgroups
+from toolkit.cluster.host_memory import OF_PROCESS, ROOT, free_addresses, memory_cgroups
 from toolkit.errors import explained, first_line
 
 OF_MACHINE = Path("/proc/vmstat")
@@ -15,6 +15,8 @@ OF_CGROUP = ("memory.events", "memory.oom_control")  # of version 2 and 1
 COUNTER = "oom_kill"
 # Of what torch, CUDA, cuBLAS and C++ say, in lower case; not all of their errors have a class of their own.
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
+# What Python says where a thread's stack has no addresses left, or where a user may start no more processes.
+NO_THREAD = "can't start new thread"
 # What torch's loader says of a process that SIGKILL ended.
 LOADER_KILLED = "killed by signal: Killed"
 
@@ -26,7 +28,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and explained(error) is None and any(words in said for words in WORDS)
+    words = (*WORDS, *([] if free_addresses() is None else [NO_THREAD]))
+    return isinstance(error, RuntimeError) and explained(error) is None and any(word in said for word in words)
 
 
 def in_short(error: BaseException) -> str:
