@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 # Ranks of the demo: one for each GPU that torch sees; on the CPU two, or its one core.
 RANKS ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 
-# Tests that start no ranks run beside each other, the tests of one file in one process.
+# Tests run beside each other, those of one file in one process.
 WORKERS ?= $(shell $(BIN)/python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -32,9 +32,8 @@ demo: setup ## train on real signing, from nothing to printed scores; again: onl
 	@$(BIN)/python launch/prepare.py --recipe demo
 	@$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --recipe demo
 
-# A closing line as pytest's, for both parts, is the last one printed.
 test: setup lint ops ## lint, then the tests that need neither network nor GPU
-	@$(BIN)/python tests/two_parts.py $(BESIDE_EACH_OTHER)
+	@$(BIN)/python -m pytest $(BESIDE_EACH_OTHER)
 
 test-fast: setup ## the tests that start no process, in minutes: for work on one room
 	@$(BIN)/python -m pytest --fast -q $(BESIDE_EACH_OTHER)
