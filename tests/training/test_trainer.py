@@ -37,7 +37,7 @@ def test_a_step_has_the_mean_loss_and_gradient_of_all_its_tokens(make: Callable[
     stepped: list[float] = []
     trainer._log_step = lambda speed, rate, norm, ctc: norms.append(norm)  # type: ignore[method-assign]
     take_step = trainer.engine.step
-    trainer.engine.step = lambda: (stepped.append(float(gradient_norm(trainer.engine.module))), take_step())
+    trainer.engine.step = lambda: (stepped.append(float(gradient_norm(trainer.weights))), take_step())
     assert trainer.step(batches) is False
     assert trainer.loss == pytest.approx(loss.item() / tokens, rel=1e-5)
     assert norms == pytest.approx([float(nn.utils.get_total_norm(gradients))], rel=1e-4)

@@ -294,7 +294,7 @@ class _Engine:
         for _ in range(2 if self.steps == 0 else 1):
             seconds = self._backward(shapes, ends_step=True)
             if not self.resolved.zero_stage:
-                gradient_norm(self.engine.module)
+                gradient_norm(self.engine.module.parameters())
             self.engine.step()
             self.steps += 1
             if decay := self.resolved.recipe.training.ema:

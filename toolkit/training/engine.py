@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def set_learning_rate(engine: Any, peaks: list[tuple[str, float]], factor: float
         group["lr"] = peak * (backbone_factor if name == "backbone" else factor)
 
 
-def gradient_norm(module: nn.Module) -> torch.Tensor:
+def gradient_norm(weights: Iterable[nn.Parameter]) -> torch.Tensor:
     """Norm of the gradient at ZeRO stage 0, before the optimizer step: DeepSpeed reports none there.
 
     Gradients are whole and summed over ranks by then, and not yet clipped.
@@ -94,17 +94,17 @@ def gradient_norm(module: nn.Module) -> torch.Tensor:
     Returns:
         one number, on the device.
     """
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     return nn.utils.get_total_norm(gradients, foreach=True)
 
 
-def clip_gradients(engine: Any, norm: float | None, largest: float) -> None:
-    """Scale the gradient in place to the norm ``largest`` where its ``norm`` is greater, unless DeepSpeed clips.
+def clip_gradients(engine: Any, weights: Iterable[nn.Parameter], norm: float | None, largest: float) -> None:
+    """Scale gradients in place to the norm ``largest`` where their ``norm`` is greater, unless DeepSpeed clips.
 
     What DeepSpeed does not clip is what ``recipe.optimizers.loop_clips`` names; with ``largest`` 0 nothing is.
     """
     if norm is not None and norm > largest > 0 and not engine.gradient_clipping():
-        nn.utils.clip_grads_with_norm_(engine.module.parameters(), largest, torch.tensor(norm), foreach=True)
+        nn.utils.clip_grads_with_norm_(weights, largest, torch.tensor(norm), foreach=True)
 
 
 def release_training_states(engine: Any) -> None:

@@ -87,6 +87,7 @@ class Trainer:
         self.freeze = (
             BackboneFreeze(self.engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
         )
+        self.weights = list(self.engine.module.parameters())  # to look them up takes milliseconds of each step
         self.graphs = pass_graphs(self.engine, resolved, self._losses)
         self.loss_spikes = LossSpikes()
         self.rank_watch = RankWatch(
@@ -178,7 +179,7 @@ class Trainer:
         self._set_learning_rates(factor)
         own = self._backward(batches, sums[0])
         counts, (nll, ctc, stops), norm = self._look_at_device(sums, own, batches)
-        clip_gradients(self.engine, norm, training.gradient_clipping)
+        clip_gradients(self.engine, self.weights, norm, training.gradient_clipping)
         self.engine.step()
         if self.resolved.zero_stage:
             norm = self.engine.get_global_grad_norm()
@@ -253,7 +254,7 @@ class Trainer:
         problems = guard.count(device) if guard else torch.zeros((), device=device)
         sums = torch.cat([own, on_device([self.interruptions.wanted()], device), problems.double().view(1)])
         dist.all_reduce(sums)
-        norm = torch.zeros(0, device=device) if self.resolved.zero_stage else gradient_norm(self.engine.module)
+        norm = torch.zeros(0, device=device) if self.resolved.zero_stage else gradient_norm(self.weights)
         read = read_together(counts, sums, own, norm, self.late_norm.unread(device))
         self.late_norm.arrived(read[4])
         check_losses(read[1][:2], read[2], batches, self.progress.step + 1, self.resolved.run_dir, self.ranks.rank)
