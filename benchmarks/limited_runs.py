@@ -11,11 +11,12 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from toolkit.recipe.resolve import read_choice, resolve_named
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS, HELD_OUT = 64, 4
 STEPS = 2
+OPS = ("shm_comm", "cpu_adam", "async_io")
 MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
 # Where a limit lies between the memory of the smallest micro-batches and that of the largest.
 TIGHTEST, LOOSEST = -0.1, 0.8
@@ -67,6 +69,8 @@ class Draw:
 
 def random_runs(rows: Any, runs: int, folder: Path) -> None:
     """Draw and take runs, as rows of ``random``, and count those that ran out of memory."""
+    # A compiler would not fit below the limit of a run.
+    subprocess.run([sys.executable, str(ROOT / "launch" / "doctor.py"), "build-ops", *OPS], check=True)
     corpus = make_corpus(folder / "random_corpus", CLIPS, held_out=HELD_OUT)
     for number in range(runs):
         rows.measured("random", {"run": number}, lambda number=number: measure(number, corpus, folder))
@@ -224,7 +228,17 @@ def limited(draw: Draw, limit: int) -> Iterator[Callable[[], None]]:
         (group / "memory.limit_in_bytes").write_text(str(limit * draw.ranks), encoding="utf-8")
         yield enter
     finally:
+        end_all_in(group)
         group.rmdir()
+
+
+def end_all_in(group: Path) -> None:
+    """End what a rank has left behind, such as the compiler of an op."""
+    while left := (group / "cgroup.procs").read_text().split():
+        for pid in map(int, left):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLLED_EVERY)
 
 
 def wait(ranks: list[subprocess.Popen[bytes]], line: str) -> int:

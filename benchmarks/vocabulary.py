@@ -9,9 +9,8 @@ Writes benchmarks/results/vocabulary.json. Weights are random. The tokenizer is 
 mT5's: those learnt from the texts, 8,000 single ideographs, which stay, and made-up words of other scripts. English
 texts are lines of this project's documents, Hindi-like ones are made of syllables. Two processes, one of each
 vocabulary, take turns of a few steps on the same clips, so that both meet the same load of the machine.
-``states_fall_gib`` is what weights, their fp32 copies and the
-optimizer's moments take less, after a step: by plan, and counted in the processes' tensors; and by plan in a backward
-pass, with gradients.
+``states_fall_gib`` is what weights, their fp32 copies and the optimizer's moments take less, after a step: by plan, and
+counted in the processes' tensors; and by plan in a backward pass, with gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import sys
 import tempfile
@@ -48,6 +48,8 @@ from toolkit.recipe.resolve import ResolvedRun, resolve
 RESULTS = ROOT / "benchmarks" / "results" / "vocabulary.json"
 GIB = 2**30
 SIDES = ("full", "corpus")
+# Of glibc: what both processes free goes back to the system, else they would not fit into 24 GB together.
+RETURNED = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "65536"}
 SYLLABLES = [consonant + vowel for consonant in "कनतरमसपह" for vowel in ("", *"ािीुेैो")]
 
 
@@ -65,6 +67,7 @@ def main() -> None:
     if arguments.side:
         train_in_turns(arguments.folder, arguments.side)
         return
+    os.environ |= RETURNED
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_inputs(folder, arguments)
