@@ -29,7 +29,7 @@ from training_corpus import make_corpus
 from toolkit.cluster.process_group import free_port
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, EXIT_USER_ERROR
-from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, RESERVE, THREADS
+from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, LEAST_RESERVE, RESERVE, THREADS
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
 from toolkit.planning.plan import Subject
@@ -97,7 +97,7 @@ def drawn(number: int) -> Draw:
         f"training.gradient_checkpointing={str(draw.random() < 0.3).lower()}",
         f"model.pose_encoder.stride={draw.choice((1, 2, 4))}",
         f"evaluation.num_beams={draw.choice((1, 2, 5))}",
-        *(["training.ema=0.99"] if draw.random() < 0.3 else []),
+        *(["training.ema=0.99"] if draw.random() < 0.3 and "nvme" not in ds else []),
     )
     by = draw.choice(("addresses", "cgroup") if has_cgroups() else ("addresses",))
     ranks, place = draw.choice((1, 1, 2)), round(draw.uniform(TIGHTEST, LOOSEST), 2)
@@ -123,7 +123,7 @@ def measure(number: int, corpus: Corpus, folder: Path) -> dict[str, Any]:
     # A rank may take what it holds and what is free, less a reserve: the limit that permits so much.
     own = libraries()[draw.by]
     own += THREADS * ADDRESSES_OF_A_THREAD if draw.by == "addresses" else 0
-    needs = [own + (size - CPU_LIBRARIES) / (1 - RESERVE) for size in (smallest, largest)]
+    needs = [own + with_reserve(size - CPU_LIBRARIES) for size in (smallest, largest)]
     limit = needs[0] + draw.place * (needs[1] - needs[0])
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--recipe", draw.cell.spec.recipe]
     ended = run_limited([*words, "--ds", draw.cell.ds, "--new", *overrides], draw, int(limit), folder / str(number))
@@ -154,6 +154,11 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
     plans = [make_cpu_plan(subject, resolved, workload, micro_batch_size=size) for size in (1, share)]
     smallest, largest = (int(max(plan.phases.values())) for plan in plans)
     return smallest, largest
+
+
+def with_reserve(size: float) -> float:
+    """What must be free for a rehearsal that takes so many bytes."""
+    return max(size / (1 - RESERVE), size + LEAST_RESERVE)
 
 
 # As a rank is after its first backward pass, in a process group; any limit decides how its threads take addresses.

@@ -9,7 +9,14 @@ import psutil
 import pytest
 
 from toolkit.cluster import host_memory
-from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, RESERVE, THREADS, memory_limit
+from toolkit.fitting.memory_limits import (
+    ADDRESSES_OF_A_THREAD,
+    LEAST_RESERVE,
+    RESERVE,
+    THREADS,
+    less_reserve,
+    memory_limit,
+)
 
 GIB = 2**30
 
@@ -28,3 +35,9 @@ def test_ranks_share_what_the_narrowest_limit_leaves(monkeypatch: pytest.MonkeyP
     assert memory_limit(local_ranks=2).address_space == pytest.approx(
         vms + (1 - RESERVE) * (10 * GIB - threads), rel=0.01
     )
+
+
+def test_of_little_memory_the_reserve_is_a_larger_share() -> None:
+    assert less_reserve(10 * GIB) == int((1 - RESERVE) * 10 * GIB)
+    assert less_reserve(GIB // 2) == GIB // 2 - LEAST_RESERVE
+    assert less_reserve(LEAST_RESERVE // 2) == 0

@@ -16,6 +16,8 @@ from toolkit.cluster.host_memory import free_addresses, free_host_memory
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
 # written from, the search of an evaluation, and other processes of the machine.
 RESERVE = 0.2
+# It is never less than so many bytes a rank: what a run holds beside its model does not shrink with what is free.
+LEAST_RESERVE = 1 << 28
 # Addresses of the threads that a run has and its rehearsal has not: of gloo, of the watch over ranks, of checkpoints.
 # Each has a stack; the allocator gives them no heaps of their own where addresses are limited.
 THREADS, ADDRESSES_OF_A_THREAD = 12, 10 << 20
@@ -39,16 +41,16 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
 
     All ranks of a node measure before any of them takes more.
     """
-    own, addresses = psutil.Process().memory_info(), free_addresses()
+    own, addresses, threads = psutil.Process().memory_info(), free_addresses(), THREADS * ADDRESSES_OF_A_THREAD
     return MemoryLimit(
-        resident=own.rss + int((1 - RESERVE) * free_host_memory() / local_ranks),
-        address_space=None if addresses is None else own.vms + _for_tensors(addresses),
+        resident=own.rss + less_reserve(free_host_memory() // local_ranks),
+        address_space=None if addresses is None else own.vms + less_reserve(addresses - threads),
     )
 
 
-def _for_tensors(addresses: int) -> int:
-    """How many of the addresses that are free a rehearsal may take."""
-    return int((1 - RESERVE) * (addresses - THREADS * ADDRESSES_OF_A_THREAD))
+def less_reserve(free: int) -> int:
+    """What a rehearsal may take of so many free bytes."""
+    return max(0, min(int((1 - RESERVE) * free), free - LEAST_RESERVE))
 
 
 def peaks() -> tuple[int, int]:

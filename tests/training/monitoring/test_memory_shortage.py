@@ -43,8 +43,9 @@ def test_an_error_of_the_user_is_none() -> None:
     assert not is_out_of_memory(UserError("a card is out of memory"))
 
 
-def test_a_thread_that_cannot_start_is_one_where_addresses_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("can't start new thread")
+@pytest.mark.parametrize("said", ["can't start new thread", "could not create a primitive"])
+def test_what_else_is_said_where_addresses_are_limited(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError(said)
     assert not is_out_of_memory(error)
     monkeypatch.setattr(memory_shortage, "free_addresses", lambda: 2**20)
     assert is_out_of_memory(error)

@@ -15,8 +15,9 @@ OF_CGROUP = ("memory.events", "memory.oom_control")  # of version 2 and 1
 COUNTER = "oom_kill"
 # Of what torch, CUDA, cuBLAS and C++ say, in lower case; not all of their errors have a class of their own.
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
-# What Python says where a thread's stack has no addresses left, or where a user may start no more processes.
-NO_THREAD = "can't start new thread"
+# What Python says of a thread's stack, and oneDNN of the code that it writes, where no addresses are left; either may
+# have other reasons.
+WORDS_OF_ADDRESSES = ("can't start new thread", "could not create a primitive")
 # What torch's loader says of a process that SIGKILL ended.
 LOADER_KILLED = "killed by signal: Killed"
 
@@ -28,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     said = str(error).lower()
-    words = (*WORDS, *([] if free_addresses() is None else [NO_THREAD]))
+    words = WORDS if free_addresses() is None else (*WORDS, *WORDS_OF_ADDRESSES)
     return isinstance(error, RuntimeError) and explained(error) is None and any(word in said for word in words)
 
 
