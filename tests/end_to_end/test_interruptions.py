@@ -162,14 +162,13 @@ def test_every_signal_to_every_process_saves_and_stops_all_of_them(
     assert seen["code"] == CODES[target, number], seen["said"]
     assert len(re.findall(r"^interrupted: ", seen["said"], re.MULTILINE)) == 1, seen["said"]
     assert f"after step {seen['steps']} of {STEPS}" in seen["said"]
-    reasons = ["the launcher's death"] if target in ("runner", "launch") else [number.name]
-    if target == "one rank":
-        reasons = ["a signal to another rank"]
-    if target == "group":
-        # The ranks may agree to stop, and launch.py may pass on SIGTERM, before the first rank has got its own signal.
-        reasons += ["a signal to another rank", "SIGTERM"]
+    reasons = {"runner": ["the launcher's death"], "launch": ["the launcher's death"]}.get(target, [number.name])
     if target == "launch" and number != signal.SIGUSR1:
-        reasons = ["SIGTERM"]  # which launch.py passes on, to the first rank
+        reasons = ["SIGTERM"]  # which launch.py passes on
+    if target == "group":
+        reasons += ["SIGTERM"]  # which launch.py may pass on before the first rank has got its own signal
+    # The ranks may agree to stop before the first has seen what others have; a signal to the second it never sees.
+    reasons = ["a signal to another rank", *(reasons if target != "one rank" else [])]
     assert any(f"interrupted: stopped by {reason} " in seen["said"] for reason in reasons), seen["said"]
 
 
