@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """How fast features of another network are loaded into batches, beside the speed of memory in the same run.
 
-python benchmarks/features.py           half a minute on one core
+python benchmarks/features.py           a minute on one core
 python benchmarks/features.py --quick   fewer clips, to see that it runs; nothing is written
 
 Writes benchmarks/results/features.json. Clips have 768 float16 numbers a frame and one length, row by row a longer one.
 Loading is what a loader process does: read the clips of a batch, texts and all, out of the memory map and pad their
-features. The speed of memory is that of the copies alone: the same clips, held in memory, into new batches. Both take
-turns; a figure is the median over rounds of all batches. The map is in the page cache.
+features. The speed of memory is that of the copies alone: the same clips, held in memory as arrays, each copied by one
+assignment into a new batch, which is dropped before the next. Both take turns; a figure is the median over rounds of
+all batches. The files are in the page cache. In the first epoch (``first_gb_per_s``) a process maps their pages
+and looks each clip up; the ratio is that of the following ones.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 
 from toolkit.batching.collate import pad_video_features
 from toolkit.batching.order import epoch_order
-from toolkit.corpus.packed import Clip, Corpus, Metadata
+from toolkit.corpus.packed import Clip, Corpus, Metadata, Split
 from toolkit.corpus.writer import finish_corpus, finish_split, shard_name, write_shard
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import NO_LANDMARKS
@@ -79,31 +81,40 @@ def packed(folder: Path, count: int, frames: int) -> Corpus:
 def measure(corpus: Corpus, frames: int) -> dict[str, Any]:
     """GB/s of loading and of memory, by turns, and the median of their ratios."""
     split = corpus.splits["train"]
-    batches = [batch.tolist() for batch in epoch_order(split.frames, BATCH, 42, 0)]
+    batches = epoch_order(split.frames, BATCH, 42, 0)
     held = [[np.array(split.clip(index).video_features) for index in batch] for batch in batches]
     size = len(split) * frames * WIDTH * 2
 
-    def load() -> None:
-        for batch in batches:
-            pad_video_features(split.read(batch).video_features)
+    def load(opened: Split) -> Callable[[], None]:
+        def epoch() -> None:
+            for batch in batches:
+                pad_video_features(opened.read(batch).video_features)
+
+        return epoch
 
     def copy() -> None:
         for clips in held:
-            batch = np.empty((len(clips), frames, WIDTH), np.float16)
-            for row, values in enumerate(clips):
-                batch[row] = values
-            torch.from_numpy(batch)
+            copied(clips, frames)
 
-    load()  # pages of the map
-    copy()
-    rounds = [(seconds_of(load), seconds_of(copy)) for _ in range(ROUNDS)]
+    first = median(seconds_of(load(Corpus.open(corpus.path).splits["train"])) for _ in range(ROUNDS))
+    seconds_of(load(split))
+    rounds = [(seconds_of(load(split)), seconds_of(copy)) for _ in range(ROUNDS)]
     return {
         "frames": frames,
         "clips": len(split),
+        "first_gb_per_s": round(size / first / 1e9, 2),
         "loading_gb_per_s": round(size / median(first for first, _ in rounds) / 1e9, 2),
         "memory_gb_per_s": round(size / median(second for _, second in rounds) / 1e9, 2),
         "ratio": round(median(second / first for first, second in rounds), 3),
     }
+
+
+def copied(clips: list[np.ndarray], frames: int) -> torch.Tensor:
+    """Clips of this length as one batch."""
+    batch = np.empty((len(clips), frames, WIDTH), np.float16)
+    for row, values in enumerate(clips):
+        batch[row] = values
+    return torch.from_numpy(batch)
 
 
 def seconds_of(work: Callable[[], None]) -> float:

@@ -106,8 +106,9 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "features": (
         "Features of another network",
         "python benchmarks/features.py",
-        "768 numbers a frame, read out of the memory map into batches of 32 clips, beside copies of the same clips "
-        "held in memory. A clip costs some microseconds besides, for its texts and its place in the map; see "
+        "768 numbers a frame, read out of the memory map into batches of 32 clips, texts and all, beside copies of the "
+        "same clips held in memory. In the first epoch (`first_gb_per_s`) a process maps the pages and looks each clip "
+        "up; the ratio is that of the following ones, for the first 32,768 clips of a split that it reads. See "
         "[data.md](data.md#features-of-another-network).",
     ),
     "padding": (

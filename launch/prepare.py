@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import Prepared, find_or_prepare, prepare
 from toolkit.corpus.published.presets import presets

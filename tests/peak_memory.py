@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.table import read_table
 from toolkit.errors import UserError
 from toolkit.poses.features import extract_features

@@ -81,3 +81,9 @@ def test_moving_a_batch_keeps_all_of_it(tokenizer):
     assert not moved.is_filler.is_meta and not moved.clips.is_meta, "they are read by the host"
     assert moved.uids == batch.uids and moved.num_frames == batch.num_frames
     assert not batch.poses.is_meta
+
+
+def test_clips_of_another_type_are_refused_and_never_read_as_float16(tokenizer):
+    one = Clip(uid="a", text="b", features=np.ones((4, 4, 3), np.float32))
+    with pytest.raises(TypeError, match="float16"):
+        collate(Clips.of([one, clip(2)]), [0, 1], tokenizer, max_target_tokens=16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import prepare
 from toolkit.corpus.table import Row

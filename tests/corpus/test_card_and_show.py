@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.card import write_card
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import prepare

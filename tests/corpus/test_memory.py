@@ -19,7 +19,7 @@ import pytest
 
 from tests.peak_memory import SLACK, growth, over_limit
 from toolkit.corpus import table
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.table import read_table
 from toolkit.errors import UserError
 from toolkit.poses.pose_file import PoseError

@@ -94,6 +94,18 @@ def test_clips_read_together_are_those_read_one_by_one(corpus: Corpus) -> None:
         assert np.array_equal(ours, theirs, equal_nan=True) and not ours.flags.owndata
 
 
+def test_clips_beyond_those_that_a_process_keeps_are_the_same(corpus: Corpus, monkeypatch) -> None:
+    monkeypatch.setattr("toolkit.corpus.packed.MOST_KEPT", 4)
+    split, indices = Corpus.open(corpus.path).splits["train"], [*range(250, 260), 3, 3]
+    wanted = corpus.splits["train"].read(indices)
+    for _ in range(2):  # the first time, and with some of them kept
+        found = split.read(indices)
+        assert found.texts == wanted.texts
+        assert all(map(np.array_equal, found.features, wanted.features, [True] * len(indices)))
+        assert len(split._kept) == 4
+    assert not split.read([]).features and split.read([]).texts.keys() == wanted.texts.keys()
+
+
 @pytest.mark.parametrize("index", [-1, 600])
 def test_no_clip_there(corpus: Corpus, index: int) -> None:
     with pytest.raises(IndexError, match=f"{index} .*600 .*train"):

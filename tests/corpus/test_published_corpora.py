@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.scripts import load_script
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.corpus.names import Names
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import prepare

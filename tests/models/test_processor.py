@@ -56,6 +56,14 @@ def test_features_from_files_become_what_training_read(poses: bool, tmp_path: Pa
         processor(pose_files)
 
 
+def test_arrays_of_other_types_and_orders_are_padded_alike(processor: PoseProcessor, pose_files: list[Path]) -> None:
+    arrays = [processor.feature_extractor.features(path) for path in pose_files]
+    wanted = processor.feature_extractor.pad(arrays)
+    given = [np.asfortranarray(array.astype(np.float32)) for array in arrays]
+    found = processor.feature_extractor.pad(given)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_bytes_and_paths_are_the_same(processor: PoseProcessor, pose_files: list[Path]) -> None:
     by_path, by_bytes = processor(pose_files), processor([path.read_bytes() for path in pose_files])
     for key in by_path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.corpus.archives import open_poses
+from toolkit.corpus.archives.files import open_poses
 from toolkit.poses import compressed
 from toolkit.poses.array_files import read_named_arrays
 from toolkit.poses.compressed import decompress

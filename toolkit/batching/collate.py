@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,19 +149,18 @@ def _padded_frames(
 ) -> npt.NDArray[np.float16]:
     """Arrays [frames, ...] as one [arrays, frames, ...], padded to the longest of them or to so many frames.
 
-    One call of numpy copies them all.
+    One call copies them all, as bytes: numpy takes a tenth longer for many short clips.
     """
     lengths = [*map(len, arrays)]
     longest, shape = max(padded_frames, *lengths), arrays[0].shape[1:]
-    blank = np.full((longest - min(lengths), *shape), padding, np.float16)
-    joined = []
-    for length, array in zip(lengths, arrays, strict=True):
-        joined.append(array)
-        if length < longest:
-            joined.append(blank[: longest - length])
-    packed = np.empty((len(arrays) * longest, *shape), np.float16)
-    np.concatenate(joined, out=packed)
-    return packed.reshape(len(arrays), longest, *shape)
+    joined: Any = arrays
+    if (most := longest - min(lengths)) > 0:
+        blank = np.full((most, *shape), padding, np.float16)
+        joined = chain.from_iterable((array, blank[: longest - len(array)]) for array in arrays)
+    packed = np.ndarray((len(arrays), longest, *shape), np.float16, content := bytearray().join(joined))
+    if packed.nbytes != len(content):
+        raise TypeError(f"{len(content):,} bytes of clips, and float16 {list(packed.shape)} has {packed.nbytes:,}")
+    return packed
 
 
 def add_labels(batch: Batch, tokenizer: Any, max_target_tokens: int, rungs: Sequence[int] = ()) -> Batch:

@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
-from itertools import accumulate, chain, repeat
+from functools import cached_property
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from toolkit.corpus.columns import NO_TEXTS, Column, TextViews, text_views
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.prompts import CONDITIONS
@@ -35,6 +36,7 @@ from toolkit.recipe.prompts import CONDITIONS
 FORMAT_VERSION = 1
 METADATA_FILE = "corpus.json"
 MOST_CHUNKS = 1024  # whose views a process keeps; 30 KiB each
+MOST_KEPT = 32_768  # clips of a split whose views and texts a process keeps, the first that it reads; 0.7 KiB each
 # Settings of preparation that a corpus keeps in its metadata.
 KEPT_SETTINGS = ("fps", "max_frames", "min_frames", "too_long", "no_hands", "shared_texts")
 TEXT_COLUMNS = ("uid", "text", "video", *CONDITIONS, "signer", "gloss")
@@ -138,36 +140,12 @@ class Part:
     weights: tuple[float, float] | None = None  # in a mix, at the start and at the end of a run; None = by size
 
 
-class Column(Sequence[str]):
-    """The texts or uids of a split, read from the memory map one by one."""
-
-    def __init__(self, values: pa.ChunkedArray) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._values[int(index)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        for chunk in self._values.chunks:
-            yield from chunk.to_pylist()
-
-    @classmethod
-    def joined(cls, columns: Sequence[Column]) -> Column:
-        """Columns one after the other, as one; nothing is copied."""
-        return cls(pa.chunked_array([chunk for column in columns for chunk in column._values.chunks], pa.string()))
-
-
 class _Chunk(NamedTuple):
     """Views of a record batch."""
 
-    texts: dict[str, tuple[memoryview, memoryview]]  # int32 offsets [clips + 1] and bytes of each column
+    texts: list[TextViews]  # of each of ``TEXT_COLUMNS``
     offsets: memoryview  # int64 [clips + 1], of its frames
-    arrays: dict[str, npt.NDArray[np.float16]]  # all frames of each array of a clip
+    arrays: list[npt.NDArray[np.float16]]  # of each of ``_shapes`` all frames
 
 
 class Split:
@@ -252,22 +230,28 @@ class Split:
         Raises:
             IndexError: one of them is not there.
         """
-        # Few steps of Python are taken for each clip: they would take longer than copying a short one.
+        # A clip is found in one step of Python: more would take longer than copying a short one.
+        wanted = np.asarray(indices).tolist()
+        rows = [*map(self._kept.get, wanted)]
+        if None in rows:
+            missing = [index for index, row in zip(wanted, rows, strict=True) if row is None]
+            found = dict(zip(missing, self._rows(missing), strict=True))
+            self._kept.update(islice(found.items(), MOST_KEPT - len(self._kept)))
+            rows = [row or found[index] for index, row in zip(wanted, rows, strict=True)]
+        columns: list[Any] = [*map(list, zip(*rows, strict=True))] or [[] for _ in (*self._shapes, *TEXT_COLUMNS)]
+        arrays = dict(zip(self._shapes, columns, strict=False))
+        return Clips(dict(zip(TEXT_COLUMNS, columns[len(arrays) :], strict=True)), **arrays)
+
+    def _rows(self, indices: list[int]) -> Iterator[tuple[Any, ...]]:
+        """Of each clip its arrays and texts, in the order of ``_shapes`` and ``TEXT_COLUMNS``."""
         places = np.searchsorted(self._chunk_starts, indices, side="right") - 1
         rows = (indices - self._chunk_starts[places]).tolist()  # in their record batches
-        if min(rows, default=0) < 0:
+        if min(rows) < 0:
             raise IndexError(f"an index below 0 in split {self.name}")
-        chunks = [self._chunk(place) for place in places.tolist()]
-        found = list(zip(chunks, rows, strict=True))
-        spans = [slice(offsets[row], offsets[row + 1]) for (_, offsets, _), row in found]
-        arrays: dict[str, Any] = {
-            name: [chunk.arrays[name][span] for chunk, span in zip(chunks, spans, strict=True)] for name in self._shapes
-        }
-        texts = {name: [""] * len(found) for name in TEXT_COLUMNS}
-        for name in self._filled:  # a column that is empty so far is not asked for each clip
-            views = ((*chunk.texts[name], row) for chunk, row in found)
-            texts[name] = [str(data[ends[row] : ends[row + 1]], "utf-8") for ends, data, row in views]
-        return Clips(texts, **arrays)
+        for chunk, row in zip(map(self._chunk, places.tolist()), rows, strict=True):
+            span = slice(chunk.offsets[row], chunk.offsets[row + 1])
+            texts = [str(data[ends[row] : ends[row + 1]], "utf-8") if data else "" for ends, data in chunk.texts]
+            yield *[array[span] for array in chunk.arrays], *texts
 
     def __iter__(self) -> Iterator[Clip]:
         return (self.clip(index) for index in range(len(self)))
@@ -288,9 +272,9 @@ class Split:
         return [name for name in TEXT_COLUMNS if name in there or name not in LATER_COLUMNS]
 
     @cached_property
-    def _filled(self) -> set[str]:
-        """Columns that have a text in a record batch that was read."""
-        return set()
+    def _kept(self) -> dict[int, tuple[Any, ...]]:
+        """What :meth:`_rows` gave, by index."""
+        return {}
 
     @cached_property
     def _chunk_starts(self) -> npt.NDArray[np.int64]:
@@ -301,13 +285,15 @@ class Split:
     def _chunk(self, chunk: int) -> _Chunk:
         if (found := self._chunks.get(chunk)) is not None:
             return found
-        texts = {name: self._text_views(name, chunk) for name in TEXT_COLUMNS}
+        there = {*self._columns}
+        texts = [
+            text_views(self._table.column(name).chunk(chunk)) if name in there else NO_TEXTS for name in TEXT_COLUMNS
+        ]
         frames = self._table.column("frames").chunk(chunk).to_numpy()
         offsets = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
-        arrays = {name: self._values(name, chunk).reshape(offsets[-1], *shape) for name, shape in self._shapes.items()}
+        arrays = [self._values(name, chunk).reshape(offsets[-1], *shape) for name, shape in self._shapes.items()]
         if len(self._chunks) == MOST_CHUNKS:
             self._chunks.pop(next(iter(self._chunks)))
-        self._filled.update(name for name, (_, data) in texts.items() if len(data))
         self._chunks[chunk] = _Chunk(texts, offsets.data, arrays)
         return self._chunks[chunk]
 
@@ -316,15 +302,6 @@ class Split:
         """The arrays that a clip is made of, each with the shape of one frame."""
         shapes: dict[str, tuple[int, ...]] = {"features": (self.num_points, self.num_channels)}
         return shapes | ({"video_features": (self.num_features,)} if self.num_features else {})
-
-    def _text_views(self, name: str, chunk: int) -> tuple[memoryview, memoryview]:
-        """Offsets and bytes of a column; pyarrow itself takes twice as long for each text."""
-        if name not in self._columns:
-            return _no_texts(len(self._table.column("frames").chunk(chunk)))
-        column = self._table.column(name).chunk(chunk)
-        _, offsets, data = column.buffers()
-        ends = memoryview(offsets).cast("i")[column.offset : column.offset + len(column) + 1]
-        return (ends, memoryview(data)) if ends[0] != ends[-1] else _no_texts(len(column))
 
     def _values(self, name: str, chunk: int) -> npt.NDArray[np.float16]:
         """The values of all frames of one record batch; poses without landmarks have no column."""
@@ -337,11 +314,6 @@ class Split:
     @cached_property
     def _chunks(self) -> dict[int, _Chunk]:
         return {}
-
-
-@cache
-def _no_texts(clips: int) -> tuple[memoryview, memoryview]:
-    return memoryview(np.zeros(clips + 1, np.int32).data), memoryview(b"")
 
 
 @dataclass(frozen=True)

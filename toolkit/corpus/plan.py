@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from toolkit.corpus.archives import PoseFiles, open_features, open_poses
+from toolkit.corpus.archives.files import PoseFiles, open_features, open_poses
 from toolkit.corpus.names import canonical, contradict, escaped, shared_tail
 from toolkit.corpus.packed import FORMAT_VERSION, KEPT_SETTINGS
 from toolkit.corpus.published.presets import Preset, assigned_splits, find_tables, presets

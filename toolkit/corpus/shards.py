@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from toolkit.corpus.archives import PoseFiles
+from toolkit.corpus.archives.files import PoseFiles
 from toolkit.corpus.packed import Clip
 from toolkit.corpus.plan import ClipFiles
 from toolkit.corpus.splits import source_video

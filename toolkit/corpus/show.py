@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.corpus.archives import PoseFiles
+from toolkit.corpus.archives.files import PoseFiles
 from toolkit.corpus.names import Names, escaped
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.corpus.table import Row

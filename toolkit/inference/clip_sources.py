@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from toolkit.corpus.archives import PoseFiles, open_features, open_poses
+from toolkit.corpus.archives.files import PoseFiles, open_features, open_poses
 from toolkit.corpus.names import FEATURE_SUFFIXES, SUFFIXES, Names, escaped, is_pose_file
 from toolkit.errors import UserError
 from toolkit.poses.features import read_clip

@@ -120,9 +120,10 @@ class PoseFeatureExtractor(FeatureExtractionMixin):
     def pad(self, clips: Sequence[ClipArrays | npt.NDArray[np.float16]]) -> BatchFeature:
         """Put clips, as :meth:`sample` or :meth:`features` gives them, into one batch."""
         arrays = [clip if isinstance(clip, ClipArrays) else ClipArrays(clip) for clip in clips]
-        inputs = dict(zip(self.model_input_names[:3], pad_features([clip.features for clip in arrays]), strict=True))
+        poses = [np.ascontiguousarray(clip.features, np.float16) for clip in arrays]
+        inputs = dict(zip(self.model_input_names[:3], pad_features(poses), strict=True))
         found = [clip.video_features for clip in arrays if clip.video_features is not None]
-        video_features = pad_video_features(found)
+        video_features = pad_video_features([np.ascontiguousarray(features, np.float16) for features in found])
         return BatchFeature(inputs | ({} if video_features is None else {"video_features": video_features}))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.corpus.packed import Clip, Clips, Column, Part, Split
+from toolkit.corpus.columns import Column
+from toolkit.corpus.packed import Clip, Clips, Part, Split
 from toolkit.recipe.prompts import CONDITIONS, fill
 from toolkit.recipe.schema import MixPart
 

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from toolkit.corpus.members import TooManyMembers, check_list, open_zip, tar_members
+from toolkit.corpus.archives.members import TooManyMembers, check_list, open_zip, tar_members
 from toolkit.corpus.names import FEATURE_SUFFIXES, SUFFIXES, Names, escaped, is_pose_file
 from toolkit.errors import UserError
 from toolkit.poses.compressed import read_member
