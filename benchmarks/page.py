@@ -26,8 +26,9 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "figures are what ours has besides. MFU is model FLOPs over those of a matrix product "
         "measured after each turn in the same process; a row has all changes of those above it. `auto_vs_...` is "
         "recipe `t5_small` as it is (128 clips a step, micro-batches that it chooses) against micro-batches of 8, "
-        "against steps of 32 clips in micro-batches of 8, and against Seq2SeqTrainer's defaults (steps of 8 clips, "
-        "ZeRO-2).",
+        "against steps of 32 clips in micro-batches of 8 (`_before`: at the commit that the row names), and against "
+        "Seq2SeqTrainer's defaults (steps of 8 clips, ZeRO-2); a turn is one epoch of 512 clips, a ratio "
+        "the median over turns.",
     ),
     "host_cost": (
         "What a micro-batch costs the host",

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +32,25 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.stdin.close()
             os.killpg(process.pid, signal.SIGKILL)  # the loaders' workers, too
             process.wait()
+
+
+@contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """The project as it was at a commit, in a folder of its own."""
+    git = ["git", "-C", str(Path(__file__).parent), "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        subprocess.run([*git, "add", "--quiet", "--detach", str(project), commit], check=True)
+        try:
+            yield project
+        finally:
+            subprocess.run([*git, "remove", "--force", str(project)], check=True)
+
+
+def run_there(project: Path, arguments: list[str]) -> None:
+    """Run Python with the modules and benchmarks of a project that is checked out elsewhere."""
+    paths = os.pathsep.join([str(project), str(project / "benchmarks")])
+    subprocess.run([sys.executable, *arguments], check=True, cwd=project, env=os.environ | {"PYTHONPATH": paths})
 
 
 def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 python benchmarks/training.py                     all figures, about 50 minutes on two quiet cores
 python benchmarks/training.py --only throughput   one of them; the others stay as they were
+python benchmarks/training.py --only auto --before COMMIT   beside the project as it was at a commit, too
 
 Full-size T5-Small on clips and sentences as long as iSign's, made here. The ways of training are processes that take
 turns; a rate is that of all rounds together. Writes benchmarks/results/training.json and docs/pictures/training.png.
@@ -14,12 +15,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from sides import started, take_turn
+from sides import checked_out, run_there, started, take_turn
 from training_checkpoint import measure as measure_checkpoint
 from training_corpus import make_backbone, make_corpus
 
@@ -40,6 +43,7 @@ ZERO = {"ours_zero2": ["deepspeed=zero2"], "hf": ["deepspeed=zero2"]}
 SIDES = {"hf": "Seq2SeqTrainer, ZeRO-2", "padded": "all padded,\nplain loop", "bare": "bare DeepSpeed"}
 TARGETS = {"vs_hf_trainer": 1.4, "vs_pad_to_max": 2.4, "vs_bare_deepspeed": 0.97}  # at least
 STEPS = 4  # of a turn
+NAMES = ("throughput", "auto", "mfu", "two_rank_speedup", "checkpoint_block_s", "start_vs_bare")
 
 # What makes a step fast, one change after the other, each on top of those before it.
 WITHOUT = ["label_scores", "quick_dropout", "quick_attention", "quick_norm", "kept_memory"]
@@ -55,34 +59,41 @@ CHANGES: dict[str, list[str]] = {
     "micro-batches of 128": ["training.global_batch_size=128", "training.micro_batch_size=128"],
 }
 
-# The recipe as it is, which chooses micro-batches; the same with small ones; small steps, too; and Seq2SeqTrainer's own
-# defaults. Each with the steps of a turn, which are as many clips.
+# The recipe as it is, which chooses micro-batches; the same with small ones; small steps, too; these at an older
+# commit; Seq2SeqTrainer's own defaults. Each with the steps of a turn, which is one epoch: all train the same clips.
+AUTO_CLIPS = 512
 AUTO: dict[str, tuple[str, list[str], int]] = {
-    "auto": ("ours", ["training.micro_batch_size=auto"], 1),
-    "auto_vs_micro_batches_of_8": ("ours", ["training.micro_batch_size=8"], 1),
-    "auto_vs_steps_of_32_in_8": ("ours", [*BATCH], 4),
-    "auto_vs_hf_default": ("hf", [*ZERO["hf"], "training.global_batch_size=8", "training.micro_batch_size=8"], 16),
+    "auto": ("ours", ["training.micro_batch_size=auto"], AUTO_CLIPS // 128),
+    "auto_vs_micro_batches_of_8": ("ours", ["training.micro_batch_size=8"], AUTO_CLIPS // 128),
+    "auto_vs_steps_of_32_in_8": ("ours", [*BATCH], AUTO_CLIPS // 32),
+    "auto_vs_steps_of_32_in_8_before": ("ours", [*BATCH], AUTO_CLIPS // 32),
+    "auto_vs_hf_default": (
+        "hf",
+        [*ZERO["hf"], "training.global_batch_size=8", "training.micro_batch_size=8"],
+        AUTO_CLIPS // 8,
+    ),
 }
-AUTO_TARGETS = {"auto_vs_steps_of_32_in_8": 2.4, "auto_vs_hf_default": 4.0}  # at least
+AUTO_TARGETS = {"auto_vs_steps_of_32_in_8": 2.4, "auto_vs_steps_of_32_in_8_before": 2.4, "auto_vs_hf_default": 4.0}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each side (default 5)")
+    parser.add_argument("--before", metavar="COMMIT", help="auto takes turns with the project at this commit, too")
+    arguments = parser.parse_args()
     benchmarks = {
         "throughput": throughput,
-        "auto": auto,
+        "auto": partial(auto, before=arguments.before),
         "mfu": mfu,
         "two_rank_speedup": two_rank_speedup,
         "checkpoint_block_s": lambda *_: {"checkpoint_block_s": measure_checkpoint()},
         "start_vs_bare": start_vs_bare,
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=benchmarks, metavar="NAME", help=", ".join(benchmarks))
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each side (default 5)")
-    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_backbone(folder / "backbone", "t5_small", make_corpus(folder / "corpus").splits["train"].texts)
-        for benchmark in arguments.only or benchmarks:
+        for benchmark in arguments.only or NAMES:
             for key, result in benchmarks[benchmark](folder, arguments.rounds).items():
                 print(key, json.dumps(result), flush=True)
                 merge(key, result)
@@ -139,27 +150,37 @@ def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     return {"mfu": {"mfu": max(row["mfu"] for row in changes.values()), "changes": changes, "target": ">= 0.35"}}
 
 
-def auto(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Clips a second of the recipe as it is, which chooses its micro-batches, against other sizes."""
+def auto(folder: Path, rounds: int, before: str | None) -> dict[str, dict[str, Any]]:
+    """Clips a second of the recipe as it is, which chooses its micro-batches, against other ways; epoch after epoch."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # choices of an earlier measurement do not count
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in AUTO}
-    with ExitStack() as stack:
-        processes = {}
-        for name, (side, settings, steps) in AUTO.items():  # one after the other: a rehearsal takes all cores
-            processes[name] = stack.enter_context(side_process(side, folder, settings))
-            take_turn(processes[name], max(1, steps // 4))
+    now, older = folder / "auto", folder / "auto_before"
+    make_corpus(now / "corpus", AUTO_CLIPS)
+    shutil.copytree(folder / "backbone", now / "backbone")
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in AUTO if before or not name.endswith("_before")}
+    with checked_out(before) if before else nullcontext() as project:
+        if project:
+            older.mkdir()
+            shutil.copytree(folder / "backbone", older / "backbone")
+            call = "from pathlib import Path; from training_corpus import make_corpus; make_corpus(Path({!r}), {})"
+            run_there(project, ["-c", call.format(str(older / "corpus"), AUTO_CLIPS)])
         for number in range(rounds):
-            for name, process in processes.items():
-                turns[name].append(take_turn(process, AUTO[name][2]))
+            for name, taken in turns.items():  # one process at a time: together they would not fit the memory
+                side, settings, steps = AUTO[name]
+                there, clips = (project, older) if name.endswith("_before") else (HERE.parent, now)
+                command = [str(there / "benchmarks" / "training_side.py"), side, str(clips), *settings]
+                with started(command) as process:
+                    take_turn(process, max(1, steps // 4))
+                    taken.append(take_turn(process, steps))
             print(f"round {number + 1} of {rounds}: {rates_of(turns, number)}", flush=True)
     ours = turns.pop("auto")
     return {
         name: {
             "ours_clips_per_second": speed(ours),
             "peer_clips_per_second": speed(taken),
-            "ratio": round(speed(ours) / speed(taken), 3),
+            "ratio": round(median(rate(own) / rate(other) for own, other in zip(ours, taken, strict=True)), 3),
             "target": f">= {AUTO_TARGETS[name]}" if name in AUTO_TARGETS else "",
             "micro_batches": ours[0]["micro_batch"],
+            **({"commit": before} if name.endswith("_before") else {}),
         }
         for name, taken in turns.items()
     }
