@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 # Later releases refuse numpy 2, and the latest no longer bring Holistic. It brings OpenCV with it.
 VIDEO = ["mediapipe>=0.10.14,<0.10.15"]
 RAY = ["ray>=2.40"]
+HDF5 = ["h5py>=3.10,<4"]
 DEMO_APP = ["gradio>=6,<7"]
 DEV = [
     "pytest>=8",
@@ -27,6 +28,7 @@ DEV = [
     "selenium>=4.30,<5",
     *DEMO_APP,
     *RAY,
+    *HDF5,
 ]
 
 
@@ -105,6 +107,7 @@ setup(
     extras_require={
         "video": VIDEO,
         "ray": RAY,
+        "hdf5": HDF5,
         "demo_app": DEMO_APP,
         "dev": DEV,
     },

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from datasets import load_from_disk
@@ -120,6 +121,30 @@ def test_clips_whose_features_cannot_be_used_are_listed(
         assert word in reasons[f"train-0000{number}"], reasons
     with pytest.raises(TooManyRejects):
         ensure_corpus(data.model_copy(update={"max_rejects": 0.1, "cache": str(tmp_path / "another")}))
+
+
+def test_hdf5_files_give_the_corpus_that_npy_files_give(
+    own_clips: Path, features: Path, tmp_path: Path, rows_of: Any
+) -> None:
+    plain = Corpus.open(ensure_corpus(data_of(own_clips, tmp_path, **settings(own_clips))))
+    for path in sorted(features.iterdir()):
+        values = np.load(path)
+        path.unlink()
+        with h5py.File(path.with_suffix(".h5"), "w") as file:
+            if path.stem != "train-00001":
+                file.create_dataset("clip/hidden", data=values, chunks=True, compression="gzip").attrs["fps"] = FPS
+            if path.stem == "train-00002":
+                file["another"] = values
+    (features / "train-00003.h5").write_bytes((features / "train-00003.h5").read_bytes()[:-100])
+    data = data_of(own_clips, tmp_path, **settings(own_clips, features_fps=None, max_rejects=0.5))
+    corpus = Corpus.open(ensure_corpus(data))
+    reasons = {row["uid"]: row["reason"] for row in rows_of(corpus.path / "rejects.csv")}
+    assert list(reasons) == [f"train-0000{number}" for number in range(1, 4)]
+    for reason, word in zip(reasons.values(), ("none", "another, clip/hidden", "truncated"), strict=True):
+        assert word in reason, reasons
+    theirs = {clip.uid: clip.video_features for clip in plain.splits["train"]}
+    for clip in corpus.splits["train"]:
+        np.testing.assert_array_equal(clip.video_features, theirs[clip.uid])
 
 
 def test_a_frame_rate_that_nobody_gives_is_an_error_before_preparation(

@@ -16,9 +16,8 @@ from tests.hidden_gpus import python_path
 ROOT = Path(__file__).resolve().parents[2]
 # Import names of packages that are called otherwise, or that another one brings.
 PACKAGE_OF = {"pose_format": "pose-format", "yaml": "pyyaml", "cv2": "mediapipe"}
-# Named by setup.sh alone, which installs its data files without its dependencies; and what the user of one file format
-# installs, whom an error names it to.
-NOT_REQUIRED = {"spoken_to_signed", "h5py"}
+# Named by setup.sh alone, which installs its data files without its dependencies.
+NOT_REQUIRED = {"spoken_to_signed"}
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from toolkit.errors import UserError
 from toolkit.poses.landmarks import NO_LANDMARKS
 from toolkit.poses.pose_file import PoseError
 from toolkit.poses.video_features import RawFeatures, Recording, check_duration, read_features
@@ -89,33 +86,6 @@ def test_a_frame_rate_that_nobody_gives_or_no_camera_has_is_refused() -> None:
         read_features(FILES["npy"][0])
     with pytest.raises(PoseError, match="5000"):
         read_features(FILES["npy"][0], 5000.0)
-
-
-def test_hdf5_needs_h5py_and_is_read_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = b"\x89HDF\r\n\x1a\n" + bytes(8)
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match="h5py") as raised:
-        read_features(content, 25.0)
-    assert "pip install h5py" in raised.value.hint and raised.value.exit_code == 2
-
-    class Dataset(np.ndarray[Any, Any]):
-        attrs: dict[str, Any] = {"fps": 12.5}  # noqa: RUF012
-
-    class File(dict[str, Any]):
-        attrs: dict[str, Any] = {}  # noqa: RUF012
-
-        def __enter__(self) -> File:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    def opened(file: io.BytesIO, mode: str) -> File:
-        assert file.getvalue() == content and mode == "r"
-        return File(clip=VALUES.view(Dataset))
-
-    monkeypatch.setitem(sys.modules, "h5py", types.SimpleNamespace(File=opened))
-    raw = read_features(content)
-    assert raw.fps == 12.5 and np.array_equal(raw.values, VALUES)
 
 
 @pytest.mark.parametrize(("own", "fps"), [(25.0, 12.5), (10.0, 25.0), (12.5, 12.5), (3.125, 12.5)])

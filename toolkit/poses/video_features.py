@@ -6,7 +6,6 @@ its own: features are sampled at the times at which a corpus samples its clips. 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from toolkit.errors import UserError
 from toolkit.poses.array_files import NPY, ZIP, read_npy, read_npz
 from toolkit.poses.compressed import decompress
 from toolkit.poses.features import ClipFeatures, TooLong, extract_features, sample_positions
+from toolkit.poses.hdf5 import HDF5, read_hdf5
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.poses.pose_file import FloatArray, PoseError, RawPose, frames_between
 
 FEATURE_NAMES = ("features", "feature", "embeddings", "embedding", "data", "arr_0")
 """Accepted names of the array; a file with one array may call it anything."""
-RATE_NAME = "fps"  # of the frame rate: an array of an .npz, an attribute of an .h5, metadata of a .safetensors
-_HDF5 = b"\x89HDF\r\n\x1a\n"
+RATE_NAME = "fps"  # of the frame rate: an array of an .npz, an attribute or array of an .h5, metadata of a .safetensors
 _RATES = (0.1, 1000.0)
 # Networks that read windows of frames give none for the last ones.
 LARGEST_DIFFERENCE, ALLOWED_SECONDS = 0.1, 1.0
@@ -188,27 +187,12 @@ def _read_arrays(content: bytes) -> tuple[Mapping[str, Any], float | None]:
         arrays = read_npz(content, (*FEATURE_NAMES, RATE_NAME))
         rate = arrays.pop(RATE_NAME, None)
         return arrays, None if rate is None else float(np.asarray(rate).item())
-    if content.startswith(_HDF5):
-        return _read_hdf5(content)
+    if content.startswith(HDF5):
+        arrays, rate = read_hdf5(content, FEATURE_NAMES, RATE_NAME)
+        return arrays, None if rate is None else float(rate)
     if content[8:9] == b"{":
         return _read_safetensors(content)
     raise PoseError("not a .npy, .npz, .h5 or .safetensors file")
-
-
-def _read_hdf5(content: bytes) -> tuple[Mapping[str, Any], float | None]:
-    try:
-        import h5py  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            "features in .h5 files need h5py, which is not installed", "pip install h5py, or write them as .npy files"
-        ) from error
-    with h5py.File(io.BytesIO(content), "r") as file:
-        arrays = {name: file[name] for name in file if hasattr(file[name], "shape")}
-        rate = file.attrs.get(RATE_NAME)
-        name = _name_of(arrays)
-        rate = rate if rate is not None or name is None else arrays[name].attrs.get(RATE_NAME)
-        found = arrays if name is None else {name: np.asarray(arrays[name])}
-        return found, None if rate is None else float(rate)
 
 
 def _read_safetensors(content: bytes) -> tuple[Mapping[str, Any], float | None]:
