@@ -121,7 +121,7 @@ def test_what_cannot_be_used_is_refused_in_a_line(case: str) -> None:
 def test_a_file_that_is_truncated_or_damaged_is_refused(length: int) -> None:
     content = hdf5(LAYOUTS["compressed chunks"])
     for damaged in (content[:length], content[:-500] + b"\xff" * 400 + content[-100:]):
-        with pytest.raises(PoseError, match="cannot be read") as raised:
+        with pytest.raises(PoseError) as raised:
             read_features(damaged, 25.0)
         assert "\n" not in str(raised.value)
 
