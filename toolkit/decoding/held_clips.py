@@ -1,7 +1,8 @@
 """What a beam search holds of its clips while their texts grow: one copy for all beams of a clip.
 
 An encoder-decoder's beams attend to one encoding. A language model's beams share the keys and values of their clip's
-prefix, and each has those of its own text beside them.
+prefix, and each has those of its own text beside them. T5Gemma 2 attends to encoding and text at once: the texts of a
+clip's beams stand side by side before its encoding, and each beam sees its own.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from toolkit.decoding.static_cache import StoredClips
-from toolkit.models.backbone import beams_share_encoding
+from toolkit.models.backbone import attention_is_merged, beams_share_encoding
+from toolkit.models.language_models.prefixes import softcapped
 
-SHARED_ATTENTION = "sdpa_shared_by_beams"
+SHARED_ATTENTION = "encoding_shared_by_beams"
 PREFIX_ATTENTION = "prefix_shared_by_beams"
 
 
@@ -30,11 +39,24 @@ PREFIX_ATTENTION = "prefix_shared_by_beams"
 def held_clips(model: Any, beams: int, inputs: dict[str, Any]) -> Iterator[EncodedClips | PrefixClips]:
     """What a search over these inputs of ``generate`` holds; the model's attention changes within it."""
     before = model.config._attn_implementation
+    kind: type[EncodedClips] | type[PrefixClips] = PrefixClips
+    if "encoder_outputs" in inputs:
+        kind = MergedClips if attention_is_merged(model.config) else EncodedClips
     try:
-        yield EncodedClips(model, beams, inputs) if "encoder_outputs" in inputs else PrefixClips(model, beams, inputs)
+        yield kind(model, beams, inputs)
     finally:
         if model.config._attn_implementation != before:
-            model.set_attn_implementation(before)
+            set_attention(model, before)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Let all parts of a model run the attention that is registered by this name.
+
+    transformers' own way warns of parts of a configuration that were not built, as the vision tower of T5Gemma 2.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._attn_implementation = name
 
 
 class EncodedClips:
@@ -50,20 +72,24 @@ class EncodedClips:
         # One row of keys and values serves all beams of a clip where the model's attention allows that.
         self.shared = beams_share_encoding(model.config)
         if self.shared:
-            model.set_attn_implementation(SHARED_ATTENTION)
+            set_attention(model, SHARED_ATTENTION)
 
     def scores(self, ids: Tensor) -> Tensor:
         """Scores of the next tokens [rows, vocabulary], after these [rows, 1]."""
         outputs = self.model(
             decoder_input_ids=ids,
             encoder_outputs=BaseModelOutput(last_hidden_state=self.hidden),
-            attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **self.masks(len(ids)),
         )
         logits: Tensor = outputs.logits[:, -1]
         return logits
+
+    def masks(self, rows: int) -> dict[str, Any]:
+        """What says to which positions the next tokens of so many texts attend."""
+        return {"attention_mask": self.mask}
 
     def follow(self, rows: Tensor, clips: Tensor | None) -> None:
         """Continue with the texts of these rows, and with these clips alone where some are done."""
@@ -93,6 +119,32 @@ class EncodedClips:
         """Hold a single row, whose scores are not used."""
         self.hidden, self.mask = self.hidden[:1], self.mask[:1]
         self.cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=self.hidden.device))
+
+
+class MergedClips(EncodedClips):
+    """The same where one attention reads a text and the encoding behind it."""
+
+    def __init__(self, model: Any, beams: int, inputs: dict[str, Any]) -> None:
+        super().__init__(model, beams, inputs)
+        if self.shared:
+            self.texts = [_SideBySide() for _ in self.cache.self_attention_cache.layers]
+            self.cache = EncoderDecoderCache(Cache(layers=self.texts), DynamicCache())
+
+    def masks(self, rows: int) -> dict[str, Any]:
+        if not self.shared:
+            return super().masks(rows)
+        clips, tokens = len(self.hidden), self.texts[0].get_seq_length() + 1
+        beams = rows // clips
+        for layer in self.texts:
+            layer.beams = beams
+        places, device = torch.arange(tokens, device=self.mask.device), self.mask.device
+        own = torch.eye(beams, dtype=torch.bool, device=device).repeat_interleave(tokens, dim=1)
+        recent = (places >= tokens - self.model.config.decoder.sliding_window).repeat(beams)
+        kinds = {"full_attention": own, "sliding_attention": own & recent}
+        return {
+            "decoder_attention_mask": {name: seen.expand(clips, 1, -1, -1) for name, seen in kinds.items()},
+            "attention_mask": {"full_attention": self.mask[:, None, None].bool().expand(-1, 1, beams, -1)},
+        }
 
 
 class PrefixClips:
@@ -135,7 +187,7 @@ class PrefixClips:
         )
         self.layers = [_PrefixLayer(layer.keys, layer.values, self.mask.bool()) for layer in cache.layers]
         self.vectors = self.vectors[:0]
-        self.model.set_attn_implementation(PREFIX_ATTENTION)
+        set_attention(self.model, PREFIX_ATTENTION)
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
@@ -207,6 +259,22 @@ class _PrefixLayer(DynamicLayer):
         self.mask = self.mask[clips]
 
 
+class _SideBySide(DynamicLayer):
+    """The cache of the texts of one layer, which gives the keys of a clip's beams behind each other."""
+
+    beams = 1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add one token of each beam; gives keys and values of all tokens [clips, heads, beams × tokens, width]."""
+        keys, values = super().update(key_states, value_states)
+        return self._of_clips(keys), self._of_clips(values)
+
+    def _of_clips(self, states: Tensor) -> Tensor:
+        rows, heads, tokens, width = states.shape
+        of_clips = states.view(-1, self.beams, heads, tokens, width).transpose(1, 2)
+        return of_clips.reshape(rows // self.beams, heads, self.beams * tokens, width)
+
+
 def _shared_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
@@ -215,8 +283,8 @@ def _shared_attention(
     Args:
         module: the attention layer.
         query: [rows, heads, 1 token, width]; the rows of a clip stand together.
-        key, value: [clips, heads, positions, width].
-        attention_mask: [rows, 1, 1, positions], alike for all rows of a clip.
+        key, value: [clips, heads, positions, width]; several heads of the query may share one.
+        attention_mask: bool [rows, 1, 1, positions], alike for all rows of a clip; or [clips, 1, beams, positions].
         settings: as HuggingFace's attention takes them.
 
     Returns:
@@ -224,13 +292,47 @@ def _shared_attention(
     """
     rows, heads, _, width = query.shape
     beams = rows // key.shape[0]
+    attend = sdpa_attention_forward if settings.get("softcap") is None else _capped_attention
     if beams == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return attend(module, query, key, value, attention_mask, **settings)
     # A beam becomes a position of the query, for which attention over an encoding knows no order.
     query = query.view(-1, beams, heads, width).transpose(1, 2)
     mask = attention_mask[::beams] if attention_mask is not None and len(attention_mask) == rows else attention_mask
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, **(settings | {"is_causal": False}))
+    output, _ = attend(module, query, key, value, mask, **(settings | {"is_causal": False}))
     return output.reshape(rows, 1, heads, width), None
+
+
+def _capped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention whose scores stay below a limit, for which torch has no kernel (Gemma Team 2024, "Gemma 2").
+
+    Args:
+        module: the attention layer.
+        query: [clips, heads, queries, width]; several heads may share one of the keys.
+        key, value: [clips, shared heads, positions, width].
+        attention_mask: bool [clips, 1, queries, positions], or None where each query, or a single one, sees everything.
+        scaling, softcap: as HuggingFace's attention takes them.
+        more: what it takes besides, and what a search has no use for.
+
+    Returns:
+        [clips, queries, heads, width], and no weights.
+    """
+    clips, heads, queries, width = query.shape
+    shared, positions = key.shape[1:3]
+    grouped = query.reshape(clips, shared, -1, width) * scaling
+    scores = softcapped((grouped @ key.mT).float(), softcap).view(clips, heads, queries, positions)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).to(value.dtype).view(clips, shared, -1, positions)
+    return (weights @ value).view(clips, heads, queries, width).transpose(1, 2), None
 
 
 def _prefix_attention(
@@ -265,9 +367,8 @@ def _prefix_attention(
     of_clips = query.transpose(1, 2).reshape(clips, shared, beams * group, width) @ key.prefix.mT
     of_texts = query.reshape(rows, shared, group, width) @ key.own.mT
     of_clips = of_clips.view(clips, shared, beams, group, positions).transpose(1, 2)
-    scores = torch.cat([of_clips, of_texts.view(clips, beams, shared, group, tokens)], dim=-1).float()
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.cat([of_clips, of_texts.view(clips, beams, shared, group, tokens)], dim=-1)
+    scores = softcapped(scores.float(), softcap)
     scores[..., :positions].masked_fill_(~key.mask[:, None, None, None], torch.finfo(scores.dtype).min)
     if sliding_window is not None and positions + tokens > sliding_window:
         scores[..., : positions + tokens - sliding_window] = torch.finfo(scores.dtype).min

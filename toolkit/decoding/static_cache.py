@@ -17,6 +17,8 @@ from transformers import AttentionInterface, Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from toolkit.models.language_models.prefixes import softcapped
+
 STATIC_ATTENTION = "static_cache_of_beams"
 
 
@@ -296,7 +298,7 @@ def _static_attention(
         seen = seen.repeat_interleave(group, dim=2)
     if softcap is not None:
         scores = (queries @ key.states.mT).float() * (width**-0.5 if scaling is None else scaling)
-        scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, torch.finfo(scores.dtype).min)
+        scores = softcapped(scores, softcap).masked_fill(~seen, torch.finfo(scores.dtype).min)
         output = scores.softmax(dim=-1).to(value.states.dtype) @ value.states
     else:
         mask = seen

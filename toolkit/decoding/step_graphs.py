@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from toolkit.decoding.held_clips import EncodedClips, PrefixClips
+from toolkit.decoding.held_clips import EncodedClips, PrefixClips, set_attention
 from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache, StoredClips
 from toolkit.models.adaptation.quantisation import is_packed
 from toolkit.models.backbone import decoder_config
@@ -177,7 +177,7 @@ class GraphedClips:
             self.held.follow(rows, clips)
             self.tokens = self.graphs.take(self.held.stored(self.first_scores[:0]), self.beams, self.length)
             self.held = self.first_scores = None
-            self.model.set_attn_implementation(STATIC_ATTENTION)
+            set_attention(self.model, STATIC_ATTENTION)
         else:
             assert self.graphs.cache is not None
             self.graphs.cache.follow(rows, clips)

@@ -243,9 +243,14 @@ def search_inputs(backbone: PreTrainedModel, hidden: Tensor, mask: Tensor, start
 def beams_share_encoding(config: PreTrainedConfig) -> bool:
     """Whether one row of an encoding's keys and values can serve all beams of a clip.
 
-    T5Gemma 2 attends to encoding and text at once, and those with softcapped attention have no kernel for it.
+    Attention that transformers looks up by its name can; T5Gemma does so, though its capped scores have no kernel.
     """
-    return config._attn_implementation == "sdpa" and config.model_type != "t5gemma2"
+    return config._attn_implementation == "sdpa" or config.model_type == "t5gemma"
+
+
+def attention_is_merged(config: PreTrainedConfig) -> bool:
+    """Whether one attention of the decoder reads the text and the encoding behind it."""
+    return config.model_type == "t5gemma2"
 
 
 def attention_mask(half: PreTrainedModel, mask: Tensor) -> Tensor | dict[str, Tensor]:
@@ -331,4 +336,6 @@ def score_tokens(
         states = states * backbone.model_dim**-0.5
     logits = backbone.get_output_embeddings()(states.flatten(0, 1).index_select(0, rows))
     bias = getattr(backbone, "final_logits_bias", None)
-    return softcapped(logits if bias is None else logits + bias, decoder.config)
+    return softcapped(
+        logits if bias is None else logits + bias, getattr(decoder.config, "final_logit_softcapping", None)
+    )

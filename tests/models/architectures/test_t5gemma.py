@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from tests.models.same_as_transformers import (
+    END,
+    FRAMES,
+    SEARCHES,
+    check_logits,
+    check_search,
+    check_settings,
+    padded_clips,
+    vectors_of_poses,
+)
 from tests.small_configs import translator_config
-from toolkit.batching.collate import places_of_labels
-from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
-from toolkit.models.backbone import new_backbone
+from toolkit.models.backbone import new_backbone, stacks
 from toolkit.models.loading.backbone_weights import placement_for, published_backbone
 
-WIDTH, VOCABULARY, START, END = 32, 29, 2, 1
+WIDTH, VOCABULARY, START = 32, 29, 2
 HALF: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -38,9 +46,7 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
-FRAMES = (23, 9, 15, 4)
 BEFORE = [5, 6, 7]
-TEXTS = [[4, 5, 6, 7, 8, END], [9, END], [10, 11, 12, END], [END]]
 # A window that no layer notices, and one that is shorter than a clip.
 every_kind = pytest.mark.parametrize(("kind", "window"), [(k, w) for k in ("t5gemma", "t5gemma2") for w in (64, 6)])
 
@@ -73,20 +79,15 @@ def make() -> Callable[..., PoseTranslator]:
 
 @pytest.fixture
 def clips() -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    mask = torch.arange(max(FRAMES)) < torch.tensor(FRAMES)[:, None]
-    poses = torch.randn(len(FRAMES), max(FRAMES), 50, 3) * mask[..., None, None]
-    return {"poses": poses, "visible": mask[..., None].expand(-1, -1, 50), "frame_mask": mask}
+    return padded_clips()
 
 
 def vectors_of(model: PoseTranslator, clips: dict[str, Tensor], clip: int) -> Tensor:
     """By hand, what transformers' model gets of one clip: words and poses, so that its first layer reads both alike."""
-    frames = FRAMES[clip]
-    poses, _ = model.pose_encoder(*(clips[key][clip : clip + 1, :frames] for key in clips))
-    words = model.backbone.get_input_embeddings().weight[BEFORE]
+    poses, words = vectors_of_poses(model, clips, clip), model.backbone.get_input_embeddings().weight[BEFORE]
     if model.backbone.config.model_type == "t5gemma":  # which multiplies words and poses
-        return torch.cat([words, poses[0] / WIDTH**0.5])[None]
-    return torch.cat([words * WIDTH**0.5, poses[0]])[None]
+        return torch.cat([words, poses / WIDTH**0.5])[None]
+    return torch.cat([words * WIDTH**0.5, poses])[None]
 
 
 @every_kind
@@ -94,17 +95,13 @@ def test_logits_are_those_of_the_model_on_the_same_vectors(
     kind: str, window: int, make: Callable[..., PoseTranslator], clips: dict[str, Tensor]
 ) -> None:
     model = make(kind, window)
-    labels = torch.full((len(TEXTS), max(map(len, TEXTS))), -100)
-    for row, text in enumerate(TEXTS):
-        labels[row, : len(text)] = torch.tensor(text)
-    with torch.no_grad():
-        found = model(**clips, labels=labels).logits
-        labelled = places_of_labels(labels)
-        torch.testing.assert_close(model(**clips, labels=labels, labelled=labelled).logits, found[labels != -100])
-        for clip, text in enumerate(TEXTS):
-            vectors, words = vectors_of(model, clips, clip), torch.tensor([[START, *text[:-1]]])
-            expected = model.backbone(inputs_embeds=vectors, decoder_input_ids=words).logits[0]
-            torch.testing.assert_close(found[clip, : len(text)], expected, rtol=1e-5, atol=1e-5)
+
+    def expected(clip: int, text: list[int]) -> Tensor:
+        words = torch.tensor([[START, *text[:-1]]])
+        logits: Tensor = model.backbone(inputs_embeds=vectors_of(model, clips, clip), decoder_input_ids=words).logits
+        return logits[0]
+
+    check_logits(model, clips, expected)
 
 
 @every_kind
@@ -112,20 +109,38 @@ def test_logits_are_those_of_the_model_on_the_same_vectors(
 def test_a_search_finds_what_transformers_finds_for_each_clip(
     kind: str, window: int, beams: int, make: Callable[..., PoseTranslator], clips: dict[str, Tensor]
 ) -> None:
-    model, settings = make(kind, window), {"num_beams": beams, "return_dict_in_generate": True, "output_scores": True}
-    found = model.generate(**clips, **settings, **({"custom_generate": beam_search} if beams > 1 else {}))
-    texts = set()
-    for clip in range(len(FRAMES)):
-        with torch.no_grad():
-            vectors = vectors_of(model, clips, clip)
-        theirs = model.backbone.generate(inputs_embeds=vectors, generation_config=model.generation_config, **settings)
-        expected = theirs.sequences[0].tolist()
-        texts.add(tuple(expected))
-        assert found.sequences[clip, : len(expected)].tolist() == expected
-        assert not found.sequences[clip, len(expected) :].any()
-        if beams > 1:
-            torch.testing.assert_close(found.sequences_scores[clip], theirs.sequences_scores[0], atol=1e-4, rtol=1e-4)
-    assert len(texts) > 1, "too much alike to show much"
+    model = make(kind, window)
+    check_search(model, clips, beams, lambda clip: {"inputs_embeds": vectors_of(model, clips, clip)})
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+@pytest.mark.parametrize("settings", SEARCHES, ids=", ".join)
+def test_the_settings_of_generate_hold(
+    settings: dict[str, Any], kind: str, make: Callable[..., PoseTranslator], clips: dict[str, Tensor]
+) -> None:
+    check_settings(make(kind, 6), clips, **settings)
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_beams_share_the_encoding_of_their_clip(
+    kind: str, make: Callable[..., PoseTranslator], clips: dict[str, Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, seen, ends = make(kind, 6), [], [END, 4, 9, 12, 17, 20]  # so many that clips end in turn
+
+    def watch(_: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        cache = named["past_key_values"]
+        texts, encodings = cache.self_attention_cache.layers[1], cache.cross_attention_cache.layers[1]
+        seen.append((len(texts.keys), len(encodings.keys), len(encodings.values)))
+
+    before = model.backbone.config._attn_implementation
+    model.backbone.get_decoder().register_forward_hook(watch, with_kwargs=True)
+    check_settings(model, clips, num_beams=5, eos_token_id=ends, max_new_tokens=20)
+    del seen[: next(step for step, (rows, *_) in enumerate(seen) if rows == len(FRAMES))]  # transformers' own
+    assert seen[0] == (len(FRAMES),) * 3, "the first step runs once a clip"
+    assert len(seen) > 2 and all(rows == 5 * keys == 5 * values for rows, keys, values in seen[1:])
+    assert seen[-1][1] < len(FRAMES), "clips leave the batch"
+    assert {part.config._attn_implementation for part in stacks(model.backbone)} == {before}
+    assert "attention implementation" not in capfd.readouterr().err
 
 
 def test_published_weights_are_read_without_those_of_the_vision_tower(tmp_path: Path) -> None:

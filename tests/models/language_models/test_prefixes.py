@@ -10,6 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from tests.models.same_as_transformers import (
+    END,
+    FRAMES,
+    SEARCHES,
+    TEXTS,
+    check_logits,
+    check_search,
+    check_settings,
+    labels_of,
+    padded_clips,
+    vectors_of_poses,
+)
 from tests.recorded_calls import RecordedCalls
 from tests.small_configs import translator_config
 from toolkit.batching.collate import NO_TOKEN, places_of_labels
@@ -20,7 +32,7 @@ from toolkit.models import PoseTranslator
 from toolkit.models.language_models import prefixes
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 
-WIDTH, VOCABULARY, START, END = 32, 29, 3, 1
+WIDTH, VOCABULARY, START = 32, 29, 3
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -45,7 +57,6 @@ OF_KIND: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 9},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
 }
-FRAMES = (23, 9, 15, 4)
 BEFORE, BEHIND = [5, 6, 7], [8, 9]
 OWN = [[10, 11], [12], [13, 14, 15], []]
 every_kind = pytest.mark.parametrize("kind", LANGUAGE_MODELS)
@@ -72,35 +83,16 @@ def make() -> Callable[..., PoseTranslator]:
 @pytest.fixture
 def clips() -> dict[str, Tensor]:
     """Clips of several lengths in one batch, each with words of its own."""
-    torch.manual_seed(1)
-    mask = torch.arange(max(FRAMES)) < torch.tensor(FRAMES)[:, None]
     own = torch.tensor([[*ids, *[NO_TOKEN] * (3 - len(ids))] for ids in OWN])
-    poses = torch.randn(len(FRAMES), max(FRAMES), 50, 3) * mask[..., None, None]
-    visible = mask[..., None].expand(-1, -1, 50)
-    return {"poses": poses, "visible": visible, "frame_mask": mask, "prefix_ids": own}
+    return {**padded_clips(), "prefix_ids": own}
 
 
 def prefix_of(model: PoseTranslator, clips: dict[str, Tensor], clip: int, text: list[int]) -> Tensor:
     """By hand, what the language model reads of one clip: words, poses, words, start token and text."""
-    frames = FRAMES[clip]
-    inputs = (clips[key][clip : clip + 1, :frames] for key in ("poses", "visible", "frame_mask"))
-    vectors, _ = model.pose_encoder(*inputs)
     table = model.backbone.get_input_embeddings().weight
     scale = WIDTH**0.5 if model.backbone.config.model_type.startswith("gemma") else 1.0
     before, behind = (table[ids] * scale for ids in ([*BEFORE, *OWN[clip]], [*BEHIND, START, *text]))
-    return torch.cat([before, vectors[0], behind])[None]
-
-
-def labels_of(texts: list[list[int]]) -> Tensor:
-    labels = torch.full((len(texts), max(map(len, texts))), -100)
-    for row, text in enumerate(texts):
-        labels[row, : len(text)] = torch.tensor(text)
-    return labels
-
-
-def texts_of(sequences: Tensor) -> list[list[int]]:
-    """Each text up to its end; what follows is padding, for which HuggingFace writes ends where token 0 should pad."""
-    return [row[: row.index(END)] if END in row else row for row in sequences[:, 1:].tolist()]
+    return torch.cat([before, vectors_of_poses(model, clips, clip), behind])[None]
 
 
 @every_kind
@@ -111,16 +103,12 @@ def test_logits_are_those_of_the_model_on_the_same_vectors(
     model = make(kind)
     if kind != "gemma2":  # which has no other than eager
         model.backbone.set_attn_implementation(attention)
-    texts = [[4, 5, 6, 7, 8, END], [9, END], [10, 11, 12, END], [END]]
-    labels = labels_of(texts)
-    with torch.no_grad():
-        found = model(**clips, labels=labels).logits
-        labelled = places_of_labels(labels)
-        torch.testing.assert_close(model(**clips, labels=labels, labelled=labelled).logits, found[labels != -100])
-        for clip, text in enumerate(texts):
-            vectors = prefix_of(model, clips, clip, text[:-1])
-            expected = model.backbone(inputs_embeds=vectors).logits[0, -len(text) :]
-            torch.testing.assert_close(found[clip, : len(text)], expected, rtol=1e-5, atol=1e-5)
+
+    def expected(clip: int, text: list[int]) -> Tensor:
+        logits: Tensor = model.backbone(inputs_embeds=prefix_of(model, clips, clip, text[:-1])).logits
+        return logits[0, -len(text) :]
+
+    check_logits(model, clips, expected)
 
 
 @every_kind
@@ -129,27 +117,14 @@ def test_a_search_finds_what_transformers_finds_for_each_clip(
     kind: str, beams: int, make: Callable[..., PoseTranslator], clips: dict[str, Tensor]
 ) -> None:
     model = make(kind)
-    settings = {"num_beams": beams, "return_dict_in_generate": True, "output_scores": True}
-    loop = {"custom_generate": beam_search} if beams > 1 else {}
-    found = model.generate(**clips, **settings, **loop)
-    assert (found.sequences[:, 0] == END).all(), "the start token is a word; what is special is left out of texts"
-    texts = []
-    for clip in range(len(FRAMES)):
-        with torch.no_grad():
-            vectors = prefix_of(model, clips, clip, [])
-        theirs = model.backbone.generate(
-            inputs_embeds=vectors,
-            attention_mask=torch.ones(vectors.shape[:2], dtype=torch.int64),
-            generation_config=model.generation_config,
-            **settings,
-        )
-        expected = theirs.sequences[0].tolist()
-        texts.append(tuple(expected))
-        assert found.sequences[clip, 1 : 1 + len(expected)].tolist() == expected
-        assert not found.sequences[clip, 1 + len(expected) :].any()
-        if beams > 1:
-            torch.testing.assert_close(found.sequences_scores[clip], theirs.sequences_scores[0], atol=1e-4, rtol=1e-4)
-    assert len(set(texts)) > 1, "too much alike to show much"
+
+    def inputs(clip: int) -> dict[str, Tensor]:
+        vectors = prefix_of(model, clips, clip, [])
+        return {"inputs_embeds": vectors, "attention_mask": torch.ones(vectors.shape[:2], dtype=torch.int64)}
+
+    check_search(model, clips, beams, inputs, begins=1)
+    began = model.generate(**clips, max_new_tokens=1)[:, 0]
+    assert (began == END).all(), "the start token is a word; what is special is left out of texts"
 
 
 @every_kind
@@ -183,24 +158,11 @@ def test_beams_share_the_keys_of_their_prefix(
     assert model.backbone.config._attn_implementation == before
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_return_sequences": 4},
-        {"no_repeat_ngram_size": 2},
-        {"repetition_penalty": 1.3},
-        {"min_new_tokens": 6},
-        {"forced_eos_token_id": END, "early_stopping": True},
-    ],
-)
+@pytest.mark.parametrize("settings", SEARCHES, ids=", ".join)
 def test_the_settings_of_generate_hold(
     settings: dict[str, Any], make: Callable[..., PoseTranslator], clips: dict[str, Tensor]
 ) -> None:
-    model = make("llama")
-    settings = {"num_beams": 4, "return_dict_in_generate": True, "output_scores": True, **settings}
-    theirs, ours = model.generate(**clips, **settings), model.generate(**clips, **settings, custom_generate=beam_search)
-    assert texts_of(ours.sequences) == texts_of(theirs.sequences)
-    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=1e-4, rtol=1e-4)
+    check_settings(make("llama"), clips, **settings)
 
 
 def test_ctc_reads_the_poses_alone(make: Callable[..., PoseTranslator], clips: dict[str, Tensor]) -> None:
@@ -208,18 +170,14 @@ def test_ctc_reads_the_poses_alone(make: Callable[..., PoseTranslator], clips: d
     labels = labels_of([[END]] * len(FRAMES))
     with torch.no_grad():
         output = model(**clips, labels=labels)
-        for clip, frames in enumerate(FRAMES):
-            inputs = (clips[key][clip : clip + 1, :frames] for key in ("poses", "visible", "frame_mask"))
-            expected = model.ctc_head(model.pose_encoder(*inputs)[0])[0]
+        for clip in range(len(FRAMES)):
+            expected = model.ctc_head(vectors_of_poses(model, clips, clip))
             assert output.encoder_mask[clip].sum() == len(expected)
             torch.testing.assert_close(output.ctc_logits[clip, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_joint_search_with_ctc(make: Callable[..., PoseTranslator], clips: dict[str, Tensor]) -> None:
-    model = make("llama", ctc=True, ctc_search_weight=0.3)
-    settings = {"num_beams": 4, "return_dict_in_generate": True, "output_scores": True}
-    theirs, ours = model.generate(**clips, **settings), model.generate(**clips, **settings, custom_generate=beam_search)
-    assert texts_of(ours.sequences) == texts_of(theirs.sequences)
+    check_settings(make("llama", ctc=True, ctc_search_weight=0.3), clips)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -244,7 +202,7 @@ def test_a_causal_kernel_gets_no_mask_in_training(
         return kernel(*states, attn_mask=attn_mask, is_causal=is_causal, **settings)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    labels = labels_of([[4, 5, 6, 7, 8, END], [9, END], [10, 11, 12, END], [END]])
+    labels = labels_of(TEXTS)
 
     def loss_and_gradients() -> tuple[Tensor, list[Tensor]]:
         logits = model(**clips, labels=labels, labelled=places_of_labels(labels)).logits

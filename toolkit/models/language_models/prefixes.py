@@ -59,13 +59,12 @@ def score_after_prefixes(
     scored = (first + torch.arange(tokens, device=ids.device)).flatten()
     states = states.flatten(0, 1).index_select(0, scored if rows is None else scored.index_select(0, rows))
     logits: Tensor = model.get_output_embeddings()(states if rows is not None else states.view(clips, tokens, -1))
-    return softcapped(logits, model.config)
+    return softcapped(logits, getattr(model.config, "final_logit_softcapping", None))
 
 
-def softcapped(logits: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Scores below the limit that a decoder's configuration has (Gemma 2), or as they are."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+def softcapped(scores: Tensor, cap: float | None) -> Tensor:
+    """Scores below a limit (Gemma 2); as they are where there is none."""
+    return torch.tanh(scores / cap) * cap if cap else scores
 
 
 @contextmanager
