@@ -26,11 +26,12 @@ def error_of(done: Finished) -> str:
 
 
 def test_a_gated_model_on_two_ranks(user: User) -> None:
-    user.hub.gated.add("google-t5/t5-base")
-    done = user.run("launch/train.py", "--recipe", "t5_base", *user.data, ranks=2)
+    """As those of Meta and Google are to users without a token."""
+    user.hub.gated.add("meta-llama/Llama-3.1-8B")
+    done = user.run("launch/train.py", "--recipe", "llama3_1_8b_qlora", *user.data, ranks=2)
     error = error_of(done)
-    assert "google-t5/t5-base is gated" in error and f"{user.hub.address}/google-t5/t5-base" in error
-    assert not (user.clone / "runs" / "t5_base").exists()
+    assert "meta-llama/Llama-3.1-8B is gated" in error and f"{user.hub.address}/meta-llama/Llama-3.1-8B" in error
+    assert not (user.clone / "runs" / "llama3_1_8b_qlora").exists()
 
 
 @pytest.mark.nightly

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaModel
+
+from toolkit.models.tokenizers import make_tokenizer
 
 Run = Callable[..., Any]
 
@@ -123,3 +126,65 @@ def test_two_ranks_print_it_once(refused: Callable[..., str], tmp_path: Path) ->
 def test_a_model_that_is_not_in_the_cache_while_offline(refused: Callable[..., str], tmp_path: Path) -> None:
     error = refused("model.backbone=somebody/some-model", "model.from_scratch=false", "model.tiny=false", ranks=0)
     assert "somebody/some-model" in error and "HF_HOME" in error
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Callable[..., str]:
+    """An override that names a folder with this configuration and no weights."""
+
+    def backbone(**config: object) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return f"model.backbone={tmp_path}"
+
+    return backbone
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip_text_model", "qwen2_vl", "qwen2_5_vl", "gemma3", "mllama", "llava"])
+def test_models_that_only_read_or_that_see_pictures(
+    refused: Callable[..., str], backbone: Callable[..., str], kind: str, tmp_path: Path
+) -> None:
+    error = refused(backbone(model_type=kind), "model.tiny=false")
+    assert f"model.backbone={tmp_path} is a {kind}" in error and "recipes.py ls" in error
+
+
+def test_a_configuration_whose_values_do_not_go_together(
+    refused: Callable[..., str], backbone: Callable[..., str], tmp_path: Path
+) -> None:
+    error = refused(backbone(**LLAMA | {"num_attention_heads": 3}), "model.tiny=false", "model.from_scratch=false")
+    assert str(tmp_path) in error and "16" in error and "3" in error
+
+
+def test_a_language_model_that_reads_words_only(
+    refused: Callable[..., str], backbone: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, input_ids: Any = None, attention_mask: Any = None) -> Any: ...
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    error = refused(backbone(**LLAMA))
+    assert "llama" in error and "inputs_embeds" in error
+
+
+def test_a_context_that_is_shorter_than_a_clip_and_its_text(
+    refused: Callable[..., str], backbone: Callable[..., str]
+) -> None:
+    error = refused(backbone(**LLAMA, max_position_embeddings=24), "model.tiny=false")
+    assert "24 positions" in error and "data.max_frames" in error
+
+
+def test_a_chat_template_that_drops_the_poses(refused: Callable[..., str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("bytes")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = ["model.backbone=smollm2_135m", f"model.tokenizer={tmp_path / 'tokenizer'}"]
+    error = refused(*words, "model.prompt='Translate {poses} into English'")
+    assert "model.prompt" in error and "chat template" in error and "model.prefix" in error

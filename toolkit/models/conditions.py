@@ -9,7 +9,9 @@ from typing import Any
 from toolkit.batching.languages import language_id
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.tokenizers import make_tokenizer, text_frame
+from toolkit.models.vocabulary.needed import full_tokenizer
 from toolkit.recipe.model_cards import language_of, tokenizer_of
 from toolkit.recipe.prompts import fill, own_words, placeholders
 from toolkit.recipe.schema import Recipe
@@ -18,11 +20,14 @@ LANGUAGES_COLUMN = "the column target_language"
 
 
 def check_recipe_conditions(recipe: Recipe, corpus: Corpus) -> None:
-    """See that the training clips have what the recipe's prefix names, and languages that its tokenizer knows.
+    """See that the training clips have what the recipe's prefix names, and languages that its tokenizer knows; and
+    that a chat template keeps the poses of a prompt.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not, or it does not.
     """
+    if recipe.model.prompt and tokenizer_of(recipe.model) != "train":
+        words_around_poses(recipe.model, full_tokenizer(recipe))
     language = language_of(recipe)
     tokenizer = None
     if language and any(known["target_language"] for known, _ in corpus.splits["train"].condition_counts()):

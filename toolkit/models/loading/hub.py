@@ -17,13 +17,15 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.utils import httpx
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-# What transformers' `from_pretrained` raises where a model cannot be loaded; a download that breaks off is no OSError.
-NOT_LOADED = (OSError, ValueError, httpx.HTTPError)
+# What transformers' `from_pretrained` raises where a model cannot be loaded; a download that breaks off is no OSError,
+# and a configuration whose values do not go together is no ValueError.
+NOT_LOADED = (OSError, ValueError, httpx.HTTPError, StrictDataclassError)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
