@@ -15,7 +15,7 @@ from toolkit.models import PoseTranslator
 FRAMES = (23, 9, 15, 4)
 END = 1  # of every text
 TEXTS = [[4, 5, 6, 7, 8, END], [9, END], [10, 11, 12, END], [END]]
-# What a search may be told.
+# Settings of a search.
 SEARCHES: list[dict[str, Any]] = [
     {"num_return_sequences": 4},
     {"no_repeat_ngram_size": 2},
