@@ -2,25 +2,24 @@
 """The demo with a small language model in place of its T5: both kinds from scratch, on the same corpus.
 
 python benchmarks/demo_kinds.py --model runs/demo                    the demo's own run (`make demo`) is the peer
-python benchmarks/demo_kinds.py --model runs/demo --max-steps 400    with fewer steps of the language model
+python benchmarks/demo_kinds.py --model runs/demo --steps 400        with fewer steps of the language model alone
+python benchmarks/demo_kinds.py --model runs/demo --kept-times       times of a step as the results have them
 
-The language model has the recipe `demo` but for its backbone; its run is trained here unless it is finished. Time of
-training is the number of steps times the median processor time of a step, loading included: processes of both kinds,
-one rank with one thread each, take turns of some steps on the same clips. Writes benchmarks/results/demo_kinds.json.
+The language model has the recipe `demo` but for its backbone; its runs are trained here unless they are finished, or
+resumed where they were stopped. Time of training is the number of steps times the median processor time of a step,
+loading included: processes of both kinds, one rank with one thread each, take turns of some steps on the same clips.
+Writes benchmarks/results/demo_kinds.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,12 +27,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from sides import started, turns_of
+
 from toolkit.files import write_text_atomically
 from toolkit.recipe.model_cards import load_model_yaml
 
 RESULTS = ROOT / "benchmarks" / "results" / "demo_kinds.json"
 SETTINGS = ["model.backbone=demo_causal"]
 KINDS = {"seq2seq": [], "language_model": SETTINGS}
+CARDS = {"seq2seq": "demo", "language_model": "demo_causal"}
+STEPS = [400, 1250]  # the second as many as the demo's
 SHOWN = ("cer", "wer", "bleu1", "chrf")
 TURN = 5  # steps
 TARGETS = {"cer": 0.10, "time": 2.0}  # at most
@@ -43,10 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/demo"), help="the demo's finished run")
     parser.add_argument("--corpus", metavar="FOLDER", help="default: the corpus of that run")
-    parser.add_argument("--language-model", type=Path, default=Path("runs/demo_causal"), help="the other run")
-    parser.add_argument("--max-steps", metavar="N", help="of the language model (default: the demo's)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the language model's runs are")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="of each of them, rising")
     parser.add_argument("--num-gpus", default="2", help="ranks that train (default 2)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="turns of each kind (default 7)")
+    parser.add_argument("--kept-times", action="store_true", help="do not measure a step again")
     parser.add_argument("--side", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -55,24 +59,23 @@ def main() -> None:
     corpus = (
         arguments.corpus or json.loads((arguments.model / "environment.json").read_text(encoding="utf-8"))["corpus"]
     )
-    runs = {"seq2seq": arguments.model, "language_model": arguments.language_model}
-    if not (arguments.language_model / "scores.json").is_file():
-        length = [f"training.max_steps={arguments.max_steps}"] if arguments.max_steps else []
-        train(arguments.language_model.resolve(), corpus, arguments.num_gpus, length)
-    scores = {kind: json.loads((run / "scores.json").read_text(encoding="utf-8")) for kind, run in runs.items()}
-    alone = {kind: cer_of_decoder(run, corpus) for kind, run in runs.items()}
-    seconds = step_seconds(corpus, arguments.repeats)
-    content = summary(scores, alone, seconds)
+    runs = [("seq2seq", arguments.model)]
+    for steps in arguments.steps:
+        runs.append(("language_model", arguments.runs / f"demo_causal_{steps}"))
+        if not (runs[-1][1] / "scores.json").is_file():
+            train(runs[-1][1].resolve(), corpus, arguments.num_gpus, steps)
+    seconds = kept_seconds() if arguments.kept_times else step_seconds(corpus, arguments.repeats)
+    content = summary([row_of(kind, run, corpus, seconds[kind]) for kind, run in runs])
     write_text_atomically(RESULTS, json.dumps(content, indent=2) + "\n")
     print(json.dumps(content, indent=2))
 
 
-def train(run: Path, corpus: str, ranks: str, length: list[str]) -> None:
+def train(run: Path, corpus: str, ranks: str, steps: int) -> None:
     """Train the language model, or resume it."""
     command = [
         *("deepspeed", "--num_gpus", ranks, "--master_port", "29751"),
         *("launch/train.py", "--recipe", "demo", f"run.dir={run}"),
-        *("data.source=table", f"data.corpus={corpus}", *SETTINGS, *length),
+        *("data.source=table", f"data.corpus={corpus}", *SETTINGS, f"training.max_steps={steps}"),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -96,74 +99,50 @@ def cer_of_decoder(run: Path, corpus: str) -> float:
     return found
 
 
-def summary(scores: dict[str, Any], alone: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
-    """The content of the results file."""
-    minutes = {kind: found["steps"] * seconds[kind] / 60 for kind, found in scores.items()}
-    cards = {"seq2seq": load_model_yaml("demo"), "language_model": load_model_yaml("demo_causal")}
-    rows = [
-        {
-            "kind": kind.replace("_", " "),
-            "architecture": cards[kind].architecture,
-            "parameters": cards[kind].parameters,
-            "steps": found["steps"],
-            "step_ms": round(1000 * seconds[kind]),
-            "minutes_of_one_rank": round(minutes[kind], 1),
-            **{name: round(found["splits"]["test"]["scores"][name], 4) for name in SHOWN},
-            "cer_decoder_alone": round(alone[kind], 4),
-        }
-        for kind, found in scores.items()
-    ]
+def row_of(kind: str, run: Path, corpus: str, seconds: float) -> dict[str, Any]:
+    """A finished run; ``seconds`` of its steps."""
+    found, card = json.loads((run / "scores.json").read_text(encoding="utf-8")), load_model_yaml(CARDS[kind])
     return {
-        "language_model_cer": {"ours_cer": rows[1]["cer"], "target": f"<= {TARGETS['cer']}"},
+        "kind": kind.replace("_", " "),
+        "architecture": card.architecture,
+        "parameters": card.parameters,
+        "steps": found["steps"],
+        "step_ms": round(1000 * seconds),
+        "minutes_of_one_rank": round(found["steps"] * seconds / 60, 1),
+        **{name: round(found["splits"]["test"]["scores"][name], 4) for name in SHOWN},
+        "cer_decoder_alone": round(cer_of_decoder(run, corpus), 4),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of the results file: the last run beside the first."""
+    peer, ours = rows[0], rows[-1]
+    minutes = [row["steps"] * row["step_ms"] for row in (ours, peer)]
+    return {
+        "language_model_cer": {"ours_cer": ours["cer"], "peer_cer": peer["cer"], "target": f"<= {TARGETS['cer']}"},
         "language_model_time": {
-            "ours_minutes": rows[1]["minutes_of_one_rank"],
-            "peer_minutes": rows[0]["minutes_of_one_rank"],
-            "ratio": round(minutes["language_model"] / minutes["seq2seq"], 2),
+            "ours_minutes": ours["minutes_of_one_rank"],
+            "peer_minutes": peer["minutes_of_one_rank"],
+            "ratio": round(minutes[0] / minutes[1], 2),
             "target": f"<= {TARGETS['time']}",
         },
         "kinds": rows,
     }
 
 
+def kept_seconds() -> dict[str, float]:
+    """Seconds of a step of each kind, which an earlier call measured in turns."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["kinds"]
+    return {row["kind"].replace(" ", "_"): row["step_ms"] / 1000 for row in rows}
+
+
 def step_seconds(corpus: str, repeats: int) -> dict[str, float]:
     """Seconds of a step of each kind, the median over turns; the first turn of each is not counted."""
-    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    with side_process("seq2seq", corpus) as first, side_process("language_model", corpus) as second:
-        for number in range(repeats + 1):
-            for kind, process in zip(KINDS, (first, second), strict=True):
-                turn = take_turn(process)
-                if number:
-                    taken[kind].append(turn["processor_seconds"] / TURN)
-                    print(f"{kind}: {taken[kind][-1]:.3f} s a step", flush=True)
-    return {kind: median(turns) for kind, turns in taken.items()}
-
-
-@contextmanager
-def side_process(kind: str, corpus: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains one kind, a turn at a time."""
-    command = [sys.executable, __file__, "--side", kind, "--corpus", corpus]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout and process.stdin
-        if not any(line.strip() == "ready" for line in process.stdout):
-            sys.exit(f"{kind} did not start")
-        yield process
-        process.stdin.close()
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def take_turn(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout and process.stdin
-    process.stdin.write(f"{TURN}\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            return dict(json.loads(line))
-    sys.exit("a side ended during its turn")
+    with ExitStack() as stack:
+        commands = {kind: [__file__, "--side", kind, "--corpus", corpus] for kind in KINDS}
+        processes = {kind: stack.enter_context(started(command)) for kind, command in commands.items()}
+        turns = turns_of(processes, dict.fromkeys(KINDS, TURN), repeats)
+    return {kind: median(turn["processor_seconds"] / TURN for turn in taken) for kind, taken in turns.items()}
 
 
 def train_in_turns(kind: str, place: str) -> None:

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from sides import started, take_turn
+from sides import started, turns_of
 from transformers import ByT5Tokenizer
 from turns import answer
 
@@ -175,15 +176,11 @@ def beside(folder: Path) -> dict[str, Any]:
 def training(folder: Path) -> dict[str, Any]:
     """Clips a second of whole training, in turns of an epoch."""
     steps = -(-BESIDE * BESIDE_CLIPS // 128)
-    turns: dict[str, list[float]] = {side: [] for side in SIDES}
-    one, four = ([__file__, "--side", side, "--folder", str(folder)] for side in SIDES)
-    with started(one) as one_side, started(four) as four_side:
-        processes = {"one": one_side, "four": four_side}
-        for turn in range(TURNS + 1):
-            for side in sorted(SIDES, reverse=bool(turn % 2)):
-                taken = take_turn(processes[side], steps)
-                if turn:  # the first is no measure
-                    turns[side].append(taken["clips"] / taken["seconds"])
+    with ExitStack() as stack:
+        commands = {side: [__file__, "--side", side, "--folder", str(folder)] for side in SIDES}
+        processes = {side: stack.enter_context(started(command)) for side, command in commands.items()}
+        taken = turns_of(processes, dict.fromkeys(SIDES, steps), TURNS)
+    turns = {side: [turn["clips"] / turn["seconds"] for turn in of_side] for side, of_side in taken.items()}
     ratios = [four / one for one, four in zip(turns["one"], turns["four"], strict=True)]
     return {
         "trained clips/s": {side: round(float(np.median(values)), 1) for side, values in turns.items()},

@@ -151,10 +151,10 @@ SECTIONS = {  # results file -> heading, command, what it measures
     "demo": ("The demo", "python benchmarks/demo.py", "A bare clone of the repository, from nothing to scores."),
     "demo_kinds": (
         "The demo with a language model",
-        "python benchmarks/demo_kinds.py --model runs/demo --max-steps 400",
+        "python benchmarks/demo_kinds.py --model runs/demo",
         "The demo's T5 and a language model of its width in its place (`--recipe demo model.backbone=demo_causal`), "
-        "both from scratch, with the same clips and settings; the language model with fewer steps. "
-        "`cer_decoder_alone` is the search without the CTC "
+        "both from scratch, with the same clips and settings; the language model with fewer steps, and with as many, "
+        "which the figures compare. `cer_decoder_alone` is the search without the CTC "
         "head's scores. Minutes are steps times the median processor time of a step of one rank, in turns.",
     ),
 }

@@ -62,3 +62,16 @@ def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, Any
         if line.startswith("{"):
             return dict(json.loads(line))
     sys.exit(f"{' '.join(map(str, process.args))} ended during its turn")
+
+
+def turns_of(
+    processes: dict[str, subprocess.Popen[str]], steps: dict[str, int], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What sides answer that take so many turns, every other round in the opposite order; the first is no measure."""
+    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in processes}
+    for number in range(rounds + 1):
+        for side in list(processes)[:: -1 if number % 2 else 1]:
+            taken = take_turn(processes[side], steps[side])
+            if number:
+                turns[side].append(taken)
+    return turns
