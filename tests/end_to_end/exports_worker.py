@@ -23,6 +23,8 @@ from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
 
+TABLES = ("backbone.shared.weight", "backbone.model.embed_tokens.weight")  # of encoder-decoders and of language models
+
 
 def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks) -> dict[str, Any]:
     resolved, corpus = start_run(case, settings, run_dir, ranks)
@@ -67,7 +69,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
 def table(model: Any) -> Tensor:
     """The token table as it is in effect, with the rows of new tokens."""
     weights = whole_state_dict(model, keep=True)
-    rows = weights["backbone.shared.weight"].clone()
+    rows = next(weights[name] for name in TABLES if name in weights).clone()
     if "new_rows.0.weight" in weights:
         rows[384:386] = weights["new_rows.0.weight"]
     return rows.float()

@@ -13,6 +13,7 @@ from tests.rank_workers import prepared, run_worker
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 TOKENS = "model.extra_tokens=['<loc>', '<per>']"
 LORA = ["model.lora.r=4", TOKENS]
+LANGUAGE = ["model.backbone=qwen2_5_0_5b", "model.prompt='Translate {poses} into English:'"]
 SMALL = ["ds.zero_optimization.stage3_param_persistence_threshold=0"]  # shards parameters of a tiny model, too
 CASES: dict[str, dict[str, Any]] = {
     **{f"full-{stage}": {"ds": stage, "overrides": []} for stage in STAGES},
@@ -21,9 +22,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dora-zero3": {"ds": "zero3", "overrides": ["model.lora={r: 4, dora: true, train: [layer_norms]}"]},
     "qlora-zero3": {"ds": "zero3", "overrides": [*LORA, "model.quantization={kind: nf4, compute_dtype: fp32}"]},
     "int8-zero2": {"ds": "zero2", "overrides": [*LORA, "model.quantization=int8"]},
+    "language-full-zero2": {"ds": "zero2", "overrides": LANGUAGE},
+    "language-lora-zero3": {"ds": "zero3", "overrides": [*LANGUAGE, *LORA]},
 }
 # Trained by `make test`; the others by night.
-BY_DAY = ("full-zero2", "lora-zero3", "tokens-zero3", "qlora-zero3")
+BY_DAY = ("full-zero2", "lora-zero3", "tokens-zero3", "qlora-zero3", "language-lora-zero3")
 # Largest difference of a token's probability. int8 rounds activations in training, which an export does not.
 TOLERANCES = {"int8-zero2": 1e-2}
 

@@ -56,6 +56,16 @@ COMPILED_BY_DAY = ()  # two ranks that compile take half a minute
 UNEVEN = [*FP32, "training.global_batch_size=7"]
 UNEVEN_ON = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
 SMALL = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+# A language model, whose sequences hold words, poses and text: JSON and overrides, with the losses of one rank.
+LANGUAGE = [*FP32, "model.backbone=qwen2_5_0_5b", "model.prompt='Translate {poses} into English:'"]
+DIVIDED = {
+    "one-rank": ("zero1", ["training.micro_batch_size=8"]),
+    "single-clips": ("zero0", ["training.micro_batch_size=1"]),
+    "frames": ("zero2", ["training.micro_batch_size=4", "training.micro_batch_frames=400"]),
+    "partitioned": ("zero3", [SMALL]),
+    "checkpoints": ("zero2", ["training.gradient_checkpointing=true"]),
+}
+DIVIDED_BY_DAY = ("frames",)
 # Losses of six steps in fp32, with a pose encoder of its usual width, kept so that a change that is not meant to be
 # numeric shows when it is.
 KEPT = [6.587661, 5.79697, 5.463105, 5.154235, 4.87713, 4.836038]
@@ -130,6 +140,10 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
     chosen |= {f"uneven-{ds}": uneven(ds) for ds in (UNEVEN_ON if night else UNEVEN_BY_DAY)}
     alone = {"gradients-alone": chosen["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
     alone["uneven-alone"] = uneven("zero1")
+    for name, (ds, overrides) in DIVIDED.items():
+        group = alone if name == "one-rank" else chosen
+        if night or name in DIVIDED_BY_DAY or group is alone:
+            group[f"language-{name}"] = {"ds": ds, "overrides": [*LANGUAGE, *overrides]}
     return {name: found for ranks, group in ((2, chosen), (1, alone)) for name, found in start(ranks, group).items()}
 
 
@@ -262,6 +276,13 @@ def test_unequal_shares_change_nothing_on_three_ranks(start: Start) -> None:
     for name, case in start(3, {ds: uneven(ds) for ds in UNEVEN_ON}).items():
         assert_as_alone(case, alone)
         assert case["micro_batches"] == [2, 2, 2, 1], name
+
+
+@pytest.mark.parametrize("name", cases([name for name in DIVIDED if name != "one-rank"], DIVIDED_BY_DAY))
+def test_a_language_model_has_the_losses_of_one_rank(trained: dict[str, dict[str, Any]], name: str) -> None:
+    case = trained[f"language-{name}"]
+    assert_as_alone(case, trained["language-one-rank"])
+    assert case["losses"][-1] < case["losses"][0] and case["restored"] and case["best_is_last"]
 
 
 def assert_as_alone(case: dict[str, Any], alone: dict[str, Any]) -> None:

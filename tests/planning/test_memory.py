@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, LlamaConfig, PreTrainedConfig, T5Config
+from transformers import AutoConfig, BartConfig, LlamaConfig, PreTrainedConfig, T5Config
 
 from tests.recorded_calls import RecordedCalls
 from toolkit.decoding.beam_search import beam_search
@@ -20,6 +20,18 @@ from toolkit.planning.memory import fitting_batch_frames, translation_memory
 CLIPS, FRAMES, BEAMS, TOKENS = 3, 40, 4, 12
 KEPT = {"keys", "values", "prefix_keys", "prefix_values"}
 SIZES = {"vocab_size": 50, "d_model": 32}
+
+
+def gemma_halves(kind: str) -> dict[str, Any]:
+    """Of an encoder-decoder made of language models; its encoder may have a part for pictures, which is not built."""
+    half: dict[str, Any] = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "head_dim": 16, "num_key_value_heads": 2,
+    }  # fmt: skip
+    encoder = half if kind == "t5gemma" else {"text_config": half, "vision_config": {"image_size": 16, "patch_size": 4}}
+    return {"encoder": encoder, "decoder": half, "vocab_size": 50, "decoder_start_token_id": 2}
+
+
 BACKBONES: dict[str, PreTrainedConfig] = {
     # Heads that together are wider than the model, as T5's largest are.
     "t5": T5Config(
@@ -34,6 +46,7 @@ BACKBONES: dict[str, PreTrainedConfig] = {
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
         num_key_value_heads=2, pad_token_id=0, eos_token_id=1, decoder_start_token_id=3,
     ),
+    **{kind: AutoConfig.for_model(kind, **gemma_halves(kind)) for kind in ("t5gemma", "t5gemma2")},
 }  # fmt: skip
 
 
@@ -74,7 +87,8 @@ def largest_cache(model: PoseTranslator) -> int:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention: str) -> None:
     model = translator(name, stride=1)
-    model.backbone.set_attn_implementation(attention)
+    if name != "t5gemma":  # which has no other than eager
+        model.backbone.set_attn_implementation(attention)
     estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
     held = largest_cache(model)
     assert held <= estimate.cache <= 1.5 * held
@@ -82,7 +96,7 @@ def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention
     assert largest_cache(translator(name, stride=2)) < held
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["t5", "bart", "llama"])
 def test_graphs_keep_what_is_counted(name: str) -> None:
     model, graphs = translator(name, stride=1), StepGraphs(RecordedCalls())
     estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS, graphs=True)

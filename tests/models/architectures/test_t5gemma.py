@@ -22,6 +22,7 @@ from tests.models.same_as_transformers import (
     vectors_of_poses,
 )
 from tests.small_configs import translator_config
+from toolkit.decoding.beam_search import beam_search
 from toolkit.models import PoseTranslator
 from toolkit.models.backbone import new_backbone, stacks
 from toolkit.models.loading.backbone_weights import placement_for, published_backbone
@@ -141,6 +142,19 @@ def test_beams_share_the_encoding_of_their_clip(
     assert seen[-1][1] < len(FRAMES), "clips leave the batch"
     assert {part.config._attn_implementation for part in stacks(model.backbone)} == {before}
     assert "attention implementation" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_a_rank_without_unfinished_texts_keeps_step_with_the_others(
+    kind: str, make: Callable[..., PoseTranslator], clips: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, others = make(kind, 6), iter([True, True, False])
+    settings = {"num_beams": 3, "custom_generate": beam_search}
+    alone = model.generate(**clips, **settings)
+    together = "toolkit.decoding.beam_search._any_rank_searches"
+    monkeypatch.setattr(together, lambda this_one, device: this_one or next(others))
+    assert torch.equal(model.generate(**clips, **settings, synced=True), alone)
+    assert not list(others)
 
 
 def test_published_weights_are_read_without_those_of_the_vision_tower(tmp_path: Path) -> None:
