@@ -149,6 +149,7 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from toolkit.corpus.mixture.leakage import leakage_notes
     from toolkit.corpus.mixture.opening import open_prepared
     from toolkit.corpus.plan import landmarks_of
 
@@ -158,9 +159,10 @@ def _check(arguments: argparse.Namespace) -> None:
         landmarks_of(run.recipe.data)
     missing = [f"{problem.message}: {problem.hint}" for problem in missing_data(run.recipe)]
     taken, drawn, vocabulary = _warm_start(run, corpus), _mixture(run, corpus), _vocabulary(run)
+    shared = leakage_notes(corpus) if corpus else []
     if arguments.json:
-        found = {"missing": missing, "init_from": taken, "corpora": drawn, "vocabulary": vocabulary or None}
-        print(json.dumps({"ok": True, **_to_dict(run), **found}))
+        lines = {"missing": missing, "init_from": taken, "corpora": drawn, "leakage": shared}
+        print(json.dumps({"ok": True, **_to_dict(run), **lines, "vocabulary": vocabulary or None}))
         return
     model = run.recipe.model
     card = card_of(model)
@@ -187,7 +189,7 @@ def _check(arguments: argparse.Namespace) -> None:
         print(f"  corpora    {line}")
     for line in taken:
         print(f"  init_from  {line}")
-    for line in (*run.notes, *missing):
+    for line in (*run.notes, *shared, *missing):
         print(f"  note       {line}")
 
 

@@ -36,8 +36,11 @@ def write_one(
 
 
 def write_three(folder: Path) -> list[Path]:
-    """The folders of three corpora; ``small`` has a language, and ``synthetic`` only training clips."""
-    known = {"small": {"language": "gsg"}}
+    """The folders of three corpora; ``small`` has a language, and ``synthetic`` only training clips.
+
+    One signer signs all clips of ``large`` and ``small``.
+    """
+    known = {"small": {"language": "gsg", "signer": "Ann"}, "large": {"signer": "Ann"}}
     return [
         write_one(folder / name, splits, seed=seed, **known.get(name, {})).path
         for seed, (name, splits) in enumerate(SIZES.items())

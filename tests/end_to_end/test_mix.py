@@ -44,6 +44,7 @@ def test_a_mix_is_stopped_resumed_and_scored_corpus_by_corpus(
     first = run("launch/train.py", *words, "training.time_limit=0.0001", ranks=2)
     assert first.code == 75, first.out + first.err
     assert "large: 40 clips, 28.6%" in first.out and "synthetic: 20 clips, 42.9%" in first.out
+    assert "dev signers in train of another corpus 5" in first.out
 
     heavier = [word.replace('"weight": 1}', '"weight": 3}') for word in words]
     refused = train_here(*heavier)
@@ -63,6 +64,7 @@ def test_a_mix_is_stopped_resumed_and_scored_corpus_by_corpus(
     best = max((entry["dev@large_chrf"] + entry["dev@small_chrf"]) / 2 for entry in entries if entry["kind"] == "eval")
     assert kept["scores"]["chrf"] == pytest.approx(best) and mean <= best
     report = (tmp_path / "run" / "report.html").read_text()
+    assert "dev signers in train of another corpus 5" in report
     assert "test@small" in report and "have no skeletons" not in report and '"skeleton":null' not in report
 
     scored = run("launch/evaluate.py", "--model", tmp_path / "run", "--json")

@@ -131,6 +131,7 @@ def test_check_prints_what_an_epoch_draws_of_a_mix(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "large: 40 clips, 52.4% of an epoch (1.31 passes), 74.4% at the end" in done.stdout
     assert "small: 6 clips, 47.6% of an epoch (7.94 passes), 25.6% at the end" in done.stdout
+    assert "test signers in train of another corpus 6" in done.stdout
     refused = recipes("check", "t5_small", "--cpu", "data.corpora=[large, nothing]", cwd=tmp_path)
     assert refused.returncode == 2 and "nothing" in refused.stderr
     other = recipes(

@@ -24,13 +24,15 @@ def notes(
     epoch_steps: int = 100,
     tokenizer: Any = None,
     repeats: int = 0,
+    leakage: dict[str, int] | None = None,
 ) -> list[str]:
     unknown = dict.fromkeys(CONDITIONS, "")
     train = SimpleNamespace(texts=LONG, condition_counts=lambda: [(unknown, len(LONG))])
     splits = {"train": train} | ({"dev": SimpleNamespace(texts=dev)} if dev else {})
     corpus: Any = SimpleNamespace(
         splits=splits,
-        metadata=SimpleNamespace(**METADATA, shared_texts="keep"),
+        metadata=SimpleNamespace(**METADATA, shared_texts="keep", leakage=leakage or {}),
+        members={},
         landmark_set=SimpleNamespace(name="hands_body_50"),
     )
     recipe = load_recipe("t5_small", ["data.corpus=C", f"evaluation.no_repeat_ngram_size={repeats}", *overrides])
@@ -40,6 +42,12 @@ def notes(
 def test_settings_that_go_together_get_no_note() -> None:
     assert notes() == []
     assert notes("training.freeze_backbone_steps=999", "training.eval_every=10") == []
+    assert notes(leakage={"dev_signers_in_train": 0}) == []
+
+
+def test_what_splits_share_is_stated_before_the_first_step() -> None:
+    (note,) = notes(leakage={"dev_signers_in_train": 3, "dev_videos_in_train": 0})
+    assert "dev signers in train 3" in note
     assert notes("training.early_stopping=9", "evaluation.max_new_tokens=22") == []
 
 

@@ -29,6 +29,8 @@ _VIDEO_OF_UID = (
 )
 _BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # all but letters, marks and digits
 LEAST_WORDS_OF_NEAR_TEXTS = 4
+SHARED = ("texts", "near_texts", "videos", "signers")
+"""What clips of two splits may share: ``leakage`` counts ``SPLIT_KIND_in_train``."""
 
 
 def source_video(row: Row) -> str:
@@ -121,7 +123,7 @@ def normalised_text(text: str) -> str:
     return _BETWEEN_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
-def _near_keys(normalised: str) -> set[int]:
+def near_keys(normalised: str) -> set[int]:
     """Keys of a normalised text; two texts share a key if their words are the same, in any order, except for one word.
 
     Texts of fewer than four words have no keys, because without a word they are another sentence.
@@ -174,13 +176,13 @@ class _SharedTexts:
 
     def __init__(self, train: Sequence[Row]) -> None:
         self._texts = {normalised_text(row.text) for row in train}
-        self._near = {key for text in self._texts for key in _near_keys(text)}
+        self._near = {key for text in self._texts for key in near_keys(text)}
 
     def verdict(self, text: str) -> Literal["same", "near"] | None:
         normalised = normalised_text(text)
         if normalised in self._texts:
             return "same"
-        return None if self._near.isdisjoint(_near_keys(normalised)) else "near"
+        return None if self._near.isdisjoint(near_keys(normalised)) else "near"
 
 
 def leakage(splits: dict[str, list[Row]]) -> dict[str, int]:

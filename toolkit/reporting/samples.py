@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.corpus.mixture.leakage import leakage_notes
 from toolkit.corpus.mixture.opening import mix
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
@@ -253,11 +254,7 @@ def describe_corpus(corpus: Corpus) -> dict[str, Any]:
 
 def corpus_warnings(corpus: Corpus) -> list[str]:
     """Warnings about a corpus that make its scores doubtful."""
-    warnings = [
-        f"splits of the corpus share data: {name.replace('_', ' ')} {count:,}"
-        for name, count in corpus.metadata.leakage.items()
-        if count
-    ]
+    warnings = leakage_notes(corpus)
     if corpus.metadata.lacking:
         warnings.append(f"{len(corpus.metadata.lacking)} landmarks of the set are missing in files of the corpus")
     if rejects := corpus.metadata.counts.get("rejects"):

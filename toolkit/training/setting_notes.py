@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from toolkit.corpus.mixture.leakage import leakage_notes
 from toolkit.corpus.packed import KEPT_SETTINGS, Corpus
 from toolkit.models.conditions import condition_notes
 from toolkit.poses.landmarks import NO_LANDMARKS
@@ -34,6 +35,7 @@ def setting_notes(recipe: Recipe, corpus: Corpus, tokenizer: Any, *, steps: int,
     if note := _repeated_bytes(recipe.evaluation.no_repeat_ngram_size, tokenizer):
         yield note
     yield from condition_notes(recipe, corpus, tokenizer)
+    yield from leakage_notes(corpus)
     dev = corpus.splits.get("dev")
     yield from _evaluation_intervals(training, math.ceil(steps / epoch_steps) if dev else 0)
     if dev:

@@ -11,6 +11,7 @@ from typing import Any
 from toolkit.corpus.mixture.split import MixedSplit, Share
 from toolkit.corpus.packed import METADATA_FILE, Corpus, Metadata
 from toolkit.corpus.plan import landmarks_of, width_of_features
+from toolkit.corpus.splits import SHARED
 from toolkit.errors import UserError
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.corpora import PLACES
@@ -96,7 +97,8 @@ def mix(parts: Sequence[MixPart], corpora: Sequence[Corpus]) -> Corpus:
         for name in [*usual, *sorted(names - set(usual))]
     }
     members = {part.label: corpus for part, corpus in zip(parts, corpora, strict=True)}
-    return Corpus(_name(list(members)), _metadata(corpora, splits), splits, members)
+    metadata = replace(_metadata(corpora, splits), leakage=_sum(map(_leakage_within, corpora, used)))
+    return Corpus(_name(list(members)), metadata, splits, members)
 
 
 def _used(part: MixPart, corpus: Corpus) -> dict[str, Any]:
@@ -141,10 +143,15 @@ def _metadata(corpora: Sequence[Corpus], splits: dict[str, Any]) -> Metadata:
         min_frames=min(metadata.min_frames for metadata in each),
         splits={name: {"clips": len(split), "frames": int(split.frames.sum())} for name, split in splits.items()},
         counts=_sum(metadata.counts for metadata in each),
-        leakage=_sum(metadata.leakage for metadata in each),
         lacking=_sum(metadata.lacking for metadata in each),
         checksums={},
     )
+
+
+def _leakage_within(corpus: Corpus, used: dict[str, Any]) -> dict[str, int]:
+    """What its splits share with its own training clips, of the splits that are used, where train is among them."""
+    counted = {f"{name}_{kind}_in_train" for name in used for kind in SHARED if "train" in used}
+    return {name: count for name, count in corpus.metadata.leakage.items() if name in counted}
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
