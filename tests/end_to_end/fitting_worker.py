@@ -26,6 +26,7 @@ from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.cluster.rendezvous import join_rendezvous
 from toolkit.corpus.packed import Corpus
 from toolkit.fitting import rehearsal
+from toolkit.fitting.bounds import UNKNOWN, Passes
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.fitting.shapes import lengths_of
 from toolkit.models.loading.weights import whole_state_dict
@@ -87,6 +88,9 @@ def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None
         under_way[0] = False
         return result
 
+    own_bound = Passes.at_most
+    if where in ("update", "capture"):  # which only a whole step has
+        Passes.at_most = lambda *_: UNKNOWN  # type: ignore[method-assign]
     if where == "capture":
         pass_graphs.capture_on = lambda device: capture
 
@@ -114,6 +118,7 @@ def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None
         yield
     finally:
         rehearsal.batch_losses, pass_graphs.capture_on = own, own_capture
+        Passes.at_most = own_bound  # type: ignore[method-assign]
 
 
 def raise_out_of_memory(*_: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
-from toolkit.fitting import micro_batches
+from toolkit.fitting import fastest, micro_batches, stage
+from toolkit.fitting.bounds import UNKNOWN
 from toolkit.fitting.hardware import GIB, Card
 from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
@@ -36,6 +37,7 @@ class Machine:
         self.generated: list[int] = []
         self.timed: list[int] = []
         self.slow_passes: set[int] = set()  # by their number, from 1: another process ran beside them
+        self.at_most_gib: float | None = None  # for each clip of a step that was not taken; None = not known
 
     def __call__(self, *_: Any, **__: Any) -> Machine:
         self.starts += 1
@@ -51,6 +53,11 @@ class Machine:
             return Measured(problem="out of memory")
         self.widest = max(self.widest, clips)
         return Measured(resident=self.widest * GIB, address_space=2 * self.widest * GIB, error=self.error)
+
+    def at_most(self, shapes: Sequence[Shape]) -> Measured:
+        clips = max(shape.clips for shape in shapes)
+        most = UNKNOWN if self.at_most_gib is None else int(clips * self.at_most_gib * GIB)
+        return Measured(resident=most, address_space=UNKNOWN)
 
     def translation(self, shapes: Sequence[Shape]) -> Measured:
         clips = max(shape.clips for shape in shapes)
@@ -80,12 +87,12 @@ def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[
         rehearses: bool = True,
     ) -> tuple[ResolvedRun, list[str]]:
         lines: list[str] = []
-        monkeypatch.setattr(micro_batches, "Rehearsal", machine)
+        monkeypatch.setattr(stage, "Rehearsal", machine)
         monkeypatch.setattr(micro_batches, "cards", lambda: [Card("H100", 80 * GIB, 70 * GIB)] if gpu else [])
         monkeypatch.setattr(micro_batches, "build_missing_ops", lambda *_: None)
         monkeypatch.setattr(micro_batches, "import_libraries", lambda _: None)  # no engine is built
         monkeypatch.setattr(
-            micro_batches,
+            stage,
             "memory_limit",
             lambda _: MemoryLimit(int(limit * GIB), None if space is None else int(space * GIB)),
         )
@@ -121,16 +128,21 @@ def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
 def test_cpus_time_from_a_few_clips_on_in_the_direction_in_which_it_pays(
     resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch, few: int, per_clip: float, times: list[int], chosen: int
 ) -> None:
-    monkeypatch.setattr(micro_batches, "FEW", few)
+    monkeypatch.setattr(fastest, "FEW", few)
     machine = Machine(per_clip=per_clip)
     run, lines = fit(resolve(*AUTO), machine)
     assert run.clip_limit == chosen
     asked = [int(number) for number in re.findall(r"with (\d)", lines[-2])]
-    assert asked == times and len(machine.timed) == micro_batches.TIMES * len(times)
+    assert asked == times
+    assert len(machine.timed) <= 1 + 3 * len(times), "one to warm up; a size, and two again where that decides"
 
 
-@pytest.mark.parametrize("slow", [{1}, {2}, {3}, {4}, {2, 3, 5}])
-def test_a_pass_that_another_process_has_slowed_does_not_count(resolve: Any, fit: Any, slow: set[int]) -> None:
+@pytest.mark.parametrize("few", [2, 8])
+@pytest.mark.parametrize("slow", [{1}, {2}, {3}, {4}, {2, 3, 4}])
+def test_a_pass_that_another_process_has_slowed_does_not_count(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch, slow: set[int], few: int
+) -> None:
+    monkeypatch.setattr(fastest, "FEW", few)
     machine = Machine()
     machine.slow_passes = slow
     run, _ = fit(resolve(*AUTO), machine)
@@ -146,6 +158,22 @@ def test_cpus_keep_to_the_limit_without_trying_what_is_too_large(
     assert run.clip_limit == 3
     assert max(machine.steps) == 3
     assert "more than 3 of the longest clips do not fit" in lines[-2]
+
+
+def test_no_step_is_tried_where_any_fits_by_the_passes(resolve: Any, fit: Any) -> None:
+    machine = Machine()
+    machine.at_most_gib = 3.0
+    run, lines = fit(resolve(*AUTO), machine, limit=20.0)
+    assert (machine.steps, run.clip_limit) == ([], 6)
+    assert "at most 18.00 of 20.00 GiB" in lines[-2]
+    narrow = Machine()
+    narrow.at_most_gib = 3.0
+    run, _ = fit(resolve(*AUTO, "training.label_smoothing=0.3"), narrow, limit=17.0)
+    assert (narrow.steps, run.clip_limit) == ([1, 2, 6], 6), "what may not fit is tried"
+    limited = Machine()
+    limited.at_most_gib = 3.0
+    fit(resolve(*AUTO, "training.label_smoothing=0.2"), limited, limit=20.0, space=100.0)
+    assert limited.steps == [1, 2, 6], "addresses are not known by passes"
 
 
 def test_cpus_take_a_pass_more_where_the_growth_was_misjudged(resolve: Any, fit: Any) -> None:
@@ -218,10 +246,11 @@ def test_a_number_of_frames_is_not_rehearsed(resolve: Any, fit: Any) -> None:
 def test_a_rehearsal_that_takes_long_shows_what_it_has_found(
     resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(micro_batches, "SHOWN_EVERY", 0.0)
+    monkeypatch.setattr(stage, "SHOWN_EVERY", 0.0)
     _, lines = fit(resolve(*AUTO), Machine())
     assert "choosing micro-batches" in lines[0]
-    assert sum("clips/s" in line for line in lines[1:-2]) == 2, "sizes of 6 and 2"
+    shown = {re.search(r"frames as (\S+)", line)[1] for line in lines[1:-2] if "clips/s" in line}  # type: ignore[index]
+    assert shown == {"6", "2"}
     _, again = fit(resolve(*AUTO), Machine())
     assert len(again) == 1 and "before" in again[0]
 

@@ -13,8 +13,11 @@ import torch
 from toolkit.cluster.cores import usable_cores
 from toolkit.cluster.environment import cpu_name
 from toolkit.cluster.ranks import Ranks
+from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
 
 GIB = 2**30
+# The share of a GPU that stays free: buffers of NCCL, which the rehearsal has none of, and blocks between tensors.
+GPU_RESERVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,20 @@ def describe(ranks: Ranks, found: list[Card]) -> str:
     quota = "".join(f", {cores:g} of them by quota" for cores in sorted(set(own.quotas.values())))
     memory = psutil.virtual_memory().total / GIB
     return f"{here}: {cpu_name()}, {len(own.numbers)} cores{quota}, {memory:.1f} GiB{space}"
+
+
+def leave_reserve(ranks: Ranks) -> None:
+    """Let torch's allocator run out of memory at what other processes on the card leave free, less the reserve."""
+    free, total = torch.cuda.mem_get_info()
+    kept = reserve() + (NCCL_BUFFERS if ranks.world_size > 1 else 0)
+    torch.cuda.set_per_process_memory_fraction(max(0.0, (free - kept) / total))
+
+
+def reserve() -> int:
+    """Bytes of the current card that stay free."""
+    return int(GPU_RESERVE * torch.cuda.mem_get_info()[1])
+
+
+def room_for_tensors(card: Card, world_size: int) -> int:
+    """Bytes that torch may have of a card, as :func:`leave_reserve` counts, before a process has its context there."""
+    return int(card.free - GPU_RESERVE * card.memory - CUDA_CONTEXT - (NCCL_BUFFERS if world_size > 1 else 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
+from toolkit.training.monitoring.memory_phases import RESET, RESET_RESIDENT_PEAK
 
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
 # written from, the search of an evaluation, and other processes of the machine.
@@ -51,6 +52,20 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
 def less_reserve(free: int) -> int:
     """What a rehearsal may take of so many free bytes."""
     return max(0, min(int((1 - RESERVE) * free), free - LEAST_RESERVE))
+
+
+def held() -> int:
+    """Bytes of main memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak() -> bool:
+    """Let :func:`peaks` count main memory from what this process has now; false where the kernel forbids it."""
+    try:
+        RESET.write_text(RESET_RESIDENT_PEAK, encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def peaks() -> tuple[int, int]:

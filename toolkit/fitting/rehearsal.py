@@ -22,7 +22,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,15 @@ from toolkit.decoding.search import search
 from toolkit.decoding.step_graphs import graphs_of_search
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import ready_to_translate
-from toolkit.fitting.hardware import Card
-from toolkit.fitting.memory_limits import peaks
+from toolkit.fitting.bounds import UNKNOWN, Passes, Size, states_of_a_step
+from toolkit.fitting.hardware import leave_reserve, reserve
+from toolkit.fitting.memory_limits import held, peaks, reset_peak
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.compiled import uncompiled
 from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
-from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
 from toolkit.planning.memory import translation_memory
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
@@ -57,8 +57,6 @@ from toolkit.training.optimization.averaging import update_average
 from toolkit.training.optimization.gradient_reduction import reduced_once
 from toolkit.training.pass_graphs import pass_graphs
 
-# The share of a GPU that stays free: buffers of NCCL, which the rehearsal has none of, and blocks between tensors.
-GPU_RESERVE = 0.05
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
 
 
@@ -100,6 +98,10 @@ class Rehearsal:
     def passes(self, shape: Shape) -> Measured:
         """One forward and backward pass, without a step."""
         return self._ask("passes", [shape])
+
+    def at_most(self, shapes: Sequence[Shape]) -> Measured:
+        """What a step over these micro-batches takes on CPUs at most, by the passes until now; it is not taken."""
+        return self._ask("at_most", shapes)
 
     def translation(self, shapes: Sequence[Shape]) -> Measured:
         """The search of an evaluation over the heaviest of some batches, to the last token."""
@@ -219,15 +221,20 @@ class _Engine:
     special: torch.Tensor
     tokens: dict[bool, int]  # of the longest texts, and of typical ones
     steps: int = 0
+    passed: Passes = field(init=False)
 
     def __post_init__(self) -> None:
         self.graphs = pass_graphs(self.engine, self.resolved, self._losses)
+        self.built = peaks()  # before the mark is set back
+        # Stages 2 and 3 reduce gradients in a pass, whose peak may then be another moment than that of activations.
+        resets = reset_peak() and self.resolved.zero_stage <= 1
+        self.passed = Passes(held(), states_of_a_step(self.engine.module, self.resolved), resets)
 
     @classmethod
     def build(cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, threads: int) -> _Engine:
         _join_fake_group(ranks)
         if torch.cuda.is_available():
-            _leave_reserve(ranks)
+            leave_reserve(ranks)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
         processor = build_processor(resolved.recipe, corpus)
@@ -249,7 +256,18 @@ class _Engine:
         return self._measured(0.0)
 
     def passes(self, shapes: Sequence[Shape]) -> Measured:
-        return self._measured(self._backward(shapes, ends_step=False))
+        """Of one shape; its peak counts in what a step takes at most."""
+        reset_peak()
+        seconds = self._backward(shapes, ends_step=False)
+        self.passed.add(self._size(shapes[0]), peaks()[0])
+        return self._measured(seconds)
+
+    def at_most(self, shapes: Sequence[Shape]) -> Measured:
+        resident = self.passed.at_most([self._size(shape) for shape in shapes])
+        return Measured(resident=resident, address_space=UNKNOWN)
+
+    def _size(self, shape: Shape) -> Size:
+        return Size(shape.clips, shape.frames, self.tokens[shape.long_texts])
 
     def translation(self, shapes: Sequence[Shape]) -> Measured:
         """On a GPU the search itself; on CPUs, where it takes long, its memory by arithmetic beside what trains."""
@@ -350,8 +368,10 @@ class _Engine:
         if torch.cuda.is_available():
             reserved = torch.cuda.max_memory_reserved()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-            return Measured(seconds=seconds, resident=reserved, room=free - _reserve())
-        resident, address_space = peaks()
+            return Measured(seconds=seconds, resident=reserved, room=free - reserve())
+        resident, address_space = map(max, zip(peaks(), self.built, strict=True))
+        if not self.steps:
+            resident = max(resident, self.passed.without_activations)
         return Measured(seconds=seconds, resident=resident + more, address_space=address_space + more)
 
 
@@ -378,19 +398,3 @@ def _join_fake_group(ranks: Ranks) -> None:
     os.environ.setdefault("MASTER_PORT", "1")
     dist.init_process_group("fake", rank=0, world_size=ranks.world_size, store=FakeStore())
     deepspeed.init_distributed(verbose=False)
-
-
-def _leave_reserve(ranks: Ranks) -> None:
-    """Let torch's allocator run out of memory at what other processes on the card leave free, less the reserve."""
-    free, total = torch.cuda.mem_get_info()
-    reserve = _reserve() + (NCCL_BUFFERS if ranks.world_size > 1 else 0)
-    torch.cuda.set_per_process_memory_fraction(max(0.0, (free - reserve) / total))
-
-
-def _reserve() -> int:
-    return int(GPU_RESERVE * torch.cuda.mem_get_info()[1])
-
-
-def room_for_tensors(card: Card, world_size: int) -> int:
-    """Bytes that torch may have of a card, as :func:`_leave_reserve` counts, before a process has its context there."""
-    return int(card.free - GPU_RESERVE * card.memory - CUDA_CONTEXT - (NCCL_BUFFERS if world_size > 1 else 0))

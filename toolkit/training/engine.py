@@ -31,6 +31,9 @@ log = logging.getLogger("toolkit")
 def import_libraries(resolved: ResolvedRun) -> None:
     """Import what building the run's engine imports otherwise; seconds, which processes that are forked later save."""
     import_deepspeed()
+    from deepspeed.module_inject import auto_ep_layer  # noqa: F401 - as its engine does
+    from deepspeed.ops.op_builder import all_ops  # noqa: F401 - as its process group does; it imports setuptools
+
     if resolved.zero_stage:
         from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 - as ZeRO does; it imports torch's compiler
     if resolved.recipe.model.lora:

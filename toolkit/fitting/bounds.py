@@ -1,0 +1,105 @@
+"""What a step of a rank on CPUs takes at most, by the passes that it was timed by: where that is well within a limit,
+the step need not be tried.
+
+The activations of a micro-batch are a sum of terms, each proportional to its clips and to at most two factors out of
+its frames and its tokens. With ``n`` clips of ``f`` frames and ``t`` tokens instead of ``n0``, ``f0`` and ``t0`` none
+grows by more than ``n / n0 * max(f / f0, t / t0, 1) ** 2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from toolkit.planning.costs.counts import Weight
+from toolkit.planning.costs.cpu_ranks import cpu_moments
+from toolkit.planning.costs.tracing import Trace
+from toolkit.recipe.resolve import ResolvedRun
+
+# What the heap loses between blocks of several sizes, as a share of the activations.
+SPREAD = 1.25
+UNKNOWN = 2**63 - 1  # bytes
+
+
+@dataclass(frozen=True)
+class Size:
+    """Clips of a micro-batch, and frames and tokens to which they are padded."""
+
+    clips: int
+    frames: int
+    tokens: int
+
+    def growth(self, other: Size) -> float:
+        """How often the activations of another one are in those of this one, at most."""
+        wider = max(self.frames / other.frames, self.tokens / other.tokens, 1.0)
+        return self.clips / other.clips * wider**2
+
+
+@dataclass
+class Passes:
+    """The passes of a rank until now.
+
+    Attributes:
+        before: resident bytes before the first one, with the model in its engine.
+        states: that a step has besides, at most: moments, gradients and copies.
+        resets: whether the peak of a pass is its own, for the kernel resets the mark.
+    """
+
+    before: int
+    states: int
+    resets: bool
+    _peaks: list[tuple[Size, int]] = field(default_factory=list)
+
+    def add(self, size: Size, peak: int) -> None:
+        """A pass had so many resident bytes at most."""
+        self._peaks.append((size, peak))
+
+    def at_most(self, sizes: Sequence[Size]) -> int:
+        """Resident bytes of a step over micro-batches of these sizes, at most; ``UNKNOWN`` before the first pass."""
+        if not self._peaks:
+            return UNKNOWN
+        last, peak = self._peaks[-1]
+        most = SPREAD * max(size.growth(last) for size in sizes) * self._activations()
+        return int(max(peak, self.without_activations + most))
+
+    @property
+    def without_activations(self) -> int:
+        """Resident bytes of a step besides its activations, at most."""
+        return self.before + self.states
+
+    def _activations(self) -> float:
+        """Bytes of those of the last pass, at most.
+
+        All by which it grew; or what a pass with more clips than another one has more, which leaves out gradients,
+        buffers and code. The first pass does not count there: it makes the gradients.
+        """
+        last, peak = self._peaks[-1]
+        found = [float(peak - self.before)]
+        for size, earlier in self._peaks[1:-1] if self.resets else []:
+            if size.clips < last.clips and (size.frames, size.tokens) == (last.frames, last.tokens):
+                found.append(max(0, peak - earlier) * last.clips / (last.clips - size.clips))
+        return min(found)
+
+
+def states_of_a_step(module: nn.Module, resolved: ResolvedRun) -> int:
+    """Bytes of all that a step holds besides activations, weights included, by the plan's arithmetic."""
+    linear = {id(item) for layer in module.modules() if type(layer) is nn.Linear for item in layer.parameters()}
+
+    def weight(parameter: Any) -> Weight:
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        return Weight(numel, parameter.requires_grad, linear=id(parameter) in linear)
+
+    nothing = Trace(0.0, 0.0, 0.0, 0.0)
+    _, moments = cpu_moments(
+        [weight(parameter) for parameter in module.parameters()],
+        resolved.recipe,
+        resolved.deepspeed,
+        resolved.world_size,
+        micro_batches=2,
+        first=nothing,
+        later=nothing,
+    )
+    return int(max(sum(items.values()) for items in moments.values()))
