@@ -83,6 +83,21 @@ def test_moving_a_batch_keeps_all_of_it(tokenizer):
     assert not batch.poses.is_meta
 
 
+def test_halves_of_a_batch_are_those_of_its_clips(tokenizer):
+    clips, places = [clip(5, "abc"), clip(2, "a"), clip(4, "abcd")], [7, 3, ~5]
+    batch = collate(Clips.of(clips), places, tokenizer, max_target_tokens=16)
+    first, second = batch.halves()
+    assert (first.uids, second.uids) == (["u5"], ["u2", "u4"])
+    assert (first.clips.tolist(), second.clips.tolist()) == ([7], [3, 5])
+    assert (first.num_clips, first.num_frames, second.num_clips, second.num_frames) == (1, 5, 1, 2)
+    assert second.is_filler.tolist() == [False, True]
+    for half in (first, second):
+        counted = (half.labels.flatten() != IGNORED_LABEL).nonzero().flatten()
+        assert half.labelled.tolist() == counted.tolist()
+        assert half.poses.shape[1:] == batch.poses.shape[1:]
+    assert torch.cat([first.poses, second.poses]).equal(batch.poses)
+
+
 def test_clips_of_another_type_are_refused_and_never_read_as_float16(tokenizer):
     one = Clip(uid="a", text="b", features=np.ones((4, 4, 3), np.float32))
     with pytest.raises(TypeError, match="float16"):

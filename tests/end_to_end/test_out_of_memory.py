@@ -1,4 +1,5 @@
-"""A run whose chosen micro-batches take too much memory: each start takes smaller ones, until it is finished.
+"""A run whose chosen micro-batches take too much memory: each start takes smaller ones, until it is finished, or the
+step is taken again in halves where no other rank notices.
 
 One of two ranks runs out of memory; in the next start the kernel kills it for want of memory, in a cgroup of its own.
 """
@@ -58,10 +59,10 @@ def test_each_start_takes_smaller_micro_batches_and_the_losses_stay_equal(
     shared = [value for value in prepared(settings) if "micro_batch_size" not in value]
     shared += [*STEPS, *WITHOUT_DROPOUT, "ds.data_types=null"]
     auto = [*shared, "training.micro_batch_size=auto"]
-    keep_choice(largest(auto))
+    keep_choice(largest(auto, "zero2"))
 
-    def start(folder: str, overrides: list[str], fault: str) -> Run:
-        words = ["--recipe", "t5_small", "--ds", "zero2", *overrides]
+    def start(folder: str, overrides: list[str], fault: str, ds: str = "zero2") -> Run:
+        words = ["--recipe", "t5_small", "--ds", ds, *overrides]
         variables = {VARIABLE: fault, "XDG_CACHE_HOME": str(tmp_path / "cache")}
         return warm.start(tmp_path / folder, words, ranks=RANKS, **variables)
 
@@ -94,11 +95,20 @@ def test_each_start_takes_smaller_micro_batches_and_the_losses_stay_equal(
     assert plain.wait() == 0, plain.said()
     assert losses(last.folder) == pytest.approx(losses(plain.folder), rel=1e-3)
     assert len(losses(plain.folder)) == 5
+    # At stage 1 no other rank notices that a forward pass failed: it is taken again in halves.
+    keep_choice(largest(auto, "zero1"))
+    halved = start("halved", auto, "main_memory 1", "zero1")
+    assert halved.wait() == 0, halved.said()
+    warnings = [line for line in halved.said().splitlines() if "two halves" in line]
+    assert len(warnings) == 1 and "rank 1" in warnings[0] and "step 4" in warnings[0], halved.said()
+    marked = read_choice(halved.folder)
+    assert marked and marked.too_large and "step 4" in marked.too_large, "the next start takes smaller ones"
+    assert losses(halved.folder) == pytest.approx(losses(plain.folder), rel=1e-3)
 
 
-def largest(overrides: list[str]) -> MicroBatchChoice:
+def largest(overrides: list[str], ds: str) -> MicroBatchChoice:
     """All clips of a rank in one micro-batch, as if a rehearsal had chosen them here."""
-    resolved = resolve_named("t5_small", overrides, RANKS, has_gpu=False, ds="zero2")
+    resolved = resolve_named("t5_small", overrides, RANKS, has_gpu=False, ds=ds)
     hardware = describe(Ranks(0, 0, RANKS, RANKS), [])
     settings = settings_hash(resolved, Corpus.open(resolved.recipe.data.corpus or ""))
     return MicroBatchChoice(resolved.recipe.training.global_batch_size // RANKS, None, "chosen", hardware, settings)

@@ -70,6 +70,24 @@ class Batch:
         """Share of frames that are padding or in fillers, 0..1."""
         return 1.0 - self.num_frames / self.frame_mask.numel()
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the second half of its clips, padded as they are here."""
+        middle = len(self) // 2
+        return self._span(0, middle), self._span(middle, len(self))
+
+    def _span(self, start: int, stop: int) -> Batch:
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {
+            name: value[start:stop] for name, value in given.items() if isinstance(value, list | Tensor)
+        }
+        tokens, is_filler = self.labels.shape[1], self.is_filler[start:stop]
+        places = self.labelled - start * tokens
+        frames = self.frame_mask[start:stop].sum(1).cpu()
+        values["labelled"] = places[(places >= 0) & (places < (stop - start) * tokens)]
+        values["num_clips"] = int((~is_filler).sum())
+        values["num_frames"] = int(frames[~is_filler.cpu()].sum())
+        return replace(self, **values)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``; ``clips`` and ``is_filler`` stay where they are read."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -1,8 +1,8 @@
 """A run that ran out of memory, or whose rank the kernel killed for it: what and where, and which settings need less.
 
-The step is not taken again: gradients of its first micro-batches may have been summed over ranks or kept by DeepSpeed
-when a later one fails, and a rank that fails alone leaves the others in a collective. The run resumes from its last
-checkpoint instead, with ``training.micro_batch_size=auto`` in smaller micro-batches.
+Where a forward pass failed and no other rank notices, the step was taken again in halves instead (``halving.py``). Else
+gradients may have been summed over ranks or kept by DeepSpeed, and a rank that fails alone leaves the others in a
+collective: the run resumes from its last checkpoint, with ``training.micro_batch_size=auto`` in smaller micro-batches.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from toolkit.cluster import failures
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus, Split
-from toolkit.errors import Interrupted
 from toolkit.models.compiled import before_compilations
 from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.loss import batch_losses
@@ -40,8 +39,9 @@ from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
 from toolkit.training.engine import clip_gradients, gradient_norm, set_learning_rate
 from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
+from toolkit.training.halving import Halving
 from toolkit.training.monitoring.gradient_guard import GradientGuard
-from toolkit.training.monitoring.interruptions import Interruptions
+from toolkit.training.monitoring.interruptions import Interruptions, interrupted_by
 from toolkit.training.monitoring.loss_spikes import LossSpikes
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Phase, memory_figures
 from toolkit.training.monitoring.metering import StepCounts, StepMeter
@@ -89,6 +89,7 @@ class Trainer:
         )
         self.weights = list(self.engine.module.parameters())  # to look them up takes milliseconds of each step
         self.graphs = pass_graphs(self.engine, resolved, self._losses)
+        self.halving = Halving(resolved, self.ranks.rank, self.warn)
         self.loss_spikes = LossSpikes()
         self.rank_watch = RankWatch(
             self.ranks,
@@ -159,11 +160,7 @@ class Trainer:
                 self.save()
             if stop and not is_last:
                 self.checkpoints.wait()
-                reason = self.interruptions.reason or "a signal to another rank"
-                raise Interrupted(
-                    f"stopped by {reason} after step {self.progress.step} of {self.total_steps}",
-                    "everything is saved; the same command resumes the run",
-                )
+                raise interrupted_by(self.interruptions.reason, self.progress.step, self.total_steps)
         self.checkpoints.wait()
 
     def step(self, batches: Sequence[Batch]) -> bool:
@@ -218,13 +215,20 @@ class Trainer:
         ahead = self.memory.seen(copied_ahead(batches, self.engine.device))
         if self.graphs:
             return self.graphs.backward(ahead, scale, lambda batch: self.meter.forward(self.engine.module, batch))
+
+        def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+            with self.meter.forward(self.engine.module, batch):
+                return self._losses(batch)
+
+        def backward(nll: Tensor, ctc: Tensor, is_last: bool) -> list[Tensor]:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+            self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
+            return [nll.detach(), ctc.detach()]
+
         with reduced_once(self.engine, len(batches)):
             for number, batch in enumerate(ahead, start=1):
-                self.engine.set_gradient_accumulation_boundary(number == len(batches))
-                with self.meter.forward(self.engine.module, batch):
-                    nll, ctc = self._losses(batch)
-                losses += [nll.detach(), ctc.detach()]
-                self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
+                step, is_last = self.progress.step + 1, number == len(batches)
+                losses += self.halving.compute(batch, step, forward, backward, is_last=is_last)
         return torch.stack(losses).double().view(-1, 2).sum(0)
 
     def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:

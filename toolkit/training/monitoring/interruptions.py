@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from toolkit.cluster.launchers import has_died, launcher_processes
-from toolkit.errors import EXIT_AT_ONCE
+from toolkit.errors import EXIT_AT_ONCE, Interrupted
 
 # Ctrl-C, a scheduler's end, SLURM's warning, and a terminal that went away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -95,3 +95,11 @@ class Interruptions:
             if self._launcher and has_died(self._launcher):
                 self._ask("the launcher's death")
                 self._launcher = []
+
+
+def interrupted_by(reason: str | None, step: int, steps: int) -> Interrupted:
+    """What ends a run that was requested to stop after a step, of so many, and has saved; None = by another rank."""
+    return Interrupted(
+        f"stopped by {reason or 'a signal to another rank'} after step {step} of {steps}",
+        "everything is saved; the same command resumes the run",
+    )
