@@ -29,7 +29,14 @@ from training_corpus import make_corpus
 from toolkit.cluster.process_group import free_port
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, EXIT_USER_ERROR
-from toolkit.fitting.memory_limits import ADDRESSES_OF_A_THREAD, LEAST_RESERVE, RESERVE, THREADS
+from toolkit.fitting.memory_limits import (
+    LEAST_RESERVE,
+    LEAST_RESERVE_OF_ADDRESSES,
+    RESERVE,
+    RESERVE_OF_ADDRESSES,
+    addresses_of_a_run,
+    with_reserve,
+)
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
 from toolkit.planning.plan import Subject
@@ -43,6 +50,8 @@ OPS = ("shm_comm", "cpu_adam", "async_io")
 MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
 # Where a limit lies between the memory of the smallest micro-batches and that of the largest.
 TIGHTEST, LOOSEST = -0.1, 0.8
+# What a rehearsal leaves: a share of what is free, and at least so many bytes.
+RESERVES = {"addresses": (RESERVE_OF_ADDRESSES, LEAST_RESERVE_OF_ADDRESSES), "cgroup": (RESERVE, LEAST_RESERVE)}
 POLLED_EVERY = 0.2  # seconds
 OUT_OF_MEMORY = "out of memory"
 ENDS = {0: "trained", EXIT_OUT_OF_MEMORY: OUT_OF_MEMORY, EXIT_SMALLER_NEXT: OUT_OF_MEMORY}
@@ -122,8 +131,9 @@ def measure(number: int, corpus: Corpus, folder: Path) -> dict[str, Any]:
     smallest, largest = planned(draw, overrides, corpus)
     # A rank may take what it holds and what is free, less a reserve: the limit that permits so much.
     own = libraries()[draw.by]
-    own += THREADS * ADDRESSES_OF_A_THREAD if draw.by == "addresses" else 0
-    needs = [own + with_reserve(size - CPU_LIBRARIES) for size in (smallest, largest)]
+    own += addresses_of_a_run(draw.ranks) if draw.by == "addresses" else 0
+    reserve = RESERVES[draw.by]
+    needs = [own + with_reserve(size - CPU_LIBRARIES, *reserve) for size in (smallest, largest)]
     limit = needs[0] + draw.place * (needs[1] - needs[0])
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--recipe", draw.cell.spec.recipe]
     ended = run_limited([*words, "--ds", draw.cell.ds, "--new", *overrides], draw, int(limit), folder / str(number))
@@ -154,11 +164,6 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
     plans = [make_cpu_plan(subject, resolved, workload, micro_batch_size=size) for size in (1, share)]
     smallest, largest = (int(max(plan.phases.values())) for plan in plans)
     return smallest, largest
-
-
-def with_reserve(size: float) -> float:
-    """What must be free for a rehearsal that takes so many bytes."""
-    return max(size / (1 - RESERVE), size + LEAST_RESERVE)
 
 
 # As a rank is after its first backward pass, in a process group; any limit decides how its threads take addresses.

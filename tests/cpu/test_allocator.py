@@ -136,3 +136,38 @@ def test_where_addresses_are_limited_a_thread_has_no_heap_of_its_own() -> None:
 
     assert mib_a_thread("set") < 8
     assert mib_a_thread("leave") > 32, "without the settings each thread was to map a heap"
+
+
+# Tables and matrix products of many sizes, under a limit on addresses.
+LIBRARIES = """
+import resource, sys
+
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+if sys.argv[1] == "set":
+    from toolkit.cpu.allocator import spare_addresses
+    spare_addresses()
+import pyarrow, torch
+
+def addresses():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+    return int(line.split()[1]) / 1024
+
+torch.ones(2, 2) @ torch.ones(2, 2)
+before = addresses()
+pyarrow.array(range(1000)).to_pandas()
+table = addresses() - before
+layer = torch.nn.Linear(64, 64).bfloat16()
+for size in range(1, 400):
+    layer(torch.zeros(size, 64, dtype=torch.bfloat16))
+print(table, addresses() - before - table)
+"""
+
+
+@pytest.mark.process
+def test_where_addresses_are_limited_libraries_map_what_they_use() -> None:
+    (table, kernels), (usual_table, usual_kernels) = (
+        map(float, outcome(LIBRARIES, choice).split()) for choice in ("set", "leave")
+    )
+    assert table < 64 and usual_table > 512, "MiB; Arrow's own allocator maps a GiB"
+    # Without kernels of bf16 there is nothing to keep.
+    assert kernels <= 128 and kernels <= usual_kernels

@@ -10,12 +10,13 @@ import pytest
 
 from toolkit.cluster import host_memory
 from toolkit.fitting.memory_limits import (
-    ADDRESSES_OF_A_THREAD,
     LEAST_RESERVE,
     RESERVE,
-    THREADS,
+    RESERVE_OF_ADDRESSES,
+    addresses_of_a_run,
     less_reserve,
     memory_limit,
+    with_reserve,
 )
 
 GIB = 2**30
@@ -31,13 +32,15 @@ def test_ranks_share_what_the_narrowest_limit_leaves(monkeypatch: pytest.MonkeyP
     assert memory_limit(local_ranks=2).address_space is None
     vms = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda _: (vms + 10 * GIB, vms + 10 * GIB))
-    threads = THREADS * ADDRESSES_OF_A_THREAD
-    assert memory_limit(local_ranks=2).address_space == pytest.approx(
-        vms + (1 - RESERVE) * (10 * GIB - threads), rel=0.01
-    )
+    free = 10 * GIB - addresses_of_a_run(2)
+    assert memory_limit(local_ranks=2).address_space == pytest.approx(vms + (1 - RESERVE_OF_ADDRESSES) * free, rel=0.01)
+    assert addresses_of_a_run(8) > addresses_of_a_run(2), "each rank maps the buffers of all of its node"
 
 
 def test_of_little_memory_the_reserve_is_a_larger_share() -> None:
-    assert less_reserve(10 * GIB) == int((1 - RESERVE) * 10 * GIB)
-    assert less_reserve(GIB // 2) == GIB // 2 - LEAST_RESERVE
-    assert less_reserve(LEAST_RESERVE // 2) == 0
+    reserve = (RESERVE, LEAST_RESERVE)
+    assert less_reserve(10 * GIB, *reserve) == int((1 - RESERVE) * 10 * GIB)
+    assert less_reserve(GIB // 2, *reserve) == GIB // 2 - LEAST_RESERVE
+    assert less_reserve(LEAST_RESERVE // 2, *reserve) == 0
+    for size in (GIB // 4, 20 * GIB):
+        assert less_reserve(int(with_reserve(size, *reserve)), *reserve) == pytest.approx(size, abs=2)

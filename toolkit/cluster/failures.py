@@ -23,6 +23,7 @@ import psutil
 
 from toolkit.cluster.ranks import Ranks, check_master_address, read_local_rank, read_ranks
 from toolkit.cluster.rendezvous import Member, OtherRankFailed, Rendezvous, join_rendezvous
+from toolkit.cpu.allocator import spare_addresses
 from toolkit.errors import (
     EXIT_AT_ONCE,
     EXIT_DONE,
@@ -300,6 +301,7 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
     global _rank_exit
     # When rank 0 is gone, torch's store logs that at length in C++ and on every rank, before the cause is printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    spare_addresses()
     try:
         ranks = read_ranks()
         check_master_address(ranks)

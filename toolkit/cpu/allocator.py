@@ -9,6 +9,7 @@ zeros again cost time; benchmarks/training.py measures it. The kept heap has hug
 
 Where the addresses of a process are limited (``ulimit -v``), freed memory goes back as well, since what a heap loses
 between its blocks counts against the limit, and all threads share one heap: of each heap of its own glibc maps 64 MiB.
+Arrow and oneDNN are kept from mapping what they do not use.
 """
 
 from __future__ import annotations
@@ -23,8 +24,22 @@ _THRESHOLD_BYTES = 65536
 _NUMBERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}
 _RETURN = {"MALLOC_TRIM_THRESHOLD_": _THRESHOLD_BYTES, "MALLOC_MMAP_THRESHOLD_": _THRESHOLD_BYTES}
 _KEEP = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": 0}  # never trim the heap, never map
-_FEW_ADDRESSES = {"MALLOC_ARENA_MAX": 1}
+_FEW_HEAPS = {"MALLOC_ARENA_MAX": 1}
+# Arrow's own allocator maps a GiB at once. oneDNN keeps its compiled kernels, half a MiB of addresses each, for 1,024
+# sizes of matrix products: with batches of all lengths half a GiB, which grows long after a rehearsal.
+KEPT_KERNELS, ADDRESSES_OF_A_KERNEL = 128, 2**19
+_FEW_ADDRESSES = {"ARROW_DEFAULT_MEMORY_POOL": "system", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS)}
 _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
+
+
+def spare_addresses() -> None:
+    """Where addresses are limited (``ulimit -v``), let the libraries of this process, and of those that it starts, map
+    no more than they use; before it has threads, tables and matrix products.
+    """
+    if _addresses_are_limited():
+        _set(_FEW_HEAPS)
+        for variable, value in _FEW_ADDRESSES.items():
+            os.environ.setdefault(variable, value)
 
 
 def return_freed_memory() -> bool:
@@ -35,7 +50,8 @@ def return_freed_memory() -> bool:
     Returns:
         whether the settings hold; false where the C library is not glibc.
     """
-    return _set(_RETURN | (_FEW_ADDRESSES if _addresses_are_limited() else {}))
+    spare_addresses()
+    return _set(_RETURN)
 
 
 def keep_freed_memory() -> bool:
@@ -48,6 +64,11 @@ def keep_freed_memory() -> bool:
     if held and os.environ["MALLOC_MMAP_MAX_"] == "0" and os.environ["MALLOC_TRIM_THRESHOLD_"] == "-1":
         _grow_heap_of_huge_pages()
     return held
+
+
+def keeps_memory() -> bool:
+    """Whether this process keeps freed memory, by :func:`keep_freed_memory`."""
+    return os.environ.get("MALLOC_MMAP_MAX_") == "0"
 
 
 def _addresses_are_limited() -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
+from toolkit.cpu.allocator import ADDRESSES_OF_A_KERNEL, KEPT_KERNELS
 from toolkit.training.monitoring.memory_phases import RESET, RESET_RESIDENT_PEAK
 
 # The share of what is free that a rehearsal leaves: for the loader's workers, for the copy that a checkpoint is
@@ -19,9 +20,13 @@ from toolkit.training.monitoring.memory_phases import RESET, RESET_RESIDENT_PEAK
 RESERVE = 0.2
 # It is never less than so many bytes a rank: what a run holds beside its model does not shrink with what is free.
 LEAST_RESERVE = 1 << 28
-# Addresses of the threads that a run has and its rehearsal has not: of gloo, of the watch over ranks, of checkpoints.
-# Each has a stack; the allocator gives them no heaps of their own where addresses are limited.
+# The same of addresses: nobody else has any of a process's own.
+RESERVE_OF_ADDRESSES, LEAST_RESERVE_OF_ADDRESSES = 0.1, 1 << 27
+# Addresses that a run has and its rehearsal has not: stacks of threads (of gloo, of the watch over ranks, of
+# checkpoints), which the allocator gives no heaps of their own there; the buffers in shared memory by which DeepSpeed
+# sums over the ranks of a node; and kernels for batches of other lengths.
 THREADS, ADDRESSES_OF_A_THREAD = 12, 10 << 20
+SHARED_BUFFER = 66 << 20
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,28 @@ def memory_limit(local_ranks: int) -> MemoryLimit:
 
     All ranks of a node measure before any of them takes more.
     """
-    own, addresses, threads = psutil.Process().memory_info(), free_addresses(), THREADS * ADDRESSES_OF_A_THREAD
-    return MemoryLimit(
-        resident=own.rss + less_reserve(free_host_memory() // local_ranks),
-        address_space=None if addresses is None else own.vms + less_reserve(addresses - threads),
-    )
+    own, addresses = psutil.Process().memory_info(), free_addresses()
+    if addresses is not None:
+        free = addresses - addresses_of_a_run(local_ranks)
+        addresses = own.vms + less_reserve(free, RESERVE_OF_ADDRESSES, LEAST_RESERVE_OF_ADDRESSES)
+    resident = own.rss + less_reserve(free_host_memory() // local_ranks, RESERVE, LEAST_RESERVE)
+    return MemoryLimit(resident, addresses)
 
 
-def less_reserve(free: int) -> int:
-    """What a rehearsal may take of so many free bytes."""
-    return max(0, min(int((1 - RESERVE) * free), free - LEAST_RESERVE))
+def addresses_of_a_run(local_ranks: int) -> int:
+    """Bytes of addresses that each rank of a run has besides those of its rehearsal, at most."""
+    kernels = KEPT_KERNELS * ADDRESSES_OF_A_KERNEL
+    return THREADS * ADDRESSES_OF_A_THREAD + local_ranks * SHARED_BUFFER + kernels
+
+
+def less_reserve(free: int, share: float, least: int) -> int:
+    """What a rehearsal may take of so many free bytes: all but a share of them, and at least so many."""
+    return max(0, min(int((1 - share) * free), free - least))
+
+
+def with_reserve(size: float, share: float, least: int) -> float:
+    """Bytes that must be free for a rehearsal that takes so many: the inverse of :func:`less_reserve`."""
+    return max(size / (1 - share), size + least)
 
 
 def held() -> int:
