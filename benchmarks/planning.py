@@ -5,6 +5,7 @@ python benchmarks/planning.py                  cells chosen pairwise; those that
 python benchmarks/planning.py --full           every cell
 python benchmarks/planning.py --only t5_small/zero2/8/kept --again --tensors
 python benchmarks/planning.py --predict        only predict again, from the measured rows as they are
+python benchmarks/planning.py --plans          only what plans cost: seconds and memory of launch/plan.py over all JSONs
 
 A cell is a model, a DeepSpeed JSON, a micro-batch, and whether activations are kept or recomputed. Measured is the
 growth of a rank's resident set over what it held before it joined the process group: until the model is in its engine,
@@ -18,8 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -40,6 +43,9 @@ from toolkit.cpu.linear import has_fast_bf16
 
 RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
 PHASES = ("start", "step")
+# Recipes whose plans over all JSONs are timed, and what one may take.
+PLANNED = ("t5_small", "t5_base", "t5_3b_lora", "t5_3b_qlora", "t5_3b", "qwen2_5_7b_lora")
+MOST_SECONDS, MOST_GIB = 20, 2
 COLORS = ("#2563a8", "#d97706", "#b91c1c", "#15803d", "#7c3aed")
 PICTURE = ROOT / "docs" / "pictures" / "planning.png"
 
@@ -51,8 +57,12 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure cells that have a row again")
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--tensors", action="store_true", help="print the tensors that were alive at the peaks (slow)")
+    parser.add_argument("--plans", action="store_true", help="measure what plans cost, and nothing else")
     arguments = parser.parse_args()
     use_extensions_dir()
+    if arguments.plans:
+        write_rows(read_rows(), plans=plan_costs())
+        return
     rows = {row["cell"]: row for row in read_rows()}
     every = all_cells()
     chosen = every if arguments.full else pairwise(every)
@@ -104,6 +114,27 @@ def predict_large() -> list[dict[str, Any]]:
         off = round(predicted / peak - 1, 3)
         rows.append({"run": case.name, "measured_gib": peak, "predicted_gib": round(predicted, 2), "off": off})
         print(f"{case.name}: {peak} GiB, {predicted:.2f} predicted, {off:+.1%} off", flush=True)
+    return rows
+
+
+def plan_costs() -> list[dict[str, Any]]:
+    """What the command takes to plan a recipe over all JSONs, from its start to its end."""
+    rows = []
+    for recipe in PLANNED:
+        command = ["--recipe", recipe, "--gpus", "8", "--gpu-memory", "24GiB", "--json"]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "plan.py"), *command], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        with process.stdout as output:
+            jsons = len(json.loads(output.read())["jsons"])
+        _, _, usage = os.wait4(process.pid, 0)
+        seconds = round(time.monotonic() - started, 1)
+        cpu_seconds = round(usage.ru_utime + usage.ru_stime, 1)
+        gib = round(usage.ru_maxrss / 2**20, 2)
+        rows.append({"recipe": recipe, "jsons": jsons, "seconds": seconds, "cpu_seconds": cpu_seconds, "gib": gib})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -202,8 +233,14 @@ def peak_of(row: dict[str, Any], prefix: str = "") -> float:
     return max(float(row[f"{prefix}{phase}_gib"]) for phase in PHASES)
 
 
-def write_rows(rows: list[dict[str, Any]], large: list[dict[str, Any]] | None = None) -> None:
-    """Write the results: how near all plans are, a row for each cell, and those of large models, or as they are."""
+def write_rows(
+    rows: list[dict[str, Any]],
+    large: list[dict[str, Any]] | None = None,
+    plans: list[dict[str, Any]] | None = None,
+) -> None:
+    """Write the results: how near all plans are, a row for each cell, those of large models, and what plans cost; of
+    the last two as they are where nothing is given.
+    """
     machine = {key: describe_environment()[key] for key in ("cpu", "cores", "memory_gib")}
     errors = {row["cell"]: abs(row["off"]) for row in rows if "off" in row}
     worst = max(errors, key=lambda cell: errors[cell])
@@ -214,7 +251,14 @@ def write_rows(rows: list[dict[str, Any]], large: list[dict[str, Any]] | None = 
         "worst_error": errors[worst],
         "worst_cell": worst,
     }
-    found = {"machine": machine} | figures | {"large_models": large or read_results().get("large_models", [])}
+    known = read_results()
+    found = {"machine": machine} | figures | {"large_models": large or known.get("large_models", [])}
+    if costs := plans or known.get("plans"):
+        slowest, largest = (max(row[key] for row in costs) for key in ("seconds", "gib"))
+        found["plan_of_a_recipe"] = {
+            "seconds": slowest, "seconds_target": f"<= {MOST_SECONDS}", "gib": largest, "gib_target": f"<= {MOST_GIB}"
+        }  # fmt: skip
+        found["plans"] = costs
     RESULTS.write_text(json.dumps(found | {"cells": rows}, indent=1) + "\n", encoding="utf-8")
 
 
