@@ -59,14 +59,14 @@ class TensorLog(TorchDispatchMode):
         live = most = when = 0
         sizes: dict[int, int] = {}
         for number, (key, size, _) in enumerate(self._events):
-            live += size if size >= 0 else -sizes[key]
+            live += size if size >= 0 else -sizes.get(key, 0)
             sizes[key] = size
             if live > most:
                 most, when = live, number
         alive: dict[int, tuple[int, str]] = {}
         for key, size, what in self._events[: when + 1]:
             if size < 0:
-                alive.pop(key)
+                alive.pop(key, None)
             else:
                 alive[key] = (size, what)
         groups: dict[str, list[int]] = {}

@@ -10,9 +10,10 @@ from tests.small_runs import corpus, resolve
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.planning import afterwards
-from toolkit.planning.afterwards import Computed, advice_within, by_gain, planned_phases
+from toolkit.planning.afterwards import Computed, advice_within, by_gain, planned_cpu_phases, planned_phases
 from toolkit.planning.comparison import Advice
-from toolkit.planning.hardware import GIB, Hardware
+from toolkit.planning.cpu_plan import make_cpu_plan
+from toolkit.planning.hardware import CPU_LIBRARIES, GIB, Hardware
 from toolkit.planning.plan import PHASES, Subject, make_plan
 
 __all__ = ["corpus", "resolve"]
@@ -37,6 +38,19 @@ def test_the_plan_is_that_of_the_micro_batches_that_were_computed(resolve: Any, 
     assert small["save"] == large["save"]
     later = Computed(16, 300, 60, later=16 * 200)
     assert later.workload(corpus, run).later_frames == 200
+
+
+def test_a_process_is_planned_with_its_own_libraries(resolve: Any, corpus: Corpus) -> None:
+    run = resolve(*SMALL)
+    returned, kept = (
+        planned_cpu_phases(run, corpus, LARGE, 300, libraries=3.0 * GIB, keeps=keeps) for keeps in (False, True)
+    )
+    plan = make_cpu_plan(Subject.of(run.recipe, 300), run, LARGE.workload(corpus, run), micro_batch_size=16)
+    assert tuple(returned) == tuple(kept) == PHASES
+    for phase in PHASES:
+        assert returned[phase] == pytest.approx(plan.phases[phase] - CPU_LIBRARIES + 3 * GIB)
+    assert kept["start"] == returned["start"] < returned["step"]
+    assert kept["save"] == max(returned.values()) > returned["save"], "what a step took stays"
 
 
 def test_advice_is_for_the_phase_that_failed(resolve: Any, corpus: Corpus) -> None:

@@ -38,9 +38,10 @@ def test_a_plan_that_is_more_than_15_percent_off_asks_for_a_report(planned: floa
         assert "start" not in warning
 
 
-def test_small_differences_and_processes_are_never_wrong_plans() -> None:
+def test_small_differences_are_never_wrong_plans_and_processes_are_compared_without_a_gpu() -> None:
     assert wrong_plan({"step": {"allocated": 0.14}}, {"step": 0.05}, "run") is None
-    assert wrong_plan({"step": {"process": 9.0}}, {"step": 1.0}, "run") is None
+    assert "step 9.00" in (wrong_plan({"step": {"process": 9.0}}, {"step": 1.0}, "run") or "")
+    assert wrong_plan({"step": {"process": 9.0, "allocated": 1.0}}, {"step": 1.0}, "run") is None
     assert wrong_plan(GPU, {}, "run") is None
 
 
@@ -48,15 +49,23 @@ def test_small_differences_and_processes_are_never_wrong_plans() -> None:
 def trainer() -> Any:
     trainer = MagicMock()
     trainer.memory.of_ranks = GPU
+    trainer.memory.libraries = 2**30
+    trainer.progress.seconds = 31.0
     return trainer
 
 
-def test_without_a_gpu_nothing_is_planned(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "planned_phases", MagicMock(side_effect=AssertionError))
-    report_memory(trainer, HEAVIEST, lambda _: None)
-    assert not trainer.warn.called
-    values = trainer.tracker.log.call_args.args[1]
-    assert values["step_allocated_gib"] == 4.0 and "step_planned_gib" not in values
+def test_a_process_on_a_cpu_is_compared_with_its_plan(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    trainer.memory.of_ranks = {"step": {"process": 2.0}}
+    monkeypatch.setattr(module, "planned_cpu_phases", lambda *_, **own: asked.append(own) or {"step": 2.1 * 2**30})
+    printed: list[str] = []
+    report_memory(trainer, HEAVIEST, printed.append)
+    assert "step 2.00 (planned 2.10)" in printed[0] and not trainer.warn.called
+    assert asked == [{"libraries": 2**30, "keeps": False}]
+    assert trainer.tracker.log.call_args.args[1]["step_planned_gib"] == 2.1
+    trainer.progress.seconds = 3.0
+    report_memory(trainer, HEAVIEST, printed.append)
+    assert len(asked) == 1 and "planned" not in printed[1], "a short run is not worth it"
 
 
 @pytest.mark.parametrize(("gib", "warns"), [(4.2, False), (2.0, True)])

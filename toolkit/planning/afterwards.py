@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from toolkit.batching.order import evaluation_order
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.planning.comparison import Advice, advice_for
-from toolkit.planning.hardware import FRAGMENTS, Hardware
+from toolkit.planning.cpu_plan import make_cpu_plan
+from toolkit.planning.hardware import CPU_LIBRARIES, FRAGMENTS, Hardware
 from toolkit.planning.plan import Subject, make_plan
 from toolkit.planning.workload import Workload
 from toolkit.recipe.batches import most_batch_frames
@@ -70,6 +72,26 @@ def planned_phases(
     # As in Plan.allocated: neither the context, what the allocator loses between its blocks, nor the pool of graphs.
     pools = {phase: 0.0 if phase == "start" else plan.zero.graph_pool for phase in plan.phases}
     return {phase: (size - hardware.context) / (1 + FRAGMENTS) - pools[phase] for phase, size in plan.phases.items()}
+
+
+def planned_cpu_phases(
+    resolved: ResolvedRun, corpus: Corpus, computed: Computed, rows: int, *, libraries: float, keeps: bool
+) -> dict[str, float]:
+    """Bytes that the fullest rank should have had in main memory, by phase; in some seconds.
+
+    Args:
+        resolved, corpus, computed, rows: as for :func:`planned_phases`.
+        libraries: bytes of a process with all code and no model.
+        keeps: whether freed memory stays with the process, so that a phase has at least what those before it had.
+
+    Raises:
+        UserError: the model cannot be traced.
+    """
+    subject = Subject.of(resolved.recipe, rows)
+    plan = make_cpu_plan(subject, resolved, computed.workload(corpus, resolved), micro_batch_size=computed.clips)
+    phases = {phase: size - CPU_LIBRARIES + libraries for phase, size in plan.phases.items()}
+    largest = list(accumulate(phases.values(), max))
+    return dict(zip(phases, largest, strict=True)) if keeps else phases
 
 
 def advice_within(

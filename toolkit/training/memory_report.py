@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 
 from toolkit.cluster.rendezvous import exchange
+from toolkit.cpu.allocator import keeps_memory
 from toolkit.errors import UserError
-from toolkit.planning.afterwards import Computed, planned_phases
-from toolkit.planning.hardware import GIB
+from toolkit.planning.afterwards import Computed, planned_cpu_phases, planned_phases
+from toolkit.planning.hardware import CPU_LIBRARIES, GIB
 from toolkit.training.monitoring.memory_phases import PHASES, Peaks, memory_figures
 from toolkit.training.out_of_memory import computed, hardware_of
 from toolkit.training.trainer import Trainer
@@ -20,6 +21,7 @@ log = logging.getLogger("toolkit")
 # How far a plan may be off: the share, and the GiB below which no share says anything.
 OFF = 0.15
 SMALL = 0.1
+LONG = 30.0  # seconds of steps; a plan for CPUs takes some, and a shorter run is a trial
 # What a report of a wrong plan needs, of the run directory.
 FILES = "recipe.yaml, deepspeed.json, environment.json, metrics.jsonl and log.txt"
 
@@ -32,9 +34,9 @@ def compare_memory(trainer: Trainer) -> Computed | None:
 
 
 def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[str], None]) -> None:
-    """Report the peaks that were compared, on rank 0; on GPUs beside the plan, which takes about a second."""
+    """Report the peaks that were compared, on rank 0, beside the plan, which takes a second, or some on CPUs."""
     peaks = trainer.memory.of_ranks
-    planned = _planned(trainer, heaviest) if torch.cuda.is_available() and heaviest else {}
+    planned = _planned(trainer, heaviest) if heaviest else {}
     for line in lines(peaks, planned):
         log.info(line)
     echo(in_a_line(peaks, planned))
@@ -45,10 +47,16 @@ def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[s
 
 def _planned(trainer: Trainer, heaviest: Computed) -> dict[str, float]:
     """GiB by phase; nothing where the model cannot be planned: no run fails for its plan."""
-    hardware = hardware_of(trainer.ranks)
+    run = (trainer.resolved, trainer.corpus)
     rows = len(trainer.processor.tokenizer)
     try:
-        sizes = planned_phases(trainer.resolved, trainer.corpus, hardware, heaviest, rows)
+        if torch.cuda.is_available():
+            sizes = planned_phases(*run, hardware_of(trainer.ranks), heaviest, rows)
+        elif trainer.progress.seconds >= LONG:
+            libraries = max(CPU_LIBRARIES, trainer.memory.libraries)
+            sizes = planned_cpu_phases(*run, heaviest, rows, libraries=libraries, keeps=keeps_memory())
+        else:
+            return {}
     except Exception as error:
         what = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         log.info("memory: no plan to compare with: %s", what)
@@ -76,17 +84,22 @@ def in_a_line(peaks: Peaks, planned: dict[str, float]) -> str:
     parts = []
     for phase in PHASES:
         values = peaks.get(phase, {})
-        if (measured := values.get("allocated", values.get("process"))) is not None:
+        if (measured := _measured(values)) is not None:
             plan = f" (planned {planned[phase]:.2f})" if phase in planned else ""
             parts.append(f"{phase} {measured:.2f}{plan}")
     return f"memory of the fullest rank, GiB: {', '.join(parts)}"
+
+
+def _measured(values: dict[str, float]) -> float | None:
+    """What a plan is for: of a GPU what torch allocated, else the process."""
+    return values.get("allocated", values.get("process"))
 
 
 def wrong_plan(peaks: Peaks, planned: dict[str, float], run_dir: str) -> str | None:
     """A warning where a plan is more than 15 % off; None where none is."""
     off = []
     for phase in PHASES:
-        measured, plan = peaks.get(phase, {}).get("allocated"), planned.get(phase)
+        measured, plan = _measured(peaks.get(phase, {})), planned.get(phase)
         if measured is None or not plan:
             continue
         difference = measured - plan

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from torch import distributed as dist
 
@@ -69,6 +70,7 @@ class MemoryPhases:
             others.
         peaks: of this rank.
         of_ranks: of the fullest rank, as far as the ranks have compared them.
+        libraries: resident bytes of the process at the beginning.
     """
 
     phase: Phase = "start"
@@ -77,6 +79,7 @@ class MemoryPhases:
     later: Shape | None = None
     peaks: Peaks = field(default_factory=dict)
     of_ranks: Peaks = field(default_factory=dict)
+    libraries: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
     _before: float = 0.0  # the process's peak when the phase began
     _is_reset: bool = False  # whether what is read was reached in this phase; of the start all is
 
