@@ -25,10 +25,14 @@ _NUMBERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_
 _RETURN = {"MALLOC_TRIM_THRESHOLD_": _THRESHOLD_BYTES, "MALLOC_MMAP_THRESHOLD_": _THRESHOLD_BYTES}
 _KEEP = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": 0}  # never trim the heap, never map
 _FEW_HEAPS = {"MALLOC_ARENA_MAX": 1}
-# Arrow's own allocator maps a GiB at once. oneDNN keeps its compiled kernels, half a MiB of addresses each, for 1,024
-# sizes of matrix products: with batches of all lengths half a GiB, which grows long after a rehearsal.
-KEPT_KERNELS, ADDRESSES_OF_A_KERNEL = 128, 2**19
-_FEW_ADDRESSES = {"ARROW_DEFAULT_MEMORY_POOL": "system", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS)}
+# Arrow's own allocator maps a GiB at once. oneDNN, and torch before it, keep the compiled kernels of 1,024 matrix
+# products each, 1.5 MiB of addresses a product: with batches of all lengths they grow long after a rehearsal.
+KEPT_KERNELS, ADDRESSES_OF_A_KERNEL = 64, 3 << 19
+_FEW_ADDRESSES = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
+    "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
+}
 _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
 
 
