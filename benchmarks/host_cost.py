@@ -5,6 +5,7 @@ python benchmarks/host_cost.py                 all cases, about 10 minutes on tw
 python benchmarks/host_cost.py --only zero1_8  one of them; the others stay as they were
 
 No GPU is needed. The code is that of a GPU (TOOLKIT_CPU_CODE=0), on one thread; what is one kernel there is one call.
+Clips are of one length and have one text: oneDNN makes a kernel for every new shape, which takes longer than Python.
 Ways of training are processes that take turns. Writes benchmarks/results/host_cost.json: milliseconds and operator
 calls a micro-batch, and how often in a step the host waits for a GPU, by whose code.
 """
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from sides import take_turn
 from training import side_process
-from training_corpus import make_corpus
+from training_corpus import make_corpus, sentences
 from transformers import T5Config, T5ForConditionalGeneration
 
 from toolkit.models.tokenizers import make_tokenizer
@@ -36,8 +37,10 @@ from toolkit.recipe.model_cards import load_model_yaml
 RESULTS = Path(__file__).resolve().parent / "results" / "host_cost.json"
 NARROW = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4}
 CLIPS = 4  # of a micro-batch
+FRAMES = 90  # of a clip
 MICRO_BATCHES = (1, 8)  # of a step
 STEPS = {1: 4, 8: 1}  # of a turn
+WARM = {1: 8, 8: 2}  # before the first turn
 CASES = {f"zero{stage}_{number}": (stage, number) for number in MICRO_BATCHES for stage in (0, 1, 2)}
 # Ours against each: at most, of milliseconds.
 TARGETS = {0: {"plain": 1.1, "hf": 0.8}, 1: {"bare": 1.05, "hf": 0.8}, 2: {"bare": 1.05, "hf": 0.8}}
@@ -61,14 +64,16 @@ def main() -> None:
     os.environ |= {"TOOLKIT_CPU_CODE": "0", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_narrow_backbone(folder / "backbone", make_corpus(folder / "corpus", clips=512).splits["train"].texts)
+        texts = sentences(64)
+        make_narrow_backbone(folder / "backbone", texts)
+        make_corpus(folder / "corpus", clips=512, texts=texts[:1] * 512, length=FRAMES)
         for case in arguments.only:
             write(case, measure(folder, *CASES[case], arguments.rounds))
 
 
 def make_narrow_backbone(folder: Path, texts: list[str]) -> None:
     """A model folder: T5-Base with all of its layers, each of them narrow, and a tokenizer trained on ``texts``."""
-    tokenizer = make_tokenizer("train", texts[:64])
+    tokenizer = make_tokenizer("train", texts)
     config = T5Config(**load_model_yaml("t5_base").config | NARROW | {"vocab_size": len(tokenizer)})
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -83,6 +88,8 @@ def measure(folder: Path, stage: int, micro_batches: int, rounds: int) -> dict[s
         f"training.global_batch_size={CLIPS * micro_batches}",
         f"training.micro_batch_size={CLIPS}",
         "training.workers=1",
+        "training.padding=ladder",  # as on GPUs
+        "augmentation.speed=0",
         "--as-on-gpu",
         *("--threads", "1"),
     ]
@@ -93,7 +100,7 @@ def measure(folder: Path, stage: int, micro_batches: int, rounds: int) -> dict[s
         processes = {}
         for side, (name, *more) in compared.items():
             processes[side] = stack.enter_context(side_process(name, folder, [*settings, *more]))
-            take_turn(processes[side], 2)  # the first steps of a process are no measure
+            take_turn(processes[side], WARM[micro_batches])  # the first steps of a process are no measure
             figures[side] = count(processes[side], micro_batches)
         for _ in range(rounds):
             for side, process in processes.items():

@@ -19,13 +19,18 @@ MAX_FRAMES = 300
 CLIPS = 4096
 
 
-def make_corpus(folder: Path, clips: int = CLIPS, texts: list[str] | None = None, held_out: int = 0) -> Corpus:
-    """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300), and sentences of about seven words
-    where it gets no texts. Its last ``held_out`` clips are the dev split, and no others; the rest trains."""
+def make_corpus(
+    folder: Path, clips: int = CLIPS, texts: list[str] | None = None, held_out: int = 0, length: int | None = None
+) -> Corpus:
+    """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300) unless it gets one ``length``, and
+    sentences of about seven words where it gets no texts. Its last ``held_out`` clips are the dev split, and no others;
+    the rest trains."""
     landmarks = load_landmark_set("hands_body_50")
     draw = np.random.default_rng(0)
     frames = draw.lognormal(np.log(90), 0.6, clips).clip(16, MAX_FRAMES).astype(int)
-    texts = texts or _sentences(clips)
+    if length:
+        frames[:] = length
+    texts = texts or sentences(clips)
     noise = draw.normal(size=(2 * MAX_FRAMES, landmarks.num_points, landmarks.num_channels)).astype(np.float16)
     starts = draw.integers(0, MAX_FRAMES, clips)
     rows = [
@@ -51,7 +56,7 @@ def make_backbone(folder: Path, card_name: str, texts: list[str]) -> None:
     make_tokenizer("train", texts).save_pretrained(folder)
 
 
-def _sentences(count: int) -> list[str]:
+def sentences(count: int) -> list[str]:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(8000)]
     weights = [1 / (rank + 1) for rank in range(len(words))]

@@ -170,7 +170,7 @@ def transformers_layers() -> None:
 
 
 def deepspeeds_own_calls() -> None:
-    engine.skip_sums_of_one_rank = engine.count_no_hooks = lambda *_: None
+    engine.skip_sums_of_one_rank = engine.count_no_hooks = engine.join_gradients = lambda *_: None
 
 
 def freed_memory_goes() -> None:

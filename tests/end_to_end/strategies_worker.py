@@ -21,6 +21,7 @@ from toolkit.models.loading.weights import whole_state_dict
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization import gradient_reduction
 from toolkit.training.optimization.gradient_reduction import LARGEST_WHOLE_GRADIENT
+from toolkit.training.optimization.joined_gradients import joins_gradients
 from toolkit.training.run import open_trainer, start_loader
 from toolkit.training.start import Start
 
@@ -62,6 +63,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         "frames": sorted(frames),
         "ladder": batches.ladder.frames if batches.ladder else (),
         "sent": sent,
+        "joins": joins_gradients(trainer.engine),
         "gradients": gradients,
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line.get("grad_norm") for line in steps],

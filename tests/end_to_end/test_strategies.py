@@ -307,6 +307,15 @@ def test_gradients_are_the_same_at_all_stages_ranks_and_micro_batch_sizes(traine
             assert found[name][1] == pytest.approx(product, abs=2e-5 * norm), (other, name)
 
 
+def test_fp32_gradients_of_ranks_that_hold_them_are_joined(trained: dict[str, dict[str, Any]]) -> None:
+    joined = ("fp32-zero1", "fp32-zero2", "kept", "gradients-alone", "own-zero2_autocast")
+    others = ("fp32-zero0", "own-zero1", "fp32-zero2_offload", "muon-zero2", "fp32-zero3")
+    assert {name: trained[name]["joins"] for name in (*joined, *others)} == {
+        **dict.fromkeys(joined, True),
+        **dict.fromkeys(others, False),
+    }
+
+
 @pytest.mark.parametrize("variant", cases(VARIANTS, VARIANTS_BY_DAY))
 def test_variants_learn_and_save_alike_at_all_stages(trained: dict[str, dict[str, Any]], variant: str) -> None:
     stages = VARIANTS[variant][1]

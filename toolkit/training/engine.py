@@ -23,6 +23,7 @@ from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.gradient_reduction import count_no_hooks, skip_sums_of_one_rank
+from toolkit.training.optimization.joined_gradients import join_gradients
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
 log = logging.getLogger("toolkit")
@@ -68,6 +69,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         )
     skip_sums_of_one_rank(engine, resolved.world_size)
     count_no_hooks(engine)
+    join_gradients(engine)
     if uses_cpu_code():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):

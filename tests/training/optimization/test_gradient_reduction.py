@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from toolkit.training.optimization import joined_gradients
 from toolkit.training.optimization.gradient_reduction import (
     LARGEST_WHOLE_GRADIENT,
     count_no_hooks,
@@ -31,12 +32,15 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         size: int = 8,
         compiled: bool = False,
+        joins: bool = False,
     ) -> None:
         self.module = nn.Linear(size, 1, bias=False, dtype=dtype, device="meta")
         self.dp_world_size = ranks
         self.zero_optimization_stage = lambda: stage
         self.is_deepcompile_active = lambda: compiled
         self.events: list[Any] = []
+        if joins:
+            setattr(self, joined_gradients.FLUSH, None)
         self.set_gradient_accumulation_boundary = lambda value: self.events.append(("boundary", value))
 
     @contextmanager
@@ -52,6 +56,16 @@ class Engine:
 def test_a_small_gradient_in_fp32_is_held(stage: int) -> None:
     assert holds_whole_gradient(Engine(stage=stage))
     assert holds_whole_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
+
+
+@pytest.mark.parametrize(("stage", "ranks", "is_held"), [(1, 1, True), (1, 2, True), (2, 1, True), (2, 2, False)])
+def test_a_large_gradient_that_is_whole_anyway_is_held_where_it_is_joined(
+    stage: int, ranks: int, is_held: bool
+) -> None:
+    """A single rank's partition is all of it."""
+    large: dict[str, Any] = {"size": LARGEST_WHOLE_GRADIENT, "stage": stage, "ranks": ranks}
+    assert holds_whole_gradient(Engine(**large, joins=True)) == is_held
+    assert not holds_whole_gradient(Engine(**large))
 
 
 @pytest.mark.parametrize(
@@ -80,21 +94,29 @@ def test_frozen_weights_do_not_count() -> None:
 
 def test_gradients_are_reduced_after_the_last_micro_batch() -> None:
     engine = Engine()
-    with reduced_once(engine, 2):
+    with reduced_once(engine, 2, holds_whole=True):
         engine.events.append("backward")
     assert engine.events == ["begin", "backward", "reduced", ("boundary", True)]
 
 
-def test_a_single_micro_batch_is_left_to_deepspeed() -> None:
-    engine = Engine()
-    with reduced_once(engine, 1):
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_single_micro_batch_is_left_to_deepspeed_unless_gradients_are_joined(joins: bool) -> None:
+    engine = Engine(joins=joins)
+    with reduced_once(engine, 1, holds_whole=True):
+        pass
+    assert engine.events == (["begin", "reduced", ("boundary", True)] if joins else [])
+
+
+def test_a_partitioned_gradient_is_left_to_deepspeed() -> None:
+    engine = Engine(joins=True)
+    with reduced_once(engine, 2, holds_whole=False):
         pass
     assert engine.events == []
 
 
 def test_a_failed_step_starts_no_collective() -> None:
     engine = Engine()
-    with pytest.raises(ValueError, match="memory"), reduced_once(engine, 2):
+    with pytest.raises(ValueError, match="memory"), reduced_once(engine, 2, holds_whole=True):
         raise ValueError("memory")
     assert engine.events == ["begin"]
 

@@ -1,7 +1,8 @@
 """When gradients are reduced over ranks at ZeRO stages 2 and 3: after every micro-batch, or once a step.
 
 Stages 0 and 1 reduce once a step. Stages 2 and 3 keep no whole gradient, so they reduce after each micro-batch, and the
-owner of each partition sums. Where few weights train (adapters), each rank can sum its own micro-batches first.
+owner of each partition sums. Where few weights train (adapters), each rank can sum its own micro-batches first; a
+single rank owns all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT
+from toolkit.training.optimization.joined_gradients import joins_gradients
 
 
 def skip_sums_of_one_rank(engine: Any, world_size: int) -> None:
@@ -38,26 +40,32 @@ def count_no_hooks(engine: Any) -> None:
     optimizer.should_refresh_expected_hook_count = lambda: not optimizer._backward_active_depth and counts()
 
 
-def reduced_once(engine: Any, micro_batches: int) -> AbstractContextManager[None]:
+def reduced_once(engine: Any, micro_batches: int, *, holds_whole: bool) -> AbstractContextManager[None]:
     """A context for the backward passes of one step; when it ends, their gradients are summed over ranks.
 
-    All ranks have the same number of micro-batches.
+    All ranks have the same number of micro-batches. ``holds_whole`` is :func:`holds_whole_gradient`, which takes
+    milliseconds and does not change.
     """
-    return coalesced_reduction(engine) if micro_batches > 1 and holds_whole_gradient(engine) else nullcontext()
+    wanted = holds_whole and (micro_batches > 1 or joins_gradients(engine))
+    return coalesced_reduction(engine) if wanted else nullcontext()
 
 
 def holds_whole_gradient(engine: Any) -> bool:
-    """Whether ranks hold their whole gradient until the step: where it is small and its sums stay exact.
+    """Whether ranks hold their whole gradient until the step, and it is reduced then, by a coalesced reduction.
 
-    DeepSpeed sums it in the type of the parameters, even with ``data_types.grad_accum_dtype`` fp32.
+    At stages 2 and 3 that is where it is small or its partition is all of it, and its sums stay exact: DeepSpeed sums
+    it in the type of the parameters, even with ``data_types.grad_accum_dtype`` fp32. At stage 1, which holds it anyway,
+    it is where gradients are joined.
     """
+    stage = engine.zero_optimization_stage()
+    if stage < 2:
+        return joins_gradients(engine)
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    is_small = sum(_bytes(parameter) for parameter in trained) <= LARGEST_WHOLE_GRADIENT
     return (
-        engine.zero_optimization_stage() >= 2
-        and engine.dp_world_size > 1
+        (is_small if engine.dp_world_size > 1 else joins_gradients(engine))
         and not engine.is_deepcompile_active()  # its graphs reduce the gradients
         and all(parameter.dtype == torch.float32 for parameter in trained)
-        and sum(_bytes(parameter) for parameter in trained) <= LARGEST_WHOLE_GRADIENT
     )
 
 
