@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.planning.hardware import Hardware
+from toolkit.planning.idle import IdleGpus, idle_gpus
 from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
 from toolkit.planning.speed import step_seconds
 from toolkit.planning.workload import Workload, from_maxima
@@ -73,12 +74,14 @@ class Comparison:
         recommended: the name of one of them; None where nothing fits.
         reason: why that one.
         advice: what to change where nothing fits, the largest gain first.
+        idle: whether the global batch leaves the GPUs of the recommended one idle.
     """
 
     rows: list[Row]
     recommended: Row | None
     reason: str
     advice: list[Advice]
+    idle: IdleGpus | None = None
 
     def relative_speed(self, row: Row) -> float | None:
         """Of the fastest row, 0..1; None where it cannot run."""
@@ -123,7 +126,10 @@ def compare(
         if chosen.name == own
         else "the fastest of those that fit, by the model of the hardware"
     )
-    return Comparison(rows, chosen, reason, advice)
+    run = runs[chosen.name]
+    assert isinstance(run, ResolvedRun)
+    idle = idle_gpus(subject, run, hardware, workload, chosen.max_micro_batch)
+    return Comparison(rows, chosen, reason, advice, idle)
 
 
 def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from toolkit.planning.comparison import Comparison, Row
@@ -43,6 +44,7 @@ def as_dict(
         "recommended": chosen and chosen.name,
         "reason": comparison.reason,
         "command": chosen and command_of(chosen, recipe, hardware, words),
+        "idle": comparison.idle and asdict(comparison.idle),
         "advice": [
             {"change": item.change, "settings": item.settings, "gain_gib": _gib(item.gain), "fits": item.fits}
             for item in comparison.advice
@@ -112,6 +114,8 @@ def _lines(
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
         yield f"  {command_of(chosen, recipe, hardware, words)}"
+        if comparison.idle:
+            yield f"note: {comparison.idle.in_words()}"
         return
     yield "nothing fits; each of these saves, of a rank's GPU memory:"
     for item in sorted(comparison.advice, key=lambda item: -item.gain):
