@@ -92,6 +92,7 @@ NAMES = {
         "round_robin_bit16_padding",
         "bit16_groups_flat",
         "params_in_partition",
+        "master_weights_and_grads_dtype",
         "partition_size",
         "real_dp_process_group",
         "_release_ipg_buffers",

@@ -54,7 +54,7 @@ from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
 from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 from toolkit.training.optimization.averaging import update_average
-from toolkit.training.optimization.gradient_reduction import holds_whole_gradient, reduced_once
+from toolkit.training.optimization.gradient_reduction import reduced_after, reduced_once, when_reduced
 from toolkit.training.pass_graphs import pass_graphs
 
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
@@ -335,13 +335,14 @@ class _Engine:
     def _written_backward(self, batches: Iterable[Batch], count: int, *, ends_step: bool) -> None:
         # Without compiled layers, which keep less: should one fail, the run continues without them.
         # Stage 1 reduces nothing before the step ends.
-        holds_whole = holds_whole_gradient(self.engine) and (ends_step or self.resolved.zero_stage > 1)
-        with uncompiled(self.engine.module), reduced_once(self.engine, count, holds_whole=holds_whole):
+        when = when_reduced(self.engine) if ends_step or self.resolved.zero_stage > 1 else "as they come"
+        with uncompiled(self.engine.module), reduced_once(self.engine, when, count):
             for number, batch in enumerate(batches, start=1):
                 self.engine.set_gradient_accumulation_boundary(ends_step and number == count)
                 nll, ctc = self._losses(batch, self.engine)
                 loss = (nll + self.resolved.recipe.training.ctc_weight * ctc) / batch.labels.numel()
-                self.engine.backward(loss, scale_wrt_gas=False)
+                with reduced_after(self.engine, when):
+                    self.engine.backward(loss, scale_wrt_gas=False)
 
     def _losses(self, batch: Batch, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return batch_losses(model, batch, self.special, label_smoothing=self.resolved.recipe.training.label_smoothing)

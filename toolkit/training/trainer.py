@@ -49,7 +49,7 @@ from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 from toolkit.training.monitoring.step_figures import LateNorm, check_losses, read_together
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
-from toolkit.training.optimization.gradient_reduction import holds_whole_gradient, reduced_once
+from toolkit.training.optimization.gradient_reduction import reduced_after, reduced_once, when_reduced
 from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, warmup_steps
 from toolkit.training.pass_graphs import pass_graphs
 
@@ -88,7 +88,7 @@ class Trainer:
             BackboneFreeze(self.engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
         )
         self.weights = list(self.engine.module.parameters())  # to look them up takes milliseconds of each step
-        self.holds_whole = holds_whole_gradient(self.engine)
+        self.when_reduced = when_reduced(self.engine)
         self.graphs = pass_graphs(self.engine, resolved, self._losses)
         self.halving = Halving(resolved, self.ranks.rank, self.warn)
         self.loss_spikes = LossSpikes()
@@ -223,10 +223,11 @@ class Trainer:
 
         def backward(nll: Tensor, ctc: Tensor, is_last: bool) -> list[Tensor]:
             self.engine.set_gradient_accumulation_boundary(is_last)
-            self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
+            with reduced_after(self.engine, self.when_reduced):
+                self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
             return [nll.detach(), ctc.detach()]
 
-        with reduced_once(self.engine, len(batches), holds_whole=self.holds_whole):
+        with reduced_once(self.engine, self.when_reduced, len(batches)):
             for number, batch in enumerate(ahead, start=1):
                 step, is_last = self.progress.step + 1, number == len(batches)
                 losses += self.halving.compute(batch, step, forward, backward, is_last=is_last)

@@ -14,10 +14,12 @@ from torch import nn
 from toolkit.training.optimization import joined_gradients
 from toolkit.training.optimization.gradient_reduction import (
     LARGEST_WHOLE_GRADIENT,
+    When,
     count_no_hooks,
-    holds_whole_gradient,
+    reduced_after,
     reduced_once,
     skip_sums_of_one_rank,
+    when_reduced,
 )
 
 
@@ -53,19 +55,27 @@ class Engine:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_small_gradient_in_fp32_is_held(stage: int) -> None:
-    assert holds_whole_gradient(Engine(stage=stage))
-    assert holds_whole_gradient(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4))
+def test_a_small_gradient_in_fp32_is_reduced_once_a_step(stage: int) -> None:
+    assert when_reduced(Engine(stage=stage)) == "once a step"
+    assert when_reduced(Engine(stage=stage, size=LARGEST_WHOLE_GRADIENT // 4)) == "once a step"
 
 
-@pytest.mark.parametrize(("stage", "ranks", "is_held"), [(1, 1, True), (1, 2, True), (2, 1, True), (2, 2, False)])
-def test_a_large_gradient_that_is_whole_anyway_is_held_where_it_is_joined(
-    stage: int, ranks: int, is_held: bool
+@pytest.mark.parametrize(("stage", "ranks", "once"), [(1, 1, True), (1, 2, True), (2, 1, True), (2, 2, False)])
+def test_a_large_gradient_that_is_whole_anyway_is_reduced_once_where_it_is_joined(
+    stage: int, ranks: int, once: bool
 ) -> None:
     """A single rank's partition is all of it."""
     large: dict[str, Any] = {"size": LARGEST_WHOLE_GRADIENT, "stage": stage, "ranks": ranks}
-    assert holds_whole_gradient(Engine(**large, joins=True)) == is_held
-    assert not holds_whole_gradient(Engine(**large))
+    assert (when_reduced(Engine(**large, joins=True)) == "once a step") == once
+    assert when_reduced(Engine(**large)) == "as they come"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_small_gradient_in_bf16_is_joined_after_each_pass(ranks: int) -> None:
+    """Its sums over micro-batches are in fp32, in the partition."""
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "ranks": ranks}
+    assert when_reduced(Engine(**kind, joins=True)) == "after each pass"
+    assert when_reduced(Engine(**kind, joins=True, size=LARGEST_WHOLE_GRADIENT)) == "as they come"
 
 
 @pytest.mark.parametrize(
@@ -78,10 +88,11 @@ def test_a_large_gradient_that_is_whole_anyway_is_held_where_it_is_joined(
         {"dtype": torch.float16},
         {"size": LARGEST_WHOLE_GRADIENT // 4 + 1},
         {"compiled": True},
+        {"compiled": True, "joins": True},
     ],
 )
-def test_any_other_gradient_is_partitioned(reason: dict[str, Any]) -> None:
-    assert not holds_whole_gradient(Engine(**reason))
+def test_any_other_gradient_is_reduced_as_it_comes(reason: dict[str, Any]) -> None:
+    assert when_reduced(Engine(**reason)) == "as they come"
 
 
 def test_frozen_weights_do_not_count() -> None:
@@ -89,34 +100,41 @@ def test_frozen_weights_do_not_count() -> None:
     engine.module.requires_grad_(False)
     engine.module.register_parameter("adapter", nn.Parameter(torch.zeros(4)))
     engine.module.register_parameter("packed", nn.Parameter(torch.zeros(4).bfloat16(), requires_grad=False))
-    assert holds_whole_gradient(engine)
+    assert when_reduced(engine) == "once a step"
+
+
+def passes(engine: Engine, when: When, micro_batches: int) -> list[Any]:
+    """What the engine is asked for in the passes of a step."""
+    with reduced_once(engine, when, micro_batches):
+        for _ in range(micro_batches):
+            with reduced_after(engine, when):
+                engine.events.append("backward")
+    return engine.events
 
 
 def test_gradients_are_reduced_after_the_last_micro_batch() -> None:
-    engine = Engine()
-    with reduced_once(engine, 2, holds_whole=True):
-        engine.events.append("backward")
-    assert engine.events == ["begin", "backward", "reduced", ("boundary", True)]
+    assert passes(Engine(), "once a step", 2) == ["begin", "backward", "backward", "reduced", ("boundary", True)]
 
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_a_single_micro_batch_is_left_to_deepspeed_unless_gradients_are_joined(joins: bool) -> None:
-    engine = Engine(joins=joins)
-    with reduced_once(engine, 1, holds_whole=True):
-        pass
-    assert engine.events == (["begin", "reduced", ("boundary", True)] if joins else [])
+    found = passes(Engine(joins=joins), "once a step", 1)
+    assert found == (["begin", "backward", "reduced", ("boundary", True)] if joins else ["backward"])
+
+
+def test_gradients_are_reduced_after_each_pass() -> None:
+    each = ["begin", "backward", "reduced", ("boundary", True)]
+    assert passes(Engine(joins=True), "after each pass", 2) == 2 * each
 
 
 def test_a_partitioned_gradient_is_left_to_deepspeed() -> None:
-    engine = Engine(joins=True)
-    with reduced_once(engine, 2, holds_whole=False):
-        pass
-    assert engine.events == []
+    assert passes(Engine(joins=True), "as they come", 2) == ["backward", "backward"]
 
 
-def test_a_failed_step_starts_no_collective() -> None:
+@pytest.mark.parametrize("when", ["once a step", "after each pass"])
+def test_a_failed_step_starts_no_collective(when: When) -> None:
     engine = Engine()
-    with pytest.raises(ValueError, match="memory"), reduced_once(engine, 2, holds_whole=True):
+    with pytest.raises(ValueError, match="memory"), reduced_once(engine, when, 2), reduced_after(engine, when):
         raise ValueError("memory")
     assert engine.events == ["begin"]
 

@@ -19,13 +19,15 @@ SHAPES: list[list[tuple[int, ...]]] = [[(3, 4), (5,), (2, 2)], [(7,)]]  # of the
 class Engine:
     """A DeepSpeed engine at stage 1 or 2 on one rank, as far as this module reads it."""
 
-    def __init__(self, shapes: list[list[tuple[int, ...]]], padding: int = 3, **changed: Any) -> None:
-        groups = [[nn.Parameter(torch.randn(shape)) for shape in some] for some in shapes]
+    def __init__(self, shapes: list[list[tuple[int, ...]]], padding: int = 3, stage: int = 1, **changed: Any) -> None:
+        kind = changed.get("dtype", torch.float32)
+        groups = [[nn.Parameter(torch.randn(shape, dtype=kind)) for shape in some] for some in shapes]
         sizes = [sum(weight.numel() for weight in some) + padding for some in groups]
         settings: dict[str, Any] = {
             "_coalesce_grad_reduction": False,
             "dtype": torch.float32,
             "gradient_accumulation_dtype": torch.float32,
+            "master_weights_and_grads_dtype": torch.float32,
             "cpu_offload": False,
             "zenflow": False,
             "overlap_comm": False,
@@ -46,7 +48,7 @@ class Engine:
         }
         self.optimizer: Any = SimpleNamespace(**settings | changed)
         self.weights = [weight for some in groups for weight in some]
-        self.zero_optimization_stage = lambda: 1
+        self.zero_optimization_stage = lambda: stage
         self.is_deepcompile_active = lambda: False
 
     def flush(self) -> dict[int, Any]:
@@ -83,6 +85,21 @@ def test_a_gradient_that_is_not_contiguous_keeps_its_order(deepspeed: None) -> N
     assert torch.equal(engine.flush()[0].flat_partition, torch.arange(12.0).view(4, 3).t().flatten())
 
 
+def test_gradients_in_bf16_are_summed_in_fp32(deepspeed: None) -> None:
+    engine = Engine(SHAPES, stage=2, dtype=torch.bfloat16)
+    join_gradients(engine)
+    total = torch.zeros(12)
+    for _ in range(9):
+        for weight in engine.weights:
+            weight.grad = torch.randn(weight.shape).bfloat16()
+        gradient = engine.weights[0].grad
+        assert gradient is not None
+        total += gradient.float().flatten()
+        found = engine.flush()[0]
+    assert torch.equal(found.flat_partition[:12], total)
+    assert torch.equal(found.flat_partition[21:], torch.zeros(3))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_norm_is_computed_of_all_parts_and_of_no_more_than_there_are_parameters(
     deepspeed: None, monkeypatch: pytest.MonkeyPatch, count: int
@@ -114,7 +131,9 @@ def test_parameters_cost_two_calls_each_at_most(deepspeed: None, parameters: int
 @pytest.mark.parametrize(
     "changed",
     [
-        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16},  # at stage 1
+        {"dtype": torch.float16, "stage": 2},
+        {"dtype": torch.bfloat16, "stage": 2, "master_weights_and_grads_dtype": torch.bfloat16},
         {"gradient_accumulation_dtype": torch.bfloat16},
         {"cpu_offload": True},
         {"overlap_comm": True},

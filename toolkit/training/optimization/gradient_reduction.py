@@ -1,15 +1,15 @@
-"""When gradients are reduced over ranks at ZeRO stages 2 and 3: after every micro-batch, or once a step.
+"""When gradients are reduced over ranks at ZeRO stages 2 and 3: as they come, after each micro-batch, or once a step.
 
-Stages 0 and 1 reduce once a step. Stages 2 and 3 keep no whole gradient, so they reduce after each micro-batch, and the
-owner of each partition sums. Where few weights train (adapters), each rank can sum its own micro-batches first; a
-single rank owns all of them.
+Stages 0 and 1 reduce once a step. Stages 2 and 3 keep no whole gradient, so they reduce each as it comes, and the owner
+of each partition sums. Where few weights train (adapters), each rank can sum its own micro-batches first; a single rank
+owns all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -40,33 +40,40 @@ def count_no_hooks(engine: Any) -> None:
     optimizer.should_refresh_expected_hook_count = lambda: not optimizer._backward_active_depth and counts()
 
 
-def reduced_once(engine: Any, micro_batches: int, *, holds_whole: bool) -> AbstractContextManager[None]:
-    """A context for the backward passes of one step; when it ends, their gradients are summed over ranks.
+When = Literal["as they come", "after each pass", "once a step"]
 
-    All ranks have the same number of micro-batches. ``holds_whole`` is :func:`holds_whole_gradient`, which takes
-    milliseconds and does not change.
+
+def when_reduced(engine: Any) -> When:
+    """When DeepSpeed is to reduce the gradients of this engine's passes, which does not change during a run.
+
+    Once a step where ranks may hold their whole gradient until then and its sums stay exact: what is held is summed in
+    the type of the parameters, even with ``data_types.grad_accum_dtype`` fp32. Stage 1 holds it anyway, and so does a
+    single rank. After each pass where sums would not be exact, and joining gradients saves calls.
     """
-    wanted = holds_whole and (micro_batches > 1 or joins_gradients(engine))
+    stage, joins = engine.zero_optimization_stage(), joins_gradients(engine)
+    if stage < 2:
+        return "once a step" if joins else "as they come"
+    if engine.is_deepcompile_active():  # its graphs reduce the gradients
+        return "as they come"
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    is_small = sum(_bytes(parameter) for parameter in trained) <= LARGEST_WHOLE_GRADIENT
+    if all(parameter.dtype == torch.float32 for parameter in trained):
+        return "once a step" if (is_small if engine.dp_world_size > 1 else joins) else "as they come"
+    return "after each pass" if is_small and joins else "as they come"
+
+
+def reduced_once(engine: Any, when: When, micro_batches: int) -> AbstractContextManager[None]:
+    """A context for the passes of one step, whose gradients are summed over ranks when it ends, if that is when.
+
+    All ranks have the same number of micro-batches.
+    """
+    wanted = when == "once a step" and (micro_batches > 1 or joins_gradients(engine))
     return coalesced_reduction(engine) if wanted else nullcontext()
 
 
-def holds_whole_gradient(engine: Any) -> bool:
-    """Whether ranks hold their whole gradient until the step, and it is reduced then, by a coalesced reduction.
-
-    At stages 2 and 3 that is where it is small or its partition is all of it, and its sums stay exact: DeepSpeed sums
-    it in the type of the parameters, even with ``data_types.grad_accum_dtype`` fp32. At stage 1, which holds it anyway,
-    it is where gradients are joined.
-    """
-    stage = engine.zero_optimization_stage()
-    if stage < 2:
-        return joins_gradients(engine)
-    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    is_small = sum(_bytes(parameter) for parameter in trained) <= LARGEST_WHOLE_GRADIENT
-    return (
-        (is_small if engine.dp_world_size > 1 else joins_gradients(engine))
-        and not engine.is_deepcompile_active()  # its graphs reduce the gradients
-        and all(parameter.dtype == torch.float32 for parameter in trained)
-    )
+def reduced_after(engine: Any, when: When) -> AbstractContextManager[None]:
+    """A context for one backward pass, whose gradients are summed over ranks when it ends, if that is when."""
+    return coalesced_reduction(engine) if when == "after each pass" else nullcontext()
 
 
 def _bytes(parameter: nn.Parameter) -> int:
@@ -79,7 +86,7 @@ _abandoned: list[Any] = []
 
 @contextmanager
 def coalesced_reduction(engine: Any) -> Iterator[None]:
-    """Gradients stay where backward passes leave them; when it ends they are summed over ranks, for one step."""
+    """Gradients stay where backward passes leave them; when it ends they are summed over ranks."""
     reduction = engine.coalesce_grad_reduction()
     reduction.__enter__()
     try:

@@ -53,10 +53,13 @@ def joins_gradients(engine: Any) -> bool:
 
 def _can_join(engine: Any) -> bool:
     optimizer = engine.optimizer
+    # Sums in fp32: of weights in fp32, or of weights in bf16 with a master copy, which only stage 2 has here.
+    types = [torch.float32, *([torch.bfloat16] if engine.zero_optimization_stage() == 2 else [])]
     return (
         engine.zero_optimization_stage() in (1, 2)
         and hasattr(optimizer, "_coalesce_grad_reduction")  # not the optimizer for bf16 weights, which has own sums
-        and optimizer.dtype == torch.float32 == optimizer.gradient_accumulation_dtype
+        and optimizer.dtype in types
+        and optimizer.gradient_accumulation_dtype == torch.float32 == optimizer.master_weights_and_grads_dtype
         and not (optimizer.cpu_offload or optimizer.zenflow or optimizer.overlap_comm or optimizer.has_moe_layers)
         # Settings of the DeepSpeed JSON that change how gradients are averaged, or where they lie.
         and optimizer.reduce_scatter
@@ -77,7 +80,7 @@ def _buckets(optimizer: Any, index: int) -> Iterator[_Bucket]:
     by_type: dict[torch.dtype, list[tuple[nn.Parameter, int]]] = {}
     offset = 0
     for weight in optimizer.round_robin_bit16_groups[index]:
-        kind = torch.float32 if is_alone else optimizer.get_param_comm_dtype(weight)
+        kind = optimizer.dtype if is_alone else optimizer.get_param_comm_dtype(weight)
         by_type.setdefault(kind, []).append((weight, offset))
         offset += weight.numel()
     largest = math.inf if is_alone else optimizer.reduce_bucket_size
@@ -121,12 +124,17 @@ def _portions(items: Sequence[Any], sizes: Sequence[int], largest: float) -> Ite
 
 @torch.no_grad()
 def reduce_joined(optimizer: Any, groups: Sequence[Sequence[_Bucket]]) -> None:
-    """Average the gradients over ranks, and leave each rank its partition as DeepSpeed's step expects it."""
+    """Average the gradients over ranks, and leave each rank its partition as DeepSpeed's step expects it.
+
+    Those of weights in bf16 are added to what earlier calls of the same step have left.
+    """
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
     for index, buckets in enumerate(groups):
-        own = optimizer.params_in_partition[index]
-        partition = _partition(optimizer, index, buckets)
+        own, before = optimizer.params_in_partition[index], optimizer.averaged_gradients.pop(index, None)
+        earlier = before.flat_partition if before is not None and optimizer.dtype == torch.bfloat16 else None
+        del before
+        partition = _partition(optimizer, index, buckets, earlier)
         # DeepSpeed computes the norm of each of these, and of as many as there are parameters.
         parts = max(1, min(len(own), math.ceil(partition.numel() / AT_ONCE)))
         chunks = partition.split(max(1, math.ceil(partition.numel() / parts)))
@@ -134,24 +142,27 @@ def reduce_joined(optimizer: Any, groups: Sequence[Sequence[_Bucket]]) -> None:
     optimizer._release_ipg_buffers()  # of passes outside a coalesced reduction
 
 
-def _partition(optimizer: Any, index: int, buckets: Sequence[_Bucket]) -> Tensor:
-    """This rank's partition of a group's averaged gradients [elements]; zeros where it is padded."""
+def _partition(optimizer: Any, index: int, buckets: Sequence[_Bucket], earlier: Tensor | None) -> Tensor:
+    """This rank's partition of a group's averaged gradients [elements], added to an earlier one; zeros as padding."""
     import deepspeed.comm as dist
 
     size, device = optimizer.partition_size[index], optimizer.bit16_groups_flat[index].device
     world_size = dist.get_world_size(optimizer.real_dp_process_group[index])
-    partition = torch.empty(size, dtype=torch.float32, device=device)
+    partition = torch.empty(size, dtype=torch.float32, device=device) if earlier is None else earlier
     for bucket in buckets:
-        if world_size == 1:  # which sends nothing: its only bucket is the partition
+        if world_size == 1 and earlier is None:  # which sends nothing: its only bucket is the partition
             _take(bucket, partition[: bucket.elements])
             continue
-        gradients = torch.empty(bucket.elements, dtype=torch.float32, device=device)
+        gradients = torch.empty(bucket.elements, dtype=optimizer.dtype, device=device)
         _take(bucket, gradients)
-        sent = gradients.div_(world_size).to(bucket.sent_as)
-        dist.all_reduce(sent, group=optimizer.dp_process_group)
+        if world_size > 1:
+            gradients = gradients.div_(world_size).to(bucket.sent_as)
+            dist.all_reduce(gradients, group=optimizer.dp_process_group)
         for source, target, numel in bucket.own:
-            partition[target : target + numel] = sent[source : source + numel]
-    partition[sum(numel for bucket in buckets for _, _, numel in bucket.own) :].zero_()
+            place, part = partition[target : target + numel], gradients[source : source + numel]
+            place.copy_(part) if earlier is None else place.add_(part)
+    if earlier is None:
+        partition[sum(numel for bucket in buckets for _, _, numel in bucket.own) :].zero_()
     return partition
 
 
