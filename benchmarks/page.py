@@ -35,12 +35,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/host_cost.py",
         "T5-Base of full depth and hardly any width on one thread: what is left is Python, dispatch and hooks. The "
         "code is that of a GPU, where attention, dropout and normalisation are one call each; micro-batches have four "
-        "clips, all of one length, for oneDNN makes a kernel for each new shape; `zero1_8` is ZeRO-1 with eight of them a step. ZeRO-0 computes in autocast, as its JSON says, the "
-        "others in fp32. `ours_with_all_calls` is ours without [gpu_layers.py](../toolkit/models/gpu_layers.py) and "
-        "with what DeepSpeed does for every parameter that ours leaves out; `plain` is PyTorch alone. Operator calls "
-        "and kernels are those of a step, its optimizer included, by its micro-batches; kernels are the calls that "
-        "start one, and `operator_calls_saved` is the share that ours saves of `ours_with_all_calls`. Waits "
-        "are how often in a step the host would wait for a GPU, by whose code: see "
+        "clips, all of one length, for oneDNN makes a kernel for each new shape; `zero1_8` is ZeRO-1 with eight of "
+        "them a step. ZeRO-0 computes in autocast, as its JSON says, the others in fp32. `ours_with_all_calls` is ours "
+        "without [gpu_layers.py](../toolkit/models/gpu_layers.py) and with what DeepSpeed does for every parameter "
+        "that ours leaves out; `plain` is PyTorch alone. Operator calls and kernels are those of a step, its optimizer "
+        "included, by its micro-batches; kernels are the calls that start one, and `operator_calls_saved` is the share "
+        "that ours saves of `ours_with_all_calls`. Waits are how often in a step the host would wait for a GPU, by "
+        "whose code: see "
         "[performance.md](performance.md#waiting-for-the-host).",
     ),
     "gpu": (
