@@ -54,7 +54,7 @@ from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
 from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 from toolkit.training.optimization.averaging import update_average
-from toolkit.training.optimization.gradient_reduction import reduced_after, reduced_once, when_reduced
+from toolkit.training.optimization.gradient_reduction import backward, reduced_once, when_reduced
 from toolkit.training.pass_graphs import pass_graphs
 
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
@@ -333,16 +333,14 @@ class _Engine:
         return time.monotonic() - before
 
     def _written_backward(self, batches: Iterable[Batch], count: int, *, ends_step: bool) -> None:
-        # Without compiled layers, which keep less: should one fail, the run continues without them.
-        # Stage 1 reduces nothing before the step ends.
+        # Without compiled layers, which keep less, and may fail. Stage 1 reduces nothing before the step ends.
         when = when_reduced(self.engine) if ends_step or self.resolved.zero_stage > 1 else "as they come"
         with uncompiled(self.engine.module), reduced_once(self.engine, when, count):
             for number, batch in enumerate(batches, start=1):
                 self.engine.set_gradient_accumulation_boundary(ends_step and number == count)
                 nll, ctc = self._losses(batch, self.engine)
                 loss = (nll + self.resolved.recipe.training.ctc_weight * ctc) / batch.labels.numel()
-                with reduced_after(self.engine, when):
-                    self.engine.backward(loss, scale_wrt_gas=False)
+                backward(self.engine, loss, when)
 
     def _losses(self, batch: Batch, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return batch_losses(model, batch, self.special, label_smoothing=self.resolved.recipe.training.label_smoothing)
@@ -351,7 +349,6 @@ class _Engine:
         """Random poses and texts; what a pass takes depends on their sizes alone."""
         config, tokens = self.engine.module.config, self.tokens[shape.long_texts]
         labels = torch.randint(0, self.vocabulary, (shape.clips, tokens))
-        longest_prefix = torch.zeros(shape.clips, config.max_prefix_tokens, dtype=torch.int64)
         return Batch(
             uids=[""] * shape.clips,
             texts=[""] * shape.clips,
@@ -362,7 +359,7 @@ class _Engine:
             is_filler=torch.zeros(shape.clips, dtype=torch.bool),
             num_clips=shape.clips,
             num_frames=shape.clips * shape.frames,
-            prefix_ids=longest_prefix if config.prefix_template else None,
+            prefix_ids=torch.zeros(shape.clips, config.max_prefix_tokens).long() if config.prefix_template else None,
             gloss_labels=labels % len(config.ctc_vocabulary) if config.ctc_vocabulary else None,
         )
 

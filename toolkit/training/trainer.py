@@ -49,7 +49,7 @@ from toolkit.training.monitoring.rank_watch import Limits, RankWatch
 from toolkit.training.monitoring.step_figures import LateNorm, check_losses, read_together
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
-from toolkit.training.optimization.gradient_reduction import reduced_after, reduced_once, when_reduced
+from toolkit.training.optimization.gradient_reduction import backward, reduced_once, when_reduced
 from toolkit.training.optimization.schedules import backbone_factor, scheduled_factor, warmup_steps
 from toolkit.training.pass_graphs import pass_graphs
 
@@ -221,16 +221,15 @@ class Trainer:
             with self.meter.forward(self.engine.module, batch):
                 return self._losses(batch)
 
-        def backward(nll: Tensor, ctc: Tensor, is_last: bool) -> list[Tensor]:
+        def backwards(nll: Tensor, ctc: Tensor, is_last: bool) -> list[Tensor]:
             self.engine.set_gradient_accumulation_boundary(is_last)
-            with reduced_after(self.engine, self.when_reduced):
-                self.engine.backward((nll + weight * ctc if weight else nll) * scale, scale_wrt_gas=False)
+            backward(self.engine, (nll + weight * ctc if weight else nll) * scale, self.when_reduced)
             return [nll.detach(), ctc.detach()]
 
         with reduced_once(self.engine, self.when_reduced, len(batches)):
             for number, batch in enumerate(ahead, start=1):
                 step, is_last = self.progress.step + 1, number == len(batches)
-                losses += self.halving.compute(batch, step, forward, backward, is_last=is_last)
+                losses += self.halving.compute(batch, step, forward, backwards, is_last=is_last)
         return torch.stack(losses).double().view(-1, 2).sum(0)
 
     def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:

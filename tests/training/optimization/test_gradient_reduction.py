@@ -15,8 +15,8 @@ from toolkit.training.optimization import joined_gradients
 from toolkit.training.optimization.gradient_reduction import (
     LARGEST_WHOLE_GRADIENT,
     When,
+    backward,
     count_no_hooks,
-    reduced_after,
     reduced_once,
     skip_sums_of_one_rank,
     when_reduced,
@@ -40,10 +40,17 @@ class Engine:
         self.dp_world_size = ranks
         self.zero_optimization_stage = lambda: stage
         self.is_deepcompile_active = lambda: compiled
+        self.fails = False
         self.events: list[Any] = []
         if joins:
             setattr(self, joined_gradients.FLUSH, None)
         self.set_gradient_accumulation_boundary = lambda value: self.events.append(("boundary", value))
+
+    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None:
+        assert not scale_wrt_gas
+        if self.fails:
+            raise ValueError("memory")
+        self.events.append("backward")
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
@@ -107,8 +114,7 @@ def passes(engine: Engine, when: When, micro_batches: int) -> list[Any]:
     """What the engine is asked for in the passes of a step."""
     with reduced_once(engine, when, micro_batches):
         for _ in range(micro_batches):
-            with reduced_after(engine, when):
-                engine.events.append("backward")
+            backward(engine, torch.zeros(()), when)
     return engine.events
 
 
@@ -134,8 +140,9 @@ def test_a_partitioned_gradient_is_left_to_deepspeed() -> None:
 @pytest.mark.parametrize("when", ["once a step", "after each pass"])
 def test_a_failed_step_starts_no_collective(when: When) -> None:
     engine = Engine()
-    with pytest.raises(ValueError, match="memory"), reduced_once(engine, when, 2), reduced_after(engine, when):
-        raise ValueError("memory")
+    engine.fails = True
+    with pytest.raises(ValueError, match="memory"):
+        passes(engine, when, 2)
     assert engine.events == ["begin"]
 
 

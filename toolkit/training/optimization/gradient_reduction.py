@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT
 from toolkit.training.optimization.joined_gradients import joins_gradients
@@ -71,9 +71,10 @@ def reduced_once(engine: Any, when: When, micro_batches: int) -> AbstractContext
     return coalesced_reduction(engine) if wanted else nullcontext()
 
 
-def reduced_after(engine: Any, when: When) -> AbstractContextManager[None]:
-    """A context for one backward pass, whose gradients are summed over ranks when it ends, if that is when."""
-    return coalesced_reduction(engine) if when == "after each pass" else nullcontext()
+def backward(engine: Any, loss: Tensor, when: When) -> None:
+    """One backward pass; its gradients are summed over ranks when it ends, if that is when."""
+    with coalesced_reduction(engine) if when == "after each pass" else nullcontext():
+        engine.backward(loss, scale_wrt_gas=False)
 
 
 def _bytes(parameter: nn.Parameter) -> int:
