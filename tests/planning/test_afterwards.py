@@ -40,13 +40,22 @@ def test_the_plan_is_that_of_the_micro_batches_that_were_computed(resolve: Any, 
     assert later.workload(corpus, run).later_frames == 200
 
 
-def test_a_process_is_planned_with_its_own_libraries(resolve: Any, corpus: Corpus) -> None:
+def test_a_process_is_planned_with_its_own_libraries(
+    resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = resolve(*SMALL)
+    plan = make_cpu_plan(Subject.of(run.recipe, 300), run, LARGE.workload(corpus, run), micro_batch_size=16)
+    sizes: list[int] = []
+
+    def planned(*_: Any, micro_batch_size: int) -> Any:
+        sizes.append(micro_batch_size)
+        return plan
+
+    monkeypatch.setattr(afterwards, "make_cpu_plan", planned)  # it takes seconds
     returned, kept = (
         planned_cpu_phases(run, corpus, LARGE, 300, libraries=3.0 * GIB, keeps=keeps) for keeps in (False, True)
     )
-    plan = make_cpu_plan(Subject.of(run.recipe, 300), run, LARGE.workload(corpus, run), micro_batch_size=16)
-    assert tuple(returned) == tuple(kept) == PHASES
+    assert sizes == [16, 16] and tuple(returned) == tuple(kept) == PHASES
     for phase in PHASES:
         assert returned[phase] == pytest.approx(plan.phases[phase] - CPU_LIBRARIES + 3 * GIB)
     assert kept["start"] == returned["start"] < returned["step"]
