@@ -107,7 +107,8 @@ def plan(arguments: argparse.Namespace) -> None:
     from toolkit.planning.workload import workload_of
 
     show_errors_only()
-    workload = workload_of(recipe, hardware.gpus)
+    copies = next(run.data_parallel_size for run in runs.values() if not isinstance(run, UserError))
+    workload = workload_of(recipe, copies)
     subject = Subject.of(recipe)
     comparison = compare(subject, runs, hardware, workload, recipe.deepspeed)
     command = [f"--recipe {arguments.recipe}", *arguments.overrides]

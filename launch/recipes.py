@@ -259,12 +259,13 @@ def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
 
 
 def _memory(run: ResolvedRun) -> str:
-    from toolkit.planning.costs.counts import count
+    from toolkit.planning.costs.counts import count, weights_of_rank
     from toolkit.planning.costs.zero import zero_memory
     from toolkit.planning.hardware import GIB
 
     try:
-        states = zero_memory(count(run.recipe).weights, run.recipe, run.deepspeed, run.world_size)
+        weights = weights_of_rank(count(run.recipe).weights, run.tensor_parallel_size)
+        states = zero_memory(weights, run.recipe, run.deepspeed, run.data_parallel_size)
     except UserError as error:
         return f"not estimated: {error.message} ({error.hint})"
     host = f", and {states.host / GIB:.1f} GiB of host memory a rank" if states.host else ""
@@ -285,7 +286,7 @@ def _planned_micro_batch(run: ResolvedRun) -> str:
     hardware = Hardware(gpus=run.world_size, gpu_memory=parse_size(USUAL_GPU, "--gpu-memory"))
     more = f"python launch/plan.py --recipe {run.recipe.name} --gpu-memory SIZE plans others"
     try:
-        workload = workload_of(run.recipe, run.world_size)
+        workload = workload_of(run.recipe, run.data_parallel_size)
         largest = largest_micro_batch(Subject.of(run.recipe), run, hardware, workload)
     except UserError as error:
         return f"not made: {error.message} ({error.hint})"

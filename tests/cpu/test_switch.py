@@ -16,6 +16,8 @@ from toolkit.cpu.switch import SWITCH
 from toolkit.recipe.load import load_recipe
 from toolkit.training import engine
 
+ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -42,7 +44,7 @@ def test_one_variable_decides_on_layers_and_communication(
     monkeypatch.setattr(engine, "communicate_on_cpu", lambda *found: communication.append(found))
     model, resolved = (
         nn.Sequential(nn.Dropout(0.1)),
-        SimpleNamespace(deepspeed={}, world_size=1, recipe=load_recipe("demo")),
+        SimpleNamespace(deepspeed={}, recipe=load_recipe("demo"), **ALONE),
     )
     engine.make_engine(model, resolved)  # type: ignore[arg-type]
     assert isinstance(model[0], CPUDropout) == is_used
@@ -59,7 +61,7 @@ def test_layers_that_are_compiled_are_torchs_own(
     monkeypatch.setattr(engine, "compile_layers", compiled.append)
     model, recipe = nn.Sequential(nn.Dropout(0.1)), load_recipe("demo", ["training.compile=true"])
     with caplog.at_level(logging.INFO, "toolkit"):
-        engine.make_engine(model, SimpleNamespace(deepspeed={}, world_size=1, recipe=recipe))  # type: ignore[arg-type]
+        engine.make_engine(model, SimpleNamespace(deepspeed={}, recipe=recipe, **ALONE))  # type: ignore[arg-type]
     assert type(model[0]) is nn.Dropout
     assert compiled == [model]
     lines = [record.getMessage() for record in caplog.records]

@@ -125,9 +125,13 @@ def trains(
         parsed = train.parse()
         if any(missing_data(load_recipe(parsed.recipe, parsed.overrides, ds=parsed.ds))):
             parsed.overrides.append("data.corpus=corpora/mine")
+        group = re.search(r"autotp_size=(\d+)", " ".join(words))
         for ranks in RANKS:
             for has_gpu in (True, False):
-                if parsed.overfit is not None and parsed.overfit < ranks:
+                if group and ranks % int(group[1]):
+                    with pytest.raises(UserError, match=f"{group[0]} does not divide {ranks} rank"):
+                        train.resolve(parsed, ranks, has_gpu=has_gpu)
+                elif parsed.overfit is not None and parsed.overfit < ranks:
                     with pytest.raises(UserError, match=f"--overfit {parsed.overfit}: .* {ranks} ranks") as error:
                         train.resolve(parsed, ranks, has_gpu=has_gpu)
                     assert f"--overfit {ranks} " in error.value.hint

@@ -41,7 +41,7 @@ NAMES = {
     "torch/fx/experimental/_config.py": ["use_duck_shape"],
     "torch/testing/_internal/distributed/fake_pg.py": ["FakeStore"],
     "transformers/models/t5/modeling_t5.py": ["variance_epsilon", "compute_bias"],
-    "transformers/configuration_utils.py": ["_attn_implementation"],
+    "transformers/configuration_utils.py": ["_attn_implementation", "base_model_tp_plan"],
     "transformers/generation/utils.py": ["_pad_token_tensor", "_eos_token_tensor"],
     "transformers/initialization.py": ["no_tie_weights", "normal_"],
     "transformers/modeling_layers.py": ["_gradient_checkpointing_func", "forward_with_checkpointing"],
@@ -120,6 +120,9 @@ NAMES = {
     "deepspeed/utils/mixed_precision_linkage.py": ["_hp_mapping"],
     "deepspeed/utils/tensor_fragment.py": ["lp_fragment_address", "hp_fragment_address", "param_group_index"],
     "deepspeed/ops/adam/cpu_adam.py": ["ds_opt_adam", "adam_update", "opt_id", "fp32_optimizer_states"],
+    "deepspeed/utils/groups.py": ["_init_tp_mesh_device"],
+    "deepspeed/module_inject/layers.py": ["tensor_model_parallel", "partition_dim"],
+    "deepspeed/checkpoint/constants.py": ["DS_AUTOTP_UC_META"],
     "sacrebleu/metrics/base.py": ["_extract_corpus_statistics", "_compute_score_from_stats"],
 }
 ALL = {name for names in NAMES.values() for name in names}

@@ -163,3 +163,18 @@ def test_clips_of_a_corpus_are_planned_as_they_are_padded(corpus: Corpus) -> Non
     assert (padded.frames, padded.tokens) == (16, 24), "plans are for GPUs, which have the ladder"
     assert padded.later_frames == 12 > exact.later_frames == 11
     assert padded.evaluated == exact.evaluated == ((1, 17),)
+
+
+def test_layers_split_over_ranks_are_counted_by_their_parts() -> None:
+    own = ("training.micro_batch_size=4", "training.global_batch_size=8", "data.max_frames=300")
+    split = (*own, "ds.tensor_parallel.autotp_size=2")
+    model = subject("qwen2_5_0_5b", *own)
+    hardware = Hardware(gpus=4, gpu_memory=80 * GIB)
+    alone = make_plan(model, resolved("qwen2_5_0_5b", *own, ds="zero1", ranks=2), hardware, FOUR_STEPS)
+    together = make_plan(model, resolved("qwen2_5_0_5b", *split, ds="zero1", ranks=4), hardware, FOUR_STEPS)
+    in_layers = sum(weight.numel for weight in model.weights if weight.split)
+    assert in_layers / sum(weight.numel for weight in model.weights) > 0.5
+    assert alone.zero.trained - together.zero.trained == pytest.approx(in_layers / 2 * 2)  # bf16
+    assert alone.zero.moments - together.zero.moments == pytest.approx(in_layers / 2 / 2 * 8)  # on two groups
+    assert together.accumulation_steps == alone.accumulation_steps == 1
+    assert together.total < alone.total and together.checkpoint == alone.checkpoint

@@ -182,7 +182,7 @@ def _shares(
     clips: Indices, lengths: Frames, resolved: ResolvedRun, ladder: Ladder | None, rank: int, full_batch: int
 ) -> list[tuple[Indices, int]]:
     """This rank's clips of a global batch, and the frames to which each micro-batch is padded, or 0."""
-    world_size, size, budget = resolved.world_size, resolved.clip_limit, resolved.frame_limit
+    world_size, size, budget = resolved.data_parallel_size, resolved.clip_limit, resolved.frame_limit
     if ladder:
         return micro_batches_on_rungs(clips, lengths, ladder.frames, rank, world_size, size, budget, full_batch)
     if budget is None:

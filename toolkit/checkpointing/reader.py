@@ -23,10 +23,13 @@ from toolkit.checkpointing.zero_shards import (
     base_optimizer,
     replay_steps,
     rewrite_shards,
+    saved_shapes,
     set_scalars,
     state_dtype,
     steps_of,
 )
+from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.tensor_parallel import ranks_of
 from toolkit.errors import UserError
 
 # Optimizers of one method with the same states, so that each can resume from the state of another.
@@ -102,13 +105,14 @@ def load_checkpoint(
         UserError: the checkpoint is of another model, or its optimizer's state cannot be converted.
     """
     files = _Files(checkpoint)
+    _check_division(state, layout, checkpoint)
     _check_parameters(engine.module, files, checkpoint)
     notes = _differences(state, layout)
     _check_optimizer(engine, state, checkpoint, changed=bool(notes))
     _load_shards(engine, files, state)
     _load_buffers(engine, files)
     _load_counters(engine, state)
-    return notes + _load_random_states(files, seed, state.progress.step)
+    return notes + _load_random_states(files, ranks_of(engine.module), seed, state.progress.step)
 
 
 def _load_shards(engine: Any, files: _Files, state: SavedState) -> None:
@@ -147,18 +151,17 @@ def _load_counters(engine: Any, state: SavedState) -> None:
             setattr(scaler, name, value)
 
 
-def _load_random_states(files: _Files, seed: int, step: int) -> list[str]:
+def _load_random_states(files: _Files, ranks: Ranks, seed: int, step: int) -> list[str]:
     """This rank's random states; a rank that the checkpoint does not have is seeded. Returns a note on such ranks."""
-    rank = dist.get_rank()
-    if rank in files.random:
-        set_random_states(files.of_rank(rank, "random"), files.random[rank])
+    if ranks.rank in files.random:
+        set_random_states(files.of_rank(ranks.rank, "random"), files.random[ranks.rank])
     else:
-        seed_everything(seed + 1 + rank + 1_000_003 * step)
-    new = dist.get_world_size() - len(files.random)
+        seed_everything(seed + 1 + ranks.data_parallel_rank + 1_000_003 * step)
+    new = ranks.world_size - len(files.random)
     if new <= 0:
         return []
-    ranks = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
-    return [f"{ranks} dropout is drawn from training.seed={seed}, the rank and the step"]
+    words = "1 rank is new: its" if new == 1 else f"{new} ranks are new: their"
+    return [f"{words} dropout is drawn from training.seed={seed}, the rank and the step"]
 
 
 def _differences(state: SavedState, layout: dict[str, Any]) -> list[str]:
@@ -171,12 +174,24 @@ def _differences(state: SavedState, layout: dict[str, Any]) -> list[str]:
     return [f"converted from another layout: {', '.join(changed)}"] if changed else []
 
 
+def _check_division(state: SavedState, layout: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError where AutoTP has split the layers into other parts than now."""
+    before, now = (found.get("tensor_parallel_size", 1) for found in (state.layout, layout))
+    if before != now:
+        size = (
+            f"tensor_parallel.autotp_size={before} on a multiple of {before} ranks"
+            if before > 1
+            else "tensor_parallel=null"
+        )
+        raise UserError(
+            f"{checkpoint} was saved with tensor_parallel.autotp_size={before}, and this run has {now}: the parts of "
+            "weights are not converted",
+            f"resume with ds.{size}, or start again from its best/ with model.init_from",
+        )
+
+
 def _check_parameters(module: Any, files: _Files, checkpoint: Path) -> None:
-    here = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+    here = saved_shapes(module)
     if here == files.shapes:
         return
     found = files.shapes

@@ -216,7 +216,10 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
     """How the state of a run is partitioned; a run that resumes with another layout converts its checkpoint."""
-    return {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
+    layout = {"world_size": resolved.world_size, "zero_stage": resolved.zero_stage, "precision": resolved.precision}
+    # Checkpoints of earlier versions have no such key.
+    size = resolved.tensor_parallel_size
+    return layout | {"tensor_parallel_size": size} if size > 1 else layout
 
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:

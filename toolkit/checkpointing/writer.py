@@ -38,8 +38,10 @@ from toolkit.checkpointing.checkpoints import (
 )
 from toolkit.checkpointing.random_states import random_states
 from toolkit.checkpointing.tensor_files import checksum, write_tensors
-from toolkit.checkpointing.zero_shards import Fragment, Shard, base_optimizer, scalars_of, shards
+from toolkit.checkpointing.zero_shards import Fragment, Shard, base_optimizer, saved_name, scalars_of, shards
 from toolkit.cluster.devices import barrier
+from toolkit.cluster.ranks import Ranks
+from toolkit.cluster.tensor_parallel import parts_by_name, ranks_of
 from toolkit.errors import UserError
 from toolkit.files import write_text_atomically
 
@@ -217,7 +219,8 @@ def _portions(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], 
     tensors = {f"random/{name}": tensor for name, tensor in states.items()}
     tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(engine.module)}
     metadata: dict[str, Any] = {"random": values, "fragments": {}}
-    size = 0
+    size, ranks = 0, ranks_of(engine.module)
+    split = {saved_name(name, parameter) for name, parameter, _ in parts_by_name(engine.module)}
     for number, shard in enumerate(shards(engine)):
         whole = {"weights": shard.values, **shard.state}
         by_element = {key: value for key, value in whole.items() if _has_shape(value, shard.values.shape)}
@@ -226,8 +229,8 @@ def _portions(engine: Any) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], 
                 tensors[f"shard_{number}/{key}"] = _copy(value)
         scalars = scalars_of(shard)
         for fragment in shard.fragments:
-            start, numel = _own_part(shard, fragment)
-            if numel == 0:
+            start, numel = _own_part(shard, fragment, ranks)
+            if numel == 0 or not (ranks.is_first_of_copy or fragment.name in split):
                 continue
             metadata["fragments"][fragment.name] = {"start": start, "shape": fragment.shape, "scalars": scalars}
             begin = fragment.offset + start - fragment.start
@@ -245,12 +248,12 @@ def _has_shape(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
 
 
-def _own_part(shard: Shard, fragment: Fragment) -> tuple[int, int]:
+def _own_part(shard: Shard, fragment: Fragment, ranks: Ranks) -> tuple[int, int]:
     """First element and number of elements of a fragment that this rank saves; ranks share a replicated one."""
     if not shard.replicated:
         return fragment.start, fragment.numel
-    share = -(-fragment.numel // dist.get_world_size())
-    begin = min(share * dist.get_rank(), fragment.numel)
+    share = -(-fragment.numel // ranks.data_parallel_size)
+    begin = min(share * ranks.data_parallel_rank, fragment.numel)
     return fragment.start + begin, min(share, fragment.numel - begin)
 
 

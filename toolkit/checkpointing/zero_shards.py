@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from toolkit.cluster.tensor_parallel import part_of
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Consecutive elements of one parameter."""
 
-    name: str  # of the parameter, as ``named_parameters`` of the unwrapped model gives it
-    shape: tuple[int, ...]  # of the whole parameter
+    name: str  # of the parameter, as :func:`saved_name` gives it
+    shape: tuple[int, ...]  # of the whole parameter, or of its part that the ranks of one place hold (AutoTP)
     start: int  # its first element, counted in the flattened parameter
     numel: int  # number of elements
     offset: int  # index of the first one in the shard
@@ -37,6 +39,27 @@ class Shard:
     state: dict[str, Any]  # the optimizer's state of them (``exp_avg``, ``step``, ...); empty before the first step
     fragments: tuple[Fragment, ...]  # the parts of parameters in it; elements outside them are padding
     replicated: bool = False  # every rank has this same shard
+
+
+def saved_name(name: str, parameter: Tensor, number: int | None = None) -> str:
+    """The name of a parameter in checkpoints: its own, as ``named_parameters`` of the unwrapped model gives it.
+
+    A parameter that AutoTP splits is saved as its parts: of ``number``, or of this rank.
+    """
+    part = part_of(parameter)
+    return f"{name}[{part.number if number is None else number} of {part.of}]" if part else name
+
+
+def saved_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """All that a checkpoint of this model holds, of all ranks: shapes of trained parameters by their saved names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            part = part_of(parameter)
+            for number in range(part.of if part else 1):
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                shapes[saved_name(name, parameter, number)] = shape
+    return shapes
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -125,7 +148,7 @@ def replay_steps(engine: Any, steps: set[int]) -> None:
 
 def _shards(engine: Any, *, changed: bool) -> Iterator[Shard]:
     optimizer, base = engine.optimizer, base_optimizer(engine)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {parameter: saved_name(name, parameter) for name, parameter in engine.module.named_parameters()}
     if optimizer is base:
         yield from _bare(base, names)
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):

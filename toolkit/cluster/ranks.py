@@ -38,11 +38,27 @@ class Ranks:
     local_rank: int = 0  # number of this process on its node
     world_size: int = 1  # processes in the whole run
     local_world_size: int = 1  # processes on this node
+    tensor_parallel_size: int = 1  # consecutive processes that hold one copy of the model together
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one process that writes the run directory."""
         return self.rank == 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Number of the copy of the model that this process holds a part of: which clips it reads."""
+        return self.rank // self.tensor_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model, which share out the clips of a step."""
+        return self.world_size // self.tensor_parallel_size
+
+    @property
+    def is_first_of_copy(self) -> bool:
+        """Whether this process answers for its copy of the model where all that hold it have the same."""
+        return self.rank % self.tensor_parallel_size == 0
 
     @property
     def is_local_main(self) -> bool:

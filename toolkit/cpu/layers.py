@@ -11,11 +11,15 @@ from toolkit.cpu.linear import use_fp32_linear
 from toolkit.cpu.rms_norm import use_cpu_rms_norm
 
 
-def use_cpu_layers(model: nn.Module) -> None:
-    """Have dropout, attention, linear layers and T5's normalisation run their CPU code; weights and names stay."""
+def use_cpu_layers(model: nn.Module, *, linear: bool = True) -> None:
+    """Have dropout, attention, T5's normalisation and, with ``linear``, linear layers run their CPU code.
+
+    Weights and names stay.
+    """
     use_cpu_dropout(model)
     use_cpu_rms_norm(model)
-    use_fp32_linear(model)
+    if linear:
+        use_fp32_linear(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             use_cpu_attention(module)

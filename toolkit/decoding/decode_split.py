@@ -57,7 +57,7 @@ def find_hypotheses(
         split: the clips.
         processor: gives the tokenizer.
         batch_frames: largest number of padded frames in a batch.
-        rank, world_size: which of how many ranks this is; all must call.
+        rank, world_size: which of how many ranks, or groups of them that hold one model, this is; all must call.
         synced: whether ranks must step together (ZeRO stage 3, where every step gathers weights from all ranks).
         on_batch: called with the number of clips that this rank has translated so far.
         n_best: hypotheses for each clip, at most as many as there are beams.
@@ -110,9 +110,10 @@ def find_hypotheses(
 def _gather(rows: list[tuple[int, list[Hypothesis]]], world_size: int) -> list[tuple[int, list[Hypothesis]]]:
     """All ranks' rows, sorted by clip."""
     if world_size > 1:
-        parts: list[Any] = [None] * world_size
+        parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, rows)
-        rows = [row for part in parts for row in part]
+        copies = len(parts) // world_size  # consecutive ranks that hold one model together translate the same clips
+        rows = [row for part in parts[::copies] for row in part]
     return sorted(rows, key=lambda row: row[0])
 
 

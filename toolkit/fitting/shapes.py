@@ -67,7 +67,7 @@ class Limits:
 def lengths_of(resolved: ResolvedRun, split: Split) -> Lengths:
     """Read a training split."""
     recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
-    share = -(-min(recipe.training.global_batch_size, mixture.epoch_clips) // resolved.world_size)
+    share = -(-min(recipe.training.global_batch_size, mixture.epoch_clips) // resolved.data_parallel_size)
     ladder = None
     if resolved.padding == "ladder":
         ladder = training_ladder(split.frames, recipe, mixture.typical_clips())

@@ -19,6 +19,7 @@ from toolkit.models.backbone import (
 )
 from toolkit.models.backbone_config import backbone_config
 from toolkit.models.language_models.prefixes import is_language_model
+from toolkit.models.language_models.tensor_plan import check_division
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.prompts import own_words, placeholders
@@ -42,6 +43,7 @@ def check_model(resolved: ResolvedRun) -> None:
     problem = cell_problem(cell_of(resolved.recipe, resolved.deepspeed, config.model_type), model.backbone)
     if problem:
         raise problem
+    check_division(config, resolved.tensor_parallel_size, model.backbone)
     if not is_known(config):
         return  # what code from the hub can do shows when it runs
     backbone = empty_backbone(config)

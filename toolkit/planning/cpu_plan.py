@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from toolkit.planning.costs.counts import weights_of_rank
 from toolkit.planning.costs.cpu_ranks import cpu_moments
-from toolkit.planning.costs.zero import Items
+from toolkit.planning.costs.zero import Items, before_split
 from toolkit.planning.hardware import CPU_COMPILER, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
 from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject, passes_of
 from toolkit.planning.workload import Workload
@@ -38,12 +39,20 @@ def make_cpu_plan(
         for frames in (workload.frames, workload.later_frames)
     )
     zero, moments = cpu_moments(
-        subject.weights, recipe, config, resolved.world_size, micro_batches=accumulation, first=first, later=later
+        weights_of_rank(subject.weights, resolved.tensor_parallel_size),
+        recipe,
+        config,
+        resolved.data_parallel_size,
+        micro_batches=accumulation,
+        first=first,
+        later=later,
     )
     always = moments["update"] | {"gradients": zero.kept_gradients, "copies of the update": 0.0}
     translation = subject.translation(config, workload)
     generation = translation.working
     moments |= {"evaluation": always | {"generation": generation, "gathered weights": zero.whole}, "save": always}
+    if resolved.tensor_parallel_size > 1:
+        moments["splitting of layers"] = before_split(subject.weights, recipe, config)
     imported = CPU_PEFT if recipe.model.lora else CPU_COMPILER if resolved.zero_stage else 0
     moments = {name: _complete(items, imported, starts=name == "start") for name, items in moments.items()}
     totals = {name: sum(items.values()) for name, items in moments.items()}

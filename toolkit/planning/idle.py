@@ -59,7 +59,7 @@ def idle_gpus(
         largest: clips of the largest forward pass that fits, at most a rank's whole share.
     """
     training = run.recipe.training
-    share = -(-training.global_batch_size // run.world_size)
+    share = -(-training.global_batch_size // run.data_parallel_size)
 
     def planned(clips: int) -> Plan:
         return make_plan(subject, run, hardware, workload, micro_batch_size=clips)

@@ -15,10 +15,10 @@ from toolkit.errors import UserError
 from toolkit.models.backbone_config import fit_dropout, fit_rows
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.tokenizers import TRAINED_VOCABULARY
-from toolkit.planning.costs.counts import Weight, adapted_translator, planned_config
+from toolkit.planning.costs.counts import Weight, adapted_translator, planned_config, weights_of_rank
 from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
 from toolkit.planning.costs.vocabulary import planned_vocabulary
-from toolkit.planning.costs.zero import Items, ZeroMemory, zero_memory
+from toolkit.planning.costs.zero import Items, ZeroMemory, before_split, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
@@ -201,7 +201,7 @@ def passes_of(resolved: ResolvedRun, micro_batch_size: int | None, checkpointing
     """Clips of a micro-batch, micro-batches of a step, and whether activations are recomputed; None = the recipe's."""
     training = resolved.recipe.training
     clips = micro_batch_size or resolved.micro_batch_size
-    accumulation = num_micro_batches(training.global_batch_size, resolved.world_size, clips)
+    accumulation = num_micro_batches(training.global_batch_size, resolved.data_parallel_size, clips)
     return clips, accumulation, training.gradient_checkpointing if checkpointing is None else checkpointing
 
 
@@ -225,7 +225,8 @@ def make_plan(
     """
     recipe, config = resolved.recipe, resolved.deepspeed
     clips, accumulation, recompute = passes_of(resolved, micro_batch_size, checkpointing)
-    zero = zero_memory(subject.weights, recipe, config, resolved.world_size)
+    weights = weights_of_rank(subject.weights, resolved.tensor_parallel_size)
+    zero = zero_memory(weights, recipe, config, resolved.data_parallel_size)
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
     start = zero.always
@@ -245,6 +246,8 @@ def make_plan(
     }
     if accumulation > 1:
         moments["later micro-batches"] = _in_pass(zero, later.peak, gradients=zero.gradients)
+    if resolved.tensor_parallel_size > 1:
+        moments["splitting of layers"] = before_split(subject.weights, recipe, config)
     moments = {name: _complete(items, hardware) for name, items in moments.items()}
     moments["evaluation"] = _evaluation(subject, config, hardware, workload, zero)
     largest = max(moments, key=lambda name: sum(moments[name].values()))
@@ -252,7 +255,7 @@ def make_plan(
     phases = {name: sum(moments[name].values()) for name in PHASES if name in moments}
     phases["step"] = max(sum(moments[name].values()) for name in of_step)
     ranks = hardware.ranks_per_node
-    trained = sum(item.numel for item in subject.weights if item.trained)
+    trained = sum(item.numel for item in subject.weights if item.trained)  # a checkpoint holds all parts
     return Plan(
         deepspeed=recipe.deepspeed,
         micro_batch_size=clips,
@@ -278,7 +281,7 @@ def largest_micro_batch(
     checkpointing: bool | None = None,
 ) -> int:
     """The most clips of a forward pass that fit, at most a rank's whole share of a step; 0 where not one does."""
-    low, high = 0, -(-resolved.recipe.training.global_batch_size // resolved.world_size)
+    low, high = 0, -(-resolved.recipe.training.global_batch_size // resolved.data_parallel_size)
     while low < high:
         middle = (low + high + 1) // 2
         plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=middle, checkpointing=checkpointing)

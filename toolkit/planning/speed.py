@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from toolkit.planning import hardware as machine
-from toolkit.planning.costs.counts import Weight
+from toolkit.planning.costs.counts import Weight, weights_of_rank
 from toolkit.planning.hardware import Hardware
 from toolkit.planning.plan import Plan, gradient_tensors
 from toolkit.recipe.resolve import ResolvedRun
@@ -13,10 +13,13 @@ def pass_seconds(plan: Plan, resolved: ResolvedRun, weights: list[Weight], *, pr
     """How long a forward and backward pass over the largest micro-batch takes.
 
     As long as its matrix products or the launches of its kernels, whichever is longer, and DeepSpeed's work for each
-    weight; nothing overlaps. With ``products_alone`` the matrix products.
+    weight; nothing overlaps. With ``products_alone`` the matrix products. What ranks of a tensor-parallel group send
+    within a layer is not counted.
     """
     low = resolved.precision != "fp32" or resolved.autocast
-    products = plan.pass_.flops / (machine.FLOPS * (1.0 if low else machine.FP32_SHARE))
+    own = weights_of_rank(weights, resolved.tensor_parallel_size)
+    share = sum(item.numel for item in own) / sum(item.numel for item in weights)
+    products = share * plan.pass_.flops / (machine.FLOPS * (1.0 if low else machine.FP32_SHARE))
     if products_alone:
         return products
     # Stages 0 and 1 sum gradients once a step, the others in every backward pass.

@@ -83,12 +83,13 @@ def micro_batch_sizes(clips: int, world_size: int, limit: int) -> tuple[int, int
     return clips // seats, -(-clips // seats)
 
 
-def batch_in_words(clips: int, world_size: int, limit: int, frames: int | None) -> str:
+def batch_in_words(clips: int, world_size: int, limit: int, frames: int | None, group: int = 1) -> str:
     """The arithmetic of a step in words: ``128 clips = 8 ranks x 1 micro-batch of 16``.
 
-    ``frames`` are the most padded frames in a micro-batch; None = no limit.
+    ``frames`` are the most padded frames in a micro-batch; None = no limit. Of ``world_size`` groups each has so many
+    ranks, which take the same clips.
     """
-    ranks = _counted(world_size, "rank")
+    ranks = _counted(world_size, "rank") if group == 1 else f"{_counted(world_size, 'group')} of {group} ranks"
     if frames is not None:
         return f"{clips} clips over {ranks}, in micro-batches of at most {limit} clips and {frames} frames"
     smallest, largest = micro_batch_sizes(clips, world_size, limit)
@@ -98,13 +99,13 @@ def batch_in_words(clips: int, world_size: int, limit: int, frames: int | None) 
     )
 
 
-def step_in_words(training: Training, world_size: int) -> str:
-    """The arithmetic of a step in words, before ``auto`` has become a number."""
+def step_in_words(training: Training, world_size: int, group: int = 1) -> str:
+    """The arithmetic of a step in words, before ``auto`` has become a number; ``group`` as of ``batch_in_words``."""
     if training.micro_batch_size == "auto":
         clips = f"{training.global_batch_size} clips over {_counted(world_size, 'rank')}"
         return f"{clips}, in micro-batches that are chosen at the start (training.micro_batch_size=auto)"
     limit, frames = training.micro_batch_size, training.micro_batch_frames
-    return batch_in_words(training.global_batch_size, world_size, limit, frames)
+    return batch_in_words(training.global_batch_size, world_size, limit, frames, group)
 
 
 def _counted(number: int, noun: str) -> str:

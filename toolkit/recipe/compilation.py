@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.recipe.deepspeed.tensor_parallel import tensor_parallel_size
 from toolkit.recipe.model_cards import architecture_of
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 
 BREAKING = frozenset({"led"})  # architectures whose layers have no graph of their own
 ASKING = frozenset({"led", "longt5"})  # those whose passes ask the GPU for values of a mask
+SPLIT = "ranks that hold a layer together (tensor_parallel.autotp_size) sum its outputs in the middle of it"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def graphs_obstacle(recipe: Recipe, config: Tree) -> str | None:
     training, stage = recipe.training, value_at(config, "zero_optimization.stage") or 0
     autocast = "ds.torch_autocast.enabled=true in place of ds.bf16.enabled=true"
     obstacles: list[tuple[Any, str]] = [
+        (tensor_parallel_size(config) > 1, SPLIT),
         (stage > 1, f"ZeRO stage {stage} sums gradients over ranks while they are computed; stages 0 and 1 do not"),
         (
             value_at(config, "zero_optimization.offload_optimizer.device") not in (None, "none"),
@@ -102,6 +105,8 @@ def graphs_obstacle(recipe: Recipe, config: Tree) -> str | None:
 
 def _obstacle(recipe: Recipe, config: Tree) -> str | None:
     """Why layers cannot be compiled one by one; None where they can."""
+    if tensor_parallel_size(config) > 1:
+        return SPLIT
     if value_at(config, "zero_optimization.stage") == 3:
         return "ZeRO stage 3 gathers weights between the parts of a layer, which breaks its graph"
     if recipe.model.quantization:

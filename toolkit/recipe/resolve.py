@@ -7,6 +7,7 @@ exists, and nothing unresolved reaches ``deepspeed.initialize``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_proble
 from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
 from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
 from toolkit.recipe.deepspeed.keys import OWNED
+from toolkit.recipe.deepspeed.tensor_parallel import tensor_parallel_problems, tensor_parallel_size
 from toolkit.recipe.load import load_recipe, read_recipe
 from toolkit.recipe.mismatches import ctc_problems, mismatches
 from toolkit.recipe.model_cards import architecture_of, card_of, check_vocabulary, reads_published, tiny_config
@@ -76,10 +78,22 @@ class ResolvedRun:
 
     @property
     def evaluation(self) -> Evaluation:
-        """The recipe's section, with the generation batches that were chosen."""
+        """The recipe's section, with the generation batches that were chosen; without graphs of split layers."""
         own = self.recipe.evaluation
+        if self.tensor_parallel_size > 1:
+            own = own.model_copy(update={"graphs": False})
         chosen = self.choice and own.batch_frames == "auto" and self.choice.batch_frames
         return own.model_copy(update={"batch_frames": chosen}) if chosen else own
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Consecutive ranks that hold one copy of the model together (AutoTP); 1 = each has its own."""
+        return tensor_parallel_size(self.deepspeed)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of them, that share out the clips of a step."""
+        return self.world_size // self.tensor_parallel_size
 
     @property
     def zero_stage(self) -> int:
@@ -101,14 +115,16 @@ class ResolvedRun:
         """The batch arithmetic in words."""
         training = self.recipe.training
         if self.choice is None:
-            return step_in_words(training, self.world_size)
-        return batch_in_words(training.global_batch_size, self.world_size, self.choice.clips, self.choice.frames)
+            return step_in_words(training, self.data_parallel_size, self.tensor_parallel_size)
+        return batch_in_words(
+            training.global_batch_size, self.data_parallel_size, self.choice.clips, self.choice.frames
+        )
 
     def with_choice(self, choice: MicroBatchChoice) -> ResolvedRun:
         """The run with the micro-batches that were chosen for it; its recipe still says ``auto``."""
-        arithmetic = (self.recipe.training.global_batch_size, self.world_size, choice.clips)
+        arithmetic = (self.recipe.training.global_batch_size, self.data_parallel_size, choice.clips)
         largest, accumulation = micro_batch_sizes(*arithmetic)[1], num_micro_batches(*arithmetic)
-        keys = _batch_keys(self.world_size, largest, accumulation)
+        keys = _batch_keys(self.data_parallel_size, largest, accumulation)
         return replace(
             self,
             choice=choice,
@@ -138,7 +154,7 @@ class ResolvedRun:
         try:
             config = json.loads(read_text(path, "a resolved DeepSpeed JSON"))
             micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
-            world_size = config["train_batch_size"] // (micro * accumulation)
+            world_size = config["train_batch_size"] // (micro * accumulation) * tensor_parallel_size(config)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not the deepspeed.json of a run: {error}", "name another run.dir, or start again with --new"
@@ -190,7 +206,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     Raises:
         UserError: conflicts, unknown keys, and fewer clips in a step than ranks: all of them.
     """
-    problems = list(_batch_problems(recipe.training, world_size))
+    problems: list[UserError] = []
     if needs_data:
         problems.extend(missing_data(recipe))
     problems.extend(problems_of_mix(recipe))
@@ -198,12 +214,19 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     try:
         read = read_deepspeed(recipe.deepspeed, recipe.ds, world_size=world_size)
     except UserError as error:
-        raise as_one([*problems, error], f"recipe {recipe.name}") from error
-    config, notes = read.config, read.notes
+        raise as_one(
+            [*_batch_problems(recipe.training, world_size), *problems, error], f"recipe {recipe.name}"
+        ) from error
+    config, notes, architecture = read.config, read.notes, None
+    copies = world_size // tensor_parallel_size(config) or world_size
+    problems[:0] = _batch_problems(recipe.training, copies)
     problems.extend(read.problems)
     _take_ownership(config, recipe, problems, notes)
     problems.extend(combination_problems(config, has_gpu=has_gpu, world_size=world_size))
-    problems.extend(_cell_problems(config, recipe))
+    with contextlib.suppress(UserError):  # _model_problems has listed why
+        architecture = architecture_of(recipe.model)
+    problems.extend(_cell_problems(config, recipe, architecture))
+    problems.extend(tensor_parallel_problems(recipe, config, world_size=world_size, architecture=architecture))
     problems.extend(compilation_problems(recipe, config))
     problems.extend(
         optimizer_problems(
@@ -221,12 +244,12 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     notes.extend(mismatches(recipe))
     run_dir = Path(recipe.run.dir or f"runs/{recipe.name}")
     training = recipe.training
-    arithmetic = (training.global_batch_size, world_size, clip_limit(training))
+    arithmetic = (training.global_batch_size, copies, clip_limit(training))
     smallest, largest = micro_batch_sizes(*arithmetic)
     accumulation = num_micro_batches(*arithmetic)
     run = ResolvedRun(
         recipe=recipe,
-        deepspeed=_filled_in(config, training, world_size, largest, accumulation, run_dir),
+        deepspeed=_filled_in(config, training, copies, largest, accumulation, run_dir),
         world_size=world_size,
         micro_batch_size=largest,
         accumulation_steps=accumulation,
@@ -326,14 +349,10 @@ def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
     return "auto"
 
 
-def _cell_problems(config: Tree, recipe: Recipe) -> Iterator[UserError]:
+def _cell_problems(config: Tree, recipe: Recipe, architecture: str | None) -> Iterator[UserError]:
     """What the compatibility table refuses of this model with this DeepSpeed JSON."""
     if value_at(config, "zero_optimization.stage") not in (None, *ZERO_STAGES):
         return  # listed already
-    try:
-        architecture = architecture_of(recipe.model)
-    except UserError:
-        architecture = None  # _model_problems has listed why
     if problem := cell_problem(cell_of(recipe, config, architecture), recipe.model.backbone):
         yield problem
     storage = recipe.model.quantization.storage_dtype if recipe.model.quantization else None
@@ -346,7 +365,7 @@ def _cell_problems(config: Tree, recipe: Recipe) -> Iterator[UserError]:
 
 
 def _filled_in(
-    config: Tree, training: Training, world_size: int, micro_batch_size: int, accumulation: int, run_dir: Path
+    config: Tree, training: Training, copies: int, micro_batch_size: int, accumulation: int, run_dir: Path
 ) -> Tree:
     """``config`` with the recipe's values, and with our defaults where DeepSpeed's would differ."""
     zero = {"stage": 0, **config.get("zero_optimization", {})}
@@ -363,18 +382,18 @@ def _filled_in(
     return {
         **config,
         **optimizer_keys(training.optimizer, stage=zero["stage"], offloaded=offloaded),
-        **_batch_keys(world_size, micro_batch_size, accumulation),
+        **_batch_keys(copies, micro_batch_size, accumulation),
         "gradient_clipping": 0.0 if loop_clips(config) else training.gradient_clipping,
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
     }
 
 
-def _batch_keys(world_size: int, micro_batch_size: int, accumulation: int) -> Tree:
-    # DeepSpeed asserts that the first is the product of the others and the ranks, as if all micro-batches were of one
-    # size. It only counts samples by it, in its log: the loop marks the boundaries and scales the loss.
+def _batch_keys(copies: int, micro_batch_size: int, accumulation: int) -> Tree:
+    # DeepSpeed asserts that the first is the product of the others and the data-parallel ranks, as if all micro-batches
+    # were of one size. It only counts samples by it, in its log: the loop marks the boundaries and scales the loss.
     return {
-        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_batch_size": micro_batch_size * accumulation * copies,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
     }

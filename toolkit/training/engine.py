@@ -15,11 +15,13 @@ from toolkit.checkpointing.zero_shards import base_optimizer
 from toolkit.cluster.devices import attention_kernels
 from toolkit.cluster.logs import import_deepspeed, prints_to_log
 from toolkit.cluster.ops import use_compile_cache
+from toolkit.cluster.tensor_parallel import make_groups, note_parts, total_norm
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
 from toolkit.models.compiled import compile_layers
 from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.models.language_models.tensor_plan import partition_plan, split_weights
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.gradient_reduction import count_no_hooks, skip_sums_of_one_rank
@@ -52,7 +54,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     layers = compilation(resolved.recipe, resolved.deepspeed, has_gpu=torch.cuda.is_available())
     log.info("layers: %s", layers.in_words())
     if uses_cpu_code() and not (layers.compiles or layers.graphs):
-        use_cpu_layers(module)
+        use_cpu_layers(module, linear=resolved.tensor_parallel_size == 1)
     else:
         use_gpu_layers(module)
     if layers.compiles:
@@ -65,16 +67,31 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
             model=module,
             model_parameters=parameter_groups(module, resolved),
             optimizer=client_optimizer(resolved),
-            config=resolved.deepspeed,
+            **divided(module, resolved),
         )
-    skip_sums_of_one_rank(engine, resolved.world_size)
+    if resolved.tensor_parallel_size > 1:
+        note_parts(module, split_weights(module))
+    skip_sums_of_one_rank(engine, resolved.data_parallel_size)
     count_no_hooks(engine)
-    join_gradients(engine)
+    if resolved.tensor_parallel_size == 1:  # else DeepSpeed counts what ranks of a group share once, by parameter
+        join_gradients(engine)
     if uses_cpu_code():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # the setting alone compiles nothing
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
+
+
+def divided(module: nn.Module, resolved: ResolvedRun) -> dict[str, Any]:
+    """The JSON for ``deepspeed.initialize``; with AutoTP which weights it splits, too, and the ranks' groups.
+
+    Without the groups DeepSpeed would hold ``train_batch_size`` against the number of all ranks.
+    """
+    size = resolved.tensor_parallel_size
+    if size == 1:  # also where the JSON says so
+        return {"config": {key: value for key, value in resolved.deepspeed.items() if key != "tensor_parallel"}}
+    section = resolved.deepspeed["tensor_parallel"] | partition_plan(module.backbone)
+    return {"config": {**resolved.deepspeed, "tensor_parallel": section}, "mpu": make_groups(size)}
 
 
 def _attention_line(module: nn.Module) -> str:
@@ -99,8 +116,8 @@ def gradient_norm(weights: Iterable[nn.Parameter]) -> torch.Tensor:
     Returns:
         one number, on the device.
     """
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return nn.utils.get_total_norm(gradients, foreach=True)
+    reached = [weight for weight in weights if weight.grad is not None]
+    return total_norm([weight.grad for weight in reached if weight.grad is not None], reached)
 
 
 def clip_gradients(engine: Any, weights: Iterable[nn.Parameter], norm: float | None, largest: float) -> None:

@@ -74,8 +74,8 @@ def evaluate_split(
             split,
             processor,
             batch_frames=most_batch_frames(settings),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.data_parallel_rank,
+            world_size=ranks.data_parallel_size,
             synced=synced,
             graphs=settings.graphs,
         )

@@ -52,7 +52,7 @@ def score_best(
             corpus,
             names,
             settings,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.data_parallel_rank,
+            world_size=ranks.data_parallel_size,
             synced=synced,
         )

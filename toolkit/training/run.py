@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,13 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
         names = splits_to_test(corpus)
         echo(f"scoring the best model (step {start.progress.best_step}) on {', '.join(names)}")
         results = score_best(
-            trainer.engine, resolved.run_dir / BEST, trainer.processor, corpus, names, resolved.evaluation, ranks
+            trainer.engine,
+            resolved.run_dir / BEST,
+            trainer.processor,
+            corpus,
+            names,
+            resolved.evaluation,
+            trainer.ranks,
         )
         summary: dict[str, Any] = {}
         if ranks.is_main:
@@ -135,7 +142,7 @@ def start_loader(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, progress: 
             epoch=progress.epoch,
             start_step=progress.epoch_step,
             epochs=None,
-            rank=ranks.rank,
+            rank=ranks.rank // resolved.tensor_parallel_size,
         )
 
 
@@ -217,6 +224,7 @@ def open_trainer(
     All ranks call this. The trainer is a context manager that closes what was opened. It alone holds the engine, and
     the engine the model: both can be freed as soon as the caller drops the trainer.
     """
+    ranks = replace(ranks, tensor_parallel_size=resolved.tensor_parallel_size)
     recipe, progress, config = resolved.recipe, start.progress, resolved.recipe.model_dump(mode="json")
     memory = MemoryPhases()
     failures.explain_by(MemoryFailures(resolved, ranks, corpus, memory, progress))
@@ -230,7 +238,7 @@ def open_trainer(
     model = build_translator(resolved, corpus, processor.tokenizer, origin)
     fingerprint = model.base.fingerprint if model.base else ""
     echo(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
-    seed_everything(recipe.training.seed + 1 + ranks.rank)
+    seed_everything(recipe.training.seed + 1 + ranks.data_parallel_rank)
     engine, peaks = make_engine(model, resolved)
     _resume(engine, resolved, start, fingerprint, echo)
     identity = SavedState(

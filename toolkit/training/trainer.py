@@ -97,7 +97,7 @@ class Trainer:
             lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
             Limits(shortest=training.rank_timeout, data=training.data_timeout),
         )
-        self.meter = StepMeter(resolved, self.engine.device, self.ranks.world_size, self.memory)
+        self.meter = StepMeter(resolved, self.engine.device, self.ranks, self.memory)
         self.late_norm = LateNorm()
         self.loss = math.inf  # of the last step, nats per token
         self.train_split = self.corpus.splits["train"]
@@ -207,11 +207,11 @@ class Trainer:
         """Forward and backward passes of a step, which has ``tokens`` target tokens over all ranks.
 
         Returns:
-            token loss and CTC loss of this rank, summed, in nats: float64 [2] on the device.
+            token loss and CTC loss of this rank, or its share of its group's, in nats: float64 [2] on the device.
         """
-        # DeepSpeed averages over ranks; this undoes it and divides by the global token count. It would average over a
-        # fixed number of accumulation steps, too: that is turned off, because their number and sizes vary.
-        scale = (self.ranks.world_size / tokens.clamp(min=1)).float()
+        # DeepSpeed averages over data-parallel ranks; this undoes it and divides by the global token count. It would
+        # average over a fixed number of accumulation steps, too: that is turned off, because their number varies.
+        scale = (self.ranks.data_parallel_size / tokens.clamp(min=1)).float()
         weight, losses = self.recipe.training.ctc_weight, []
         ahead = self.memory.seen(copied_ahead(batches, self.engine.device))
         if self.graphs:
@@ -230,7 +230,7 @@ class Trainer:
             for number, batch in enumerate(ahead, start=1):
                 step, is_last = self.progress.step + 1, number == len(batches)
                 losses += self.halving.compute(batch, step, forward, backwards, is_last=is_last)
-        return torch.stack(losses).double().view(-1, 2).sum(0)
+        return torch.stack(losses).double().view(-1, 2).sum(0) / self.ranks.tensor_parallel_size
 
     def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats, by the engine or another ``model``."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.cluster.ranks import Ranks
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.monitoring import metering
 from toolkit.training.monitoring.flops import Cost
@@ -46,7 +47,7 @@ def make(clock: Clock, resolve: Callable[..., ResolvedRun], monkeypatch: pytest.
 
     monkeypatch.setattr(metering.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(metering, "measure_peak", lambda device, dtype: 5e12)
-    return lambda: StepMeter(resolve(), CPU, RANKS, MemoryPhases())
+    return lambda: StepMeter(resolve(), CPU, Ranks(world_size=RANKS), MemoryPhases())
 
 
 def batch_of(clips: int, frames: int, real_frames: int, tokens: int) -> Any:

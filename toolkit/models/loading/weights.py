@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from toolkit.cluster.tensor_parallel import own_part, part_of, whole, whole_shape
 from toolkit.errors import UserError, first_line
 from toolkit.models.adaptation.adapter_files import save_trained, trainable_parameters, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
@@ -53,8 +54,9 @@ def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         partitioned = [tensor] if hasattr(tensor, "ds_id") else []
         with deepspeed.zero.GatheredParameters(partitioned):
+            all_of_it = whole(tensor)
             if keep:
-                weights[name] = tensor.detach().to("cpu", copy=True)
+                weights[name] = all_of_it.to("cpu", copy=True)
     return weights
 
 
@@ -65,7 +67,7 @@ def count_weights(parameters: Iterable[nn.Parameter]) -> int:
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
     packed = getattr(parameter, "quant_state", None)  # bitsandbytes' four bits
-    return packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape)
+    return packed.shape if packed is not None else getattr(parameter, "ds_shape", whole_shape(parameter))
 
 
 def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, weights: dict[str, Tensor]) -> None:
@@ -116,10 +118,14 @@ def load_weights(folder: Path, model: PoseTranslator) -> None:
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
         is_partitioned = hasattr(tensor, "ds_id")
         with deepspeed.zero.GatheredParameters([tensor] if is_partitioned else [], modifier_rank=0):
+            # Rank 0 reads a whole weight, of which AutoTP's ranks keep their parts.
+            values = tensor.new_empty(whole_shape(tensor)) if part_of(tensor) else tensor.detach()
             if reads:
-                tensor.copy_(read(name))
+                values.copy_(read(name))
             if not is_partitioned:
-                dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
+                dist.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: backends lack some types
+            if part_of(tensor):
+                tensor.copy_(own_part(tensor, values))
 
 
 def saved_weights(folder: Path, model: PoseTranslator) -> Callable[[str], Tensor]:

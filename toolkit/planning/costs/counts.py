@@ -6,7 +6,7 @@ Nothing is downloaded and no weight is made. The code that freezes and adapts a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from toolkit.models.adaptation.quantisation import packable
 from toolkit.models.backbone import empty_backbone
 from toolkit.models.backbone_config import backbone_config, fit_rows
 from toolkit.models.configuration import PoseTranslatorConfig
+from toolkit.models.language_models.tensor_plan import split_weights
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.recipe.model_cards import card_of
@@ -37,12 +38,14 @@ class Weight:
         trained: whether it trains.
         packed: whether it is held in int8 or NF4.
         linear: whether it is one of ``nn.Linear``, whose gradients DeepSpeed sends in autocast's type.
+        split: whether ranks of a tensor-parallel group divide it.
     """
 
     numel: int
     trained: bool
     packed: bool = False
     linear: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,19 @@ def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTr
         adapt(translator, recipe.model)
     layers = (module for module in translator.modules() if type(module) is nn.Linear)
     linear = {id(weight) for module in layers for weight in module.parameters(recurse=False)}
+    split = {id(item) for item in split_weights(translator)}
     weights = [
-        Weight(item.numel(), item.requires_grad, id(item) in packed, id(item) in linear)
+        Weight(item.numel(), item.requires_grad, id(item) in packed, id(item) in linear, id(item) in split)
         for item in translator.parameters()
     ]
     return translator, weights
+
+
+def weights_of_rank(weights: Iterable[Weight], tensor_parallel_size: int) -> list[Weight]:
+    """The weights that a rank holds where so many hold one copy of the model together."""
+    return [
+        replace(weight, numel=weight.numel // tensor_parallel_size) if weight.split else weight for weight in weights
+    ]
 
 
 def _packed(translator: PoseTranslator, recipe: Recipe) -> set[int]:

@@ -185,6 +185,12 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     return _offloaded(memory, config, stage, own, size, master_size)
 
 
+def before_split(weights: Sequence[Weight], recipe: Recipe, config: Tree) -> Items:
+    """What a rank holds before AutoTP splits the layers: all weights, of which it then keeps its parts."""
+    memory = zero_memory(weights, recipe, config, world_size=1)
+    return {"weights before they are split": memory.trained + memory.frozen}
+
+
 def _stage_0(memory: ZeroMemory, trained: float, size: float) -> ZeroMemory:
     """No ZeRO: fp32 weights are updated in place; others have a whole fp32 copy, and their gradients too."""
     if size == BYTES["fp32"]:

@@ -162,6 +162,22 @@ FLOPS_PROFILER = {
     "output_file": "str",
 }
 
+TENSOR_PARALLEL = {
+    "autotp_size": "int",
+    "dtype": "str",
+    "tp_overlap_comm": "bool",
+    "vocab_parallel_lm_head": "bool",
+    "vocab_parallel_ce_backend": "str",
+    "tp": "dict",
+    "tensor_parallel": "dict",
+    "injection_policy_tuple": "any",
+    "partition_config": "dict",
+    "preset_model": "str",
+    "keep_module_on_host": "bool",
+    "kernel_inject": "bool",
+    "replace_with_kernel_inject": "bool",
+}
+
 KNOWN: dict[str, Any] = {
     "train_batch_size": "int",
     "train_micro_batch_size_per_gpu": "int",
@@ -200,6 +216,7 @@ KNOWN: dict[str, Any] = {
     "dump_state": "bool",
     "disable_python_gc": "bool",
     "log_level": ("debug", "info", "warning", "error", "critical"),
+    "tensor_parallel": TENSOR_PARALLEL,
     "weight_quantization": "dict",
     "vocabulary_size": "int",
 }

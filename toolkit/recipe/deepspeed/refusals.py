@@ -60,6 +60,7 @@ REMOVED = "DeepSpeed has removed it (DeepSpeed#8489)"
 OWN_CHECKPOINTS = "checkpoints are this toolkit's own: DeepSpeed writes and reads none of them"
 NO_EXPERTS = "the backbones have no experts"
 SCATTERED = "DeepSpeed refuses it where gradients are scattered: ZeRO stages 2 and 3"
+OWN_PLAN = "which weights are split is what transformers says of the model (its tp_plan)"
 QUANTISED = ("model.quantization=nf4", "model.lora.r=16")
 OFFLOAD = "zero_optimization.offload_optimizer"
 
@@ -98,7 +99,23 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("hybrid_engine", "it serves reinforcement learning alone"),
     Refusal("pipeline", "the model is not a pipeline of layers"),
     Refusal("sequence_parallel_size", "sequences are not split over ranks", default=1),
-    Refusal("tensor_parallel", "tensors are not split over ranks; ZeRO stage 3 divides parameters", ("--ds zero3",)),
+    *(
+        Refusal(f"tensor_parallel.{key}", OWN_PLAN, default=default)
+        for key, default in {
+            "tp": None,
+            "tensor_parallel": None,
+            "injection_policy_tuple": None,
+            "partition_config": None,
+            "preset_model": None,
+            "vocab_parallel_lm_head": False,
+            "vocab_parallel_ce_backend": "torch",
+        }.items()
+    ),
+    Refusal("tensor_parallel.dtype", "the JSON's precision is the model's (ds.bf16)"),
+    Refusal("tensor_parallel.tp_overlap_comm", "losses with it were not compared with those of one rank"),
+    Refusal("tensor_parallel.keep_module_on_host", "weights are loaded onto the rank's device"),
+    Refusal("tensor_parallel.kernel_inject", "its kernels are for inference"),
+    Refusal("tensor_parallel.replace_with_kernel_inject", "its kernels are for inference"),
     Refusal("use_data_before_expert_parallelism", NO_EXPERTS),
     # --- what would be missing in every checkpoint
     Refusal(

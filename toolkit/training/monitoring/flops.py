@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
+from toolkit.cluster.tensor_parallel import part_of
 from toolkit.cpu.linear import has_fast_bf16
 from toolkit.models.backbone import halves, reader, stack_layers
 from toolkit.models.compiled import uncompiled
@@ -67,7 +68,7 @@ class CostRecorder:
         of_encoder = {id(module) for part in parts if part is not None for module in part.modules()}
         self._handles = [reader(backbone).register_forward_hook(self._see_reader)]
         for module in self._model.modules():
-            if _is_product(module):
+            if _is_product(module) or part_of(getattr(module, "weight", None)):
                 in_decoder = id(module) not in of_encoder and module is not getattr(self._model, "ctc_head", None)
                 self._handles.append(
                     module.register_forward_hook(
@@ -118,6 +119,8 @@ class CostRecorder:
             forward = 2.0 * inputs[0].numel() * output.shape[-1]
             rows = inputs[0].numel() // inputs[0].shape[-1]
         weight = getattr(module, "weight", None)
+        if part := part_of(weight):
+            forward *= part.of
         trained = weight is not None and weight.requires_grad
         self._seen.append((in_decoder, rows, forward * (3 if trained else 2)))
 

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
 from toolkit.batching.copies import on_device
+from toolkit.cluster.ranks import Ranks
 from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.flops import Cost, CostRecorder, cost_beside_training, measure_peak
@@ -36,10 +37,10 @@ class StepCounts:
 class StepMeter:
     """Measures steps: each from the end of the one before, over the wait for data, to its own end."""
 
-    def __init__(self, resolved: ResolvedRun, device: torch.device, world_size: int, phases: MemoryPhases) -> None:
+    def __init__(self, resolved: ResolvedRun, device: torch.device, ranks: Ranks, phases: MemoryPhases) -> None:
         self._phases = phases
         self._device = device
-        self._world_size = world_size
+        self._ranks = ranks
         self.cost: Cost | None = None  # of a batch, from the first forward pass on
         self._records = True
         peak = torch.tensor(measure_peak(device, product_type(resolved)), dtype=torch.float64, device=device)
@@ -69,6 +70,7 @@ class StepMeter:
             self._device,
         )
         dist.all_reduce(sums)
+        sums[:-1] /= self._ranks.tensor_parallel_size  # ranks that hold one copy of the model have the same batches
         return sums
 
     @contextmanager
@@ -96,7 +98,7 @@ class StepMeter:
             "frames_per_second": counts.frames / seconds,
             "tokens_per_second": counts.tokens / seconds,
             "padding_share": 1 - counts.frames / max(counts.padded_frames, 1),
-            "data_wait_share": min(1.0, counts.waited / self._world_size / seconds),
+            "data_wait_share": min(1.0, counts.waited / self._ranks.world_size / seconds),
             **memory(self._phases),
         }
         if counts.flops:
