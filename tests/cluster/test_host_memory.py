@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from toolkit.cluster import host_memory
-from toolkit.cluster.host_memory import cgroup_free, free_host_memory
+from toolkit.cluster.host_memory import cgroup_free, free_host_memory, memory_is_tight
 from toolkit.planning.memory import free_memory
 
 GIB = 2**30
@@ -37,6 +37,17 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     write(job.parent, limit_in_bytes=2**63 - 4096, usage_in_bytes=GIB, stat="total_inactive_file 0")
     assert list(cgroup_free(tmp_path / "cgroup", tmp_path / "root")) == [3 * GIB]
     assert list(cgroup_free(tmp_path / "none", tmp_path / "root")) == []
+
+
+def test_memory_is_tight_by_the_narrowest_limit_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
+    write(tmp_path / "job" / "step", max="max", current=5)
+    write(tmp_path / "job", max=8 * GIB, current=3 * GIB)
+    folders = [tmp_path / "job" / "step", tmp_path / "job", tmp_path]
+    monkeypatch.setattr(host_memory, "memory_cgroups", lambda: iter(folders))
+    assert [memory_is_tight(ranks) for ranks in (1, 2, 3)] == [False, False, True]
+    folders.remove(tmp_path / "job")
+    assert [memory_is_tight(ranks) for ranks in (3, 16, 17)] == [False, False, True]
 
 
 def test_a_rank_of_an_evaluation_has_its_share_of_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,8 +144,8 @@ import resource, sys
 
 resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 if sys.argv[1] == "set":
-    from toolkit.cpu.allocator import spare_addresses
-    spare_addresses()
+    from toolkit.cpu.allocator import spare_memory
+    spare_memory(tight=False)
 import pyarrow, torch
 
 def addresses():
@@ -171,3 +171,19 @@ def test_where_addresses_are_limited_libraries_map_what_they_use() -> None:
     assert table < 64 and usual_table > 512, "MiB; Arrow's own allocator maps a GiB"
     # Without kernels of bf16 there is nothing to keep.
     assert kernels <= 128 and kernels <= usual_kernels
+
+
+TIGHT = """
+import os, sys
+from toolkit.cpu.allocator import keep_freed_memory, keeps_memory, spare_memory
+
+spare_memory(tight=sys.argv[1] == "set")
+assert keep_freed_memory()
+print(int(keeps_memory()), os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "none"))
+"""
+
+
+@pytest.mark.process
+def test_where_memory_is_tight_freed_memory_goes_back_and_few_kernels_are_kept() -> None:
+    assert outcome(TIGHT, "set").split() == ["0", "64"]
+    assert outcome(TIGHT, "leave").split() == ["1", "none"]

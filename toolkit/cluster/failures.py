@@ -21,9 +21,10 @@ from typing import Any, NoReturn
 
 import psutil
 
+from toolkit.cluster.host_memory import memory_is_tight
 from toolkit.cluster.ranks import Ranks, check_master_address, read_local_rank, read_ranks
 from toolkit.cluster.rendezvous import Member, OtherRankFailed, Rendezvous, join_rendezvous
-from toolkit.cpu.allocator import spare_addresses
+from toolkit.cpu.allocator import spare_memory
 from toolkit.errors import (
     EXIT_AT_ONCE,
     EXIT_DONE,
@@ -301,9 +302,9 @@ def run_rank(command: Callable[[Ranks], None], *, debug: bool) -> NoReturn:
     global _rank_exit
     # When rank 0 is gone, torch's store logs that at length in C++ and on every rank, before the cause is printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    spare_addresses()
     try:
         ranks = read_ranks()
+        spare_memory(tight=memory_is_tight(ranks.local_world_size))
         check_master_address(ranks)
         rendezvous = join_rendezvous(ranks)
     except UserError as error:

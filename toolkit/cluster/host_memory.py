@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+TIGHT = 4 << 30  # bytes a rank: less, and what libraries keep besides a model decides what fits
+
 OF_PROCESS = Path("/proc/self/cgroup")
 ROOT = Path("/sys/fs/cgroup")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -16,6 +18,12 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 def free_host_memory() -> int:
     """Bytes that the processes of this cgroup may still take together: a container's are fewer than the machine's."""
     return min([psutil.virtual_memory().available, *cgroup_free()])
+
+
+def memory_is_tight(local_ranks: int) -> bool:
+    """Whether the memory of the machine, or the limit of a cgroup, is less than 4 GiB for each rank of this node."""
+    limits = filter(None, map(_limit_of, memory_cgroups()))
+    return min([psutil.virtual_memory().total, *limits]) < local_ranks * TIGHT
 
 
 def free_addresses() -> int | None:
@@ -51,14 +59,28 @@ def memory_cgroups(of_process: Path = OF_PROCESS, root: Path = ROOT) -> Iterator
             yield mounted / str(folder).lstrip("/")
 
 
-def _free_of(folder: Path) -> int | None:
-    names = ("memory.max", "memory.current") if (folder / "memory.max").exists() else _VERSION_1
+def _limit_of(folder: Path) -> int | None:
+    limit, _ = _files_of(folder)
     try:
-        limit, used = ((folder / name).read_text().strip() for name in names)
-        if limit == "max" or int(limit) >= 2**60:  # version 1 writes the largest number of pages
-            return None
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-        return max(0, int(limit) - int(used) + droppable)
+        value = (folder / limit).read_text().strip()
+        return None if value == "max" or int(value) >= 2**60 else int(value)  # version 1: the largest number of pages
     except (OSError, ValueError):
         return None
+
+
+def _free_of(folder: Path) -> int | None:
+    limit = _limit_of(folder)
+    if limit is None:
+        return None
+    _, usage = _files_of(folder)
+    try:
+        used = int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+        return max(0, limit - used + droppable)
+    except (OSError, ValueError):
+        return None
+
+
+def _files_of(folder: Path) -> tuple[str, str]:
+    return ("memory.max", "memory.current") if (folder / "memory.max").exists() else _VERSION_1

@@ -7,9 +7,9 @@ heap, so that a rank that gathers layer after layer fills the machine's memory. 
 Elsewhere it should not: each step asks for the same large blocks, and pages that the system takes back and fills with
 zeros again cost time; benchmarks/training.py measures it. The kept heap has huge pages where the system offers them.
 
-Where the addresses of a process are limited (``ulimit -v``), freed memory goes back as well, since what a heap loses
-between its blocks counts against the limit, and all threads share one heap: of each heap of its own glibc maps 64 MiB.
-Arrow and oneDNN are kept from mapping what they do not use.
+Where the addresses of a process are limited (``ulimit -v``), or a cgroup or the machine leaves a rank little memory,
+freed memory goes back as well, since what a heap loses between its blocks counts against the limit, and all threads
+share one heap: of each heap of its own glibc maps 64 MiB. Arrow and oneDNN are kept from holding what they do not use.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _RETURN = {"MALLOC_TRIM_THRESHOLD_": _THRESHOLD_BYTES, "MALLOC_MMAP_THRESHOLD_":
 _KEEP = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": 0}  # never trim the heap, never map
 _FEW_HEAPS = {"MALLOC_ARENA_MAX": 1}
 # Arrow's own allocator maps a GiB at once. oneDNN, and torch before it, keep the compiled kernels of 1,024 matrix
-# products each, 1.5 MiB of addresses a product: with batches of all lengths they grow long after a rehearsal.
+# products each, 1.5 MiB of addresses a product and half as much memory: with batches of all lengths they grow long
+# after a rehearsal.
 KEPT_KERNELS, ADDRESSES_OF_A_KERNEL = 64, 3 << 19
-_FEW_ADDRESSES = {
+_SMALL_CACHES = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
     "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
@@ -36,13 +37,13 @@ _FEW_ADDRESSES = {
 _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
 
 
-def spare_addresses() -> None:
-    """Where addresses are limited (``ulimit -v``), let the libraries of this process, and of those that it starts, map
-    no more than they use; before it has threads, tables and matrix products.
+def spare_memory(*, tight: bool) -> None:
+    """Where memory is ``tight``, or addresses are limited (``ulimit -v``), let freed memory go back, and libraries hold
+    no more than they use: in this process, before it has threads, tables and matrix products, and in those it starts.
     """
-    if _addresses_are_limited():
-        _set(_FEW_HEAPS)
-        for variable, value in _FEW_ADDRESSES.items():
+    if tight or _addresses_are_limited():
+        _set(_FEW_HEAPS | _RETURN)
+        for variable, value in _SMALL_CACHES.items():
             os.environ.setdefault(variable, value)
 
 
@@ -54,15 +55,15 @@ def return_freed_memory() -> bool:
     Returns:
         whether the settings hold; false where the C library is not glibc.
     """
-    spare_addresses()
+    spare_memory(tight=False)
     return _set(_RETURN)
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks for the next ones of their size, unless addresses are limited; else as
-    :func:`return_freed_memory`.
+    """Keep freed blocks for the next ones of their size, unless :func:`spare_memory` decided that they go back, or
+    addresses are limited; else as :func:`return_freed_memory`.
     """
-    if _addresses_are_limited():
+    if _addresses_are_limited() or os.environ.get("MALLOC_MMAP_THRESHOLD_") == str(_THRESHOLD_BYTES):
         return return_freed_memory()
     held = _set(_KEEP)
     if held and os.environ["MALLOC_MMAP_MAX_"] == "0" and os.environ["MALLOC_TRIM_THRESHOLD_"] == "-1":
