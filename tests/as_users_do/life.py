@@ -24,6 +24,7 @@ from toolkit.errors import EXIT_INTERRUPTED
 from toolkit.recipe.load import load_recipe
 from toolkit.scoring.predictions import read_predictions
 
+FEATURES_FPS = 10.0
 EPOCHS = 3
 STEPS = 6  # of a whole run, at least
 
@@ -34,13 +35,15 @@ class Life:
 
     Attributes:
         folder: the run directory.
-        recipe: its name.
+        name: of its folder in ``runs``: the recipe's, or the test's.
+        arguments: of the command that trained it.
         stopped_at: the step after which it was stopped.
         entries: the lines of ``metrics.jsonl``.
     """
 
     folder: Path
-    recipe: str
+    name: str
+    arguments: list[str]
     stopped_at: int
     entries: list[dict[str, Any]]
 
@@ -51,15 +54,20 @@ class Life:
         return [entry["step"] for entry in self.entries if entry["kind"] == "eval"]
 
 
-def live(user: User, recipe: str, ranks: int) -> Life:
-    """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation."""
-    training = load_recipe(recipe).training
+def live(user: User, recipe: str, ranks: int, *, data: list[str] | None = None, name: str = "", clips: int = 0) -> Life:
+    """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation.
+
+    ``data`` are overrides that say what is learnt from what, those of the user's clips by default; ``clips`` are those
+    of an epoch, where it is not each training clip of the table once.
+    """
+    training, name = load_recipe(recipe).training, name or recipe
     table = Path(user.data[-2].partition("=")[2])
-    an_epoch = steps_per_epoch(table.read_text().count(",train"), training.global_batch_size)
+    an_epoch = steps_per_epoch(clips or table.read_text().count(",train"), training.global_batch_size)
     # Two evaluations at least, three epochs at least, and steps that are left when the run is stopped.
     epochs = max(EPOCHS, 2 * training.eval_every, math.ceil(STEPS / an_epoch))
-    arguments = ["--recipe", recipe, *user.data, f"training.epochs={epochs}", "training.save_every=2"]
-    folder = user.clone / "runs" / recipe
+    arguments = ["--recipe", recipe, *(data or user.data), f"training.epochs={epochs}", "training.save_every=2"]
+    arguments += [f"run.dir=runs/{name}"] if name != recipe else []
+    folder = user.clone / "runs" / name
     output = folder.with_name(f"{folder.name}.txt")
     output.parent.mkdir(exist_ok=True)
     with output.open("w") as out:
@@ -81,7 +89,7 @@ def live(user: User, recipe: str, ranks: int) -> Life:
     assert done.code == 0, done.out + done.err
     assert f"checkpoints/step_{stopped_at:06d}" in done.out
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
-    life = Life(folder, recipe, stopped_at, entries_of(folder))
+    life = Life(folder, name, arguments, stopped_at, entries_of(folder))
     total = done.json["steps"]
     assert life.steps() == list(range(1, total + 1))
     assert total == epochs * an_epoch
@@ -90,9 +98,12 @@ def live(user: User, recipe: str, ranks: int) -> Life:
     return life
 
 
-def use(user: User, life: Life, ranks: int = 0) -> None:
-    """Type the commands that come after training, and hold what they say to what the run says."""
-    run = f"runs/{life.recipe}"
+def use(user: User, life: Life, ranks: int = 0, features: Path | None = None, *, reads_poses: bool = True) -> None:
+    """Type the commands that come after training, and hold what they say to what the run says.
+
+    ``features`` is a folder of feature files of the user's clips, which the model reads beside poses or instead.
+    """
+    run = f"runs/{life.name}"
     scores = json.loads((life.folder / "scores.json").read_text())
     first = read_predictions(life.folder / "predictions" / "test.csv")[0]
 
@@ -102,13 +113,16 @@ def use(user: User, life: Life, ranks: int = 0) -> None:
     assert found == scores["splits"]["test"]["scores"]
 
     poses = Path(user.data[-1].partition("=")[2])
-    translated = user.run("launch/translate.py", "--model", run, poses / f"{first.uid}.pose")
+    files = [poses / f"{first.uid}.pose"] if reads_poses else []
+    if features:
+        files += [*(["--features"] if files else []), features / f"{first.uid}.npy", "--features-fps", FEATURES_FPS]
+    translated = user.run("launch/translate.py", "--model", run, *files)
     assert translated.code == 0, translated.err
     assert translated.out.strip() == one_line(first.hypothesis).strip()
 
-    exported = user.run("launch/export.py", run, "--to", f"exported/{life.recipe}")
+    exported = user.run("launch/export.py", run, "--to", f"exported/{life.name}")
     assert exported.code == 0, exported.err
-    assert (user.clone / "exported" / life.recipe / "README.md").is_file()
+    assert (user.clone / "exported" / life.name / "README.md").is_file()
 
     (life.folder / "report.html").unlink()
     reported = user.run("launch/report.py", run)

@@ -6,25 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from toolkit.poses.pose_file import read_pose
+from tests.written_features import write_features
 
 WIDTH, FPS = 24, 10.0
 
 
 @pytest.fixture(scope="module")
 def features(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A feature file beside every pose file: what a frozen random network sees of the same recording."""
     folder = tmp_path_factory.mktemp("features")
-    matrix = np.random.default_rng(0).normal(size=(256, WIDTH))
-    for path in (clips / "poses").glob("*.pose"):
-        raw = read_pose(path.read_bytes())
-        frames = np.minimum(np.arange(0, raw.num_frames / raw.fps, 1 / FPS) * raw.fps, raw.num_frames - 1).astype(int)
-        seen = np.nan_to_num(raw.data[frames, 0].reshape(len(frames), -1))[:, :256]
-        values = np.tanh(seen @ matrix[: seen.shape[1]] / 1000)
-        np.save(folder / f"{path.stem}.npy", values.astype(np.float32))
+    write_features(clips / "poses", folder, WIDTH, FPS)
     return folder
 
 
