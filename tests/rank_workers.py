@@ -10,13 +10,16 @@ import functools
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import xxhash
+from torch import Tensor
 from torch import distributed as dist
 
 from toolkit.checkpointing import run_directory
@@ -26,8 +29,10 @@ from toolkit.cluster.process_group import join_process_group, leave_process_grou
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
+from toolkit.errors import UserError
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
+from toolkit.training.monitoring.interruptions import Interruptions
 
 Case = dict[str, Any]
 Result = dict[str, Any]
@@ -129,6 +134,34 @@ def start_run(case: Case, settings: list[str], run_dir: Path, ranks: Ranks) -> t
         run_directory.start(resolved, corpus)
     dist.barrier()
     return resolved, corpus
+
+
+@contextmanager
+def ends_in(result: Result, interruptions: Interruptions) -> Iterator[None]:
+    """Put an error that ends a case into its result, so that the next case runs."""
+    try:
+        yield
+    except UserError as error:
+        result["refused"] = str(error)
+    except Exception:
+        result["failed"] = traceback.format_exc()
+    finally:
+        interruptions.close()
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of optimizer steps in a run's metrics.jsonl; none where there is no such file."""
+    file = run_dir / "metrics.jsonl"
+    entries = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    return [entry for entry in entries if entry["kind"] == "train"]
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """Digest of weights, alike only where all are equal bit by bit in fp32."""
+    digest = xxhash.xxh3_64()
+    for _, tensor in sorted(weights.items()):
+        digest.update(tensor.detach().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def change_weights(engine: Any) -> None:

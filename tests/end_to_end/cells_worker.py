@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from tests.rank_workers import Worker, change_weights, joined
+from tests.rank_workers import Worker, change_weights, joined, steps_of
 from toolkit.batching.collate import Batch
 from toolkit.batching.loader import train_batches
 from toolkit.checkpointing import run_directory
@@ -143,9 +142,8 @@ def train_recipe(
         trainer.engine.destroy()
     interruptions.close()
     loaded = load_translator(run_dir / "best")[0].state_dict()
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return {
-        "losses": [entry["loss"] for entry in map(json.loads, lines) if entry["kind"] == "train"],
+        "losses": [entry["loss"] for entry in steps_of(run_dir)],
         "restored": all(torch.equal(loaded[name].to(tensor.dtype), tensor) for name, tensor in saved.items()),
     }
 

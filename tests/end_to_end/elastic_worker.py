@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import traceback
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from tests.rank_workers import run_cases, start_run
+from tests.rank_workers import digest_of, ends_in, run_cases, start_run, steps_of
 from toolkit.cluster.ranks import Ranks
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted
 from toolkit.models.loading.weights import trainable_state_dict
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.optimization.averaging import averaged_weights
@@ -39,7 +35,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     printed: list[str] = []
     result: dict[str, Any] = {"printed": printed, "run_dir": str(run_dir)}
     interruptions = StopAfter(case.get("stop_after"))
-    try:
+    with ends_in(result, interruptions):
         resolved, corpus = start_run(case, settings, run_dir, ranks)
         start = find_start(resolved, str(run_dir.parent / case["resume"])) if case.get("resume") else Start()
         with open_trainer(resolved, ranks, corpus, start, interruptions, printed.append) as trainer:
@@ -52,20 +48,9 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
                 with averaged_weights(trainer.engine):
                     averages = trainable_state_dict(trainer.engine.module, keep=True)
                 result["average"] = sum(float(tensor.double().square().sum()) for tensor in averages.values()) ** 0.5
-            digest = xxhash.xxh3_64()
-            for _, tensor in sorted(weights.items()):
-                digest.update(tensor.float().numpy().tobytes())
-            result["weights"] = digest.hexdigest()
+            result["weights"] = digest_of(weights)
             trainer.engine.destroy()
-    except UserError as error:
-        result["refused"] = str(error)
-    except Exception:
-        result["failed"] = traceback.format_exc()
-    finally:
-        interruptions.close()
-    lines = run_dir / "metrics.jsonl"
-    entries = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    steps = [line for line in entries if line["kind"] == "train"]
+    steps = steps_of(run_dir)
     result["losses"] = [line["loss"] for line in steps]
     result["rates"] = [line["learning_rate"] for line in steps]
     return result

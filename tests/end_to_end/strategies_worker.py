@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from tests.rank_workers import change_weights, run_cases, start_run
+from tests.rank_workers import change_weights, run_cases, start_run, steps_of
 from toolkit.checkpointing.checkpoints import Progress, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.zero_shards import shards
@@ -55,8 +54,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         trainer.engine.destroy()
     interruptions.close()
     best = load_translator(run_dir / "best")[0].state_dict()
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
-    steps = [line for line in lines if line["kind"] == "train"]
+    steps = steps_of(run_dir) if ranks.is_main else []
     return {
         "compiled_layers": layers is not None and layers.works and len(layers.choices) > 0,
         "micro_batches": micro_batches,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import distributed as dist
 
 from tests.end_to_end.elastic_worker import StopAfter
-from tests.rank_workers import run_cases, start_run
+from tests.rank_workers import digest_of, ends_in, run_cases, start_run, steps_of
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.tensor_parallel import part_of
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted
 from toolkit.models.loading.load import load_translator
 from toolkit.models.loading.weights import whole_state_dict
 from toolkit.training.final_scores import score_best
@@ -29,7 +26,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     """Train a case from its start, or from the checkpoint that it names, to its end, and score its best model."""
     result: dict[str, Any] = {}
     interruptions = StopAfter(case.get("stop_after"))
-    try:
+    with ends_in(result, interruptions):
         resolved, corpus = start_run(case, settings, run_dir, ranks)
         start = find_start(resolved, str(run_dir.parent / case["resume"])) if case.get("resume") else Start()
         with open_trainer(resolved, ranks, corpus, start, interruptions, lambda _: None) as trainer:
@@ -46,15 +43,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
                 result["interrupted"] = True
             result["clips"] = trainer.progress.clips
             trainer.engine.destroy()
-    except UserError as error:
-        result["refused"] = str(error)
-    except Exception:
-        result["failed"] = traceback.format_exc()
-    finally:
-        interruptions.close()
-    file = run_dir / "metrics.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    steps = [line for line in entries if line["kind"] == "train"]
+    steps = steps_of(run_dir)
     return result | {key: [line.get(key) for line in steps] for key in ("loss", "grad_norm")}
 
 
@@ -68,9 +57,7 @@ def translated(trainer: Any, run_dir: Path) -> dict[str, Any]:
     """What a trained model came to: its weights, and the translations before and after it is loaded again."""
     module, test = trainer.engine.module, trainer.corpus.splits["test"]
     with trainer._kept_weights():
-        weights, digest = whole_state_dict(module, keep=True), xxhash.xxh3_64()
-    for _, tensor in sorted(weights.items()):
-        digest.update(tensor.float().numpy().tobytes())
+        weights = whole_state_dict(module, keep=True)
     evaluated = trainer.translate(test)
     best = load_translator(run_dir / "best")[0].state_dict()
     evaluation = trainer.resolved.evaluation
@@ -81,7 +68,7 @@ def translated(trainer: Any, run_dir: Path) -> dict[str, Any]:
     return {
         "alike": alike,
         "held": held,
-        "digest": digest.hexdigest(),
+        "digest": digest_of(weights),
         "best_is_last": all(torch.equal(best[name], value.to(best[name].dtype)) for name, value in weights.items()),
         "hypotheses": [row.hypothesis for row in scored.predictions],
         "uids": [row.uid for row in scored.predictions],
@@ -92,12 +79,9 @@ def translated(trainer: Any, run_dir: Path) -> dict[str, Any]:
 
 def is_alike(module: torch.nn.Module, ranks: Ranks) -> bool:
     """Whether the weights that are not split are the same, bit by bit, on all ranks."""
-    digest = xxhash.xxh3_64()
-    for weight in module.parameters():
-        if not part_of(weight):
-            digest.update(weight.detach().float().numpy().tobytes())
+    whole = {name: weight for name, weight in module.named_parameters() if not part_of(weight)}
     found: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(found, digest.hexdigest())
+    dist.all_gather_object(found, digest_of(whole))
     return len(set(found)) == 1
 
 
