@@ -69,6 +69,7 @@ def results_of(worker: Worker) -> dict[str, dict[str, Any]]:
             outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         results[name] = outcome | {"seconds": round(time.monotonic() - started, 3)}
         gc.collect()
+        gc.freeze()  # DeepSpeed collects many times while it builds an engine, over all that earlier ones have left
     writer.close()
     return results
 

@@ -18,7 +18,7 @@ import pytest
 from tests.rank_workers import prepared, run_worker
 from toolkit.cluster.ops import is_built, use_extensions_dir
 from toolkit.recipe.deepspeed.cells import cell_of
-from toolkit.recipe.deepspeed.compatibility import Cell, cells, needs_gpu, refusal
+from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, ZERO_STAGES, Cell, cells, needs_gpu, refusal
 from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.model_cards import card_of
@@ -42,7 +42,6 @@ RECIPES_OWN = [cell_of_recipe(name) for name in recipe_names()]
 BY_NIGHT = [cell for cell in ON_CPU if cell not in COVER]
 ON_GPU = [cell for cell in CLAIMED if needs_gpu(cell)]
 RECIPES_BY_DAY = ("mbart50", "qwen2_5_7b_qlora", "t5_3b_qlora", "transformer")
-CELLS_A_START = 100  # what DeepSpeed leaves behind of each engine fills the memory in the end
 ONE_BATCH = [
     "training.global_batch_size=4",
     "training.micro_batch_size=2",
@@ -125,12 +124,17 @@ def test_a_recipe_trains_by_its_command(
     assert done.json["steps"] == 2
 
 
+# A start for each stage of each architecture: what DeepSpeed leaves behind of its engines fills the memory in the end.
 @pytest.mark.nightly
-def test_all_other_cells_train_save_and_load(train_cells: Callable[..., dict[str, dict[str, Any]]]) -> None:
-    chosen, wrong = [cell for cell in BY_NIGHT if can_run(cell)], {}
-    for first in range(0, len(chosen), CELLS_A_START):
-        outcomes = train_cells(chosen[first : first + CELLS_A_START], [], ranks=2)
-        wrong |= {name: outcome for name, outcome in outcomes.items() if problem(outcome)}
+@pytest.mark.parametrize("stage", ZERO_STAGES, ids=lambda stage: f"zero{stage}")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_other_cells_train_save_and_load(
+    train_cells: Callable[..., dict[str, dict[str, Any]]], architecture: str, stage: int
+) -> None:
+    own = [cell for cell in BY_NIGHT if (cell.architecture, cell.zero_stage) == (architecture, stage)]
+    chosen = [cell for cell in own if can_run(cell)]
+    outcomes = train_cells(chosen, [], ranks=2)
+    wrong = {name: outcome for name, outcome in outcomes.items() if problem(outcome)}
     assert not wrong, f"{len(wrong)} of {len(chosen)}: {json.dumps(wrong, indent=1)[:8000]}"
 
 

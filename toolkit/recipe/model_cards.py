@@ -92,6 +92,8 @@ def card_of(model: Model) -> ModelCard | None:
 
 def card_published_as(hub_id: str) -> str | None:
     """The name of the card of that hub id; None where there is none."""
+    if "/" not in hub_id:  # a card's own name; every card would be read for nothing
+        return None
     return next((name for name in model_names() if load_model_yaml(name).hub_id == hub_id), None)
 
 
