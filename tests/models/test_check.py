@@ -191,10 +191,12 @@ def test_what_a_language_model_lacks(tmp_path: Path) -> None:
     assert "model.prefix" in refused("model.from_scratch=true", "model.prompt=translate {poses}").hint
 
 
+@pytest.mark.parametrize("tiny", ["true", "false"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2_vl", "bert", "mamba"])
-def test_other_models_without_an_encoder_are_refused(kind: str, tmp_path: Path) -> None:
+def test_other_models_without_an_encoder_are_refused(kind: str, tiny: str, tmp_path: Path) -> None:
+    """Also where a small version is asked for, of which there is none."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    error = refused(f"model.backbone={tmp_path}")
+    error = refused(f"model.backbone={tmp_path}", f"model.tiny={tiny}")
     assert f"is a {kind}" in error.message and "llama" in error.message
 
 

@@ -17,6 +17,7 @@ from toolkit.models.backbone import (
     OF_LANGUAGE_MODELS,
     decoder_config,
     encoder_config,
+    is_seq2seq,
     note_published,
     vocabulary_size,
 )
@@ -27,6 +28,7 @@ from toolkit.models.tokenizers import text_frame
 from toolkit.models.vocabulary.ids import ids_of, renumber
 from toolkit.models.vocabulary.trimming import KEY as TRIM_KEY
 from toolkit.models.vocabulary.trimming import Trimming, trimming_of
+from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published, tiny_config, tokenizer_of
 from toolkit.recipe.schema import Model
 
@@ -38,6 +40,7 @@ DROPOUT_KEYS = (
 # A layer that is skipped at random has no gradient in that step; under ZeRO stage 3 ranks would gather different layers
 # and hang.
 LAYER_DROP_KEYS = ("encoder_layerdrop", "decoder_layerdrop")
+OTHERS_HINT = "choose another model that reads vectors; `python launch/recipes.py ls` shows some"
 
 
 def source_of(model: Model) -> str:
@@ -50,7 +53,8 @@ def backbone_config(model: Model) -> PreTrainedConfig:
     """The configuration of the backbone, as published or shrunk.
 
     Raises:
-        UserError: there is no such model, it needs code that may not run, or its dimensions are not the card's.
+        UserError: there is no such model, it needs code that may not run, its dimensions are not the card's, or it is
+            neither an encoder-decoder for texts nor a language model that is known here.
     """
     card = card_of(model)
     if card and not reads_published(model):
@@ -62,10 +66,23 @@ def backbone_config(model: Model) -> PreTrainedConfig:
         raise not_loadable(model, error) from error
     if card:
         _check_against_card(card, {**config.to_dict(), **values}, source_of(model))
+    _check_architecture(config, model.backbone)
     if model.tiny:
         return _from_values(config.model_type, {**config.to_dict(), **values}, tiny=True)
     note_published(config, values)
     return config
+
+
+def _check_architecture(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError unless this configures an encoder-decoder for texts or a language model that is known here.
+
+    ``name`` is for the message.
+    """
+    if is_language_model(config) or (config.is_encoder_decoder and is_seq2seq(config)):
+        return
+    known = f"an encoder-decoder, nor a language model that is known here ({', '.join(LANGUAGE_MODELS)})"
+    kind = "not a model that writes text from text" if config.is_encoder_decoder else f"neither {known}"
+    raise UserError(f"model.backbone={name} is a {config.model_type}, {kind}", OTHERS_HINT)
 
 
 def is_for_language_model(model: Model) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.corpus.packed import Corpus
@@ -13,20 +13,16 @@ from toolkit.models.backbone import (
     empty_backbone,
     halves,
     is_known,
-    is_seq2seq,
     position_limit,
     takes_vectors,
 )
-from toolkit.models.backbone_config import backbone_config
+from toolkit.models.backbone_config import OTHERS_HINT, backbone_config
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.language_models.tensor_plan import check_division
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
-from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Data, MixPart, PoseEncoder, Recipe
-
-OTHERS_HINT = "choose another model that reads vectors; `python launch/recipes.py ls` shows some"
 
 
 def check_model(resolved: ResolvedRun) -> None:
@@ -39,7 +35,6 @@ def check_model(resolved: ResolvedRun) -> None:
     """
     model = resolved.recipe.model
     config = backbone_config(model)
-    check_architecture(config, model.backbone)
     problem = cell_problem(cell_of(resolved.recipe, resolved.deepspeed, config.model_type), model.backbone)
     if problem:
         raise problem
@@ -70,18 +65,6 @@ def check_model(resolved: ResolvedRun) -> None:
     # How many tokens a fixed prefix has shows when the tokenizer is there.
     prefix = model.max_prefix_tokens if placeholders(own_words(model.prefix, model.prompt)) else 0
     check_positions(resolved.recipe, backbone, frames, prefix, corpus)
-
-
-def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError unless this configures an encoder-decoder for texts or a language model that is known here.
-
-    ``name`` is for the message.
-    """
-    if is_language_model(config) or (config.is_encoder_decoder and is_seq2seq(config)):
-        return
-    known = f"an encoder-decoder, nor a language model that is known here ({', '.join(LANGUAGE_MODELS)})"
-    kind = "not a model that writes text from text" if config.is_encoder_decoder else f"neither {known}"
-    raise UserError(f"model.backbone={name} is a {config.model_type}, {kind}", OTHERS_HINT)
 
 
 def check_fusion(recipe: Recipe, corpus: Corpus | None) -> None:

@@ -10,7 +10,6 @@ from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import lora_targets
 from toolkit.models.backbone import context_limit, empty_backbone, encoder_width, halves, position_limit, takes_vectors
 from toolkit.models.backbone_config import backbone_config
-from toolkit.models.check import check_architecture
 from toolkit.planning.costs.counts import count_with
 from toolkit.planning.costs.zero import zero_memory
 from toolkit.planning.hardware import GIB
@@ -99,7 +98,6 @@ def examine(recipe: Recipe, card_gib: float, world_size: int) -> Candidate:
     model = model.model_copy(update={"lora": None, "quantization": None, "freeze": [], **own})
     recipe = recipe.model_copy(update={"model": model})
     config = backbone_config(model)
-    check_architecture(config, model.backbone)
     backbone = empty_backbone(config)
     if not takes_vectors(backbone):
         raise UserError(
