@@ -115,7 +115,7 @@ def measure(order: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer.engine.train()
         batches = train_batches(
             trainer.train_split, trainer.processor.tokenizer, resolved, landmark_set=corpus.landmark_set,
-            epoch=0, start_step=0, epochs=None, rank=ranks.rank,
+            epoch=0, start_step=0, epochs=None, rank=ranks.rank // resolved.tensor_parallel_size,
         )  # fmt: skip
         steps = [next(batches) for _ in range(order["steps"])]
         heaviest = steps[-1][-1]  # when moments and sums of gradients are there; all before it is short
