@@ -26,6 +26,8 @@ RECIPES = {
     *("t5_small", "t5_base", "t5_large", "t5_3b", "t5_3b_lora", "t5_3b_lora_int8", "t5_3b_qlora", "t5_large_qlora"),
     *("flan_t5_base", "byt5_small", "bart_large", "mbart50", "mt5_base", "mt5_large", "umt5_base", "m2m100"),
     *("nllb_600m", "pegasus_large", "transformer", "demo", "mt5_base_unisign", "t5_small_24fps"),
+    *("qwen2_5_0_5b", "qwen2_5_7b_lora", "qwen2_5_7b_qlora", "qwen2_5_14b_qlora", "llama3_1_8b_qlora"),
+    *("mistral_7b_qlora", "gemma_7b_lora", "t5gemma_2b_lora"),
 }
 
 
