@@ -7,8 +7,10 @@ import re
 import pytest
 
 from toolkit.models.backbone_config import backbone_config
+from toolkit.models.language_models.prompts import words_around_poses
+from toolkit.models.tokenizers import make_tokenizer
 from toolkit.planning.candidates import STATES_SHARE
-from toolkit.planning.costs.counts import count, empty_translator
+from toolkit.planning.costs.counts import CHAT, count, empty_translator
 from toolkit.planning.costs.zero import zero_memory
 from toolkit.planning.hardware import GIB
 from toolkit.planning.overview import overview
@@ -45,8 +47,32 @@ def test_adapters_train_a_few_numbers() -> None:
     assert overview(load_recipe("transformer")).trainable == 31_133_184 - 384 * 512 - (512 * 512 + 512)
 
 
-def test_a_prefix_that_names_conditions_counts_with_all_of_its_tokens() -> None:
-    for prefix, tokens in (("{language}:", 64), ("translate:", 1), (None, 0)):
-        written = f"'{prefix}'" if prefix else "null"
-        recipe = load_recipe("t5_small", ["model.from_scratch=true", f"model.prefix={written}"])
-        assert empty_translator(backbone_config(recipe.model), recipe).config.longest_prefix == tokens
+@pytest.mark.parametrize(
+    ("recipe", "given", "tokens"),
+    [
+        ("t5_small", "model.prefix='{language}:'", 64),
+        ("t5_small", "model.prefix='translate:'", 10),
+        ("t5_small", "model.prefix=null", 0),
+        ("qwen2_5_0_5b", "model.prompt='Translate {poses} into English:'", 9 + 14),
+        ("qwen2_5_0_5b", "model.prompt='From {language} {poses} into English:'", 64 + 13),
+    ],
+)
+def test_words_beside_the_poses_count_with_all_of_their_tokens(recipe: str, given: str, tokens: int) -> None:
+    """In bytes, the last of which begins the text of a language model; a clip's own words are the most they may be."""
+    asked = load_recipe(recipe, ["model.from_scratch=true", given])
+    model = asked.model
+    planned = empty_translator(backbone_config(model), asked).config.longest_prefix
+    assert planned == tokens
+    if "{language}" not in given and model.prompt:
+        words = words_around_poses(model, make_tokenizer("bytes"))
+        assert 0 <= planned - len(words.before) - len(words.behind) <= 3, "but for spaces, and what begins the text"
+
+
+def test_words_of_a_published_vocabulary_are_estimated_with_the_chat_around_them() -> None:
+    prompt = "Translate Indian Sign Language into English:"
+    counted = {}
+    for given in (f"prefix='{prompt}'", f"prompt='{prompt} {{poses}}'"):
+        recipe = load_recipe("qwen2_5_0_5b", ["model.prompt=null", f"model.{given}"])
+        config = backbone_config(recipe.model.model_copy(update={"from_scratch": True}))
+        counted[given.partition("=")[0]] = empty_translator(config, recipe).config.longest_prefix
+    assert counted == {"prefix": len(prompt) / 4, "prompt": len(prompt) / 4 + CHAT}

@@ -5,6 +5,7 @@ Nothing is downloaded and no weight is made. The code that freezes and adapts a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -21,11 +22,13 @@ from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.language_models.tensor_plan import split_weights
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.vocabulary import planned_vocabulary
-from toolkit.recipe.model_cards import card_of
-from toolkit.recipe.prompts import own_words, placeholders
+from toolkit.recipe.model_cards import card_of, tokenizer_of
+from toolkit.recipe.prompts import around_poses, own_words, placeholders
 from toolkit.recipe.schema import Model, Recipe
 
 ASSUMED_GLOSSES = 2000  # of a CTC head that reads glosses, whose number the corpus alone says
+BYTES_A_TOKEN = 4  # of words in a published vocabulary
+CHAT = 32  # tokens that a chat template puts around a prompt: Qwen2.5's, which brings a system message, about 30
 PACKED = "packed_by"  # attribute of a layer whose weight a run holds in int8 or NF4: the recipe's model.quantization
 
 
@@ -128,9 +131,17 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
 
 
 def _longest_prefix(model: Model) -> int:
-    """Tokens before the poses; fixed words, which only a tokenizer could count, are one."""
-    words = own_words(model.prefix, model.prompt)
-    return model.max_prefix_tokens if placeholders(words) else int(bool(words))
+    """Tokens beside the poses: the most that a clip's own words may be, and how many fixed words probably are.
+
+    Only a tokenizer could count fixed words, and a plan asks no hub. They are bytes, or at most as many as that where a
+    vocabulary is learnt from the corpus.
+    """
+    own, behind = own_words(model.prefix, model.prompt), around_poses(model.prompt)[1] if model.prompt else ""
+    of_clip = model.max_prefix_tokens if placeholders(own) else 0
+    fixed = len(((behind if of_clip else own + behind).strip()).encode())
+    if tokenizer_of(model) not in ("bytes", "train"):
+        fixed = math.ceil(fixed / BYTES_A_TOKEN) + (CHAT if model.prompt else 0)
+    return of_clip + fixed
 
 
 def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTranslator, list[Weight]]:
