@@ -6,7 +6,6 @@ products are computed in fp32 from the bf16 values, and rounded to bf16 once.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def use_fp32_linear(model: nn.Module) -> None:
             module.__class__ = Fp32Linear
 
 
-@cache
+@torch.compiler.assume_constant_result
 def has_fast_bf16() -> bool:
     """Whether torch multiplies bf16 by instructions of this processor."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
