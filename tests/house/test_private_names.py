@@ -23,6 +23,7 @@ NAMES = {
         "_forward_hooks",
         "_forward_pre_hooks",
         "_non_persistent_buffers_set",
+        "_parameters",
     ],
     "torch/_C/_VariableFunctions.pyi": [
         "_softmax_backward_data",
@@ -32,7 +33,7 @@ NAMES = {
         "_foreach_zero_",
     ],
     "torch/nn/functional.py": ["scaled_dot_product_attention"],
-    "torch/_C/__init__.pyi": ["_base", "_cdata"],
+    "torch/_C/__init__.pyi": ["_base", "_C", "_cdata", "_cuda_endAllocateToPool"],
     "torch/distributed/distributed_c10d.py": ["_get_default_store"],
     "torch/_dynamo/config.py": ["recompile_limit"],
     "torch/_dynamo/callback.py": ["callback_handler"],

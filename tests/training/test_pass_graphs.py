@@ -11,6 +11,7 @@ import torch
 
 from tests.recorded_calls import RecordedCalls
 from tests.training.small_trainers import batches_of, group, make
+from toolkit.batching.collate import Batch
 from toolkit.training import pass_graphs
 from toolkit.training.monitoring.gradient_guard import TrainingStopped
 from toolkit.training.trainer import Trainer
@@ -82,6 +83,40 @@ def test_two_replays_of_one_batch_have_other_dropout(make: Make, capture: Record
         trainer.step(batches)
         losses.append(trainer.loss)
     assert capture.replays >= 6 and len(set(losses)) == 4
+
+
+def test_passes_that_can_be_captured_touch_no_weight_that_hooks_hold(make: Make, capture: RecordedCalls) -> None:
+    """Autograd would wait for the stream on which such a weight was first used, which a capture must not."""
+    trainer, found = make(*GRAPHS), []
+    assert trainer.graphs is not None
+    own, module = trainer.graphs.losses, trainer.engine.module
+    weights = dict(module.named_parameters())
+
+    def losses(batch: Batch, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, ctc = own(batch, model)
+        found.append({id(leaf) for leaf in leaves_of(nll)} & {id(weight) for weight in weights.values()})
+        return nll, ctc
+
+    trainer.graphs.losses = losses
+    batches = next(batches_of(trainer))
+    trainer.step(batches)
+    assert all(found), "the first step's gradients are watched by hooks"
+    found.clear()
+    trainer.step(batches)
+    assert found and not any(found)
+    now = dict(module.named_parameters())
+    assert now.keys() == weights.keys() and all(now[name] is weight for name, weight in weights.items())
+
+
+def leaves_of(value: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves that autograd has for a value."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 def test_no_more_shapes_are_captured_than_the_limit(

@@ -6,7 +6,10 @@ lengths double. Graphs live as long as the translation of one split, because wei
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -42,33 +45,89 @@ class Capture(Protocol):
 
 
 class CudaGraphs:
-    """Captures calls as CUDA graphs on the current device, in one pool of memory; each result is used at once."""
+    """Captures calls as CUDA graphs on the current device, in one pool of memory; each result is used at once.
+
+    They run on the current stream, or on one of its own where that is the default one, which cannot be captured.
+    """
 
     def __init__(self) -> None:
-        self.stream: Any = None
+        self.own_stream: Any = None
         self.pool: Any = None
         self.first: Any = None  # a pool without a graph could not be used again
 
     def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        self.stream = self.stream or torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with self._on_stream():
             call()  # libraries allocate what they need at their first call, which a capture forbids
-        torch.cuda.current_stream().wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        gc.collect()  # what is deleted within a capture, such as a compiled module, can end it
         torch.cuda.empty_cache()  # within a capture the allocator cannot free what it keeps for others
-        # Not torch.cuda.graph: where a capture fails it leaves its stream the current one.
-        with torch.cuda.stream(self.stream):
+        graph = torch.cuda.CUDAGraph()
+        with self._on_stream(), _without_garbage_collection():
             # Other threads of this process may use the GPU meanwhile.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = call()
-            finally:
                 graph.capture_end()
+            except BaseException:
+                _end_failed(graph, self.pool)
+                raise
         self.first = self.first or graph
         graph.replay()  # a capture computes nothing
         return result, graph.replay
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        around = torch.cuda.current_stream()
+        if around != torch.cuda.default_stream():
+            yield
+            return
+        self.own_stream = self.own_stream or torch.cuda.Stream()
+        with on_stream(self.own_stream):
+            yield
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Within it calls go to a stream of the current GPU, after all that went to the stream around it, which waits."""
+    if stream is None:  # not a GPU
+        yield
+        return
+    around = torch.cuda.current_stream()
+    stream.wait_stream(around)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        around.wait_stream(stream)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _end_failed(graph: Any, pool: Any) -> None:
+    """End a capture that has failed on the current stream, so that calls outside a graph work as before it.
+
+    torch (2.11) leaves a failed one in the middle: the allocator stays in its pool and keeps freed memory of other
+    streams, and random numbers are drawn as within a graph, which the next dropout refuses; an empty capture ends that.
+    """
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_stream().device_index, pool)
+    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        empty = torch.cuda.CUDAGraph()
+        empty.capture_begin()
+        empty.capture_end()
 
 
 class StepGraphs:

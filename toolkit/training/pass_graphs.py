@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
-from toolkit.decoding.step_graphs import Capture, capture_on
+from toolkit.decoding.step_graphs import Capture, capture_on, on_stream
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory
@@ -58,7 +58,11 @@ class PassGraphs:
         self.engine, self.losses = engine, losses
         self.capture: Capture | None = capture_on(engine.device)
         self.out_of_memory = False
+        # All passes run on it: autograd sums each gradient on the stream that its leaf was first used on, and a graph
+        # that was captured on one stream must not wait for another.
+        self.stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         self.weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+        self.leaves = _Leaves(engine.module)
         self.sums = _sums(engine, self.weights)
         self.scale = torch.zeros((), device=engine.device)
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
@@ -79,16 +83,17 @@ class PassGraphs:
             token loss and CTC loss of all, summed, in nats: float64 [2].
         """
         engine, found = self.engine, []
-        torch._foreach_zero_(self.sums)
-        self.scale.copy_(scale)
         # Other optimizers of stage 1 reduce as their hooks run, except within a coalesced reduction.
         waits = engine.zero_optimization_stage() == 1 and not _has_own_sums(engine)
         if waits:
             engine.optimizer.clear_backward_seen_flag()  # as the engine's forward pass does
         with coalesced_reduction(engine) if waits else nullcontext():
-            for batch in batches:
-                with around(batch):
-                    found.append(self._pass(batch))
+            with on_stream(self.stream), nullcontext() if self.is_first_step else self.leaves.in_place():
+                torch._foreach_zero_(self.sums)
+                self.scale.copy_(scale)
+                for batch in batches:
+                    with around(batch):
+                        found.append(self._pass(batch))
             _hand_over(engine, self.weights, self.sums)
         engine.set_gradient_accumulation_boundary(True)
         if not waits and engine.enable_backward_allreduce:
@@ -113,7 +118,9 @@ class PassGraphs:
     def _run(self, batch: Batch) -> Tensor:
         """Both passes; the gradient is added to the sums."""
         nll, ctc = self.losses(batch, self._model)
-        gradients = torch.autograd.grad(nll * self.scale, self.weights, allow_unused=True, materialize_grads=True)
+        # Hooks watch the weights themselves in the first step.
+        leaves = self.weights if self.is_first_step else self.leaves.all
+        gradients = torch.autograd.grad(nll * self.scale, leaves, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(self.sums, gradients)
         return torch.stack([nll.detach(), ctc.detach()])
 
@@ -151,6 +158,35 @@ class PassGraphs:
         if memory is None or memory.numel() < tensor.numel():
             memory = self.inputs[name, tensor.dtype] = tensor.new_empty(math.ceil(ROOM * tensor.numel()))
         return memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+class _Leaves:
+    """Other leaves of autograd in the memory of a module's trained weights.
+
+    DeepSpeed's hooks keep what autograd knows of the weights themselves, the stream of their first use included.
+
+    Attributes:
+        all: in the order of the module's trained weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        found = {weight: nn.Parameter(weight.detach()) for weight in module.parameters() if weight.requires_grad}
+        self.all = list(found.values())
+        own = (
+            (part._parameters, name, weight) for part in module.modules() for name, weight in part._parameters.items()
+        )
+        self._places = [(holder, name, weight, found[weight]) for holder, name, weight in own if weight in found]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the module computes with them."""
+        for holder, name, _, leaf in self._places:
+            holder[name] = leaf
+        try:
+            yield
+        finally:
+            for holder, name, weight, _ in self._places:
+                holder[name] = weight
 
 
 def pass_graphs(engine: Any, resolved: ResolvedRun, losses: Losses) -> PassGraphs | None:

@@ -1,0 +1,50 @@
+"""Real captures of calls as CUDA graphs: what a failed one leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from toolkit.decoding.step_graphs import CudaGraphs
+
+HALF = 2**28  # bytes
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_calls_work_as_before() -> None:
+    capture, ones = CudaGraphs(), torch.ones(8, device="cuda")
+
+    def asks() -> torch.Tensor:
+        dropped = functional.dropout(ones, 0.5)
+        return dropped if dropped.sum().item() >= 0 else ones  # waits for the GPU
+
+    with pytest.raises(RuntimeError, match="captur"):
+        capture(asks)
+    assert functional.dropout(ones, 0.5).isin(torch.tensor([0.0, 2.0], device="cuda")).all()
+    held = []
+    for _ in range(3):  # memory that another stream used comes back
+        memory = torch.empty(HALF, dtype=torch.uint8, device="cuda")
+        memory.record_stream(torch.cuda.Stream())
+        del memory
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] == held[0]
+    result, replay = capture(lambda: ones * 3)
+    ones.fill_(2)
+    replay()
+    assert result.tolist() == [6.0] * 8
+
+
+@pytest.mark.gpu
+def test_a_capture_runs_on_the_stream_around_it() -> None:
+    stream, seen = torch.cuda.Stream(), []
+
+    def call() -> torch.Tensor:
+        seen.append(torch.cuda.current_stream())
+        return torch.ones(1, device="cuda")
+
+    with torch.cuda.stream(stream):
+        CudaGraphs()(call)
+    CudaGraphs()(call)
+    assert seen[:2] == [stream, stream] and torch.cuda.default_stream() not in seen
