@@ -75,10 +75,10 @@ def test_another_value_is_refused(value: str) -> None:
 def test_passes_are_graphs_where_they_can_be(overrides: list[str], ds: str) -> None:
     run = run_of("t5_small", "training.compile=graphs", *overrides, ds=ds, has_gpu=True)
     found = compilation(run.recipe, run.deepspeed, has_gpu=True)
-    assert found.graphs and not found.compiles and "graphs" in found.in_words()
+    assert found.graphs and found.compiles and "graphs" in found.in_words()
     assert padding_of(run.recipe.training, has_gpu=False) == "ladder", "a graph belongs to one shape"
     on_cpus = compilation(run.recipe, run.deepspeed, has_gpu=False)
-    assert "CPU" in on_cpus.in_words() and "\n" not in on_cpus.in_words()
+    assert on_cpus.graphs and not on_cpus.compiles and "CPU" in on_cpus.in_words() and "\n" not in on_cpus.in_words()
 
 
 @pytest.mark.parametrize(

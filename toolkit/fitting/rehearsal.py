@@ -320,22 +320,24 @@ class _Engine:
         return self._measured(seconds)
 
     def _backward(self, shapes: Sequence[Shape], *, ends_step: bool) -> float:
+        """Without compiled layers, which keep less, take long at first, and may fail."""
         before = time.monotonic()
         batches = (self._batch(shape).to(self.engine.device) for shape in shapes)
-        if self.graphs and ends_step:
-            self.graphs.backward(batches, torch.ones(()), lambda _: contextlib.nullcontext())
-            if self.graphs.out_of_memory:
-                raise torch.OutOfMemoryError("the capture of a graph")
-        else:
-            self._written_backward(batches, len(shapes), ends_step=ends_step)
+        with uncompiled(self.engine.module):
+            if self.graphs and ends_step:
+                self.graphs.backward(batches, torch.ones(()), lambda _: contextlib.nullcontext())
+                if self.graphs.out_of_memory:
+                    raise torch.OutOfMemoryError("the capture of a graph")
+            else:
+                self._written_backward(batches, len(shapes), ends_step=ends_step)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.monotonic() - before
 
     def _written_backward(self, batches: Iterable[Batch], count: int, *, ends_step: bool) -> None:
-        # Without compiled layers, which keep less, and may fail. Stage 1 reduces nothing before the step ends.
-        when = when_reduced(self.engine) if ends_step or self.resolved.zero_stage > 1 else "as they come"
-        with uncompiled(self.engine.module), reduced_once(self.engine, when, count):
+        late = ends_step or self.resolved.zero_stage > 1  # stage 1 reduces nothing before the step ends
+        when = when_reduced(self.engine) if late else "as they come"
+        with reduced_once(self.engine, when, count):
             for number, batch in enumerate(batches, start=1):
                 self.engine.set_gradient_accumulation_boundary(ends_step and number == count)
                 nll, ctc = self._losses(batch, self.engine)

@@ -1,6 +1,6 @@
 """What ``training.compile`` becomes with a model, a DeepSpeed JSON and a device.
 
-Layers are compiled one by one; ``toolkit/models/compiled.py`` does it. Or whole passes are CUDA graphs, which
+Layers are compiled one by one; ``toolkit/models/compiled.py`` does it. Whole passes of them can be CUDA graphs, which
 ``toolkit/training/pass_graphs.py`` captures.
 """
 
@@ -28,12 +28,11 @@ class Compilation:
 
     compiles: bool
     reason: str
-    graphs: bool = False  # passes are CUDA graphs instead
+    graphs: bool = False  # passes are CUDA graphs
 
     def in_words(self) -> str:
-        if self.graphs:
-            return f"as they are written, and passes as CUDA graphs ({self.reason})"
-        return f"{'compiled' if self.compiles else 'not compiled'} ({self.reason})"
+        layers = "compiled" if self.compiles else "not compiled"
+        return f"{layers}{', passes as CUDA graphs' if self.graphs else ''} ({self.reason})"
 
 
 def compilation(recipe: Recipe, config: Tree, *, has_gpu: bool) -> Compilation:
@@ -43,7 +42,8 @@ def compilation(recipe: Recipe, config: Tree, *, has_gpu: bool) -> Compilation:
         return Compilation(False, "training.compile=false")
     if wanted == "graphs":
         where = "" if has_gpu else "; on CPUs there are none, and passes run as they are written"
-        return Compilation(False, f"training.compile=graphs{where}", graphs=graphs_obstacle(recipe, config) is None)
+        works = graphs_obstacle(recipe, config) is None
+        return Compilation(works and has_gpu, f"training.compile=graphs{where}", graphs=works)
     if value_at(config, "compile.deepcompile"):
         return Compilation(False, "compile.deepcompile compiles the whole model")
     if reason := _obstacle(recipe, config):
