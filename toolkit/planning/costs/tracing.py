@@ -236,7 +236,7 @@ def _set_checkpointing(model: PoseTranslator, on: bool) -> None:
     if on:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        model.backbone.gradient_checkpointing_disable()
+        model.backbone.activation_checkpointing_disable()
 
 
 @contextmanager
