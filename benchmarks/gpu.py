@@ -9,7 +9,7 @@ python benchmarks/gpu.py --cpu               toy sizes without a GPU: only to se
 Each row is written to benchmarks/results/gpu.json as soon as it is measured, with the device, torch and the driver. A
 later call does the rows that are not there for this device yet, and again those that failed. Weights are random, of
 published sizes; clips and sentences are as long as iSign's. Ways of training are processes that build their model once,
-at the same time, and then take turns: nothing else runs beside a turn.
+those of two rows at the same time, and then take turns: nothing else runs beside a turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,10 +31,12 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from gpu_training import TOY, TRAINED, Processes, Training, opened_together
+
 RESULTS = HERE / "results" / "gpu.json"
-ROUNDS, STEPS = 3, 3
+HELD_OUT = 64  # clips of its dev split, and of its test split
+TOGETHER = 2  # rows whose processes start at the same time
 STEPS_AS_TYPED = 24
-TOY = ["model.tiny=true", "training.workers=0", "model.pose_encoder.hidden=32", "ds.bf16.enabled=false"]
 
 
 class Row(NamedTuple):
@@ -48,69 +50,45 @@ class Row(NamedTuple):
 
     name: str
     seconds: float
-    measure: Callable[[Path, bool], dict[str, Any]]
+    measure: Callable[[Path, bool], dict[str, Any]] | Training
 
 
-class Training(NamedTuple):
-    """Clips a second of a recipe by several ways of training.
+class Measuring:
+    """Measures rows; training rows open in pairs, as their names follow each other among those that are asked for."""
 
-    Attributes:
-        recipe: in recipes/.
-        clips: of a global batch.
-        sides: name in the results -> way of ``training_side.py``, and its settings.
-    """
+    def __init__(self, rows: Sequence[Row], folder: Path, toy: bool) -> None:
+        self.rows, self.folder, self.toy = [row for row in rows if isinstance(row.measure, Training)], folder, toy
+        self.opened: dict[str, Processes] = {}
 
-    recipe: str
-    clips: int
-    sides: dict[str, tuple[str, ...]]
+    def __call__(self, row: Row) -> dict[str, Any]:
+        if not isinstance(row.measure, Training):
+            return row.measure(self.folder, self.toy)
+        if row.name not in self.opened:
+            place = self.rows.index(row)
+            pair = self.rows[place : place + (1 if self.toy else TOGETHER)]
+            training = [row.measure for row in pair if isinstance(row.measure, Training)]
+            opened = opened_together(training, self.folder, self.toy)
+            self.opened |= {row.name: processes for row, processes in zip(pair, opened, strict=True)}
+        processes = self.opened.pop(row.name)
+        with processes.stack:
+            return row.measure.measure(processes, self.toy)
 
-    def __call__(self, folder: Path, toy: bool) -> dict[str, Any]:
-        from sides import take_turn
-        from training import open_sides
-
-        clips = 8 if toy else self.clips
-        settings = [
-            f"model.tokenizer={folder / 'tokenizer'}",
-            "model.from_scratch=true",
-            f"training.global_batch_size={clips}",
-            *(TOY if toy else []),
-            *("--recipe", self.recipe),
-        ]
-        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in self.sides}
-        with ExitStack() as stack:
-            commands = {side: (way, [*of_toy(more, toy), *settings]) for side, (way, *more) in self.sides.items()}
-            processes = open_sides(stack, folder, commands)
-            for process in processes.values():
-                take_turn(process, 2)  # the first steps of a process are no measure
-            for _ in range(1 if toy else ROUNDS):
-                for side, process in processes.items():
-                    turns[side].append(take_turn(process, STEPS))
-            profiles = {side: take_turn(process, "profile") for side, process in processes.items()}
-        return {"clips_a_step": clips, "sides": {side: figures_of(turns[side], profiles[side]) for side in turns}}
-
-
-def of_toy(settings: Sequence[str], toy: bool) -> list[str]:
-    """Settings of a side; a toy has micro-batches of four clips."""
-    if not toy:
-        return list(settings)
-    return [item if "micro_batch_size" not in item else "training.micro_batch_size=4" for item in settings]
-
-
-def figures_of(turns: list[dict[str, Any]], profile: dict[str, Any]) -> dict[str, Any]:
-    """A side's row: rates of all turns together, and what a profiled step has shown."""
-    found = {"clips_per_second": round(sum(t["clips"] for t in turns) / sum(t["seconds"] for t in turns), 1)}
-    if "mfu" in turns[0]:
-        found["mfu"] = round(median(turn["mfu"] for turn in turns), 3)
-    return found | {key: profile[key] for key in ("busy", "launches_a_step", "peak_gib") if key in profile}
+    def close(self) -> None:
+        """End the processes of rows for which no time was left."""
+        for processes in self.opened.values():
+            processes.stack.close()
 
 
 def micro(clips: int | str) -> str:
     return f"training.micro_batch_size={clips}"
 
 
-def side_by_side(recipe: str, clips: int, zero: str, best: int | str, *, peers: bool = True) -> Training:
-    """Ours at micro-batches of ``best`` clips, and the others at theirs."""
-    own = {"ours": ("ours", micro(best), f"deepspeed={zero}")}
+def side_by_side(recipe: str, clips: int, zero: str, best: int, *more: str, peers: bool = True) -> Training:
+    """Ours at micro-batches of ``best`` clips, with compiled layers and as graphs, and the others at theirs."""
+    own = {
+        "ours": ("ours", micro(best), f"deepspeed={zero}", *more),
+        "ours_graphs": ("ours", micro(best), f"deepspeed={zero}", "training.compile=graphs", *more),
+    }
     others: dict[str, tuple[str, ...]] = {
         "hf_16": ("hf", micro(min(16, clips)), "deepspeed=zero2"),
         "hf_best": ("hf", micro(best), "deepspeed=zero2"),
@@ -198,6 +176,7 @@ def as_typed(folder: Path, toy: bool) -> dict[str, Any]:
             *("--recipe", "t5_base", f"data.corpus={folder / 'corpus'}", f"model.tokenizer={folder / 'tokenizer'}"),
             *(f"run.dir={run_dir}", "model.from_scratch=true", f"training.max_steps={4 if toy else STEPS_AS_TYPED}"),
             *("training.log_every=1", "evaluation.max_new_tokens=16", "training.global_batch_size=128"),
+            "training.eval_every=99",
             *(["training.global_batch_size=8", "training.micro_batch_size=4", *TOY] if toy else []),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -243,27 +222,27 @@ def figures_of_run(run_dir: Path) -> dict[str, Any]:
 
 def evaluation(folder: Path, toy: bool) -> dict[str, Any]:
     """Beam search of the model that t5_small's short run has kept, against HuggingFace's ``generate``."""
-    run_dir = folder / "run_whole"
-    if not run_dir.exists():
-        train(folder, run_dir, ["deepspeed=zero1"], toy)
+    run_dir = folder / "run_evaluated"
+    train(folder, run_dir, ["deepspeed=zero1", "training.compile=false"], toy)
     from evaluation import vs_plain_generate
 
     arguments = argparse.Namespace(model=str(run_dir), corpus=str(folder / "corpus"), repeats=1 if toy else 3)
     return vs_plain_generate(arguments)
 
 
+WHOLE = "training.gradient_checkpointing=false"  # as the recipe says for cards of 80 GiB
 # The most important first.
 ROWS = [
-    Row("t5_base_16", 75, side_by_side("t5_base", 16, "zero1", 16)),  # one rank's part of eight
-    Row("t5_base_128", 110, side_by_side("t5_base", 128, "zero0", 128)),
-    Row("t5_small_128", 80, side_by_side("t5_small", 128, "zero0", 128)),
-    Row("t5_small_launches", 60, Training("t5_small", 16, launches())),
-    Row("t5_base_as_typed", 75, as_typed),  # and as much for each larger number of ranks
-    Row("t5_large", 90, side_by_side("t5_large", 128, "zero1", 32, peers=False)),
-    Row("t5_3b_lora", 110, side_by_side("t5_3b_lora", 128, "zero1", 16, peers=False)),
-    Row("resume_on_another_stage", 60, resume_elsewhere),
+    Row("t5_base_16", 70, side_by_side("t5_base", 16, "zero0", 16)),  # one rank's part of eight
+    Row("t5_base_128", 70, side_by_side("t5_base", 128, "zero0", 128)),
     Row("evaluation", 60, evaluation),
-    Row("t5_3b_qlora", 110, side_by_side("t5_3b_qlora", 128, "zero1", 16, peers=False)),
+    Row("t5_small_128", 60, side_by_side("t5_small", 128, "zero0", 128)),
+    Row("t5_large", 60, side_by_side("t5_large", 128, "zero1", 64, peers=False)),
+    Row("t5_3b_lora", 90, side_by_side("t5_3b_lora", 128, "zero1", 64, WHOLE, peers=False)),
+    Row("t5_base_as_typed", 75, as_typed),  # and as much for each larger number of ranks
+    Row("t5_small_launches", 60, Training("t5_small", 16, launches())),
+    Row("resume_on_another_stage", 60, resume_elsewhere),
+    Row("t5_3b_qlora", 110, Training("t5_3b_qlora", 128, {"ours": ("ours", micro(16), "deepspeed=zero1")})),
     Row("every_deepspeed_json", 500, every_json),
 ]
 
@@ -281,8 +260,8 @@ def main() -> None:
         path = arguments.results or (folder / "gpu.json" if arguments.cpu else RESULTS)
         rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
         prepare(folder, arguments.cpu)
-        left = take(rows, path, device, 60 * arguments.minutes, lambda row: row.measure(folder, arguments.cpu),
-                    again=bool(arguments.only))  # fmt: skip
+        with closing(Measuring(rows, folder, arguments.cpu)) as measure:
+            left = take(rows, path, device, 60 * arguments.minutes, measure, again=bool(arguments.only))
     for name in left:
         print(f"left for the next call: {name}")
 
@@ -306,7 +285,9 @@ def prepare(folder: Path, toy: bool) -> None:
 
     from toolkit.models.tokenizers import make_tokenizer
 
-    texts = make_corpus(folder / "corpus", clips=64 if toy else 4096).splits["train"].texts
+    held_out = 16 if toy else HELD_OUT
+    clips = (64 if toy else TRAINED) + 2 * held_out
+    texts = make_corpus(folder / "corpus", clips, held_out=held_out, names=("dev", "test")).splits["train"].texts
     make_tokenizer("train", texts).save_pretrained(folder / "tokenizer")
 
 

@@ -204,14 +204,17 @@ def tables(results: Any) -> Iterator[str]:
             yield table(rows)
         elif isinstance(value, list):
             yield f"`{key}`\n\n{table(value)}"
-        elif isinstance(value, dict) and is_comparison(value):
-            for inner, rows in value.items():
-                if isinstance(rows, dict) and inner != "machine":
-                    yield f"`{key}`, {inner}\n\n{table([{'': name, **row} for name, row in rows.items()])}"
         elif isinstance(value, dict):
             plain = {name: row for name, row in value.items() if is_figure(row)}
-            if plain:
+            if plain and not is_comparison(value):
                 yield f"`{key}`\n\n{table([plain])}"
+            for inner, rows in value.items():
+                if (
+                    inner != "machine"
+                    and isinstance(rows, dict)
+                    and all(isinstance(row, dict) for row in rows.values())
+                ):
+                    yield f"`{key}`, {inner}\n\n{table([{'': name, **row} for name, row in rows.items()])}"
 
 
 def is_comparison(value: Any) -> bool:

@@ -11,7 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_errors: dict[int, IO[str]] = {}  # of each process that is ready, what it writes as errors
+
+
+def _end_of(errors: IO[str]) -> str:
+    errors.seek(0)
+    return errors.read()[-3000:]
 
 
 @contextmanager
@@ -25,10 +32,11 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         assert process.stdin and process.stdout
         try:
             if not any(line.strip() == "ready" for line in process.stdout):
-                errors.seek(0)
-                sys.exit(f"{' '.join(command)} did not start:\n{errors.read()[-3000:]}")
+                sys.exit(f"{' '.join(command)} did not start:\n{_end_of(errors)}")
+            _errors[process.pid] = errors
             yield process
         finally:
+            _errors.pop(process.pid, None)
             process.stdin.close()
             os.killpg(process.pid, signal.SIGKILL)  # the loaders' workers, too
             process.wait()
@@ -61,7 +69,7 @@ def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, Any
     for line in process.stdout:
         if line.startswith("{"):
             return dict(json.loads(line))
-    sys.exit(f"{' '.join(map(str, process.args))} ended during its turn")
+    sys.exit(f"{' '.join(map(str, process.args))} ended during its turn:\n{_end_of(_errors[process.pid])}")
 
 
 def turns_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,16 @@ CLIPS = 4096
 
 
 def make_corpus(
-    folder: Path, clips: int = CLIPS, texts: list[str] | None = None, held_out: int = 0, length: int | None = None
+    folder: Path,
+    clips: int = CLIPS,
+    texts: list[str] | None = None,
+    held_out: int = 0,
+    length: int | None = None,
+    names: Sequence[str] = ("dev",),
 ) -> Corpus:
     """A corpus of noise: log-normal clip lengths (median 90 frames, at most 300) unless it gets one ``length``, and
-    sentences of about seven words where it gets no texts. Its last ``held_out`` clips are the dev split, and no others;
-    the rest trains."""
+    sentences of about seven words where it gets no texts. Of its last clips ``held_out`` each are the dev split, or the
+    splits of these ``names``; the rest trains."""
     landmarks = load_landmark_set("hands_body_50")
     draw = np.random.default_rng(0)
     frames = draw.lognormal(np.log(90), 0.6, clips).clip(16, MAX_FRAMES).astype(int)
@@ -37,9 +43,11 @@ def make_corpus(
         Clip(f"clip-{index}", text, noise[start : start + length], f"video-{index}")
         for index, (text, start, length) in enumerate(zip(texts, starts, frames, strict=True))
     ]
-    trained = clips - held_out
+    trained = clips - held_out * len(names)
+    begins = {name: trained + held_out * number for number, name in enumerate(names)}
     splits = {}
-    for name, span in {"train": slice(trained), "dev": slice(trained, clips)}.items():
+    spans = {"train": slice(trained)} | {name: slice(start, start + held_out) for name, start in begins.items()}
+    for name, span in spans.items():
         if rows[span]:
             (folder / name).mkdir(parents=True)
             write_shard(folder / name / shard_name(0, 1), rows[span], landmarks.width)

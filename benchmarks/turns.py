@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,24 +14,49 @@ from operator_calls import Calls
 
 
 def orders() -> Iterator[int]:
-    """How many steps to take next."""
+    """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4`` or ``trace 4 FILE``."""
     print("ready", flush=True)
     for line in sys.stdin:
-        order = line.strip()
-        if order == "count":
+        name, *rest = line.split()
+        if name == "count":
             watching.append(Calls().__enter__())
-        elif order == "profile":
-            watching.append(profiler().__enter__())
-        yield 1 if watching else int(order)
+        elif name in ("profile", "trace"):
+            watching.append(Profile(Path(rest[1]) if name == "trace" else None).__enter__())
+        yield int(rest[0]) if rest else 1 if watching else int(name)
 
 
 watching: list[Any] = []  # what counts or profiles the turn, if anything does
 
 
-def profiler() -> torch.profiler.profile:
-    """Records what the GPU does; without one, what the CPU does."""
-    activity = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+class Profile:
+    """Records what the GPU does in a turn; without one, or where a file gets tables of both, also what the CPU does."""
+
+    def __init__(self, file: Path | None) -> None:
+        activity = torch.profiler.ProfilerActivity
+        on_gpu = [activity.CUDA] if torch.cuda.is_available() else []
+        self.file = file
+        self.own = torch.profiler.profile(activities=[*on_gpu, *([activity.CPU] if file or not on_gpu else [])])
+
+    def __enter__(self) -> Profile:
+        self.own.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.own.__exit__(*error)
+
+    def spans(self) -> list[tuple[float, float]]:
+        """From when to when the GPU ran each kernel or copy, in seconds."""
+        events = self.own.profiler.kineto_results.events()  # type: ignore[union-attr]
+        ours = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+        return [(event.start_ns() / 1e9, event.end_ns() / 1e9) for event in ours]
+
+    def write(self) -> None:
+        """What took longest on the host, and on the GPU."""
+        if self.file:
+            found = self.own.key_averages()
+            keys = ["self_cpu_time_total", *(["self_cuda_time_total"] if torch.cuda.is_available() else [])]
+            tables = (found.table(sort_by=key, row_limit=60, max_name_column_width=100) for key in keys)
+            self.file.write_text("\n".join(tables), encoding="utf-8")
 
 
 def elapsed(started: float) -> float:
@@ -52,16 +78,16 @@ def answer(clips: int, seconds: float, **more: Any) -> None:
 
 
 def seen(watch: Any, seconds: float) -> dict[str, Any]:
-    """Counts of a turn; or the share of the time that the GPU was busy, what was launched, and the most memory."""
+    """Counts of a turn; or how long the GPU was busy, how often with what, and the most memory that it held."""
     if isinstance(watch, Calls):
         waits = [[*key, count] for key, count in sorted(watch.waits.items())]
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
     if not torch.cuda.is_available():
         return {}
-    spans = [(e.time_range.start, e.time_range.end) for e in watch.events() if e.device_type.name == "CUDA"]
+    watch.write()
+    spans = watch.spans()
     peak = torch.cuda.max_memory_allocated() / 2**30
-    busy = covered(spans) / 1e6 / seconds
-    return {"busy": round(busy, 3), "launches_a_step": len(spans), "peak_gib": round(peak, 2)}
+    return {"busy_seconds": covered(spans), "launches": len(spans), "peak_gib": round(peak, 2)}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

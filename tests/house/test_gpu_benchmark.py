@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,6 +91,70 @@ def test_the_most_important_rows_fit_into_eight_minutes(gpu: ModuleType) -> None
     assert sum(row.seconds for row in gpu.ROWS[:5]) <= 8 * 60
     sides = {row.name: row.measure.sides for row in gpu.ROWS if isinstance(row.measure, gpu.Training)}
     assert {way for way, *_ in sides["t5_base_128"].values()} == {"ours", "hf", "bare", "plain"}
+
+
+class Sides:
+    """Stands in for the processes of training rows: a turn takes a hundredth of a second a step, profiled or not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.broken: dict[str, int] = {}  # setting of a side -> turns before it ends
+        self.running, self.most = 0, 0
+        monkeypatch.setattr(module, "started", self.started)
+        monkeypatch.setattr(module, "take_turn", self.take_turn)
+
+    @contextmanager
+    def started(self, command: list[str]) -> Iterator[list[str]]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        yield command
+        self.running -= 1
+
+    def take_turn(self, command: list[str], order: int | str) -> dict[str, Any]:
+        for setting, left in self.broken.items():
+            if setting in command:
+                self.broken[setting] -= 1
+                if not left:
+                    raise SystemExit("ended during its turn")
+        steps = int(str(order).split()[-1])
+        turn = {"clips": 128 * steps, "seconds": 0.01 * steps, "mfu": 0.5}
+        return turn | {"busy_seconds": 0.004 * steps, "launches": 10, "peak_gib": 2.0}
+
+
+@pytest.fixture
+def sides(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Sides:
+    return Sides(monkeypatch, sys.modules[gpu.Training.__module__])
+
+
+def two_rows(gpu: ModuleType) -> list[Any]:
+    ways = {"ours": ("ours", "micro=8"), "ours_graphs": ("ours", "compile=graphs"), "hf_16": ("hf", "micro=16")}
+    return [gpu.Row(name, 60, gpu.Training(name, clips, ways)) for name, clips in (("t5_small", 16), ("t5_base", 128))]
+
+
+def test_sides_of_two_rows_start_together_and_share_of_busy_time_is_of_the_same_steps(
+    gpu: ModuleType, sides: Sides, tmp_path: Path
+) -> None:
+    rows = two_rows(gpu)
+    with closing(gpu.Measuring(rows, tmp_path, False)) as measure:
+        first = measure(rows[0])
+        assert sides.most == 6 and sides.running == 3
+        second = measure(rows[1])
+    assert sides.most == 6 and not sides.running
+    assert first["clips_a_step"] == 16 and second["clips_a_step"] == 128
+    for figures in (*first["sides"].values(), *second["sides"].values()):
+        assert figures["clips_per_second"] == 12800 and figures["busy"] == pytest.approx(0.4)
+        assert figures["peak_gib"] == 2.0 and figures["first_turn_seconds"] >= 0
+
+
+@pytest.mark.parametrize("turns", [0, 1, 4])
+def test_a_side_that_ends_has_its_error_and_the_others_are_measured(
+    gpu: ModuleType, sides: Sides, tmp_path: Path, turns: int
+) -> None:
+    sides.broken = {"compile=graphs": turns}
+    rows = two_rows(gpu)[:1]
+    with closing(gpu.Measuring(rows, tmp_path, False)) as measure:
+        found = measure(rows[0])["sides"]
+    assert "ended" in found["ours_graphs"]["error"]
+    assert found["ours"]["clips_per_second"] == found["hf_16"]["clips_per_second"] == 12800
 
 
 def test_ranks_are_the_powers_of_two_and_all_devices(gpu: ModuleType) -> None:
