@@ -20,6 +20,8 @@ CUDA_CONTEXT = int(0.5 * GIB)
 NCCL_BUFFERS = int(0.3 * GIB)
 # Workspaces of cuBLAS on recent cards: one for the forward and one for the backward thread.
 CUBLAS_WORKSPACES = 2 * 32 * 2**20
+# Rows of the square matrices whose product a rank times before it trains, to know what its GPU could do.
+MEASURED_ROWS = 8192
 # The share of what is allocated that torch's allocator loses between its blocks.
 FRAGMENTS = 0.05
 # A process without a model: Python, torch, transformers, DeepSpeed.

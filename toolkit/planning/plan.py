@@ -18,8 +18,8 @@ from toolkit.models.tokenizers import TRAINED_VOCABULARY
 from toolkit.planning.costs.counts import Weight, adapted_translator, planned_config, weights_of_rank
 from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
 from toolkit.planning.costs.vocabulary import planned_vocabulary
-from toolkit.planning.costs.zero import Items, ZeroMemory, before_split, zero_memory
-from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, PROCESS, Hardware
+from toolkit.planning.costs.zero import BYTES, Items, ZeroMemory, before_split, zero_memory
+from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, MEASURED_ROWS, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
@@ -229,13 +229,14 @@ def make_plan(
     zero = zero_memory(weights, recipe, config, resolved.data_parallel_size)
     first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
-    start = zero.always
+    # Before it trains, a rank measures how fast its GPU multiplies, beside states that have no moments yet.
+    start = zero.at_start | {"product that measures the GPU": 3.0 * MEASURED_ROWS**2 * _product_size(config)}
     if compilation(recipe, config, has_gpu=True).graphs:
         # Passes of a shape that is new run as they are written beside it, before they are captured.
         zero = zero.with_graphs(first.peak)
     always = zero.always
     moments: dict[str, Items] = {
-        "start": start | {"weights before they are flattened": zero.trained},
+        "start": start,
         "first micro-batch": _in_pass(zero, first.peak, gradients=0.0),
         "gradient reduction": always
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
@@ -311,6 +312,11 @@ def _evaluation(subject: Subject, config: Tree, hardware: Hardware, workload: Wo
         if smaller is None:
             return items
         workload = smaller
+
+
+def _product_size(config: Tree) -> float:
+    """Bytes of a number in the type in which the run multiplies."""
+    return BYTES["bf16" if value_at(config, "torch_autocast.enabled") else parameter_precision(config)]
 
 
 def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:

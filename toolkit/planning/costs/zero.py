@@ -44,7 +44,7 @@ class ZeroMemory:
         gathered: whole weights that stage 3 holds at once beside its partition.
         whole: all weights, which stage 3 gathers for an evaluation.
         master, moments, average: of the optimizer, on the device.
-        kept_gradients: always on the device.
+        kept_gradients: always on the device; ``late_gradients`` of them from the first backward pass on.
         gradients: on the device from the first backward pass of a step to its update.
         graph_pool: what CUDA graphs of training passes keep from one step to the next, on the device.
         kept_buckets, buckets: for communication, always or in the backward pass.
@@ -68,6 +68,7 @@ class ZeroMemory:
     moments: float = 0.0
     average: float = 0.0
     kept_gradients: float = 0.0
+    late_gradients: float = 0.0
     gradients: float = 0.0
     graph_pool: float = 0.0
     kept_buckets: float = 0.0
@@ -98,6 +99,11 @@ class ZeroMemory:
             "buckets": self.kept_buckets,
             "pool of CUDA graphs": self.graph_pool,
         }
+
+    @property
+    def at_start(self) -> Items:
+        """What is on the device before the first step, which makes the optimizer's moments."""
+        return self.always | {"moments": 0.0, "gradients": self.kept_gradients - self.late_gradients}
 
     @property
     def states(self) -> Items:
@@ -172,7 +178,8 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         engine_bucket = min(ENGINE_BUCKET, trained)
         memory = replace(
             memory,
-            kept_gradients=trained * (accumulated + size),  # bf16 gradients are set to zero, and not freed
+            kept_gradients=trained * (accumulated + size),
+            late_gradients=trained * size,  # in bf16; they are set to zero, and not freed
             reduction=engine_bucket * (accumulated + size),
         )
     elif stage < 3:

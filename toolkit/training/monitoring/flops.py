@@ -20,6 +20,7 @@ from toolkit.cluster.tensor_parallel import part_of
 from toolkit.cpu.linear import has_fast_bf16
 from toolkit.models.backbone import halves, reader, stack_layers
 from toolkit.models.compiled import uncompiled
+from toolkit.planning.hardware import MEASURED_ROWS
 
 PEAK_TRIALS = 4
 
@@ -163,11 +164,10 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and not has_fast_bf16():
         dtype = torch.float32
-    size = 8192 if device.type == "cuda" else 1024
+    size = MEASURED_ROWS if device.type == "cuda" else 1024
     # A generator of its own: torch's has the state of the checkpoint from which the run resumes.
     generator = torch.Generator(device).manual_seed(0)
-    left = torch.randn(size, size, device=device, generator=generator).to(dtype)
-    right = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
     seconds = []
     for _ in range(PEAK_TRIALS):
         _synchronize(device)
