@@ -92,7 +92,7 @@ def main() -> None:
 
 def predict_large() -> list[dict[str, Any]]:
     """Plans of the runs of ``large_models.py`` beside the peaks that it has measured."""
-    from large_models import CASES, FRAMES, RESULTS, case_settings
+    from large_models import CASES, FRAMES, RESULTS, STEPS, case_settings
 
     from toolkit.cpu import linear
     from toolkit.planning.cpu_plan import make_cpu_plan
@@ -107,7 +107,8 @@ def predict_large() -> list[dict[str, Any]]:
         resolved = resolve_named(
             case.recipe, case_settings(case), case.ranks, has_gpu=False, ds=case.ds, needs_data=False
         )
-        workload = Workload(FRAMES, WORDS, FRAMES, ((1, 1),), None, "as measured")
+        shapes = tuple((1, FRAMES - step, WORDS) for step in range(STEPS))  # of a clip that augmentation changes
+        workload = Workload(FRAMES, WORDS, FRAMES, ((1, 1),), None, "as measured", shapes)
         plan = make_cpu_plan(Subject.of(resolved.recipe, case.tokens), resolved, workload)
         predicted = max(plan.phases[phase] for phase in PHASES) / GIB
         peak = measured[case.name]["peak_gib_per_rank"]
@@ -180,7 +181,8 @@ def predict(cell: Cell, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     overrides = overrides_of(cell, folder)
     resolved = resolve_named(cell.spec.recipe, overrides, RANKS, has_gpu=False, ds=cell.ds, needs_data=False)
     frames = row["frames"]
-    workload = Workload(frames, row["tokens"], frames, ((1, 1),), None, "as measured")
+    shapes = tuple(tuple(shape) for shape in row["shapes"])
+    workload = Workload(frames, row["tokens"], frames, ((1, 1),), None, "as measured", shapes)
     plan = make_cpu_plan(subject(cell.model, folder, row["rows"], row["fast_bf16"]), resolved, workload)
     start, step = ((plan.phases[phase] - CPU_LIBRARIES) / GIB for phase in ("start", "step"))
     return {

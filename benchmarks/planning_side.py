@@ -119,15 +119,18 @@ def measure(order: dict[str, Any], folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         steps = [next(batches) for _ in range(order["steps"])]
         heaviest = steps[-1][-1]  # when moments and sums of gradients are there; all before it is short
+        shapes = set()
         for step in steps:
-            trainer.step([batch if batch is heaviest else one_clip(batch) for batch in step])
+            computed = [batch if batch is heaviest else one_clip(batch) for batch in step]
+            shapes |= {(*batch.frame_mask.shape, batch.labels.shape[1]) for batch in computed}
+            trainer.step(computed)
         peak = held("VmHWM")
         if order.get("tensors"):
             (folder / f"step_{ranks.rank}.txt").write_text(log.at_peak(), encoding="utf-8")
         return {
             "base_gib": in_gib(base), "start_gib": in_gib(start - base), "step_gib": in_gib(peak - base),
             "held_gib": in_gib(held("VmRSS") - base), "frames": heaviest.poses.shape[1],
-            "tokens": heaviest.labels.shape[1], "rows": len(trainer.processor.tokenizer),
+            "tokens": heaviest.labels.shape[1], "rows": len(trainer.processor.tokenizer), "shapes": sorted(shapes),
         }  # fmt: skip
 
 

@@ -11,10 +11,12 @@ from toolkit.planning.costs.counts import Weight
 from toolkit.planning.costs.cpu_ranks import cpu_moments
 from toolkit.planning.costs.tracing import Trace
 from toolkit.planning.costs.zero import Items
+from toolkit.recipe.batches import NUMBERS_AT_ONCE
 from toolkit.recipe.deepspeed.json_file import load_deepspeed
 from toolkit.recipe.load import load_recipe
 
 MILLIONS = [Weight(10**6, True)] * 20
+LARGE = [Weight(10**6, True)] * 100  # their gradients are reduced as they come
 PASS = Trace(saved=1e6, peak=2e6, kernels=0, flops=0)
 
 
@@ -57,14 +59,37 @@ def test_offloading_to_the_memory_where_everything_is_takes_more_of_it() -> None
 
 
 def test_a_bucket_takes_what_gradients_fill() -> None:
-    few, many = (moments("zero2", reduce_bucket_size=size)["gradient reduction"]["buckets"] for size in (10**9, 10**10))
-    assert few == many == 2 * 20e6 * 2  # and its copy
-    assert moments("zero2", reduce_bucket_size=10**7)["gradient reduction"]["buckets"] == 2 * 10e6 * 2
+    def buckets(size: int) -> float:
+        return moments("zero2", weights=LARGE, reduce_bucket_size=size)["gradient reduction"]["buckets"]
+
+    assert buckets(10**9) == buckets(10**10) == 2 * 100e6 * 2  # and its copy
+    assert buckets(10**7) == 2 * 10e6 * 2
 
 
 def test_activations_are_there_while_a_small_bucket_is_reduced() -> None:
-    assert moments("zero2")["gradient reduction"]["activations"] == 0
-    assert moments("zero2", reduce_bucket_size=5 * 10**6)["gradient reduction"]["activations"] == 0.75 * PASS.saved
+    def activations(size: int) -> float:
+        return moments("zero2", weights=LARGE, reduce_bucket_size=size)["gradient reduction"]["activations"]
+
+    assert activations(10**8) == 0
+    assert activations(25 * 10**6) == 0.75 * PASS.saved
+
+
+def test_small_gradients_are_whole_and_leave_as_they_are_joined() -> None:
+    """In parameter groups: beside them is what is copied at once, or what is sent, or a partition's sum."""
+    groups = [Weight(10**6, True, fresh=fresh) for fresh in (True, True, True, False)]
+    for ds, size, extra in (("zero2", 2, 2), ("zero2_autocast", 4, 4)):
+        assert moments(ds, weights=groups)["gradient reduction"]["buckets"] == 4e6 * size + 3e6 * extra
+    assert moments("zero2")["gradient reduction"]["buckets"] == 20e6 * 2 + NUMBERS_AT_ONCE * 2
+    for name in ("zero2_offload", "zero2_bf16_states"):
+        assert moments(name, weights=groups)["gradient reduction"]["buckets"] >= 2 * 4e6 * 2, "each by itself"
+
+
+def test_states_on_a_disk_pass_through_buffers_of_a_parameter_group() -> None:
+    groups = [Weight(10**6, True, fresh=fresh) for fresh in (True, True, True, False)]
+    one, two = (
+        moments("zero3_nvme", weights=some)["update"]["copies of offloading"] for some in (groups, groups[:1] * 4)
+    )
+    assert one == 0.75 * two > 0
 
 
 def test_stage_1_sums_in_place_and_stage_0_in_a_copy() -> None:
@@ -96,14 +121,14 @@ def test_a_whole_gradient_is_reduced_before_there_is_a_sum() -> None:
     assert too_large == 10**8 * 4 / 2, "each micro-batch is reduced, and added to the sum"
 
 
-@pytest.mark.parametrize(("share", "fast", "copies"), [(1.0, True, 1.5), (0.0, True, 1.0), (0.75, True, 1.125),
-                                                       (0.25, True, 0.75), (1.0, False, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(("share", "fast", "sent"), [(1.0, True, 0.5), (0.0, True, 0.5), (0.75, True, 0.375),
+                                                     (0.9, True, 0.45), (1.0, False, 0.5)])  # fmt: skip
 def test_under_autocast_linear_layers_are_reduced_by_themselves(
-    share: float, fast: bool, copies: float, monkeypatch: pytest.MonkeyPatch
+    share: float, fast: bool, sent: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16, from one more copy; where the toolkit's own layers are there, DeepSpeed sends everything in fp32."""
+    """In bf16, from a copy of half the size; where the toolkit's own layers are there, DeepSpeed sends all in fp32."""
     monkeypatch.setattr("toolkit.cpu.linear.has_fast_bf16", lambda: fast)
-    numbers = 10**7
-    weights = [Weight(int(share * numbers), True, linear=True), Weight(int((1 - share) * numbers), True)]
+    numbers = 3 * 10**7
+    weights = [Weight(int(share * numbers), True, linear=True), Weight(round((1 - share) * numbers), True)]
     buckets = moments("zero2_autocast", weights=weights)["gradient reduction"]["buckets"]
-    assert buckets == pytest.approx((1 + copies) * numbers * 4)
+    assert buckets == pytest.approx((1 + sent) * numbers * 4)

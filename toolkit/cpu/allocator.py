@@ -29,9 +29,10 @@ _FEW_HEAPS = {"MALLOC_ARENA_MAX": 1}
 # products each, 1.5 MiB of addresses a product and half as much memory: with batches of all lengths they grow long
 # after a rehearsal.
 KEPT_KERNELS, ADDRESSES_OF_A_KERNEL = 64, 3 << 19
+_CAPACITY, _LIBRARYS_CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
 _SMALL_CACHES = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
+    _CAPACITY: str(KEPT_KERNELS),
     "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
 }
 _MADV_HUGEPAGE = 14  # of madvise, sys/mman.h
@@ -74,6 +75,11 @@ def keep_freed_memory() -> bool:
 def keeps_memory() -> bool:
     """Whether this process keeps freed memory, by :func:`keep_freed_memory`."""
     return os.environ.get("MALLOC_MMAP_MAX_") == "0"
+
+
+def most_kernels() -> int:
+    """How many matrix products oneDNN keeps the kernels of, in this process."""
+    return int(os.environ.get(_CAPACITY, _LIBRARYS_CAPACITY))
 
 
 def _addresses_are_limited() -> bool:

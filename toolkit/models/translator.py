@@ -38,6 +38,9 @@ from toolkit.models.first_tokens import FirstTokens
 from toolkit.models.loading.base_model import BaseReference
 from toolkit.poses.landmarks import LandmarkSet
 
+# Modules whose weights are random even where the backbone is pretrained.
+FRESH = ("pose_encoder.", "ctc_head.")
+
 
 @dataclass
 class PoseTranslatorOutput(ModelOutput):

@@ -30,12 +30,14 @@ class Computed:
         clips, frames: of the first micro-batch of a step.
         tokens: of the longest target of any.
         later: padded frames of any other micro-batch of a step; 0 where steps have one.
+        shapes: clips, frames and tokens of all different micro-batches of a rank; None = too many to name.
     """
 
     clips: int
     frames: int
     tokens: int
     later: int = 0
+    shapes: tuple[tuple[int, int, int], ...] | None = None
 
     def workload(self, corpus: Corpus, resolved: ResolvedRun) -> Workload:
         """The same with the batches of the evaluations."""
@@ -49,6 +51,7 @@ class Computed:
             evaluated=tuple({evaluated[0], evaluated[-1]}),
             steps_per_epoch=1,
             source="the run's own micro-batches",
+            shapes=self.shapes,
         )
 
 

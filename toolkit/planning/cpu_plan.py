@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from toolkit.cpu import linear
+from toolkit.cpu.allocator import most_kernels
 from toolkit.planning.costs.counts import weights_of_rank
 from toolkit.planning.costs.cpu_ranks import cpu_moments
 from toolkit.planning.costs.zero import Items, before_split
-from toolkit.planning.hardware import CPU_COMPILER, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
+from toolkit.planning.hardware import CPU_COMPILER, CPU_KERNEL, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
 from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject, passes_of
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
@@ -53,6 +55,15 @@ def make_cpu_plan(
     moments |= {"evaluation": always | {"generation": generation, "gathered weights": zero.whole}, "save": always}
     if resolved.tensor_parallel_size > 1:
         moments["splitting of layers"] = before_split(subject.weights, recipe, config)
+    uses_kernels = bool(first.bf16_products) and linear.has_fast_bf16()
+    # Kernels are kept from one micro-batch to the next; each token of a search has products of its own.
+    kept = {name: most_kernels() if uses_kernels else 0 for name in moments}
+    kept["start"] = 0
+    if uses_kernels and workload.shapes is not None:
+        trained_with = min(most_kernels(), len(subject.bf16_products(workload.shapes, config, recompute)))
+        kept |= {name: trained_with for name in moments if name not in PHASES}
+    for name, items in moments.items():
+        items["kernels of matrix products"] = float(kept[name] * CPU_KERNEL)
     imported = CPU_PEFT if recipe.model.lora else CPU_COMPILER if resolved.zero_stage else 0
     moments = {name: _complete(items, imported, starts=name == "start") for name, items in moments.items()}
     totals = {name: sum(items.values()) for name, items in moments.items()}

@@ -32,6 +32,8 @@ CPU_LIBRARIES = int(0.48 * GIB)
 CPU_COMPILER = int(0.040 * GIB)
 CPU_PEFT = int(0.049 * GIB)
 CPU_OBJECTS = (int(0.012 * GIB), int(0.030 * GIB))
+# What oneDNN and torch keep of each different matrix product in bf16: descriptions of its kernels, and their code.
+CPU_KERNEL = int(0.6 * 2**20)
 
 # Sustained, not peak: a large product of bf16 matrices; fp32 products (TF32 off) run at a fraction of it.
 FLOPS = 2.5e14

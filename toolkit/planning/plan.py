@@ -6,7 +6,7 @@ passes) is a :class:`Subject`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,7 +86,14 @@ class Subject:
             name: max(0.0, getattr(small, name) + share * (getattr(large, name) - getattr(small, name)))
             for name in ("saved", "peak", "kernels", "flops")
         }
-        return Trace(**figures)
+        return Trace(**figures, bf16_products=large.bf16_products)
+
+    def bf16_products(
+        self, shapes: Iterable[tuple[int, int, int]], config: Tree, checkpointing: bool
+    ) -> frozenset[object]:
+        """The different matrix products in bf16 of passes over micro-batches (clips, frames, tokens) on a CPU."""
+        traces = [self._trace(*shape, config, checkpointing, on_cpu=True) for shape in shapes]
+        return frozenset[object]().union(*(one.bf16_products for one in traces))
 
     def _trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool) -> Trace:
         dtype = TORCH_DTYPES[parameter_precision(config)]

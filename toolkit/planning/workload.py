@@ -31,6 +31,7 @@ class Workload:
         evaluated: clips and padded frames of generation batches, the largest ones.
         steps_per_epoch: optimizer steps; None without a corpus.
         source: where the figures come from, in words.
+        shapes: clips, frames and tokens of all different micro-batches of a rank; None = too many to name.
     """
 
     frames: int
@@ -39,6 +40,7 @@ class Workload:
     evaluated: tuple[tuple[int, int], ...]
     steps_per_epoch: int | None
     source: str
+    shapes: tuple[tuple[int, int, int], ...] | None = None
 
 
 def workload_of(recipe: Recipe, world_size: int) -> Workload:

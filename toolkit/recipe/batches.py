@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # launch/translate.py counts memory with this file and waits 
 # Padded frames of a generation batch that are chosen: larger batches are hardly faster, and wait for their last clip.
 MOST_BATCH_FRAMES = 8192
 
+# Gradients that are copied by one call as they are joined: while they are copied they are in memory twice.
+NUMBERS_AT_ONCE = 2**22
+
 LARGEST_WHOLE_GRADIENT = 2**27
 """Bytes of gradient that a rank may hold to reduce once a step, though ZeRO partitions it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +31,8 @@ def compare_memory(trainer: Trainer) -> Computed | None:
     """Compare the peaks of all ranks, which all call this; gives the heaviest micro-batches of any rank."""
     trainer.memory.compare(trainer.engine.device)
     shapes = exchange((trainer.memory.first, trainer.memory.later))
-    return computed([first for first, _ in shapes], [later for _, later in shapes])
+    heaviest = computed([first for first, _ in shapes], [later for _, later in shapes])
+    return heaviest and replace(heaviest, shapes=trainer.memory.named_shapes())
 
 
 def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[str], None]) -> None:

@@ -165,6 +165,17 @@ def test_the_heaviest_micro_batches_are_remembered() -> None:
     assert Shape.largest([None, None]) is None
 
 
+def test_different_micro_batches_are_named_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_SHAPES", 2)
+    memory = MemoryPhases()
+    for frames in (20, 10, 20):
+        memory.see(1, batch(2, frames, 5))
+    assert memory.named_shapes() == ((2, 10, 5), (2, 20, 5))
+    for frames in (30, 40):
+        memory.see(1, batch(2, frames, 5))
+    assert memory.named_shapes() is None and len(memory.shapes) == 3
+
+
 def test_the_kernel_resets_the_peak_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     if not module.RESET.exists():
         pytest.skip("the kernel cannot reset it")

@@ -105,7 +105,7 @@ def test_the_norm_is_computed_of_all_parts_and_of_no_more_than_there_are_paramet
     deepspeed: None, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """DeepSpeed takes as many norms as there are parameters, and leaves the rest out."""
-    monkeypatch.setattr(joined_gradients, "AT_ONCE", 4)
+    monkeypatch.setattr(joined_gradients, "NUMBERS_AT_ONCE", 4)
     engine = Engine([[(10,)] * count])
     join_gradients(engine)
     for weight in engine.weights:

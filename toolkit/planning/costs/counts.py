@@ -20,7 +20,7 @@ from toolkit.models.backbone import empty_backbone
 from toolkit.models.backbone_config import backbone_config, fit_rows
 from toolkit.models.configuration import PoseTranslatorConfig
 from toolkit.models.language_models.tensor_plan import split_weights
-from toolkit.models.translator import PoseTranslator
+from toolkit.models.translator import FRESH, PoseTranslator
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.prompts import around_poses, own_words, placeholders
@@ -41,6 +41,7 @@ class Weight:
         trained: whether it trains.
         packed: whether it is held in int8 or NF4.
         linear: whether it is one of ``nn.Linear``, whose gradients DeepSpeed sends in autocast's type.
+        fresh: whether it is new in every run, and therefore has a learning rate of its own.
         split: whether ranks of a tensor-parallel group divide it.
     """
 
@@ -48,6 +49,7 @@ class Weight:
     trained: bool
     packed: bool = False
     linear: bool = False
+    fresh: bool = False
     split: bool = False
 
 
@@ -154,8 +156,15 @@ def adapted_translator(config: PreTrainedConfig, recipe: Recipe) -> tuple[PoseTr
     linear = {id(weight) for module in layers for weight in module.parameters(recurse=False)}
     split = {id(item) for item in split_weights(translator)}
     weights = [
-        Weight(item.numel(), item.requires_grad, id(item) in packed, id(item) in linear, id(item) in split)
-        for item in translator.parameters()
+        Weight(
+            item.numel(),
+            item.requires_grad,
+            packed=id(item) in packed,
+            linear=id(item) in linear,
+            fresh=name.startswith(FRESH),
+            split=id(item) in split,
+        )
+        for name, item in translator.named_parameters()
     ]
     return translator, weights
 

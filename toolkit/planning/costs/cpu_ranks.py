@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolkit.cpu import linear
 from toolkit.planning.costs.counts import Weight
 from toolkit.planning.costs.tracing import Trace
 from toolkit.planning.costs.zero import BYTES, ENGINE_BUCKET, STATE_BUFFERS, Items, ZeroMemory, zero_memory
-from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT
+from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT, NUMBERS_AT_ONCE
 from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
@@ -40,6 +40,7 @@ class _Rank:
         filled: what gradients fill of one bucket.
         early: share of the gradients that come after a bucket was full for the first time.
         linear: share of the trained numbers that are in linear layers.
+        group: trained numbers of the larger parameter group, those of the pose encoder or of the backbone.
     """
 
     zero: ZeroMemory
@@ -52,6 +53,7 @@ class _Rank:
     filled: float
     early: float
     linear: float
+    group: float
 
 
 def cpu_moments(
@@ -78,8 +80,11 @@ def cpu_moments(
         the items of ``zero.py``, and those of each moment.
     """
     rank = _rank(weights, recipe, config, world_size)
+    if joins := _joins(rank, recipe, config):  # gradients are whole when the pass is over
+        rank = replace(rank, filled=rank.trained * rank.size, early=0.0)
     zero, always = rank.zero, _always(rank, weights, config)
     whole = _whole_gradient(rank, world_size, micro_batches)
+    adds = micro_batches > 1 and not whole
     kept = always["gradients"]
     partition = zero.kept_gradients + zero.gradients - kept  # and at stage 1 bf16 gradients, until the update is over
     sums = {"gradients": kept + partition}
@@ -92,7 +97,7 @@ def cpu_moments(
         "gradient reduction": always
         | made
         | {"activations": rank.early * later.saved, "gathered weights": rank.early * zero.gathered}
-        | {"buckets": rank.filled + _reduction(rank, config, world_size, adds=micro_batches > 1 and not whole)},
+        | {"buckets": rank.filled + _reduction(rank, config, world_size, joins=joins, adds=adds)},
         "update": always | sums | {"copies of the update": _update(rank, config)},
     }
     if micro_batches > 1:
@@ -128,6 +133,10 @@ def _rank(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: i
         filled=min(bucket, trained) * size if stage >= 2 else 0.0,
         early=max(0.0, 1 - bucket / trained) if stage >= 2 else 0.0,
         linear=sum(item.numel for item in weights if item.trained and item.linear) / trained,
+        group=max(
+            float(sum(item.numel for item in weights if item.trained and item.fresh is fresh))
+            for fresh in (True, False)
+        ),
     )
 
 
@@ -154,11 +163,17 @@ def _always(rank: _Rank, weights: Sequence[Weight], config: Tree) -> Items:
         largest = max((item.numel for item in weights if item.trained), default=0)
         copies += rank.own * rank.size + 2 * largest * rank.size
     if optimizer == "nvme":
-        group = min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), rank.own)
+        group = _sub_group(rank, config)
         count = float(value_at(config, "zero_optimization.offload_optimizer.buffer_count") or STATE_BUFFERS)
         always |= {"master copy": 0.0, "moments": 0.0}
         copies = count * group * rank.master  # through which states, and the gradient, are read and written
     return always | {"copies of offloading": copies}
+
+
+def _sub_group(rank: _Rank, config: Tree) -> float:
+    """Numbers that this rank updates at once: at most those of a parameter group."""
+    own = rank.own * rank.group / rank.trained
+    return min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), own)
 
 
 def _start(rank: _Rank, always: Items) -> Items:
@@ -186,8 +201,30 @@ def _whole_gradient(rank: _Rank, world_size: int, micro_batches: int) -> float:
     return whole if sums and whole <= LARGEST_WHOLE_GRADIENT else 0.0
 
 
-def _reduction(rank: _Rank, config: Tree, world_size: int, *, adds: bool) -> float:
-    """Copies while gradients are summed over ranks; ``adds`` = to the sum of an earlier micro-batch."""
+def _joins(rank: _Rank, recipe: Recipe, config: Tree) -> bool:
+    """Whether whole gradients are moved into partitions at once (``training/optimization/joined_gradients.py``)."""
+    return (
+        rank.stage == 2
+        and rank.trained * rank.size <= LARGEST_WHOLE_GRADIENT
+        and rank.accumulated == rank.master == BYTES["fp32"]
+        and recipe.training.optimizer != "muon"
+        and not offload_device(config, "optimizer")
+        and not value_at(config, "zero_optimization.overlap_comm")
+    )
+
+
+def _joined(rank: _Rank, config: Tree, world_size: int) -> float:
+    """Copies beside whole gradients, each of which leaves as it is copied into the bucket of its parameter group."""
+    bucket = min(float(value_at(config, "zero_optimization.reduce_bucket_size") or ENGINE_BUCKET), rank.group)
+    moving = min(NUMBERS_AT_ONCE, bucket) * rank.size
+    if rank.size < BYTES["fp32"]:
+        return moving  # partitions in fp32 are there from the first micro-batch on
+    in_bf16 = rank.linear if value_at(config, "torch_autocast.enabled") and linear.has_fast_bf16() else 0.0
+    return max(moving, in_bf16 * bucket * BYTES["bf16"], (1 - in_bf16) * bucket * rank.size / world_size)
+
+
+def _reduction(rank: _Rank, config: Tree, world_size: int, *, joins: bool, adds: bool) -> float:
+    """Copies while gradients are summed over ranks; ``joins`` = many at a time, ``adds`` = to an earlier sum."""
     if rank.stage == 0:
         return min(ENGINE_BUCKET, rank.trained) * rank.size if world_size > 1 else 0.0
     if rank.stage == 1:
@@ -195,6 +232,8 @@ def _reduction(rank: _Rank, config: Tree, world_size: int, *, adds: bool) -> flo
     if rank.stage == 3:
         # Partitions in the order of ranks, gloo's clone of them, and this rank's share in the type of the sum.
         return rank.filled * (2 + rank.accumulated / rank.size / world_size)
+    if joins:
+        return _joined(rank, config, world_size)
     copies = rank.filled  # all gradients of a bucket in one tensor
     if value_at(config, "torch_autocast.enabled"):
         # Each type that is sent has a bucket, one after the other. Those of nn.Linear are sent in bf16, from one more
@@ -208,8 +247,7 @@ def _reduction(rank: _Rank, config: Tree, world_size: int, *, adds: bool) -> flo
 def _update(rank: _Rank, config: Tree) -> float:
     """Copies while the optimizer steps."""
     if rank.stage == 3 and not offload_device(config, "optimizer"):
-        group = min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), rank.own)
-        return group * rank.master
+        return _sub_group(rank, config) * rank.master
     if rank.stage == 2 and rank.accumulated == rank.size:
         return rank.own * rank.master
     return 0.0

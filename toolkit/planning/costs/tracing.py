@@ -44,6 +44,9 @@ UNTRACEABLE = (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
+# Matrix products, which oneDNN computes in bf16 by a kernel for each shape; of smaller ones torch has its own code.
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+SMALLEST_PRODUCT = 16**3  # multiplications
 INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten._unsafe_index_put.default")
 
 
@@ -56,12 +59,14 @@ class Trace:
         peak: most bytes at once, inputs, saved and temporary tensors; gradients of weights leave at once.
         kernels: operations that compute something.
         flops: of its matrix products, recomputation included.
+        bf16_products: its different matrix products in bf16: operator, shapes and strides.
     """
 
     saved: float
     peak: float
     kernels: float
     flops: float
+    bf16_products: frozenset[object] = frozenset()
 
 
 @dataclass
@@ -221,6 +226,7 @@ def _extrapolate(traced: TracedModel, marks: _Marks, live: _Live, saved: int) ->
         peak=max(peak + held[region] for region, peak in live.peaks.items()),
         kernels=kernels,
         flops=flops,
+        bf16_products=frozenset(live.bf16_products),
     )
 
 
@@ -326,6 +332,7 @@ class _Live(TorchDispatchMode):
         self.live = 0
         self.kernels = 0
         self.flops = 0.0
+        self.bf16_products: set[object] = set()
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -337,6 +344,8 @@ class _Live(TorchDispatchMode):
         by_mask = name in INDEXING and _by_mask(args[1])
         result = _all_rows(name, args) if by_mask else func(*args, **kwargs)
         packet = func.overloadpacket
+        if str(packet) in PRODUCTS and result.dtype == torch.bfloat16 and _products(args) > SMALLEST_PRODUCT:
+            self.bf16_products.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
         flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0.0
         made = [self.add(tensor) for tensor in _tensors(result)]
         launches = any(made) or name.split(".")[1].endswith("_")
@@ -365,6 +374,12 @@ class _Live(TorchDispatchMode):
 def _tensors(result: Any) -> list[Tensor]:
     values = result if isinstance(result, tuple | list) else (result,)
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _products(args: Any) -> int:
+    """Multiplications of a matrix product, of one matrix of a batch."""
+    left, right = _tensors(args)[-2:]
+    return int(left.shape[-2] * left.shape[-1] * right.shape[-1])
 
 
 def _by_mask(indices: Any) -> bool:

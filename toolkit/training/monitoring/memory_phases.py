@@ -28,6 +28,7 @@ KINDS = ("process", "allocated", "reserved")
 GIB = 2**30
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_RESIDENT_PEAK = "5"  # what the kernel wants to read in RESET
+MOST_SHAPES = 16  # of micro-batches; a run that computes more of them fills every cache of kernels
 GROWTH = 1.01  # peaks that differ by less are the same
 
 Peaks = dict[str, dict[str, float]]  # GiB by phase and kind; what is not known is left out
@@ -68,6 +69,7 @@ class MemoryPhases:
         batch: the micro-batch of the step that it is in, or of the last one.
         first, later: of all micro-batches those with most padded frames, among the first of a step and among the
             others.
+        shapes: of all different micro-batches, at most one more than are named.
         peaks: of this rank.
         of_ranks: of the fullest rank, as far as the ranks have compared them.
         libraries: resident bytes of the process at the beginning.
@@ -77,6 +79,7 @@ class MemoryPhases:
     batch: Shape | None = None
     first: Shape | None = None
     later: Shape | None = None
+    shapes: set[Shape] = field(default_factory=set)
     peaks: Peaks = field(default_factory=dict)
     of_ranks: Peaks = field(default_factory=dict)
     libraries: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
@@ -100,10 +103,18 @@ class MemoryPhases:
     def see(self, number: int, batch: Batch) -> None:
         """A step computes its ``number``-th micro-batch, from 1."""
         self.batch = shape = Shape.of(batch)
+        if len(self.shapes) <= MOST_SHAPES:
+            self.shapes.add(shape)
         if number == 1:
             self.first = Shape.largest([self.first, shape])
         else:
             self.later = Shape.largest([self.later, shape])
+
+    def named_shapes(self) -> tuple[tuple[int, int, int], ...] | None:
+        """Clips, frames and tokens of all different micro-batches of this rank; None where they are too many."""
+        if len(self.shapes) > MOST_SHAPES:
+            return None
+        return tuple(sorted((shape.clips, shape.frames, shape.tokens) for shape in self.shapes))
 
     def seen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The micro-batches of a step, each seen when it is computed."""

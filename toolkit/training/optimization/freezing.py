@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from toolkit.checkpointing.zero_shards import base_optimizer, shards
-from toolkit.training.optimization.optimizers import FRESH
+from toolkit.models.translator import FRESH
 
 
 class BackboneFreeze:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Elements that are copied by one call, and those whose norm is one call: while gradients are copied they are in memory
-# twice, and DeepSpeed computes norms in fp64.
-AT_ONCE = 2**22
+from toolkit.recipe.batches import NUMBERS_AT_ONCE
+
 FLUSH = "_flush_coalesced_reduction_zero12"  # the engine's method that moves them one by one
 
 
@@ -135,8 +134,8 @@ def reduce_joined(optimizer: Any, groups: Sequence[Sequence[_Bucket]]) -> None:
         earlier = before.flat_partition if before is not None and optimizer.dtype == torch.bfloat16 else None
         del before
         partition = _partition(optimizer, index, buckets, earlier)
-        # DeepSpeed computes the norm of each of these, and of as many as there are parameters.
-        parts = max(1, min(len(own), math.ceil(partition.numel() / AT_ONCE)))
+        # DeepSpeed computes the norm of each of these, in fp64, and of as many as there are parameters.
+        parts = max(1, min(len(own), math.ceil(partition.numel() / NUMBERS_AT_ONCE)))
         chunks = partition.split(max(1, math.ceil(partition.numel() / parts)))
         optimizer.averaged_gradients[index] = GradPartitionBufferGroup(chunks, partition)
     optimizer._release_ipg_buffers()  # of passes outside a coalesced reduction
@@ -170,7 +169,7 @@ def _take(bucket: _Bucket, memory: Tensor) -> None:
     """Move the gradients of a bucket into memory [elements], and zeros for parameters without one."""
     places = memory.split([weight.numel() for weight in bucket.weights])
     pairs = list(zip(bucket.weights, places, strict=True))
-    for some in _portions(pairs, [weight.numel() for weight in bucket.weights], AT_ONCE):
+    for some in _portions(pairs, [weight.numel() for weight in bucket.weights], NUMBERS_AT_ONCE):
         for weight, place in some:
             if weight.grad is None:
                 place.zero_()

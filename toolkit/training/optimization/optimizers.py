@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.models.translator import FRESH
 from toolkit.recipe.optimizers import MADE_BY_DEEPSPEED
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.optimization.learning_rate_layers import Place, places
 
-# Modules whose weights are random even where the backbone is pretrained.
-FRESH = ("pose_encoder.", "ctc_head.")
 # Root mean square of an AdamW update. Muon's is scaled to it, so that both share one learning rate (Liu et al. 2025,
 # "Muon is Scalable for LLM Training", arXiv:2502.16982).
 ADAMW_UPDATE_RMS = 0.2
