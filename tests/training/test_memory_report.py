@@ -68,6 +68,16 @@ def test_a_process_on_a_cpu_is_compared_with_its_plan(trainer: Any, monkeypatch:
     assert len(asked) == 1 and "planned" not in printed[1], "a short run is not worth it"
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_process_that_keeps_freed_memory_has_no_wrong_plan(
+    trainer: Any, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "keeps_memory", lambda: keeps)
+    monkeypatch.setattr(module, "planned_cpu_phases", lambda *_, **__: {"step": 2.0**30})
+    report_memory(trainer, HEAVIEST, lambda _: None)
+    assert trainer.warn.called is not keeps
+
+
 @pytest.mark.parametrize(("gib", "warns"), [(4.2, False), (2.0, True)])
 def test_a_gpu_is_compared_with_its_plan(
     trainer: Any, gib: float, warns: bool, monkeypatch: pytest.MonkeyPatch
