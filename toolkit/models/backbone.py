@@ -119,6 +119,23 @@ def reader(backbone: PreTrainedModel) -> PreTrainedModel:
     return stacks(backbone)[0]
 
 
+def set_checkpointing(backbone: Any, on: bool, **settings: Any) -> None:
+    """Have a backbone recompute its layers' activations in backward passes, or keep them again.
+
+    Args:
+        backbone: a model of transformers, or one with adapters around it.
+        on: whether it recomputes them.
+        settings: of ``torch.utils.checkpoint.checkpoint``.
+    """
+    # transformers 5.23 has renamed both, and warns of the names that it had before.
+    kind = "activation" if hasattr(backbone, "activation_checkpointing_enable") else "gradient"
+    if on:
+        # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
+        getattr(backbone, f"{kind}_checkpointing_enable")({"use_reentrant": False, **settings})
+    else:
+        getattr(backbone, f"{kind}_checkpointing_disable")()
+
+
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of ``config`` that describes the encoder; most architectures have one configuration for both halves."""
     part = getattr(config, "encoder", None)

@@ -12,7 +12,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.models.adaptation.adapters import adapt
 from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens
 from toolkit.models.adaptation.quantisation import mark_quantised
-from toolkit.models.backbone import empty_backbone, is_known
+from toolkit.models.backbone import empty_backbone, is_known, set_checkpointing
 from toolkit.models.backbone_config import (
     backbone_config,
     fitted_config,
@@ -127,8 +127,7 @@ def build_translator(
             weights=start.base,
         )
     if recipe.training.gradient_checkpointing:
-        # Reentrant checkpointing loses the gradients of an encoder whose inputs need none.
-        backbone.gradient_checkpointing_enable({"use_reentrant": False, **recomputation(backbone)})
+        set_checkpointing(backbone, True, **recomputation(backbone))
     return translator
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.cpu.layers import use_cpu_layers
-from toolkit.models.backbone import halves, layer_list
+from toolkit.models.backbone import halves, layer_list, set_checkpointing
 from toolkit.models.dtypes import TORCH_DTYPES
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
@@ -131,7 +131,7 @@ def trace(
         for module, kind in _packed_types(model).items():
             module.to(kind)
     model.train()
-    _set_checkpointing(model, checkpointing)
+    set_checkpointing(model.backbone, checkpointing)
     config = model.config
     device = torch.device("cpu" if on_cpu else "meta")
     mode = fake or nullcontext()
@@ -236,13 +236,6 @@ def _last_layer(stack: list[tuple[int, int, float]]) -> tuple[int, int, float]:
         return 0, 0, 0.0
     before, after = stack[-2:]
     return after[0] - before[0], after[1] - before[1], after[2] - before[2]
-
-
-def _set_checkpointing(model: PoseTranslator, on: bool) -> None:
-    if on:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.backbone.activation_checkpointing_disable()
 
 
 @contextmanager
