@@ -53,8 +53,23 @@ def test_offloaded_states_are_on_the_host() -> None:
 
 def test_buckets_have_the_size_of_the_json() -> None:
     assert memory("zero2").buckets == 50_000_000 * 2
-    assert memory("zero2_autocast").buckets == 2 * 50_000_000 * 4  # one for each type that is sent
+    assert memory("zero2_autocast", 2).buckets == 2 * 50_000_000 * 4  # one for each type that is sent
     assert memory("zero2", reduce_bucket_size=1000).buckets == 2000
+
+
+def test_gradients_that_move_many_at_a_time_are_whole_and_need_no_buckets() -> None:
+    """Of adapters at stage 2, and of one rank that sums in fp32; the copies are of 4 million numbers at most."""
+    adapters = [Weight(10**9, False), Weight(10**7, True)]
+    for ds, ranks, weights, size in (("zero2", 8, adapters, 2), ("zero2_autocast", 1, BILLION, 4)):
+        item = memory(ds, ranks, weights=weights)
+        trained = sum(weight.numel for weight in weights if weight.trained)
+        assert item.buckets == 0 and item.reduction == (trained + 2**22) * size
+    assert memory("zero2", 8).buckets
+
+
+def test_a_single_rank_has_nothing_to_sum() -> None:
+    assert memory("zero0").reduction == memory("zero1").reduction == 0
+    assert memory("zero0", 2).reduction and memory("zero1", 2).reduction
 
 
 def test_stage_3_gathers_no_more_than_it_may() -> None:

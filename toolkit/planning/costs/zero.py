@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.planning.costs.counts import Weight
+from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT, NUMBERS_AT_ONCE
 from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
@@ -172,10 +173,11 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     types = 2 if value_at(config, "torch_autocast.enabled") else 1  # of what is communicated: each has its bucket
     buckets, filled = bucket * size * types, min(bucket, trained) * size
     offloaded = offload_device(config, "optimizer")
+    # A single rank has nothing to sum (`gradient_reduction.skip_sums_of_one_rank`).
+    engine_bucket = min(ENGINE_BUCKET, trained) if world_size > 1 else 0.0
     if stage == 0:
-        memory = _stage_0(memory, trained, size)
+        memory = _stage_0(memory, trained, size, engine_bucket)
     elif stage == 1 and size == BYTES["bf16"] and accumulated == BYTES["fp32"] and not offloaded:
-        engine_bucket = min(ENGINE_BUCKET, trained)
         memory = replace(
             memory,
             kept_gradients=trained * (accumulated + size),
@@ -184,12 +186,34 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         )
     elif stage < 3:
         memory = _stage_1_or_2(memory, trained, own, size, accumulated, master_size, partitioned=stage == 2)
-        memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled)
+        if _joins(recipe, config, trained * size, world_size):
+            # Gradients are whole until a pass is over, and then copied many at a time.
+            memory = replace(memory, reduction=trained * size + min(NUMBERS_AT_ONCE, trained) * size)
+        else:
+            memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled)
     else:
         memory = _stage_3(memory, config, weights, world_size, size, accumulated)
         memory = replace(memory, kept_buckets=buckets, reduction=min(bucket, trained) * accumulated)
     memory = _sent(memory, stage, trained * size, (trained + frozen) * size + packed * each, world_size)
     return _offloaded(memory, config, stage, own, size, master_size)
+
+
+def _joins(recipe: Recipe, config: Tree, gradient: float, world_size: int) -> bool:
+    """Whether gradients of stages 1 and 2 move many at a time (``training/optimization/joined_gradients.py``).
+
+    Stage 2 does where a rank may hold its whole ``gradient``, in bytes (``gradient_reduction.when_reduced``).
+    """
+    stage, size = value_at(config, "zero_optimization.stage"), BYTES[parameter_precision(config)]
+    accumulated = value_at(config, "data_types.grad_accum_dtype") or parameter_precision(config)
+    return (
+        (size == BYTES["fp32"] or stage == 2)
+        and (stage == 1 or gradient <= LARGEST_WHOLE_GRADIENT or (size == BYTES["fp32"] and world_size == 1))
+        and accumulated == "fp32"
+        and not value_at(config, "bf16.bf16_master_weights_and_grads")
+        and recipe.training.optimizer != "muon"
+        and not offload_device(config, "optimizer")
+        and not value_at(config, "zero_optimization.overlap_comm")
+    )
 
 
 def before_split(weights: Sequence[Weight], recipe: Recipe, config: Tree) -> Items:
@@ -198,10 +222,10 @@ def before_split(weights: Sequence[Weight], recipe: Recipe, config: Tree) -> Ite
     return {"weights before they are split": memory.trained + memory.frozen}
 
 
-def _stage_0(memory: ZeroMemory, trained: float, size: float) -> ZeroMemory:
+def _stage_0(memory: ZeroMemory, trained: float, size: float, bucket: float) -> ZeroMemory:
     """No ZeRO: fp32 weights are updated in place; others have a whole fp32 copy, and their gradients too."""
     if size == BYTES["fp32"]:
-        return replace(memory, master=0.0, gradients=trained * size, reduction=min(ENGINE_BUCKET, trained) * size)
+        return replace(memory, master=0.0, gradients=trained * size, reduction=bucket * size)
     return replace(memory, gradients=trained * size, update=trained * BYTES["fp32"])
 
 
