@@ -74,8 +74,10 @@ def test_a_process_that_keeps_freed_memory_has_no_wrong_plan(
 ) -> None:
     monkeypatch.setattr(module, "keeps_memory", lambda: keeps)
     monkeypatch.setattr(module, "planned_cpu_phases", lambda *_, **__: {"step": 2.0**30})
-    report_memory(trainer, HEAVIEST, lambda _: None)
+    printed: list[str] = []
+    report_memory(trainer, HEAVIEST, printed.append)
     assert trainer.warn.called is not keeps
+    assert ("keeps" in printed[0]) == keeps, "then the line says why they differ"
 
 
 @pytest.mark.parametrize(("gib", "warns"), [(4.2, False), (2.0, True)])

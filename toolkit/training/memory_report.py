@@ -23,6 +23,7 @@ log = logging.getLogger("toolkit")
 OFF = 0.15
 SMALL = 0.1
 LONG = 30.0  # seconds of steps; a plan for CPUs takes some, and a shorter run is a trial
+KEPT = "; freed memory that the process keeps is not planned"
 # What a report of a wrong plan needs, of the run directory.
 FILES = "recipe.yaml, deepspeed.json, environment.json, metrics.jsonl and log.txt"
 
@@ -41,10 +42,10 @@ def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[s
     planned = _planned(trainer, heaviest) if heaviest else {}
     for line in lines(peaks, planned):
         log.info(line)
-    echo(in_a_line(peaks, planned))
-    trainer.tracker.log(trainer.progress.step, memory_figures(peaks, planned), kind="memory")
-    # What a heap that is kept loses between its blocks is in no plan.
+    # What is kept for later steps has no plan, so that it cannot be wrong.
     is_comparable = torch.cuda.is_available() or not keeps_memory()
+    echo(in_a_line(peaks, planned) + ("" if is_comparable or not planned else KEPT))
+    trainer.tracker.log(trainer.progress.step, memory_figures(peaks, planned), kind="memory")
     if is_comparable and (warning := wrong_plan(peaks, planned, str(trainer.resolved.run_dir))):
         trainer.warn(warning)
 
