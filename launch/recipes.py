@@ -112,6 +112,8 @@ def _ls(arguments: argparse.Namespace) -> None:
     if arguments.memory:
         from toolkit.planning.overview import overview  # it imports torch
 
+        _keep_libraries_quiet()
+
         counted = [overview(recipe) for recipe in recipes]
         shown = [entry | asdict(one) for entry, one in zip(shown, counted, strict=True)]
         rows = [[*row, millions(one.trainable), one.states] for row, one in zip(rows, counted, strict=True)]
@@ -152,6 +154,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from toolkit.corpus.mixture.leakage import leakage_notes
     from toolkit.corpus.mixture.opening import open_prepared
     from toolkit.corpus.plan import landmarks_of
+
+    _keep_libraries_quiet()
 
     run = _resolve(arguments)
     corpus = open_prepared(run.recipe.data) if run.recipe.data.corpora or run.recipe.model.init_from else None
@@ -230,6 +234,8 @@ def _vocabulary(run: ResolvedRun) -> str:
 def _check_model(arguments: argparse.Namespace) -> None:
     from toolkit.planning.candidates import describe_candidate, examine
 
+    _keep_libraries_quiet()
+
     recipe = load_recipe("t5_small", [f"model.backbone={arguments.name}", *arguments.overrides])
     candidate = examine(recipe, arguments.card_gib, arguments.world_size)
     if arguments.json:
@@ -242,9 +248,18 @@ def _check_model(arguments: argparse.Namespace) -> None:
 def _docs(arguments: argparse.Namespace) -> None:
     from toolkit.planning.tables import write_tables
 
+    _keep_libraries_quiet()
+
     path = Path(__file__).resolve().parents[1] / "docs" / "models.md"
     write_tables(path)
     print(f"{shown(path)}: tables updated")
+
+
+def _keep_libraries_quiet() -> None:
+    """PEFT imports bitsandbytes, which warns of a missing kernel on processors that know bf16."""
+    from toolkit.cluster.logs import show_errors_only  # it imports transformers
+
+    show_errors_only()
 
 
 def _resolve(arguments: argparse.Namespace) -> ResolvedRun:
@@ -277,12 +292,10 @@ def _memory(run: ResolvedRun) -> str:
 
 def _planned_micro_batch(run: ResolvedRun) -> str:
     """How many clips the plan finds to fit into a forward pass on the GPUs that plan.py assumes."""
-    from toolkit.cluster.logs import show_errors_only
     from toolkit.planning.hardware import Hardware, parse_size
     from toolkit.planning.plan import Subject, largest_micro_batch
     from toolkit.planning.workload import workload_of
 
-    show_errors_only()
     hardware = Hardware(gpus=run.world_size, gpu_memory=parse_size(USUAL_GPU, "--gpu-memory"))
     more = f"python launch/plan.py --recipe {run.recipe.name} --gpu-memory SIZE plans others"
     try:

@@ -235,7 +235,7 @@ def test_check_model_says_what_it_takes(tmp_path, folder):
 
 def test_check_model_needs_no_hub_for_a_model_that_has_a_card(tmp_path):
     done = recipes("check-model", "Qwen/Qwen2.5-7B", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     found = json.loads(done.stdout)
     assert (found["backbone"], found["parameters"], found["tested"]) == ("Qwen/Qwen2.5-7B", 7_615_616_512, True)
     on_nf4 = next(way for way in found["ways"] if (way["name"], way["deepspeed"]) == ("LoRA on NF4", "zero2"))
