@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.recipe.resolving import error_of, run_of, write
 from toolkit.errors import UserError
+from toolkit.recipe.deepspeed.cells import types_in_words
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.deepspeed.keys import KNOWN, OWNED
 from toolkit.recipe.load import load_recipe, recipe_keys, recipe_names
@@ -56,6 +57,10 @@ def test_every_strategy_resolves_for_every_recipe(ds, world_size, has_gpu):
 def test_precision_is_the_jsons_and_a_recipe_may_lay_its_own_over_it():
     assert [run_of(ds=ds).precision for ds in ("zero0", "zero1", "zero2", "zero3")] == ["fp32", "bf16", "bf16", "bf16"]
     assert run_of(ds="zero0").autocast == "bfloat16"
+    assert [types_in_words(run_of(ds=ds).deepspeed) for ds in ("zero0", "zero1")] == [
+        "fp32 with bfloat16 autocast",
+        "bf16",
+    ]
     for ds in EVERYWHERE:
         demo = run_of("demo", ds=ds)
         assert (demo.precision, demo.autocast) == ("fp32", None)

@@ -34,6 +34,7 @@ from toolkit.models import PoseProcessor, PoseTranslator
 from toolkit.models.build import build_processor, build_translator, fetch_backbone
 from toolkit.models.loading.weights import count_weights
 from toolkit.models.tokenizers import find_unknown_characters
+from toolkit.recipe.deepspeed.cells import types_in_words
 from toolkit.recipe.paths import BEST
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.reporting.report import write_report
@@ -237,7 +238,9 @@ def open_trainer(
     origin = warm_start(resolved, ranks, corpus, processor.tokenizer, resumes=start.checkpoint is not None, echo=echo)
     model = build_translator(resolved, corpus, processor.tokenizer, origin)
     fingerprint = model.base.fingerprint if model.base else ""
-    echo(f"model: {recipe.model.backbone}, {describe(model)}; {resolved.precision}, ZeRO {resolved.zero_stage}")
+    echo(
+        f"model: {recipe.model.backbone}, {describe(model)}; {types_in_words(resolved.deepspeed)}, ZeRO {resolved.zero_stage}"
+    )
     seed_everything(recipe.training.seed + 1 + ranks.data_parallel_rank)
     engine, peaks = make_engine(model, resolved)
     _resume(engine, resolved, start, fingerprint, echo)

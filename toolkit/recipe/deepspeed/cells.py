@@ -37,6 +37,12 @@ def parameter_precision(config: Tree) -> str:
     return "fp32"
 
 
+def types_in_words(config: Tree) -> str:
+    """The types of parameters and of products with a resolved DeepSpeed JSON."""
+    autocast = autocast_type(config)
+    return parameter_precision(config) + (f" with {autocast} autocast" if autocast else "")
+
+
 def autocast_type(config: Tree) -> str | None:
     """The type in which matrix products of fp32 parameters are computed (torch_autocast), or None."""
     if not value_at(config, "torch_autocast.enabled"):
