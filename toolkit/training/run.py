@@ -238,9 +238,8 @@ def open_trainer(
     origin = warm_start(resolved, ranks, corpus, processor.tokenizer, resumes=start.checkpoint is not None, echo=echo)
     model = build_translator(resolved, corpus, processor.tokenizer, origin)
     fingerprint = model.base.fingerprint if model.base else ""
-    echo(
-        f"model: {recipe.model.backbone}, {describe(model)}; {types_in_words(resolved.deepspeed)}, ZeRO {resolved.zero_stage}"
-    )
+    types = types_in_words(resolved.deepspeed)
+    echo(f"model: {recipe.model.backbone}, {describe(model)}; {types}, ZeRO {resolved.zero_stage}")
     seed_everything(recipe.training.seed + 1 + ranks.data_parallel_rank)
     engine, peaks = make_engine(model, resolved)
     _resume(engine, resolved, start, fingerprint, echo)
