@@ -57,13 +57,13 @@ class Training(NamedTuple):
 
     def measure(self, processes: Processes, toy: bool) -> dict[str, Any]:
         """Turns of all sides, one at a time."""
-        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in processes.ready}
+        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in self.sides if side in processes.ready}
         for _ in range(1 if toy else ROUNDS):
-            for side in list(processes.ready):
+            for side in [side for side in turns if side in processes.ready]:
                 if sum(turn["seconds"] for turn in turns[side]) < LONGEST:
                     turns[side] += processes.turn(side, self.steps(side, toy))
         found: dict[str, dict[str, Any]] = {}
-        for side in list(processes.ready):
+        for side in [side for side in turns if side in processes.ready]:
             for profile in processes.turn(side, f"profile {min(self.steps(side, toy), PROFILED)}"):
                 found[side] = figures_of(turns[side], profile)
                 found[side]["first_turn_seconds"] = round(processes.first[side]["seconds"], 1)
