@@ -12,6 +12,7 @@ from toolkit.errors import UserError
 from toolkit.planning.afterwards import Computed
 from toolkit.training import memory_report as module
 from toolkit.training.memory_report import in_a_line, lines, report_memory, wrong_plan
+from toolkit.training.monitoring.memory_phases import KEEPS
 
 GPU = {"start": {"process": 2.0, "allocated": 1.0}, "step": {"process": 2.0, "allocated": 4.0, "reserved": 5.0}}
 HEAVIEST = Computed(2, 30, 8)
@@ -70,14 +71,29 @@ def test_a_process_on_a_cpu_is_compared_with_its_plan(trainer: Any, monkeypatch:
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_process_that_keeps_freed_memory_has_no_wrong_plan(
-    trainer: Any, keeps: bool, monkeypatch: pytest.MonkeyPatch
+    trainer: Any, keeps: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "toolkit")
     monkeypatch.setattr(module, "keeps_memory", lambda: keeps)
     monkeypatch.setattr(module, "planned_cpu_phases", lambda *_, **__: {"step": 2.0**30})
     printed: list[str] = []
     report_memory(trainer, HEAVIEST, printed.append)
     assert trainer.warn.called is not keeps
-    assert ("keeps" in printed[0]) == keeps, "then the line says why they differ"
+    assert printed[0].endswith("; freed memory that the process keeps is not planned") == keeps
+    assert (caplog.messages[-1] == "memory: freed memory that the process keeps is not planned") == keeps
+    assert trainer.tracker.log.call_args.args[1].get(KEEPS) == (1.0 if keeps else None), "the report reads it"
+
+
+def test_where_nothing_was_planned_nothing_is_said_of_what_a_plan_leaves_out(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "toolkit")
+    monkeypatch.setattr(module, "keeps_memory", lambda: True)
+    trainer.progress.seconds = 3.0
+    printed: list[str] = []
+    report_memory(trainer, HEAVIEST, printed.append)
+    assert not any("keeps" in text for text in [*printed, *caplog.messages])
+    assert KEEPS not in trainer.tracker.log.call_args.args[1]
 
 
 @pytest.mark.parametrize(("gib", "warns"), [(4.2, False), (2.0, True)])

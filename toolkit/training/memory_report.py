@@ -13,7 +13,7 @@ from toolkit.cpu.allocator import keeps_memory
 from toolkit.errors import UserError
 from toolkit.planning.afterwards import Computed, planned_cpu_phases, planned_phases
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
-from toolkit.training.monitoring.memory_phases import PHASES, Peaks, memory_figures
+from toolkit.training.monitoring.memory_phases import KEEPS, PHASES, Peaks, memory_figures
 from toolkit.training.out_of_memory import computed, hardware_of
 from toolkit.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ log = logging.getLogger("toolkit")
 OFF = 0.15
 SMALL = 0.1
 LONG = 30.0  # seconds of steps; a plan for CPUs takes some, and a shorter run is a trial
-KEPT = "; freed memory that the process keeps is not planned"
+KEPT = "freed memory that the process keeps is not planned"
 # What a report of a wrong plan needs, of the run directory.
 FILES = "recipe.yaml, deepspeed.json, environment.json, metrics.jsonl and log.txt"
 
@@ -40,13 +40,14 @@ def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[s
     """Report the peaks that were compared, on rank 0, beside the plan, which takes a second, or some on CPUs."""
     peaks = trainer.memory.of_ranks
     planned = _planned(trainer, heaviest) if heaviest else {}
-    for line in lines(peaks, planned):
+    # No plan holds what a process keeps for later steps, so that a difference from it is no fault of the plan.
+    keeps = keeps_memory() and not torch.cuda.is_available()
+    for line in [*lines(peaks, planned), *([f"memory: {KEPT}"] if keeps and planned else [])]:
         log.info(line)
-    # What is kept for later steps has no plan, so that it cannot be wrong.
-    is_comparable = torch.cuda.is_available() or not keeps_memory()
-    echo(in_a_line(peaks, planned) + ("" if is_comparable or not planned else KEPT))
-    trainer.tracker.log(trainer.progress.step, memory_figures(peaks, planned), kind="memory")
-    if is_comparable and (warning := wrong_plan(peaks, planned, str(trainer.resolved.run_dir))):
+    echo(in_a_line(peaks, planned) + (f"; {KEPT}" if keeps and planned else ""))
+    figures = memory_figures(peaks, planned) | ({KEEPS: 1.0} if keeps and planned else {})
+    trainer.tracker.log(trainer.progress.step, figures, kind="memory")
+    if not keeps and (warning := wrong_plan(peaks, planned, str(trainer.resolved.run_dir))):
         trainer.warn(warning)
 
 

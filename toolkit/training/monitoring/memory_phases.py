@@ -25,6 +25,8 @@ Phase = Literal["start", "step", "evaluation", "save"]
 PHASES: tuple[Phase, ...] = ("start", "step", "evaluation", "save")
 # Of each phase: the process's resident memory, and of its GPU what torch has allocated and reserved.
 KINDS = ("process", "allocated", "reserved")
+# The figure beside them, 1, where the process keeps freed memory, which the plan leaves out.
+KEEPS = "keeps_freed_memory"
 GIB = 2**30
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_RESIDENT_PEAK = "5"  # what the kernel wants to read in RESET
