@@ -178,12 +178,7 @@ def freed_memory_goes() -> None:
     keep_freed_memory = bool
 
 
-def written_layers() -> None:
-    engine.compile_layers = lambda model: 0
-
-
 WITHOUT = {
-    "compiled_layers": written_layers,
     "label_scores": score_padding,
     "quick_dropout": torch_dropout,
     "quick_attention": torch_attention,

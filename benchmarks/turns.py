@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from operator_calls import Calls
 
 
 def orders() -> Iterator[int]:
-    """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4`` or ``trace 4 FILE``."""
+    """How many steps to take next: ``4``, ``count`` (one, counted) or ``profile 4``."""
     print("ready", flush=True)
     for line in sys.stdin:
         name, *rest = line.split()
         if name == "count":
             watching.append(Calls().__enter__())
-        elif name in ("profile", "trace"):
-            watching.append(Profile(Path(rest[1]) if name == "trace" else None).__enter__())
+        elif name == "profile":
+            watching.append(Profile().__enter__())
         yield int(rest[0]) if rest else 1 if watching else int(name)
 
 
@@ -29,13 +28,11 @@ watching: list[Any] = []  # what counts or profiles the turn, if anything does
 
 
 class Profile:
-    """Records what the GPU does in a turn; without one, or where a file gets tables of both, also what the CPU does."""
+    """Records what the GPU does in a turn; without one, what the CPU does."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self) -> None:
         activity = torch.profiler.ProfilerActivity
-        on_gpu = [activity.CUDA] if torch.cuda.is_available() else []
-        self.file = file
-        self.own = torch.profiler.profile(activities=[*on_gpu, *([activity.CPU] if file or not on_gpu else [])])
+        self.own = torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
 
     def __enter__(self) -> Profile:
         self.own.__enter__()
@@ -49,14 +46,6 @@ class Profile:
         events = self.own.profiler.kineto_results.events()  # type: ignore[union-attr]
         ours = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
         return [(event.start_ns() / 1e9, event.end_ns() / 1e9) for event in ours]
-
-    def write(self) -> None:
-        """What took longest on the host, and on the GPU."""
-        if self.file:
-            found = self.own.key_averages()
-            keys = ["self_cpu_time_total", *(["self_cuda_time_total"] if torch.cuda.is_available() else [])]
-            tables = (found.table(sort_by=key, row_limit=60, max_name_column_width=100) for key in keys)
-            self.file.write_text("\n".join(tables), encoding="utf-8")
 
 
 def elapsed(started: float) -> float:
@@ -84,7 +73,6 @@ def seen(watch: Any, seconds: float) -> dict[str, Any]:
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
     if not torch.cuda.is_available():
         return {}
-    watch.write()
     spans = watch.spans()
     peak = torch.cuda.max_memory_allocated() / 2**30
     return {"busy_seconds": covered(spans), "launches": len(spans), "peak_gib": round(peak, 2)}

@@ -126,7 +126,7 @@ def _end_failed(graph: Any, pool: Any) -> None:
     with contextlib.suppress(RuntimeError), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         empty = torch.cuda.CUDAGraph()
-        empty.capture_begin()
+        empty.capture_begin(capture_error_mode="thread_local")
         empty.capture_end()
 
 

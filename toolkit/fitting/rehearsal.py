@@ -320,10 +320,9 @@ class _Engine:
         return self._measured(seconds)
 
     def _backward(self, shapes: Sequence[Shape], *, ends_step: bool) -> float:
-        """Without compiled layers, which keep less, take long at first, and may fail."""
         before = time.monotonic()
         batches = (self._batch(shape).to(self.engine.device) for shape in shapes)
-        with uncompiled(self.engine.module):
+        with uncompiled(self.engine.module):  # compiled layers keep less, take long at first, and may fail
             if self.graphs and ends_step:
                 self.graphs.backward(batches, torch.ones(()), lambda _: contextlib.nullcontext())
                 if self.graphs.out_of_memory:
@@ -335,8 +334,8 @@ class _Engine:
         return time.monotonic() - before
 
     def _written_backward(self, batches: Iterable[Batch], count: int, *, ends_step: bool) -> None:
-        late = ends_step or self.resolved.zero_stage > 1  # stage 1 reduces nothing before the step ends
-        when = when_reduced(self.engine) if late else "as they come"
+        # Stage 1 reduces nothing before the step ends.
+        when = when_reduced(self.engine) if ends_step or self.resolved.zero_stage > 1 else "as they come"
         with reduced_once(self.engine, when, count):
             for number, batch in enumerate(batches, start=1):
                 self.engine.set_gradient_accumulation_boundary(ends_step and number == count)
@@ -368,9 +367,8 @@ class _Engine:
     def _measured(self, seconds: float, more: int = 0) -> Measured:
         """What was measured; ``more`` bytes would be taken besides on CPUs."""
         if torch.cuda.is_available():
-            reserved = torch.cuda.max_memory_reserved()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-            return Measured(seconds=seconds, resident=reserved, room=free - reserve())
+            return Measured(seconds=seconds, resident=torch.cuda.max_memory_reserved(), room=free - reserve())
         resident, address_space = map(max, zip(peaks(), self.built, strict=True))
         if not self.steps:
             resident = max(resident, self.passed.without_activations)

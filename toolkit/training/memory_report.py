@@ -40,7 +40,7 @@ def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[s
     """Report the peaks that were compared, on rank 0, beside the plan, which takes a second, or some on CPUs."""
     peaks = trainer.memory.of_ranks
     planned = _planned(trainer, heaviest) if heaviest else {}
-    # No plan holds what a process keeps for later steps, so that a difference from it is no fault of the plan.
+    # No plan holds what a process keeps for later steps; docs/planning.md says how much that can be.
     keeps = keeps_memory() and not torch.cuda.is_available()
     for line in [*lines(peaks, planned), *([f"memory: {KEPT}"] if keeps and planned else [])]:
         log.info(line)

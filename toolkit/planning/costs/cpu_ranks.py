@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 from toolkit.cpu import linear
 from toolkit.planning.costs.counts import Weight
 from toolkit.planning.costs.tracing import Trace
-from toolkit.planning.costs.zero import BYTES, ENGINE_BUCKET, STATE_BUFFERS, Items, ZeroMemory, zero_memory
+from toolkit.planning.costs.zero import (
+    BYTES,
+    ENGINE_BUCKET,
+    STATE_BUFFERS,
+    Items,
+    ZeroMemory,
+    joins_gradients,
+    zero_memory,
+)
 from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT, NUMBERS_AT_ONCE
 from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
 from toolkit.recipe.schema import Recipe
@@ -80,7 +88,9 @@ def cpu_moments(
         the items of ``zero.py``, and those of each moment.
     """
     rank = _rank(weights, recipe, config, world_size)
-    if joins := _joins(rank, recipe, config):  # gradients are whole when the pass is over
+    gradient = rank.trained * rank.size
+    joins = rank.stage == 2 and gradient <= LARGEST_WHOLE_GRADIENT
+    if joins := joins and joins_gradients(recipe, config, gradient, world_size):  # whole when the pass is over
         rank = replace(rank, filled=rank.trained * rank.size, early=0.0)
     zero, always = rank.zero, _always(rank, weights, config)
     whole = _whole_gradient(rank, world_size, micro_batches)
@@ -199,18 +209,6 @@ def _whole_gradient(rank: _Rank, world_size: int, micro_batches: int) -> float:
     whole = rank.trained * rank.size
     sums = rank.stage >= 2 and world_size > 1 and micro_batches > 1 and rank.size == BYTES["fp32"]
     return whole if sums and whole <= LARGEST_WHOLE_GRADIENT else 0.0
-
-
-def _joins(rank: _Rank, recipe: Recipe, config: Tree) -> bool:
-    """Whether whole gradients are moved into partitions at once (``training/optimization/joined_gradients.py``)."""
-    return (
-        rank.stage == 2
-        and rank.trained * rank.size <= LARGEST_WHOLE_GRADIENT
-        and rank.accumulated == rank.master == BYTES["fp32"]
-        and recipe.training.optimizer != "muon"
-        and not offload_device(config, "optimizer")
-        and not value_at(config, "zero_optimization.overlap_comm")
-    )
 
 
 def _joined(rank: _Rank, config: Tree, world_size: int) -> float:

@@ -186,7 +186,7 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         )
     elif stage < 3:
         memory = _stage_1_or_2(memory, trained, own, size, accumulated, master_size, partitioned=stage == 2)
-        if _joins(recipe, config, trained * size, world_size):
+        if joins_gradients(recipe, config, trained * size, world_size):
             # Gradients are whole until a pass is over, and then copied many at a time.
             memory = replace(memory, reduction=trained * size + min(NUMBERS_AT_ONCE, trained) * size)
         else:
@@ -198,16 +198,16 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     return _offloaded(memory, config, stage, own, size, master_size)
 
 
-def _joins(recipe: Recipe, config: Tree, gradient: float, world_size: int) -> bool:
+def joins_gradients(recipe: Recipe, config: Tree, gradient: float, world_size: int) -> bool:
     """Whether gradients of stages 1 and 2 move many at a time (``training/optimization/joined_gradients.py``).
 
     Stage 2 does where a rank may hold its whole ``gradient``, in bytes (``gradient_reduction.when_reduced``).
     """
-    stage, size = value_at(config, "zero_optimization.stage"), BYTES[parameter_precision(config)]
-    accumulated = value_at(config, "data_types.grad_accum_dtype") or parameter_precision(config)
+    stage, precision = value_at(config, "zero_optimization.stage"), parameter_precision(config)
+    accumulated = value_at(config, "data_types.grad_accum_dtype") or precision
+    may_be_whole = gradient <= LARGEST_WHOLE_GRADIENT or (precision == "fp32" and world_size == 1)
     return (
-        (size == BYTES["fp32"] or stage == 2)
-        and (stage == 1 or gradient <= LARGEST_WHOLE_GRADIENT or (size == BYTES["fp32"] and world_size == 1))
+        ((precision == "fp32" and stage == 1) or (precision in ("fp32", "bf16") and stage == 2 and may_be_whole))
         and accumulated == "fp32"
         and not value_at(config, "bf16.bf16_master_weights_and_grads")
         and recipe.training.optimizer != "muon"
