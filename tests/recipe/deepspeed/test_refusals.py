@@ -91,8 +91,9 @@ def test_a_value_that_requests_nothing_is_removed(refusal):
 
 
 def test_deepcompile_is_refused_on_several_ranks_alone():
-    assert not read_deepspeed("zero3_deepcompile").problems
-    (problem,) = read_deepspeed("zero3_deepcompile", world_size=2).problems
+    compiled = {"compile": {"deepcompile": True}}
+    assert not read_deepspeed("zero3", compiled).problems
+    (problem,) = read_deepspeed("zero3", compiled, world_size=2).problems
     assert "DeepSpeed#7611" in problem.message and "--ds zero3" in problem.hint
 
 
