@@ -54,11 +54,20 @@ class Life:
         return [entry["step"] for entry in self.entries if entry["kind"] == "eval"]
 
 
-def live(user: User, recipe: str, ranks: int, *, data: list[str] | None = None, name: str = "", clips: int = 0) -> Life:
+def live(
+    user: User,
+    recipe: str,
+    ranks: int,
+    *,
+    data: list[str] | None = None,
+    name: str = "",
+    clips: int = 0,
+    script: str = "launch/train.py",
+) -> Life:
     """Train a recipe; SIGTERM reaches all ranks, as a scheduler sends it, in the first epoch after an evaluation.
 
     ``data`` are overrides that say what is learnt from what, those of the user's clips by default; ``clips`` are those
-    of an epoch, where it is not each training clip of the table once.
+    of an epoch, where it is not each training clip of the table once; ``script`` trains.
     """
     training, name = load_recipe(recipe).training, name or recipe
     table = Path(user.data[-2].partition("=")[2])
@@ -72,7 +81,7 @@ def live(user: User, recipe: str, ranks: int, *, data: list[str] | None = None, 
     output.parent.mkdir(exist_ok=True)
     with output.open("w") as out:
         run = subprocess.Popen(
-            user.words("launch/train.py", *arguments, ranks=ranks),
+            user.words(script, *arguments, ranks=ranks),
             cwd=user.clone, env=user.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -85,7 +94,7 @@ def live(user: User, recipe: str, ranks: int, *, data: list[str] | None = None, 
     assert code == EXIT_INTERRUPTED, output.read_text()
     stopped_at = entries_of(folder)[-1]["step"]
     assert f"after step {stopped_at} of " in output.read_text()
-    done = user.run("launch/train.py", *arguments, "--json", ranks=ranks)
+    done = user.run(script, *arguments, "--json", ranks=ranks)
     assert done.code == 0, done.out + done.err
     assert f"checkpoints/step_{stopped_at:06d}" in done.out
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"

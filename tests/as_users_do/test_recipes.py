@@ -27,14 +27,15 @@ MAY_BE_SET = {
     "training.max_steps",
     "run.dir",
 }
-# What test_transfer.py is about, and what its runs without a stop are given of those with one.
-OF_TRANSFER = {
+# What test_transfer.py and test_graphs.py are about, and what runs without a stop are given of those with one.
+OF_OTHERS = {
     "data.features",
     "data.features_fps",
     "data.corpora",
     "data.epoch_clips",
     "model.vocabulary",
     "model.init_from",
+    "training.compile",
     "run.dir",
     "training.micro_batch_size",
     "training.micro_batch_frames",
@@ -81,7 +82,7 @@ def test_nothing_is_set_for_speed() -> None:
         return set(re.findall(r'"([a-z_]+\.[a-z_.]+)=', "".join(sources)))
 
     assert settings("conftest.py", "life.py", "test_recipes.py") == MAY_BE_SET
-    assert settings("test_transfer.py") == OF_TRANSFER
+    assert settings("test_transfer.py", "test_graphs.py", "whole_runs.py") == OF_OTHERS
 
 
 @pytest.mark.nightly

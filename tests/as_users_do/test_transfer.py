@@ -12,6 +12,7 @@ import pytest
 
 from tests.as_users_do.conftest import User
 from tests.as_users_do.life import FEATURES_FPS, Life, entries_of, live, use
+from tests.as_users_do.whole_runs import run_without_a_stop
 from tests.written_features import write_features
 
 RECIPE, RANKS, WIDTH = "t5_small", 2, 48
@@ -30,15 +31,8 @@ def features(many_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def resumed_exactly(user: User, life: Life) -> None:
-    """Train once more without a stop, with the micro-batches that the run chose: every loss is the same."""
-    choice = json.loads((life.folder / "micro_batch.json").read_text())
-    whole = life.folder.with_name(f"{life.name}_whole")
-    chosen = [f"training.micro_batch_size={choice['clips']}", f"evaluation.batch_frames={choice['batch_frames']}"]
-    if choice["frames"]:
-        chosen.append(f"training.micro_batch_frames={choice['frames']}")
-    arguments = [word for word in life.arguments if not word.startswith("run.dir=")]
-    done = user.run("launch/train.py", *arguments, *chosen, f"run.dir={whole}", ranks=RANKS)
-    assert done.code == 0, done.out + done.err
+    """Every loss and every score is that of a run without a stop."""
+    whole = run_without_a_stop(user, life, RANKS)
     found, wanted = (
         [(entry["step"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
         for entries in (life.entries, entries_of(whole))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
 
 from tests.rank_workers import change_weights, run_cases, start_run, steps_of
+from tests.scripts import load_script
 from toolkit.checkpointing.checkpoints import Progress, read_state
 from toolkit.checkpointing.reader import load_checkpoint
 from toolkit.checkpointing.zero_shards import shards
@@ -35,7 +39,10 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     # about small models.
     compiled.BACKEND = "aot_eager"  # graphs as on a GPU, without kernels
     gradient_reduction.LARGEST_WHOLE_GRADIENT = LARGEST_WHOLE_GRADIENT if case.get("small") else 0
-    with open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
+    # A case that counts runs the code of GPUs.
+    path = mock.patch.dict(os.environ, {"TOOLKIT_CPU_CODE": "0"}) if case.get("waits") else nullcontext()
+    with path, open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
+        waits = count_waits(trainer) if case.get("waits") else []
         micro_batches, frames, sent = *count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
         batches = start_loader(resolved, ranks, corpus, trainer.progress)
@@ -61,6 +68,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         "frames": sorted(frames),
         "ladder": batches.ladder.frames if batches.ladder else (),
         "sent": sent,
+        "waits": waits,
         "joins": joins_gradients(trainer.engine),
         "gradients": gradients,
         "losses": [line["loss"] for line in steps],
@@ -114,6 +122,21 @@ def count_sent(trainer: Any) -> list[int]:
         finally:
             for name, function in own.items():
                 setattr(deepspeed.comm, name, function)
+
+    trainer.step = counted
+    return counts
+
+
+def count_waits(trainer: Any) -> list[dict[str, int]]:
+    """A list that grows with every step by how often its host would wait for a GPU, by whose code and for what."""
+    counts: list[dict[str, int]] = []
+    step = trainer.step
+
+    def counted(batches: Any) -> bool:
+        with load_script("benchmarks/operator_calls.py").Calls() as calls:
+            stop = step(batches)
+        counts.append({": ".join(key): count for key, count in calls.waits.items()})
+        return stop
 
     trainer.step = counted
     return counts

@@ -51,6 +51,7 @@ COMPILED = {
     "zero2-ema": ([*FP32, "training.ema=0.5"], "ema-zero0"),
     "zero2_offload": (FP32, "fp32-zero1"),
 }
+WAITS_BY_DAY = ("zero2", "zero3")
 COMPILED_BY_DAY = ()  # two ranks that compile take half a minute
 # Seven clips a step, three in the last one of an epoch: of two ranks one has four, of three ranks one has three.
 UNEVEN = [*FP32, "training.global_batch_size=7"]
@@ -135,6 +136,11 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
             "ds": name.split("-")[0],
             "overrides": [*COMPILED[name][0], "training.compile=true"],
         }
+    for name in CONFIGS if night else WAITS_BY_DAY:
+        if name in here:
+            # torch's CTC loss takes lengths from the host.
+            overrides = ["training.ctc_weight=0", *([SMALL] if name in stage3 else [])]
+            chosen[f"waits-{name}"] = {"ds": name, "overrides": overrides, "waits": True}
     chosen |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
     chosen |= optimizer_cases(VARIANTS if night else VARIANTS_BY_DAY)
     chosen |= {f"uneven-{ds}": uneven(ds) for ds in (UNEVEN_ON if night else UNEVEN_BY_DAY)}
@@ -305,6 +311,15 @@ def test_gradients_are_the_same_at_all_stages_ranks_and_micro_batch_sizes(traine
         for name, (norm, product) in reference.items():
             assert found[name][0] == pytest.approx(norm, rel=1e-5), (other, name)
             assert found[name][1] == pytest.approx(product, abs=2e-5 * norm), (other, name)
+
+
+@pytest.mark.parametrize("name", cases(CONFIGS, WAITS_BY_DAY))
+def test_the_host_waits_once_a_step_beside_deepspeeds_own_checks(trained: dict[str, dict[str, Any]], name: str) -> None:
+    waits = case_of(trained, f"waits-{name}")["waits"]
+    assert len(waits) == STEPS
+    for step in waits:
+        ours = {key: count for key, count in step.items() if not key.startswith(("deepspeed: ", "torch/optim: "))}
+        assert sum(ours.values()) == 1, step
 
 
 def test_gradients_are_joined_where_their_sums_are_in_fp32(trained: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_micro_batches_of_different_shapes_are_replayed_from_the_second_step_on(
     plain = make("training.compile=false", "ds.zero_optimization.stage=0", "training.padding=ladder")
     assert losses == pytest.approx(losses_of(plain), rel=1e-5)
     assert trainer.engine.steps == STEPS
+    assert not any(total.requires_grad for total in trainer.graphs.sums), "replays keep nothing for autograd"
     memory = [graph.batch.poses.untyped_storage().data_ptr() for graph in trainer.graphs.graphs.values()]
     assert len(set(memory)) < len(memory), "graphs read from memory that they share"
 
@@ -74,6 +76,27 @@ def test_a_replay_draws_the_dropout_that_the_pass_would_have_drawn(
 ) -> None:
     assert losses_of(make(*GRAPHS, *DROPOUT)) == pytest.approx(written(make, monkeypatch, *DROPOUT), rel=1e-5)
     assert capture.replays
+
+
+def test_the_stand_in_keeps_nothing_that_a_pass_computes() -> None:
+    """What it kept would fill the memory of a run of some epochs."""
+    weights, total, made = torch.nn.Parameter(torch.ones(3)), torch.zeros(3), []
+
+    def call() -> torch.Tensor:
+        product = weights * 2
+        made.append(weakref.ref(product))
+        total.add_(torch.autograd.grad(product.square().sum(), weights)[0])
+        return product.detach().sum()
+
+    result, replay = RecordedCalls()(call)
+    assert not any(reference() is not None for reference in made)
+    with torch.no_grad():
+        weights.fill_(3.0)
+        total.zero_()
+    for _ in range(2):
+        replay()
+    assert result.item() == 18.0 and total.tolist() == [48.0] * 3
+    assert not result.requires_grad and not total.requires_grad
 
 
 def test_two_replays_of_one_batch_have_other_dropout(make: Make, capture: RecordedCalls) -> None:
