@@ -83,22 +83,20 @@ def largest_cache(model: PoseTranslator) -> int:
     return max(sizes)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "stride"), [("sdpa", 1), ("sdpa", 4), ("eager", 2)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention: str) -> None:
-    model = translator(name, stride=1)
+def test_the_cache_is_what_the_search_holds_and_little_more(name: str, attention: str, stride: int) -> None:
+    model = translator(name, stride)
     if name != "t5gemma":  # which has no other than eager
         model.backbone.set_attn_implementation(attention)
     estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
     held = largest_cache(model)
     assert held <= estimate.cache <= 1.5 * held
-    # A stride only makes it less.
-    assert largest_cache(translator(name, stride=2)) < held
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "llama"])
 def test_graphs_keep_what_is_counted(name: str) -> None:
-    model, graphs = translator(name, stride=1), StepGraphs(RecordedCalls())
+    model, graphs = translator(name, stride=2), StepGraphs(RecordedCalls())
     estimate = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS, graphs=True)
     poses, real = torch.randn(CLIPS, FRAMES, 5, 3), torch.ones(CLIPS, FRAMES, dtype=torch.bool)
     model.generate(poses, real[..., None].expand(-1, -1, 5), real, custom_generate=beam_search, graphs=graphs)

@@ -18,15 +18,17 @@ from torch import distributed as dist
 from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.order import evaluation_shapes
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
-from toolkit.models.backbone import beams_share_encoding, decoder_config
+from toolkit.models.backbone import beams_share_encoding, decoder_config, encoder_config
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.translator import PoseTranslator
 
 LARGEST_SHARE = 0.9
 """Of the free memory; allocators lose the rest between their blocks."""
 FLOAT32 = 4
-# What architectures call the decoder's layers and attention heads, the particular names first.
+# What architectures call the decoder's layers and attention heads, and the width of the encoder's feed-forward layers,
+# the particular names first.
 LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+FEED_FORWARD = ("encoder_ffn_dim", "d_ff", "intermediate_size")
 HEADS = ("decoder_attention_heads", "num_attention_heads")
 
 
@@ -81,9 +83,13 @@ def translation_memory(
     width = _first(decoder, "d_kv", "head_dim", missing=0) or model.pose_encoder.width // heads
     inner = width * _first(decoder, "num_key_value_heads", missing=heads)  # of keys, or of values
     # The pose encoder may shorten a clip, but its first layers see every frame.
-    length = frames * model.pose_encoder.vectors_per_position + model.config.longest_prefix
-    positions, widest = clips * length, 4 * max(model.pose_encoder.width, model.config.pose_encoder["hidden"])
-    widest = max(widest, 2 * model.config.num_features)
+    poses = model.pose_encoder
+    length = poses.length(frames) + model.config.longest_prefix
+    positions, seen = clips * length, clips * frames * poses.vectors_per_position
+    inner_layers = max(4 * poses.width, _first(encoder_config(config), *FEED_FORWARD, missing=0))
+    widest = max(
+        positions * inner_layers, seen * max(4 * model.config.pose_encoder["hidden"], 2 * model.config.num_features)
+    )
     # Only with this attention do the beams of a clip share one copy of its encoding; a prefix has always one.
     copies = 1 if beams_share_encoding(config) or is_language_model(config) else beams
     across = 2 * layers * positions * copies * inner
@@ -93,7 +99,7 @@ def translation_memory(
     held = across + (0 if graphs else along)
     return TranslationMemory(
         weights=weights,
-        encoder=size * (3 * positions * widest + 2 * heads * positions * length),
+        encoder=size * (3 * widest + 2 * heads * positions * length),
         cache=size * (held + along // layers + positions * model.pose_encoder.width),
         scores=3 * FLOAT32 * logits,
         kept=size * kept,
