@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from toolkit.cluster import host_memory
 from toolkit.cluster.ranks import Ranks
 from toolkit.fitting.hardware import GIB, Card, cards, describe
 
@@ -22,6 +25,16 @@ def test_other_hardware_has_other_words() -> None:
     ]
     assert len(set(found)) == len(found)
     assert describe(Ranks(), busy) == describe(Ranks(), gpu), "what is free differs from one minute to the next"
+
+
+def test_a_container_with_less_memory_is_other_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "memory_cgroups", lambda: iter([tmp_path]))
+    found = []
+    for limit in ("max", str(2**31), str(2**30)):
+        (tmp_path / "memory.max").write_text(limit)
+        found.append(describe(Ranks(), []))
+    assert len(set(found)) == len(found)
+    assert " 1.0 GiB" in found[-1]
 
 
 def test_a_machine_without_gpus_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

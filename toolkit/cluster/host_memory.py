@@ -20,10 +20,15 @@ def free_host_memory() -> int:
     return min([psutil.virtual_memory().available, *cgroup_free()])
 
 
+def host_memory() -> int:
+    """Bytes that the processes of this cgroup may have together: the machine's memory, or the narrowest limit."""
+    limits = filter(None, map(_limit_of, memory_cgroups()))
+    return min([psutil.virtual_memory().total, *limits])
+
+
 def memory_is_tight(local_ranks: int) -> bool:
     """Whether the memory of the machine, or the limit of a cgroup, is less than 4 GiB for each rank of this node."""
-    limits = filter(None, map(_limit_of, memory_cgroups()))
-    return min([psutil.virtual_memory().total, *limits]) < local_ranks * TIGHT
+    return host_memory() < local_ranks * TIGHT
 
 
 def free_addresses() -> int | None:

@@ -7,11 +7,11 @@ import resource
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from toolkit.cluster.cores import usable_cores
 from toolkit.cluster.environment import cpu_name
+from toolkit.cluster.host_memory import host_memory
 from toolkit.cluster.ranks import Ranks
 from toolkit.planning.hardware import CUDA_CONTEXT, NCCL_BUFFERS
 
@@ -54,7 +54,7 @@ def _look(connection: Any) -> None:
 
 
 def describe(ranks: Ranks, found: list[Card]) -> str:
-    """The hardware of the first node and the number of ranks."""
+    """The hardware of the first node and the number of ranks; of CPUs with the limits of a container or a shell."""
     count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     here = count if ranks.world_size == ranks.local_world_size else f"{count}, {ranks.local_world_size} on a node"
     if found:
@@ -64,8 +64,7 @@ def describe(ranks: Ranks, found: list[Card]) -> str:
     space = "" if soft == resource.RLIM_INFINITY else f", at most {soft / GIB:.1f} GiB of addresses"
     own = usable_cores()
     quota = "".join(f", {cores:g} of them by quota" for cores in sorted(set(own.quotas.values())))
-    memory = psutil.virtual_memory().total / GIB
-    return f"{here}: {cpu_name()}, {len(own.numbers)} cores{quota}, {memory:.1f} GiB{space}"
+    return f"{here}: {cpu_name()}, {len(own.numbers)} cores{quota}, {host_memory() / GIB:.1f} GiB{space}"
 
 
 def leave_reserve(ranks: Ranks) -> None:
