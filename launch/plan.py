@@ -21,11 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_code_of, parsed
+from toolkit.planning.each_json import copies_of_model, resolve_with_each
 from toolkit.planning.hardware import Hardware, parse_size
-from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
+ALL = ("all", "auto")  # of a plan they are the same: it recommends one of all
 OVERRIDES = "Further arguments key=value change the recipe, as for launch/train.py."
 
 
@@ -53,7 +53,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that they are in (default 1)")
     parser.add_argument("--host-memory", metavar="SIZE", help="main memory of each node; not checked without")
     parser.add_argument("--nvme", metavar="SIZE", help="free disk of each node, for offloading")
-    parser.add_argument("--ds", default="all", metavar="NAME", help="one DeepSpeed JSON, or all (default)")
+    parser.add_argument("--ds", default="all", metavar="NAME", help="one DeepSpeed JSON, or all (default), as auto")
     parser.add_argument("--tune", action="store_true", help="try the best of them on this machine, instead of a plan")
     parser.add_argument("--ranks", type=int, metavar="N", help="--tune on so many (default: its GPUs, else two)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="--tune by so many steps each (default 3)")
@@ -82,23 +82,12 @@ def plan(arguments: argparse.Namespace) -> None:
         gpus=arguments.gpus,
         gpu_memory=parse_size(arguments.gpu_memory, "--gpu-memory"),
         nodes=arguments.nodes,
-        host_memory=arguments.host_memory and parse_size(arguments.host_memory, "--host-memory"),
-        nvme=arguments.nvme and parse_size(arguments.nvme, "--nvme"),
+        host_memory=None if arguments.host_memory is None else parse_size(arguments.host_memory, "--host-memory"),
+        nvme=None if arguments.nvme is None else parse_size(arguments.nvme, "--nvme"),
     )
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    names = ds_config_names() if arguments.ds == "all" else [arguments.ds]
-    if recipe.deepspeed not in names and arguments.ds == "all":
-        names.append(recipe.deepspeed)  # of the user's own
-    runs: dict[str, ResolvedRun | UserError] = {}
-    for name in sorted(names, key=lambda name: (name != recipe.deepspeed, name)):
-        try:
-            runs[name] = resolve_named(
-                arguments.recipe, arguments.overrides, hardware.gpus, has_gpu=True, ds=name, needs_data=False
-            )
-        except UserError as error:
-            runs[name] = error
-    if all(isinstance(run, UserError) for run in runs.values()):
-        raise next(run for run in runs.values() if isinstance(run, UserError))
+    only = None if arguments.ds in ALL else [arguments.ds]
+    runs = resolve_with_each(arguments.recipe, arguments.overrides, hardware.gpus, recipe.deepspeed, only)
 
     from toolkit.cluster.logs import show_errors_only  # these import torch
     from toolkit.planning.comparison import compare
@@ -107,21 +96,16 @@ def plan(arguments: argparse.Namespace) -> None:
     from toolkit.planning.workload import workload_of
 
     show_errors_only()
-    copies = next(run.data_parallel_size for run in runs.values() if not isinstance(run, UserError))
-    workload = workload_of(recipe, copies)
+    workload = workload_of(recipe, copies_of_model(runs))
     subject = Subject.of(recipe)
     comparison = compare(subject, runs, hardware, workload, recipe.deepspeed)
-    command = [f"--recipe {arguments.recipe}", *arguments.overrides]
+    command = [arguments.recipe, *arguments.overrides]
     if arguments.json:
         print(json.dumps(as_dict(comparison, recipe, hardware, workload, command)))
     else:
         print(as_text(comparison, subject, hardware, workload, command))
     if comparison.recommended is None:
-        best = max(comparison.advice, key=lambda advice: (advice.fits, advice.gain), default=None)
-        raise UserError(
-            f"recipe {recipe.name}: not one clip fits on {hardware.in_words()}",
-            f"{best.change}: {best.settings}" if best else "give larger GPUs, or a smaller backbone",
-        )
+        raise comparison.nothing_fits(f"recipe {recipe.name}: not one clip", hardware)
 
 
 def _try_on_this_rank(arguments: argparse.Namespace) -> None:
@@ -146,7 +130,7 @@ def tune(arguments: argparse.Namespace) -> None:
 
     show_errors_only()
     out = sys.stderr if arguments.json else sys.stdout  # standard output holds nothing but the object
-    only = None if arguments.ds == "all" else arguments.ds
+    only = None if arguments.ds in ALL else arguments.ds
     ranks, cells = tuning.cells_here(arguments.recipe, arguments.overrides, arguments.ranks, only)
     print(f"{len(cells)} cells of {arguments.steps} steps on {ranks} ranks, each in fresh processes", file=out)
     outcomes = tuning.tune(

@@ -12,6 +12,7 @@ import pytest
 
 from tests.scripts import run_main
 from toolkit.corpus.packed import Corpus
+from toolkit.errors import UserError
 from toolkit.fitting import tuning
 from toolkit.fitting.hardware import GIB, Card
 from toolkit.fitting.trial import Speed
@@ -49,7 +50,8 @@ def test_jsons_that_round_more_are_for_people_to_choose() -> None:
 
 def test_a_number_of_the_recipe_holds() -> None:
     comparison = rows(zero1=16, zero2=40)
-    fits = Comparison([Row("zero1", plan=object(), seconds=1.0), Row("zero2", lacking=("1 GiB",))], None, "", [])  # type: ignore[arg-type]
+    known = Row("zero1", plan=object(), seconds=1.0)  # type: ignore[arg-type]
+    fits = Comparison([known, Row("zero2", lacking={"GPU memory": 1.0})], None, "", [])
     assert cells_by_plan(comparison, 2, 128, given=12) == [], "neither row has a plan"
     assert cells_by_plan(fits, 2, 128, given=12) == [Cell("zero1", 12)]
 
@@ -61,6 +63,15 @@ def test_cpus_try_the_own_json_and_those_that_move_little(monkeypatch: pytest.Mo
     assert cells == [Cell(name, size) for name in ("zero1", "zero0", "zero2") for size in (8, 20)]
     assert cells_here(*DEMO, ranks=2, only="zero3")[1] == [Cell("zero3", 8), Cell("zero3", 20)]
     assert cells_here("demo", ["training.micro_batch_size=5"], 1, "zero2")[1] == [Cell("zero2", 5)]
+
+
+@pytest.mark.parametrize("wrong", ["data.corpus={folder}", "model.backbone={folder}"])
+def test_what_is_wrong_with_all_cells_is_an_error_before_the_first(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "cards", lambda: [])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        cells_here("demo", [*DEMO[1], wrong.format(folder=tmp_path)], ranks=2, only=None)
 
 
 def test_gpus_try_what_the_plan_finds_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def test_every_json_is_planned_for_t5_3b_with_lora() -> None:
     # 2,851.6 M frozen weights in bf16: 5.31 GiB, and an eighth of them at stage 3.
     assert zero2["frozen weights"] == pytest.approx(5.31, abs=0.01)
     assert zero3["frozen weights"] == pytest.approx(5.31 / 8, abs=0.01)
+    # As docs/planning.md counts them by hand: 18.2 M trained numbers, and keys and values of 27 clips and 5 beams.
+    trained = 18.2e6 / GIB
+    assert zero2["trained weights"] == pytest.approx(2 * trained, abs=1e-3)
+    assert zero2["master copy"] + zero2["moments"] == pytest.approx(12 * trained / 8, abs=2e-3)
+    decoder, encoding = (27 * positions * 24 * 2 * 4096 * 2 / GIB for positions in (5 * 128, 150))
+    assert zero2["generation"] == pytest.approx(decoder * 25 / 24 + 2 * encoding, rel=0.02)
     assert rows["zero2_fp16"]["conflicts"]
     assert rows["zero2_fp16"]["per_rank_gib"] is None
     assert found["recommended"] in rows
@@ -81,6 +88,8 @@ def test_the_command_leaves_the_micro_batch_to_a_recipe_that_does() -> None:
         ("--recipe", "t5_small", "--gpus", "3", "--nodes", "2"),
         ("--recipe", "t5_small", "--gpu-memory", "24 parsecs"),
         ("--recipe", "t5_small", "--gpu-memory", "9999TiB"),
+        ("--recipe", "t5_small", "--nvme", ""),
+        ("--recipe", "t5_small", "--host-memory", "half"),
         ("--recipe", "no_such_recipe"),
         ("--recipe", "t5_small", "--ds", "no_such_json"),
         ("--recipe", "t5_small", "training.epoch=3"),
@@ -105,6 +114,39 @@ def test_a_card_for_not_one_clip_gets_advice() -> None:
     assert all(item["gain_gib"] < least for item in found["advice"]), "of a micro-batch of one clip"
     assert any(item["fits"] for item in found["advice"])
     assert "not one clip fits" in done.stderr
+
+
+def test_what_a_node_lacks_is_said_and_advice_is_of_that() -> None:
+    arguments = ("--recipe", "t5_small", "--ds", "zero3_nvme", "model.from_scratch=true", "--host-memory")
+    done = plan(*arguments, "8GiB", "--json")
+    assert done.returncode == 2
+    (row,) = json.loads(done.stdout)["jsons"]
+    assert row["headroom_gib"] > 0 and not row["fits"]
+    assert list(row["lacking_gib"]) == ["NVMe"] and row["lacking_gib"]["NVMe"] == pytest.approx(row["nvme_gib"])
+    assert "GiB of NVMe" in done.stderr
+    short = plan(*arguments, f"{row['host_gib'] - 0.2}GiB", "--nvme", "1TB")
+    assert short.returncode == 2
+    assert "does not fit: zero3_nvme: lacks 0.20 GiB of host memory" in short.stdout
+    assert "of a node's memory:" in short.stdout and "model.lora.r=16): then it fits" in short.stdout
+    assert "model.lora.r=16" in short.stderr
+    assert plan(*arguments, "8GiB", "--nvme", "1TB").returncode == 0
+
+
+def test_what_saves_nothing_is_no_advice() -> None:
+    done = plan("--recipe", "t5_small", "--gpu-memory", "600MiB", "--ds", "zero3_offload")
+    assert done.returncode == 2
+    assert "0.00 GiB" not in done.stdout
+    assert "larger" in done.stderr
+
+
+def test_the_command_can_be_typed_as_it_stands() -> None:
+    words = "model.prefix=read the signs: "
+    done = plan("--recipe", "t5_small", "--gpu-memory", "8GiB", "--ds", "auto", "--json", words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["jsons"]) == len(ds_config_names()), "auto recommends one of all"
+    assert shlex.split(found["command"])[-1] == words
+    assert found["target_tokens"] == {"of_a_text": 128, "of_a_step": 128 * 128}
 
 
 def test_a_corpus_that_is_not_prepared_is_replaced_by_the_maxima(tmp_path: Path) -> None:

@@ -65,6 +65,6 @@ def test_the_plan_says_so_as_text_and_as_json() -> None:
     comparison = compare(subject(), {"zero1": resolved(8)}, hardware, WORKLOAD, "zero1")
     assert comparison.idle == idle(8)
     assert comparison.idle is not None
-    text = as_text(comparison, subject(), hardware, WORKLOAD, ["--recipe t5_base"])
+    text = as_text(comparison, subject(), hardware, WORKLOAD, ["t5_base"])
     assert f"training.global_batch_size={comparison.idle.global_batch_size}" in text
-    assert as_dict(comparison, recipe, hardware, WORKLOAD, ["--recipe t5_base"])["idle"] == asdict(comparison.idle)
+    assert as_dict(comparison, recipe, hardware, WORKLOAD, ["t5_base"])["idle"] == asdict(comparison.idle)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tests.small_runs import corpus
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
+from toolkit.planning import plan
 from toolkit.planning.comparison import compare
+from toolkit.planning.costs.zero import Items
 from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, Hardware, parse_size
 from toolkit.planning.plan import Subject, largest_micro_batch, make_plan
 from toolkit.planning.workload import Workload, from_maxima, workload_of
@@ -18,6 +22,7 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
 __all__ = ["corpus"]
+COMPLETE = plan._complete
 H100 = Hardware(gpus=1, gpu_memory=80 * GIB)
 # Four steps on the corpus of benchmarks/training_corpus.py (4,096 clips, seed 42): micro-batches of 16 had at most 109
 # frames first and 107 next, texts of 12 words at most 14 tokens, and nothing was evaluated before the peak was read.
@@ -220,3 +225,25 @@ def test_layers_split_over_ranks_are_counted_by_their_parts() -> None:
     assert alone.zero.moments - together.zero.moments == pytest.approx(in_layers / 2 / 2 * 8)  # on two groups
     assert together.accumulation_steps == alone.accumulation_steps == 1
     assert together.total < alone.total and together.checkpoint == alone.checkpoint
+
+
+def test_every_line_of_a_plan_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+
+    def complete(items: Items, hardware: Hardware) -> Items:
+        found = COMPLETE(items, hardware)
+        names.update(found)
+        return found
+
+    monkeypatch.setattr(plan, "_complete", complete)
+    packed = (*SCRATCH, "model.quantization=nf4", "model.lora.r=16", "training.ema=0.99")
+    runs = [(ds, SCRATCH) for ds in ("zero0", "zero2", "zero2_bf16_states", "zero2_offload", "zero3")]
+    for ds, settings in [*runs, ("zero1", packed), ("zero1", (*SCRATCH, "training.compile=graphs"))]:
+        make_plan(subject("t5_small", *settings), resolved("t5_small", *settings, ds=ds), H100, FOUR_STEPS)
+    split = ("training.micro_batch_size=4", "training.global_batch_size=8", "data.max_frames=300")
+    run = resolved("qwen2_5_0_5b", *split, "ds.tensor_parallel.autotp_size=2", ds="zero1", ranks=2)
+    make_plan(subject("qwen2_5_0_5b", *split), run, Hardware(2, 80 * GIB), FOUR_STEPS)
+    assert {"unpacked weight", "not explained", "weights before they are split"} < names
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| ([a-z ]+)|\*\*([\w ]+)|line `([\w ]+)`", page, re.MULTILINE)
+    assert not names - {word.strip() for words in explained for word in words}

@@ -11,12 +11,12 @@ from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
 from toolkit.errors import UserError
 from toolkit.fitting.hardware import cards
 from toolkit.planning.comparison import Comparison, Row, compare
+from toolkit.planning.each_json import copies_of_model, resolve_with_each
 from toolkit.planning.hardware import Hardware
 from toolkit.planning.plan import Subject
 from toolkit.planning.workload import workload_of
-from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.resolve import RECIPE_FILE, ResolvedRun, resolve_named
+from toolkit.recipe.resolve import RECIPE_FILE
 from toolkit.recipe.schema import Recipe
 
 AUTO = "auto"
@@ -69,27 +69,16 @@ def compare_jsons(
     Raises:
         UserError: it goes with none of them.
     """
-    names = jsons or dict.fromkeys([recipe.deepspeed, *ds_config_names()])
-    runs: dict[str, ResolvedRun | UserError] = {}
-    for ds in names:
-        try:
-            runs[ds] = resolve_named(name, overrides, hardware.gpus, has_gpu=True, ds=ds, needs_data=False)
-        except UserError as error:
-            runs[ds] = error
-    if all(isinstance(run, UserError) for run in runs.values()):
-        raise next(run for run in runs.values() if isinstance(run, UserError))
-    return compare(Subject.of(recipe), runs, hardware, workload_of(recipe, hardware.gpus), recipe.deepspeed)
+    runs = resolve_with_each(name, overrides, hardware.gpus, recipe.deepspeed, jsons)
+    workload = workload_of(recipe, copies_of_model(runs))
+    return compare(Subject.of(recipe), runs, hardware, workload, recipe.deepspeed)
 
 
 def _recommended(comparison: Comparison, recipe: Recipe, hardware: Hardware) -> tuple[Row, str]:
     """The recommended row; where the recipe's own micro-batches do not fit there, the fastest in which they do."""
     chosen = comparison.recommended
     if chosen is None:
-        best = max(comparison.advice, key=lambda advice: (advice.fits, advice.gain), default=None)
-        raise UserError(
-            f"--ds auto: not one clip of recipe {recipe.name} fits on {hardware.in_words()}",
-            f"{best.change}: {best.settings}" if best else "take a smaller backbone",
-        )
+        raise comparison.nothing_fits(f"--ds auto: not one clip of recipe {recipe.name}", hardware)
     if chosen.fits or recipe.training.micro_batch_size == "auto":
         return chosen, comparison.reason
     fitting = [row for row in comparison.rows if row.fits and row.seconds is not None]

@@ -25,11 +25,13 @@ from toolkit.cluster.cores import usable_cores
 from toolkit.cluster.host_memory import free_host_memory
 from toolkit.cluster.process_group import free_port
 from toolkit.cluster.ranks import Ranks, check_ranks
+from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.errors import UserError
 from toolkit.fitting.deepspeed_json import compare_jsons
 from toolkit.fitting.hardware import cards
 from toolkit.fitting.shapes import sizes
 from toolkit.fitting.trial import Speed, Trial
+from toolkit.models.check import check_model
 from toolkit.planning.comparison import Comparison, changes_results
 from toolkit.planning.hardware import Hardware
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
@@ -76,12 +78,14 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
         only: the DeepSpeed JSON that is tried alone; None = those that are worth it.
 
     Raises:
-        UserError: the recipe is wrong, or no JSON goes with it here.
+        UserError: the recipe, its corpus or its backbone is wrong, or no JSON goes with it here.
     """
     found = cards()
     world_size = ranks or len(found) or min(2, math.ceil(len(usable_cores().numbers)))
     check_ranks(Ranks(world_size=world_size, local_world_size=world_size), gpus=len(found))
-    own = resolve_named(recipe, overrides, world_size, has_gpu=bool(found), ds=only)  # a wrong recipe is an error
+    own = resolve_named(recipe, overrides, world_size, has_gpu=bool(found), ds=only)
+    open_prepared(own.recipe.data)  # what is wrong with all cells is an error at once
+    check_model(own)
     if not found:
         return world_size, cells_on_cpus(recipe, overrides, world_size, own, only)
     hardware = Hardware(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.planning.hardware import Hardware
+from toolkit.planning.hardware import GIB, Hardware
 from toolkit.planning.idle import IdleGpus, idle_gpus
 from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
 from toolkit.planning.speed import step_seconds
@@ -17,6 +17,8 @@ from toolkit.recipe.schema import Lora, Quantization, Recipe
 from toolkit.recipe.tree import Tree, value_at
 
 OFFLOAD = "zero3_offload"  # what leaves least on a device
+ALL = "all of them but offloading"  # of the changes
+LEAST_GAIN = GIB / 100  # below, a change is no advice
 CLOSE = 0.95  # of the best speed: the recipe's own JSON is kept within it
 
 
@@ -28,7 +30,7 @@ class Row:
         name: of the JSON.
         conflicts: why it cannot be used with this recipe, in words; then there is no plan.
         plan: with the recipe's micro-batch; where that is ``auto``, with the largest that fits, or one clip.
-        lacking: what the hardware has too little of.
+        lacking: what the hardware has too little of, and how many bytes it lacks.
         max_micro_batch: the most clips of a forward pass that fit; 0 = not one.
         seconds: of a step with that micro-batch, by the model of the hardware.
         config: the resolved JSON.
@@ -37,7 +39,7 @@ class Row:
     name: str
     conflicts: str = ""
     plan: Plan | None = None
-    lacking: tuple[str, ...] = ()
+    lacking: Mapping[str, float] = field(default_factory=dict)
     max_micro_batch: int = 0
     seconds: float | None = None
     config: Tree | None = None
@@ -47,6 +49,17 @@ class Row:
         """Whether the recipe's own micro-batch fits."""
         return self.plan is not None and not self.lacking
 
+    @property
+    def share(self) -> float:
+        """What there is of what it needs, 0..1: of the resource of which most is lacking."""
+        needs = self.plan.needs if self.plan else {}
+        return min((1 - size / needs[name] for name, size in self.lacking.items()), default=1.0)
+
+    @property
+    def lacks(self) -> str:
+        """What the hardware has too little of, in words."""
+        return " and ".join(f"{size / GIB:.2f} GiB of {name}" for name, size in self.lacking.items())
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -55,7 +68,7 @@ class Advice:
     Attributes:
         change: what to do, in words.
         settings: as the command line takes them.
-        gain: bytes of a device that it saves.
+        gain: bytes that it saves, of what lacks most.
         fits: whether the run then fits.
     """
 
@@ -63,6 +76,11 @@ class Advice:
     settings: str
     gain: float
     fits: bool
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether it saves what a table shows."""
+        return self.fits or self.gain >= LEAST_GAIN
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,9 @@ class Comparison:
         rows: one for each JSON.
         recommended: the name of one of them; None where nothing fits.
         reason: why that one.
-        advice: what to change where nothing fits, the largest gain first.
+        advice: what to change where nothing fits, what costs least first.
         idle: whether the global batch leaves the GPUs of the recommended one idle.
+        batch: the arithmetic of a step in words.
     """
 
     rows: list[Row]
@@ -82,11 +101,32 @@ class Comparison:
     reason: str
     advice: list[Advice]
     idle: IdleGpus | None = None
+    batch: str = ""
 
     def relative_speed(self, row: Row) -> float | None:
         """Of the fastest row, 0..1; None where it cannot run."""
         known = [other.seconds for other in self.rows if other.seconds is not None]
         return min(known) / row.seconds if row.seconds is not None else None
+
+    @property
+    def nearest(self) -> Row | None:
+        """Where nothing fits, the row of whose needs the hardware has the largest share; None without any plan."""
+        return max((row for row in self.rows if row.plan), key=lambda row: row.share, default=None)
+
+    def nothing_fits(self, what: str, hardware: Hardware) -> UserError:
+        """The error to raise where no JSON is recommended; ``what`` does not fit."""
+        row, useful = self.nearest, [one for one in self.advice if one.is_useful]
+        lacks = f": {row.name} lacks {row.lacks}" if row else ""
+        enough = next((one for one in useful if one.fits), None)
+        most = max(useful, key=lambda one: one.gain, default=None)
+        larger = "take larger or more GPUs or nodes, or a smaller backbone"
+        if enough:
+            hint = f"{enough.change}: {enough.settings}"
+        elif most:
+            hint = f"{larger}; {most.change} ({most.settings}) saves {most.gain / GIB:.2f} GiB and is not enough"
+        else:
+            hint = larger
+        return UserError(f"{what} fits on {hardware.in_words()}{lacks}", hint)
 
 
 def compare(
@@ -107,17 +147,16 @@ def compare(
         else _row(name, subject, run, hardware, workload)
         for name, run in runs.items()
     ]
+    batch = next((run.batch for run in runs.values() if isinstance(run, ResolvedRun)), "")
     candidates = [row for row in rows if row.seconds is not None]
     plain = [row for row in candidates if not changes_results(row.config)] or candidates
-    advice: list[Advice] = []
     if not plain:
-        planned = [row for row in rows if row.plan]
-        if planned:
-            least = min(planned, key=lambda row: row.plan.total if row.plan else 0.0)
-            run = runs[least.name]
-            assert isinstance(run, ResolvedRun)
-            advice = list(advice_for(run, hardware, workload))
-        return Comparison(rows, None, "nothing fits", advice)
+        nothing = Comparison(rows, None, "nothing fits", [], batch=batch)
+        if nothing.nearest is None:
+            return nothing
+        run = runs[nothing.nearest.name]
+        assert isinstance(run, ResolvedRun)
+        return replace(nothing, advice=list(advice_for(run, hardware, workload)))
     best = min(plain, key=lambda row: row.seconds or 0.0)
     enough = (best.seconds or 0.0) / CLOSE
     chosen = next((row for row in plain if row.name == own and (row.seconds or 0.0) <= enough), best)
@@ -129,7 +168,7 @@ def compare(
     run = runs[chosen.name]
     assert isinstance(run, ResolvedRun)
     idle = idle_gpus(subject, run, hardware, workload, chosen.max_micro_batch)
-    return Comparison(rows, chosen, reason, advice, idle)
+    return Comparison(rows, chosen, reason, [], idle, batch)
 
 
 def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:
@@ -143,7 +182,7 @@ def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, work
     seconds = None
     if largest:
         seconds = step_seconds(fastest, run, hardware, subject.weights)
-    return Row(name, "", plan, tuple(plan.lacking(hardware)), largest, seconds, run.deepspeed)
+    return Row(name, "", plan, plan.lacking(hardware), largest, seconds, run.deepspeed)
 
 
 def changes_results(config: Tree | None) -> bool:
@@ -159,10 +198,12 @@ def advice_for(run: ResolvedRun, hardware: Hardware, workload: Workload, phase: 
         run: its micro-batches are those of its recipe.
         hardware: where it runs.
         workload: its longest clips.
-        phase: of the plan, in which memory is to be saved; None = in any.
+        phase: of the plan, in which a GPU's memory is to be saved; None = in any, or what the hardware has too little
+            of instead: a node's memory or disk.
     """
     subject = Subject.of(run.recipe)
     before = make_plan(subject, run, hardware, workload, micro_batch_size=_least(run.recipe))
+    of = next(iter(before.lacking(hardware)), "GPU memory")
     changes = _changes(run)
     together: dict[str, dict[str, Any]] = {}
     for _, _, updates, _ in changes:
@@ -170,10 +211,10 @@ def advice_for(run: ResolvedRun, hardware: Hardware, workload: Workload, phase: 
             together[section] = together.get(section, {}) | values
     words = " ".join(words for _, words, updates, _ in changes if updates)
     words = " ".join(dict.fromkeys(words.split()))  # quantisation names LoRA again
-    for change, settings, updates, ds in [*changes, ("all of them but offloading", words, together, "")]:
+    for change, settings, updates, ds in [*changes, (ALL, words, together, "")]:
         plan = _changed(subject, run, hardware, workload, updates, ds)
         if plan:
-            gain = before.phases[phase] - plan.phases[phase] if phase else before.total - plan.total
+            gain = before.phases[phase] - plan.phases[phase] if phase else before.needs[of] - plan.needs[of]
             yield Advice(change, settings, gain, not plan.lacking(hardware))
 
 

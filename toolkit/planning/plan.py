@@ -19,7 +19,7 @@ from toolkit.planning.costs.counts import Weight, adapted_translator, planned_co
 from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.costs.zero import BYTES, Items, ZeroMemory, before_split, zero_memory
-from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, MEASURED_ROWS, PROCESS, Hardware
+from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, MEASURED_ROWS, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
@@ -192,16 +192,16 @@ class Plan:
         pool = self.items.get("pool of CUDA graphs", 0.0)
         return self.total - self.items["CUDA context"] - self.items["allocator"] - pool
 
-    def lacking(self, hardware: Hardware) -> list[str]:
-        """What the hardware has too little of, in words; empty where the run fits."""
-        found = []
-        if self.total > hardware.gpu_memory:
-            found.append(f"{(self.total - hardware.gpu_memory) / GIB:.2f} GiB of GPU memory")
-        if hardware.host_memory is not None and self.host > hardware.host_memory:
-            found.append(f"{(self.host - hardware.host_memory) / GIB:.1f} GiB of host memory")
-        if self.nvme and self.nvme > (hardware.nvme or 0):
-            found.append(f"{(self.nvme - (hardware.nvme or 0)) / GIB:.1f} GiB of NVMe")
-        return found
+    @property
+    def needs(self) -> Items:
+        """What it needs of a GPU's memory, of a node's memory and of its disk."""
+        return {"GPU memory": self.total, "host memory": self.host, "NVMe": self.nvme}
+
+    def lacking(self, hardware: Hardware) -> Items:
+        """What of ``needs`` the hardware has too little of, and how many bytes it lacks; empty where the run fits."""
+        has = {"GPU memory": hardware.gpu_memory, "host memory": hardware.host_memory, "NVMe": hardware.nvme or 0}
+        missing = {name: self.needs[name] - size for name, size in has.items() if size is not None}
+        return {name: size for name, size in missing.items() if size > 0}
 
 
 def passes_of(resolved: ResolvedRun, micro_batch_size: int | None, checkpointing: bool | None) -> tuple[int, int, bool]:

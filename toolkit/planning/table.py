@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from toolkit.planning.comparison import Comparison, Row
+from toolkit.planning.comparison import ALL, Comparison, Row
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.hardware import GIB, Hardware, in_gib
-from toolkit.planning.plan import Subject
+from toolkit.planning.plan import Plan, Subject
 from toolkit.planning.workload import Workload, total_steps
-from toolkit.recipe.batches import step_in_words
 from toolkit.recipe.catalogue import millions
 from toolkit.recipe.schema import Recipe
 
+# Whose memory lacks, in words.
+OWNERS = {"GPU memory": "a rank's GPU memory", "host memory": "a node's memory", "NVMe": "a node's NVMe"}
+
 
 def command_of(row: Row, recipe: Recipe, hardware: Hardware, words: Sequence[str]) -> str:
-    """How to run what is recommended; a recipe that gives a number gets the largest that fits, ``auto`` stays."""
+    """How to run what is recommended; a recipe that gives a number gets the largest that fits, ``auto`` stays.
+
+    ``words`` are the recipe's name or path and the overrides.
+    """
     launcher = f"deepspeed --num_gpus {hardware.ranks_per_node}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hostfile --num_nodes {hardware.nodes} --num_gpus {hardware.ranks_per_node}"
-    micro = []
+    micro: list[str] = []
     if recipe.training.micro_batch_size != "auto":
         words = [word for word in words if not word.startswith("training.micro_batch_size=")]
         micro = [f"training.micro_batch_size={row.max_micro_batch}"]
-    return " ".join([launcher, "launch/train.py", words[0], f"--ds {row.name}", *words[1:], *micro])
+    name, *overrides = map(shlex.quote, words)
+    return " ".join([launcher, f"launch/train.py --recipe {name} --ds {shlex.quote(row.name)}", *overrides, *micro])
 
 
 def as_dict(
@@ -38,7 +45,8 @@ def as_dict(
         "hardware": hardware.in_words(),
         "vocabulary": planned_vocabulary(recipe).what or None,
         "workload": workload.source,
-        "batch": _batch(recipe, hardware),
+        "batch": comparison.batch,
+        "target_tokens": {"of_a_text": workload.tokens, "of_a_step": _tokens_of_a_step(recipe, workload)},
         "steps": total_steps(recipe, workload),
         "jsons": [_row(row, comparison, hardware) for row in comparison.rows],
         "recommended": chosen and chosen.name,
@@ -60,7 +68,7 @@ def _row(row: Row, comparison: Comparison, hardware: Hardware) -> dict[str, Any]
     if plan is None:
         return shared | {"per_rank_gib": None, "host_gib": None}
     return shared | {
-        "lacking": list(row.lacking),
+        "lacking_gib": {name: _gib(size) for name, size in row.lacking.items()},
         "per_rank_gib": {name: _gib(size) for name, size in plan.items.items()} | {"total": _gib(plan.total)},
         "peak": plan.moment,
         "phases_gib": {name: _gib(size) for name, size in plan.phases.items()},
@@ -90,26 +98,24 @@ def _lines(
     yield f"plan of recipe {recipe.name} on {hardware.in_words()}"
     yield f"  model     {recipe.model.backbone}: {millions(every)} parameters, {millions(trained)} of them trained"
     if subject.vocabulary:
-        yield f"  tokens    {subject.vocabulary}"
+        yield f"  words     {subject.vocabulary}"
     yield f"  clips     {workload.source}"
-    yield f"  batch     a step of {_batch(recipe, hardware)}"
+    yield f"  texts     at most {workload.tokens} tokens each, {_tokens_of_a_step(recipe, workload):,} in a step"
+    yield f"  batch     a step of {comparison.batch}"
     yield f"  steps     {_steps(recipe, workload)}"
     yield ""
     yield from _table(comparison, hardware)
     chosen = comparison.recommended
-    shown = chosen or min((row for row in comparison.rows if row.plan), key=lambda row: _total(row), default=None)
+    shown = chosen or comparison.nearest
     if shown and shown.plan:
         yield ""
-        yield f"a rank with {shown.name} and micro-batches of {shown.plan.micro_batch_size}, GiB ({shown.plan.moment}):"
-        for name, size in sorted(shown.plan.items.items(), key=lambda item: -item[1]):
-            yield f"  {name:<32}{size / GIB:>8.2f}"
-        yield f"  {'total':<32}{shown.plan.total / GIB:>8.2f}"
-        phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shown.plan.phases.items())
-        yield f"  by phase: {phases}"
-        yield f"  a checkpoint takes {in_gib(shown.plan.checkpoint)} of disk; recipes keep {recipe.training.keep_last}"
+        yield from _items(shown.name, shown.plan, recipe)
     for row in comparison.rows:
         if row.conflicts:
             yield f"not possible: {row.name}: {row.conflicts}"
+        elif row.lacking.keys() - {"GPU memory"}:  # that is the headroom
+            hint = " (--nvme says how much there is)" if "NVMe" in row.lacking and hardware.nvme is None else ""
+            yield f"does not fit: {row.name}: lacks {row.lacks}{hint}"
     yield ""
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
@@ -117,10 +123,27 @@ def _lines(
         if comparison.idle:
             yield f"note: {comparison.idle.in_words()}"
         return
-    yield "nothing fits; each of these saves, of a rank's GPU memory:"
-    for item in sorted(comparison.advice, key=lambda item: -item.gain):
-        verdict = "then it fits" if item.fits else "not enough alone"
+    useful = sorted((item for item in comparison.advice if item.is_useful), key=lambda item: -item.gain)
+    if not shown or not useful:
+        yield "nothing fits, and no setting of the recipe would save enough"
+        return
+    yield f"nothing fits; with {shown.name} each of these saves, of {OWNERS[next(iter(shown.lacking))]}:"
+    for item in useful:
+        verdict = "then it fits" if item.fits else "not enough" if item.change == ALL else "not enough alone"
         yield f"  {item.gain / GIB:>7.2f} GiB  {item.change} ({item.settings}): {verdict}"
+
+
+def _items(name: str, plan: Plan, recipe: Recipe) -> Iterator[str]:
+    """What a rank, a node and the disk hold."""
+    passes = "1 micro-batch" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches"
+    yield f"a rank with {name}, {passes} of {plan.micro_batch_size} a step, GiB ({plan.moment}):"
+    for item, size in sorted(plan.items.items(), key=lambda item: -item[1]):
+        yield f"  {item:<32}{size / GIB:>8.2f}"
+    yield f"  {'total':<32}{plan.total / GIB:>8.2f}"
+    yield f"  by phase: {', '.join(f'{phase} {size / GIB:.2f}' for phase, size in plan.phases.items())}"
+    pinned = f", {plan.pinned / GIB:.2f} of it pinned" if plan.pinned else ""
+    yield f"  a node's processes take {plan.host / GIB:.2f} of its memory{pinned}"
+    yield f"  a checkpoint takes {in_gib(plan.checkpoint)} of disk; recipes keep {recipe.training.keep_last}"
 
 
 def _table(comparison: Comparison, hardware: Hardware) -> Iterator[str]:
@@ -152,8 +175,8 @@ def _table(comparison: Comparison, hardware: Hardware) -> Iterator[str]:
         yield "  ".join([first, *others])
 
 
-def _batch(recipe: Recipe, hardware: Hardware) -> str:
-    return step_in_words(recipe.training, hardware.gpus)
+def _tokens_of_a_step(recipe: Recipe, workload: Workload) -> int:
+    return recipe.training.global_batch_size * workload.tokens
 
 
 def _steps(recipe: Recipe, workload: Workload) -> str:
@@ -163,10 +186,6 @@ def _steps(recipe: Recipe, workload: Workload) -> str:
     warmup = f"{int(recipe.training.warmup_ratio * total):,} of them warm-up"
     an_epoch = f", {workload.steps_per_epoch:,} an epoch" if workload.steps_per_epoch else ""
     return f"{total:,} in all, {warmup}{an_epoch}"
-
-
-def _total(row: Row) -> float:
-    return row.plan.total if row.plan else 0.0
 
 
 def _gib(size: float) -> float:
