@@ -77,7 +77,9 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "python benchmarks/planning.py",
         "What a plan says against what a rank took, two ranks on CPUs: the growth of the resident set over its "
         "libraries; models have few layers of their published width. `off` is that of the larger phase. T5-3B has all "
-        "of its layers, and the peak is that of the whole process, as `large_models.py` measured it.",
+        "of its layers, and the peak is that of the whole process, as `large_models.py` measured it. "
+        "`python benchmarks/planning.py --plans` measures `launch/plan.py` over all JSONs, on 8 GPUs of 24 GiB each, "
+        "from its start to its end.",
     ),
     "evaluation": (
         "Evaluation",

@@ -5,7 +5,8 @@ python benchmarks/planning.py                  cells chosen pairwise; those that
 python benchmarks/planning.py --full           every cell
 python benchmarks/planning.py --only t5_small/zero2/8/kept --again --tensors
 python benchmarks/planning.py --predict        only predict again, from the measured rows as they are
-python benchmarks/planning.py --plans          only what plans cost: seconds and memory of launch/plan.py over all JSONs
+python benchmarks/planning.py --plans          only what plans cost, seconds and memory of launch/plan.py over all
+                                               JSONs: recipes without a row, with --again all of them
 
 A cell is a model, a DeepSpeed JSON, a micro-batch, and whether activations are kept or recomputed. Measured is the
 growth of a rank's resident set over what it held before it joined the process group: until the model is in its engine,
@@ -43,9 +44,9 @@ from toolkit.cpu.linear import has_fast_bf16
 
 RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
 PHASES = ("start", "step")
-# Recipes whose plans over all JSONs are timed, and what one may take.
+# Recipes whose plans over all JSONs are timed, and by figure the column of which the largest counts, and its limit.
 PLANNED = ("t5_small", "t5_base", "t5_3b_lora", "t5_3b_qlora", "t5_3b", "qwen2_5_7b_lora")
-MOST_SECONDS, MOST_GIB = 20, 2
+COSTS = {"plan_of_a_recipe_time": ("seconds", 20), "plan_of_a_recipe_memory": ("gib", 2)}
 COLORS = ("#2563a8", "#d97706", "#b91c1c", "#15803d", "#7c3aed")
 PICTURE = ROOT / "docs" / "pictures" / "planning.png"
 
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_extensions_dir()
     if arguments.plans:
-        write_rows(read_rows(), plans=plan_costs())
+        plan_costs(again=arguments.again)
         return
     rows = {row["cell"]: row for row in read_rows()}
     every = all_cells()
@@ -118,25 +119,43 @@ def predict_large() -> list[dict[str, Any]]:
     return rows
 
 
-def plan_costs() -> list[dict[str, Any]]:
-    """What the command takes to plan a recipe over all JSONs, from its start to its end."""
-    rows = []
+def plan_costs(*, again: bool) -> None:
+    """Measure what the command takes to plan recipes over all JSONs; each row is written as it comes."""
+    found = {row["recipe"]: row for row in read_results().get("plans", []) if not again}
     for recipe in PLANNED:
-        command = ["--recipe", recipe, "--gpus", "8", "--gpu-memory", "24GiB", "--json"]
-        started = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "plan.py"), *command], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout
-        with process.stdout as output:
-            jsons = len(json.loads(output.read())["jsons"])
-        _, _, usage = os.wait4(process.pid, 0)
-        seconds = round(time.monotonic() - started, 1)
-        cpu_seconds = round(usage.ru_utime + usage.ru_stime, 1)
-        gib = round(usage.ru_maxrss / 2**20, 2)
-        rows.append({"recipe": recipe, "jsons": jsons, "seconds": seconds, "cpu_seconds": cpu_seconds, "gib": gib})
-        print(rows[-1], flush=True)
-    return rows
+        if recipe not in found:
+            found[recipe] = plan_cost(recipe)
+            print(found[recipe], flush=True)
+            write_plans([found[name] for name in PLANNED if name in found])
+
+
+def plan_cost(recipe: str) -> dict[str, Any]:
+    """What the command takes, from its start to its end, in a process of its own.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    command = ["--recipe", recipe, "--gpus", "8", "--gpu-memory", "24GiB", "--json"]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "plan.py"), *command], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    with process.stdout as output:
+        said = output.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"launch/plan.py --recipe {recipe} ended with exit code {process.returncode}")
+    rows = json.loads(said)["jsons"]
+    return {
+        "recipe": recipe,
+        "jsons": len(rows),
+        "possible": sum(row["conflicts"] is None for row in rows),
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "gib": round(usage.ru_maxrss / 2**20, 2),
+    }
 
 
 def run(cell: Cell, folder: Path, *, tensors: bool) -> dict[str, Any]:
@@ -235,15 +254,8 @@ def peak_of(row: dict[str, Any], prefix: str = "") -> float:
     return max(float(row[f"{prefix}{phase}_gib"]) for phase in PHASES)
 
 
-def write_rows(
-    rows: list[dict[str, Any]],
-    large: list[dict[str, Any]] | None = None,
-    plans: list[dict[str, Any]] | None = None,
-) -> None:
-    """Write the results: how near all plans are, a row for each cell, those of large models, and what plans cost; of
-    the last two as they are where nothing is given.
-    """
-    machine = {key: describe_environment()[key] for key in ("cpu", "cores", "memory_gib")}
+def write_rows(rows: list[dict[str, Any]], large: list[dict[str, Any]] | None = None) -> None:
+    """Write how near plans are, a row for each cell, and those of large models, as they are where none are given."""
     errors = {row["cell"]: abs(row["off"]) for row in rows if "off" in row}
     worst = max(errors, key=lambda cell: errors[cell])
     figures = {
@@ -254,14 +266,24 @@ def write_rows(
         "worst_cell": worst,
     }
     known = read_results()
-    found = {"machine": machine} | figures | {"large_models": large or known.get("large_models", [])}
-    if costs := plans or known.get("plans"):
-        slowest, largest = (max(row[key] for row in costs) for key in ("seconds", "gib"))
-        found["plan_of_a_recipe"] = {
-            "seconds": slowest, "seconds_target": f"<= {MOST_SECONDS}", "gib": largest, "gib_target": f"<= {MOST_GIB}"
-        }  # fmt: skip
-        found["plans"] = costs
+    costs = {key: known[key] for key in (*COSTS, "plans") if key in known}
+    found = {"machine": machine()} | figures | {"large_models": large or known.get("large_models", [])} | costs
     RESULTS.write_text(json.dumps(found | {"cells": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def write_plans(rows: list[dict[str, Any]]) -> None:
+    """Write what plans cost, a row for each recipe, beside the cells as they are."""
+    known = read_results()
+    cells = known.pop("cells", [])
+    for key, (of, most) in COSTS.items():
+        ours = {f"ours_{of}": max(row[of] for row in rows), "recipes": len(rows)}
+        known[key] = ours | {"target": f"<= {most}", "machine": machine()}
+    RESULTS.write_text(json.dumps(known | {"plans": rows, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    environment = describe_environment()
+    return {key: environment[key] for key in ("cpu", "cores", "memory_gib")}
 
 
 def read_rows() -> list[dict[str, Any]]:
