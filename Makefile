@@ -39,7 +39,7 @@ test-fast: setup ## the tests that start no process, in minutes: for work on one
 	@$(BIN)/python -m pytest --fast -q $(BESIDE_EACH_OTHER)
 
 test-gpu: setup ops ## the tests that need a GPU, or two
-	@TEST_GPUS=1 $(BIN)/python -m pytest -m "gpu or gpu2"
+	@TEST_GPUS=1 $(BIN)/python -m pytest -rs -m "gpu or gpu2"
 
 test-nightly: setup ops ## the tests that take long
 	@$(BIN)/python -m pytest -m nightly

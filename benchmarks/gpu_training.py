@@ -27,11 +27,13 @@ class Training(NamedTuple):
         recipe: in recipes/.
         clips: of a global batch.
         sides: name in the results -> way of ``training_side.py``, and its settings.
+        alone: no other row fits beside it.
     """
 
     recipe: str
     clips: int
     sides: dict[str, tuple[str, ...]]
+    alone: bool = False
 
     def commands(self, folder: Path, toy: bool) -> dict[str, list[str]]:
         """The command of each side."""
@@ -132,5 +134,5 @@ def figures_of(turns: list[dict[str, Any]], profile: dict[str, Any]) -> dict[str
         # Of a clip that is not profiled, which has the same kernels and takes less time.
         found["busy"] = round(min(1.0, profile["busy_seconds"] / profile["clips"] * speed), 3)
         found["launches_a_clip"] = round(profile["launches"] / profile["clips"], 1)
-        found["peak_gib"] = profile["peak_gib"]
+        found |= {key: profile[key] for key in ("peak_gib", "planned_gib") if key in profile}
     return found

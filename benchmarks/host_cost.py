@@ -3,6 +3,7 @@
 
 python benchmarks/host_cost.py                 all cases, about 10 minutes on two quiet cores
 python benchmarks/host_cost.py --only zero1_8  one of them; the others stay as they were
+python benchmarks/host_cost.py --only waits    how often the host waits under each DeepSpeed JSON
 
 No GPU is needed. The code is that of a GPU (TOOLKIT_CPU_CODE=0), on one thread; what is one kernel there is one call.
 Clips are of one length and have one text: oneDNN makes a kernel for every new shape, which takes longer than Python.
@@ -32,12 +33,14 @@ from training_corpus import make_corpus, sentences
 from transformers import T5Config, T5ForConditionalGeneration
 
 from toolkit.models.tokenizers import make_tokenizer
+from toolkit.recipe.deepspeed.json_file import ds_config_names
 from toolkit.recipe.model_cards import load_model_yaml
 
 RESULTS = Path(__file__).resolve().parent / "results" / "host_cost.json"
 NARROW = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4}
 CLIPS = 4  # of a micro-batch
 FRAMES = 90  # of a clip
+GPU_HOSTS = ("zero2_fp16", "zero3_plus_plus")  # tests/recipe holds the list to what the resolver refuses
 MICRO_BATCHES = (1, 8)  # of a step
 STEPS = {1: 4, 8: 1}  # of a turn
 WARM = {1: 8, 8: 2}  # before the first turn
@@ -57,8 +60,9 @@ SIDES: dict[str, list[str]] = {
 
 
 def main() -> None:
+    cases = [*CASES, "waits"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", default=list(CASES), help=", ".join(CASES))
+    parser.add_argument("--only", nargs="+", choices=cases, metavar="CASE", default=cases, help=", ".join(cases))
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (default 7)")
     arguments = parser.parse_args()
     os.environ |= {"TOOLKIT_CPU_CODE": "0", "OMP_NUM_THREADS": "1"}
@@ -68,7 +72,8 @@ def main() -> None:
         make_narrow_backbone(folder / "backbone", texts)
         make_corpus(folder / "corpus", clips=512, texts=texts[:1] * 512, length=FRAMES)
         for case in arguments.only:
-            write(case, measure(folder, *CASES[case], arguments.rounds))
+            counts_only = case == "waits"
+            write(case, waits_of_jsons(folder) if counts_only else measure(folder, *CASES[case], arguments.rounds))
 
 
 def make_narrow_backbone(folder: Path, texts: list[str]) -> None:
@@ -79,11 +84,9 @@ def make_narrow_backbone(folder: Path, texts: list[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(folder: Path, stage: int, micro_batches: int, rounds: int) -> dict[str, Any]:
-    """All sides of one case, in turns."""
-    settings = [
-        f"deepspeed=zero{stage}",
-        "ds.bf16.enabled=false",
+def settings_of(deepspeed: str, micro_batches: int) -> list[str]:
+    return [
+        f"deepspeed={deepspeed}",
         "model.pose_encoder.hidden=16",
         f"training.global_batch_size={CLIPS * micro_batches}",
         f"training.micro_batch_size={CLIPS}",
@@ -93,6 +96,22 @@ def measure(folder: Path, stage: int, micro_batches: int, rounds: int) -> dict[s
         "--as-on-gpu",
         *("--threads", "1"),
     ]
+
+
+def waits_of_jsons(folder: Path) -> dict[str, Any]:
+    """How often the host waits in a step of ours with eight micro-batches, by DeepSpeed JSON, in its own precision."""
+    found = {}
+    for name in [name for name in ds_config_names() if name not in GPU_HOSTS and "nvme" not in name]:
+        with side_process("ours", folder, settings_of(name, MICRO_BATCHES[-1])) as process:
+            take_turn(process, WARM[MICRO_BATCHES[-1]])
+            figures = count(process, MICRO_BATCHES[-1])
+        found[name] = {key: value for key, value in figures.items() if "wait" in key}
+    return {"sides": found}
+
+
+def measure(folder: Path, stage: int, micro_batches: int, rounds: int) -> dict[str, Any]:
+    """All sides of one case, in turns."""
+    settings = [*settings_of(f"zero{stage}", micro_batches), "ds.bf16.enabled=false"]
     compared = {side: command for side, command in SIDES.items() if side in TARGETS[stage] or side.startswith("ours")}
     milliseconds: dict[str, list[float]] = {side: [] for side in compared}
     figures: dict[str, dict[str, Any]] = {}

@@ -41,8 +41,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "that ours leaves out; `plain` is PyTorch alone. Operator calls and kernels are those of a step, its optimizer "
         "included, by its micro-batches; kernels are the calls that start one, and `operator_calls_saved` is the share "
         "that ours saves of `ours_with_all_calls`. Waits are how often in a step the host would wait for a GPU, by "
-        "whose code: see "
-        "[performance.md](performance.md#waiting-for-the-host).",
+        "whose code; `waits` has them under every DeepSpeed JSON that runs on a CPU, in its own precision, with eight "
+        "micro-batches: see [performance.md](performance.md#waiting-for-the-host).",
     ),
     "gpu": (
         "On a GPU",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import torch
 from operator_calls import calls_of_a_gpu
 from torch.nn import functional
 from training_corpus import MAX_FRAMES
-from turns import answer, elapsed, orders
+from turns import answer, elapsed, is_profiled, orders
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
@@ -48,6 +49,7 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.training import engine
 from toolkit.training.engine import make_engine
+from toolkit.training.memory_report import compare_memory, report_memory
 from toolkit.training.monitoring.flops import measure_peak
 from toolkit.training.monitoring.metering import product_type
 from toolkit.training.run import open_run, open_trainer
@@ -101,7 +103,16 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
     for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus):
         if trainer.ranks.is_main:
             used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
-            answer(clips, seconds, mfu=used, micro_batch=resolved.micro_batch_size)
+            planned = planned_step(trainer) if is_profiled() else {}
+            answer(clips, seconds, mfu=used, micro_batch=resolved.micro_batch_size, **planned)
+
+
+def planned_step(trainer: Trainer) -> dict[str, float]:
+    """``planned_gib`` of the steps that were taken, as a run reports it at its end; nothing where it has no plan."""
+    report_memory(trainer, compare_memory(trainer), lambda _: None)
+    metrics = (trainer.resolved.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (memory,) = [row for row in map(json.loads, metrics) if row["kind"] == "memory"][-1:]
+    return {"planned_gib": round(memory["step_planned_gib"], 2)} if "step_planned_gib" in memory else {}
 
 
 def turns_of_ours(
@@ -118,6 +129,7 @@ def turns_of_ours(
         open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
     ):
         trainer.engine.train()
+        trainer.memory.enter("step")
         batches = endless(resolved, corpus, trainer.processor.tokenizer)
         for steps in orders():
             ahead = [next(batches) for _ in range(steps if loaded else 0)]

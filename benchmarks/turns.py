@@ -27,6 +27,11 @@ def orders() -> Iterator[int]:
 watching: list[Any] = []  # what counts or profiles the turn, if anything does
 
 
+def is_profiled() -> bool:
+    """Whether the turn that is taken is profiled."""
+    return any(isinstance(watch, Profile) for watch in watching)
+
+
 class Profile:
     """Records what the GPU does in a turn; without one, what the CPU does."""
 

@@ -96,12 +96,20 @@ def _choose_by_gpus(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         needed, there = _gpus_needed(item), torch.cuda.device_count()
         if needed > there:
-            reason = f"it needs {needed} of the {there} GPUs here" if SHOWN else "only `make test-gpu` shows the GPUs"
+            reason = (
+                f"it needs {_gpus_in_words(needed)}, and {there} can be seen here"
+                if SHOWN
+                else "only `make test-gpu` shows the GPUs"
+            )
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _gpus_needed(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("gpu2") else int(item.get_closest_marker("gpu") is not None)
+
+
+def _gpus_in_words(number: int) -> str:
+    return f"{number} GPU{'' if number == 1 else 's'}"
 
 
 def _slowness(item: pytest.Item) -> int:

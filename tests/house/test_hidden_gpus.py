@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,24 @@ def test_ranks_see_no_gpu_although_the_launcher_numbers_them(tmp_path: Path) -> 
     script.write_text(SCRIPT)
     subprocess.run([*launcher(2), script], env=environment(), cwd=tmp_path, check=True, timeout=limit(120))
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["", ""]
+
+
+@pytest.mark.nightly
+def test_without_a_gpu_make_test_gpu_says_what_it_needs() -> None:
+    makefile = (TESTS.parent / "Makefile").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^test-gpu:.*\n\t@TEST_GPUS=1 \$\(BIN\)/python (.+)$", makefile, re.MULTILINE)
+    command = [sys.executable, *shlex.split(words), "tests/gpu/test_captures.py"]
+    done = subprocess.run(
+        command,
+        env=environment() | {"TEST_GPUS": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit(120),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"SKIPPED .*tests/gpu/test_captures\.py.* 1 GPU, and 0 ", done.stdout), done.stdout
 
 
 def test_a_test_that_sets_pythonpath_keeps_the_gpus_hidden() -> None:
