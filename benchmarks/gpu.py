@@ -268,14 +268,14 @@ def evaluation(folder: Path, toy: bool) -> dict[str, Any]:
     return vs_plain_generate(arguments)
 
 
-WHOLE = "training.gradient_checkpointing=false"  # as the recipe says for cards of 80 GiB
+WHOLE = "training.gradient_checkpointing=false"  # as the recipes say for cards of 80 GiB
 # The most important first.
 ROWS = [
     Row("t5_base_16", 70, side_by_side("t5_base", 16, "zero0", 16)),  # one rank's part of eight
     Row("t5_base_128", 70, side_by_side("t5_base", 128, "zero0", 128)),
     Row("evaluation", 60, evaluation),
     Row("t5_small_128", 60, side_by_side("t5_small", 128, "zero0", 128)),
-    Row("t5_large", 60, side_by_side("t5_large", 128, "zero1", 64, peers=False)),
+    Row("t5_large", 60, side_by_side("t5_large", 128, "zero1", 64, WHOLE, peers=False)),
     Row("t5_3b_lora", 90, side_by_side("t5_3b_lora", 128, "zero1", 64, WHOLE, peers=False)),
     Row("t5_base_as_typed", 75, as_typed),  # and as much for each larger number of ranks
     Row("t5_small_launches", 60, Training("t5_small", 16, launches())),
@@ -283,8 +283,8 @@ ROWS = [
     Row("t5_3b_qlora", 110, Training("t5_3b_qlora", 128, {"ours": ("ours", micro(16), "deepspeed=zero1")})),
     Row("t5_base_16_as_written", 70, Training("t5_base", 16, as_written())),
     Row("every_deepspeed_json", 180, every_json),
-    Row("t5_large_trainers", 80, trainers("t5_large", 64)),
-    Row("t5_large_loops", 80, loops("t5_large", 64)),
+    Row("t5_large_trainers", 80, trainers("t5_large", 64, WHOLE)),
+    Row("t5_large_loops", 80, loops("t5_large", 64, WHOLE)),
     Row("t5_3b_lora_trainers", 120, trainers("t5_3b_lora", 32, WHOLE)),
     Row("t5_3b_lora_loops", 120, loops("t5_3b_lora", 32, WHOLE)),
     Row("t5_3b_qlora_trainers", 120, trainers("t5_3b_qlora", 16)),

@@ -14,6 +14,7 @@ import pytest
 
 from tests.recipe.resolving import run_of
 from tests.scripts import load_script
+from toolkit.recipe.compilation import compilation
 from toolkit.recipe.deepspeed.json_file import ds_config_names
 
 H100 = {"device": "H100", "torch": "2.13", "driver": "580"}
@@ -103,6 +104,16 @@ def test_each_model_has_its_peers(gpu: ModuleType, recipe: str) -> None:
     assert sides == {"ours", "hf", "bare", "plain"} - ({"plain"} if recipe == "t5_3b_qlora" else set())
     micro_batches = {setting for row in rows for way, *more in row.sides.values() if way == "hf" for setting in more}
     assert "training.micro_batch_size=16" in micro_batches
+
+
+def test_no_way_of_training_is_refused_on_a_gpu(gpu: ModuleType) -> None:
+    for row in gpu.ROWS:
+        if isinstance(row.measure, gpu.Training):
+            for side, (_, *settings) in row.measure.sides.items():
+                more = ("model.from_scratch=true", f"training.global_batch_size={row.measure.clips}")
+                resolved = run_of(row.measure.recipe, *settings, *more, has_gpu=True)
+                graphs = compilation(resolved.recipe, resolved.deepspeed, has_gpu=True).graphs
+                assert graphs == side.endswith("graphs"), (row.name, side)
 
 
 def test_every_json_is_held_to_zero_1_of_its_model(
