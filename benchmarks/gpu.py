@@ -38,6 +38,8 @@ RESULTS = HERE / "results" / "gpu.json"
 HELD_OUT = 64  # clips of its dev split, and of its test split
 TOGETHER = 2  # rows whose processes start at the same time
 STEPS_AS_TYPED = 24
+STEPS = 4  # of a short run
+STEPS_TO_STOP = 60  # of one that SIGTERM must reach, some seconds
 AT_ONCE = 4  # short runs of `every_json`, whose losses count and not their time
 # T5's family overflows in fp16; one node has no other to keep parameters whole for.
 IN_FP16 = ["model.backbone=bart_large", "model.tiny=true"]
@@ -163,14 +165,24 @@ def every_json(folder: Path, toy: bool) -> dict[str, Any]:
 
 
 def resume_elsewhere(folder: Path, toy: bool) -> dict[str, Any]:
-    """A run that SIGTERM stops under ZeRO-1 and ZeRO-2 resumes has the losses of one that was not stopped."""
-    whole = train(folder, folder / "run_whole", ["deepspeed=zero1"], toy)
-    first = train(folder, folder / "run_stopped", ["deepspeed=zero1"], toy, stop_after=2)
-    resumed = train(folder, folder / "run_stopped", ["deepspeed=zero2"], toy)
-    return {"sides": {"whole": {"losses": whole}, "stopped": {"losses": first}, "resumed": {"losses": resumed}}}
+    """How far losses of a run that SIGTERM stops under ZeRO-1 and ZeRO-2 resumes are from those of one without a stop.
+
+    Raises:
+        RuntimeError: the run had ended before the signal reached it.
+    """
+    steps = 12 if toy else STEPS_TO_STOP
+    whole = train(folder, folder / "run_whole", ["deepspeed=zero1"], toy, steps)
+    first = train(folder, folder / "run_stopped", ["deepspeed=zero1"], toy, steps, stop_after=2)
+    resumed = train(folder, folder / "run_stopped", ["deepspeed=zero2"], toy, steps)
+    if len(first) == steps:
+        raise RuntimeError(f"all {steps} steps were taken before SIGTERM reached the run")
+    apart = [abs(a - b) / abs(b) for a, b in zip(resumed, whole, strict=True)]
+    return {"steps": steps, "stopped_after": len(first), "farthest_from_whole": round(max(apart), 5)}
 
 
-def train(folder: Path, run_dir: Path, settings: list[str], toy: bool, stop_after: int | None = None) -> list[float]:
+def train(
+    folder: Path, run_dir: Path, settings: list[str], toy: bool, steps: int = STEPS, stop_after: int | None = None
+) -> list[float]:
     """Losses of a short run of t5_small, from its own start; ``stop_after`` a step it gets SIGTERM.
 
     Raises:
@@ -181,7 +193,7 @@ def train(folder: Path, run_dir: Path, settings: list[str], toy: bool, stop_afte
         f"data.corpus={folder / 'corpus'}",
         f"model.tokenizer={folder / 'tokenizer'}",
         f"run.dir={run_dir}",
-        *("model.from_scratch=true", "training.max_steps=4", "model.dropout=0", "model.pose_encoder.dropout=0"),
+        *("model.from_scratch=true", f"training.max_steps={steps}", "model.dropout=0", "model.pose_encoder.dropout=0"),
         *("training.global_batch_size=8", "training.micro_batch_size=4"),
         *(TOY if toy else []),
         *settings,

@@ -140,6 +140,23 @@ def test_every_json_is_held_to_zero_1_of_its_model(
         assert run_of("t5_small", *overrides, ds=ds, has_gpu=True).deepspeed, f"{name} is refused on one GPU"
 
 
+def test_a_run_is_stopped_before_it_is_resumed(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken = [3]
+
+    def train(folder: Path, run_dir: Path, settings: list[str], toy: bool, steps: int, stop_after: int = 0) -> Any:
+        there = taken[0] if stop_after else steps
+        return [2.0 if "zero1" in settings[0] else 2.1] * there
+
+    monkeypatch.setattr(gpu, "train", train)
+    found = gpu.resume_elsewhere(tmp_path, toy=False)
+    assert found == {"steps": gpu.STEPS_TO_STOP, "stopped_after": 3, "farthest_from_whole": 0.05}
+    taken[0] = gpu.STEPS_TO_STOP
+    with pytest.raises(RuntimeError, match="SIGTERM"):
+        gpu.resume_elsewhere(tmp_path, toy=False)
+
+
 class Sides:
     """Stands in for the processes of training rows: a turn takes a hundredth of a second a step, profiled or not."""
 
