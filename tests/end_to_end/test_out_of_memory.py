@@ -106,9 +106,33 @@ def test_each_start_takes_smaller_micro_batches_and_the_losses_stay_equal(
     assert losses(halved.folder) == pytest.approx(losses(plain.folder), rel=1e-3)
 
 
-def largest(overrides: list[str], ds: str) -> MicroBatchChoice:
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cgroups")
+def test_where_the_kernel_has_killed_the_only_rank_the_next_start_takes_smaller_micro_batches(
+    warm: Warm, settings: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = [value for value in prepared(settings) if "micro_batch_size" not in value]
+    auto = [*own, *STEPS, "training.micro_batch_size=auto"]
+    first = keep_choice(largest(auto, "zero2", ranks=1))
+
+    def start(fault: str) -> Run:
+        variables = {VARIABLE: fault, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return warm.start(tmp_path / "run", ["--recipe", "t5_small", "--ds", "zero2", *auto], ranks=1, **variables)
+
+    killed = start("kernel 0")
+    assert killed.wait() != 0
+    assert status_of(killed.folder)["status"] == "running", "nobody was left to say otherwise"
+    again = start("none 0")
+    assert again.wait() == 0, again.said()
+    assert "the kernel has killed" in again.said()
+    choice = read_choice(again.folder)
+    assert choice and choice.clips < first.clips and choice.too_large is None
+
+
+def largest(overrides: list[str], ds: str, ranks: int = RANKS) -> MicroBatchChoice:
     """All clips of a rank in one micro-batch, as if a rehearsal had chosen them here."""
-    resolved = resolve_named("t5_small", overrides, RANKS, has_gpu=False, ds=ds)
-    hardware = describe(Ranks(0, 0, RANKS, RANKS), [])
+    resolved = resolve_named("t5_small", overrides, ranks, has_gpu=False, ds=ds)
+    hardware = describe(Ranks(0, 0, ranks, ranks), [])
     settings = settings_hash(resolved, Corpus.open(resolved.recipe.data.corpus or ""))
-    return MicroBatchChoice(resolved.recipe.training.global_batch_size // RANKS, None, "chosen", hardware, settings)
+    return MicroBatchChoice(resolved.recipe.training.global_batch_size // ranks, None, "chosen", hardware, settings)

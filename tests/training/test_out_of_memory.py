@@ -12,6 +12,7 @@ import torch
 
 from tests.small_runs import corpus, resolve
 from toolkit.checkpointing.checkpoints import Progress
+from toolkit.checkpointing.run_directory import start, write_status
 from toolkit.cluster.failures import Failure
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
@@ -22,7 +23,7 @@ from toolkit.recipe.choices import folder_of
 from toolkit.recipe.resolve import ResolvedRun, read_choice
 from toolkit.training import out_of_memory as module
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape
-from toolkit.training.out_of_memory import MemoryFailures, advice_in_words
+from toolkit.training.out_of_memory import MemoryFailures, advice_in_words, kernels_counts, mark_if_killed
 
 __all__ = ["corpus", "resolve"]
 
@@ -104,6 +105,26 @@ def test_chosen_micro_batches_are_marked_for_the_next_start(make: Any, resolve: 
         marked = read_choice(folder)
         assert marked and marked.too_large and "step 13" in marked.too_large
         assert replace(marked, too_large=None) == CHOICE
+
+
+@pytest.mark.parametrize("unlike", ["", "status", "count", "boot", "smallest"])
+def test_after_a_run_without_an_end_the_next_start_takes_smaller_ones_if_the_kernel_has_killed(
+    resolve: Any, corpus: Corpus, unlike: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = replace(CHOICE, is_smallest=unlike == "smallest")
+    run = resolve("training.micro_batch_size=auto").with_choice(choice)
+    monkeypatch.setattr(module, "oom_kills_by_place", lambda: {"cgroups": 5, "machine": 7})
+    start(run, corpus, **kernels_counts())
+    # A new container of the same machine.
+    later = {"cgroups": 0, "machine": 7 if unlike == "count" else 8}
+    monkeypatch.setattr(module, "oom_kills_by_place", lambda: later)
+    if unlike == "boot":
+        monkeypatch.setattr(module, "boot_id", lambda: "another")
+    if unlike == "status":
+        write_status(run.run_dir, "failed", reason="out of memory, and reported")
+    mark_if_killed(run.run_dir)
+    marked = read_choice(run.run_dir)
+    assert marked and bool(marked.too_large) == (not unlike)
 
 
 @pytest.mark.parametrize("why", ["smallest", "evaluation"])

@@ -99,6 +99,15 @@ def read_status(run_dir: Path) -> Status | None:
         ) from error
 
 
+def details_of(run_dir: Path, status: Status) -> dict[str, Any]:
+    """What ``write_status`` wrote beside a status; empty where the run has another one, or none that is readable."""
+    try:
+        content = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
+        return dict(content) if content["status"] == status else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def write_status(run_dir: Path, status: Status, **details: Any) -> None:
     """Write the status of the run, for users and schedulers that do not see its exit code."""
     content = {"status": status, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
@@ -247,8 +256,10 @@ def is_same_corpus(identity: dict[str, Any], corpus: Corpus) -> bool:
     return all(found.get(key) == value for key, value in identity.items())
 
 
-def start(resolved: ResolvedRun, corpus: Corpus) -> None:
-    """Write what is about to run to the run directory: recipe, DeepSpeed JSON, environment and corpus."""
+def start(resolved: ResolvedRun, corpus: Corpus, **details: Any) -> None:
+    """Write what is about to run to the run directory: recipe, DeepSpeed JSON, environment and corpus; and details of
+    its status, which stand there until the run ends.
+    """
     try:
         resolved.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -260,4 +271,4 @@ def start(resolved: ResolvedRun, corpus: Corpus) -> None:
     places = {name: str(member.path.resolve()) for name, member in corpus.members.items()}
     environment = describe_environment() | ({"corpora": places} if places else {"corpus": str(corpus.path.resolve())})
     write_text_atomically(resolved.run_dir / "environment.json", json.dumps(environment, indent=2, default=str) + "\n")
-    write_status(resolved.run_dir, "running")
+    write_status(resolved.run_dir, "running", **details)

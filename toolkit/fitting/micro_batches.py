@@ -33,6 +33,7 @@ from toolkit.recipe.batches import MicroBatchChoice, most_batch_frames
 from toolkit.recipe.choices import choices_folder, keep_choice
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import import_libraries
+from toolkit.training.out_of_memory import mark_if_killed
 
 FEW = 8  # clips of a micro-batch without a rehearsal, on CPUs
 
@@ -56,6 +57,8 @@ def fit_micro_batches(
         return resolved
     found = on_each_node(cards)
     hardware, settings = on_rank_0(lambda: (describe(ranks, found), settings_hash(resolved, corpus)))
+    if resumes:
+        on_rank_0(lambda: mark_if_killed(resolved.run_dir))
     choice, note = on_rank_0(lambda: earlier_choice(resolved.run_dir if resumes else None, hardware, settings))
     if note:
         echo(f"note: {note}")

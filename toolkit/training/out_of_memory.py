@@ -7,15 +7,17 @@ collective: the run resumes from its last checkpoint, with ``training.micro_batc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import psutil
 import torch
 
 from toolkit.checkpointing.checkpoints import Progress, complete_checkpoints
-from toolkit.checkpointing.run_directory import CHECKPOINTS
+from toolkit.checkpointing.run_directory import CHECKPOINTS, details_of
 from toolkit.cluster.failures import ADVICE_SECONDS, Explainer, Failure
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
@@ -24,15 +26,43 @@ from toolkit.planning.afterwards import Computed, advice_within
 from toolkit.planning.comparison import Advice
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.recipe.choices import mark_too_large
-from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.resolve import ResolvedRun, read_choice
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape
-from toolkit.training.monitoring.memory_shortage import LOADER_KILLED, in_short, is_out_of_memory, oom_kills
+from toolkit.training.monitoring.memory_shortage import (
+    LOADER_KILLED,
+    boot_id,
+    in_short,
+    is_out_of_memory,
+    oom_kills,
+    oom_kills_by_place,
+)
 
 log = logging.getLogger("toolkit")
 
 MOST_ADVICE = 4  # settings that a line has room for
 # Settings of another model: a run cannot resume with them.
 OF_THE_MODEL = "model."
+
+
+def kernels_counts() -> dict[str, object]:
+    """What a run that begins notes in its status, for :func:`mark_if_killed`."""
+    return {"boot": boot_id(), "oom_kills": oom_kills_by_place()}
+
+
+def mark_if_killed(run_dir: Path) -> None:
+    """Let this start take smaller micro-batches where all ranks of the last one were killed for want of memory.
+
+    Nobody was left to report it: the run has no end, and since it began the kernel has killed a process of this
+    machine. On another machine, or after a boot, that is not known.
+    """
+    began, choice = details_of(run_dir, "running"), read_choice(run_dir)
+    if choice is None or choice.is_smallest or choice.too_large or not began.get("boot"):
+        return
+    then, now = began.get("oom_kills", {}), oom_kills_by_place()
+    if began["boot"] == boot_id() and any(count > then.get(place, count) for place, count in now.items()):
+        what = "its ranks ended without an error, and the kernel has killed a process because memory was short"
+        with contextlib.suppress(OSError, UserError):
+            mark_too_large(run_dir, choice, what)
 
 
 @dataclass

@@ -45,7 +45,7 @@ from toolkit.training.memory_report import compare_memory, report_memory
 from toolkit.training.monitoring.communication import report_communication
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.memory_phases import MemoryPhases
-from toolkit.training.out_of_memory import MemoryFailures
+from toolkit.training.out_of_memory import MemoryFailures, kernels_counts
 from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
 from toolkit.training.setting_notes import setting_notes
@@ -155,7 +155,7 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
     """
     run_dir = resolved.run_dir
     join_rendezvous(ranks)
-    on_rank_0(lambda: run_directory.start(resolved, corpus))
+    on_rank_0(lambda: run_directory.start(resolved, corpus, **kernels_counts()))
     # The other ranks look at the run directory for the first time when it exists: a shared file system that has once
     # answered "not there" repeats that for half a minute.
     log_to_file(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))

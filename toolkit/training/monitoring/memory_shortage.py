@@ -11,6 +11,7 @@ from toolkit.cluster.host_memory import OF_PROCESS, ROOT, free_addresses, memory
 from toolkit.errors import explained, first_line
 
 OF_MACHINE = Path("/proc/vmstat")
+OF_BOOT = Path("/proc/sys/kernel/random/boot_id")
 OF_CGROUP = ("memory.events", "memory.oom_control")  # of version 2 and 1
 COUNTER = "oom_kill"
 # Of what torch, CUDA, cuBLAS and C++ say, in lower case; not all of their errors have a class of their own.
@@ -44,8 +45,23 @@ def oom_kills(of_process: Path = OF_PROCESS, root: Path = ROOT, of_machine: Path
     Of the cgroups of this process and of the machine: a container may not see the latter, and a cgroup not its
     siblings.
     """
+    return sum(oom_kills_by_place(of_process, root, of_machine).values())
+
+
+def oom_kills_by_place(
+    of_process: Path = OF_PROCESS, root: Path = ROOT, of_machine: Path = OF_MACHINE
+) -> dict[str, int]:
+    """The same by ``cgroups``, where a new container begins at 0, and ``machine``, where the next boot does."""
     files = [folder / name for folder in memory_cgroups(of_process, root) for name in OF_CGROUP]
-    return sum(map(_count_in, [*files, of_machine]))
+    return {"cgroups": sum(map(_count_in, files)), "machine": _count_in(of_machine)}
+
+
+def boot_id(file: Path = OF_BOOT) -> str:
+    """Names a boot of this machine; empty where the system does not say."""
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _count_in(file: Path) -> int:
