@@ -59,7 +59,10 @@ def fetch_weights(source: str) -> Path | None:
 def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
     """What went wrong at the hub or in its cache, by one of ``NOT_LOADED``; None if it has another cause."""
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    elsewhere = f"set HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it"
+    elsewhere = (
+        f"download it where the hub can be reached (hf download {source}; for a plan its config.json alone), and set "
+        f"HF_HOME to a folder whose hub/models--{source.replace('/', '--')} holds it"
+    )
     for cause in _causes(error):
         match cause:
             case GatedRepoError():
