@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.cpu.dropout import CPUDropout, use_cpu_dropout
+from toolkit.cpu.dropout import CPUDropout, draw_kept, use_cpu_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -32,6 +32,17 @@ def test_what_stays_is_scaled_like_torchs_and_passes_its_gradient(dtype: torch.d
     near = {"rtol": torch.finfo(dtype).eps, "atol": 0.0}  # rounded once
     torch.testing.assert_close(output.float(), values.float() * kept / 0.7, **near)
     torch.testing.assert_close(values.grad.float(), kept / 0.7, **near)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (4, 8), (1,), (0, 3)])
+def test_the_same_elements_stay_in_bf16_as_in_fp32(shape: tuple[int, ...]) -> None:
+    kept = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        kept.append(draw_kept(torch.empty(shape, dtype=dtype), 0.3))
+        assert kept[-1].dtype == dtype and kept[-1].shape == shape
+    assert torch.equal(kept[1].float(), kept[0])
+    assert shape != (7, 11) or 0 < kept[0].sum() < kept[0].numel()
 
 
 def test_the_generator_decides_and_evaluation_drops_nothing() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _LEVELS = 2**16  # of what one quarter of a draw can be
+_ONE = 0x3F80  # the bits of 1 in bf16
 
 
 class CPUDropout(nn.Dropout):
@@ -49,8 +50,12 @@ def draw_kept(like: Tensor, p: float) -> Tensor:
     seed = int(torch.empty((), dtype=torch.int64).random_())
     generator = np.random.Generator(np.random.SFC64(seed))
     draws = torch.from_numpy(generator.integers(-(2**63), 2**63, numel // 4 + 1, dtype=np.int64))
+    quarters = draws.view(torch.int16)[:numel]
+    least = round(p * _LEVELS) - _LEVELS // 2
+    if like.dtype == torch.bfloat16:  # as wide as a quarter: the draws become ones and zeros where they are
+        return torch.ge(quarters, least, out=quarters).mul_(_ONE).view(like.dtype).view(like.shape)
     kept = torch.empty(numel, dtype=like.dtype)
-    torch.ge(draws.view(torch.int16)[:numel], round(p * _LEVELS) - _LEVELS // 2, out=kept)
+    torch.ge(quarters, least, out=kept)
     return kept.view(like.shape)
 
 
