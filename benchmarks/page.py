@@ -28,7 +28,11 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "recipe `t5_small` as it is (128 clips a step, micro-batches that it chooses) against micro-batches of 8, "
         "against steps of 32 clips in micro-batches of 8 (`_before`: at the commit that the row names), and against "
         "Seq2SeqTrainer's defaults (steps of 8 clips, ZeRO-2); a turn is one epoch of 512 clips, a ratio "
-        "the median over turns.",
+        "the median over turns. So few clips are padded more in steps of 128 than in steps of 32, which many clips "
+        "are not (see the padding of 4,096 below). `auto_bound` is a turn of `auto` in torch's profiler: what share of "
+        "it are matrix products and convolutions, how near these come to the processor's peak, and how much faster "
+        "the turn would be without all other calls; `frames_with_padding` are the frames of its batches by those of "
+        "its clips.",
     ),
     "host_cost": (
         "What a micro-batch costs the host",

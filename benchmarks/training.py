@@ -151,12 +151,16 @@ def mfu(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def auto(folder: Path, rounds: int, before: str | None) -> dict[str, dict[str, Any]]:
-    """Clips a second of the recipe as it is, which chooses its micro-batches, against other ways; epoch after epoch."""
+    """Clips a second of the recipe as it is, which chooses its micro-batches, against other ways; epoch after epoch.
+
+    One more turn is profiled: how much of it are matrix products, and how near these are to the processor's peak.
+    """
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # choices of an earlier measurement do not count
     now, older = folder / "auto", folder / "auto_before"
     make_corpus(now / "corpus", AUTO_CLIPS)
     shutil.copytree(folder / "backbone", now / "backbone")
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in AUTO if before or not name.endswith("_before")}
+    watched: list[dict[str, float]] = []
     with checked_out(before) if before else nullcontext() as project:
         if project:
             older.mkdir()
@@ -171,9 +175,23 @@ def auto(folder: Path, rounds: int, before: str | None) -> dict[str, dict[str, A
                 with started(command) as process:
                     take_turn(process, max(1, steps // 4))
                     taken.append(take_turn(process, steps))
+                    if name == "auto":
+                        watched.append(take_turn(process, f"profile {steps}"))
             print(f"round {number + 1} of {rounds}: {rates_of(turns, number)}", flush=True)
     ours = turns.pop("auto")
-    return {
+    share = median(turn["products_share"] for turn in watched)
+    bound = {
+        "mfu": round(median(turn["mfu"] for turn in watched), 3),
+        "products_share_of_time": round(share, 3),
+        "products_of_peak": round(median(turn["mfu"] / turn["products_share"] for turn in watched), 3),
+        "speedup_if_all_else_were_free": round(1 / share, 2),
+        "frames_with_padding": round(median(turn["padded_frames"] for turn in ours), 3),
+        "frames_with_padding_of_steps_of_32_in_8": round(
+            median(turn["padded_frames"] for turn in turns["auto_vs_steps_of_32_in_8"]), 3
+        ),
+        "target": "",
+    }
+    return {"auto_bound": bound} | {
         name: {
             "ours_clips_per_second": speed(ours),
             "peer_clips_per_second": speed(taken),

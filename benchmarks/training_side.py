@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from operator_calls import calls_of_a_gpu
 from torch.nn import functional
 from training_corpus import MAX_FRAMES
+from turn_figures import padded_frames, planned_step, utilisation
 from turns import answer, elapsed, is_profiled, orders
 
 from toolkit.batching.collate import Batch, collate
@@ -49,10 +49,8 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.training import engine
 from toolkit.training.engine import make_engine
-from toolkit.training.memory_report import compare_memory, report_memory
-from toolkit.training.monitoring.flops import measure_peak
 from toolkit.training.monitoring.metering import product_type
-from toolkit.training.run import open_run, open_trainer
+from toolkit.training.run import open_run, open_trainer, start_loader
 from toolkit.training.start import Start
 from toolkit.training.trainer import Trainer
 
@@ -102,17 +100,14 @@ def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
     resolved = fit_micro_batches(resolved, read_ranks(), corpus, lambda _: None)
     for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus):
         if trainer.ranks.is_main:
-            used = utilisation(trainer, [batch for step in taken for batch in step], seconds)
+            batches = [batch for step in taken for batch in step]
             planned = planned_step(trainer) if is_profiled() else {}
-            answer(clips, seconds, mfu=used, micro_batch=resolved.micro_batch_size, **planned)
-
-
-def planned_step(trainer: Trainer) -> dict[str, float]:
-    """``planned_gib`` of the steps that were taken, as a run reports it at its end; nothing where it has no plan."""
-    report_memory(trainer, compare_memory(trainer), lambda _: None)
-    metrics = (trainer.resolved.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    (memory,) = [row for row in map(json.loads, metrics) if row["kind"] == "memory"][-1:]
-    return {"planned_gib": round(memory["step_planned_gib"], 2)} if "step_planned_gib" in memory else {}
+            figures = {
+                "mfu": utilisation(trainer, batches, seconds),
+                "padded_frames": padded_frames(batches),
+                **planned,
+            }
+            answer(clips, seconds, micro_batch=resolved.micro_batch_size, **figures)
 
 
 def turns_of_ours(
@@ -120,17 +115,19 @@ def turns_of_ours(
 ) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:
     """Take each turn that is ordered by the toolkit's own loop; its trainer, steps, clips and seconds.
 
-    The clips of a turn are loaded before its clock starts, or else in its steps.
+    The clips of a turn are loaded before its clock starts, or else in its steps, by the workers of a whole run: after
+    each fork, as of workers for an epoch, the process copies every page that it writes to.
     """
     keep_freed_memory()
-    ranks = read_ranks()
+    ranks, start = read_ranks(), Start()
     with (
+        closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
         open_run(resolved, ranks, corpus) as interruptions,
-        open_trainer(resolved, ranks, corpus, Start(), interruptions, lambda _: None) as trainer,
+        open_trainer(resolved, ranks, corpus, start, interruptions, lambda _: None) as trainer,
     ):
         trainer.engine.train()
         trainer.memory.enter("step")
-        batches = endless(resolved, corpus, trainer.processor.tokenizer)
+        batches.set_tokenizer(trainer.processor.tokenizer)
         for steps in orders():
             ahead = [next(batches) for _ in range(steps if loaded else 0)]
             started, clips, taken = time.perf_counter(), trainer.progress.clips, []
@@ -139,13 +136,6 @@ def turns_of_ours(
                 trainer.step(taken[-1])
             seconds = elapsed(started)
             yield trainer, taken, trainer.progress.clips - clips, seconds
-
-
-def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> float:
-    """Model-FLOPs utilisation of a turn, against a matrix product measured right after it."""
-    assert trainer.meter.cost
-    flops = sum(map(trainer.meter.cost.of, batches))
-    return flops / seconds / measure_peak(trainer.engine.device, product_type(trainer.resolved))
 
 
 def score_padding() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from operator_calls import Calls
 
+# torch's operators that compute matrix products and convolutions on a CPU.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward")
+
 
 def orders() -> Iterator[int]:
     """How many steps to take next: ``4``, ``count`` (one, counted) or ``profile 4``."""
@@ -46,6 +49,10 @@ class Profile:
     def __exit__(self, *error: Any) -> None:
         self.own.__exit__(*error)
 
+    def products(self) -> float:
+        """Seconds that the CPU was in matrix products and convolutions."""
+        return sum(event.self_cpu_time_total for event in self.own.key_averages() if event.key in PRODUCTS) / 1e6
+
     def spans(self) -> list[tuple[float, float]]:
         """From when to when the GPU ran each kernel or copy, in seconds."""
         events = self.own.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -72,12 +79,13 @@ def answer(clips: int, seconds: float, **more: Any) -> None:
 
 
 def seen(watch: Any, seconds: float) -> dict[str, Any]:
-    """Counts of a turn; or how long the GPU was busy, how often with what, and the most memory that it held."""
+    """Counts of a turn; or how long the GPU was busy, how often with what, and the most memory that it held; without a
+    GPU the share of the turn in which products were computed."""
     if isinstance(watch, Calls):
         waits = [[*key, count] for key, count in sorted(watch.waits.items())]
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
     if not torch.cuda.is_available():
-        return {}
+        return {"products_share": watch.products() / seconds}
     spans = watch.spans()
     peak = torch.cuda.max_memory_allocated() / 2**30
     return {"busy_seconds": covered(spans), "launches": len(spans), "peak_gib": round(peak, 2)}

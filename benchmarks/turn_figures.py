@@ -1,0 +1,31 @@
+"""Figures of a turn of our own side: utilisation, padding and the plan of its steps."""
+
+from __future__ import annotations
+
+import json
+
+from toolkit.batching.collate import Batch
+from toolkit.training.memory_report import compare_memory, report_memory
+from toolkit.training.monitoring.flops import measure_peak
+from toolkit.training.monitoring.metering import product_type
+from toolkit.training.trainer import Trainer
+
+
+def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> float:
+    """Model-FLOPs utilisation of a turn, against a matrix product measured right after it."""
+    assert trainer.meter.cost
+    flops = sum(map(trainer.meter.cost.of, batches))
+    return flops / seconds / measure_peak(trainer.engine.device, product_type(trainer.resolved))
+
+
+def padded_frames(batches: list[Batch]) -> float:
+    """Frames of batches, padding included, by those of their clips."""
+    return sum(batch.frame_mask.numel() for batch in batches) / sum(batch.num_frames for batch in batches)
+
+
+def planned_step(trainer: Trainer) -> dict[str, float]:
+    """``planned_gib`` of the steps that were taken, as a run reports it at its end; nothing where it has no plan."""
+    report_memory(trainer, compare_memory(trainer), lambda _: None)
+    metrics = (trainer.resolved.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (memory,) = [row for row in map(json.loads, metrics) if row["kind"] == "memory"][-1:]
+    return {"planned_gib": round(memory["step_planned_gib"], 2)} if "step_planned_gib" in memory else {}
