@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -185,6 +186,22 @@ def test_two_models_with_a_projection_between_them(
     )
     assert texts == expected and scores == pytest.approx(wanted, abs=2e-4)
     assert bool(capture.replays) == (decoder is GPT2)
+
+
+def test_all_graphs_of_a_process_are_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace for each stream; each evaluation has graphs of its own."""
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(object()) or made[-1])
+    step_graphs.stream_of_graphs.cache_clear()
+    used: list[object] = []
+    monkeypatch.setattr(step_graphs, "on_stream", lambda stream: nullcontext(used.append(stream)))
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: "default")
+    for graphs in (step_graphs.CudaGraphs(), step_graphs.CudaGraphs()):
+        with graphs._on_stream():
+            pass
+    step_graphs.stream_of_graphs.cache_clear()
+    assert made == used[:1] == used[1:]
 
 
 def test_only_attention_that_is_ours_is_captured(translator: Make, capture: RecordedCalls) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tests.recorded_calls import RecordedCalls
+from tests.scripts import load_script
 from tests.written_corpora import write_corpus
 from toolkit.batching.collate import places_of_labels
 from toolkit.corpus.packed import Clip, Corpus
@@ -247,6 +249,32 @@ def test_steps_as_graphs_find_the_same(
     assert torch.equal(graphed.sequences, plain.sequences)
     torch.testing.assert_close(graphed.sequences_scores, plain.sequences_scores, atol=1e-5, rtol=1e-5)
     assert graphs is None or (len(capture.captured) == 1 and capture.replays == 7), "steps were not replayed"
+
+
+@pytest.mark.parametrize("name", ["t5_small", "m2m100", "t5gemma2_270m", "qwen2_5_0_5b"])
+def test_a_search_leaves_no_tensor_behind(
+    name: str, make: Callable[..., PoseTranslator], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where Python has not looked for cycles yet: a GPU would hold them in the steps that follow."""
+    model, capture = make(name), RecordedCalls()
+    monkeypatch.setattr(step_graphs, "capture_on", lambda device: capture)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    settings = {"num_beams": 3, "min_new_tokens": 4, "max_new_tokens": 5, "custom_generate": beam_search}
+    model.generate(**inputs, **settings)  # tables of positions are made once
+    for wanted in (False, True):
+        graphs = step_graphs.graphs_of_search(model, wanted=wanted)
+        gc.collect()
+        gc.disable()
+        try:
+            before = (*model.parameters(), *model.buffers(), *inputs.values())
+            with load_script("benchmarks/planning_tensors.py").TensorLog(before) as log:
+                found = model.generate(**inputs, **settings, graphs=graphs)
+                assert log.alive()
+                del found, graphs
+                left = log.alive()
+        finally:
+            gc.enable()
+        assert not left
 
 
 @every_card

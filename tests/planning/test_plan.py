@@ -15,8 +15,8 @@ from toolkit.errors import UserError
 from toolkit.planning import plan
 from toolkit.planning.comparison import compare
 from toolkit.planning.costs.zero import Items
-from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, GIB, Hardware, parse_size
-from toolkit.planning.plan import Subject, largest_micro_batch, make_plan
+from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, GIB, Hardware, parse_size
+from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
 from toolkit.planning.workload import Workload, from_maxima, workload_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
@@ -28,6 +28,7 @@ H100 = Hardware(gpus=1, gpu_memory=80 * GIB)
 # frames first and 107 next, texts of 12 words at most 14 tokens, and nothing was evaluated before the peak was read.
 FOUR_STEPS = Workload(109, 14, 107, ((1, 100),), None, "as measured")
 SCRATCH = ("model.from_scratch=true", "model.tokenizer=train", "data.max_frames=300", "training.micro_batch_size=16")
+NO_SEARCH = "evaluation.graphs=false"  # no search has run by graphs yet
 # GiB that torch.cuda.max_memory_allocated said on an H100 with one rank.
 MEASURED = {
     "zero0": 1.11,
@@ -50,6 +51,18 @@ STEPS = {
     "zero3": 1.289,
     "zero3_bf16_states": 0.731,
 }
+# The same between two steps, before any evaluation.
+RESTS = {
+    "zero0": 0.6327,
+    "zero1": 0.9178,
+    "zero2": 0.7290,
+    "zero2_autocast": 0.8235,
+    "zero2_bf16_states": 0.4444,
+    "zero3": 1.0102,
+    "zero3_bf16_states": 0.6331,
+}
+# The same while a model was saved, after an evaluation; the two in autocast had a cache of the search still.
+SAVES = {"zero1": 0.9490, "zero2": 0.7602, "zero2_bf16_states": 0.4756, "zero3": 1.0463, "zero3_bf16_states": 0.6693}
 # The same until the first step; a run's product of two matrices took 0.5 GiB then.
 STARTS = {
     "zero0": 0.690,
@@ -73,8 +86,8 @@ def resolved(recipe: str, *overrides: str, ds: str = "zero2", ranks: int = 1) ->
 
 @pytest.mark.parametrize("ds", MEASURED)
 def test_the_peak_of_t5_small_is_that_of_an_h100(ds: str) -> None:
-    run = resolved("t5_small", *SCRATCH, ds=ds)
-    plan = make_plan(subject("t5_small", *SCRATCH), run, H100, FOUR_STEPS)
+    settings = (*SCRATCH, NO_SEARCH)
+    plan = make_plan(subject("t5_small", *settings), resolved("t5_small", *settings, ds=ds), H100, FOUR_STEPS)
     assert plan.micro_batch_size == 16
     assert plan.allocated / GIB == pytest.approx(MEASURED[ds], rel=0.10)
 
@@ -82,27 +95,43 @@ def test_the_peak_of_t5_small_is_that_of_an_h100(ds: str) -> None:
 @pytest.mark.parametrize("ds", STARTS)
 def test_the_start_of_t5_small_is_that_of_an_h200(ds: str) -> None:
     plan = make_plan(subject("t5_small", *SCRATCH, rows=305), resolved("t5_small", *SCRATCH, ds=ds), H100, FOUR_STEPS)
-    planned = {phase: of_tensors(size) / GIB for phase, size in plan.phases.items()}
-    assert planned["start"] == pytest.approx(STARTS[ds] - 0.5 + 0.375, rel=0.10)
-    assert planned["start"] < planned["step"]
+    start = allocated(plan.phases["start"]) - 2 * CUBLAS_WORKSPACE  # nothing was multiplied yet
+    assert start / GIB == pytest.approx(STARTS[ds] - 0.5 + 0.375, rel=0.10)
+    assert plan.phases["start"] < plan.phases["step"]
 
 
 @pytest.mark.parametrize("ds", STEPS)
-def test_the_step_of_t5_small_is_at_most_a_quarter_less_than_planned(ds: str) -> None:
+def test_the_step_of_t5_small_takes_at_most_what_is_planned(ds: str) -> None:
     """No step had the longest clips and the longest texts together, which a plan assumes."""
-    few = (*SCRATCH[:3], "training.micro_batch_size=4", "training.global_batch_size=8")
-    plan = make_plan(subject("t5_small", *few, rows=1423), resolved("t5_small", *few, ds=ds), H100, FEW_CLIPS)
-    assert 0.97 <= of_tensors(plan.phases["step"]) / GIB / STEPS[ds] <= 1.25
+    planned = allocated(few_clips(ds, NO_SEARCH).phases["step"]) / GIB
+    assert 1.0 <= planned / STEPS[ds] <= 1.32
 
 
-def of_tensors(phase: float) -> float:
-    """Bytes of a phase without the context, the allocator's blocks and cuBLAS."""
-    return (phase - H100.context) / (1 + FRAGMENTS) - CUBLAS_WORKSPACES
+@pytest.mark.parametrize("ds", RESTS)
+def test_between_steps_t5_small_holds_what_an_h200_held(ds: str) -> None:
+    plan = few_clips(ds, NO_SEARCH)
+    assert (sum(plan.zero.always.values()) + 2 * CUBLAS_WORKSPACE) / GIB == pytest.approx(RESTS[ds], rel=0.01)
+
+
+@pytest.mark.parametrize("ds", SAVES)
+def test_while_it_saves_t5_small_holds_what_an_h200_held(ds: str) -> None:
+    """A weight that stage 3 gathers, and the workspace of the stream on which the search ran."""
+    assert allocated(few_clips(ds).phases["save"]) / GIB == pytest.approx(SAVES[ds], rel=0.01)
+
+
+def few_clips(ds: str, *more: str) -> Plan:
+    few = (*SCRATCH[:3], "training.micro_batch_size=4", "training.global_batch_size=8", *more)
+    return make_plan(subject("t5_small", *few, rows=1423), resolved("t5_small", *few, ds=ds), H100, FEW_CLIPS)
+
+
+def allocated(phase: float) -> float:
+    """Bytes of a phase without the context and the allocator's blocks."""
+    return (phase - H100.context) / (1 + FRAGMENTS)
 
 
 def test_the_peak_of_t5_base_is_that_of_an_h100() -> None:
-    run = resolved("t5_base", *SCRATCH, "training.micro_batch_size=8")
-    model = subject("t5_base", *SCRATCH, "training.micro_batch_size=8")
+    settings = (*SCRATCH, NO_SEARCH, "training.micro_batch_size=8")
+    run, model = resolved("t5_base", *settings), subject("t5_base", *settings)
     plan = make_plan(model, run, H100, FOUR_STEPS)
     assert plan.allocated / GIB == pytest.approx(3.89, rel=0.10)
     # With 16, runs of four steps and longer had 4.69 to 5.14; the fifth step has at most 155 frames.

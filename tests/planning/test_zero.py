@@ -44,7 +44,8 @@ def test_bytes_a_parameter(ds: str, bytes_of_one: float, bytes_of_eight: float) 
 def test_offloaded_states_are_on_the_host() -> None:
     item = memory("zero2_offload", 2)
     assert (item.master, item.moments) == (0, 0)
-    assert item.host == pytest.approx((16 + 2) * 1e9 / 2)
+    assert item.host == pytest.approx((16 + 2) * 1e9 / 2 + 2e7)  # and a buffer of the largest weight
+    assert item.kept_buckets == 2e7, "and one on the device"
     assert item.pinned == item.host
     on_disk = memory("zero3_nvme", 2)
     assert on_disk.nvme == pytest.approx(16e9 / 2)

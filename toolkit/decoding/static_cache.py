@@ -7,6 +7,7 @@ beams are queries of one attention over all places of the clip.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +210,9 @@ class _OwnLayer(DynamicLayer):
 
     def __init__(self, cache: StaticCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.of, self.all_keys, self.all_values = cache, keys, values
+        # The cache holds its layers. If they held it, its memory would stay until Python looks for such cycles.
+        self.of: StaticCache = weakref.proxy(cache)
+        self.all_keys, self.all_values = keys, values
 
     def store_clips(self, keys: Tensor, values: Tensor) -> None:
         """Keys and values of prefixes [clips, heads, positions, width]."""
@@ -243,7 +246,8 @@ class _ClipLayer:
     """Keys and values of the clips' encodings in one layer."""
 
     def __init__(self, cache: StaticCache, keys: Tensor, values: Tensor) -> None:
-        self.of, self.all_keys, self.all_values = cache, keys, values
+        self.of: StaticCache = weakref.proxy(cache)
+        self.all_keys, self.all_values = keys, values
 
     def store_clips(self, keys: Tensor, values: Tensor) -> None:
         self.all_keys[: len(keys)].copy_(keys)

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -47,11 +48,10 @@ class Capture(Protocol):
 class CudaGraphs:
     """Captures calls as CUDA graphs on the current device, in one pool of memory; each result is used at once.
 
-    They run on the current stream, or on one of its own where that is the default one, which cannot be captured.
+    They run on the current stream, or on that of all graphs where that is the default one, which cannot be captured.
     """
 
     def __init__(self) -> None:
-        self.own_stream: Any = None
         self.pool: Any = None
         self.first: Any = None  # a pool without a graph could not be used again
 
@@ -82,9 +82,17 @@ class CudaGraphs:
         if around != torch.cuda.default_stream():
             yield
             return
-        self.own_stream = self.own_stream or torch.cuda.Stream()
-        with on_stream(self.own_stream):
+        with on_stream(stream_of_graphs()):
             yield
+
+
+@cache
+def stream_of_graphs() -> Any:
+    """The stream of all CUDA graphs of this process, on its GPU.
+
+    Each evaluation has graphs of its own. With streams of their own cuBLAS would keep a workspace for each.
+    """
+    return torch.cuda.Stream()
 
 
 @contextmanager

@@ -52,7 +52,11 @@ def make_cpu_plan(
     always = moments["update"] | {"gradients": zero.kept_gradients, "copies of the update": 0.0}
     translation = subject.translation(config, workload)
     generation = translation.working
-    moments |= {"evaluation": always | {"generation": generation, "gathered weights": zero.whole}, "save": always}
+    of_save = {name: size for name, size in zero.in_save.items() if name not in always}
+    moments |= {
+        "evaluation": always | of_save | {"generation": generation, "gathered weights": zero.whole},
+        "save": always | of_save | {"gathered weights": zero.single},
+    }
     if resolved.tensor_parallel_size > 1:
         moments["splitting of layers"] = before_split(subject.weights, recipe, config)
     uses_kernels = bool(first.bf16_products) and linear.has_fast_bf16()

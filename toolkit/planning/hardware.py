@@ -18,8 +18,9 @@ LARGEST_CARD = 1024 * GIB
 # What a process takes of a card before it trains: the CUDA context, and NCCL's buffers where ranks communicate.
 CUDA_CONTEXT = int(0.5 * GIB)
 NCCL_BUFFERS = int(0.3 * GIB)
-# Workspaces of cuBLAS on recent cards: one for the forward and one for the backward thread.
-CUBLAS_WORKSPACES = 2 * 32 * 2**20
+# cuBLAS keeps a workspace for each thread and stream that has multiplied, of so much on recent cards: for the forward
+# and the backward thread, and for the stream of CUDA graphs.
+CUBLAS_WORKSPACE = 32 * 2**20
 # Rows of the square matrices whose product a rank times before it trains, to know what its GPU could do.
 MEASURED_ROWS = 8192
 # The share of what is allocated that torch's allocator loses between its blocks.

@@ -19,7 +19,7 @@ from toolkit.planning.costs.counts import Weight, adapted_translator, planned_co
 from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.costs.zero import BYTES, Items, ZeroMemory, before_split, zero_memory
-from toolkit.planning.hardware import CUBLAS_WORKSPACES, FRAGMENTS, MEASURED_ROWS, PROCESS, Hardware
+from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, MEASURED_ROWS, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
 from toolkit.planning.workload import Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
@@ -238,7 +238,9 @@ def make_plan(
     later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
     # Before it trains, a rank measures how fast its GPU multiplies, beside states that have no moments yet.
     start = zero.at_start | {"product that measures the GPU": 3.0 * MEASURED_ROWS**2 * _product_size(config)}
-    if compilation(recipe, config, has_gpu=True).graphs:
+    has_graphs = compilation(recipe, config, has_gpu=True).graphs
+    workspaces = (3 if has_graphs or recipe.evaluation.graphs else 2) * CUBLAS_WORKSPACE
+    if has_graphs:
         # Passes of a shape that is new run as they are written beside it, before they are captured.
         zero = zero.with_graphs(first.peak)
     always = zero.always
@@ -250,14 +252,17 @@ def make_plan(
         | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction},
         "update": always | {"gradients": zero.kept_gradients + zero.gradients, "copies of the update": zero.update},
         "evaluation": always,
-        "save": always,
+        "save": zero.in_save,
     }
     if accumulation > 1:
         moments["later micro-batches"] = _in_pass(zero, later.peak, gradients=zero.gradients)
     if resolved.tensor_parallel_size > 1:
         moments["splitting of layers"] = before_split(subject.weights, recipe, config)
-    moments = {name: _complete(items, hardware) for name, items in moments.items()}
-    moments["evaluation"] = _evaluation(subject, config, hardware, workload, zero)
+    moments = {
+        name: _complete(items, hardware, 2 * CUBLAS_WORKSPACE if name == "start" else workspaces)
+        for name, items in moments.items()
+    }
+    moments["evaluation"] = _evaluation(subject, config, hardware, workload, zero, workspaces)
     largest = max(moments, key=lambda name: sum(moments[name].values()))
     of_step = [name for name in moments if name not in PHASES]
     phases = {name: sum(moments[name].values()) for name in PHASES if name in moments}
@@ -297,22 +302,25 @@ def largest_micro_batch(
     return low
 
 
-def _evaluation(subject: Subject, config: Tree, hardware: Hardware, workload: Workload, zero: ZeroMemory) -> Items:
+def _evaluation(
+    subject: Subject, config: Tree, hardware: Hardware, workload: Workload, zero: ZeroMemory, workspaces: int
+) -> Items:
     """What an evaluation holds; generation batches that are chosen are halved until they fit."""
     while True:
         translation = subject.translation(config, workload, graphs=subject.recipe.evaluation.graphs)
-        items = zero.always | {
+        items = zero.in_save | {
             "generation": translation.working,
             "gathered weights": zero.whole,
         }
-        if zero.whole > zero.gathered and sum(_complete(items, hardware).values()) > hardware.gpu_memory:
+        needed = sum(_complete(items, hardware, workspaces).values())
+        if zero.whole > zero.gathered and needed > hardware.gpu_memory:
             # Then ranks generate in step, and gather layer by layer.
             translation = subject.translation(config, workload)
-            items = zero.always | {
+            items = zero.in_save | {
                 "gathered weights": zero.gathered,
                 "generation": translation.cache + translation.scores,
             }
-        items = _complete(items, hardware)
+        items = _complete(items, hardware, workspaces)
         if subject.recipe.evaluation.batch_frames != "auto" or sum(items.values()) <= hardware.gpu_memory:
             return items
         smaller = with_smaller_evaluation(workload)
@@ -330,9 +338,9 @@ def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:
     return zero.in_backward(gradients) | {"activations": activations, "unpacked weight": zero.unpacked}
 
 
-def _complete(items: Items, hardware: Hardware) -> Items:
+def _complete(items: Items, hardware: Hardware, workspaces: int) -> Items:
     """With what no tensor of ours has; items of nothing are left out."""
-    items = {name: size for name, size in items.items() if size} | {"cuBLAS workspaces": float(CUBLAS_WORKSPACES)}
+    items = {name: size for name, size in items.items() if size} | {"cuBLAS workspaces": float(workspaces)}
     return items | {"allocator": FRAGMENTS * sum(items.values()), "CUDA context": float(hardware.context)}
 
 

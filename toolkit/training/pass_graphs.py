@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
-from toolkit.decoding.step_graphs import Capture, capture_on, on_stream
+from toolkit.decoding.step_graphs import Capture, capture_on, on_stream, stream_of_graphs
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory
@@ -60,7 +60,7 @@ class PassGraphs:
         self.out_of_memory = False
         # All passes run on it: autograd sums each gradient on the stream that its leaf was first used on, and a graph
         # that was captured on one stream must not wait for another.
-        self.stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        self.stream = stream_of_graphs() if engine.device.type == "cuda" else None
         self.weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
         self.leaves = _Leaves(engine.module)
         self.sums = _sums(engine, self.weights)

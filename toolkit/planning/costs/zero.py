@@ -44,8 +44,10 @@ class ZeroMemory:
         trained, frozen, packed: weights on the device, by kind.
         gathered: whole weights that stage 3 holds at once beside its partition.
         whole: all weights, which stage 3 gathers for an evaluation.
+        single: the largest of the weights, which stage 3 gathers one by one to save them.
+        replaced: copies of the trained weights while their average stands in their place.
         master, moments, average: of the optimizer, on the device.
-        kept_gradients: always on the device; ``late_gradients`` of them from the first backward pass on.
+        kept_gradients: always on the device.
         gradients: on the device from the first backward pass of a step to its update.
         graph_pool: what CUDA graphs of training passes keep from one step to the next, on the device.
         kept_buckets, buckets: for communication, always or in the backward pass.
@@ -65,11 +67,12 @@ class ZeroMemory:
     packed: float = 0.0
     gathered: float = 0.0
     whole: float = 0.0
+    single: float = 0.0
+    replaced: float = 0.0
     master: float = 0.0
     moments: float = 0.0
     average: float = 0.0
     kept_gradients: float = 0.0
-    late_gradients: float = 0.0
     gradients: float = 0.0
     graph_pool: float = 0.0
     kept_buckets: float = 0.0
@@ -104,7 +107,12 @@ class ZeroMemory:
     @property
     def at_start(self) -> Items:
         """What is on the device before the first step, which makes the optimizer's moments."""
-        return self.always | {"moments": 0.0, "gradients": self.kept_gradients - self.late_gradients}
+        return self.always | {"moments": 0.0}
+
+    @property
+    def in_save(self) -> Items:
+        """What is on the device while a model is saved; a checkpoint needs no more than is always there."""
+        return self.always | {"gathered weights": self.single, "weights that the average replaces": self.replaced}
 
     @property
     def states(self) -> Items:
@@ -167,6 +175,7 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         master=own * master_size,
         moments=own * numbers * moment,
         average=own * BYTES["fp32"] if recipe.training.ema else 0.0,
+        replaced=own * master_size if recipe.training.ema else 0.0,
         of_optimizer=own * (2 * master_size + 2 * numbers * moment + BYTES["fp32"]),
     )
     bucket = float(value_at(config, "zero_optimization.reduce_bucket_size") or 5e8)
@@ -180,8 +189,8 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     elif stage == 1 and size == BYTES["bf16"] and accumulated == BYTES["fp32"] and not offloaded:
         memory = replace(
             memory,
-            kept_gradients=trained * (accumulated + size),
-            late_gradients=trained * size,  # in bf16; they are set to zero, and not freed
+            kept_gradients=trained * accumulated,
+            gradients=trained * size,
             reduction=engine_bucket * (accumulated + size),
         )
     elif stage < 3:
@@ -192,10 +201,12 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         else:
             memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled)
     else:
-        memory = _stage_3(memory, config, weights, world_size, size, accumulated)
+        adapted = bool(recipe.model.lora or quantization)  # then a model's folder holds what trains alone
+        memory = _stage_3(memory, config, weights, world_size, size, accumulated, adapted=adapted)
         memory = replace(memory, kept_buckets=buckets, reduction=min(bucket, trained) * accumulated)
     memory = _sent(memory, stage, trained * size, (trained + frozen) * size + packed * each, world_size)
-    return _offloaded(memory, config, stage, own, size, master_size)
+    largest = max((item.numel for item in weights if item.trained), default=0) * size
+    return _offloaded(memory, config, stage, own, size, master_size, largest)
 
 
 def joins_gradients(recipe: Recipe, config: Tree, gradient: float, world_size: int) -> bool:
@@ -240,7 +251,14 @@ def _stage_1_or_2(
 
 
 def _stage_3(
-    memory: ZeroMemory, config: Tree, weights: Sequence[Weight], world_size: int, size: float, accumulated: float
+    memory: ZeroMemory,
+    config: Tree,
+    weights: Sequence[Weight],
+    world_size: int,
+    size: float,
+    accumulated: float,
+    *,
+    adapted: bool,
 ) -> ZeroMemory:
     live = float(value_at(config, "zero_optimization.stage3_max_live_parameters") or 1e9)
     group = float(value_at(config, "zero_optimization.sub_group_size") or 1e9)
@@ -249,8 +267,10 @@ def _stage_3(
     numbers = sum(item.numel for item in weights)
     persistent = sum(item.numel for item in weights if item.numel < smallest) * size
     own = sum(-(-item.numel // world_size) for item in weights if item.trained)
+    saved = [item.numel for item in weights if item.trained or not adapted]
     return replace(
         memory,
+        single=max(saved, default=0) * size,
         trained=memory.trained / world_size,
         frozen=memory.frozen / world_size,
         packed=memory.packed / world_size,
@@ -263,26 +283,41 @@ def _stage_3(
     )
 
 
-def _offloaded(memory: ZeroMemory, config: Tree, stage: int, own: float, size: float, master: float) -> ZeroMemory:
-    """Move what the JSON offloads from the device to the host's memory, or to a disk."""
+def _offloaded(
+    memory: ZeroMemory, config: Tree, stage: int, own: float, size: float, master: float, largest: float
+) -> ZeroMemory:
+    """Move what the JSON offloads from the device to the host's memory, or to a disk.
+
+    Below stage 3 host and device each have a buffer of the ``largest`` weight that trains, in bytes.
+    """
     optimizer, parameters = offload_device(config, "optimizer"), offload_device(config, "param")
     host = pinned = nvme = over_link = 0.0
     if optimizer:
         states = memory.master + memory.moments + own * master  # and the gradient that the update reads
-        held = memory.kept_gradients + (own * size if stage < 3 else 0.0)  # and a copy of the weights on their way back
+        buffer = largest if stage < 3 else 0.0
+        # And a copy of the weights on their way back.
+        held = memory.kept_gradients + (own * size + buffer if stage < 3 else 0.0)
         over_link += own * (2 * size + BYTES["fp32"])
         if optimizer == "nvme":
             group = min(float(value_at(config, "zero_optimization.sub_group_size") or 1e9), own)
             nvme, over_link = states, over_link + 2 * states
             count = float(value_at(config, "zero_optimization.offload_optimizer.buffer_count") or STATE_BUFFERS)
             states = count * group * master
-        host = states + held + memory.average
+        host = states + held + memory.average + memory.replaced
         pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
-        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup), and a
-        # CPU rank has no more. The peak of an H100 had as much again, whose holder was not found.
+        # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup). A CPU
+        # rank has no more, of whatever commit. The peak of an H100 had as much again, whose holder was not found.
         unexplained = memory.gradients if stage < 3 else 0.0
         memory = replace(
-            memory, master=0.0, moments=0.0, average=0.0, kept_gradients=0.0, update=0.0, unexplained=unexplained
+            memory,
+            master=0.0,
+            moments=0.0,
+            average=0.0,
+            replaced=0.0,
+            kept_gradients=0.0,
+            kept_buckets=memory.kept_buckets + buffer,
+            update=0.0,
+            unexplained=unexplained,
         )
     if parameters:
         weights = memory.trained + memory.frozen + memory.packed

@@ -6,7 +6,7 @@ state, it follows the master weights, and checkpoints save it by parameter name,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,19 +36,17 @@ def averaged_weights(engine: Any) -> Iterator[None]:
 
     All ranks must enter. Before the first step there is no average, and nothing changes.
     """
-    own = _exchange(engine, [shard.state.get(AVERAGE) for shard in shards(engine)])
+    own = [shard.values.detach().clone() for shard in shards(engine)]
+    _write(engine, [shard.state.get(AVERAGE) for shard in shards(engine)])
     try:
         yield
     finally:
-        _exchange(engine, own)
+        _write(engine, own)
 
 
 @torch.no_grad()
-def _exchange(engine: Any, values: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Replace the values of every shard; returns the old ones."""
-    before: list[torch.Tensor | None] = []
+def _write(engine: Any, values: Sequence[torch.Tensor | None]) -> None:
+    """Replace the values of every shard for which there are others."""
     for shard, new in zip(rewrite_shards(engine), values, strict=True):
-        before.append(shard.values.detach().clone())
         if new is not None:
             shard.values.data.copy_(new)
-    return before
