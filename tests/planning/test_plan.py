@@ -259,8 +259,8 @@ def test_layers_split_over_ranks_are_counted_by_their_parts() -> None:
 def test_every_line_of_a_plan_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
 
-    def complete(items: Items, hardware: Hardware) -> Items:
-        found = COMPLETE(items, hardware)
+    def complete(items: Items, hardware: Hardware, workspaces: int) -> Items:
+        found = COMPLETE(items, hardware, workspaces)
         names.update(found)
         return found
 
