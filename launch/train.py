@@ -25,6 +25,7 @@ use_extensions_dir()  # before anything imports DeepSpeed
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.cluster.failures import run_rank
@@ -126,11 +127,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     check_ranks(ranks, gpus=gpus)
     check_locks()
     new = arguments.resume == "never" or arguments.overfit is not None
+    decided = []
     if arguments.ds == AUTO:
         arguments.ds, reason = fit_deepspeed(
             arguments.recipe, overrides_of(arguments, ranks.world_size), ranks, resumes=not new
         )
-        echo(f"--ds auto: {arguments.ds}: {reason}")
+        decided.append(f"--ds auto: {arguments.ds}: {reason}")
+        echo(decided[0])
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))
@@ -139,6 +142,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         return_freed_memory() if memory_is_short else keep_freed_memory()
     for note in resolved.notes:
         echo(f"note: {note}")
+    resolved = replace(resolved, notes=(*decided, *resolved.notes))  # log.txt gets them when there is one
 
     if new and arguments.extend:
         raise UserError(

@@ -88,11 +88,12 @@ def test_a_command_with_auto_says_and_keeps_what_it_chose(
     assert first.code == 0, first.err[-2000:]
     recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
     assert recipe.training.micro_batch_size == "auto"
-    assert f"--ds auto: {recipe.deepspeed}: " in first.out
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert [f"--ds auto: {recipe.deepspeed}: " in text for text in (first.out, log)] == [True, True]
     choice = read_choice(tmp_path / "run")
     assert choice is not None
     assert choice.in_words() in first.out
-    assert choice.in_words() in (tmp_path / "run" / "log.txt").read_text()
+    assert choice.in_words() in log
     losses = [
         json.loads(line)["loss"]
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

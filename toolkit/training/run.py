@@ -159,8 +159,11 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
     # The other ranks look at the run directory for the first time when it exists: a shared file system that has once
     # answered "not there" repeats that for half a minute.
     log_to_file(run_dir / ("log.txt" if ranks.is_main else f"log_rank_{ranks.rank:02d}.txt"))
-    if resolved.choice and ranks.is_main:
-        log.info("training.micro_batch_size=auto: %s", resolved.choice.in_words())
+    if ranks.is_main:
+        for note in resolved.notes:
+            log.info("%s", note)
+        if resolved.choice:
+            log.info("training.micro_batch_size=auto: %s", resolved.choice.in_words())
     swap = swap_to_this_node(resolved.deepspeed)
 
     def fail(rank: int, host: str, reason: str) -> None:
