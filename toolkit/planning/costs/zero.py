@@ -306,7 +306,7 @@ def _offloaded(
         host = states + held + memory.average + memory.replaced
         pinned = host if value_at(config, "zero_optimization.offload_optimizer.pin_memory") else 0.0
         # Below stage 3 the device sums gradients in one flat buffer (stage_1_and_2.py, GradPartitionBufferGroup). A CPU
-        # rank has no more, of whatever commit. The peak of an H100 had as much again, whose holder was not found.
+        # rank has no more, of two commits. The peak of an H100 had as much again, whose holder was not found.
         unexplained = memory.gradients if stage < 3 else 0.0
         memory = replace(
             memory,
