@@ -80,6 +80,7 @@ def train(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, start: Start, ech
             lengths = {"steps": trainer.total_steps, "epoch_steps": trainer.epoch_steps}
             for note in setting_notes(resolved.recipe, corpus, trainer.processor.tokenizer, **lengths):
                 echo(f"note: {note}")
+                log.info("%s", note)
             if batches.ladder:
                 log.info("training.padding: %s", batches.ladder.in_words())
         trainer.run(batches)
@@ -339,6 +340,7 @@ def _resume(engine: Any, resolved: ResolvedRun, start: Start, fingerprint: str, 
         notes.append(f"the models that were kept at step {steps} are missing in {resolved.run_dir}")
     for note in notes:
         echo(f"note: {note}")
+        log.info("%s", note)
 
 
 def _restore_kept(run_dir: Path, progress: Progress) -> list[int]:
