@@ -19,16 +19,10 @@ from torch.utils.data import Dataset
 from toolkit.batching.collate import IGNORED_LABEL, Batch, add_labels, pad, prefix_tokens
 from toolkit.batching.epochs import EpochClips, Mixture, mixture_of
 from toolkit.batching.glosses import gloss_ids, gloss_vocabulary
-from toolkit.batching.ladder import STEPS_TO_FILL, Ladder, micro_batches_on_rungs, token_rungs, training_ladder
-from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths, text_sizes
-from toolkit.batching.order import (
-    Indices,
-    epoch_order,
-    evaluation_order,
-    micro_batches,
-    micro_batches_by_frames,
-    share_of_rank,
-)
+from toolkit.batching.ladder import Ladder, token_rungs
+from toolkit.batching.lengths import Frames, rung_above, text_sizes
+from toolkit.batching.order import Indices, evaluation_order, share_of_rank
+from toolkit.batching.planned import PlannedEpoch, ladder_of
 from toolkit.batching.workers import start_workers
 from toolkit.poses.augmentation import augment, augment_features, is_off
 from toolkit.recipe.prompts import fill, own_words, placeholders
@@ -102,9 +96,7 @@ def train_batches(
     of a large vocabulary takes half a gigabyte and seconds to load. ``epochs`` is None for no end.
     """
     recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
-    ladder = None
-    if resolved.padding == "ladder":
-        ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
+    ladder = ladder_of(split.frames, mixture, resolved)
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
     sizes = split.frames, text_sizes(split.texts, recipe)
     plan = itertools.chain.from_iterable(
@@ -147,23 +139,12 @@ def _steps_of_epoch(
     """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames.
 
     ``texts`` are the sizes of their texts, where these count.
-
-    Up to the last line clips are known by their place in the epoch: it may hold a clip several times, and not all.
     """
-    recipe, training = resolved.recipe, resolved.recipe.training
-    drawn = mixture.epoch(epoch)
-    frames = frames[drawn.clips]
-    draws = draws_of_epoch(frames, recipe, epoch)
-    # Batches hold clips of similar length after augmentation, so a changed speed adds no padding.
-    lengths = sorting_lengths(frames, draws)
-    texts = None if texts is None else texts[drawn.clips]
-    order = epoch_order(lengths, training.global_batch_size, training.seed, epoch, texts)
-    if ladder:
-        lengths = batch_lengths(frames, draws, recipe)
-    for clips in order[start_step:]:
-        full = training.global_batch_size if len(order) >= STEPS_TO_FILL else len(clips)
-        shares = _shares(clips, lengths, resolved, ladder, rank, full)
-        yield [_drawn(share, drawn, draws, padded_frames) for share, padded_frames in shares]
+    planned = PlannedEpoch.of(frames, texts, mixture, resolved, ladder, epoch)
+    arithmetic = rank, resolved.data_parallel_size, resolved.clip_limit, resolved.frame_limit
+    for step in range(start_step, len(planned.order)):
+        shares = planned.shares(step, *arithmetic)
+        yield [_drawn(share, planned.drawn, planned.draws, padded_frames) for share, padded_frames in shares]
 
 
 def _drawn(share: Indices, drawn: EpochClips, draws: Frames | None, padded_frames: int) -> MicroBatch:
@@ -176,20 +157,6 @@ def _drawn(share: Indices, drawn: EpochClips, draws: Frames | None, padded_frame
         None if draws is None else draws[places],
         padded_frames,
     )
-
-
-def _shares(
-    clips: Indices, lengths: Frames, resolved: ResolvedRun, ladder: Ladder | None, rank: int, full_batch: int
-) -> list[tuple[Indices, int]]:
-    """This rank's clips of a global batch, and the frames to which each micro-batch is padded, or 0."""
-    world_size, size, budget = resolved.data_parallel_size, resolved.clip_limit, resolved.frame_limit
-    if ladder:
-        return micro_batches_on_rungs(clips, lengths, ladder.frames, rank, world_size, size, budget, full_batch)
-    if budget is None:
-        shares = micro_batches(clips, rank, world_size, size)
-    else:
-        shares = micro_batches_by_frames(clips, lengths, rank, world_size, size, budget)
-    return [(share, 0) for share in shares]
 
 
 def evaluation_batches(

@@ -1,8 +1,8 @@
 """``training.micro_batch_size: auto``: the micro-batches of a run, chosen on the hardware that is there.
 
 On GPUs larger ones are faster: the largest that fits by the plan is rehearsed, then smaller ones until one fits. On
-CPUs caches decide: the fastest of those that fit is taken. All ranks compare what they found after each rehearsal, and
-so make the same choice.
+CPUs caches and padding decide: the fastest of those that fit is taken. All ranks compare what they found after each
+rehearsal, and so make the same choice.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _rehearsed(
         import_libraries(resolved)  # the run needs them, too, and the fork has them then
     stage = Stage.of(resolved, ranks, corpus, lengths, echo, has_gpu=has_gpu)
     try:
-        size, reason = _largest(stage, resolved) if has_gpu else fastest(stage, resolved)
+        size, reason = _largest(stage, resolved) if has_gpu else fastest(stage, resolved, corpus.splits["train"])
         return size, reason, _batch_frames(stage, resolved, corpus)
     finally:
         stage.rehearsal.close()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from toolkit.batching.epochs import mixture_of
-from toolkit.batching.ladder import training_ladder
 from toolkit.batching.lengths import draws_of_epoch, rung_above, sorting_lengths
 from toolkit.batching.order import evaluation_order
+from toolkit.batching.planned import ladder_of
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.poses.augmentation import is_off
 from toolkit.recipe.resolve import ResolvedRun
@@ -68,9 +68,7 @@ def lengths_of(resolved: ResolvedRun, split: Split) -> Lengths:
     """Read a training split."""
     recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
     share = -(-min(recipe.training.global_batch_size, mixture.epoch_clips) // resolved.data_parallel_size)
-    ladder = None
-    if resolved.padding == "ladder":
-        ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
+    ladder = ladder_of(split.frames, mixture, resolved)
     epochs = 1 if is_off(recipe.augmentation) else min(math.ceil(recipe.training.epochs), MOST_EPOCHS)
     draws = (draws_of_epoch(split.frames, recipe, epoch) for epoch in range(epochs))
     drawn = [sorting_lengths(split.frames, draw) for draw in draws]

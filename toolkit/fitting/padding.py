@@ -1,0 +1,72 @@
+"""What the steps of an epoch are padded to in micro-batches of a size, and how long they take by the passes timed.
+
+The order of an epoch is known before it starts, and so are the shapes of all its micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.batching.epochs import mixture_of
+from toolkit.batching.lengths import batch_lengths, text_sizes
+from toolkit.batching.planned import PlannedEpoch, ladder_of
+from toolkit.corpus.packed import Split
+from toolkit.fitting.shapes import Limits, Shape
+from toolkit.recipe.resolve import ResolvedRun
+
+MOST_STEPS = 50  # of an epoch that are looked at: with so many the padding is known to about 1 %
+
+
+class FirstEpoch:
+    """Steps of rank 0 in the first epoch, spread over it evenly.
+
+    In each micro-batch of a step rank 0 has the longest clips, and the others wait for it.
+    """
+
+    def __init__(self, resolved: ResolvedRun, split: Split) -> None:
+        recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
+        ladder = ladder_of(split.frames, mixture, resolved)
+        self._planned = PlannedEpoch.of(split.frames, text_sizes(split.texts, recipe), mixture, resolved, ladder, 0)
+        own = split.frames[self._planned.drawn.clips]
+        self._lengths = batch_lengths(own, self._planned.draws, recipe)
+        self._world_size = resolved.data_parallel_size
+        steps = len(self._planned.order)
+        self._steps = range(0, steps, -(-steps // MOST_STEPS))
+
+    @property
+    def clips(self) -> float:
+        """Clips of these steps, a rank's share."""
+        return sum(len(self._planned.order[step]) for step in self._steps) / self._world_size
+
+    def padded_frames(self, limits: Limits) -> NDArray[np.int64]:
+        """Padded frames of each micro-batch of these steps, [micro-batches]; fillers count."""
+        found = []
+        for step in self._steps:
+            for share, rung in self._planned.shares(step, 0, self._world_size, limits.clips, limits.frames):
+                longest = rung or max(1, int(self._lengths[np.where(share < 0, ~share, share)].max()))
+                found.append(len(share) * longest)
+        return np.array(found, dtype=np.int64)
+
+
+@dataclass
+class Pace:
+    """How long passes take by their padded frames: the line through those that were timed.
+
+    Shorter and longer passes than these take as long for a frame as the shortest and the longest one.
+    """
+
+    _timed: dict[int, float] = field(default_factory=dict)
+
+    def add(self, shape: Shape, seconds: float) -> None:
+        """A pass took so long. Of several of one shape the fastest counts: others can only make a pass longer."""
+        frames = shape.clips * shape.frames
+        self._timed[frames] = min(seconds, self._timed.get(frames, seconds))
+
+    def seconds(self, padded_frames: NDArray[np.int64]) -> float:
+        """Of passes with so many padded frames each, together."""
+        frames, seconds = np.array([(0, 0.0), *sorted(self._timed.items())]).T
+        longer = np.maximum(1.0, padded_frames / frames[-1])
+        return float((np.interp(padded_frames, frames, seconds) * longer).sum())
