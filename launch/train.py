@@ -106,14 +106,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
     from toolkit.corpus.mixture.opening import open_corpora
-    from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
-    from toolkit.cpu.switch import uses_cpu_code
     from toolkit.fitting.deepspeed_json import AUTO, fit_deepspeed
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
     from toolkit.models.vocabulary.needed import check_trimming
     from toolkit.models.warm_start.plan import check_warm_start
+    from toolkit.training.engine import set_allocator
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
     from toolkit.training.run import train, train_overfit
@@ -137,9 +136,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))
-    if uses_cpu_code():
-        memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
-        return_freed_memory() if memory_is_short else keep_freed_memory()
+    set_allocator(resolved)
     for note in resolved.notes:
         echo(f"note: {note}")
     resolved = replace(resolved, notes=(*decided, *resolved.notes))  # log.txt gets them when there is one

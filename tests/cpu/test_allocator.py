@@ -96,6 +96,43 @@ def test_kept_blocks_serve_the_next_ones_without_new_pages() -> None:
     assert new_pages("leave") > 30_000, "without the settings every large block was to get new pages"
 
 
+# Blocks of a size come and go among small ones that stay.
+LARGE = """
+from toolkit.cpu.allocator import give_back_heap, keep_freed_memory, keeps_memory
+import ctypes, sys
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+choice, size = sys.argv[1].split()
+assert keep_freed_memory(maps_large=choice == "set") and keeps_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = resident()
+blocks = []
+for _ in range(128 // int(size)):
+    blocks.append(libc.malloc(int(size) << 20))
+    ctypes.memset(blocks[-1], 1, int(size) << 20)
+    libc.malloc(1024)
+for block in blocks:
+    libc.free(block)
+kept = resident() - before
+give_back_heap()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("choice", "keeps"), [("set 64", False), ("set 8", True), ("leave 64", True)])
+def test_large_blocks_go_back_where_they_are_asked_to_and_all_free_ones_when_a_phase_ends(
+    choice: str, keeps: bool
+) -> None:
+    kept, after = map(float, outcome(LARGE, choice).split())
+    assert (kept > 120) if keeps else (kept < 8)
+    assert after < 8
+
+
 # Threads that hold a small block each, under a limit on addresses.
 LIMITED = """
 from toolkit.cpu.allocator import keep_freed_memory

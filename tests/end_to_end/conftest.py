@@ -156,8 +156,7 @@ def fork(warm: Warm, command: Callable[..., list[str]]) -> Callable[..., Finishe
 def train_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
     """Run the trainer in this process, which costs no start, to a refusal before there is a process group."""
     command = load_script("launch/train.py")
-    for name in ("keep_freed_memory", "return_freed_memory"):  # their settings would outlive the test
-        monkeypatch.setattr(f"toolkit.cpu.allocator.{name}", lambda: True)
+    monkeypatch.setattr("toolkit.training.engine.set_allocator", lambda _: None)  # its settings would outlive the test
 
     def train(*arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from toolkit.errors import UserError
 from toolkit.reporting.report import differences, json_for_html, write_comparison, write_report
 from toolkit.reporting.run_files import CURVE_POINTS, not_above_floors, read_run, thin_curves
-from toolkit.training.monitoring.memory_phases import KEEPS
 
 HOSTILE = [
     "</script><script>document.title='pwned'</script>",
@@ -71,16 +70,6 @@ def test_the_memory_of_each_phase_stands_beside_the_plan(run):
     assert start == {"phase": "start", "measured": 1.5, "process": 1.5, **unknown}
     assert step.pop("difference") == pytest.approx(0.1)
     assert step == {"phase": "step", "measured": 4.4, "reserved": 5.0, "process": 2.5, "planned": 4.0}
-
-
-def test_a_report_tells_whether_the_process_kept_memory_that_is_not_planned(run):
-    assert content_of(write_report(run))["keeps_freed_memory"] is False
-    entry = {"kind": "memory", "step": 60, "time": 1.0, "step_process_gib": 2.5, "step_planned_gib": 1.0, KEEPS: 1.0}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(f"{json.dumps(entry)}\n")
-    content = content_of(write_report(run))
-    assert content["keeps_freed_memory"] is True
-    assert [row["phase"] for row in content["memory"]] == ["step"], "the mark is no phase"
 
 
 def test_scores_of_groups_are_shown_where_they_are_well_formed(run):

@@ -16,12 +16,11 @@ from toolkit.cluster.ops import check_needed_ops
 from toolkit.cluster.ranks import Ranks, check_ranks
 from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.mixture.opening import open_corpora
-from toolkit.cpu.allocator import keep_freed_memory, return_freed_memory
-from toolkit.cpu.switch import uses_cpu_code
 from toolkit.files import write_text_atomically
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.models.check import check_model
 from toolkit.recipe.resolve import resolve_named
+from toolkit.training.engine import set_allocator
 from toolkit.training.run import open_run, open_trainer, start_loader
 from toolkit.training.start import Start
 
@@ -68,9 +67,7 @@ def take_steps(file: Path, ranks: Ranks) -> None:
     resolved = resolve_named(trial.recipe, trial.overrides, ranks.world_size, has_gpu=gpus > 0, ds=trial.deepspeed)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))
-    if uses_cpu_code():
-        memory_is_short = resolved.zero_stage == 3 or resolved.recipe.model.quantization
-        return_freed_memory() if memory_is_short else keep_freed_memory()
+    set_allocator(resolved)
     corpus = open_corpora(resolved.recipe.data, is_local_main=ranks.is_local_main)
     resolved = fit_micro_batches(resolved, ranks, corpus, lambda _: None)
     start, speeds = Start(), []

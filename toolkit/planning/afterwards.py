@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from toolkit.batching.order import evaluation_order
 from toolkit.corpus.packed import Corpus
@@ -79,22 +78,27 @@ def planned_phases(
 
 def planned_cpu_phases(
     resolved: ResolvedRun, corpus: Corpus, computed: Computed, rows: int, *, libraries: float, keeps: bool
-) -> dict[str, float]:
-    """Bytes that the fullest rank should have had in main memory, by phase; in some seconds.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that the fullest rank should have had in main memory, by phase, at least and at most; in some seconds.
+
+    They differ where freed memory stays with the process: by what its heap loses between blocks.
 
     Args:
         resolved, corpus, computed, rows: as for :func:`planned_phases`.
         libraries: bytes of a process with all code and no model.
-        keeps: whether freed memory stays with the process, so that a phase has at least what those before it had.
+        keeps: whether freed memory stays with the process.
 
     Raises:
         UserError: the model cannot be traced.
     """
     subject = Subject.of(resolved.recipe, rows)
-    plan = make_cpu_plan(subject, resolved, computed.workload(corpus, resolved), micro_batch_size=computed.clips)
-    phases = {phase: size - CPU_LIBRARIES + libraries for phase, size in plan.phases.items()}
-    largest = list(accumulate(phases.values(), max))
-    return dict(zip(phases, largest, strict=True)) if keeps else phases
+    workload = computed.workload(corpus, resolved)
+    least, most = (
+        make_cpu_plan(subject, resolved, workload, micro_batch_size=computed.clips, keeps=kept).phases
+        for kept in (False, keeps)
+    )
+    own = libraries - CPU_LIBRARIES
+    return {phase: size + own for phase, size in least.items()}, {phase: size + own for phase, size in most.items()}
 
 
 def advice_within(

@@ -117,7 +117,6 @@ def _run_content(run: RunFiles, given_corpus: Path | None) -> dict[str, Any]:
         "corpus": described,
         "history": _history(run),
         "memory": memory_rows(run.memory),
-        "keeps_freed_memory": bool(run.memory.get("keeps_freed_memory")),
         "events": [{"step": event.pop("step"), "what": flatten(event)} for event in run.events[:MOST_EVENTS]],
         "texts": run.texts,
         "environment": flatten(run.environment),

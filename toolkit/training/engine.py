@@ -16,6 +16,7 @@ from toolkit.cluster.devices import attention_kernels
 from toolkit.cluster.logs import import_deepspeed, prints_to_log
 from toolkit.cluster.ops import use_compile_cache
 from toolkit.cluster.tensor_parallel import make_groups, note_parts, total_norm
+from toolkit.cpu.allocator import keep_few_kernels, keep_freed_memory, return_freed_memory
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
@@ -41,6 +42,19 @@ def import_libraries(resolved: ResolvedRun) -> None:
         from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 - as ZeRO does; it imports torch's compiler
     if resolved.recipe.model.lora:
         import peft  # noqa: F401
+
+
+def set_allocator(resolved: ResolvedRun) -> None:
+    """Have this rank, if it is on the CPU, keep freed memory or return it, as its run needs."""
+    if not uses_cpu_code():
+        return
+    in_autocast = bool(value_at(resolved.deepspeed, "torch_autocast.enabled"))
+    if resolved.zero_stage == 3 or resolved.recipe.model.quantization:
+        return_freed_memory()
+    else:
+        keep_freed_memory(maps_large=in_autocast)
+    if resolved.precision == "fp32" and not in_autocast:
+        keep_few_kernels()  # convolutions alone have any, and each length of a batch its own
 
 
 def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tuple[str, float]]]:

@@ -13,7 +13,7 @@ from toolkit.cpu.allocator import keeps_memory
 from toolkit.errors import UserError
 from toolkit.planning.afterwards import Computed, planned_cpu_phases, planned_phases
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
-from toolkit.training.monitoring.memory_phases import KEEPS, PHASES, Peaks, memory_figures
+from toolkit.training.monitoring.memory_phases import PHASES, Peaks, memory_figures
 from toolkit.training.out_of_memory import computed, hardware_of
 from toolkit.training.trainer import Trainer
 
@@ -23,7 +23,6 @@ log = logging.getLogger("toolkit")
 OFF = 0.15
 SMALL = 0.1
 LONG = 30.0  # seconds of steps; a plan for CPUs takes some, and a shorter run is a trial
-KEPT = "freed memory that the process keeps is not planned"
 # What a report of a wrong plan needs, of the run directory.
 FILES = "recipe.yaml, deepspeed.json, environment.json, metrics.jsonl and log.txt"
 
@@ -39,34 +38,35 @@ def compare_memory(trainer: Trainer) -> Computed | None:
 def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[str], None]) -> None:
     """Report the peaks that were compared, on rank 0, beside the plan, which takes a second, or some on CPUs."""
     peaks = trainer.memory.of_ranks
-    planned = _planned(trainer, heaviest) if heaviest else {}
-    # No plan holds what a process keeps for later steps; docs/planning.md says how much that can be.
-    keeps = keeps_memory() and not torch.cuda.is_available()
-    for line in [*lines(peaks, planned), *([f"memory: {KEPT}"] if keeps and planned else [])]:
+    least, planned = _planned(trainer, heaviest) if heaviest else ({}, {})
+    for line in lines(peaks, planned):
         log.info(line)
-    echo(in_a_line(peaks, planned) + (f"; {KEPT}" if keeps and planned else ""))
-    figures = memory_figures(peaks, planned) | ({KEEPS: 1.0} if keeps and planned else {})
-    trainer.tracker.log(trainer.progress.step, figures, kind="memory")
-    if not keeps and (warning := wrong_plan(peaks, planned, str(trainer.resolved.run_dir))):
+    echo(in_a_line(peaks, planned))
+    trainer.tracker.log(trainer.progress.step, memory_figures(peaks, planned), kind="memory")
+    if warning := wrong_plan(peaks, planned, least, str(trainer.resolved.run_dir)):
         trainer.warn(warning)
 
 
-def _planned(trainer: Trainer, heaviest: Computed) -> dict[str, float]:
-    """GiB by phase; nothing where the model cannot be planned: no run fails for its plan."""
+def _planned(trainer: Trainer, heaviest: Computed) -> tuple[dict[str, float], dict[str, float]]:
+    """GiB by phase, at least and at most; nothing where the model cannot be planned: no run fails for its plan."""
     run = (trainer.resolved, trainer.corpus)
     rows = len(trainer.processor.tokenizer)
     try:
         if torch.cuda.is_available():
-            sizes = planned_phases(*run, hardware_of(trainer.ranks), heaviest, rows)
+            most = least = planned_phases(*run, hardware_of(trainer.ranks), heaviest, rows)
         elif trainer.progress.seconds >= LONG:
             libraries = max(CPU_LIBRARIES, trainer.memory.libraries)
-            sizes = planned_cpu_phases(*run, heaviest, rows, libraries=libraries, keeps=keeps_memory())
+            least, most = planned_cpu_phases(*run, heaviest, rows, libraries=libraries, keeps=keeps_memory())
         else:
-            return {}
+            return {}, {}
     except Exception as error:
         what = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         log.info("memory: no plan to compare with: %s", what)
-        return {}
+        return {}, {}
+    return _in_gib(least), _in_gib(most)
+
+
+def _in_gib(sizes: dict[str, float]) -> dict[str, float]:
     return {phase: size / GIB for phase, size in sizes.items()}
 
 
@@ -101,16 +101,17 @@ def _measured(values: dict[str, float]) -> float | None:
     return values.get("allocated", values.get("process"))
 
 
-def wrong_plan(peaks: Peaks, planned: dict[str, float], run_dir: str) -> str | None:
-    """A warning where a plan is more than 15 % off; None where none is."""
+def wrong_plan(peaks: Peaks, planned: dict[str, float], least: dict[str, float], run_dir: str) -> str | None:
+    """A warning where a peak is more than 15 % above what was planned, or below the least of it; None where none is."""
     off = []
     for phase in PHASES:
         measured, plan = _measured(peaks.get(phase, {})), planned.get(phase)
         if measured is None or not plan:
             continue
-        difference = measured - plan
-        if abs(difference) > max(OFF * plan, SMALL):
-            off.append(f"{phase} {measured:.2f} GiB, planned {plan:.2f} ({difference / plan:+.0%})")
+        nearest = min(max(measured, least[phase]), plan)
+        difference = measured - nearest
+        if abs(difference) > max(OFF * nearest, SMALL):
+            off.append(f"{phase} {measured:.2f} GiB, planned {nearest:.2f} ({difference / nearest:+.0%})")
     if not off:
         return None
     return (

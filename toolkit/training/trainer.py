@@ -184,6 +184,7 @@ class Trainer:
         if training.ema:
             update_average(self.engine, training.ema, progress.step + 1)
         self.rank_watch.end()
+        self.memory.unused.after_step()
         seconds, speed = self.meter.end(counts)
         progress.step += 1
         progress.epoch_step += 1
@@ -340,8 +341,7 @@ class Trainer:
         """Report an evaluation: scores, predictions, samples and warnings."""
         progress, settings = self.progress, self.recipe.evaluation
         epoch = progress.epoch + 1
-        values = evaluated.figures("dev")
-        self.tracker.log(progress.step, values, kind="eval")
+        self.tracker.log(progress.step, evaluated.figures("dev"), kind="eval")
         if self.ranks.is_main:
             path = self.resolved.run_dir / "predictions" / f"predictions_epoch_{epoch:03d}.csv"
             write_predictions(path, evaluated.predictions)

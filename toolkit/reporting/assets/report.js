@@ -454,10 +454,10 @@
   }
 
   // The most of each phase on the fullest rank, beside the plan; columns without a figure are left out.
-  function memoryTable(rows, keepsFreed) {
+  function memoryTable(rows) {
     const shown = ["measured", "planned", "difference", "reserved", "process"].filter((name) => rows.some((row) => row[name] !== null));
     const value = (name, size) => (size === null ? "n/a" : name === "difference" ? `${size > 0 ? "+" : ""}${(100 * size).toFixed(0)} %` : size.toFixed(2));
-    return [el("p", { class: "small" }, `GiB at most, of the fullest rank.${keepsFreed ? " Freed memory that the process keeps is not planned." : ""}`), table(
+    return [el("p", { class: "small" }, "GiB at most, of the fullest rank."), table(
       [cell("th", "", "phase"), ...shown.map((name) => cell("th", "number", name))],
       rows.map((row) => [el("th", { scope: "row" }, row.phase), ...shown.map((name) => cell("td", "number", value(name, row[name])))]))];
   }
@@ -481,7 +481,7 @@
       section("progress", "Progress", el("p", { class: "small" }, "The same clips after each evaluation."), table(headRow, run.history.rows.map((row) =>
         [el("th", { scope: "row", dir: "auto" }, row.reference), ...row.outputs.map((text) => el("td", { dir: "auto" }, text === null ? "" : compare(row.reference, text)[1]))]), "settings wide"));
     }
-    section("memory", "Memory", run.memory.length > 0 && memoryTable(run.memory, run.keeps_freed_memory));
+    section("memory", "Memory", run.memory.length > 0 && memoryTable(run.memory));
     section("settings", "Settings",
       Object.entries(run.texts).filter(([name]) => name === "recipe.yaml" || name === "deepspeed.json").map(([name, text]) => fold(name, el("pre", { tabindex: "0" }, text))),
       Object.keys(run.environment).length > 0 && fold("environment", keyValues(run.environment)),

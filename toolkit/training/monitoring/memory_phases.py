@@ -20,13 +20,12 @@ import torch
 from torch import distributed as dist
 
 from toolkit.batching.collate import Batch
+from toolkit.cpu.unused_memory import UnusedMemory
 
 Phase = Literal["start", "step", "evaluation", "save"]
 PHASES: tuple[Phase, ...] = ("start", "step", "evaluation", "save")
 # Of each phase: the process's resident memory, and of its GPU what torch has allocated and reserved.
 KINDS = ("process", "allocated", "reserved")
-# The figure beside them, 1, where the process keeps freed memory, which the plan leaves out.
-KEEPS = "keeps_freed_memory"
 GIB = 2**30
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_RESIDENT_PEAK = "5"  # what the kernel wants to read in RESET
@@ -75,6 +74,7 @@ class MemoryPhases:
         peaks: of this rank.
         of_ranks: of the fullest rank, as far as the ranks have compared them.
         libraries: resident bytes of the process at the beginning.
+        unused: memory that is given back where a phase ends, so that the next one does not count it.
     """
 
     phase: Phase = "start"
@@ -85,12 +85,14 @@ class MemoryPhases:
     peaks: Peaks = field(default_factory=dict)
     of_ranks: Peaks = field(default_factory=dict)
     libraries: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
+    unused: UnusedMemory = field(default_factory=UnusedMemory)
     _before: float = 0.0  # the process's peak when the phase began
     _is_reset: bool = False  # whether what is read was reached in this phase; of the start all is
 
     def enter(self, phase: Phase) -> None:
         """End the phase that this rank is in and begin another."""
         self._read()
+        self.unused.give_back()
         self.phase = phase
         self._reset()
 
