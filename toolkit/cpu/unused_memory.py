@@ -27,7 +27,7 @@ class UnusedMemory:
     _due: float = 0.0
 
     def give_back(self) -> None:
-        """Give all of it back. The next step gets its pages anew, which takes as long as some tenths of it."""
+        """Give all of it back. What the next step needs again costs page faults."""
         if uses_cpu_code():
             give_back_heap()
             _free_tables()

@@ -12,11 +12,20 @@ from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject, passe
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
 
-# What comes and goes in a step or a search.
-PASSING = ("activations", "buckets", "copies of the update", "generation")
-# Of what passes, what a heap that keeps freed memory holds besides, at most: measured with glibc 2.36, where a freed
-# block does not serve an aligned request of its own size, and all of torch's are aligned.
-HEAP_LOSS = 1.0
+# What a heap that keeps freed memory holds besides, at most: a share of what comes and goes in a phase, and of the
+# kernels, which stay between blocks that go. Measured with glibc 2.36, where a freed block does not serve an aligned
+# request of its own size, and all of torch's are aligned.
+HEAP_LOSS = dict.fromkeys(
+    (
+        "activations",
+        "buckets",
+        "copies of the update",
+        "generation",
+        "measuring the processor's speed",
+        "weights before they are flattened",
+    ),
+    1.0,
+) | {"kernels of matrix products": 0.25}
 
 
 def make_cpu_plan(
@@ -77,7 +86,7 @@ def make_cpu_plan(
     for name, items in moments.items():
         items["kernels of matrix products"] = float(kept[name] * CPU_KERNEL)
         if keeps:
-            items["free blocks of the heap"] = HEAP_LOSS * sum(items.get(passing, 0.0) for passing in PASSING)
+            items["free blocks of the heap"] = sum(share * items.get(name, 0.0) for name, share in HEAP_LOSS.items())
     imported = CPU_PEFT if recipe.model.lora else CPU_COMPILER if resolved.zero_stage else 0
     moments = {name: _complete(items, imported, starts=name == "start") for name, items in moments.items()}
     totals = {name: sum(items.values()) for name, items in moments.items()}
