@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from toolkit.batching.collate import IGNORED_LABEL, Batch, add_labels, pad, prefix_tokens
-from toolkit.batching.epochs import EpochClips, Mixture, mixture_of
+from toolkit.batching.epochs import EpochClips, mixture_of
 from toolkit.batching.glosses import gloss_ids, gloss_vocabulary
 from toolkit.batching.ladder import Ladder, token_rungs
 from toolkit.batching.lengths import Frames, rung_above, text_sizes
@@ -99,10 +99,10 @@ def train_batches(
     ladder = ladder_of(split.frames, mixture, resolved)
     wanted = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
     sizes = split.frames, text_sizes(split.texts, recipe)
-    plan = itertools.chain.from_iterable(
-        _steps_of_epoch(*sizes, mixture, resolved, ladder, number, start_step if number == epoch else 0, rank)
-        for number in wanted
-    )
+    planned = (PlannedEpoch.of(*sizes, mixture, recipe, ladder, number) for number in wanted)
+    # The first epoch begins where the run stands.
+    starts = zip(planned, itertools.chain([start_step], itertools.repeat(0)), strict=False)
+    plan = itertools.chain.from_iterable(_steps_of_epoch(*start, resolved, rank) for start in starts)
     # The workers read the plan ahead of the steps.
     steps, steps_ahead = itertools.tee(plan)
     augmentation = (
@@ -127,20 +127,9 @@ def train_batches(
 
 
 def _steps_of_epoch(
-    frames: Frames,
-    texts: Frames | None,
-    mixture: Mixture,
-    resolved: ResolvedRun,
-    ladder: Ladder | None,
-    epoch: int,
-    start_step: int,
-    rank: int,
+    planned: PlannedEpoch, start_step: int, resolved: ResolvedRun, rank: int
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step of an epoch, of a split with clips of so many frames.
-
-    ``texts`` are the sizes of their texts, where these count.
-    """
-    planned = PlannedEpoch.of(frames, texts, mixture, resolved, ladder, epoch)
+    """This rank's micro-batches of each optimizer step of an epoch."""
     arithmetic = rank, resolved.data_parallel_size, resolved.clip_limit, resolved.frame_limit
     for step in range(start_step, len(planned.order)):
         shares = planned.shares(step, *arithmetic)

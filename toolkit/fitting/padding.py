@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.batching.epochs import mixture_of
-from toolkit.batching.lengths import batch_lengths, text_sizes
+from toolkit.batching.lengths import text_sizes
 from toolkit.batching.planned import PlannedEpoch, ladder_of
 from toolkit.corpus.packed import Split
 from toolkit.fitting.shapes import Limits, Shape
@@ -29,9 +29,7 @@ class FirstEpoch:
     def __init__(self, resolved: ResolvedRun, split: Split) -> None:
         recipe, mixture = resolved.recipe, mixture_of(split, resolved.recipe)
         ladder = ladder_of(split.frames, mixture, resolved)
-        self._planned = PlannedEpoch.of(split.frames, text_sizes(split.texts, recipe), mixture, resolved, ladder, 0)
-        own = split.frames[self._planned.drawn.clips]
-        self._lengths = batch_lengths(own, self._planned.draws, recipe)
+        self._planned = PlannedEpoch.of(split.frames, text_sizes(split.texts, recipe), mixture, recipe, ladder, 0)
         self._world_size = resolved.data_parallel_size
         steps = len(self._planned.order)
         self._steps = range(0, steps, -(-steps // MOST_STEPS))
@@ -43,11 +41,11 @@ class FirstEpoch:
 
     def padded_frames(self, limits: Limits) -> NDArray[np.int64]:
         """Padded frames of each micro-batch of these steps, [micro-batches]; fillers count."""
-        found = []
-        for step in self._steps:
-            for share, rung in self._planned.shares(step, 0, self._world_size, limits.clips, limits.frames):
-                longest = rung or max(1, int(self._lengths[np.where(share < 0, ~share, share)].max()))
-                found.append(len(share) * longest)
+        found = [
+            clips * frames
+            for step in self._steps
+            for clips, frames in self._planned.shapes(step, 0, self._world_size, limits.clips, limits.frames)
+        ]
         return np.array(found, dtype=np.int64)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from toolkit.batching.epochs import mixture_of
-from toolkit.batching.ladder import Ladder, fitted_rungs, micro_batches_on_rungs, training_ladder
-from toolkit.batching.lengths import Frames, batch_lengths, draws_of_epoch, rung_above, sorting_lengths, text_sizes
-from toolkit.batching.order import epoch_order, evaluation_shapes, micro_batches, steps_per_epoch
+from toolkit.batching.ladder import fitted_rungs, training_ladder
+from toolkit.batching.lengths import rung_above, text_sizes
+from toolkit.batching.order import evaluation_shapes, steps_per_epoch
+from toolkit.batching.planned import PlannedEpoch
 from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
@@ -75,9 +73,9 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
         ladder = training_ladder(split.frames, recipe, mixture.typical_clips())
     longest, later, texts = 1, 1, text_sizes(split.texts, recipe)
     for epoch in range(epochs):
-        clips = mixture.epoch(epoch).clips
-        sizes = split.frames[clips], None if texts is None else texts[clips]
-        for padded in _padded_frames(*sizes, recipe, ladder, epoch, world_size):
+        planned = PlannedEpoch.of(split.frames, texts, mixture, recipe, ladder, epoch)
+        for step in range(len(planned.order)):
+            padded = [frames for _, frames in planned.shapes(step, 0, world_size, clip_limit(training), None)]
             longest, later = max(longest, padded[0]), max([later, *padded[1:2]])
     if mixture.epoch_clips < len(split) or len(mixture.parts) > 1:  # the longest clip may come in a later epoch
         longest = max(longest, rung_above(ladder.frames if ladder else (), int(split.frames.max())))
@@ -102,25 +100,6 @@ def with_smaller_evaluation(workload: Workload) -> Workload | None:
     if all(clips == 1 for clips, _ in workload.evaluated):
         return None
     return replace(workload, evaluated=tuple((max(1, clips // 2), frames) for clips, frames in workload.evaluated))
-
-
-def _padded_frames(
-    frames: Frames, texts: Frames | None, recipe: Recipe, ladder: Ladder | None, epoch: int, world_size: int
-) -> Iterator[list[int]]:
-    """Frames to which rank 0 pads its micro-batches, of each step of an epoch."""
-    training, limit = recipe.training, clip_limit(recipe.training)
-    draws = draws_of_epoch(frames, recipe, epoch)
-    order = sorting_lengths(frames, draws)
-    in_batches = batch_lengths(frames, draws, recipe)
-    for batch in epoch_order(order, training.global_batch_size, training.seed, epoch, texts):
-        if ladder:
-            shares = micro_batches_on_rungs(batch, in_batches, ladder.frames, 0, world_size, limit, None, len(batch))
-            yield [padded for _, padded in shares]
-        else:
-            yield [
-                int(order[np.where(share < 0, ~share, share)].max())
-                for share in micro_batches(batch, 0, world_size, limit)
-            ]
 
 
 def total_steps(recipe: Recipe, workload: Workload) -> int | None:
