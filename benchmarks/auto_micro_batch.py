@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """How good the micro-batches are that `training.micro_batch_size: auto` chooses, and whether memory ever runs out.
 
-python benchmarks/auto_micro_batch.py                what is missing in the results, two hours on two quiet cores
-python benchmarks/auto_micro_batch.py --only demo    one sweep: every power of two beside what auto chooses
-python benchmarks/auto_micro_batch.py --only cost    what a rehearsal costs the demo: starts with and without it
-python benchmarks/auto_micro_batch.py --only random  random models and JSONs under limits of memory that bind
-python benchmarks/auto_micro_batch.py --again        measure all of them again
+python benchmarks/auto_micro_batch.py                      what is missing in the results, two hours on two quiet cores
+python benchmarks/auto_micro_batch.py --only sweep_demo    one sweep: every power of two beside what auto chooses
+python benchmarks/auto_micro_batch.py --only cost_demo     what its rehearsal costs: first starts, and the next ones
+python benchmarks/auto_micro_batch.py --only random        random models and JSONs under limits of memory that bind
+python benchmarks/auto_micro_batch.py --again              measure all of them again, or those of --only
 
 Each sweep takes turns: every micro-batch takes some steps in fresh processes, then all once more. Each row is written
 to benchmarks/results/auto_micro_batch.json as it comes; a run that was interrupted resumes.
@@ -32,7 +32,7 @@ from planning_cells import Model, shallow_backbone
 from training_corpus import make_corpus
 
 from toolkit.cluster.ops import use_extensions_dir
-from toolkit.fitting.tuning import Cell, try_cell
+from toolkit.fitting.tuning import Cell, Outcome, try_cell
 from toolkit.recipe.load import load_recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "auto_micro_batch.json"
@@ -40,89 +40,102 @@ RANKS, ROUNDS = 2, 2
 CLIPS = 1024
 SCRATCH = ("model.from_scratch=true", "model.tokenizer=train")
 # T5-Base keeps two layers of its twelve: a step of 128 clips through all takes minutes here, and layers are alike.
-# Steps of a turn are those of ten seconds or so, after one that does not count.
+# Steps of a turn are those of an epoch, since each has clips of other lengths, after one that does not count.
 SWEEPS: dict[str, dict[str, Any]] = {
-    "demo": {"recipe": "demo", "sizes": (1, 2, 4, 8, 16), "steps": 24, "overrides": ("data.source=table",)},
-    "t5_small": {"recipe": "t5_small", "sizes": (1, 2, 4, 8, 16, 32, 64), "steps": 3, "overrides": SCRATCH},
+    "demo": {"recipe": "demo", "sizes": (1, 2, 4, 8, 16), "steps": 33, "overrides": ("data.source=table",)},
+    "t5_small": {"recipe": "t5_small", "sizes": (4, 8, 16, 32, 64), "steps": 9, "overrides": SCRATCH},
     "t5_base": {
         "recipe": "t5_base",
-        "sizes": (1, 2, 4, 8, 16, 32),
-        "steps": 3,
+        "sizes": (4, 8, 16, 32),
+        "steps": 17,
         "overrides": (*SCRATCH, "training.global_batch_size=64"),
     },
 }
-OTHERS = ("cost", "random")
+SWEPT, COSTS = ({f"{table}_{name}": name for name in SWEEPS} for table in ("sweep", "cost"))
+ALL = [*SWEPT, *COSTS, "random"]
 CLOSE_ENOUGH = 0.95
-COST_ROUNDS, COST_SIZE, COST_STEPS = 3, 16, 3  # whole starts of the demo; most steps that a rehearsal may cost
+COST_ROUNDS, COST_STEPS = 3, 3  # pairs of whole starts; most steps that a rehearsal may cost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", choices=[*SWEEPS, *OTHERS], metavar="NAME", help="of demo t5_small t5_base cost random"
-    )
+    parser.add_argument("--only", nargs="+", choices=ALL, metavar="NAME", help=f"of {' '.join(ALL)}")
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="random runs (default 30)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="instead of all powers of two of a sweep")
     parser.add_argument("--again", action="store_true", help="measure what is in the results already, too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rows = Rows(arguments.results, again=arguments.again)
-    chosen = arguments.only or [*SWEEPS, *OTHERS]
+    rows = Rows(arguments.results)
+    chosen = arguments.only or ALL
+    for table in chosen if arguments.again else ():
+        rows.forget(table)
     use_extensions_dir()
     with tempfile.TemporaryDirectory(prefix="auto-micro-batch-") as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = f"{name}/cache"  # choices of an earlier measurement do not count
-        if sweeps := [wanted for wanted in chosen if wanted != "random"]:
+        if any(table != "random" for table in chosen):
             corpus = make_corpus(folder / "corpus", CLIPS).path
-            for wanted in sweeps:
-                if wanted == "cost":
-                    cost(rows, corpus, folder)
-                else:
-                    sweep(rows, wanted, corpus, arguments.sizes)
-        if "random" in chosen:
-            random_runs(rows, arguments.runs, folder)
+        for table in chosen:
+            if table == "random":
+                random_runs(rows, arguments.runs, folder)
+            elif table in COSTS:
+                cost(rows, table, corpus, folder)
+            else:
+                sweep(rows, table, corpus, arguments.sizes)
     print(f"wrote {rows.path}; draw the page: python benchmarks/page.py")
 
 
-def cost(rows: Rows, corpus: Path, folder: Path) -> None:
-    """What the first start of the demo takes longer with a rehearsal than with a number, in steps of the run."""
-    overrides = [*SWEEPS["demo"]["overrides"], f"data.corpus={corpus}", "training.workers=0"]
+def cost(rows: Rows, table: str, corpus: Path, folder: Path) -> None:
+    """What the first start of a recipe takes longer than the next one, which keeps its choice, in steps of the run."""
+    name = COSTS[table]
+    # With the recipe's own batch and all layers, whose steps are not repeated here.
+    overrides = [f"data.corpus={corpus}", "training.workers=0", *(() if name == "demo" else SCRATCH)]
 
-    def measure(size: int | str) -> dict[str, Any]:
+    def pair() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=folder) as cache:  # without the choice of an earlier start
             os.environ["XDG_CACHE_HOME"] = cache
-            cell = Cell("zero1", size)
-            outcome = try_cell(ROOT / "launch" / "plan.py", "demo", overrides, cell, RANKS, SWEEPS["demo"]["steps"])
-        if outcome.speed is None:
-            raise SystemExit(f"error: the demo did not start: {outcome.problem}")
-        return {"seconds": round(outcome.seconds, 2), "clips_per_second": round(outcome.speed.clips_per_second, 2)}
+            first, following = (trial(name, overrides, "auto") for _ in range(2))
+        if first.speed is None or following.speed is None:
+            raise SystemExit(f"error: {name} did not train: {first.problem or following.problem}")
+        rates = (first.speed.clips_per_second, following.speed.clips_per_second)
+        return {
+            "first_seconds": round(first.seconds, 2),
+            "next_seconds": round(following.seconds, 2),
+            "clips_per_second": round(median(rates), 2),
+            "batch": following.speed.batch,
+        }
 
     for number in range(COST_ROUNDS):
-        for size in ("auto", COST_SIZE):
-            key = {"micro_batch_size": size, "round": number}
-            rows.measured("rehearsal_of_the_demo", key, lambda size=size: measure(size))
-    found = rows.results["rehearsal_of_the_demo"]
-    starts = {size: [row for row in found if row["micro_batch_size"] == size] for size in ("auto", COST_SIZE)}
-    rehearsed, given = (median(row["seconds"] for row in own) for own in starts.values())
-    clips = load_recipe("demo", overrides).training.global_batch_size
-    step = clips / median(row["clips_per_second"] for row in starts[COST_SIZE])
+        rows.measured(table, {"round": number}, pair)
+    found = rows.results[table]
+    seconds = median(row["first_seconds"] - row["next_seconds"] for row in found)
+    clips = load_recipe(SWEEPS[name]["recipe"], overrides).training.global_batch_size
+    step = clips / median(row["clips_per_second"] for row in found)
     figure = {
-        "ours_steps": round((rehearsed - given) / step, 1),
-        "seconds": round(rehearsed - given, 2),
+        "ours_steps": round(seconds / step, 1),
+        "seconds": round(seconds, 2),
         "seconds_of_a_step": round(step, 3),
         "target": f"<= {COST_STEPS}",
     }
-    rows.conclude("rehearsal_cost_demo", figure)
+    rows.conclude(f"rehearsal_{table}", figure)
+
+
+def trial(name: str, overrides: list[str], size: int | str) -> Outcome:
+    """Some steps of a recipe in fresh processes."""
+    recipe, steps = SWEEPS[name]["recipe"], SWEEPS[name]["steps"]
+    return try_cell(ROOT / "launch" / "plan.py", recipe, overrides, Cell("zero1", size), RANKS, steps)
 
 
 class Rows:
     """The results file: a figure for each sweep, its rows, and those of the random runs."""
 
-    def __init__(self, path: Path, *, again: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.results: dict[str, Any] = (
-            {} if again or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
-        )
+        self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def forget(self, table: str) -> None:
+        """Measure a table's rows again; its figure stays until then."""
+        self.results.pop(table, None)
 
     def measured(self, table: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row with this key, measured and written where it is missing."""
@@ -146,16 +159,16 @@ class Rows:
         self.path.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
 
 
-def sweep(rows: Rows, name: str, corpus: Path, sizes: list[int] | None) -> None:
+def sweep(rows: Rows, table: str, corpus: Path, sizes: list[int] | None) -> None:
     """Clips a second with each micro-batch, and with the one that is chosen."""
-    recipe, steps = SWEEPS[name]["recipe"], SWEEPS[name]["steps"]
+    name = SWEPT[table]
     overrides = [*SWEEPS[name]["overrides"], f"data.corpus={corpus}", "training.workers=0"]
     if name == "t5_base":
         overrides += shallow_backbone(Model("t5_base", 2), corpus.parent)
     tried = [*(sizes or SWEEPS[name]["sizes"]), "auto"]
 
     def measure(size: int | str) -> dict[str, Any]:
-        outcome = try_cell(ROOT / "launch" / "plan.py", recipe, overrides, Cell("zero1", size), RANKS, steps)
+        outcome = trial(name, overrides, size)
         if outcome.speed is None:
             return {"clips_per_second": 0.0, "problem": outcome.problem}
         speed = outcome.speed
@@ -169,8 +182,8 @@ def sweep(rows: Rows, name: str, corpus: Path, sizes: list[int] | None) -> None:
     for number in range(ROUNDS):
         for size in tried:
             key = {"micro_batch_size": size, "round": number}
-            rows.measured(f"sweep_{name}", key, lambda size=size: measure(size))
-    found = rows.results[f"sweep_{name}"]
+            rows.measured(table, key, lambda size=size: measure(size))
+    found = rows.results[table]
     rates = {
         size: median(row["clips_per_second"] for row in found if row["micro_batch_size"] == size) for size in tried
     }

@@ -25,7 +25,7 @@ from toolkit.cluster.process_group import join_process_group, leave_process_grou
 from toolkit.cluster.ranks import Ranks, read_ranks
 from toolkit.cluster.rendezvous import join_rendezvous
 from toolkit.corpus.packed import Corpus
-from toolkit.fitting import rehearsal
+from toolkit.fitting import rehearsal_engine
 from toolkit.fitting.bounds import UNKNOWN, Passes
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.fitting.shapes import lengths_of
@@ -79,7 +79,7 @@ def fitted(case: dict[str, Any], worker: Worker) -> ResolvedRun:
 @contextmanager
 def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None]:
     """Within it the last rank has no memory for more padded frames: in a pass, an update or a capture."""
-    own, own_capture = rehearsal.batch_losses, pass_graphs.capture_on
+    own, own_capture = rehearsal_engine.batch_losses, pass_graphs.capture_on
     recorded, under_way = RecordedCalls(), [False]
 
     def capture(call: Any) -> Any:
@@ -113,11 +113,11 @@ def out_of_memory(where: str | None, frames: int, ranks: Ranks) -> Iterator[None
             weight.register_hook(raise_out_of_memory)
         return nll, ctc
 
-    rehearsal.batch_losses = breaking
+    rehearsal_engine.batch_losses = breaking
     try:
         yield
     finally:
-        rehearsal.batch_losses, pass_graphs.capture_on = own, own_capture
+        rehearsal_engine.batch_losses, pass_graphs.capture_on = own, own_capture
         Passes.at_most = own_bound  # type: ignore[method-assign]
 
 

@@ -44,6 +44,49 @@ def test_no_step_takes_more(
     assert passes.at_most(asked) >= BEFORE + STATES + most
 
 
+@given(
+    weights=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    clips=st.lists(st.integers(1, 64), min_size=1, max_size=6),
+    asked=st.lists(sizes, min_size=1, max_size=3),
+    resets=st.booleans(),
+)
+def test_no_step_takes_more_where_the_process_keeps_what_was_freed(
+    weights: list[int], clips: list[int], asked: list[Size], resets: bool
+) -> None:
+    passes, kept = Passes(BEFORE, STATES, resets), BEFORE
+    for number in clips:
+        size = Size(number, 20, 10)
+        kept = max(kept, BEFORE + activations(size, weights))
+        passes.add(size, kept)
+    assert passes.at_most(asked) >= BEFORE + STATES + max(activations(size, weights) for size in asked)
+
+
+def test_a_larger_pass_before_the_last_one_bounds_a_step_closer() -> None:
+    passes, asked = Passes(BEFORE, STATES, resets=False), [Size(40, 4, 2)]
+    for clips in (1, 40, 20):
+        passes.add(Size(clips, 4, 2), BEFORE + 100 * 40)
+    assert passes.at_most(asked) == BEFORE + STATES + 1.25 * 100 * 40
+
+
+def test_activations_are_in_proportion_to_those_of_the_widest_pass_that_was_traced() -> None:
+    passes = Passes(BEFORE, STATES, resets=False)
+    for clips in (1, 4, 2):
+        passes.add(Size(clips, 10, 2), BEFORE + 100 * 4)
+    asked = [Size(2, 40, 2), Size(8, 10, 2)]
+    most = passes.at_most_by(asked, lambda size: 7.0 * size.clips * size.frames)
+    assert most == BEFORE + STATES + 1.25 * 100 * 8
+    assert most < passes.at_most(asked), "of clips that are four times as long, sixteen times as much"
+
+
+def test_what_a_long_run_keeps_counts() -> None:
+    kept, returned = (Passes(BEFORE, STATES, True, spread) for spread in (2.0, 1.25))
+    for passes in (kept, returned):
+        passes.add(Size(1, 1, 1), BEFORE + 100)
+    assert (kept.at_most([Size(2, 1, 1)]), returned.at_most([Size(2, 1, 1)])) == (1500 + 400, 1500 + 250)
+    assert (kept.in_a_long_run(1900), returned.in_a_long_run(1900)) == (1900 + 300, 1900)
+    assert kept.in_a_long_run(1200) == 1200, "nothing but states"
+
+
 def test_gradients_do_not_count_for_each_clip_once_two_sizes_have_passed() -> None:
     asked, gradients = [Size(10, 4, 2)], 500
     found = {}

@@ -17,7 +17,7 @@ from toolkit.fitting.bounds import UNKNOWN
 from toolkit.fitting.hardware import GIB, Card
 from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
-from toolkit.fitting.rehearsal import Measured
+from toolkit.fitting.rehearsal_engine import Measured
 from toolkit.fitting.shapes import Shape
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun, read_choice
@@ -32,12 +32,14 @@ class Machine:
         self.per_clip, self.breaks_at, self.error = per_clip, breaks_at, error
         self.steps: list[int] = []
         self.widest = 0
-        self.starts = 0
+        self.starts = self.closed = 0
         self.most_generated = 10**9
         self.generated: list[int] = []
         self.timed: list[int] = []
         self.slow_passes: set[int] = set()  # by their number, from 1: another process ran beside them
+        self.heaviest_asked = False
         self.at_most_gib: float | None = None  # for each clip of a step that was not taken; None = not known
+        self.traced_gib: float | None = None  # the same by a traced pass
 
     def __call__(self, *_: Any, **__: Any) -> Machine:
         self.starts += 1
@@ -56,7 +58,13 @@ class Machine:
 
     def at_most(self, shapes: Sequence[Shape]) -> Measured:
         clips = max(shape.clips for shape in shapes)
+        self.heaviest_asked |= any(shape.long_texts for shape in shapes)
         most = UNKNOWN if self.at_most_gib is None else int(clips * self.at_most_gib * GIB)
+        return Measured(resident=most, address_space=UNKNOWN)
+
+    def traced(self, shapes: Sequence[Shape]) -> Measured:
+        clips = max(shape.clips for shape in shapes)
+        most = UNKNOWN if self.traced_gib is None else int(clips * self.traced_gib * GIB)
         return Measured(resident=most, address_space=UNKNOWN)
 
     def translation(self, shapes: Sequence[Shape]) -> Measured:
@@ -71,6 +79,7 @@ class Machine:
 
     def close(self) -> None:
         self.widest = 0
+        self.closed += 1
 
 
 @pytest.fixture
@@ -118,14 +127,14 @@ def test_cpus_take_the_fastest(resolve: Any, fit: Any) -> None:
 @pytest.mark.parametrize(
     ("few", "per_clip", "times", "chosen"),
     [
-        (2, 0.0, [2, 6], 6),  # the larger one is faster: smaller ones cannot be
-        (2, 1000.0, [2, 6, 1], 1),  # all are about as fast: the smallest takes the least memory
-        (6, 1000.0, [6, 2, 1], 1),
-        (6, 0.0, [6, 2], 6),  # the next smaller one is slower: those below it, too
+        (2, 0.0, [2, 6], 6),
+        (2, 1000.0, [1, 2, 6], 1),  # all are about as fast: the smallest takes the least memory
+        (6, 1000.0, [1, 3, 6], 1),
+        (6, 0.0, [3, 6], 6),
         (0, 0.0, [1, 2, 6], 6),
     ],
 )
-def test_cpus_time_from_a_few_clips_on_in_the_direction_in_which_it_pays(
+def test_cpus_time_two_sizes_and_what_is_fastest_by_their_line(
     resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch, few: int, per_clip: float, times: list[int], chosen: int
 ) -> None:
     monkeypatch.setattr(fastest, "FEW", few)
@@ -134,7 +143,16 @@ def test_cpus_time_from_a_few_clips_on_in_the_direction_in_which_it_pays(
     assert run.clip_limit == chosen
     asked = [int(number) for number in re.findall(r"with (\d)", lines[-2])]
     assert asked == times
-    assert len(machine.timed) <= 1 + 3 * len(times), "one to warm up; a size, and two again where that decides"
+    assert len(machine.timed) <= 1 + 3 * len(times), "one to warm up, and each of them again"
+
+
+@pytest.mark.parametrize("slow", [set(), {3}])
+def test_a_size_that_cannot_be_faster_is_not_timed(resolve: Any, fit: Any, monkeypatch: Any, slow: set[int]) -> None:
+    monkeypatch.setattr(fastest, "FEW", 0)
+    machine = Machine(per_clip=1000.0)
+    machine.slow_passes = slow
+    run, _ = fit(resolve(*AUTO), machine)
+    assert (run.clip_limit, 6 in machine.timed) == (1, False), "passes of 1 and 2 clips are proportional"
 
 
 @pytest.mark.parametrize("few", [2, 8])
@@ -174,6 +192,57 @@ def test_no_step_is_tried_where_any_fits_by_the_passes(resolve: Any, fit: Any) -
     limited.at_most_gib = 3.0
     fit(resolve(*AUTO, "training.label_smoothing=0.2"), limited, limit=20.0, space=100.0)
     assert limited.steps == [1, 2, 6], "addresses are not known by passes"
+
+
+def test_a_pass_is_taken_where_those_before_show_that_it_fits(resolve: Any, fit: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fastest, "FEW", 2)
+    machine = Machine()
+    machine.at_most_gib = 3.0
+    run, lines = fit(resolve(*AUTO), machine, limit=7.0)
+    # A pass of 2 clips is shown to fit, one of 6 is not: the two smallest sizes show the growth, in a new process.
+    assert (machine.timed[:2], machine.steps, run.clip_limit) == ([1, 2], [1, 2, 6], 6)
+    assert machine.closed == 2, "once before the growth is measured, and at the end"
+    assert "took 6.00 of 7.00 GiB" in lines[-2]
+
+
+def test_a_traced_pass_shows_that_a_step_fits_where_the_passes_do_not(resolve: Any, fit: Any, monkeypatch: Any) -> None:
+    machine = Machine()
+    machine.at_most_gib, machine.traced_gib = 1.0, 2.0
+    plain = machine.at_most
+    heavier = lambda shapes: Measured(resident=UNKNOWN) if shapes[0].long_texts else plain(shapes)  # noqa: E731
+    monkeypatch.setattr(machine, "at_most", heavier)
+    run, lines = fit(resolve(*AUTO), machine, limit=13.0)
+    assert (machine.steps, run.clip_limit, machine.closed) == ([], 6, 1)
+    assert "takes at most 12.00 of 13.00 GiB" in lines[-2]
+    narrow = Machine()
+    narrow.at_most_gib, narrow.traced_gib = 1.0, 2.0
+    monkeypatch.setattr(narrow, "at_most", heavier)
+    run, lines = fit(resolve(*AUTO, "training.label_smoothing=0.3"), narrow, limit=11.0)
+    assert (narrow.steps, run.clip_limit) == ([1, 2, 6], 6), "what may not fit is tried"
+
+
+def test_a_run_that_keeps_freed_memory_takes_the_largest_that_fits_by_traced_passes(
+    resolve: Any, fit: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(stage, "keeps_memory", lambda: True)
+    machine = Machine()
+    machine.at_most_gib, machine.traced_gib = 1.0, 2.0
+    plain = machine.at_most
+    heavier = lambda shapes: Measured(resident=UNKNOWN) if shapes[0].long_texts else plain(shapes)  # noqa: E731
+    monkeypatch.setattr(machine, "at_most", heavier)
+    run, lines = fit(resolve(*AUTO), machine, limit=7.0)
+    assert (machine.steps, run.clip_limit) == ([], 3)
+    assert "takes at most 6.00 of 7.00 GiB" in lines[-2] and "more than 3 of the longest" in lines[-2]
+
+
+def test_the_heaviest_micro_batches_are_asked_about_only_when_a_size_is_chosen(resolve: Any, fit: Any) -> None:
+    machine = Machine()
+    machine.at_most_gib = 1.0
+    passes: list[bool] = []
+    plain = machine.passes
+    machine.passes = lambda shape: passes.append(machine.heaviest_asked) or plain(shape)  # type: ignore[method-assign]
+    fit(resolve(*AUTO), machine)
+    assert machine.heaviest_asked and not any(passes)
 
 
 def test_cpus_take_a_pass_more_where_the_growth_was_misjudged(resolve: Any, fit: Any) -> None:
@@ -250,7 +319,7 @@ def test_a_rehearsal_that_takes_long_shows_what_it_has_found(
     _, lines = fit(resolve(*AUTO), Machine())
     assert "choosing micro-batches" in lines[0]
     shown = {re.search(r"frames as (\S+)", line)[1] for line in lines[1:-2] if "clips/s" in line}  # type: ignore[index]
-    assert shown == {"6", "2"}
+    assert shown == {"6", "3"}
     _, again = fit(resolve(*AUTO), Machine())
     assert len(again) == 1 and "before" in again[0]
 

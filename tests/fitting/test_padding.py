@@ -19,7 +19,7 @@ from toolkit.fitting.hardware import GIB
 from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.fitting.padding import FirstEpoch, Pace
-from toolkit.fitting.rehearsal import Measured
+from toolkit.fitting.rehearsal_engine import Measured
 from toolkit.fitting.shapes import Limits, Shape
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.batches import MicroBatchChoice
@@ -78,7 +78,7 @@ def test_of_sizes_whose_passes_are_alike_the_one_that_pads_less_is_taken(
 
 @pytest.mark.parametrize(
     ("machine", "expected"),
-    [(Machine(1.0, 0.0), 6), (Machine(1.0, 1.0), 6), (Machine(0.0, 1.0), 1)],
+    [(Machine(1.0, 0.0), 6), (Machine(1.0, 1.0), 3), (Machine(0.0, 1.0), 1)],
     ids=["passes cost", "both cost", "frames cost"],
 )
 def test_clips_of_one_length_are_not_padded_and_passes_alone_decide(
@@ -106,11 +106,30 @@ def test_the_frames_are_those_of_the_batches_that_a_run_computes(
     assert epoch.clips == 5.5
 
 
-def test_the_pace_is_on_the_line_through_the_passes() -> None:
+def test_the_pace_is_on_the_lines_through_the_passes() -> None:
     pace = Pace()
-    pace.add(Shape(1, 10), 2.0)
-    pace.add(Shape(2, 10), 9.0)
-    pace.add(Shape(2, 10), 3.0)
-    for frames, seconds in ((5, 1.0), (10, 2.0), (15, 2.5), (20, 3.0), (40, 6.0)):
+    pace.add(Shape(1, 10), [2.0])
+    assert pace.seconds(np.array([5])) == pytest.approx(1.0), "of one pass in proportion"
+    for clips, seconds in ((2, 9.0), (2, 3.0), (4, 6.0)):
+        pace.add(Shape(clips, 10), [seconds])
+    for frames, seconds in ((5, 1.5), (10, 2.0), (15, 2.5), (20, 3.0), (40, 6.0), (60, 9.0)):
         assert pace.seconds(np.array([frames])) == pytest.approx(seconds)
-    assert pace.seconds(np.array([5, 15])) == pytest.approx(3.5)
+    assert pace.seconds(np.array([5, 15])) == pytest.approx(4.0)
+
+
+def test_a_pass_that_was_disturbed_makes_no_other_free() -> None:
+    pace = Pace()
+    for clips in (1, 2):
+        pace.add(Shape(clips, 10), [4.0])
+    assert pace.seconds(np.array([40])) == pytest.approx(4.0 + 0.5 * 4.0)
+    steep = Pace()
+    for clips, seconds in ((1, 1.0), (2, 4.0)):
+        steep.add(Shape(clips, 10), [seconds])
+    assert steep.seconds(np.array([5])) == pytest.approx(0.5), "no frames take no less than nothing"
+
+
+def test_of_each_rank_its_fastest_pass_counts_and_the_slowest_rank_decides() -> None:
+    pace = Pace()
+    for ranks in ([1.0, 9.0], [8.0, 3.0]):
+        pace.add(Shape(1, 10), ranks)
+    assert pace.seconds(np.array([10])) == pytest.approx(3.0)

@@ -15,7 +15,8 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.fitting import rehearsal
-from toolkit.fitting.rehearsal import Measured, Rehearsal
+from toolkit.fitting.rehearsal import Rehearsal
+from toolkit.fitting.rehearsal_engine import Measured
 from toolkit.fitting.shapes import Lengths, Shape, heaviest, lengths_of, limits_of
 from toolkit.recipe.resolve import ResolvedRun
 
@@ -25,7 +26,7 @@ def rehearsing(monkeypatch: pytest.MonkeyPatch, resolve: Callable[..., ResolvedR
     """A rehearsal whose engine is built by a function."""
 
     def rehearsing(build: Callable[[], Any], *overrides: str) -> Rehearsal:
-        monkeypatch.setattr(rehearsal._Engine, "build", lambda *_: build())
+        monkeypatch.setattr(rehearsal.RehearsalEngine, "build", lambda *_: build())
         unused: Any = None
         return Rehearsal(resolve(*overrides), Ranks(), unused, Lengths(1, 9, 9, [], []), 1, has_gpu=False)
 
@@ -114,7 +115,7 @@ def test_texts_are_generated_to_their_last_token(resolve: Any, corpus: Corpus, m
         engine.generate(shapes[0])
         return Measured(seconds=float(lengths[0]))
 
-    monkeypatch.setattr(rehearsal._Engine, "translation", generate)
+    monkeypatch.setattr(rehearsal.RehearsalEngine, "translation", generate)
     own = Rehearsal(run, Ranks(), corpus, lengths, 1, has_gpu=False)
     found = own.translation([Shape(2, 20)])
     own.close()

@@ -3,12 +3,12 @@ the step need not be tried.
 
 The activations of a micro-batch are a sum of terms, each proportional to its clips and to at most two factors out of
 its frames and its tokens. With ``n`` clips of ``f`` frames and ``t`` tokens instead of ``n0``, ``f0`` and ``t0`` none
-grows by more than ``n / n0 * max(f / f0, t / t0, 1) ** 2``.
+grows by more than ``n / n0 * max(f / f0, t / t0, 1) ** 2``. Where that is too much, they grow as in a traced pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from toolkit.planning.costs.cpu_ranks import cpu_moments
 from toolkit.planning.costs.tracing import Trace
 from toolkit.recipe.resolve import ResolvedRun
 
-# What the heap loses between blocks of several sizes, as a share of the activations.
+# What a heap loses between blocks of several sizes, where freed memory goes back to the system: with the activations
+# themselves so many times their bytes.
 SPREAD = 1.25
 UNKNOWN = 2**63 - 1  # bytes
 
@@ -46,11 +47,13 @@ class Passes:
         before: resident bytes before the first one, with the model in its engine.
         states: that a step has besides, at most: moments, gradients and copies.
         resets: whether the peak of a pass is its own, for the kernel resets the mark.
+        spread: bytes of memory for each of the activations, in a run that is long.
     """
 
     before: int
     states: int
     resets: bool
+    spread: float = SPREAD
     _peaks: list[tuple[Size, int]] = field(default_factory=list)
 
     def add(self, size: Size, peak: int) -> None:
@@ -61,26 +64,42 @@ class Passes:
         """Resident bytes of a step over micro-batches of these sizes, at most; ``UNKNOWN`` before the first pass."""
         if not self._peaks:
             return UNKNOWN
-        last, peak = self._peaks[-1]
-        most = SPREAD * max(size.growth(last) for size in sizes) * self._activations()
-        return int(max(peak, self.without_activations + most))
+        most = min(
+            max(size.growth(passed) for size in sizes) * self._activations(number)
+            for number, (passed, _) in enumerate(self._peaks)
+        )
+        return int(max(*(peak for _, peak in self._peaks), self.without_activations + self.spread * most))
+
+    def at_most_by(self, sizes: Sequence[Size], traced: Callable[[Size], float]) -> int:
+        """The same after a pass, closer: activations are in proportion to those of a pass that was traced, in bytes."""
+        number = max(range(len(self._peaks)), key=lambda place: self._peaks[place][0].clips)
+        passed, peak = self._peaks[number]
+        most = max(map(traced, sizes)) / traced(passed) * self._activations(number)
+        return int(max(peak, self.without_activations + self.spread * most))
+
+    def in_a_long_run(self, resident: int) -> int:
+        """Bytes that a run takes, of which a few steps took so many."""
+        return resident + int((self.spread - SPREAD) * max(0, resident - self.without_activations))
 
     @property
     def without_activations(self) -> int:
         """Resident bytes of a step besides its activations, at most."""
         return self.before + self.states
 
-    def _activations(self) -> float:
-        """Bytes of those of the last pass, at most.
+    def _activations(self, number: int) -> float:
+        """Bytes of those of a pass, at most.
 
-        All by which it grew; or what a pass with more clips than another one has more, which leaves out gradients,
-        buffers and code. The first pass does not count there: it makes the gradients.
+        All by which it grew; or what it has more than an earlier pass with fewer clips, which leaves out gradients,
+        buffers and code. The first pass does not count there: it makes the gradients. Neither does one after a larger
+        one, whose memory the process may have kept.
         """
-        last, peak = self._peaks[-1]
+        own, peak = self._peaks[number]
         found = [float(peak - self.before)]
-        for size, earlier in self._peaks[1:-1] if self.resets else []:
-            if size.clips < last.clips and (size.frames, size.tokens) == (last.frames, last.tokens):
-                found.append(max(0, peak - earlier) * last.clips / (last.clips - size.clips))
+        widest = 0
+        for place, (size, earlier) in enumerate(self._peaks[:number] if self.resets else []):
+            if place and widest <= size.clips < own.clips and (size.frames, size.tokens) == (own.frames, own.tokens):
+                found.append(max(0, peak - earlier) * own.clips / (own.clips - size.clips))
+            widest = max(widest, size.clips)
         return min(found)
 
 

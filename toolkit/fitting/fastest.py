@@ -4,9 +4,9 @@ Whole steps are compared: the micro-batches into which a size divides the steps 
 by the seconds that passes of so many padded frames take (``padding.py``). A larger size pads more, which passes over
 clips of one length do not show.
 
-A rehearsal must not cost much more than the steps that it saves. So a size is timed by one pass over clips of typical
-length, larger sizes only while they are faster, and a whole step over the heaviest micro-batches is taken only where
-the passes do not show that any such step fits (``bounds.py``).
+A rehearsal must not cost much more than the steps that it saves. So few sizes are timed, by passes over clips of
+typical length, and those between them are on the line. The passes show that the next one fits, and a step over the
+heaviest micro-batches of the size that is chosen (``bounds.py``); whole steps are taken only where they do not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from toolkit.cluster.rendezvous import exchange
 from toolkit.corpus.packed import Split
 from toolkit.fitting.hardware import GIB
 from toolkit.fitting.padding import FirstEpoch, Pace
-from toolkit.fitting.shapes import Shape, limits_of, sizes, typical
+from toolkit.fitting.rehearsal_engine import Measured
+from toolkit.fitting.shapes import Shape, heaviest, limits_of, sizes, typical
 from toolkit.fitting.stage import Stage, nothing_fits
 from toolkit.recipe.resolve import ResolvedRun
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
-AS_FAST = 0.97
-FEW = 8  # clips of typical length in the pass by which a rehearsal begins to look for the fastest
+AS_FAST = 0.98
+FEW = 8  # clips of typical length, at most, in the pass by which a rehearsal begins to look for the fastest
+
+
+class _NotShownToFitError(Exception):
+    """Nothing shows that a pass fits the memory that is there."""
 
 
 def fastest(stage: Stage, resolved: ResolvedRun, split: Split) -> tuple[int, str]:
@@ -36,32 +41,79 @@ def fastest(stage: Stage, resolved: ResolvedRun, split: Split) -> tuple[int, str
     warmed = stage.rehearsal.passes(_typical(stage, candidates[0]))
     if problem := stage.agreed(warmed, warmed.problem)[1]:
         raise nothing_fits(resolved, problem)
-    _, problem = stage.agreed(*stage.at_most(candidates[-1]))
-    largest = _largest_by_growth(stage, resolved, candidates) if problem else candidates[-1]
-    groups = _of_each_shape(stage, [size for size in candidates if size <= largest])
-    speeds = _speeds(stage, _doubling(groups), FirstEpoch(resolved, split))
+    epoch, pace, largest = FirstEpoch(resolved, split), Pace(), None
+    try:
+        speeds = _speeds(stage, candidates, epoch, pace, shown_to_fit=True)
+    except _NotShownToFitError:
+        if pace.has_any:
+            stage.rehearsal.close()  # steps of the smallest sizes show their growth only where nothing larger was
+        largest = _largest_by_growth(stage, resolved, candidates)
+        speeds = _speeds(stage, [size for size in candidates if size <= largest], epoch, Pace(), shown_to_fit=False)
     chosen = smallest_as_fast(speeds) if speeds else candidates[0]
-    fits_all = largest == candidates[-1]
-    for size in reversed([size for size in candidates if size <= chosen]):
-        takes, (measured, problem) = "takes at most", stage.agreed(*stage.at_most(size))
-        if problem:
-            takes, (measured, problem) = "took", stage.agreed(*stage.step(size))
+    size, takes, measured = _largest_that_fits(stage, resolved, candidates, chosen, largest)
+    gib = max(one.resident for one in measured) / GIB
+    tried = ", ".join(f"{speed:.3g} with {number}" for number, speed in speeds.items())
+    limit = largest if size == chosen else size
+    most = f"; more than {limit} of the longest clips do not fit" if limit not in (None, candidates[-1]) else ""
+    return size, (
+        f"as many frames as {_words(size)} are computed fastest (clips/s of a rank by a rehearsal, with the "
+        f"padding of the first epoch: {tried}); "
+        f"the heaviest {takes} {gib:.2f} of {stage.limit.resident / GIB:.2f} GiB of a rank{most}"
+    )
+
+
+def _largest_that_fits(
+    stage: Stage, resolved: ResolvedRun, candidates: list[int], chosen: int, largest: int | None
+) -> tuple[int, str, list[Measured]]:
+    """The largest size up to ``chosen`` whose steps fit, how that is known, and what they take.
+
+    Args:
+        stage, resolved: of the run.
+        candidates: sizes, ascending.
+        chosen: one of them.
+        largest: what fits by the growth of memory; None = that was not measured.
+    """
+    smaller = [size for size in candidates if size <= chosen]
+    measured, problem = stage.agreed(*stage.at_most(_heaviest(stage, chosen)))
+    if not problem:
+        return chosen, "takes at most", measured
+    if largest is None:
+        # What is kept of freed memory shows in a long run alone: a step shows no more than a traced pass.
+        if traced := _largest_traced(stage, smaller if stage.keeps else [chosen]):
+            return traced[0], "takes at most", traced[1]
+        stage.rehearsal.close()
+        largest = _largest_by_growth(stage, resolved, candidates)
+    for size in reversed([size for size in smaller if size <= largest]):
+        measured, problem = stage.agreed(*stage.at_most(_heaviest(stage, size)))
         if not problem:
-            gib = max(one.resident for one in measured) / GIB
-            tried = ", ".join(f"{speed:.3g} with {number}" for number, speed in speeds.items())
-            most = "" if fits_all else f"; more than {max(size, largest)} of the longest clips do not fit"
-            return size, (
-                f"as many frames as {_words(size)} are computed fastest (clips/s of a rank by a rehearsal, with the "
-                f"padding of the first epoch: {tried}); "
-                f"the heaviest {takes} {gib:.2f} of {stage.limit.resident / GIB:.2f} GiB of a rank{most}"
-            )
-        largest, fits_all = min(largest, size - 1), False
+            return size, "takes at most", measured
+        measured, problem = stage.agreed(*stage.step(size))
+        if not problem:
+            return size, "took", measured
         stage.rehearsal.close()  # the largest memory of a process never shrinks
     raise nothing_fits(resolved, problem)
 
 
+def _largest_traced(stage: Stage, candidates: list[int]) -> tuple[int, list[Measured]] | None:
+    """The largest of ascending sizes whose steps fit by traced passes, if any, and what they take."""
+    found, low, high = None, 0, len(candidates)
+    middle = high - 1  # mostly it fits
+    while low < high:
+        measured, problem = stage.agreed(*stage.traced(_heaviest(stage, candidates[middle])))
+        if problem:
+            high = middle
+        else:
+            found, low = (candidates[middle], measured), middle + 1
+        middle = (low + high) // 2
+    return found
+
+
 def _typical(stage: Stage, size: int) -> Shape:
     return typical(limits_of(size, stage.lengths), stage.lengths)
+
+
+def _heaviest(stage: Stage, size: int) -> list[Shape]:
+    return heaviest(limits_of(size, stage.lengths), stage.lengths)
 
 
 def _of_each_shape(stage: Stage, candidates: Sequence[int]) -> list[list[int]]:
@@ -72,14 +124,28 @@ def _of_each_shape(stage: Stage, candidates: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _speeds(stage: Stage, tried: list[list[int]], epoch: FirstEpoch) -> dict[int, float]:
-    """Clips a second of a rank in the epoch, by size: from a few clips on upwards while larger sizes are faster.
+def _speeds(
+    stage: Stage, candidates: Sequence[int], epoch: FirstEpoch, pace: Pace, *, shown_to_fit: bool
+) -> dict[int, float]:
+    """Clips a second of a rank in the epoch, by size, of the sizes that were timed; the fastest one is among them.
 
-    Where the first of them is not faster, downwards while smaller ones are about as fast. A group of sizes, of which
-    the fastest counts, is timed once. Before a smaller one counts as about as fast, both are timed again: the first
-    pass of a size gets its memory from the system, and other processes make a pass longer, never shorter.
+    Two passes, of a few clips and of twice as many, say how long any other takes; the size that is fastest by that is
+    timed, and then what is fastest by the three, until that was timed. A pass that decides is taken twice: the first
+    one of a size gets its memory from the system, and other processes make a pass longer, never shorter.
+
+    Args:
+        stage: of the rank.
+        candidates: sizes, ascending.
+        epoch: whose steps are compared.
+        pace: gets what is timed.
+        shown_to_fit: whether a pass is taken only where those before show that it fits.
+
+    Raises:
+        _NotShownToFitError: a pass was not taken for that reason.
     """
-    pace, timed = Pace(), dict[int, list[int]]()
+    groups = _of_each_shape(stage, candidates)
+    timed: list[list[int]] = []
+    failed: list[list[int]] = []
 
     @cache
     def padded(size: int) -> NDArray[np.int64]:
@@ -88,38 +154,41 @@ def _speeds(stage: Stage, tried: list[list[int]], epoch: FirstEpoch) -> dict[int
     def speed(size: int) -> float:
         return epoch.clips / pace.seconds(padded(size))
 
-    def time(group: list[int]) -> bool:
-        """Time a group; whether it could be computed."""
+    def time(group: list[int]) -> None:
         shape = _typical(stage, group[0])
+        if shown_to_fit and group not in timed and stage.agreed(*stage.at_most([shape]))[1]:
+            raise _NotShownToFitError
         own = stage.rehearsal.passes(shape)
         measured, problem = stage.agreed(own, own.problem)
         if problem:
-            return False
-        pace.add(shape, max(one.seconds for one in measured))
-        timed[group[0]] = group
+            failed.append(group)
+            return
+        pace.add(shape, [one.seconds for one in measured])
+        timed.append(group)
         best = max(group, key=speed)
         stage.show(f"{speed(best):.3g} clips/s of a rank with as many frames as {_words(best)}")
-        return True
 
-    def pays(larger: list[int], smaller: list[int]) -> bool:
-        return AS_FAST * max(map(speed, larger)) > max(map(speed, smaller))
+    def fastest_group() -> list[int]:
+        by_size = {size: speed(size) for group in groups if group not in failed for size in group}
+        return next(group for group in groups if smallest_as_fast(by_size) in group)
 
-    def larger_pays(larger: list[int], smaller: list[int]) -> bool:
-        return pays(larger, smaller) or (time(larger) and time(smaller) and pays(larger, smaller))
+    for group in _first_two(stage, groups) * 2:
+        if group not in failed:
+            time(group)
+    while timed and (best := fastest_group()) not in timed:
+        time(best)
+        if best in timed and fastest_group() != best:
+            time(best)
+    return {size: speed(size) for group in groups if group in timed for size in group}
 
-    start = max((number for number, group in enumerate(tried) if _typical(stage, group[0]).clips <= FEW), default=0)
-    best = tried[start]
-    if not time(best):
-        return {}
-    for group in tried[start + 1 :]:
-        if not time(group) or not larger_pays(group, best):
-            break
-        best = group
-    for group in reversed(tried[:start]) if best == tried[start] else []:
-        if not time(group) or larger_pays(best, group):
-            break
-        best = max(best, group, key=lambda known: max(map(speed, known)))
-    return {size: speed(size) for group in timed.values() for size in group}
+
+def _first_two(stage: Stage, groups: list[list[int]]) -> list[list[int]]:
+    """The largest group whose passes have a few clips, and the next with twice as many, if any, else a neighbour."""
+    clips = [_typical(stage, group[0]).clips for group in groups]
+    first = max((number for number, count in enumerate(clips) if count <= FEW), default=0)
+    twice = [number for number, count in enumerate(clips) if count >= 2 * clips[first]]
+    second = twice[0] if twice else first - 1 if first else len(groups) - 1
+    return [groups[number] for number in sorted({first, second})]
 
 
 def _largest_by_growth(stage: Stage, resolved: ResolvedRun, candidates: list[int]) -> int:
@@ -149,15 +218,6 @@ def _largest_by_growth(stage: Stage, resolved: ResolvedRun, candidates: list[int
 def smallest_as_fast(speeds: dict[int, float]) -> int:
     """The smallest size that is about as fast as the fastest: it needs less memory."""
     return min(size for size, speed in speeds.items() if speed >= AS_FAST * max(speeds.values()))
-
-
-def _doubling(groups: Sequence[list[int]]) -> list[list[int]]:
-    """Of ascending groups those whose largest size is at least twice that of the one before, and the last."""
-    chosen: list[list[int]] = []
-    for group in groups:
-        if not chosen or group[-1] >= 2 * chosen[-1][-1]:
-            chosen.append(group)
-    return chosen if chosen[-1] == groups[-1] else [*chosen, groups[-1]]
 
 
 def _words(size: int) -> str:

@@ -10,10 +10,12 @@ from toolkit.cluster.cores import share_of_cores, usable_cores
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import exchange
 from toolkit.corpus.packed import Corpus
+from toolkit.cpu.allocator import keeps_memory
 from toolkit.errors import UserError
 from toolkit.fitting.hardware import GIB
 from toolkit.fitting.memory_limits import MemoryLimit, memory_limit
-from toolkit.fitting.rehearsal import Measured, Rehearsal
+from toolkit.fitting.rehearsal import Rehearsal
+from toolkit.fitting.rehearsal_engine import Measured
 from toolkit.fitting.shapes import Lengths, Shape, heaviest, limits_of
 from toolkit.recipe.resolve import ResolvedRun
 
@@ -30,6 +32,7 @@ class Stage:
         rehearsal: its process.
         lengths: of the clips.
         limit: what it may take on CPUs.
+        keeps: whether it keeps there what it has freed.
         has_gpu: whether it computes on one.
         echo: prints a line on rank 0.
         shown: when the last line was printed, by the monotonic clock.
@@ -38,6 +41,7 @@ class Stage:
     rehearsal: Rehearsal
     lengths: Lengths
     limit: MemoryLimit
+    keeps: bool
     has_gpu: bool
     echo: Echo
     shown: float
@@ -51,7 +55,7 @@ class Stage:
         limit = memory_limit(ranks.local_world_size)
         exchange(None)  # no rank takes memory before all have looked
         rehearsal = Rehearsal(resolved, ranks, corpus, lengths, threads, has_gpu=has_gpu)
-        return cls(rehearsal, lengths, limit, has_gpu, echo, time.monotonic())
+        return cls(rehearsal, lengths, limit, keeps_memory(), has_gpu, echo, time.monotonic())
 
     def show(self, text: str) -> None:
         """Print what was found, where nothing was printed for some seconds."""
@@ -63,9 +67,13 @@ class Stage:
         """One step over the heaviest micro-batches of a size, and why it does not fit; None where it does."""
         return self._held_to_limit(self.rehearsal.step(heaviest(limits_of(size, self.lengths), self.lengths)))
 
-    def at_most(self, size: int) -> tuple[Measured, str | None]:
-        """What such a step takes at most by the passes until now, without taking it, and why it may not fit."""
-        return self._held_to_limit(self.rehearsal.at_most(heaviest(limits_of(size, self.lengths), self.lengths)))
+    def at_most(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
+        """What a step takes at most by the passes until now, without taking it, and why it may not fit."""
+        return self._held_to_limit(self.rehearsal.at_most(shapes))
+
+    def traced(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
+        """The same, closer, by traced passes."""
+        return self._held_to_limit(self.rehearsal.traced(shapes))
 
     def translation(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
         """The search over the heaviest of some generation batches, and why it does not fit."""

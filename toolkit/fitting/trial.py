@@ -33,7 +33,7 @@ class Trial:
         recipe: its name or path.
         overrides: of it; they give the micro-batch and the run directory.
         deepspeed: the JSON's name.
-        steps: that are taken; the first one is not timed.
+        steps: that are taken; the first of several is not timed.
         result: the file that gets what was measured.
     """
 
@@ -49,7 +49,7 @@ class Speed:
     """What was measured.
 
     Attributes:
-        clips_per_second: over all ranks, of the median step.
+        clips_per_second: over all ranks, of the steps after the first one: steps have clips of different lengths.
         peak_gib: the most that a rank held, as ``metrics.jsonl`` counts it.
         batch: the arithmetic of a step in words; of ``auto`` with what was chosen.
     """
@@ -70,7 +70,7 @@ def take_steps(file: Path, ranks: Ranks) -> None:
     set_allocator(resolved)
     corpus = open_corpora(resolved.recipe.data, is_local_main=ranks.is_local_main)
     resolved = fit_micro_batches(resolved, ranks, corpus, lambda _: None)
-    start, speeds = Start(), []
+    start = Start()
     with (
         closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
         open_run(resolved, ranks, corpus) as interruptions,
@@ -79,16 +79,17 @@ def take_steps(file: Path, ranks: Ranks) -> None:
         batches.set_tokenizer(trainer.processor.tokenizer)
         trainer.engine.train()
         trainer.meter.restart()
-        for _ in range(trial.steps):
-            clips, seconds = trainer.progress.clips, trainer.progress.seconds
+        clips, seconds = 0, 0.0
+        for number in range(trial.steps):
+            if number == 1:
+                clips, seconds = trainer.progress.clips, trainer.progress.seconds
             if trainer.progress.epoch_step == trainer.epoch_steps:
                 trainer.progress.epoch += 1
                 trainer.progress.epoch_step = 0
             trainer.step(next(batches))
-            speeds.append((trainer.progress.clips - clips) / (trainer.progress.seconds - seconds))
         trainer.memory.compare(trainer.engine.device)
         peak = trainer.memory.largest()
-    timed = sorted(speeds[1:] or speeds)
+        speed = (trainer.progress.clips - clips) / (trainer.progress.seconds - seconds)
     if ranks.is_main:
-        found = Speed(clips_per_second=timed[len(timed) // 2], peak_gib=peak, batch=resolved.batch)
+        found = Speed(clips_per_second=speed, peak_gib=peak, batch=resolved.batch)
         write_text_atomically(Path(trial.result), json.dumps(asdict(found)))

@@ -80,7 +80,7 @@ class Subject:
 
         Two sizes of micro-batch are traced; figures of others lie on the line through them.
         """
-        small, large = (self._trace(number, frames, tokens, config, checkpointing, on_cpu) for number in (2, 8))
+        small, large = (self.traced(number, frames, tokens, config, checkpointing, on_cpu) for number in (2, 8))
         share = (clips - 2) / 6
         figures = {
             name: max(0.0, getattr(small, name) + share * (getattr(large, name) - getattr(small, name)))
@@ -92,10 +92,17 @@ class Subject:
         self, shapes: Iterable[tuple[int, int, int]], config: Tree, checkpointing: bool
     ) -> frozenset[object]:
         """The different matrix products in bf16 of passes over micro-batches (clips, frames, tokens) on a CPU."""
-        traces = [self._trace(*shape, config, checkpointing, on_cpu=True) for shape in shapes]
+        traces = [self.traced(*shape, config, checkpointing, on_cpu=True) for shape in shapes]
         return frozenset[object]().union(*(one.bf16_products for one in traces))
 
-    def _trace(self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool) -> Trace:
+    def traced(
+        self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool = False
+    ) -> Trace:
+        """The same of exactly so many clips, traced where it was not yet.
+
+        Raises:
+            UserError: the model cannot be traced.
+        """
         dtype = TORCH_DTYPES[parameter_precision(config)]
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as many bytes, and no second trace
         autocast = bool(value_at(config, "torch_autocast.enabled"))
