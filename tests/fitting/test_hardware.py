@@ -9,7 +9,8 @@ import torch
 
 from toolkit.cluster import host_memory
 from toolkit.cluster.ranks import Ranks
-from toolkit.fitting.hardware import GIB, Card, cards, describe
+from toolkit.fitting import hardware
+from toolkit.fitting.hardware import GIB, Card, cards, describe, room_for_tensors
 
 
 def test_other_hardware_has_other_words() -> None:
@@ -47,3 +48,13 @@ def test_a_machine_without_gpus_starts_no_process(monkeypatch: pytest.MonkeyPatc
 def test_gpus_are_listed_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cards() == [], "the other process sees none"
+
+
+def test_the_context_of_the_process_that_looks_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, memory, sent = 60 * GIB, 80 * GIB, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, memory))  # read with a context of its own
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    hardware._look(type("Pipe", (), {"send": staticmethod(sent.append)}))
+    ((card,),) = sent
+    assert room_for_tensors(card, 1) == free - hardware.GPU_RESERVE * memory

@@ -235,6 +235,21 @@ def test_a_run_that_keeps_freed_memory_takes_the_largest_that_fits_by_traced_pas
     assert "takes at most 6.00 of 7.00 GiB" in lines[-2] and "more than 3 of the longest" in lines[-2]
 
 
+def test_a_run_that_keeps_freed_memory_leaves_out_passes_that_are_not_shown_to_fit(
+    resolve: Any, fit: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(stage, "keeps_memory", lambda: True)
+    monkeypatch.setattr(fastest, "FEW", 2)
+    machine = Machine()
+    machine.at_most_gib = 3.0
+    run, _ = fit(resolve(*AUTO), machine, limit=10.0)
+    assert (set(machine.timed), machine.steps, run.clip_limit) == ({1, 2, 3}, [], 3)
+    tight = Machine()
+    tight.at_most_gib = 3.0
+    run, _ = fit(resolve(*AUTO, "training.label_smoothing=0.3"), tight, limit=4.0)
+    assert tight.steps[:2] == [1, 2], "nothing could be timed: steps show what fits"
+
+
 def test_the_heaviest_micro_batches_are_asked_about_only_when_a_size_is_chosen(resolve: Any, fit: Any) -> None:
     machine = Machine()
     machine.at_most_gib = 1.0

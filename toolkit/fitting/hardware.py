@@ -22,7 +22,7 @@ GPU_RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU of this node; ``free`` counts what other processes leave, in bytes."""
+    """A GPU of this node; ``free`` counts what other processes leave, a context of CUDA included, in bytes."""
 
     name: str
     memory: int
@@ -49,7 +49,8 @@ def _look(connection: Any) -> None:
     found = []
     for number in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(number)
-        found.append(Card(torch.cuda.get_device_name(number), memory, free))
+        free += CUDA_CONTEXT  # that of this process, which ends
+        found.append(Card(torch.cuda.get_device_name(number), memory, min(free, memory)))
     connection.send(found)
 
 

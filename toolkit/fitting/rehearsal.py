@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import multiprocessing
 import os
 import shutil
@@ -34,6 +33,7 @@ from toolkit.errors import UserError
 from toolkit.fitting.rehearsal_engine import Measured, RehearsalEngine
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.engine import out_of_collections
 from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
@@ -106,12 +106,8 @@ class Rehearsal:
         # Of a fork the end of this rank is closed there, too: else the process would not see that this rank is gone.
         other = None if self._has_gpu else self._connection
         self._process = context.Process(target=_rehearse, args=(theirs, other, *self._arguments), daemon=True)
-        gc.freeze()  # a collection in a fork would copy the pages of all that libraries hold
-        try:
-            with failures.without_watching():
-                self._process.start()
-        finally:
-            gc.unfreeze()
+        with failures.without_watching(), out_of_collections():
+            self._process.start()
         theirs.close()
 
 

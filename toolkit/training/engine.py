@@ -78,7 +78,8 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
             log.warning(note)
         compile_layers(module)
     log.info(_attention_line(module))
-    with prints_to_log(), _collecting_new_objects_alone():
+    gc.collect()
+    with prints_to_log(), out_of_collections():
         engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, resolved),
@@ -99,12 +100,15 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
 
 
 @contextmanager
-def _collecting_new_objects_alone() -> Iterator[None]:
-    """Collect garbage once; later collections within the context leave out what was there before it.
+def out_of_collections() -> Iterator[None]:
+    """Leave the objects that are there out of collections of garbage within the context, unless some are left out.
 
-    DeepSpeed collects a dozen times while it makes an engine, a third of a second each with all that libraries hold.
+    DeepSpeed collects a dozen times while it makes an engine, a third of a second each with all that libraries hold,
+    and a collection in a fork copies the pages that it marks.
     """
-    gc.collect()
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
