@@ -28,6 +28,7 @@ from training_corpus import make_corpus
 
 from toolkit.cluster.process_group import free_port
 from toolkit.corpus.packed import Corpus
+from toolkit.cpu.allocator import keep_few_kernels
 from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, EXIT_USER_ERROR
 from toolkit.fitting.memory_limits import (
     LEAST_RESERVE,
@@ -161,9 +162,22 @@ def planned(draw: Draw, overrides: list[str], corpus: Corpus) -> tuple[int, int]
     workload = Workload(frames, tokens, frames, ((1, frames),), None, "the corpus")
     share = -(-resolved.recipe.training.global_batch_size // draw.ranks)
     subject = Subject.of(resolved.recipe)
-    plans = [make_cpu_plan(subject, resolved, workload, micro_batch_size=size) for size in (1, share)]
+    with few_kernels():
+        plans = [make_cpu_plan(subject, resolved, workload, micro_batch_size=size) for size in (1, share)]
     smallest, largest = (int(max(plan.phases.values())) for plan in plans)
     return smallest, largest
+
+
+@contextmanager
+def few_kernels() -> Iterator[None]:
+    """As in a rank whose memory or addresses are limited, which sees to it by itself."""
+    before = dict(os.environ)
+    keep_few_kernels()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 # As a rank is after its first backward pass, in a process group; any limit decides how its threads take addresses.

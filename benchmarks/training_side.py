@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,10 @@ from toolkit.training.trainer import Trainer
 MAX_TOKENS = 128
 
 
-def main() -> None:
-    sides = {"ours": ours, "bare": bare, "plain": plain, "hf": hf, "padded": padded}
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, on which overrides may come after options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=sides)
+    parser.add_argument("side", choices=("ours", "bare", "plain", "hf", "padded"))
     parser.add_argument("folder", type=Path, help="holds corpus/ and backbone/")
     parser.add_argument("overrides", nargs="*", help="recipe keys, key=value")
     parser.add_argument("--recipe", default="t5_small", help="default t5_small")
@@ -69,7 +69,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, nargs="+", metavar="STEPS", help="instead of orders on standard input")
     parser.add_argument("--without", nargs="+", choices=WITHOUT, default=[], help="what makes our own side fast")
     parser.add_argument("--local_rank", type=int)
-    arguments = parser.parse_args()
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    sides = {"ours": ours, "bare": bare, "plain": plain, "hf": hf, "padded": padded}
+    arguments = read_arguments()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     if arguments.turns:
