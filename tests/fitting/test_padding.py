@@ -78,7 +78,7 @@ def test_of_sizes_whose_passes_are_alike_the_one_that_pads_less_is_taken(
 
 @pytest.mark.parametrize(
     ("machine", "expected"),
-    [(Machine(1.0, 0.0), 6), (Machine(1.0, 1.0), 3), (Machine(0.0, 1.0), 1)],
+    [(Machine(1.0, 0.0), 6), (Machine(1.0, 1.0), 6), (Machine(0.0, 1.0), 1)],
     ids=["passes cost", "both cost", "frames cost"],
 )
 def test_clips_of_one_length_are_not_padded_and_passes_alone_decide(
