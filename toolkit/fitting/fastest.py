@@ -29,6 +29,8 @@ from toolkit.recipe.resolve import ResolvedRun
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
 AS_FAST = 0.99
 FEW = 8  # clips of typical length, at most, in the pass by which a rehearsal begins to look for the fastest
+# Clips of a rank's share of a step, beside which a third pass of either of the first two sizes costs little.
+MANY = 32
 
 
 class _NotShownToFitError(Exception):
@@ -130,8 +132,9 @@ def _speeds(
     """Clips a second of a rank in the epoch, by size, of the sizes that were timed; the fastest one is among them.
 
     Two passes, of a few clips and of twice as many, say how long any other takes; the size that is fastest by that is
-    timed, and then what is fastest by the three, until that was timed. A pass that decides is taken twice: the first
-    one of a size gets its memory from the system, and other processes make a pass longer, never shorter.
+    timed, and then what is fastest by the three, until that was timed. A pass that decides is taken twice, those of
+    the first two sizes thrice where steps are large: the first one of a size gets its memory from the system, and other
+    processes make a pass longer, never shorter.
 
     Args:
         stage: of the rank.
@@ -175,7 +178,8 @@ def _speeds(
         by_size = {size: speed(size) for group in groups if group not in failed for size in group}
         return next(group for group in groups if smallest_as_fast(by_size) in group)
 
-    for group in _first_two(stage, groups) * 2:
+    often = 3 if stage.lengths.share >= MANY else 2
+    for group in _first_two(stage, groups) * often:
         if group not in failed:
             time(group)
     while timed and (best := fastest_group()) not in timed:
