@@ -19,10 +19,10 @@ WORKERS ?= $(shell $(BIN)/python -c 'import os; print(min(8, len(os.sched_getaff
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu test-nightly lint ops clean
+.PHONY: help setup demo test test-fast test-gpu test-pretended-gpu test-nightly lint ops clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make the virtual environment (VENV, PYTHON and TORCH_INDEX choose)
 	@./setup.sh
@@ -40,6 +40,11 @@ test-fast: setup ## the tests that start no process, in minutes: for work on one
 
 test-gpu: setup ops ## the tests that need a GPU, or two
 	@TEST_GPUS=1 $(BIN)/python -m pytest -rs -m "gpu or gpu2"
+
+# Another environment, for that of the project may have a build of torch for CPUs: tests/pretended_cuda/__init__.py.
+test-pretended-gpu: ## the tests that need one GPU, on a pretended one (CUDA_PYTHON: Python of a CUDA build of torch)
+	@$(if $(CUDA_PYTHON),,echo "error: CUDA_PYTHON is not given"; echo "hint: make test-pretended-gpu CUDA_PYTHON=PATH"; exit 2;) \
+		TEST_GPUS=1 OMP_NUM_THREADS=1 $(CUDA_PYTHON) -m tests.pretended_cuda python -m pytest -rs -m gpu
 
 test-nightly: setup ops ## the tests that take long
 	@$(BIN)/python -m pytest -m nightly

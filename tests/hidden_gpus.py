@@ -14,6 +14,8 @@ from pathlib import Path
 # Set by `make test-gpu`: the GPUs are shown, and only tests that are marked `gpu` or `gpu2` run.
 SHOWN = os.environ.get("TEST_GPUS") == "1"
 FOLDER = str(Path(__file__).with_name("without_gpus"))
+# What processes of a pretended GPU begin with; `python -m tests.pretended_cuda` sets it.
+PRETENDED = os.environ.get("PRETENDED_CUDA", "")
 
 
 def hide_gpus() -> None:
@@ -26,4 +28,5 @@ def hide_gpus() -> None:
 
 def python_path(*folders: Path | str) -> str:
     """PYTHONPATH of a process that a test starts, with these folders."""
-    return os.pathsep.join(map(str, folders if SHOWN else (FOLDER, *folders)))
+    first = (PRETENDED if SHOWN else FOLDER,)
+    return os.pathsep.join(map(str, filter(None, (*first, *folders))))

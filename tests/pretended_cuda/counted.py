@@ -1,0 +1,47 @@
+"""Kernels that do nothing, by torch's own operators; ``test_counts.py`` starts it where no numbers are wanted."""
+
+from __future__ import annotations
+
+import torch
+from pretended_operators import counts
+from torch.nn import functional
+
+
+def main() -> None:
+    """Fails where a count, or what a failed capture leaves, is not that of torch on a GPU."""
+    x = torch.empty(1000, device="cuda")
+    before = counts()
+    y = (x + 1) * 2
+    _ = y.cpu()
+    after = {name: number - before[name] for name, number in counts().items()}
+    assert (after["kernels"], after["copies"], after["waits"]) == (2, 1, 1), after
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = x + 1
+        _ = functional.dropout(z, 0.5)
+    before = counts()
+    graph.replay()
+    graph.replay()
+    launched = {name: number - before[name] for name, number in counts().items()}
+    # Of the graph itself no kernel; before each replay torch sets the seed and the offset of its random numbers.
+    assert (launched["graph_launches"], launched["kernels"]) == (2, 4), launched
+
+    functional.dropout(x, 0.5)
+    failed, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        failed.capture_begin(capture_error_mode="thread_local")
+        _fails(lambda: functional.dropout(x, 0.5).sum().item())
+        _fails(failed.capture_end)
+    _fails(lambda: functional.dropout(x, 0.5))  # torch draws as within the capture; toolkit/decoding/step_graphs.py
+
+
+def _fails(call: object) -> None:
+    try:
+        call()  # type: ignore[operator]
+    except RuntimeError:
+        return
+    raise AssertionError(f"{call} has not failed")
+
+
+main()
