@@ -16,6 +16,8 @@ first use, into the environment (``ENVIRONMENT/pretended_cuda``). Variables choo
     PRETENDED_CUDA_NUMBERS  1: operators compute (the default); 0: kernels do nothing, and are counted as on a GPU
     PRETENDED_CUDA_TRITON   1: compiled layers are Inductor's, whose Triton kernels compute nothing; 0: as eager ones
     PRETENDED_CUDA_STRICT   1: where operators compute, a kernel that none took the place of is an error; 0: a line
+    PRETENDED_CUDA_FREED    1: a graph that reads memory which was freed after its capture is an error
+    PRETENDED_CUDA_REPORT   1: at its end a process prints counts of calls, and its waits with the lines that waited
     PRETENDED_CUDA_TRACE    1: each error of the runtime, with its C++ stack
 
 Limits:
@@ -23,7 +25,7 @@ Limits:
 - No time: what a GPU would take is not known. Only the host's time and counts of calls mean something.
 - Where operators compute, random numbers are the CPU's: torch.manual_seed sets them, states and seeds of CUDA's
   generators do not, and a graph draws from them at each replay.
-- Triton's kernels compute nothing, and those of bitsandbytes are refused.
+- Triton's kernels compute nothing.
 - What cuDNN and cuBLAS choose is not what the real ones choose, and sums are added up in another order than a GPU's.
 - The CTC loss is the CPU's kernel. Operators without a kernel for CPUs raise NotImplementedError, unless
   ``start/pretended_operators`` computes them.

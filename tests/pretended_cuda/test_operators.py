@@ -92,3 +92,15 @@ def test_what_cannot_be_computed_is_an_error_that_names_it() -> None:
     with pytest.raises(RuntimeError, match="kernel"):  # a kernel of torch's that no operator took the place of
         torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
     assert (copy.deepcopy(x) + 1).sum().item() == 48.0
+
+
+def test_quantised_weights_are_the_cpus() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    found = []
+    for device in ("cpu", "cuda"):
+        packed, state = functional.quantize_4bit(weight.to(device), quant_type="nf4")
+        found.append((packed.cpu(), functional.dequantize_4bit(packed, state).cpu()))
+    assert found[0][0].equal(found[1][0]) and found[0][1].equal(found[1][1])
+    assert (found[0][1] - weight).abs().max().item() < 1.0

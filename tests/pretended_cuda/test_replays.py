@@ -61,3 +61,18 @@ def test_a_replay_adds_the_gradients_of_an_eager_pass(kind: type, shape: tuple[i
     for total, expected in zip(found, sums, strict=True):
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-7)
     assert max(total.abs().max().item() for total in found) > 0
+
+
+def test_a_graph_that_reads_freed_memory_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRETENDED_CUDA_FREED", "1")
+    kept, freed = torch.ones(8, device="cuda"), [torch.ones(8, device="cuda")]
+    capture = CudaGraphs()
+    _, of_kept = capture(lambda: (kept * 2) + 1)
+    _, of_freed = capture(lambda: freed[0] * 2)
+    freed.clear()
+    of_kept()
+    with pytest.raises(RuntimeError):
+        of_freed()
+    assert "freed" in capfd.readouterr().err

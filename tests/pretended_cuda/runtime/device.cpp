@@ -1,6 +1,7 @@
 // What the pretended GPU is (the figures of an H200), what errors say, and the counts of calls.
 #include <execinfo.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@ namespace {
 thread_local cudaError_t last = cudaSuccess;
 std::set<std::string> without;  // names of kernels that computed nothing where numbers count
 thread_local std::string last_without;
+std::atomic<void (*)(int)> listener{nullptr};
 
 const char* setting(const char* name, const char* otherwise) {
     const char* found = getenv(name);
@@ -58,6 +60,14 @@ cudaError_t pretended::without_numbers(const std::string& kernel) {
     if (!is_strict) return cudaSuccess;
     last_without = "the pretended CUDA runtime cannot compute " + kernel.substr(0, 300);
     return fail(cudaErrorNotSupported, last_without);
+}
+
+void pretended::wait_is_counted(Wait kind) {
+    {
+        Held held(lock);
+        counts[WAITS]++;
+    }
+    if (listener) listener(kind);
 }
 
 int pretended::attribute(int which) {
@@ -247,6 +257,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 // For Python.
+
+void pretended_listen_to_waits(void (*call)(int)) { listener = call; }
 
 long pretended_count(int which) { return which >= 0 && which < COUNTS ? counts[which] : -1; }
 

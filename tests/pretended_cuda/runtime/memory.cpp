@@ -153,9 +153,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* a
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    wait_is_counted(OF_COPY);
     Held held(lock);
     if (auto error = refused_in_captures("cudaMemcpy")) return error;
-    counts[WAITS]++, counts[COPIES]++;
+    counts[COPIES]++;
     memmove(to, from, bytes);
     return cudaSuccess;
 }

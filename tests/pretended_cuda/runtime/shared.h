@@ -119,6 +119,10 @@ cudaError_t refused_in_captures(const char* what);
 // Work comes to a stream: it becomes a node of the stream's capture, or it is done.
 cudaError_t work(Stream* stream, const Node& node, const char* what);
 cudaError_t launch(cudaStream_t stream, Count count);
+// Something waits: it is counted, and Python hears of it where it listens. Without the lock, which Python's may wait
+// for.
+enum Wait { OF_DEVICE, OF_STREAM, OF_EVENT, OF_COPY };
+void wait_is_counted(Wait kind);
 cudaError_t invalidate(Capture* capture, cudaError_t error, const char* what);
 
 const std::pair<char* const, Block>* block_of(const void* at);

@@ -154,14 +154,14 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    wait_is_counted(OF_STREAM);
     Held held(lock);
-    counts[WAITS]++;
     return waits_for(stream_at(stream), "cudaStreamSynchronize");
 }
 
 cudaError_t cudaDeviceSynchronize() {
+    wait_is_counted(OF_DEVICE);
     Held held(lock);
-    counts[WAITS]++;
     if (captures.empty()) return cudaSuccess;
     return invalidate(*captures.begin(), cudaErrorStreamCaptureUnsupported, "cudaDeviceSynchronize");
 }
@@ -236,8 +236,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    wait_is_counted(OF_EVENT);
     Held held(lock);
-    counts[WAITS]++;
     return waits_for((Event*)event, "cudaEventSynchronize");
 }
 

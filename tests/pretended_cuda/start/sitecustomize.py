@@ -1,4 +1,6 @@
-"""Begins each Python process of the pretended CUDA runtime: after torch is imported, its operators are replaced.
+"""Begins each Python process of the pretended CUDA runtime: an import of torch ends with that of the operators.
+
+So does one of bitsandbytes.
 
 Python imports one module of this name, the first on its path; the next one, which this one hides, is run at the end.
 """
@@ -12,11 +14,14 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-class _AfterTorch(importlib.abc.MetaPathFinder):
-    """Finds torch as usual, once, and lets its import end with that of the operators."""
+class _AndThen(importlib.abc.MetaPathFinder):
+    """Finds a module as usual, once, and lets its import end with a function of pretended_operators."""
+
+    def __init__(self, module, function):
+        self.module, self.function = module, function
 
     def find_spec(self, name, path=None, target=None):
-        if name != "torch":
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -28,7 +33,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
             execute(module)
             import pretended_operators
 
-            pretended_operators.install()
+            getattr(pretended_operators, self.function)()
 
         spec.loader.exec_module = execute_and_replace
         return spec
@@ -42,5 +47,6 @@ def _run_the_hidden_one():
 
 
 if "libcudart" in os.environ.get("LD_PRELOAD", ""):
-    sys.meta_path.insert(0, _AfterTorch())
+    sys.meta_path.insert(0, _AndThen("torch", "install"))
+    sys.meta_path.insert(0, _AndThen("bitsandbytes", "install_quantisation"))
 _run_the_hidden_one()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from pretended_operators import attention, layers, runtime
+from pretended_operators import attention, layers, report, runtime
 from pretended_operators.computed import computed
 from pretended_operators.runtime import counts
 
-__all__ = ["counts", "install"]
+__all__ = ["counts", "install", "install_quantisation"]
 
 # They allocate, copy by the runtime, or look at what is on the host: torch's own do.
 OWN = frozenset(
@@ -27,10 +27,13 @@ FOR_CPUS = ("CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFun
 NO = frozenset({"_use_cudnn_ctc_loss", "_use_miopen_ctc_loss"})  # questions whether a kernel is to be used
 
 _library = torch.library.Library("aten", "IMPL")
+_of_bitsandbytes = torch.library.Library("bitsandbytes", "FRAGMENT")
 
 
 def install() -> None:
-    """Replace the operators, unless the runtime only counts."""
+    """Replace torch's operators, unless the runtime only counts."""
+    if runtime.setting("PRETENDED_CUDA_REPORT", "0"):
+        report.begin()
     if not runtime.setting("PRETENDED_CUDA_NUMBERS", "1"):
         return
     own_copy = torch.library.get_kernel("aten::copy_", "CUDA")
@@ -41,6 +44,20 @@ def install() -> None:
         _library.impl("copy_", _copy(own_copy), "CUDA", with_keyset=True)
     if not runtime.setting("PRETENDED_CUDA_TRITON", "0"):
         torch._TorchCompileInductorWrapper.__call__ = _compile_as_eager
+
+
+def install_quantisation() -> None:
+    """Replace the operators of bitsandbytes, unless the runtime only counts."""
+    if not runtime.setting("PRETENDED_CUDA_NUMBERS", "1"):
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        for full_name in torch._C._dispatch_get_all_op_names():
+            room, _, name = full_name.partition("::")
+            base, _, overload = name.partition(".")
+            if room == "bitsandbytes" and torch._C._dispatch_has_kernel_for_dispatch_key(full_name, "CUDA"):
+                operator = getattr(getattr(torch.ops.bitsandbytes, base), overload or "default")
+                _of_bitsandbytes.impl(name, computed(operator), "CUDA", allow_override=True)
 
 
 def _kernels() -> dict[str, Callable[..., Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pretended_operators import runtime
+from pretended_operators import freed, runtime
 from pretended_operators.host_memory import extent, on_device, on_host
 
 # Their results, or the shapes of these, are known on the host.
@@ -92,7 +92,7 @@ def computed(operator: Any, compute: Callable[..., Any] | None = None) -> Callab
             for value, same in zip(found, is_same, strict=True)
         ]
         if is_captured:
-            _record(stream, act, arguments, options, is_same, fresh)
+            _record(stream, operator, _tensors(named.values()), act, arguments, options, is_same, fresh)
         else:
             runtime.launch(stream)
         return tuple(results) if len(results) > 1 else results[0] if results else None
@@ -102,6 +102,8 @@ def computed(operator: Any, compute: Callable[..., Any] | None = None) -> Callab
 
 def _record(
     stream: int,
+    operator: Any,
+    read: list[Tensor],
     act: Callable[..., Any],
     arguments: list[Any],
     options: dict[str, Any],
@@ -110,8 +112,10 @@ def _record(
 ) -> None:
     """Let each replay compute again, from and into the same memory, which nothing here keeps from being used again."""
     targets = [on_host(tensor) for tensor in fresh]
+    check = freed.check_of(operator, read)
 
     def again() -> None:
+        check()
         with _disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
             found = act(*arguments, **options)
             found = list(found) if len(is_same) > 1 else [found][: len(is_same)]

@@ -15,6 +15,7 @@ NAMES = (
     *("queries", "captured", "without_numbers"),
 )
 Again = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+Listener = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _library() -> ctypes.CDLL:
@@ -25,6 +26,7 @@ def _library() -> ctypes.CDLL:
     library.pretended_is_capturing.argtypes = [pointer]
     library.pretended_launch.argtypes = [pointer, ctypes.c_int, ctypes.c_char_p]
     library.pretended_count.restype = ctypes.c_long
+    library.pretended_listen_to_waits.argtypes = [Listener]
     library.cudaStreamSynchronize.argtypes = [pointer]
     return library
 
