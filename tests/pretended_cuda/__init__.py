@@ -23,6 +23,8 @@ first use, into the environment (``ENVIRONMENT/pretended_cuda``). Variables choo
 Limits:
 
 - No time: what a GPU would take is not known. Only the host's time and counts of calls mean something.
+- No races: all work is done when it is called, so that a stream which forgot to wait for another still reads what
+  it should, and new memory holds zeros.
 - Where operators compute, random numbers are the CPU's: torch.manual_seed sets them, states and seeds of CUDA's
   generators do not, and a graph draws from them at each replay.
 - Triton's kernels compute nothing.

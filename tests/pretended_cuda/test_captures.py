@@ -147,3 +147,18 @@ def test_memory_of_a_graph_is_used_again_within_it() -> None:
     assert torch.cuda.memory_reserved() - held < 8 * 4 * size
     graph.replay()
     assert x.unique().tolist() == [65.0]
+
+
+def test_what_a_graph_recorded_is_forgotten_with_it() -> None:
+    from pretended_operators import runtime
+
+    def recorded() -> int:
+        def call() -> None:
+            for _ in range(200):
+                torch.ones(2, device="cuda").mul_(2)
+
+        Capture().of(call).reset()
+        return len(runtime._recorded)
+
+    first, *_, last = (recorded() for _ in range(8))
+    assert last < 3 * first

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -57,6 +58,7 @@ struct Node {
     cudaHostFn_t call = nullptr;
     Operator again = nullptr;
     void* data = nullptr;
+    std::shared_ptr<void> held = nullptr;  // the data of an operator, as long as a graph may ask for it
 };
 
 struct Stream;

@@ -16,6 +16,16 @@ namespace {
 
 unsigned long long next_id = 1;
 
+// The data of operators that no graph has any more. Python fetches them: what destroys a graph may hold its lock or
+// not.
+std::mutex lock_of_released;
+std::vector<void*> released;
+
+void release(void* data) {
+    std::lock_guard<std::mutex> held(lock_of_released);
+    released.push_back(data);
+}
+
 double now() {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -329,7 +339,17 @@ int pretended_record(void* stream, Operator again, void* data) {
     Held held(lock);
     Node node;
     node.kind = Node::OPERATOR, node.again = again, node.data = data;
+    node.held = std::shared_ptr<void>(data, release);
     return work(stream_at((cudaStream_t)stream), node, "an operator");
+}
+
+// Fetches data that no graph has any more; gives their number.
+int pretended_released(void** data, int most) {
+    std::lock_guard<std::mutex> held(lock_of_released);
+    int number = std::min(most, (int)released.size());
+    for (int i = 0; i < number; i++) data[i] = released[released.size() - 1 - i];
+    released.resize(released.size() - number);
+    return number;
 }
 
 }  // extern "C"

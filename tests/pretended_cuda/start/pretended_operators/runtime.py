@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import traceback
 from collections.abc import Callable
@@ -32,7 +33,9 @@ def _library() -> ctypes.CDLL:
 
 
 RUNTIME = _library()
+RELEASED = 64  # fetched with each node that is recorded
 _recorded: dict[int, Callable[[], None]] = {}
+_keys = itertools.count(1)
 
 
 def setting(name: str, otherwise: str) -> bool:
@@ -79,9 +82,16 @@ def wait(stream: int) -> None:
 
 def record(stream: int, again: Callable[[], None]) -> None:
     """Let each replay of the stream's capture call a function."""
-    key = len(_recorded) + 1
+    key = next(_keys)
     _recorded[key] = again
+    _forget_released()
     _check(RUNTIME.pretended_record(stream, _replay, key))
+
+
+def _forget_released() -> None:
+    keys = (ctypes.c_void_p * RELEASED)()
+    for place in range(RUNTIME.pretended_released(keys, RELEASED)):
+        _recorded.pop(keys[place], None)
 
 
 @Again
