@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -332,7 +333,8 @@ def machine(cpu: bool) -> dict[str, str]:
     if not torch.cuda.is_available():
         sys.exit("error: no GPU is visible\nhint: --cpu tries the command at toy sizes")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which(query[0]) else ""
+    driver = answer.split("\n")[0].strip()
     return {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "driver": driver or "unknown"}
 
 

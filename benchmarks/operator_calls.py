@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -53,6 +54,10 @@ class Calls:
         self.kernels = 0
         self.waits: Counter[tuple[str, str, str]] = Counter()
         self._modes = (_Functions(self), _Operators(self))
+        # On a CPU DeepSpeed's wait for its device does nothing.
+        self._synchronize = mock.patch.object(
+            type(get_accelerator()), "synchronize", lambda *_: self.wait("synchronize")
+        )
 
     @property
     def total(self) -> int:
@@ -62,13 +67,13 @@ class Calls:
         return sum(count for (package, _, _), count in self.waits.items() if package in packages)
 
     def __enter__(self) -> Calls:
-        for mode in self._modes:
-            mode.__enter__()
+        for entered in (*self._modes, self._synchronize):
+            entered.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        for entered in reversed((*self._modes, self._synchronize)):
+            entered.__exit__(*error)
 
     def wait(self, what: str) -> None:
         """Note a wait, with the innermost function of a package that is to blame."""

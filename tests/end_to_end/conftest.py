@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.warm_runs import Warm
-from tests.hidden_gpus import python_path
+from tests.hidden_gpus import SHOWN, python_path
 from tests.scripts import load_script
 from tests.time_limits import limit
 from toolkit.cluster.ranks import read_ranks
@@ -142,8 +142,15 @@ def warm(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., list[s
 
 
 @pytest.fixture(scope="session")
-def fork(warm: Warm, command: Callable[..., list[str]]) -> Callable[..., Finished]:
-    """Run a script to its end as ``run`` does, for the price of a fork: what it imports is there already."""
+def fork(request: pytest.FixtureRequest, command: Callable[..., list[str]]) -> Callable[..., Finished]:
+    """Run a script to its end as ``run`` does, for the price of a fork: what it imports is there already.
+
+    Where GPUs are shown it is ``run``: bitsandbytes asks them as it is imported, and no fork may use them afterwards.
+    """
+    if SHOWN:
+        started: Callable[..., Finished] = request.getfixturevalue("run")
+        return started
+    warm: Warm = request.getfixturevalue("warm")
 
     def fork(script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None) -> Finished:
         words = command(script, *arguments, ranks=ranks)

@@ -320,6 +320,7 @@ def test_the_host_waits_once_a_step_beside_deepspeeds_own_checks(trained: dict[s
     for step in waits:
         ours = {key: count for key, count in step.items() if not key.startswith(("deepspeed: ", "torch/optim: "))}
         assert sum(ours.values()) == 1, step
+        assert not any(key.endswith(": synchronize") for key in step), "DeepSpeed's timer is off"
 
 
 def test_gradients_are_joined_where_their_sums_are_in_fp32(trained: dict[str, dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ def test_after_a_failed_capture_calls_work_as_before() -> None:
 
     with pytest.raises(RuntimeError, match="captur"):
         capture(asks)
-    assert functional.dropout(ones, 0.5).isin(torch.tensor([0.0, 2.0], device="cuda")).all()
+    assert set(functional.dropout(ones, 0.5).tolist()) <= {0.0, 2.0}
     held = []
     for _ in range(3):  # memory that another stream used comes back
         memory = torch.empty(HALF, dtype=torch.uint8, device="cuda")

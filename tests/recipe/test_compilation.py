@@ -90,6 +90,8 @@ def test_passes_are_graphs_where_they_can_be(overrides: list[str], ds: str) -> N
         (["ds.compile.deepcompile=true"], "zero1", "deepcompile"),
         (["ds.zero_optimization.offload_optimizer.device=cpu"], "zero1", "offload"),
         (["ds.torch_autocast=null", "ds.bf16.enabled=true"], "zero0", "bf16"),
+        (["ds.timers.throughput.enabled=true"], "zero1", "timers"),
+        (["ds.wall_clock_breakdown=true"], "zero1", "wall_clock_breakdown"),
         (["training.gradient_checkpointing=true"], "zero1", "gradient_checkpointing"),
         (["training.freeze_backbone_steps=5"], "zero1", "freeze_backbone_steps"),
         (["training.ctc_weight=0.3"], "zero1", "ctc_weight"),

@@ -111,6 +111,13 @@ def test_adamw_is_torchs_own_unless_its_states_are_offloaded():
     assert "fused" not in deepspeeds["params"]
 
 
+def test_deepspeeds_timer_is_off_unless_the_json_says_otherwise(tmp_path):
+    """On a GPU it waits for all kernels in every forward pass."""
+    assert run_of().deepspeed["timers"] == {"throughput": {"enabled": False}}
+    path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 1}, "timers": {"throughput": {"enabled": True}}})
+    assert run_of(ds=path).deepspeed["timers"] == {"throughput": {"enabled": True}}
+
+
 def test_overlap_is_off_unless_the_json_says_otherwise(tmp_path):
     path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 3}})
     assert run_of(ds=path).deepspeed["zero_optimization"]["overlap_comm"] is False

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from tests.scripts import load_script
 from tests.training.small_trainers import batches_of, group, make, watched
@@ -34,6 +35,7 @@ def test_a_step_waits_once(make: Callable[..., Trainer], micro_batches: int, sta
 
 
 def test_what_makes_a_host_wait_is_counted() -> None:
+    accelerator = get_accelerator()
     values, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
     with load_script("benchmarks/operator_calls.py").Calls() as calls:
         for read in (
@@ -45,6 +47,7 @@ def test_what_makes_a_host_wait_is_counted() -> None:
             lambda: mask.nonzero(),
             lambda: torch.equal(values, values),
             lambda: torch.tensor([1.0], device=values.device),
+            lambda: accelerator.synchronize(),
         ):
             before = sum(calls.waits.values())
             read()

@@ -64,13 +64,14 @@ class CudaGraphs:
         torch.cuda.empty_cache()  # within a capture the allocator cannot free what it keeps for others
         graph = torch.cuda.CUDAGraph()
         with self._on_stream(), _without_garbage_collection():
-            # Other threads of this process may use the GPU meanwhile.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
+                # Other threads of this process may use the GPU meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 result = call()
                 graph.capture_end()
             except BaseException:
                 _end_failed(graph, self.pool)
+                self.pool = self.first = None  # of the host's part of this pool torch says that it still records
                 raise
         self.first = self.first or graph
         graph.replay()  # a capture computes nothing

@@ -85,6 +85,10 @@ def graphs_obstacle(recipe: Recipe, config: Tree) -> str | None:
         ),
         (value_at(config, "compile.deepcompile"), "compile.deepcompile has graphs of its own"),
         (
+            value_at(config, "timers.throughput.enabled") or value_at(config, "wall_clock_breakdown"),
+            "DeepSpeed's timers (timers.throughput, wall_clock_breakdown) wait for the GPU in every pass",
+        ),
+        (
             training.gradient_checkpointing,
             "training.gradient_checkpointing reads the state of random numbers, which waits for the GPU",
         ),

@@ -342,10 +342,8 @@ def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
     given = {".".join(path): value for path, value in leaves(scheduler) if value != "auto" and path[-1] != "type"}
     if given:
         return given
-    notes.append(
-        f"{json_place(recipe.deepspeed)} leaves the scheduler to the recipe: "
-        f"training.schedule={recipe.training.schedule}"
-    )
+    place = json_place(recipe.deepspeed)
+    notes.append(f"{place} leaves the scheduler to the recipe: training.schedule={recipe.training.schedule}")
     return "auto"
 
 
@@ -377,7 +375,7 @@ def _filled_in(
     if training.optimizer == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False  # Muon orthogonalises whole gradients
     offloaded = offload_device(config, "optimizer") is not None
-    # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is switched off, so the section is removed.
+    # DeepSpeed reads bf16_master_weights_and_grads even where bf16 is off, so the section is removed.
     config = {key: value for key, value in config.items() if not (key in PRECISIONS and not value.get("enabled"))}
     return {
         **config,
@@ -386,6 +384,8 @@ def _filled_in(
         "gradient_clipping": 0.0 if loop_clips(config) else training.gradient_clipping,
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
+        # DeepSpeed's own timer waits for the GPU in every pass and every step, and ends the capture of a graph.
+        "timers": config.get("timers", {"throughput": {"enabled": False}}),
     }
 
 
