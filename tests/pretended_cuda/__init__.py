@@ -27,7 +27,8 @@ Limits:
   it should, and new memory holds zeros.
 - Where operators compute, random numbers are the CPU's: torch.manual_seed sets them, states and seeds of CUDA's
   generators do not, and a graph draws from them at each replay.
-- Triton's kernels compute nothing.
+- Triton's kernels compute nothing. Where no operator computes, memory holds anything: a size that is read from a GPU,
+  as that of ``nonzero``, may be any number.
 - What cuDNN and cuBLAS choose is not what the real ones choose, and sums are added up in another order than a GPU's.
 - The CTC loss is the CPU's kernel. Operators without a kernel for CPUs raise NotImplementedError, unless
   ``start/pretended_operators`` computes them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from pretended_operators import counts
 from torch.nn import functional
@@ -36,6 +38,21 @@ def main() -> None:
     _fails(lambda: functional.dropout(x, 0.5))  # torch draws as within the capture; toolkit/decoding/step_graphs.py
 
 
+def compiled() -> None:
+    """Fails where a compiled layer does not become one kernel of Triton, or a GPU's own where numbers are wanted."""
+
+    @torch.compile
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(x) * 2 + 1
+
+    x = torch.empty(1000, device="cuda")
+    layer(x)  # compiles, and measures
+    before = counts()
+    layer(x)
+    after = {name: number - before[name] for name, number in counts().items()}
+    assert (after["triton"], after["kernels"]) == (1, 0), after
+
+
 def _fails(call: object) -> None:
     try:
         call()  # type: ignore[operator]
@@ -44,4 +61,4 @@ def _fails(call: object) -> None:
     raise AssertionError(f"{call} has not failed")
 
 
-main()
+{"eager": main, "compiled": compiled}[sys.argv[1]]()
