@@ -148,7 +148,9 @@ def variables(folder: Path) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "PRETENDED_CUDA": start,
     }
-    found["LD_LIBRARY_PATH"] = _before(str(folder), "LD_LIBRARY_PATH")
+    # For programs as they start, and for DeepSpeed's ops as they are built.
+    for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH"):
+        found[name] = _before(str(folder), name)
     found["PYTHONPATH"] = _before(start, "PYTHONPATH")
     return found
 
