@@ -1,51 +1,15 @@
-"""Captures on the pretended runtime end where CUDA ends them, and compute nothing."""
+"""What the pretended runtime keeps of a capture, and refuses within one."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
-from collections.abc import Callable
 
 import pytest
 import torch
 
+from tests.pretended_cuda.test_as_cuda import Capture
+
 pytestmark = pytest.mark.gpu
-
-
-class Capture:
-    """One capture of torch's, on a stream of its own, which is ended in any case."""
-
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
-
-    def of(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        torch.cuda.synchronize()
-        gc.collect()
-        with torch.cuda.stream(self.stream):
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                call()
-            finally:
-                self.graph.capture_end()
-        return self.graph
-
-
-def wait() -> None:
-    torch.cuda.synchronize()
-
-
-def ask_for_a_number() -> None:
-    (torch.ones(3, device="cuda") * 2).sum().item()
-
-
-def index_by_a_mask() -> None:
-    x = torch.ones(3, device="cuda")
-    x[x > 0]
-
-
-def copy_pageable_memory() -> None:
-    torch.ones(3).to("cuda")  # torch refuses it
 
 
 def copy_pageable_memory_by_the_runtime() -> None:
@@ -56,97 +20,10 @@ def copy_pageable_memory_by_the_runtime() -> None:
     RUNTIME.cudaMemcpyAsync(*pointers, ctypes.c_size_t(12), 1, ctypes.c_void_p(stream))
 
 
-def wait_for_work_outside() -> None:
-    other = torch.cuda.Stream()
-    torch.cuda.current_stream().wait_event(other.record_event())
-
-
-def leave_a_stream_unjoined() -> None:
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        torch.ones(3, device="cuda").mul_(2)
-
-
-FORBIDDEN = [
-    *(wait, ask_for_a_number, index_by_a_mask, copy_pageable_memory, copy_pageable_memory_by_the_runtime),
-    *(wait_for_work_outside, leave_a_stream_unjoined),
-]
-
-
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-@pytest.mark.parametrize("call", FORBIDDEN, ids=lambda call: call.__name__)
-def test_a_capture_ends_where_cuda_ends_it(call: Callable[[], None]) -> None:
-    call()  # outside it is allowed
-    with pytest.raises(RuntimeError, match=r"captur|unjoined|uncaptured"):
-        Capture().of(call)
-    assert not torch.cuda.is_current_stream_capturing()
-    assert (torch.ones(3, device="cuda") * 2).tolist() == [2.0] * 3
-    torch.cuda.synchronize()
-
-
-def test_a_capture_may_fork_and_join() -> None:
-    x, out = torch.ones(3, device="cuda"), []
-
-    def call() -> None:
-        around, other = torch.cuda.current_stream(), torch.cuda.Stream()
-        other.wait_stream(around)
-        with torch.cuda.stream(other):
-            out.append(x * 2)
-        around.wait_stream(other)
-
-    graph = Capture().of(call)
-    x.fill_(4)
-    graph.replay()
-    assert out[0].tolist() == [8.0] * 3
-
-
-def test_a_capture_computes_nothing_and_each_replay_all_of_it() -> None:
-    table, place, total, copied = (torch.arange(n, device="cuda", dtype=torch.long) for n in (10, 1, 1, 2))
-
-    def call() -> None:
-        place.add_(3)
-        total.add_(table[place.clone()])  # of real values: what a copy left would be out of bounds
-        copied.copy_(torch.cat([place, total]))
-
-    graph = Capture().of(call)
-    assert (place.tolist(), total.tolist(), copied.tolist()) == ([0], [0], [0, 1])
-    graph.replay()
-    assert (place.tolist(), total.tolist(), copied.tolist()) == ([3], [3], [3, 3])
-    graph.replay()
-    assert (place.tolist(), total.tolist(), copied.tolist()) == ([6], [9], [6, 9])
-
-
-def test_a_replay_sees_the_numbers_of_the_capture_and_the_memory_of_now() -> None:
-    number, pinned = torch.tensor(3.0), torch.full((2,), 5.0).pin_memory()
-    x, out = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda")
-
-    def call() -> None:
-        out.copy_(pinned, non_blocking=True)
-        out.add_(x * number)
-
-    graph = Capture().of(call)
-    number.fill_(100)
-    pinned.fill_(7)
-    x.fill_(2)
-    graph.replay()
-    assert out.tolist() == [13.0] * 2
-
-
-def test_memory_of_a_graph_is_used_again_within_it() -> None:
-    size = 2**20
-    x, held = torch.ones(size, device="cuda"), torch.cuda.memory_reserved()
-
-    def call() -> None:
-        y = x
-        for _ in range(64):
-            y = y + 1
-        x.copy_(y)
-
-    graph = Capture().of(call)
-    assert torch.cuda.memory_reserved() - held < 8 * 4 * size
-    graph.replay()
-    assert x.unique().tolist() == [65.0]
+def test_a_copy_of_pageable_memory_ends_a_capture() -> None:
+    with pytest.raises(RuntimeError, match="captur"):
+        Capture().of(copy_pageable_memory_by_the_runtime)
 
 
 def test_what_a_graph_recorded_is_forgotten_with_it() -> None:
