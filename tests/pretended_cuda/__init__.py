@@ -25,8 +25,8 @@ Limits:
 - No time: what a GPU would take is not known. Only the host's time and counts of calls mean something.
 - No races: all work is done when it is called, so that a stream which forgot to wait for another still reads what
   it should, and new memory holds zeros.
-- Where operators compute, random numbers are the CPU's: torch.manual_seed sets them, states and seeds of CUDA's
-  generators do not, and a graph draws from them at each replay.
+- Where operators compute, random numbers are the CPU's: torch.manual_seed sets them, and a graph draws from them at
+  each replay. CUDA's generators advance and refuse as on a GPU, but a state that is set for one changes no number.
 - Triton's kernels compute nothing. Where no operator computes, memory holds anything: a size that is read from a GPU,
   as that of ``nonzero``, may be any number.
 - What cuDNN and cuBLAS choose is not what the real ones choose, and sums are added up in another order than a GPU's.

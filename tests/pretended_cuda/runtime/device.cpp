@@ -18,6 +18,7 @@ thread_local cudaError_t last = cudaSuccess;
 std::set<std::string> without;  // names of kernels that computed nothing where numbers count
 thread_local std::string last_without;
 std::atomic<void (*)(int)> listener{nullptr};
+thread_local int allowed = 0;
 
 const char* setting(const char* name, const char* otherwise) {
     const char* found = getenv(name);
@@ -53,6 +54,7 @@ cudaError_t pretended::fail(cudaError_t error, const std::string& what) {
 }
 
 cudaError_t pretended::without_numbers(const std::string& kernel) {
+    if (allowed) return cudaSuccess;
     static bool is_strict = atoi(setting("PRETENDED_CUDA_STRICT", "1")) != 0;
     Held held(lock);
     counts[WITHOUT_NUMBERS]++;
@@ -257,6 +259,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 // For Python.
+
+// Between +1 and -1 kernels of this thread may compute nothing.
+void pretended_allow(int change) { allowed += change; }
 
 void pretended_listen_to_waits(void (*call)(int)) { listener = call; }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pretended_operators import freed, runtime
+from pretended_operators import freed, generators, runtime
 from pretended_operators.host_memory import extent, on_device, on_host
 
 # Their results, or the shapes of these, are known on the host.
@@ -52,6 +52,9 @@ def computed(operator: Any, compute: Callable[..., Any] | None = None) -> Callab
         is_captured = runtime.is_capturing(stream)
         if _waits(name, named):
             runtime.wait(stream)
+        is_drawn = generators.draws(name, named, "generator" in names)
+        if is_drawn:
+            generators.draw(device, named.get("generator"))
         if name in PRODUCTS and _measures_speed(named):
             runtime.launch(stream)
             return _not_computed(named, device)
@@ -93,7 +96,7 @@ def computed(operator: Any, compute: Callable[..., Any] | None = None) -> Callab
         ]
         if is_captured:
             _record(stream, operator, _tensors(named.values()), act, arguments, options, is_same, fresh)
-        else:
+        elif not is_drawn:  # its kernel is counted already
             runtime.launch(stream)
         return tuple(results) if len(results) > 1 else results[0] if results else None
 
