@@ -60,7 +60,6 @@ class CudaGraphs:
         with self._on_stream():
             call()  # libraries allocate what they need at their first call, which a capture forbids
         torch.cuda.synchronize()
-        gc.collect()  # what is deleted within a capture, such as a compiled module, can end it
         torch.cuda.empty_cache()  # within a capture the allocator cannot free what it keeps for others
         graph = torch.cuda.CUDAGraph()
         with self._on_stream(), _without_garbage_collection():
@@ -113,6 +112,7 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
+    """What is deleted within a capture, such as a compiled module, can end it. A collection before costs a second."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
