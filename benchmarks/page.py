@@ -48,6 +48,16 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "whose code; `waits` has them under every DeepSpeed JSON that runs on a CPU, in its own precision, with eight "
         "micro-batches: see [performance.md](performance.md#waiting-for-the-host).",
     ),
+    "launches": (
+        "What a step asks of a GPU and its host",
+        "/path/to/python benchmarks/launches.py",
+        "T5-Base of full size, one rank's part of 128 clips on eight GPUs: 16 clips, one forward pass, ZeRO-0 with "
+        "autocast (`hf`, Seq2SeqTrainer, ZeRO-2). A Python with a CUDA build of torch, and the pretended CUDA runtime "
+        "(`tests/pretended_cuda`) in place of a GPU: dispatch, DeepSpeed, Inductor and CUDA graphs are those of a "
+        "GPU, kernels do nothing, and a step takes what its host needs. Launches are the calls that start a kernel or "
+        "a graph, waits the times that the host waits for the GPU. `first_epoch_seconds` are those of 32 steps that "
+        "compile and capture. It is no speed of a GPU: on an H200 the kernels of such a step took 11 ms (below).",
+    ),
     "gpu": (
         "On a GPU",
         "python benchmarks/gpu.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", 
 
 
 def orders() -> Iterator[int]:
-    """How many steps to take next: ``4``, ``count`` (one, counted) or ``profile 4``."""
+    """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4`` or ``launches 4``."""
     print("ready", flush=True)
     for line in sys.stdin:
         name, *rest = line.split()
@@ -24,6 +25,8 @@ def orders() -> Iterator[int]:
             watching.append(Calls().__enter__())
         elif name == "profile":
             watching.append(Profile().__enter__())
+        elif name == "launches":
+            watching.append(Launches().__enter__())
         yield int(rest[0]) if rest else 1 if watching else int(name)
 
 
@@ -60,6 +63,23 @@ class Profile:
         return [(event.start_ns() / 1e9, event.end_ns() / 1e9) for event in ours]
 
 
+class Launches:
+    """Counts the calls of the pretended CUDA runtime (tests/pretended_cuda) in a turn, by kind."""
+
+    def __enter__(self) -> Launches:
+        self.before = pretended_counts()
+        self.calls: dict[str, int] = {}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.calls = {name: number - self.before[name] for name, number in pretended_counts().items()}
+
+
+def pretended_counts() -> dict[str, int]:
+    counts: dict[str, int] = importlib.import_module("pretended_operators").counts()
+    return counts
+
+
 def elapsed(started: float) -> float:
     """Seconds since then, when the GPU has done all that it was given; the turn's last call."""
     if torch.cuda.is_available():
@@ -84,6 +104,8 @@ def seen(watch: Any, seconds: float) -> dict[str, Any]:
     if isinstance(watch, Calls):
         waits = [[*key, count] for key, count in sorted(watch.waits.items())]
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
+    if isinstance(watch, Launches):
+        return {"calls": watch.calls}
     if not torch.cuda.is_available():
         return {"products_share": watch.products() / seconds}
     spans = watch.spans()

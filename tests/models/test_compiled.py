@@ -190,6 +190,18 @@ def test_each_compilation_is_announced(make: Make, graphs: Graphs, caplog: pytes
     assert len(announced) == 4 < len(graphs), "no more outside"
 
 
+def test_batches_that_are_not_worth_it_run_as_they_are_written(make: Make, graphs: Graphs) -> None:
+    model, reference = make(), make()
+    layer = layers_to_compile(model)[-1]
+    most = max(sum(w.numel() for w in each.parameters() if w.dim() > 1) for each in layers_to_compile(model))
+    compile_layers(model, worth=2.0 * most * 2 * 12)
+    for shape, compiles in (((2, 11, 7), False), ((40, 33, 13), True), ((2, 11, 7), False)):
+        before, batch = len(graphs), batch_of(*shape)
+        assert loss_and_norm(model, batch) == pytest.approx(loss_and_norm(reference, batch), rel=1e-6)
+        assert model.compiled_layers.choices[layer] is compiles
+        assert (len(graphs) > before) is compiles
+
+
 def test_layers_for_gpus_are_captured_whole(make: Make, graphs: Graphs) -> None:
     model, reference, batch = make(), make(), batch_of(*SHAPES[0])
     use_gpu_layers(model)

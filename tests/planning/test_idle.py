@@ -30,6 +30,15 @@ def resolved(gpus: int, batch: int = 128) -> ResolvedRun:
     return resolve_named("t5_base", settings, gpus, has_gpu=True, ds="zero1", needs_data=False)
 
 
+def test_graphs_are_named_where_passes_can_be() -> None:
+    found = idle(8)
+    assert found is not None and found.graphs and "training.compile=graphs" in found.in_words()
+    for setting, is_named in (("training.compile=graphs", None), ("training.gradient_checkpointing=true", False)):
+        run = resolve_named("t5_base", [setting], 8, has_gpu=True, ds="zero1", needs_data=False)
+        others = idle_gpus(subject(), run, Hardware(8, 80 * GIB), WORKLOAD, 1024)
+        assert (others and others.graphs) is is_named
+
+
 def idle(gpus: int, batch: int = 128, largest: int = 1024, memory: int = 80 * GIB) -> IdleGpus | None:
     return idle_gpus(subject(), resolved(gpus, batch), Hardware(gpus, memory), WORKLOAD, largest)
 

@@ -31,6 +31,9 @@ from toolkit.models.backbone import stack_layers, stacks
 BACKEND: str | Callable[..., Any] = "inductor"  # tests choose others
 # Graphs of one kind of layer: with and without position biases, frozen and not, for one clip or token and for several.
 GRAPHS = 64
+# FLOPs of a layer's products in a forward pass, from which on its kernels take an H200 longer than its host needs
+# to launch a compiled layer: guards and Triton's launches cost more than torch's own (benchmarks/launches.py).
+WORTH = 6e10
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)  # all of them come before anything has run
 
 log = logging.getLogger("toolkit")
@@ -40,6 +43,7 @@ log = logging.getLogger("toolkit")
 class CompiledLayers:
     """Which layers run compiled in the current forward pass; a recomputation in its backward pass does the same."""
 
+    worth: float = 0.0  # FLOPs of a layer's products below which it runs as it is written
     works: bool = True  # until a layer cannot be compiled
     is_on: bool = True  # False within `uncompiled`
     choices: dict[nn.Module, bool] = field(default_factory=dict)
@@ -47,8 +51,9 @@ class CompiledLayers:
     def begin_pass(self, *_: Any) -> None:
         self.choices.clear()
 
-    def runs_compiled(self, layer: nn.Module) -> bool:
-        return layer.training and self.choices.setdefault(layer, self.works and self.is_on)
+    def runs_compiled(self, layer: nn.Module, flops: float) -> bool:
+        is_wanted = self.works and self.is_on and flops >= self.worth
+        return layer.training and self.choices.setdefault(layer, is_wanted)
 
     def give_up(self, layer: nn.Module, error: Exception) -> None:
         """Run this layer without, and all others that have not run in this pass."""
@@ -65,8 +70,12 @@ def layers_to_compile(model: Any) -> list[Any]:
     return [*of_poses, *(layer for stack in stacks(model.backbone) for layer in stack_layers(stack))]
 
 
-def compile_layers(model: Any) -> int:
+def compile_layers(model: Any, *, worth: float = 0.0) -> int:
     """Have each layer of a translator compile at its first training pass; where one cannot, all run as before.
+
+    Args:
+        model: the translator.
+        worth: FLOPs of a layer's products in a forward pass; batches below run as they are written.
 
     Returns:
         how many layers there are.
@@ -79,7 +88,7 @@ def compile_layers(model: Any) -> int:
         callback_handler.register_end_callback(_note_end)
     # Sizes that are equal by chance in the first batch, such as clips and tokens, are different ones.
     sizes.use_duck_shape = False
-    compiled = CompiledLayers()
+    compiled = CompiledLayers(worth)
     layers = layers_to_compile(model)
     for layer in layers:
         for part in layer.modules():
@@ -97,9 +106,11 @@ def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
     is_wrapped = method.__code__.co_name == "forward_with_checkpointing"  # by transformers, around the layer's own
     written: Callable[..., Any] = MethodType(method.__wrapped__, layer) if is_wrapped else layer.forward
     compiled = torch.compile(written, fullgraph=True, dynamic=True, backend=BACKEND)
+    in_matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
 
     def run(*inputs: Any, **settings: Any) -> Any:
-        if layers.runs_compiled(layer):
+        clips, positions, *_ = inputs[0].shape
+        if layers.runs_compiled(layer, 2.0 * in_matrices * clips * positions):
             try:
                 return compiled(*inputs, **settings)
             except COMPILE_ERRORS as error:

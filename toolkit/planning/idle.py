@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolkit.planning.hardware import Hardware
 from toolkit.planning.plan import Plan, Subject, make_plan
 from toolkit.planning.speed import pass_seconds
 from toolkit.planning.workload import Workload
+from toolkit.recipe.compilation import graphs_obstacle
 from toolkit.recipe.resolve import ResolvedRun
 
 BUSY = 0.5  # share of a pass in which a GPU computes, below which its batch is too small
@@ -26,6 +27,7 @@ class IdleGpus:
         learning_rate: for that batch; it grows by the square root of the batch (Malladi et al. 2022, "On the SDEs and
             Scaling Rules for Adaptive Gradient Algorithms", arXiv:2205.10287).
         then_busy: the share with it.
+        graphs: whether passes could be CUDA graphs instead, which need hardly a launch.
     """
 
     clips: int
@@ -33,6 +35,7 @@ class IdleGpus:
     global_batch_size: int | None = None
     learning_rate: float | None = None
     then_busy: float | None = None
+    graphs: bool = False
 
     def in_words(self) -> str:
         """What is idle, and what would not be, in a line."""
@@ -41,10 +44,11 @@ class IdleGpus:
             f"with {clips} a rank the GPUs compute for {self.busy:.0%} of a pass, by the model of the hardware, and "
             "wait for launches otherwise"
         )
+        graphs = "; training.compile=graphs has hardly any" if self.graphs else ""
         if self.global_batch_size is None:
-            return f"{problem}; fewer GPUs would be as fast"
+            return f"{problem}{graphs}; fewer GPUs would be as fast"
         return (
-            f"{problem}; with training.global_batch_size={self.global_batch_size} "
+            f"{problem}{graphs}; with training.global_batch_size={self.global_batch_size} "
             f"training.learning_rate={self.learning_rate:.2g} for {self.then_busy:.0%}"
         )
 
@@ -59,6 +63,8 @@ def idle_gpus(
         largest: clips of the largest forward pass that fits, at most a rank's whole share.
     """
     training = run.recipe.training
+    if training.compile == "graphs":
+        return None
     share = -(-training.global_batch_size // run.data_parallel_size)
 
     def planned(clips: int) -> Plan:
@@ -70,13 +76,15 @@ def idle_gpus(
     now = busy(planned(share)) if largest >= share else BUSY
     if now >= BUSY:
         return None
-    found = IdleGpus(share, now)
+    found = IdleGpus(share, now, graphs=graphs_obstacle(run.recipe, run.deepspeed) is None)
     factor = 2
     while factor <= LARGEST_FACTOR and (found.then_busy or 0.0) < BUSY:
         plan = planned(share * factor)
         if plan.lacking(hardware):
             break
         rate = training.learning_rate * math.sqrt(factor)
-        found = IdleGpus(share, now, training.global_batch_size * factor, rate, busy(plan))
+        found = replace(
+            found, global_batch_size=training.global_batch_size * factor, learning_rate=rate, then_busy=busy(plan)
+        )
         factor *= 2
     return found

@@ -52,7 +52,7 @@ def compilation(recipe: Recipe, config: Tree, *, has_gpu: bool) -> Compilation:
         return Compilation(True, "training.compile=true")
     if not has_gpu:
         return Compilation(False, "training.compile=auto: layers made for CPUs are faster")
-    return Compilation(True, "training.compile=auto")
+    return Compilation(True, "training.compile=auto: where a batch is large enough")
 
 
 def compilation_problems(recipe: Recipe, config: Tree) -> Iterator[UserError]:

@@ -22,7 +22,7 @@ from toolkit.cpu.allocator import keep_few_kernels, keep_freed_memory, return_fr
 from toolkit.cpu.communication import communicate_on_cpu
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.cpu.switch import uses_cpu_code
-from toolkit.models.compiled import compile_layers
+from toolkit.models.compiled import WORTH, compile_layers
 from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.language_models.tensor_plan import partition_plan, split_weights
 from toolkit.recipe.compilation import compilation
@@ -76,7 +76,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     if layers.compiles:
         if note := use_compile_cache():
             log.warning(note)
-        compile_layers(module)
+        compile_layers(module, worth=WORTH if resolved.recipe.training.compile == "auto" else 0.0)
     log.info(_attention_line(module))
     gc.collect()
     with prints_to_log(), out_of_collections():
