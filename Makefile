@@ -44,6 +44,7 @@ test-gpu: setup ops ## the tests that need a GPU, or two
 # Another environment, for that of the project may have a build of torch for CPUs: tests/pretended_cuda/__init__.py.
 test-pretended-gpu: ## the tests that need a GPU, on a pretended one (CUDA_PYTHON: Python of a CUDA build of torch)
 	@$(if $(CUDA_PYTHON),,echo "error: CUDA_PYTHON is not given"; echo "hint: make test-pretended-gpu CUDA_PYTHON=PATH"; exit 2;) \
+		TORCH_EXTENSIONS_DIR=$(abspath $(dir $(CUDA_PYTHON))..)/torch_extensions \
 		TEST_GPUS=1 OMP_NUM_THREADS=1 $(CUDA_PYTHON) -m tests.pretended_cuda python -m pytest -rs -m "gpu or gpu2"
 
 test-nightly: setup ops ## the tests that take long

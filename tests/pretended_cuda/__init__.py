@@ -33,5 +33,6 @@ Limits:
 - The CTC loss is the CPU's kernel. Operators without a kernel for CPUs raise NotImplementedError, unless
   ``start/pretended_operators`` computes them.
 - Products of matrices of more than 2**25 elements each, which measure a GPU's speed, are not computed.
+- DeepSpeed's ops for GPUs (async_io, CPU Adam) are compiled by CUDA's toolkit, which CUDA_HOME names.
 - NCCL is that of one machine, without send and receive. A rank that dies leaves the others waiting.
 """

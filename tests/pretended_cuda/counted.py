@@ -53,6 +53,18 @@ def compiled() -> None:
     assert (after["triton"], after["kernels"]) == (1, 0), after
 
 
+def limited() -> None:
+    """Fails unless there are two GPUs of one GiB each."""
+    assert torch.cuda.device_count() == 2 and torch.cuda.mem_get_info(1)[1] == 2**30
+    memory = torch.empty(2**28, dtype=torch.uint8, device="cuda:1")
+    assert torch.cuda.memory_reserved(1) == len(memory) and torch.cuda.memory_reserved(0) == 0
+    try:
+        torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
+    except torch.OutOfMemoryError:
+        return
+    raise AssertionError("more memory than there is")
+
+
 def _fails(call: object) -> None:
     try:
         call()  # type: ignore[operator]
@@ -61,4 +73,4 @@ def _fails(call: object) -> None:
     raise AssertionError(f"{call} has not failed")
 
 
-{"eager": main, "compiled": compiled}[sys.argv[1]]()
+{"eager": main, "compiled": compiled, "limited": limited}[sys.argv[1]]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -14,21 +15,28 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph
 
 
 class Capture:
-    """One capture of torch's, on a stream of its own, which is ended in any case."""
+    """One capture of torch's, on a stream of its own; where it fails, what torch leaves of it is ended."""
 
     def __init__(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def of(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def of(self, call: Callable[[], object], *, leaves_generator: bool = False) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         gc.collect()
         with torch.cuda.stream(self.stream):
-            self.graph.capture_begin(capture_error_mode="thread_local")
+            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 call()
-            finally:
                 self.graph.capture_end()
+            except RuntimeError:
+                with suppress(RuntimeError):
+                    self.graph.capture_end()
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+                if not leaves_generator:
+                    Capture().of(lambda: None)
+                raise
         return self.graph
 
 
@@ -149,7 +157,7 @@ def test_a_failed_capture_leaves_the_generator_within_it() -> None:
         functional.dropout(ones, 0.5).sum().item()
 
     with pytest.raises(RuntimeError, match="captur"):
-        Capture().of(fails)
+        Capture().of(fails, leaves_generator=True)
     with pytest.raises(RuntimeError, match="captur"):  # toolkit/decoding/step_graphs.py ends that by an empty capture
         functional.dropout(ones, 0.5)
     Capture().of(lambda: None)

@@ -22,7 +22,7 @@ def copy_pageable_memory_by_the_runtime() -> None:
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_copy_of_pageable_memory_ends_a_capture() -> None:
-    with pytest.raises(RuntimeError, match="captur"):
+    with pytest.raises(RuntimeError, match="captur"):  # at its end: what the runtime gives is not looked at
         Capture().of(copy_pageable_memory_by_the_runtime)
 
 

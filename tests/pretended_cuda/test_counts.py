@@ -39,3 +39,8 @@ def test_counts_and_failed_captures_are_torchs_own() -> None:
 def test_compiled_layers_are_kernels_of_triton_on_request(tmp_path: Path) -> None:
     caches = {name: str(tmp_path / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     counted("compiled", PRETENDED_CUDA_TRITON="1", **caches)
+
+
+@pytest.mark.gpu
+def test_gpus_and_their_memory_are_as_many_as_asked() -> None:
+    counted("limited", PRETENDED_CUDA_GPUS="2", PRETENDED_CUDA_GIB="1")
