@@ -14,6 +14,9 @@ from torch.nn import functional
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")]
 
 
+failed: list[torch.cuda.CUDAGraph] = []  # torch asks them at each allocation of pinned memory
+
+
 class Capture:
     """One capture of torch's, on a stream of its own; where it fails, what torch leaves of it is ended."""
 
@@ -30,6 +33,7 @@ class Capture:
                 call()
                 self.graph.capture_end()
             except RuntimeError:
+                failed.append(self.graph)
                 with suppress(RuntimeError):
                     self.graph.capture_end()
                 with suppress(RuntimeError):

@@ -32,6 +32,7 @@ DROP_SHARE = 0.5  # of the clips that are done before the others are moved toget
 MOST_GRAPHS = 64  # of one split's; further steps run without
 
 log = logging.getLogger("toolkit")
+_failed: list[Any] = []  # graphs that torch still asks
 
 
 class Capture(Protocol):
@@ -127,7 +128,9 @@ def _end_failed(graph: Any, pool: Any) -> None:
 
     torch (2.11) leaves a failed one in the middle: the allocator stays in its pool and keeps freed memory of other
     streams, and random numbers are drawn as within a graph, which the next dropout refuses; an empty capture ends that.
+    The allocator of pinned memory asks the graph at each allocation from then on, and crashes where it is deleted.
     """
+    _failed.append(graph)
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     with contextlib.suppress(RuntimeError):
