@@ -24,8 +24,12 @@ def padded_frames(batches: list[Batch]) -> float:
 
 
 def planned_step(trainer: Trainer) -> dict[str, float]:
-    """``planned_gib`` of the steps that were taken, as a run reports it at its end; nothing where it has no plan."""
+    """``peak_gib`` of the steps that were taken and, where they have a plan, ``planned_gib``, as a run reports them.
+
+    What measures the GPU's speed between them is in neither.
+    """
     report_memory(trainer, compare_memory(trainer), lambda _: None)
     metrics = (trainer.resolved.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (memory,) = [row for row in map(json.loads, metrics) if row["kind"] == "memory"][-1:]
-    return {"planned_gib": round(memory["step_planned_gib"], 2)} if "step_planned_gib" in memory else {}
+    names = {"peak_gib": "step_allocated_gib", "planned_gib": "step_planned_gib"}
+    return {name: round(memory[key], 2) for name, key in names.items() if key in memory}

@@ -93,7 +93,7 @@ def elapsed(started: float) -> float:
 def answer(clips: int, seconds: float, **more: Any) -> None:
     """Answer an order; a turn that was watched says what was seen."""
     for watch in watching:
-        more |= seen(watch, seconds)
+        more = seen(watch, seconds) | more
     watching.clear()
     print(json.dumps({"clips": clips, "seconds": seconds, **more}), flush=True)
 
