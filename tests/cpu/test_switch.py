@@ -56,10 +56,15 @@ def test_layers_that_are_compiled_are_torchs_own(
     monkeypatch: pytest.MonkeyPatch, made: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     compiled: list[Any] = []
+
+    def compile_layers(model: Any, *, worth: float) -> None:
+        assert worth == 0.0, "all batches"
+        compiled.append(model)
+
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(engine, "communicate_on_cpu", lambda *_: None)
-    monkeypatch.setattr(engine, "compile_layers", compiled.append)
+    monkeypatch.setattr(engine, "compile_layers", compile_layers)
     model, recipe = nn.Sequential(nn.Dropout(0.1)), load_recipe("demo", ["training.compile=true"])
     with caplog.at_level(logging.INFO, "toolkit"):
         engine.make_engine(model, SimpleNamespace(deepspeed={}, recipe=recipe, **ALONE))  # type: ignore[arg-type]

@@ -16,7 +16,11 @@ PRECISION = {
     "fp32": ["ds.bf16=null", "ds.torch_autocast=null", "ds.data_types=null"],
     "bf16": ["ds.bf16={enabled: true}", "ds.torch_autocast=null"],
     "autocast": ["ds.bf16=null", "ds.data_types=null", "ds.torch_autocast={enabled: true, dtype: bfloat16}"],
-    "fp16": ["ds.bf16=null", "ds.data_types=null", "ds.torch_autocast=null", "ds.fp16={enabled: true}"],
+    # With DeepSpeed's first scale, 2**16, all three steps of a test may overflow and change nothing.
+    "fp16": [
+        *("ds.bf16=null", "ds.data_types=null", "ds.torch_autocast=null"),
+        "ds.fp16={enabled: true, initial_scale_power: 8}",
+    ],
 }
 ADAPTER = {
     "none": ["model.lora=null"],
