@@ -87,7 +87,9 @@ def _build(environment: Environment, folder: Path) -> None:
     empty = folder / "empty.cpp"
     empty.write_text("")
     _compile(environment, folder, DRIVER, [empty], "-Wl,--no-as-needed")
-    (folder / "libcuda.so").symlink_to(DRIVER)  # that Triton's launchers are linked with
+    # Triton's launchers are linked with the driver, DeepSpeed's ops with both.
+    (folder / "libcuda.so").symlink_to(DRIVER)
+    (folder / "libcudart.so").symlink_to(RUNTIME)
 
 
 def _compile(environment: Environment, folder: Path, name: str, sources: list[Path], *options: str) -> None:
