@@ -65,7 +65,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error.lines}", file=sys.stderr)
         sys.exit(error.exit_code)
-    os.environ |= {"PRETENDED_CUDA_NUMBERS": "0", "OMP_NUM_THREADS": "1"}
+    paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # sides start wherever the command does
+    os.environ |= {"PRETENDED_CUDA_NUMBERS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = make_corpus(folder / "corpus", CLIPS * STEPS).splits["train"].texts

@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch import config as gradient_settings
 from torch.fx.experimental import _config as size_settings
+from transformers import T5Config
 
 from tests.by_night import cases
 from tests.written_corpora import write_corpus
@@ -28,6 +29,7 @@ from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.loss import translation_losses
 from toolkit.poses.features import NORMALISATION
 from toolkit.poses.landmarks import load_landmark_set
+from toolkit.recipe.model_cards import load_model_yaml
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.flops import CostRecorder, cost_beside_training
 
@@ -188,6 +190,14 @@ def test_each_compilation_is_announced(make: Make, graphs: Graphs, caplog: pytes
     assert sum("compiling" in record.getMessage() for record in caplog.records) == 4
     loss_and_norm(model, batch_of(1, 9, 1))
     assert len(announced) == 4 < len(graphs), "no more outside"
+
+
+@pytest.mark.parametrize(("name", "positions"), [("t5_base", 4200), ("t5_3b", 600)])
+def test_auto_compiles_from_so_many_positions_on(name: str, positions: int) -> None:
+    """docs/performance.md names them."""
+    config = T5Config(**load_model_yaml(name).config)
+    matrices = 4 * config.d_model * config.num_heads * config.d_kv + 2 * config.d_model * config.d_ff
+    assert compiled.WORTH / 2 / matrices == pytest.approx(positions, rel=0.02)
 
 
 def test_batches_that_are_not_worth_it_run_as_they_are_written(make: Make, graphs: Graphs) -> None:

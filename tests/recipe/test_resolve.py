@@ -112,10 +112,10 @@ def test_adamw_is_torchs_own_unless_its_states_are_offloaded():
 
 
 def test_deepspeeds_timer_is_off_unless_the_json_says_otherwise(tmp_path):
-    """On a GPU it waits for all kernels in every forward pass."""
     assert run_of().deepspeed["timers"] == {"throughput": {"enabled": False}}
-    path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 1}, "timers": {"throughput": {"enabled": True}}})
-    assert run_of(ds=path).deepspeed["timers"] == {"throughput": {"enabled": True}}
+    for timer, enabled in (({"enabled": True}, True), ({"synchronized": False}, False)):
+        path = write(tmp_path / "z.json", {"zero_optimization": {"stage": 1}, "timers": {"throughput": timer}})
+        assert run_of(ds=path).deepspeed["timers"] == {"throughput": {**timer, "enabled": enabled}}
 
 
 def test_overlap_is_off_unless_the_json_says_otherwise(tmp_path):

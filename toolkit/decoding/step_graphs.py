@@ -113,7 +113,7 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """What is deleted within a capture, such as a compiled module, can end it. A collection before costs a second."""
+    """What is deleted within a capture, such as a compiled module, can end it; so nothing is collected."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -109,7 +109,8 @@ def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
     in_matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
 
     def run(*inputs: Any, **settings: Any) -> Any:
-        clips, positions, *_ = inputs[0].shape
+        hidden = next(value for value in (*inputs, *settings.values()) if isinstance(value, torch.Tensor))
+        clips, positions, *_ = hidden.shape
         if layers.runs_compiled(layer, 2.0 * in_matrices * clips * positions):
             try:
                 return compiled(*inputs, **settings)

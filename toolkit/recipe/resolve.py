@@ -385,7 +385,7 @@ def _filled_in(
         "optimizer": optimizer_section(training, dict(value_at(config, "optimizer.params") or {}), offloaded=offloaded),
         "zero_optimization": zero,
         # DeepSpeed's own timer waits for the GPU in every pass and every step, and ends the capture of a graph.
-        "timers": config.get("timers", {"throughput": {"enabled": False}}),
+        "timers": {"throughput": {"enabled": False, **(value_at(config, "timers.throughput") or {})}},
     }
 
 
