@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tests.written_corpora import write_corpus
 from toolkit.batching.collate import Batch
 from toolkit.corpus.packed import Clip, Corpus
 from toolkit.models import PoseTranslator, compiled
+from toolkit.models.backbone import stacks
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.compiled import before_compilations, compile_layers, layers_to_compile, uncompiled
 from toolkit.models.gpu_layers import use_gpu_layers
@@ -32,6 +34,7 @@ from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.model_cards import load_model_yaml
 from toolkit.recipe.resolve import resolve_named
 from toolkit.training.monitoring.flops import CostRecorder, cost_beside_training
+from toolkit.training.monitoring.gradient_guard import GradientGuard
 
 LORA = ("model.lora.r=4", "model.lora.dropout=0")
 LINEAR = "model.pose_encoder=linear"
@@ -221,6 +224,16 @@ def test_layers_for_gpus_are_captured_whole(make: Make, graphs: Graphs) -> None:
     assert sum(map(len, graphs)) < CALLS["t5"][2]
 
 
+def test_layers_for_gpus_that_are_alike_share_a_graph(make: Make, graphs: Graphs) -> None:
+    model = make()
+    for stack in stacks(model.backbone):
+        stack.block.extend(copy.deepcopy(stack.block[-1]) for _ in range(2))
+    use_gpu_layers(model)
+    compile_layers(model)
+    loss_and_norm(model, batch_of(*SHAPES[0]))
+    assert len(layers_to_compile(model)) == 10 and len(graphs) == 6
+
+
 def test_other_sizes_need_no_other_graphs(make: Make, graphs: Graphs) -> None:
     model, reference = make(), make()
     compile_layers(model)
@@ -252,6 +265,19 @@ def test_layers_that_are_alike_share_a_graph(make: Make, graphs: Graphs) -> None
     loss_and_norm(model, batch_of(*SHAPES[0]))
     assert len(layers_to_compile(model)) == 6
     assert len(graphs) == 4, "two convolutions of different strides, an encoder layer and a decoder layer"
+
+
+def test_hooks_of_the_first_step_cost_no_second_graph(make: Make, graphs: Graphs) -> None:
+    model, batch = make("mbart50", LINEAR), batch_of(*SHAPES[0])
+    compile_layers(model)
+    guard = GradientGuard(model)
+    with uncompiled(model):
+        loss_and_norm(model, batch)
+    loss_and_norm(model, batch)
+    assert graphs == []
+    guard.check(float(guard.count(torch.device("cpu"))))
+    loss_and_norm(model, batch)
+    assert len(graphs) == 2, "an encoder layer and a decoder layer"
 
 
 def test_they_compute_in_autocast(make: Make, graphs: Graphs) -> None:

@@ -159,11 +159,11 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     if layers is None:
         yield
         return
-    layers.is_on = False
+    was_on, layers.is_on = layers.is_on, False
     try:
         yield
     finally:
-        layers.is_on = True
+        layers.is_on = was_on
 
 
 def reason_of(error: Exception) -> str:

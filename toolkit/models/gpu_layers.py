@@ -173,4 +173,14 @@ def use_gpu_layers(model: nn.Module) -> None:
             (_FEED_FORWARDS, FlatFeedForward),
         ):
             if own.__name__ in names:
-                module.__class__ = type(f"GPU{own.__name__}", (mixed, own), {})
+                module.__class__ = _class_of(mixed, own)
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _class_of(mixed: type, own: type) -> type:
+    """One class for all layers that are alike: a graph of the compiler belongs to the classes of its layers."""
+    if (mixed, own) not in _classes:
+        _classes[mixed, own] = type(f"GPU{own.__name__}", (mixed, own), {})
+    return _classes[mixed, own]

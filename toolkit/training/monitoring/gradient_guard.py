@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.models.compiled import uncompiled
 
 
 class TrainingStopped(UserError):
@@ -18,8 +21,10 @@ class GradientGuard:
     Hooks see the gradients as autograd makes them. DeepSpeed's ``safe_get_full_grad`` reads them afterwards and fails
     under ZeRO-2 with offload where a tensor is partitioned over two ranks (0.19.8).
 
-    It is made before the first backward pass, at any ZeRO stage. With ``may_overflow`` gradients need not be finite:
-    the loss scale of fp16 finds its value by overflows, whose steps DeepSpeed skips.
+    It is made before the first backward pass, at any ZeRO stage. Until it has counted no layer runs compiled: a graph
+    belongs to the hooks of its weights, and each layer would be compiled once more without them. With
+    ``may_overflow`` gradients need not be finite: the loss scale of fp16 finds its value by overflows, whose steps
+    DeepSpeed skips.
     """
 
     def __init__(self, module: nn.Module, *, may_overflow: bool = False) -> None:
@@ -31,6 +36,8 @@ class GradientGuard:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
+        self._until_counted = ExitStack()
+        self._until_counted.enter_context(uncompiled(module))
 
     def _see(self, name: str, gradient: Tensor) -> None:
         self._waiting.discard(name)
@@ -39,6 +46,7 @@ class GradientGuard:
 
     def count(self, device: torch.device) -> Tensor:
         """Remove the hooks after the backward passes; gives the number of this rank's problems, on ``device``."""
+        self._until_counted.close()
         for handle in self._handles:
             handle.remove()
         flags = [flag.to(device) for flags in self._is_finite.values() for flag in flags]
