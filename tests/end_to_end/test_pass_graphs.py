@@ -105,6 +105,7 @@ def test_real_graphs_change_nothing(
         losses[value] = [row["loss"] for row in rows if row["kind"] == "train"]
         log = (folder / "log.txt").read_text()
         assert ("a CUDA graph: passes of" in log) == (value == "graphs") and "without CUDA graphs" not in log
+        assert "py.warnings" not in log
     assert losses["graphs"] == pytest.approx(losses[reference], rel=1e-4)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -120,7 +121,10 @@ class PassGraphs:
         nll, ctc = self.losses(batch, self._model)
         # Hooks watch the weights themselves in the first step.
         leaves = self.weights if self.is_first_step else self.leaves.all
-        gradients = torch.autograd.grad(nll * self.scale, leaves, allow_unused=True, materialize_grads=True)
+        with warnings.catch_warnings():
+            # DeepSpeed's hooks of the weights belong to another stream than this one: the first step may wait for it.
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+            gradients = torch.autograd.grad(nll * self.scale, leaves, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(self.sums, gradients)
         return torch.stack([nll.detach(), ctc.detach()])
 
