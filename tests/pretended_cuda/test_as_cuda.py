@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from toolkit.planning.hardware import CUBLAS_WORKSPACE
+
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")]
 
 
@@ -175,3 +177,17 @@ def test_random_numbers_change_the_state_of_the_generator() -> None:
         draw()
         states.append(torch.cuda.get_rng_state())
     assert [bool(one.equal(other)) for one, other in pairwise(states)] == [False, False, True]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="the workspace of newer cards"
+)
+def test_a_product_takes_the_workspace_that_plans_count_for_each_stream() -> None:
+    x = torch.ones(4, 4, device="cuda")
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    for number, stream in enumerate((torch.cuda.default_stream(), torch.cuda.Stream()), start=1):
+        with torch.cuda.stream(stream):
+            held = [x @ x for _ in range(3)]
+        del held
+        assert torch.cuda.memory_allocated() - before == number * CUBLAS_WORKSPACE
