@@ -126,7 +126,7 @@ def test_numbers_written_with_an_exponent_become_whole_where_a_whole_number_is_w
 def test_a_seed_that_no_generator_takes_is_named(key, seed):
     with pytest.raises(UserError, match=key) as caught:
         load_recipe("t5_small", [f"{key}={seed}"])
-    assert "it must be" in caught.value.hint
+    assert key in caught.value.hint
 
 
 @pytest.mark.parametrize("override", ["bogus", "=3", "a..b=1", ".a=1", "training.=1", "tr aining.epochs=3"])
