@@ -6,12 +6,18 @@ python benchmarks/page.py     after any benchmark; a test says when the page is 
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu_aims import aims_of, draw
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {  # results file -> heading, command, what it measures
@@ -62,9 +68,15 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "On a GPU",
         "python benchmarks/gpu.py",
         "Random weights of published sizes, clips and sentences as long as iSign's; each row says its device. Sides "
-        "take turns: `hf_16` is Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours. `busy` is the share of "
-        "a step in which the chip computes or copies. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 "
-        "... GPUs: the share of its time that ranks wait for data, and its peak beside the plan.",
+        "take turns, every turn of a side over the same batches, which are loaded before it: `hf_16` is "
+        "Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours, both with workers, page-locked memory, fused "
+        "AdamW and bf16; `bare` a DeepSpeed engine with our layers, `plain` PyTorch's autocast with transformers' "
+        "layers, `fastest` the same loop with our layers, compiled as ours, and our loss. `busy` is the share of a "
+        "step in which the chip computes or copies. `made_in_turns` says that layers were compiled or passes captured "
+        "in turns that count; `first_turn_seconds` are those beside all other sides. `t5_base_starts` are seconds from "
+        "the start of a process to the end of an epoch, compiled for the first time, later from the cache, and "
+        "without. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 ... GPUs, its loader included: the "
+        "share of its time that ranks wait for data, and its peak beside the plan.",
     ),
     "large_models": (
         "Large models on a small machine",
@@ -183,21 +195,30 @@ Every figure here was written by the command above it into `benchmarks/results`,
 
 
 def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default %(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="default %(default)s; pictures/ lies beside it")
+    arguments = parser.parse_args()
+    of_gpu = arguments.results / "gpu.json"
+    if of_gpu.exists() and aims_of(results := json.loads(of_gpu.read_text(encoding="utf-8"))):
+        draw(results, arguments.page.parent / "pictures" / "gpu.png")
+    arguments.page.write_text(page(arguments.results, arguments.page), encoding="utf-8")
+    print(f"wrote {arguments.page}")
 
 
-def page() -> str:
-    """The whole page, in Markdown."""
+def page(results_folder: Path = RESULTS, place: Path = PAGE) -> str:
+    """The whole page, in Markdown, from a folder of results; a picture is drawn where it lies beside the page."""
     parts = [HEAD]
     for name, (heading, command, description) in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
+        path = results_folder / f"{name}.json"
         if not path.exists():
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
         parts.append(f"## {heading}\n\n    {command}\n\n{description}\n")
-        if (PAGE.parent / "pictures" / f"{name}.png").exists():
+        if (place.parent / "pictures" / f"{name}.png").exists():
             parts.append(f"![{heading}](pictures/{name}.png)\n")
+        if name == "gpu" and (aims := aims_of(results)):
+            parts.append(f"Asked of one GPU, and reached:\n\n{table(aims)}\n")
         parts.extend(f"{table}\n" for table in tables(results))
     return "\n".join(parts)
 

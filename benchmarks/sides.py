@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_groups: set[int] = set()  # of the processes that run
 _errors: dict[int, IO[str]] = {}  # of each process that is ready, what it writes as errors
+_is_over = threading.Event()  # from then on nothing is started
+
+
+@contextmanager
+def running(command: list[str], **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process of Python in a session of its own, which ends with the context, and all that it has started with it."""
+    process = subprocess.Popen([sys.executable, *command], text=True, start_new_session=True, **more)
+    _groups.add(process.pid)
+    try:
+        if _is_over.is_set():
+            sys.exit("no time was left")
+        yield process
+    finally:
+        _end_group(process.pid)
+        _groups.discard(process.pid)
+        with contextlib.suppress(BrokenPipeError):  # of an order that it did not read
+            if process.stdin:
+                process.stdin.close()
+        process.wait()
+
+
+def _end_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # the loaders' workers, too
 
 
 def _end_of(errors: IO[str]) -> str:
@@ -21,25 +48,70 @@ def _end_of(errors: IO[str]) -> str:
     return errors.read()[-3000:]
 
 
+def _why(what: str, errors: IO[str]) -> str:
+    return "no time was left" if _is_over.is_set() else f"{what}:\n{_end_of(errors)}"
+
+
 @contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+def started(command: list[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A process that is ready, and idle until its turn."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            bufsize=1, start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin and process.stdout
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        running(command, stderr=errors, env=os.environ | (environment or {}), **pipes) as process,
+    ):
+        assert process.stdout
+        if not any(line.strip() == "ready" for line in process.stdout):
+            sys.exit(_why(f"{' '.join(command)} did not start", errors))
+        _errors[process.pid] = errors
         try:
-            if not any(line.strip() == "ready" for line in process.stdout):
-                sys.exit(f"{' '.join(command)} did not start:\n{_end_of(errors)}")
-            _errors[process.pid] = errors
             yield process
         finally:
-            _errors.pop(process.pid, None)
-            process.stdin.close()
-            os.killpg(process.pid, signal.SIGKILL)  # the loaders' workers, too
-            process.wait()
+            del _errors[process.pid]
+
+
+def output_of(command: list[str]) -> str:
+    """What a command of Python prints.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        running(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{output}{_end_of(errors)}".strip())
+        return output
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[threading.Event]:
+    """Within it all processes are ended after so many seconds, and none is started from then on.
+
+    Yields:
+        what says whether that happened.
+    """
+    timer = threading.Timer(max(0.0, seconds), end_all)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield _is_over
+    finally:
+        timer.cancel()
+
+
+def end_all() -> None:
+    """End all processes that run; who waits for one of them gets an error. None is started from then on."""
+    _is_over.set()
+    for pid in list(_groups):
+        _end_group(pid)
+
+
+def begin_again() -> None:
+    """Let processes be started after an end."""
+    _is_over.clear()
 
 
 @contextmanager
@@ -64,12 +136,13 @@ def run_there(project: Path, arguments: list[str]) -> None:
 def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, Any]:
     """Let a side take so many optimizer steps; ``count`` has it count one."""
     assert process.stdin and process.stdout
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has ended: its errors say why
+        process.stdin.write(f"{steps}\n")
+        process.stdin.flush()
     for line in process.stdout:
         if line.startswith("{"):
             return dict(json.loads(line))
-    sys.exit(f"{' '.join(map(str, process.args))} ended during its turn:\n{_end_of(_errors[process.pid])}")
+    sys.exit(_why(f"{' '.join(map(str, process.args))} ended during its turn", _errors[process.pid]))
 
 
 def turns_of(

@@ -2,8 +2,9 @@
 """One way of training in ``training.py``, which starts a process for each and lets them take turns.
 
 A side says ``ready``, then answers every number of optimizer steps on its standard input, or of ``--turns``, with one
-line of JSON: ``clips``, ``seconds`` and, of our own side, ``mfu``. ``count`` orders one step, whose answer also has its
-operator calls and the times that its host waits for a GPU.
+line of JSON: ``clips``, ``seconds`` and, of our own side, ``mfu``, the micro-batch and what it has compiled, captured
+and warned of so far. ``count`` orders one step, whose answer also has its operator calls and the times that its host
+waits for a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,23 +29,29 @@ import torch
 from operator_calls import calls_of_a_gpu
 from torch.nn import functional
 from training_corpus import MAX_FRAMES
-from turn_figures import padded_frames, planned_step, utilisation
+from training_hf import train_by_hf
+from turn_figures import made_so_far, padded_frames, planned_step, utilisation
 from turns import answer, elapsed, is_profiled, orders
 
 from toolkit.batching.collate import Batch, collate
 from toolkit.batching.loader import train_batches
 from toolkit.checkpointing.random_states import seed_everything
-from toolkit.cluster.devices import own_device
+from toolkit.cluster.devices import own_device, use_device
 from toolkit.cluster.logs import log_to_file
+from toolkit.cluster.ops import use_compile_cache
 from toolkit.cluster.process_group import join_process_group, leave_process_group
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.packed import Clips, Corpus
 from toolkit.cpu import layers
 from toolkit.cpu.allocator import keep_freed_memory
-from toolkit.errors import Interrupted
 from toolkit.fitting.micro_batches import fit_micro_batches
 from toolkit.models import backbone
 from toolkit.models.build import build_processor, build_translator
+from toolkit.models.compiled import WORTH, compile_layers
+from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.models.loss import batch_losses
+from toolkit.models.tokenizers import special_ids
+from toolkit.recipe.compilation import compilation
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.training import engine
@@ -55,26 +62,30 @@ from toolkit.training.start import Start
 from toolkit.training.trainer import Trainer
 
 MAX_TOKENS = 128
+READY = 64  # steps of a loop whose batches are loaded once
 
 
 def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, on which overrides may come after options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("ours", "bare", "plain", "hf", "padded"))
+    parser.add_argument("side", choices=("ours", "bare", "plain", "fastest", "hf", "padded"))
     parser.add_argument("folder", type=Path, help="holds corpus/ and backbone/")
     parser.add_argument("overrides", nargs="*", help="recipe keys, key=value")
     parser.add_argument("--recipe", default="t5_small", help="default t5_small")
     parser.add_argument("--as-on-gpu", action="store_true", help="single calls for what is one kernel on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each rank")
     parser.add_argument("--turns", type=int, nargs="+", metavar="STEPS", help="instead of orders on standard input")
+    parser.add_argument("--same-batches", action="store_true", help="each turn begins with the first batches again")
     parser.add_argument("--without", nargs="+", choices=WITHOUT, default=[], help="what makes our own side fast")
     parser.add_argument("--local_rank", type=int)
     return parser.parse_intermixed_args(words)
 
 
 def main() -> None:
-    sides = {"ours": ours, "bare": bare, "plain": plain, "hf": hf, "padded": padded}
+    sides = {"ours": ours, "bare": bare, "plain": plain, "fastest": fastest, "hf": hf, "padded": padded}
     arguments = read_arguments()
+    if arguments.same_batches:
+        sides |= {side: partial(sides[side], same=True) for side in ("ours", "bare", "plain", "fastest")}
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     if arguments.turns:
@@ -100,31 +111,34 @@ def main() -> None:
             sides[arguments.side](resolved, corpus)
 
 
-def ours(resolved: ResolvedRun, corpus: Corpus) -> None:
+def ours(resolved: ResolvedRun, corpus: Corpus, *, same: bool = False) -> None:
     """The toolkit's own loop, with the micro-batches that it chooses where the recipe leaves them to it."""
     resolved = fit_micro_batches(resolved, read_ranks(), corpus, lambda _: None)
-    for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus):
+    for trainer, taken, clips, seconds in turns_of_ours(resolved, corpus, same=same):
         if trainer.ranks.is_main:
             batches = [batch for step in taken for batch in step]
             planned = planned_step(trainer) if is_profiled() else {}
             figures = {
                 "mfu": utilisation(trainer, batches, seconds),
                 "padded_frames": padded_frames(batches),
+                **made_so_far(trainer),
                 **planned,
             }
             answer(clips, seconds, micro_batch=resolved.micro_batch_size, **figures)
 
 
 def turns_of_ours(
-    resolved: ResolvedRun, corpus: Corpus, *, loaded: bool = True
+    resolved: ResolvedRun, corpus: Corpus, *, loaded: bool = True, same: bool = False
 ) -> Iterator[tuple[Trainer, list[list[Batch]], int, float]]:
     """Take each turn that is ordered by the toolkit's own loop; its trainer, steps, clips and seconds.
 
     The clips of a turn are loaded before its clock starts, or else in its steps, by the workers of a whole run: after
-    each fork, as of workers for an epoch, the process copies every page that it writes to.
+    each fork, as of workers for an epoch, the process copies every page that it writes to. With ``same`` each turn has
+    the batches of the first again, and no shape that is new.
     """
     keep_freed_memory()
     ranks, start = read_ranks(), Start()
+    ahead: list[list[Batch]] = []
     with (
         closing(start_loader(resolved, ranks, corpus, start.progress)) as batches,
         open_run(resolved, ranks, corpus) as interruptions,
@@ -134,10 +148,11 @@ def turns_of_ours(
         trainer.memory.enter("step")
         batches.set_tokenizer(trainer.processor.tokenizer)
         for steps in orders():
-            ahead = [next(batches) for _ in range(steps if loaded else 0)]
+            ahead = ahead if same else []
+            ahead += [next(batches) for _ in range(steps - len(ahead) if loaded else 0)]
             started, clips, taken = time.perf_counter(), trainer.progress.clips, []
-            for _ in range(steps):
-                taken.append(ahead.pop(0) if loaded else next(batches))
+            for number in range(steps):
+                taken.append(ahead[number] if loaded else next(batches))
                 trainer.step(taken[-1])
             seconds = elapsed(started)
             yield trainer, taken, trainer.progress.clips - clips, seconds
@@ -206,8 +221,8 @@ def endless(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> Iterator[l
         epoch += 1
 
 
-def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
-    """The ceiling: a DeepSpeed engine fed with ready batches that were sorted by length, and nothing else.
+def bare(resolved: ResolvedRun, corpus: Corpus, *, same: bool = False) -> None:
+    """A DeepSpeed engine fed with ready batches that were sorted by length, and nothing else.
 
     The process and the model are made as fast as ours, so that what is left is what the loops cost.
     """
@@ -219,49 +234,88 @@ def bare(resolved: ResolvedRun, corpus: Corpus) -> None:
     deepspeeds_own_calls()
     trained, _ = make_engine(model, resolved)
     trained.train()
+
+    def step(batches: list[Batch]) -> None:
+        for batch in batches:
+            trained.backward(mean_loss(trained, batch))
+            trained.step()
+
+    take_ready_turns(step, ready, same)
+    leave_process_group()
+
+
+def take_ready_turns(step: Callable[[list[Batch]], None], ready: list[list[Batch]], same: bool) -> None:
+    """Take each turn that is ordered, over steps of batches that are where the model is."""
     done = 0
     for steps in orders():
-        started, clips = time.perf_counter(), 0
-        for _ in range(steps):
-            for batch in ready[done % len(ready)]:
-                trained.backward(mean_loss(trained, batch))
-                trained.step()
-                clips += batch.num_clips
-            done += 1
-        answer(clips, elapsed(started))
-    leave_process_group()
+        done = 0 if same else done
+        taken = [ready[(done + number) % len(ready)] for number in range(steps)]
+        started = time.perf_counter()
+        for batches in taken:
+            step(batches)
+        seconds = elapsed(started)
+        done += steps
+        answer(sum(batch.num_clips for batches in taken for batch in batches), seconds)
 
 
 def ready_steps(resolved: ResolvedRun, corpus: Corpus, tokenizer: Any) -> list[list[Batch]]:
     """Some steps whose batches are where the model is."""
-    steps = itertools.islice(endless(resolved, corpus, tokenizer), 64)
+    steps = itertools.islice(endless(resolved, corpus, tokenizer), READY)
     return [[batch.to(own_device()) for batch in step] for step in steps]
 
 
-def plain(resolved: ResolvedRun, corpus: Corpus) -> None:
+def plain(resolved: ResolvedRun, corpus: Corpus, *, same: bool = False) -> None:
     """torch alone: transformers' own layers, ready batches, autocast where the run computes in bf16, no DeepSpeed."""
     transformers_layers()
     processor, model = build(resolved, corpus)
+    loop_of_torch(resolved, corpus, processor, model, mean_loss, same)
+
+
+def fastest(resolved: ResolvedRun, corpus: Corpus, *, same: bool = False) -> None:
+    """The same loop with our kernels: our layers, compiled where ours are, and our loss, which scores labels alone."""
+    log_to_file(None)
+    use_device(read_ranks())
+    processor, model = build(resolved, corpus)
+    use_gpu_layers(model)
+    if compilation(resolved.recipe, resolved.deepspeed, has_gpu=torch.cuda.is_available()).compiles:
+        use_compile_cache()
+        compile_layers(model, worth=WORTH if resolved.recipe.training.compile == "auto" else 0.0)
+    special = torch.tensor(special_ids(processor.tokenizer), device=own_device())
+    smoothing = resolved.recipe.training.label_smoothing
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        nll, _ = batch_losses(model, batch, special, label_smoothing=smoothing)
+        return nll / batch.num_target_tokens
+
+    loop_of_torch(resolved, corpus, processor, model, loss, same)
+
+
+def loop_of_torch(
+    resolved: ResolvedRun,
+    corpus: Corpus,
+    processor: Any,
+    model: Any,
+    loss_of: Callable[[Any, Batch], torch.Tensor],
+    same: bool,
+) -> None:
+    """Take turns by torch's fused AdamW over ready batches; the host waits for the GPU at the end of a turn alone."""
     ready = ready_steps(resolved, corpus, processor.tokenizer)
     device, training = own_device(), resolved.recipe.training
     in_bf16 = product_type(resolved) == torch.bfloat16
     model.to(device).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
-    done = 0
-    for steps in orders():
-        started, clips = time.perf_counter(), 0
-        for _ in range(steps):
-            batches = ready[done % len(ready)]
-            for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-                    loss = mean_loss(model, batch) / len(batches)
-                loss.backward()
-                clips += batch.num_clips
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-        answer(clips, elapsed(started))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, fused=True)
+
+    def step(batches: list[Batch]) -> None:
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+                loss = loss_of(model, batch) / len(batches)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, training.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    take_ready_turns(step, ready, same)
 
 
 def build(resolved: ResolvedRun, corpus: Corpus) -> tuple[Any, Any]:
@@ -324,76 +378,9 @@ def pad_to_maximum(clips: Clips, indices: list[int], tokenizer: Any) -> Batch:
 
 def hf(resolved: ResolvedRun, corpus: Corpus) -> None:
     """HuggingFace's ``Seq2SeqTrainer`` with the same DeepSpeed JSON and its default sampling."""
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-    from transformers.modeling_outputs import Seq2SeqLMOutput
-
     log_to_file(None)
     join_process_group(read_ranks())  # without one, accelerate looks for MPI
-    processor, model = build(resolved, corpus)
-    split, training = corpus.splits["train"], resolved.recipe.training
-    whole_forward = model.forward
-
-    def forward(**inputs: Any) -> Seq2SeqLMOutput:
-        logits = whole_forward(**{key: inputs[key] for key in ("poses", "visible", "frame_mask", "labels")}).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten())
-        return Seq2SeqLMOutput(loss=loss, logits=logits)
-
-    model.forward = forward
-
-    def collator(indices: list[int]) -> dict[str, torch.Tensor]:
-        batch = collate(split.read(indices), indices, processor.tokenizer, max_target_tokens=MAX_TOKENS)
-        return {key: getattr(batch, key) for key in ("poses", "visible", "frame_mask", "labels")}
-
-    class Turns(TrainerCallback):
-        """Waits for an order before the steps of a turn and answers after them."""
-
-        def __init__(self) -> None:
-            self.orders = orders()
-            self.left = 0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.left == 0:
-                self.left = self.taken = next(self.orders, 0)
-                if self.left == 0:
-                    raise Interrupted("no more orders")
-                self.started = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.left -= 1
-            if self.left == 0:
-                answer(self.taken * training.global_batch_size, elapsed(self.started))
-
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(resolved.run_dir),
-        deepspeed=resolved.deepspeed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=resolved.precision == "bf16",
-        per_device_train_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.betas[0],
-        adam_beta2=training.betas[1],
-        max_grad_norm=training.gradient_clipping,
-        max_steps=100_000,
-        dataloader_num_workers=training.workers,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",  # it would print beside the answers
-    )
-    trainer = Seq2SeqTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[*range(len(split))],  # type: ignore[arg-type]
-        data_collator=collator,
-        callbacks=[Turns()],
-    )
-    try:
-        trainer.train()
-    except Interrupted:
-        leave_process_group()
+    train_by_hf(resolved, corpus, *build(resolved, corpus), MAX_TOKENS)
 
 
 if __name__ == "__main__":

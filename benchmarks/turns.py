@@ -59,7 +59,8 @@ class Profile:
     def spans(self) -> list[tuple[float, float]]:
         """From when to when the GPU ran each kernel or copy, in seconds."""
         events = self.own.profiler.kineto_results.events()  # type: ignore[union-attr]
-        ours = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+        on_gpu = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+        ours = [event for event in on_gpu if not event.is_user_annotation()]  # which spans kernels and the time between
         return [(event.start_ns() / 1e9, event.end_ns() / 1e9) for event in ours]
 
 
@@ -99,8 +100,9 @@ def answer(clips: int, seconds: float, **more: Any) -> None:
 
 
 def seen(watch: Any, seconds: float) -> dict[str, Any]:
-    """Counts of a turn; or how long the GPU was busy, how often with what, and the most memory that it held; without a
-    GPU the share of the turn in which products were computed."""
+    """Counts of a turn; or how long the GPU was busy, with how many kernels and copies, where the profiler saw that,
+    and the most memory that the process used and held; without a GPU the share of the turn in which products were
+    computed."""
     if isinstance(watch, Calls):
         waits = [[*key, count] for key, count in sorted(watch.waits.items())]
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
@@ -108,9 +110,13 @@ def seen(watch: Any, seconds: float) -> dict[str, Any]:
         return {"calls": watch.calls}
     if not torch.cuda.is_available():
         return {"products_share": watch.products() / seconds}
+    peaks = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    found: dict[str, Any] = {name: round(peak / 2**30, 2) for name, peak in peaks.items()}
     spans = watch.spans()
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"busy_seconds": covered(spans), "launches": len(spans), "peak_gib": round(peak, 2)}
+    busy = covered(spans)
+    if 0 < busy <= seconds:  # a profiler that may not ask the GPU sees nothing, and one whose clock is wrong too much
+        found |= {"busy_seconds": busy, "launches": len(spans)}
+    return found
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -1,8 +1,46 @@
-"""The command line of the processes that benchmarks compare."""
+"""The processes that benchmarks compare: their command line, their turns, and their ends."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
 from tests.scripts import load_script
+
+# A side that answers each order, and ends with the reason on its errors at an order of 0 steps.
+SIDE = """
+import sys
+print("ready", flush=True)
+for line in sys.stdin:
+    if not int(line):
+        sys.exit("out of memory")
+    print('{"clips": %d}' % int(line), flush=True)
+    if int(line) == 13:
+        sys.exit("killed between turns")
+"""
+MUTE = "import time; time.sleep(60)"
+# A side with a worker, whose number it writes to a file.
+WITH_WORKER = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open(sys.argv[1], "w").write(str(worker.pid))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def sides() -> Iterator[ModuleType]:
+    module = load_script("benchmarks/sides.py")
+    yield module
+    module.begin_again()
 
 
 def test_overrides_may_come_before_and_after_options() -> None:
@@ -10,3 +48,89 @@ def test_overrides_may_come_before_and_after_options() -> None:
     arguments = load_script("benchmarks/training_side.py").read_arguments(words)
     assert arguments.overrides == ["deepspeed=zero1", "ds.bf16.enabled=false"]
     assert arguments.as_on_gpu and arguments.threads == 1
+
+
+def test_a_side_that_ends_says_why_and_leaves_no_error_behind(sides: ModuleType) -> None:
+    with sides.started(["-c", SIDE]) as process:
+        assert sides.take_turn(process, 4) == {"clips": 4}
+        with pytest.raises(SystemExit, match="out of memory"):
+            sides.take_turn(process, 0)
+    with sides.started(["-c", SIDE]) as process:
+        assert sides.take_turn(process, 13) == {"clips": 13}
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended before the next order
+        with pytest.raises(SystemExit, match="killed between turns"):
+            sides.take_turn(process, 4)
+
+
+def test_workers_of_a_side_end_with_it(sides: ModuleType, tmp_path: Path) -> None:
+    with sides.started(["-c", WITH_WORKER, str(tmp_path / "pid")]):
+        worker = int((tmp_path / "pid").read_text())
+        assert is_running(worker)
+    while is_running(worker):  # the kernel ends it
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_when_the_time_is_over_nothing_waits_and_nothing_starts(sides: ModuleType) -> None:
+    with sides.ended_after(0.1) as is_over:
+        with pytest.raises(SystemExit, match="no time was left"), sides.started(["-c", MUTE]):
+            pass
+        assert is_over.is_set()
+        with pytest.raises(SystemExit, match="no time was left"), sides.started(["-c", SIDE]):
+            pass
+    sides.begin_again()
+    with sides.started(["-c", SIDE]) as process:
+        assert sides.take_turn(process, 2) == {"clips": 2}
+
+
+def test_a_command_that_fails_says_why(sides: ModuleType) -> None:
+    assert sides.output_of(["-c", "print(6 * 7)"]) == "42\n"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sides.output_of(["-c", "import sys; sys.exit('out of memory')"])
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signals are handled afterwards as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_signal_ends_all_sides_before_the_benchmark(sides: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load_script("benchmarks/gpu.py")
+    monkeypatch.setattr(gpu, "end_all", sides.end_all)
+
+    def open_side() -> str:
+        try:
+            with sides.started(["-c", MUTE]):
+                return "it is ready"
+        except SystemExit as error:
+            return str(error)
+
+    with ThreadPoolExecutor(1) as threads:
+        opening = threads.submit(open_side)
+        with pytest.raises(KeyboardInterrupt):
+            gpu.end_now(signal.SIGTERM, None)
+        assert "ready" not in opening.result()
+
+
+def test_what_a_run_has_compiled_captured_and_warned_of_is_read_from_its_log() -> None:
+    figures = load_script("benchmarks/turn_figures.py")
+    log = (
+        "2026-01-01 toolkit INFO compiling a layer took 1.5 s\n"
+        "2026-01-01 toolkit INFO compiling a layer took 12.0 s\n"
+        "2026-01-01 toolkit INFO a CUDA graph: passes of 16 clips, 96 frames, 32 tokens\n"
+        "2026-01-01 toolkit WARNING the loss jumped\n"
+    )
+    assert figures.made_by(log) == {"compiled": 2, "compile_seconds": 13.5, "captured": 1}
+    warned = figures.made_by(log + "2026-01-01 toolkit WARNING layers run without compilation from here on: no gcc\n")
+    assert warned["warning"] == "layers run without compilation from here on: no gcc"
