@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.cluster.checks import examine
 from toolkit.cluster.environment import describe_environment
 from toolkit.cluster.ops import ARCHITECTURES, OPS, build_ops, use_extensions_dir

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.cluster.ops import use_extensions_dir
 
 use_extensions_dir()  # before anything imports DeepSpeed
@@ -110,10 +114,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cluster.devices import use_device
     from toolkit.cluster.logs import log_to_file, show_errors_only
     from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
-    from toolkit.cluster.rendezvous import on_each_node
+    from toolkit.cluster.rendezvous import on_each_node, on_rank_0
     from toolkit.cpu.allocator import return_freed_memory
     from toolkit.evaluation import inputs
     from toolkit.evaluation.splits import score_splits
+    from toolkit.files import check_place
     from toolkit.models.conditions import check_conditions
     from toolkit.models.loading.load import fetch_translator, load_processor
     from toolkit.recipe.prompts import placeholders
@@ -143,6 +148,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             f"add evaluation.num_beams={arguments.n_best}",
         )
     out = arguments.out or inputs.default_out_folder(arguments.model, corpus)
+    on_rank_0(lambda: check_place(out, f"--out {out}", "give --out ANOTHER_FOLDER"))
 
     if arguments.zero3 and not torch.cuda.is_available():
         return_freed_memory()

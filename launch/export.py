@@ -22,6 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.errors import UserError, exit_code_of, first_line, parsed
 
 

@@ -20,6 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.planning.each_json import copies_of_model, resolve_with_each
 from toolkit.planning.hardware import Hardware, parse_size
@@ -64,6 +68,12 @@ def _parse() -> argparse.Namespace:
     arguments, rest = parser.parse_known_args()
     if wrong := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    of_trials, of_plans = ("ranks", "steps"), ("gpus", "gpu_memory", "nodes", "host_memory", "nvme")
+    unread = of_plans if arguments.tune or arguments.trial else of_trials
+    given = [name for name in unread if getattr(arguments, name) != parser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"{options} {'would have no effect with' if unread is of_plans else 'needs'} --tune")
     if arguments.ranks is not None and arguments.ranks < 1:
         parser.error("--ranks must be at least 1")
     if arguments.steps < 2:

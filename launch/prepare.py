@@ -25,6 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from pydantic import ValidationError
 
 from toolkit.corpus.archives.files import open_poses

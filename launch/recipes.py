@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.recipe.catalogue import catalogue, copy_recipe, millions, summarise
 from toolkit.recipe.corpora import missing_data
@@ -236,6 +240,11 @@ def _check_model(arguments: argparse.Namespace) -> None:
 
     _keep_libraries_quiet()
 
+    if arguments.world_size < 1 or not arguments.card_gib > 0:
+        raise UserError(
+            f"--world-size {arguments.world_size} --card-gib {arguments.card_gib:g}: both are above 0",
+            "give e.g. --world-size 1 --card-gib 24",
+        )
     recipe = load_recipe("t5_small", [f"model.backbone={arguments.name}", *arguments.overrides])
     candidate = examine(recipe, arguments.card_gib, arguments.world_size)
     if arguments.json:

@@ -18,6 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.errors import UserError, exit_code_of, parsed
 from toolkit.reporting.report import COMPARISON, write_comparison, write_report
 

@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.cluster.ops import use_extensions_dir
 
 use_extensions_dir()  # before anything imports DeepSpeed
@@ -106,6 +110,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
     from toolkit.corpus.mixture.opening import open_corpora
+    from toolkit.files import check_place
     from toolkit.fitting.deepspeed_json import AUTO, fit_deepspeed
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
@@ -147,11 +152,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         )
 
     def choose_start() -> Start:
-        run_directory.check_place(resolved.run_dir)
+        check_place(resolved.run_dir, f"run.dir={resolved.run_dir}", "set run.dir=ANOTHER_FOLDER")
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
-        if archived := run_directory.archive_run(resolved.run_dir):
-            echo(f"the run that was in {resolved.run_dir} is now in {archived}")
+        run_directory.check_archiving(resolved)
         return Start()
 
     def check_start() -> tuple[Start, str | None]:
@@ -179,6 +183,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             corpus = few_clips(corpus, arguments.overfit)
         is_short = arguments.overfit is not None
         resolved = fit_micro_batches(resolved, ranks, corpus, echo, resumes=not new, rehearses=not is_short)
+        # Last of all: what is wrong leaves the earlier run where it is.
+        if new and (archived := on_rank_0(lambda: run_directory.archive_run(resolved.run_dir))):
+            echo(f"the run that was in {resolved.run_dir} is now in {archived}")
         if arguments.overfit is not None:
             summary = train_overfit(resolved, ranks, corpus, echo)
         else:

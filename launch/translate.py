@@ -26,6 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toolkit.errors import require_packages
+
+require_packages()
+
 from toolkit.errors import TooManyRejects, UserError, exit_code_of, parsed
 
 if TYPE_CHECKING:
@@ -110,12 +114,15 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Wrong names are found before the model is loaded, which takes seconds."""
+    from toolkit.files import check_place
     from toolkit.inference.clip_sources import find_clips, with_features
     from toolkit.poses.video import check_video_support
 
     sources = find_clips(arguments.clips, arguments.fps)
     if (arguments.srt or arguments.vtt) and len(sources) != 1:
         raise UserError(f"--srt and --vtt are for one clip, and there are {len(sources):,}", "translate it alone")
+    for path in filter(None, (arguments.srt, arguments.vtt)):
+        check_place(path.parent, f"--{path.suffix[1:].lower()} {path}", "give a file in another folder")
     if any(source.is_video for source in sources):
         check_video_support()
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 Parsed = TypeVar("Parsed")
@@ -26,6 +28,9 @@ EXIT_SMALLER_NEXT = 5  # out of memory; the same command resumes with smaller mi
 EXIT_INTERRUPTED = 75
 EXIT_AT_ONCE = 130  # the shells' own: Ctrl-C where nothing is to be saved, or a second one
 EXIT_OUTPUT_CLOSED = 141  # the shells' own: the program that read standard output has ended, as `| head` does
+
+# Some of what every environment of the toolkit has, and a Python of the system has not.
+_PACKAGES = ("torch", "deepspeed", "transformers", "pydantic", "psutil")
 
 _FULL = "free space there, or write to another disk"
 _REFUSED = "change its permissions, or give another path"
@@ -118,6 +123,21 @@ def discard_unwritten_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def require_packages() -> None:
+    """End a command here that runs on a Python without the toolkit's packages, such as the system's.
+
+    It stands before the imports that need them, and needs none itself.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if sys.version_info >= (3, 11) and not missing:
+        return
+    lacks = f"has no {', '.join(missing)}" if missing else "is older than Python 3.11"
+    made = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "activate"
+    hint = f"source {made}" if made.exists() else "run `make setup`, then `source .venv/bin/activate`"
+    print(f"error: {sys.executable} {lacks}\nhint: {hint}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def as_one(problems: Sequence[UserError], about: str) -> UserError:

@@ -10,6 +10,23 @@ from pathlib import Path
 from toolkit.errors import UserError
 
 
+def check_place(folder: Path, given: str, hint: str) -> None:
+    """See whether a folder can be created and written, before long work whose result belongs there.
+
+    Args:
+        folder: need not be there.
+        given: what the command line says, ``run.dir=FOLDER``.
+        hint: the remedy.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        reason = "cannot be written" if place.is_dir() else "is no folder"
+        raise UserError(f"{given}: {place} {reason}", hint)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` to a temporary file beside ``path`` and rename it, so that no reader sees half a file.
 

@@ -120,18 +120,31 @@ def test_archiving_never_loses_a_run(tmp_path: Path) -> None:
     assert run_directory.archive_run(run) is None
 
 
+def test_a_folder_that_is_no_run_is_not_archived(resolve: Resolve, corpus: Corpus) -> None:
+    resolved = resolve()
+    run_directory.check_archiving(resolved)
+    resolved.run_dir.mkdir(parents=True)
+    run_directory.check_archiving(resolved)
+    (resolved.run_dir / "thesis.txt").write_text("of a user")
+    with pytest.raises(UserError) as refusal:
+        run_directory.check_archiving(resolved)
+    assert str(resolved.run_dir) in refusal.value.message and "run.dir" in refusal.value.hint
+    run_directory.start(resolved, corpus)
+    run_directory.check_archiving(resolved)
+
+
+def test_what_the_new_run_reads_is_not_archived(resolve: Resolve, corpus: Corpus) -> None:
+    run_dir = resolve().run_dir
+    run_directory.start(resolve(), corpus)
+    (run_dir / "best").mkdir()
+    for source in (run_dir, run_dir / "best"):
+        with pytest.raises(UserError, match=r"model\.init_from") as refusal:
+            run_directory.check_archiving(resolve(f"model.init_from={source}"))
+        assert "run.dir" in refusal.value.hint
+
+
 def test_a_broken_status_is_refused(tmp_path: Path) -> None:
     (tmp_path / run_directory.STATUS).write_text("{")
     with pytest.raises(UserError, match=r"status\.json") as refusal:
         run_directory.read_status(tmp_path)
     assert "--new" in refusal.value.hint
-
-
-@pytest.mark.parametrize("place", ["file", "file/runs/mine"])
-def test_a_place_where_no_folder_can_be_is_refused_at_once(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("of a user")
-    with pytest.raises(UserError) as raised:
-        run_directory.check_place(tmp_path / place)
-    assert str(tmp_path / "file") in raised.value.message and "run.dir" in raised.value.hint
-    run_directory.check_place(tmp_path / "new" / "runs" / "mine")
-    assert not (tmp_path / "new").exists()

@@ -197,6 +197,21 @@ def test_removed_texts_are_counted_and_listed(own_clips, tmp_path, rows_of) -> N
     assert rows_of(corpus.path / "removed.csv") == [{"uid": taken["uid"], "reason": "train has its text"}]
 
 
+@pytest.mark.parametrize("holds", [{"a.pose": "x"}, {"corpus.json": "{}", "status.json": "{}"}, None])
+def test_what_is_no_corpus_is_never_replaced(clips, tmp_path, holds) -> None:
+    out = tmp_path / "out"
+    if holds is None:
+        out.write_text("of a user")
+    else:
+        out.mkdir()
+        for name, content in holds.items():
+            (out / name).write_text(content)
+    with pytest.raises(UserError, match="out") as refusal:
+        prepare(data_of(clips, tmp_path), out, replace=True)
+    assert "--out" in refusal.value.hint and "--replace" not in refusal.value.hint
+    assert out.is_file() if holds is None else {path.name for path in out.iterdir()} == holds.keys()
+
+
 def test_a_finished_corpus_is_only_replaced_when_asked(clips, tmp_path) -> None:
     out = prepare(data_of(clips, tmp_path), tmp_path / "out").path
     with pytest.raises(UserError, match="/out "):

@@ -158,6 +158,16 @@ def test_a_new_run_archives_the_old_one(fork: Run, arguments: list[str], run_dir
     assert sorted(contents(archived).values()) == sorted(before.values())
 
 
+@pytest.mark.parametrize(
+    "wrong", ["data.poses={}/nowhere", "training.global_batch_size=0", "model.init_from={}/nowhere"]
+)
+def test_a_new_run_that_is_refused_leaves_the_old_one(
+    refused: Callable[..., str], run_dir: Path, tmp_path: Path, wrong: str
+) -> None:
+    refused(run_dir, wrong.format(tmp_path), "--new")
+    assert not run_dir.with_name(f"{run_dir.name}.1").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for one checkpoint, and not for two."""

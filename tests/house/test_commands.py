@@ -127,6 +127,15 @@ def test_every_room_has_its_place_in_the_dependency_rule():
     assert rooms <= placed
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("launch/*.py")), ids=lambda path: path.stem)
+def test_a_python_without_the_packages_is_one_line_with_a_hint(script, tmp_path):
+    bare = [sys.executable, "-S", str(script), "--help"]
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    error, hint = done.stderr.splitlines()
+    assert done.returncode == 2 and not done.stdout
+    assert error.startswith("error: ") and "deepspeed" in error and "activate" in hint
+
+
 HELP = [[path, "--help"] for path in sorted(ROOT.glob("launch/*.py"))] + [[ROOT / "launch" / "recipes.py", "ls"]]
 
 

@@ -140,6 +140,7 @@ def test_mistakes_are_an_error_and_a_hint(model_folder, corpus, tmp_path, comman
         (["--model", model_folder, "--corpus", other_set.path], "landmarks hands_body_50 (50 points"),
         (["--model", model_folder, "--corpus", other_rate.path], "fps 12.5 and 25.0"),
         (["--model", model_folder, "--corpus", other_unit.path], "normalisation"),
+        (["--model", model_folder, "--corpus", corpus.path, "--out", bare / "config.json" / "x"], "--out"),
         (["--model", model_folder, "--corpus", corpus.path, "--n-best", "9"], "evaluation.num_beams=9"),
         (["--model", model_folder, "--corpus", corpus.path, "training.epochs=2"], "training.epochs=2"),
         (["--model", model_folder, "--corpus", corpus.path, "evaluation.tokenize=13b"], "'13b'"),
@@ -187,9 +188,9 @@ def test_only_files_about_the_same_clips_are_compared(tmp_path, command, capsys,
 
 
 def test_results_are_printed_even_if_they_cannot_be_written(model_folder, corpus, tmp_path) -> None:
-    (tmp_path / "file").touch()
-    done = evaluate("--model", model_folder, "--corpus", corpus.path, "--out", "file/x", "--json", cwd=tmp_path)
-    assert done.returncode == 2 and "file/x" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    (tmp_path / "out" / "scores.json").mkdir(parents=True)
+    done = evaluate("--model", model_folder, "--corpus", corpus.path, "--out", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 2 and "out/scores.json" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "floor: shuffled" in done.stdout and "nothing was written" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["splits"]["test"]["clips"] == 9
 

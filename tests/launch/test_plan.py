@@ -81,6 +81,13 @@ def test_the_command_leaves_the_micro_batch_to_a_recipe_that_does() -> None:
     assert row["fits"] and row["micro_batch_size"] == row["max_micro_batch"] > 16
 
 
+@pytest.mark.parametrize("options", [("--ranks", "2"), ("--steps", "9"), ("--tune", "--gpus", "2", "--nvme", "1TB")])
+def test_an_option_that_would_not_be_read_is_refused(options: tuple[str, ...]) -> None:
+    done = plan("--recipe", "t5_small", *options)
+    assert done.returncode == 2 and not done.stdout
+    assert all(option in done.stderr for option in options if option.startswith("--"))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

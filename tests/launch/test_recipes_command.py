@@ -257,6 +257,20 @@ def test_check_model_refuses_in_one_line(tmp_path, folder, config, part):
     assert len(errors) == 1 and part in errors[0]
 
 
+@pytest.mark.parametrize("number", [("--world-size", "0"), ("--card-gib", "0"), ("--card-gib", "nan")])
+def test_check_model_wants_gpus_with_memory(tmp_path, number):
+    done = recipes("check-model", "t5_small", *number, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert " ".join(number) in done.stderr
+
+
+def test_check_model_names_a_folder_that_is_not_there(tmp_path):
+    done = recipes("check-model", str(tmp_path / "nowhere"), cwd=tmp_path)
+    assert done.returncode == 2
+    error, hint = (line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:")))
+    assert str(tmp_path / "nowhere") in error and "folder" in error and "check-model" not in hint
+
+
 def test_check_shows_the_memory_that_a_recipe_takes(tmp_path):
     done = recipes("check", "t5_3b", "--world-size", "8", cwd=tmp_path)
     assert "by arithmetic" in done.stdout and "GiB of host memory a rank" in done.stdout

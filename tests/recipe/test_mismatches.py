@@ -6,6 +6,7 @@ import pytest
 
 from toolkit.recipe.load import load_recipe, recipe_names
 from toolkit.recipe.mismatches import mismatches
+from toolkit.training.overfit import overfit_overrides
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -42,6 +43,7 @@ def test_a_note_names_the_setting(recipe: str, overrides: list[str], named: str)
         ["tracking.project=mine", "tracking.wandb=offline"],
         ["evaluation.num_beams=1"],
         ["training.optimizer=adafactor"],
+        overfit_overrides(8, 1, "t5_small"),
     ],
 )
 def test_settings_that_are_read_get_no_note(overrides: list[str]) -> None:

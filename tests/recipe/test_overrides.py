@@ -121,6 +121,14 @@ def test_numbers_written_with_an_exponent_become_whole_where_a_whole_number_is_w
     assert recipe.run.dir == "2024"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("key", ["training.seed", "data.split_seed"])
+def test_a_seed_that_no_generator_takes_is_named(key, seed):
+    with pytest.raises(UserError, match=key) as caught:
+        load_recipe("t5_small", [f"{key}={seed}"])
+    assert key in caught.value.hint
+
+
 @pytest.mark.parametrize("override", ["bogus", "=3", "a..b=1", ".a=1", "training.=1", "tr aining.epochs=3"])
 def test_what_is_not_key_value_is_named(override):
     with pytest.raises(UserError) as caught:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -121,6 +120,24 @@ def archive_run(run_dir: Path) -> Path | None:
     return run_dir.rename(next_free(run_dir, "."))
 
 
+def check_archiving(resolved: ResolvedRun) -> None:
+    """Raise UserError where the folder that ``--new`` would rename is no run, or holds what the new run reads."""
+    run_dir, data = resolved.run_dir, resolved.recipe.data
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return
+    if not any((run_dir / name).exists() for name in (STATUS, RECIPE_FILE)):
+        raise UserError(f"run.dir={run_dir} holds files and no run: it is not archived", "set run.dir=ANOTHER_FOLDER")
+    read = {"model.init_from": resolved.recipe.model.init_from} | {
+        f"data.{name}": getattr(data, name) for name in PLACES
+    }
+    for key, place in read.items():
+        if place and Path(place).exists() and Path(place).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(
+                f"{key}={place} is in run.dir={run_dir}, which would be archived",
+                "set run.dir=ANOTHER_FOLDER for the new run",
+            )
+
+
 def forget_failed_start(run_dir: Path) -> None:
     """Remove the settings of a run that ended before it logged a step or saved a checkpoint.
 
@@ -136,14 +153,6 @@ def forget_failed_start(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for folder in (PROCESSOR, FROZEN):
         shutil.rmtree(run_dir / folder, ignore_errors=True)
-
-
-def check_place(run_dir: Path) -> None:
-    """Raise UserError where a run directory cannot be created or written, before a rehearsal or a download."""
-    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        reason = "cannot be written" if place.is_dir() else "is no folder"
-        raise UserError(f"run.dir={run_dir}: {place} {reason}", "set run.dir=ANOTHER_FOLDER")
 
 
 def check_same_run(resolved: ResolvedRun, *, extend: bool = False) -> None:

@@ -118,8 +118,11 @@ def prepare(
         ray: address of a Ray cluster to prepare on; None prepares on this machine.
 
     Raises:
-        UserError, TooManyRejects, Interrupted: as ``find_or_prepare``.
+        UserError, TooManyRejects, Interrupted: as ``find_or_prepare``; besides, ``out`` is there and is not to be
+            replaced, or is no corpus.
     """
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_corpus(out))):
+        raise UserError(f"{out} exists already, and is no prepared corpus", "choose another --out")
     if out.exists() and not replace and share[1] == 1:
         raise _exists(out)
     if data.source == "demo":
@@ -135,6 +138,14 @@ def _builder(data: Data, ray: str | None) -> Build:
     if ray is not None:
         return lambda work, shards: build_on_ray(work, shards, ray, data.workers)
     return lambda work, shards: build_shards(work, shards, data.workers or len(os.sched_getaffinity(0)))
+
+
+def _is_corpus(folder: Path) -> bool:
+    """Whether a folder is a corpus, of whatever version; a run directory has a file of the same name."""
+    try:
+        return "format_version" in json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _exists(out: Path) -> UserError:

@@ -50,6 +50,6 @@ def overview(recipe: Recipe) -> Overview:
         parameters=counts.backbone,
         trainable=counts.trainable,
         pose_encoder=counts.pose_encoder,
-        states_gib=round(states.device / GIB, 2),
-        host_gib=round(states.host / GIB, 2),
+        states_gib=states.device / GIB,
+        host_gib=states.host / GIB,
     )

@@ -238,8 +238,8 @@ def _problem(details: Any, text: RecipeText) -> UserError:
         message, hint = details["ctx"]["error"].args
         shown_value = "" if isinstance(given, dict) else f"={given!r}"
         return UserError(f"{place}: {key}{shown_value}: {message}", hint)
-    wanted = details["msg"].removeprefix("Input should ")
-    return UserError(f"{place}: {key}={given!r} is not a valid value", f"set {key}: it must {wanted}")
+    bounds = "be a valid integer" if kind == "int_parsing_size" else details["msg"].removeprefix("Input should ")
+    return UserError(f"{place}: {key}={given!r} is not a valid value", f"set {key}: it must {bounds}")
 
 
 def _suggestion(location: tuple[str, ...]) -> str:

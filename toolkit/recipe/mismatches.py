@@ -58,7 +58,8 @@ def _not_read(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if encoder != "linear":
         yield "model.pose_encoder.projection", f"a {encoder} pose encoder does not read it"
     if not recipe.data.features and not recipe.data.corpus:
-        of_encoder = (f"model.feature_encoder.{key}" for key in FeatureEncoder.model_fields)
+        # Dropout is left out: --overfit turns it off wherever it may be.
+        of_encoder = (f"model.feature_encoder.{key}" for key in FeatureEncoder.model_fields if key != "dropout")
         for key in ("data.features_fps", "model.fusion", "augmentation.feature_mask", *of_encoder):
             yield key, "data.features names none"
     if not recipe.training.ctc_weight:

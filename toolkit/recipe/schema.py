@@ -18,6 +18,7 @@ Strength = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and numpy take
 
 
 def _count_or_auto(value: Any) -> int | Literal["auto"]:
@@ -119,7 +120,7 @@ class Data(Section):
     split_by: SplitBy = "table"  # table = its splits, by video where it names none; whole videos; all clips of a signer
     dev_share: Share = 0.05  # share of the source videos, or signers
     test_share: Share = 0.05  # share of the source videos, or signers
-    split_seed: int = 0
+    split_seed: Seed = 0
     max_rejects: Share = 0.01  # share of clips that may be unusable before preparation stops
     cache: str = "corpora"  # folder of prepared corpora
     workers: CountOrZero = 0  # preparation processes; 0 = all cores
@@ -321,7 +322,7 @@ class Training(Section):
     # Decay of averaged weights, which are evaluated and kept.
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     early_stopping: Count | None = None  # evaluations in a row without a better evaluation.select_by; None = off
-    seed: CountOrZero = 42
+    seed: Seed = 42
     save_every: Count = 500  # optimizer steps
     keep_last: Count = 2  # checkpoints
     keep_best: Count = 1  # models, by evaluation.select_by: best/, and the runners-up in best_NNNNNN/ (by step)

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -65,6 +66,8 @@ def hub_trouble(error: BaseException, source: str) -> HubTrouble | None:
     )
     for cause in _causes(error):
         match cause:
+            case HFValidationError():
+                return HubTrouble("is neither a folder here nor the id of a model, OWNER/NAME", "correct the path")
             case GatedRepoError():
                 return HubTrouble(f"is gated ({hub}/{source})", f"ask for access there, and {LOGIN}")
             case RepositoryNotFoundError():
