@@ -218,7 +218,7 @@ def page(results_folder: Path = RESULTS, place: Path = PAGE) -> str:
         if (place.parent / "pictures" / f"{name}.png").exists():
             parts.append(f"![{heading}](pictures/{name}.png)\n")
         if name == "gpu" and (aims := aims_of(results)):
-            parts.append(f"Asked of one GPU, and reached:\n\n{table(aims)}\n")
+            parts.append(f"Asked of one GPU, and reached; speeds are by those of a peer:\n\n{table(aims)}\n")
         parts.extend(f"{table}\n" for table in tables(results))
     return "\n".join(parts)
 
@@ -290,7 +290,8 @@ def short(value: Any) -> str:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value).replace("|", "\\|")
+    last = str(value).strip().rpartition("\n")[2]  # of an error, which says what it was
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else last.replace("|", "\\|")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -70,12 +70,15 @@ def test_what_was_not_measured_is_said(aims: ModuleType, results: dict[str, Any]
 
 
 def test_the_page_and_its_picture_are_drawn_from_a_folder(results: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    error = {"error": "bare ended during its turn:\nTraceback\nOutOfMemoryError: no room\n"}
+    failed = {"t5_large": results["t5_large"] | {"sides": results["t5_large"]["sides"] | {"bare": error}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(results | failed))
     importlib.import_module("matplotlib.pyplot")  # which reads the methods of Axes
     with mock.patch("matplotlib.axes.Axes.set_title") as title:
         done = run_main("benchmarks/page.py", "--results", tmp_path, "--page", tmp_path / "page.md")
     assert not done.returncode, done.stderr
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| OutOfMemoryError: no room |\n" in text and "Traceback" not in text
     assert "pictures/gpu.png" in text and "| >= 0.95 | 0.98 | 1.2 | t5_base_128 |" in text
     assert (tmp_path / "pictures" / "gpu.png").stat().st_size > 10_000
     titles = [call.args[0] for call in title.call_args_list]
