@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from toolkit.batching.glosses import check_glosses
-    from toolkit.checkpointing import run_directory
+    from toolkit.checkpointing import run_directory, run_lock
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
     from toolkit.corpus.mixture.opening import open_corpora
@@ -153,6 +153,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     def choose_start() -> Start:
         check_place(resolved.run_dir, f"run.dir={resolved.run_dir}", "set run.dir=ANOTHER_FOLDER")
+        if (resolved.run_dir / run_directory.STATUS).exists():
+            run_lock.claim(resolved.run_dir, echo)
         if not new:
             return find_start(resolved, arguments.resume, extend=arguments.extend)
         run_directory.check_archiving(resolved)
@@ -186,6 +188,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         # Last of all: what is wrong leaves the earlier run where it is.
         if new and (archived := on_rank_0(lambda: run_directory.archive_run(resolved.run_dir))):
             echo(f"the run that was in {resolved.run_dir} is now in {archived}")
+        # Where no run was there when this start was chosen, another command may have begun one since.
+        on_rank_0(lambda: run_lock.claim(resolved.run_dir, echo, patience=0))
         if arguments.overfit is not None:
             summary = train_overfit(resolved, ranks, corpus, echo)
         else:

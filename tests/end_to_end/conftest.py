@@ -19,6 +19,7 @@ from tests.end_to_end.warm_runs import Warm
 from tests.hidden_gpus import SHOWN, python_path
 from tests.scripts import load_script
 from tests.time_limits import limit
+from toolkit.checkpointing import run_lock
 from toolkit.cluster.ranks import read_ranks
 from toolkit.corpus.demo import DemoSizes, make_demo
 from toolkit.errors import exit_code_of
@@ -169,6 +170,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         capsys.readouterr()
         code = exit_code_of(lambda: command.run(command.parse(), read_ranks()), debug=False)
+        run_lock.release()  # a command's process ends here
         printed = capsys.readouterr()
         return Finished(code, printed.out, printed.err)
 

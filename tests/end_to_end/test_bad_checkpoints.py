@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from toolkit.checkpointing import run_lock
 from toolkit.checkpointing.checkpoints import complete_checkpoints, read_state
 
 Run = Callable[..., Any]
@@ -166,6 +168,19 @@ def test_a_new_run_that_is_refused_leaves_the_old_one(
 ) -> None:
     refused(run_dir, wrong.format(tmp_path), "--new")
     assert not run_dir.with_name(f"{run_dir.name}.1").exists()
+
+
+def test_a_run_in_which_another_command_trains(
+    refused: Callable[..., str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "PATIENCE", 0)
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    words = [sys.executable, "-c", lock, str(run_dir / run_lock.LOCK)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        for how in ([], ["--new"], ["--extend", "training.max_steps=30"]):
+            assert str(run_dir) in refused(run_dir, *how)
+        other.communicate(b"\n")
 
 
 @pytest.fixture
