@@ -59,6 +59,10 @@ def test_a_checkpoint_may_be_named(tmp_path: Path) -> None:
             choose_checkpoint(tmp_path, str(wrong))
         assert f"--resume {wrong}" in refusal.value.message
         assert "step_000005" in refusal.value.hint and "step_000010" in refusal.value.hint
+    write(tmp_path / "run" / "checkpoints", 3)
+    with pytest.raises(UserError) as refusal:  # the run that holds it, as a user names it
+        choose_checkpoint(tmp_path / "other" / "checkpoints", str(tmp_path / "run"))
+    assert str(tmp_path / "run" / "checkpoints" / "step_000003") in refusal.value.hint
     with pytest.raises(UserError) as refusal:
         choose_checkpoint(tmp_path / "empty", str(tmp_path / "empty" / "x"))
     assert "--resume" in refusal.value.hint

@@ -133,6 +133,12 @@ def test_a_folder_that_is_no_run_is_not_archived(resolve: Resolve, corpus: Corpu
     run_directory.check_archiving(resolved)
 
 
+def test_the_folder_of_a_corpus_is_no_run_directory(corpus: Corpus) -> None:
+    with pytest.raises(UserError) as refusal:
+        run_directory.check_same_corpus(corpus, corpus.path)
+    assert str(corpus.path) in refusal.value.message and "run.dir" in refusal.value.hint
+
+
 def test_what_the_new_run_reads_is_not_archived(resolve: Resolve, corpus: Corpus) -> None:
     run_dir = resolve().run_dir
     run_directory.start(resolve(), corpus)

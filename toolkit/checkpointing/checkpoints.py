@@ -96,7 +96,8 @@ def choose_checkpoint(folder: Path, wanted: str) -> Path | None:
         return found[-1] if found else None
     path = Path(wanted)
     if not (path / MANIFEST).is_file():
-        nearby = complete_checkpoints(path if path.is_dir() else path.parent) or complete_checkpoints(folder)
+        places = (path if path.is_dir() else path.parent, path / folder.name, folder)  # the second where it is a run
+        nearby = next(filter(None, map(complete_checkpoints, places)), [])
         raise UserError(
             f"--resume {path}: no complete checkpoint (a folder with {MANIFEST})",
             f"choose one of {', '.join(map(str, nearby))}" if nearby else "leave out --resume: no checkpoint is nearby",

@@ -173,6 +173,8 @@ def check_same_corpus(corpus: Corpus, run_dir: Path) -> None:
     path = run_dir / CORPUS_FILE
     if not path.is_file():
         return
+    if not (run_dir / RECIPE_FILE).exists():  # a corpus has such a file, too, which a run would overwrite
+        raise UserError(f"run.dir={run_dir} holds {CORPUS_FILE} and no run", "set run.dir=ANOTHER_FOLDER")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

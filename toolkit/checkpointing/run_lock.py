@@ -23,10 +23,16 @@ def claim(run_dir: Path, echo: Callable[[str], None], *, patience: float | None 
     Where a file system has no locks, nothing is kept out.
 
     Raises:
-        UserError: another command trains there, and has not ended within ``patience`` seconds (None: ``PATIENCE``).
+        UserError: the folder cannot be created or written; another command trains there, and has not ended within
+            ``patience`` seconds (None: ``PATIENCE``).
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={run_dir}: cannot be created ({error.strerror})", "set run.dir=ANOTHER_FOLDER"
+        ) from error
     _held.append(file)  # never closed before the end: closing any of a file's descriptors would end the lock
     patience = PATIENCE if patience is None else patience
     until, waits = time.monotonic() + patience, False
