@@ -115,8 +115,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from toolkit.fitting.micro_batches import fit_micro_batches
     from toolkit.models.check import check_model
     from toolkit.models.conditions import check_recipe_conditions
-    from toolkit.models.vocabulary.needed import check_trimming
+    from toolkit.models.vocabulary.needed import check_tokenizer
     from toolkit.models.warm_start.plan import check_warm_start
+    from toolkit.scoring.addends import make_bleu
     from toolkit.training.engine import set_allocator
     from toolkit.training.overfit import few_clips
     from toolkit.training.results import format_summary, read_scores
@@ -163,10 +164,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     def check_start() -> tuple[Start, str | None]:
         check_corpus(corpus, None if new else resolved.run_dir, start)
         check_selection(resolved.recipe, corpus)
+        evaluation = resolved.recipe.evaluation
+        make_bleu(evaluation.tokenize, evaluation.lowercase)  # else the first evaluation would end the run
         check_recipe_conditions(resolved.recipe, corpus)
         check_glosses(resolved.recipe, corpus)
         if start.checkpoint is None and not start.finished:
-            check_trimming(resolved.recipe)
+            check_tokenizer(resolved.recipe)
             if resolved.recipe.model.init_from:
                 check_warm_start(resolved.recipe, corpus)
         return start, extend_schedule(resolved, corpus, start)

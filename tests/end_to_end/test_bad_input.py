@@ -81,6 +81,11 @@ def test_glosses_that_the_clips_lack(refused: Callable[..., str]) -> None:
     assert "24 of 24" in error and "column gloss" in error and "training.ctc_target=text" in error
 
 
+@pytest.mark.parametrize("wrong", ["evaluation.tokenize=13b", "evaluation.tokenize=ko-mecab", "model.tokenizer={}"])
+def test_a_tokenizer_that_cannot_be_loaded(refused: Callable[..., str], tmp_path: Path, wrong: str) -> None:
+    assert wrong.format(tmp_path).rpartition("=")[2] in refused(wrong.format(tmp_path))
+
+
 def test_a_recipe_that_does_not_exist(refused: Callable[..., str]) -> None:
     error = refused(recipe="t5_smal")
     assert "t5_small" in error

@@ -96,17 +96,19 @@ def trimmed_tokenizer(
     return smaller
 
 
-def check_trimming(recipe: Recipe) -> None:
-    """See, before a run starts, that its vocabulary can be trimmed as the recipe asks.
+def check_tokenizer(recipe: Recipe) -> None:
+    """See, before a run starts, that its tokenizer can be loaded, and trimmed where the recipe asks for it.
 
     Raises:
         UserError: it cannot, or the text file of its margin cannot be read.
     """
-    if recipe.model.vocabulary == "full":
-        return
-    if recipe.model.vocabulary_text:
+    trims, name = recipe.model.vocabulary != "full", tokenizer_of(recipe.model)
+    if trims and recipe.model.vocabulary_text:
         next(_lines(recipe.model.vocabulary_text))
-    check_trimmable(full_tokenizer(recipe), tokenizer_of(recipe.model))
+    if trims or name != "train":  # one that is trained on the corpus exists later
+        tokenizer = full_tokenizer(recipe)
+        if trims:
+            check_trimmable(tokenizer, name)
 
 
 def _is_language_model(model: Model) -> bool:
