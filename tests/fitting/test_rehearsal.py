@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -82,15 +83,21 @@ def test_the_process_ends_with_its_rank(rehearsing: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_a_process_without_the_memory_of_its_rank_rehearses(resolve: Any, corpus: Corpus) -> None:
+def test_a_process_without_the_memory_of_its_rank_rehearses(
+    resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As beside a GPU, which does not survive a fork: all that the process needs is sent to it."""
+    prefix = f"rehearsal-{os.getpid()}-"
+    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", f"/{prefix}")
     run = resolve("model.tiny=true", "training.micro_batch_size=auto", "training.global_batch_size=6")
     lengths = lengths_of(run, corpus.splits["train"])
     own = Rehearsal(run, Ranks(), corpus, lengths, 1, has_gpu=True)
     found = own.step(heaviest(limits_of(2, lengths), lengths))
+    left = list(Path("/dev/shm").glob(f"sem.{prefix}*"))
     own.close()
     assert (found.problem, found.error) == (None, None)
     assert found.seconds > 0 and found.resident > 2**20
+    assert left == [], "Python would warn at the end of the run of each semaphore that a killed process has left"
 
 
 @pytest.mark.process

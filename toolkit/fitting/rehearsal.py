@@ -142,6 +142,8 @@ def _rehearse(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the rank ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Progress bars make semaphores, which those of the method "spawn" would leave behind: this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     _be_quiet()
     engine = None
     while True:
