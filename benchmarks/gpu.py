@@ -72,13 +72,15 @@ class Measuring:
     def _measured(self, row: Row, seconds: float) -> dict[str, Any]:
         if not isinstance(row.measure, Training):
             return row.measure(self.folder, self.toy)
+        began, more = time.monotonic(), {}
         if row.name not in self.opened:
             pair = {each.name: each.measure for each in self._pair(row, seconds) if isinstance(each.measure, Training)}
             opened = opened_together([*pair.values()], self.folder, self.toy)
             self.opened |= dict(zip(pair, opened, strict=True))
+            more = {"opened_in_seconds": round(time.monotonic() - began, 1)}
         processes = self.opened.pop(row.name)
         with processes.stack:
-            return row.measure.measure(processes, self.toy)
+            return row.measure.measure(processes, self.toy) | more
 
     def _pair(self, row: Row, seconds: float) -> list[Row]:
         """A training row and, where both fit, the one after it."""

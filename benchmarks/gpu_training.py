@@ -202,7 +202,7 @@ def profiled_figures(beside: list[dict[str, Any]], profile: list[dict[str, Any]]
         found = {key: turn[key] for key in ("peak_gib", "planned_gib", "reserved_gib") if key in turn}
         if "busy_seconds" in turn and beside:
             found["busy"] = round(min(1.0, turn["busy_seconds"] / turn["clips"] * speed_of(beside)), 3)
-            found["launches_a_clip"] = round(turn["launches"] / turn["clips"], 1)
+            found |= {f"{name}_a_clip": round(turn[name] / turn["clips"], 1) for name in ("kernels", "launches")}
         elif "peak_gib" in turn:
             found["busy"] = "not seen by the profiler"
     return found

@@ -15,6 +15,12 @@ from operator_calls import Calls
 # torch's operators that compute matrix products and convolutions on a CPU.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward")
 
+# Functions of CUDA that start something on a GPU, as the profiler names them.
+STARTS = (
+    *("cudaLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
+    *("cuLaunch", "cuGraphLaunch", "cuMemcpy", "cuMemset"),
+)
+
 
 def orders() -> Iterator[int]:
     """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4`` or ``launches 4``."""
@@ -55,6 +61,12 @@ class Profile:
     def products(self) -> float:
         """Seconds that the CPU was in matrix products and convolutions."""
         return sum(event.self_cpu_time_total for event in self.own.key_averages() if event.key in PRODUCTS) / 1e6
+
+    def launches(self) -> int:
+        """How often the host started a kernel, a copy or a whole graph."""
+        events = self.own.profiler.kineto_results.events()  # type: ignore[union-attr]
+        # A call of the runtime and that of the driver within it have one number.
+        return len({event.correlation_id() for event in events if event.name().startswith(STARTS)})
 
     def spans(self) -> list[tuple[float, float]]:
         """From when to when the GPU ran each kernel or copy, in seconds."""
@@ -100,7 +112,7 @@ def answer(clips: int, seconds: float, **more: Any) -> None:
 
 
 def seen(watch: Any, seconds: float) -> dict[str, Any]:
-    """Counts of a turn; or how long the GPU was busy, with how many kernels and copies, where the profiler saw that,
+    """Counts of a turn; or how long the GPU was busy, with how many kernels, copies and launches, where that was seen,
     and the most memory that the process used and held; without a GPU the share of the turn in which products were
     computed."""
     if isinstance(watch, Calls):
@@ -115,7 +127,7 @@ def seen(watch: Any, seconds: float) -> dict[str, Any]:
     spans = watch.spans()
     busy = covered(spans)
     if 0 < busy <= seconds:  # a profiler that may not ask the GPU sees nothing, and one whose clock is wrong too much
-        found |= {"busy_seconds": busy, "launches": len(spans)}
+        found |= {"busy_seconds": busy, "kernels": len(spans), "launches": watch.launches()}
     return found
 
 

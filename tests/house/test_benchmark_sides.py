@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.scripts import load_script
 
@@ -134,3 +136,31 @@ def test_what_a_run_has_compiled_captured_and_warned_of_is_read_from_its_log() -
     assert figures.made_by(log) == {"compiled": 2, "compile_seconds": 13.5, "captured": 1}
     warned = figures.made_by(log + "2026-01-01 toolkit WARNING layers run without compilation from here on: no gcc\n")
     assert warned["warning"] == "layers run without compilation from here on: no gcc"
+
+
+def event(name: str, start: int, end: int, number: int, *, on_gpu: bool = True, marks: bool = False) -> Any:
+    """One of torch's profiler, with the methods that are asked."""
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    answers = {"name": name, "start_ns": start, "end_ns": end, "correlation_id": number, "device_type": kind}
+    return SimpleNamespace(
+        **{key: lambda value=value: value for key, value in answers.items()}, is_user_annotation=lambda: marks
+    )
+
+
+def test_the_gpu_is_busy_with_kernels_and_copies_of_all_streams_and_a_graph_is_one_launch() -> None:
+    turns = load_script("benchmarks/turns.py")
+    profile = turns.Profile.__new__(turns.Profile)
+    events = [
+        event("cudaLaunchKernel", 0, 10, 1, on_gpu=False),
+        event("cuLaunchKernel", 1, 9, 1, on_gpu=False),  # within it
+        event("cudaGraphLaunch", 20, 30, 2, on_gpu=False),
+        event("cudaStreamSynchronize", 30, 99, 3, on_gpu=False),
+        event("Optimizer.step", 0, 10**9, 4, marks=True),
+        event("gemm", 10**8, 3 * 10**8, 1),
+        event("Memcpy HtoD", 2 * 10**8, 4 * 10**8, 5),
+        event("norm of the graph", 6 * 10**8, 7 * 10**8, 2),
+        event("dropout of the graph", 7 * 10**8, 8 * 10**8, 2),
+    ]
+    profile.own = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))
+    assert turns.covered(profile.spans()) == pytest.approx(0.5)
+    assert (len(profile.spans()), profile.launches()) == (4, 2)

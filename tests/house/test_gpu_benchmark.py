@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.recipe.resolving import run_of
 from tests.scripts import load_script
@@ -240,7 +243,9 @@ class Sides:
         turn = {"clips": 128 * steps, "seconds": seconds, "mfu": 0.5, "captured": self.captured, "compiled": 4}
         self.captured += "compile=graphs" in command and steps > 32
         found = turn | {"peak_gib": 2.0, "planned_gib": 2.1}
-        return found | ({"busy_seconds": 0.4 * seconds, "launches": 10} if self.sees_gpu else {})
+        return found | (
+            {"busy_seconds": 0.4 * seconds, "kernels": 256 * steps, "launches": 128 * steps} if self.sees_gpu else {}
+        )
 
 
 @pytest.fixture
@@ -283,9 +288,11 @@ def test_sides_of_two_rows_start_together_and_share_of_busy_time_is_of_the_same_
         second = measure(rows[1], 500)
     assert sides.most == 6 and not sides.running
     assert first["clips_a_step"] == 16 and second["clips_a_step"] == 128
+    assert "opened_in_seconds" in first and "opened_in_seconds" not in second, "both were opened for the first"
     assert list(first["sides"]) == list(second["sides"]) == ["ours", "ours_graphs", "hf_16"]
     for figures in (*first["sides"].values(), *second["sides"].values()):
         assert figures["busy"] == pytest.approx(0.4), "of the same steps without a profiler"
+        assert (figures["kernels_a_clip"], figures["launches_a_clip"]) == (2.0, 1.0)
         assert (figures["peak_gib"], figures["planned_gib"]) == (2.0, 2.1) and figures["first_turn_seconds"] >= 0
     # Steps of 16 clips: the first one by itself, turns of half an epoch, then 32 without and with a profiler.
     assert sides.taken["t5_small", "micro=8"] == [1, 64, 64, 64, 32, "profile 32"]
@@ -351,3 +358,38 @@ def test_a_runs_own_figures_are_those_of_its_later_steps_and_of_its_plan(gpu: Mo
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = rows_of(gpu).figures_of_run(tmp_path)
     assert found == {"clips_per_second": 200.0, "data_wait_share": 0.02, "peak_gib": 3.92, "planned_gib": 3.89}
+
+
+def test_fewer_clips_of_generate_are_compared_by_their_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = load_script("benchmarks/evaluation.py")
+    translated: list[range] = []
+
+    def padded_batch(split: Any, clips: range, processor: Any, longest: int) -> Any:
+        translated.append(clips)
+        batch = SimpleNamespace(poses=list(clips), visible=None, frame_mask=None)
+        batch.to = lambda device: batch
+        return batch
+
+    model = SimpleNamespace(config=SimpleNamespace(), generate=lambda clips, *_, **settings: clips)
+    model.to = lambda device: model
+    processor = SimpleNamespace(batch_decode=lambda clips: [f" text {clip}" for clip in clips])
+    ours = [SimpleNamespace(hypothesis=f"text {clip}") for clip in range(40)]
+    for name, stand_in in (
+        ("load_translator", lambda path: (model, processor)),
+        ("open_split", lambda *_: FortyClips(frames=np.full(40, 90))),
+        ("padded_batch", padded_batch),
+        ("translate_split", lambda *_, **settings: ours),
+        ("evaluation_mode", lambda model: nullcontext()),
+        ("own_device", lambda: torch.device("cpu")),
+        ("take_turns", lambda plain, ours, repeats: ((plain(), ours()), 4.0, 8.0)),
+    ):
+        monkeypatch.setattr(evaluation, name, stand_in)
+    found = evaluation.vs_plain_generate(Namespace(model="run", corpus=None, plain_clips=20, repeats=1))
+    assert translated == [range(16), range(16, 20)]
+    assert (found["clips"], found["clips_of_plain"], found["same_texts"]) == (40, 20, 20)
+    assert (found["plain_clips_per_second"], found["ours_clips_per_second"], found["ratio"]) == (5.0, 5.0, 1.0)
+
+
+class FortyClips(SimpleNamespace):
+    def __len__(self) -> int:
+        return 40
