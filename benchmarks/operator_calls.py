@@ -34,7 +34,10 @@ INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, a
 # Functions that copy to the host, or from it without `non_blocking`.
 COPIES = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__array__}
 # Operators that start no kernel, beside those that torch calls views.
-WITHOUT_KERNEL = {"_unsafe_view", "_reshape_alias", "detach", "empty", "empty_like", "new_empty", "empty_strided"}
+WITHOUT_KERNEL = {
+    *("_unsafe_view", "_reshape_alias", "detach", "empty", "empty_like", "new_empty", "empty_strided"),
+    *("record_stream", "set_", "resize_"),
+}
 HOST = "toolkit/batching/collate.py"  # makes batches, which are the host's own
 OWNERS = (HOST, "deepspeed", "torch/optim", "accelerate", "toolkit", "transformers", "benchmarks", "tests")
 

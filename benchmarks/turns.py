@@ -23,16 +23,12 @@ STARTS = (
 
 
 def orders() -> Iterator[int]:
-    """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4`` or ``launches 4``."""
+    """How many steps to take next: ``4``, ``count`` (one, counted), ``profile 4``, ``launches 4``, ``traffic 4``."""
     print("ready", flush=True)
     for line in sys.stdin:
         name, *rest = line.split()
-        if name == "count":
-            watching.append(Calls().__enter__())
-        elif name == "profile":
-            watching.append(Profile().__enter__())
-        elif name == "launches":
-            watching.append(Launches().__enter__())
+        if name in WATCHES:
+            watching.append(WATCHES[name]().__enter__())
         yield int(rest[0]) if rest else 1 if watching else int(name)
 
 
@@ -88,6 +84,10 @@ class Launches:
         self.calls = {name: number - self.before[name] for name, number in pretended_counts().items()}
 
 
+# What an order may name in front of its steps; ``traffic_side.py`` adds one.
+WATCHES: dict[str, Any] = {"count": Calls, "profile": Profile, "launches": Launches}
+
+
 def pretended_counts() -> dict[str, int]:
     counts: dict[str, int] = importlib.import_module("pretended_operators").counts()
     return counts
@@ -120,6 +120,8 @@ def seen(watch: Any, seconds: float) -> dict[str, Any]:
         return {"operators": watch.total, "kernels": watch.kernels, "waits": waits}
     if isinstance(watch, Launches):
         return {"calls": watch.calls}
+    if not isinstance(watch, Profile):
+        return dict(watch.seen())
     if not torch.cuda.is_available():
         return {"products_share": watch.products() / seconds}
     peaks = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from pretended_operators import counts
@@ -51,6 +52,13 @@ def compiled() -> None:
     layer(x)
     after = {name: number - before[name] for name, number in counts().items()}
     assert (after["triton"], after["kernels"]) == (1, 0), after
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from traffic import Traffic
+
+    with Traffic() as traffic:
+        layer(x)
+    (work,) = traffic.work.values()
+    assert (work.calls, work.bytes) == (1, 2 * 4 * 1000), work
 
 
 def limited() -> None:
