@@ -37,7 +37,7 @@ from toolkit.recipe.model_cards import load_model_yaml
 
 RESULTS = HERE / "results" / "roofline.json"
 CLIPS = 128  # of a step
-STEPS = 8  # of a turn, an epoch: steps are sorted by length
+STEPS = 4  # of a turn, an epoch: steps are sorted by length
 SHOWN = 12  # of the kernels that take longest
 ROWS_OF = {  # recipe -> rows of gpu.py
     "t5_small": ("t5_small_128",),
@@ -113,12 +113,12 @@ def prepare(folder: Path, recipe: str) -> None:
 
 
 def count(folder: Path, recipe: str, way: str, settings: tuple[str, ...]) -> dict[str, Any]:
-    """What the kernels of a step do: the mean of an epoch, after one that has compiled and made all states."""
+    """What the kernels of a step do: the mean of an epoch, after steps that have compiled and made all states."""
     training = Training(recipe, CLIPS, {"": (way, *settings, *SAME)})
     script, *words = training.commands(folder, toy=False)[""]
     script = str(HERE / "traffic_side.py")
     with started(["-m", "tests.pretended_cuda", sys.executable, script, *words]) as process:
-        take_turn(process, STEPS)
+        take_turn(process, STEPS if "training.compile=true" in settings else 1)
         traffic = take_turn(process, f"traffic {STEPS}")
     for row in traffic["rows"]:
         for key in row.keys() - {"place", "kernel"}:

@@ -13,7 +13,8 @@ first use, into the environment (``ENVIRONMENT/pretended_cuda``). Variables choo
 
     PRETENDED_CUDA_GPUS     number of GPUs (1)
     PRETENDED_CUDA_GIB      memory of each (139.8), which the host need not have: pages are mapped as they are written
-    PRETENDED_CUDA_NUMBERS  1: operators compute (the default); 0: kernels do nothing, and are counted as on a GPU
+    PRETENDED_CUDA_NUMBERS  1: operators compute (the default); 0: kernels do nothing, nor do copies from GPU to GPU,
+                            and are counted as on a GPU
     PRETENDED_CUDA_TRITON   1: compiled layers are Inductor's, whose Triton kernels compute nothing; 0: as eager ones
     PRETENDED_CUDA_STRICT   1: where operators compute, a kernel that none took the place of is an error; 0: a line
     PRETENDED_CUDA_FREED    1: a graph that reads memory which was freed after its capture is an error
