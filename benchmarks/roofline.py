@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, metavar="N", default=0, help="print so many of each side's kernels")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the side that runs, too
     try:
         environment = find_environment()
     except UserError as error:
@@ -118,7 +120,7 @@ def count(folder: Path, recipe: str, way: str, settings: tuple[str, ...]) -> dic
     script, *words = training.commands(folder, toy=False)[""]
     script = str(HERE / "traffic_side.py")
     with started(["-m", "tests.pretended_cuda", sys.executable, script, *words]) as process:
-        take_turn(process, STEPS if "training.compile=true" in settings else 1)
+        take_turn(process, 1 if way == "hf" else STEPS)  # the epochs of the others have the same batches
         traffic = take_turn(process, f"traffic {STEPS}")
     for row in traffic["rows"]:
         for key in row.keys() - {"place", "kernel"}:
