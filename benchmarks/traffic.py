@@ -196,6 +196,7 @@ def _place() -> str:
         path = frame.f_code.co_filename
         owner = next((name for name in OWNERS if f"/{name}/" in f"{path}/"), None)
         if owner and not path.endswith(OWN):
-            return f"{path[path.rindex(f'/{owner}/') + 1 :]}:{frame.f_lineno} {frame.f_code.co_qualname}"
+            start = f"{path}/".rindex(f"/{owner}/") + 1
+            return f"{path[start:]}:{frame.f_lineno} {frame.f_code.co_qualname}"
         frame = frame.f_back
     return threading.current_thread().name
