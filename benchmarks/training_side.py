@@ -192,7 +192,7 @@ def transformers_layers() -> None:
 
 
 def deepspeeds_own_calls() -> None:
-    engine.skip_sums_of_one_rank = engine.count_no_hooks = engine.join_gradients = lambda *_: None
+    engine.skip_sums_of_one_rank = engine.count_no_hooks = engine.join_gradients = engine.join_sums = lambda *_: None
 
 
 def freed_memory_goes() -> None:

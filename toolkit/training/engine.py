@@ -27,6 +27,7 @@ from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.language_models.tensor_plan import partition_plan, split_weights
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun, value_at
+from toolkit.training.optimization.bf16_sums import join_sums
 from toolkit.training.optimization.gradient_reduction import count_no_hooks, skip_sums_of_one_rank
 from toolkit.training.optimization.joined_gradients import join_gradients
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
@@ -92,6 +93,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     count_no_hooks(engine)
     if resolved.tensor_parallel_size == 1:  # else DeepSpeed counts what ranks of a group share once, by parameter
         join_gradients(engine)
+        join_sums(engine)
     if uses_cpu_code():
         communicate_on_cpu(engine, resolved)
     if value_at(resolved.deepspeed, "compile.deepcompile"):
