@@ -1,8 +1,9 @@
 """Layers of a translator that are compiled one by one, for batches of any size: fewer and larger kernels on a GPU.
 
 A layer is a block of the pose encoder, of the backbone's encoder or of its decoder. Layers that are alike share one
-graph, so that a model compiles a handful of them (a T5 has four) whatever its depth. What is between the layers runs
-as it is written, and so do evaluations and searches, whose lengths change with every token.
+graph, so that a model compiles a handful of them (a T5 has four) whatever its depth. So is the loss of many tokens;
+what else is between the layers runs as it is written, and so do evaluations and searches, whose lengths change with
+every token.
 
 Gradient checkpointing keeps and recomputes whole layers, outside their graphs. Names of weights stay.
 """
@@ -27,10 +28,13 @@ from torch._functorch import config as gradients
 from torch.fx.experimental import _config as sizes
 
 from toolkit.models.backbone import stack_layers, stacks
+from toolkit.models.loss import AS_WRITTEN, RowFunctions
 
 BACKEND: str | Callable[..., Any] = "inductor"  # tests choose others
 # Graphs of one kind of layer: with and without position biases, frozen and not, for one clip or token and for several.
 GRAPHS = 64
+# Scores of a vocabulary from which on the passes over them that are saved take a GPU longer than two launches its host.
+SCORES = 2**24
 # FLOPs of a layer's products in a forward pass, from which on its kernels take an H200 longer than its host needs
 # to launch a compiled layer: guards and Triton's launches cost more than torch's own (benchmarks/launches.py).
 WORTH = 6e10
@@ -47,6 +51,10 @@ class CompiledLayers:
     works: bool = True  # until a layer cannot be compiled
     is_on: bool = True  # False within `uncompiled`
     choices: dict[nn.Module, bool] = field(default_factory=dict)
+    rows: RowFunctions = field(init=False)  # of the token loss
+
+    def __post_init__(self) -> None:
+        self.rows = RowFunctions(*(_rows_with_graph(written, self) for written in AS_WRITTEN))
 
     def begin_pass(self, *_: Any) -> None:
         self.choices.clear()
@@ -88,6 +96,7 @@ def compile_layers(model: Any, *, worth: float = 0.0) -> int:
         callback_handler.register_end_callback(_note_end)
     # Sizes that are equal by chance in the first batch, such as clips and tokens, are different ones.
     sizes.use_duck_shape = False
+    graphs.specialize_float = True  # the smoothing of labels, which stays
     compiled = CompiledLayers(worth)
     layers = layers_to_compile(model)
     for layer in layers:
@@ -125,6 +134,31 @@ def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
         return run(*inputs, **settings)
 
     return forward
+
+
+def _rows_with_graph(written: Callable[..., Any], layers: CompiledLayers) -> Callable[..., Any]:
+    """A function of logits and more, compiled where it can be."""
+    compiled = torch.compile(written, fullgraph=True, dynamic=True, backend=BACKEND)
+    works = True
+
+    @functools.wraps(written)
+    def run(logits: torch.Tensor, *inputs: Any) -> Any:
+        nonlocal works
+        if works and layers.is_on and logits.numel() >= (SCORES if layers.worth else 1):
+            try:
+                return compiled(logits, *inputs)
+            except COMPILE_ERRORS as error:
+                works = False
+                log.warning("the loss is computed without compilation: %s (%s)", reason_of(error), written.__name__)
+        return written(logits, *inputs)
+
+    return run
+
+
+def row_functions(model: nn.Module) -> RowFunctions:
+    """What computes the token loss of a translator: compiled, where its layers are."""
+    layers: CompiledLayers | None = getattr(model, "compiled_layers", None)
+    return layers.rows if layers else AS_WRITTEN
 
 
 _starts: list[float] = []  # of the compilation that runs

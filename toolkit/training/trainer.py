@@ -25,7 +25,7 @@ from toolkit.cluster import failures
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import on_rank_0
 from toolkit.corpus.packed import Corpus, Split
-from toolkit.models.compiled import before_compilations
+from toolkit.models.compiled import before_compilations, row_functions
 from toolkit.models.loading.weights import save_model, saved_state_dict
 from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
@@ -79,7 +79,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.recipe, resolved, progress = self.resolved.recipe, self.resolved, self.progress
-        self.on_exit = ExitStack()
+        self.on_exit, self.rows = ExitStack(), row_functions(self.engine.module)
         training = self.recipe.training
         self.gradient_guard: GradientGuard | None = GradientGuard(
             self.engine.module, may_overflow=resolved.precision == "fp16"
@@ -236,7 +236,7 @@ class Trainer:
     def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed token loss and CTC loss of a micro-batch, in nats, by the engine or another ``model``."""
         smoothing = self.recipe.training.label_smoothing if self.engine.training else 0.0
-        return batch_losses(model or self.engine, batch, self.special_ids, label_smoothing=smoothing)
+        return batch_losses(model or self.engine, batch, self.special_ids, label_smoothing=smoothing, rows=self.rows)
 
     def _look_at_device(
         self, counts: Tensor, own: Tensor, batches: Sequence[Batch]
