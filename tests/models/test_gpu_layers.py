@@ -9,7 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from tests.scripts import load_script
 from toolkit.models.gpu_layers import use_gpu_layers
@@ -127,3 +129,46 @@ def test_frozen_projections_get_no_gradient() -> None:
         for name, weight in model.named_parameters():
             weight.requires_grad_(".k." not in name)
     same(own, quick)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_relu_with_dropout_keeps_its_result_alone(autocast: bool) -> None:
+    """Neither the ReLU's nor dropout's mask, which compiled layers keep otherwise: the result says both."""
+    kept: list[set[torch.dtype]] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        (returned,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["val"] for node in returned if isinstance(node, torch.fx.Node)]
+        kept.append({value.dtype for value in values if isinstance(value, Tensor)})
+        return graph.forward
+
+    config = T5Config(**SIZES | {"dropout_rate": 0.3})
+    layers = [T5DenseActDense(config), T5DenseActDense(config)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    use_gpu_layers(layers[1])
+    forwards = [
+        layers[0],
+        torch.compile(layers[1], fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=note)),
+    ]
+    states, found = torch.randn(5, 7, 16), []
+    for layer, forward in zip(layers, forwards, strict=True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = forward(states)
+        result.square().sum().backward()
+        found.append([result.detach(), *(weight.grad for weight in layer.parameters())])
+    torch._dynamo.reset()
+    # In bf16 a CPU rounds the factor of dropout, too, in the backward pass of its own.
+    torch.testing.assert_close(found[1], found[0], **({"rtol": 0.02, "atol": 0.1} if autocast else {}))
+    assert torch.bool not in kept[0], "of the forward graph; the second is the backward graph's"
+
+
+def test_the_bias_of_positions_is_cast_once_in_autocast() -> None:
+    """The first layer casts it for all; each would cast a float32 one, and sum its gradient in float32."""
+    _, quick = models(layers=2)
+    attention = quick.encoder.block[0].layer[0].SelfAttention
+    states, mask = torch.randn(2, 9, 16), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    for autocast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _, bias, _ = attention(states, mask)
+        assert bias.dtype == dtype and bias.shape == (2, 4, 9, 9)

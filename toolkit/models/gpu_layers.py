@@ -36,6 +36,25 @@ class FusedRMSNorm(nn.Module):
         return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class ReluDropout(torch.autograd.Function):
+    """Dropout of a ReLU, whose gradient follows from what they return: above zero is what both have let through.
+
+    torch keeps the ReLU's result and the mask of dropout besides, and compiled layers the masks of both.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, p: float) -> Tensor:
+        result = functional.dropout(functional.relu(x), p)
+        context.save_for_backward(result)
+        context.scale = 1 / (1 - p)
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = context.saved_tensors
+        return torch.where(result > 0, gradient * context.scale, 0.0), None
+
+
 class FlatFeedForward(nn.Module):
     """The feed-forward half of a layer, on rows; mixed into a class of transformers'.
 
@@ -52,13 +71,24 @@ class FlatFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """States [..., width] to states of the same shape."""
         rows = hidden_states.flatten(0, -2)
-        if not _is_in_autocast(rows):
+        in_autocast = _is_in_autocast(rows)
+        if self.keeps_one():
+            inner: Tensor = ReluDropout.apply(self.wi(rows), self.dropout.p)
+        elif in_autocast:
+            gated = hasattr(self, "wi_1")
+            inner = self.dropout(self.act(self.wi_0(rows)) * self.wi_1(rows) if gated else self.act(self.wi(rows)))
+        else:
             own: Tensor = super().forward(rows)
             return own.view(hidden_states.shape)
-        # transformers' own casts to the type of the last weight, which the product casts back.
-        inner = self.act(self.wi_0(rows)) * self.wi_1(rows) if hasattr(self, "wi_1") else self.act(self.wi(rows))
-        mixed: Tensor = self.wo(self.dropout(inner))
+        # transformers' own casts to the type of the last weight, also in autocast, whose product casts back.
+        mixed: Tensor = self.wo(inner if in_autocast else inner.to(self.wo.weight.dtype))
         return mixed.view(hidden_states.shape)
+
+    def keeps_one(self) -> bool:
+        """Whether activation and dropout together are to keep one tensor for the backward pass."""
+        is_plain = isinstance(getattr(self, "act", None), nn.ReLU) and hasattr(self, "wi")
+        # As they are written the calls of Python cost more.
+        return is_plain and self.training and 0 < self.dropout.p < 1 and torch.compiler.is_compiling()
 
 
 class SharedBiasAttention(nn.Module):
@@ -139,15 +169,17 @@ class SharedBiasAttention(nn.Module):
         queries = hidden_states.shape[1]
         keys = queries if key_value_states is None else key_value_states.shape[1]
         device = hidden_states.device
+        # In autocast each layer would cast what is added to all of its scores.
+        kind = torch.get_autocast_dtype(device.type) if _is_in_autocast(hidden_states) else hidden_states.dtype
         if self.has_relative_attention_bias:
-            bias = self.compute_bias(queries, keys, device=device)
+            bias = self.compute_bias(queries, keys, device=device).to(kind)
         else:
-            bias = torch.zeros((), dtype=hidden_states.dtype, device=device)
+            bias = torch.zeros((), dtype=kind, device=device)
         if mask is None and not (self.is_causal and key_value_states is None and queries > 1):
             return bias.expand(1, self.n_heads, queries, keys).contiguous()
         if mask is None:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-        # Autocast may cast it to bf16, where the least number of fp32 would become minus infinity.
+        # Attention may compute in bf16, where the least number of fp32 would become minus infinity.
         least = max(torch.finfo(bias.dtype).min, torch.finfo(torch.bfloat16).min)
         return torch.where(mask, bias, least).contiguous()  # the table of biases gives the heads last
 
