@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as graph_settings
 
 from toolkit.models import compiled
 from toolkit.models.compiled import CompiledLayers, row_functions, uncompiled
@@ -28,8 +27,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(compiled, "BACKEND", keep)
     torch._dynamo.reset()
-    with graph_settings.patch(specialize_float=True):
-        yield captured
+    yield captured
     torch._dynamo.reset()
 
 
