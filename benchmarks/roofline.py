@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from gpu import ROWS
+from gpu_rows import ROWS
 from gpu_training import Training
 from sides import started, take_turn
 from traffic import BANDWIDTH, FLOPS, SHORTEST
@@ -42,9 +42,9 @@ STEPS = 4  # of a turn, an epoch: steps are sorted by length
 SHOWN = 12  # of the kernels that take longest
 ROWS_OF = {  # recipe -> rows of gpu.py
     "t5_small": ("t5_small_128",),
-    "t5_base": ("t5_base_128",),
-    "t5_large": ("t5_large", "t5_large_loops", "t5_large_trainers"),
-    "t5_3b_lora": ("t5_3b_lora", "t5_3b_lora_loops", "t5_3b_lora_trainers"),
+    "t5_base": ("t5_base_128", "t5_base_128_loops"),
+    "t5_large": ("t5_large", "t5_large_loops", "t5_large_peers"),
+    "t5_3b_lora": ("t5_3b_lora", "t5_3b_lora_loops", "t5_3b_lora_peers"),
 }
 SAME = ["augmentation.speed=0", "training.workers=1"]  # epochs with the shapes of the one that has compiled
 PEAK = FLOPS[max(FLOPS, key=lambda dtype: FLOPS[dtype])]
@@ -116,7 +116,7 @@ def prepare(folder: Path, recipe: str) -> None:
 
 def count(folder: Path, recipe: str, way: str, settings: tuple[str, ...]) -> dict[str, Any]:
     """What the kernels of a step do: the mean of an epoch, after steps that have compiled and made all states."""
-    training = Training(recipe, CLIPS, {"": (way, *settings, *SAME)})
+    training = Training(recipe, CLIPS, 0.0, {"": (way, *settings, *SAME)})
     script, *words = training.commands(folder, toy=False)[""]
     script = str(HERE / "traffic_side.py")
     with started(["-m", "tests.pretended_cuda", sys.executable, script, *words]) as process:
