@@ -137,7 +137,7 @@ def trace(
     mode = fake or nullcontext()
     with mode, device:
         shapes = config.input_shapes(clips, frames)
-        inputs = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        inputs: dict[str, Any] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         labels = torch.empty(clips, tokens, dtype=torch.int64)
         labelled = torch.empty(clips * tokens, dtype=torch.int64)
         special = torch.empty(3, dtype=torch.int64)

@@ -56,13 +56,13 @@ def join_sums(engine: Any) -> None:
 @torch.no_grad()
 def _add(weights: list[nn.Parameter], sums: list[Tensor], has: list[bool]) -> None:
     """Move the gradients of weights into their sums; ``has`` says which sums are of this step, and will."""
-    first, later = [], []
+    first: list[tuple[Tensor, Tensor]] = []  # sums and gradients
+    later: list[tuple[Tensor, Tensor]] = []
     for place, (weight, total) in enumerate(zip(weights, sums, strict=True)):
         if weight.grad is None:
             continue
         (later if has[place] else first).append((total, weight.grad.flatten()))
         weight._hp_grad, weight.grad, has[place] = total, None, True  # type: ignore[attr-defined]
-    if first:
-        torch._foreach_copy_(*map(list, zip(*first, strict=True)))
-    if later:
-        torch._foreach_add_(*map(list, zip(*later, strict=True)))
+    for pairs, move in ((first, torch._foreach_copy_), (later, torch._foreach_add_)):
+        if pairs:
+            move([total for total, _ in pairs], [gradient for _, gradient in pairs])
