@@ -23,6 +23,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
+from toolkit.cluster.devices import own_device
+
 # NVIDIA's data sheets of the H100 SXM and the H200 SXM: dense products, bytes of HBM a second.
 # https://www.nvidia.com/en-us/data-center/h100/ and /h200/, whose 1,979 TFLOPS of bf16 are with sparsity.
 FLOPS = {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 66.9e12}  # fp32 without TF32, as torch's
@@ -58,15 +60,15 @@ class Work:
 
 
 class Traffic:
-    """Counts while it is entered, on a kind of device.
+    """Counts while it is entered, on a kind of device: the rank's own, unless it gets another.
 
     Attributes:
         work: (place, kernel) -> what its calls do; a place is a file and a function, of a backward pass that whose
             gradient is computed.
     """
 
-    def __init__(self, device: str = "cuda") -> None:
-        self.device = device
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device or own_device().type
         self.work: dict[tuple[str, str], Work] = {}
         self._places: dict[int, str] = {}  # of nodes of autograd, by their sequence numbers
         self._mode = _Mode(self)
