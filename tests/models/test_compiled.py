@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch import config as gradient_settings
 from torch.fx.experimental import _config as size_settings
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config
 
 from tests.by_night import cases
@@ -213,6 +214,30 @@ def test_batches_that_are_not_worth_it_run_as_they_are_written(make: Make, graph
         assert loss_and_norm(model, batch) == pytest.approx(loss_and_norm(reference, batch), rel=1e-6)
         assert model.compiled_layers.choices[layer] is compiles
         assert (len(graphs) > before) is compiles
+
+
+@pytest.mark.parametrize("encoder", ["stgcn", "conformer"])
+def test_products_of_a_block_are_counted_for_each_vector(
+    make: Make, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    """Blocks of ST-GCN have one for each landmark of each frame."""
+    model = make("t5_small", f"model.pose_encoder={encoder}", "model.pose_encoder.hidden=256")
+    found: dict[Any, float] = {}
+
+    def runs_compiled(_: Any, layer: Any, flops: float) -> bool:
+        found[layer] = flops
+        return False
+
+    monkeypatch.setattr(compiled.CompiledLayers, "runs_compiled", runs_compiled)
+    compile_layers(model)
+    blocks = {name: block for name, block in model.named_modules() if block in layers_to_compile(model)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss_of(model, batch_of(*SHAPES[1]))
+    counted = {name.removeprefix("PoseTranslator."): sum(of.values()) for name, of in counter.flop_counts.items()}
+    of_poses = [name for name in blocks if name.startswith("pose_encoder")]
+    assert of_poses
+    for name in of_poses:  # a stride of two halves what follows it
+        assert 0.9 <= found[blocks[name]] / counted[name] <= 2.1, name
 
 
 def test_layers_for_gpus_are_captured_whole(make: Make, graphs: Graphs) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,8 +119,8 @@ def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
 
     def run(*inputs: Any, **settings: Any) -> Any:
         hidden = next(value for value in (*inputs, *settings.values()) if isinstance(value, torch.Tensor))
-        clips, positions, *_ = hidden.shape
-        if layers.runs_compiled(layer, 2.0 * in_matrices * clips * positions):
+        vectors = math.prod(hidden.shape[:-1])  # one for each position, or for each landmark of it
+        if layers.runs_compiled(layer, 2.0 * in_matrices * vectors):
             try:
                 return compiled(*inputs, **settings)
             except COMPILE_ERRORS as error:
