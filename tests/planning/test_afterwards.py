@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -38,6 +40,34 @@ def test_the_plan_is_that_of_the_micro_batches_that_were_computed(resolve: Any, 
     assert small["save"] == large["save"]
     later = Computed(16, 300, 60, later=16 * 200)
     assert later.workload(corpus, run).later_frames == 200
+
+
+def test_the_longest_clips_and_texts_of_different_micro_batches_are_not_added(resolve: Any, corpus: Corpus) -> None:
+    run = resolve(*SMALL)
+    frames, tokens = (16, 300, 10), (16, 40, 100)
+    both = Computed(16, 300, 100)
+    (together, *separate) = (
+        planned_phases(run, corpus, H100, computed, 300)["step"]
+        for computed in (
+            both,
+            replace(both, first_shapes=(frames,)),
+            replace(both, first_shapes=(tokens,)),
+            replace(both, first_shapes=(frames, tokens)),
+        )
+    )
+    assert max(separate[:2]) == separate[2] < together - 2**20
+    stored = json.loads(json.dumps(asdict(replace(both, first_shapes=(frames, tokens)))))
+    assert planned_phases(run, corpus, H100, Computed.from_dict(stored), 300)["step"] == separate[2]
+
+
+def test_evaluations_are_planned_as_they_are_padded(
+    resolve: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(afterwards, "fitted_rungs", lambda frames, per_position: (16,))
+    run = resolve(*SMALL, "evaluation.batch_frames=8")
+    on_gpu, on_cpu = (LARGE.workload(corpus, run, on_gpu=kind).evaluated for kind in (True, False))
+    assert set(on_cpu) == {(1, 8), (1, 13)}
+    assert set(on_gpu) == {(1, 16)}, "to few lengths on GPUs alone"
 
 
 def test_a_process_is_planned_with_its_own_libraries_and_with_what_its_heap_may_lose(

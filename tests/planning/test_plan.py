@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.planning import plan
 from toolkit.planning.comparison import compare
+from toolkit.planning.costs import tracing
 from toolkit.planning.costs.zero import Items
 from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, GIB, Hardware, parse_size
 from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
@@ -84,10 +86,22 @@ def resolved(recipe: str, *overrides: str, ds: str = "zero2", ranks: int = 1) ->
     return resolve_named(recipe, overrides, ranks, has_gpu=True, ds=ds, needs_data=False)
 
 
+@pytest.fixture
+def own_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Subject]:
+    """Models whose passes are traced with transformers' own layers, which the H100's runs had."""
+    monkeypatch.setattr(tracing, "use_gpu_layers", lambda model: None)
+    return subject_of_h100
+
+
+@cache
+def subject_of_h100(recipe: str, *overrides: str) -> Subject:
+    return Subject.of(load_recipe(recipe, overrides), rows=600)
+
+
 @pytest.mark.parametrize("ds", MEASURED)
-def test_the_peak_of_t5_small_is_that_of_an_h100(ds: str) -> None:
+def test_the_peak_of_t5_small_is_that_of_an_h100(ds: str, own_layers: Callable[..., Subject]) -> None:
     settings = (*SCRATCH, NO_SEARCH)
-    plan = make_plan(subject("t5_small", *settings), resolved("t5_small", *settings, ds=ds), H100, FOUR_STEPS)
+    plan = make_plan(own_layers("t5_small", *settings), resolved("t5_small", *settings, ds=ds), H100, FOUR_STEPS)
     assert plan.micro_batch_size == 16
     assert plan.allocated / GIB == pytest.approx(MEASURED[ds], rel=0.10)
 
@@ -104,7 +118,7 @@ def test_the_start_of_t5_small_is_that_of_an_h200(ds: str) -> None:
 def test_the_step_of_t5_small_takes_at_most_what_is_planned(ds: str) -> None:
     """No step had the longest clips and the longest texts together, which a plan assumes."""
     planned = allocated(few_clips(ds, NO_SEARCH).phases["step"]) / GIB
-    assert 1.0 <= planned / STEPS[ds] <= 1.32
+    assert 1.0 <= planned / STEPS[ds] <= 1.13
 
 
 @pytest.mark.parametrize("ds", RESTS)
@@ -129,15 +143,29 @@ def allocated(phase: float) -> float:
     return (phase - H100.context) / (1 + FRAGMENTS)
 
 
-def test_the_peak_of_t5_base_is_that_of_an_h100() -> None:
+def test_the_peak_of_t5_base_is_that_of_an_h100(own_layers: Callable[..., Subject]) -> None:
     settings = (*SCRATCH, NO_SEARCH, "training.micro_batch_size=8")
-    run, model = resolved("t5_base", *settings), subject("t5_base", *settings)
+    run, model = resolved("t5_base", *settings), own_layers("t5_base", *settings)
     plan = make_plan(model, run, H100, FOUR_STEPS)
     assert plan.allocated / GIB == pytest.approx(3.89, rel=0.10)
     # With 16, runs of four steps and longer had 4.69 to 5.14; the fifth step has at most 155 frames.
     fifth = replace(FOUR_STEPS, frames=155, later_frames=152)
     larger = make_plan(model, run, H100, fifth, micro_batch_size=16)
     assert larger.allocated / GIB == pytest.approx(4.69, rel=0.10)
+
+
+def test_the_start_of_a_large_model_is_that_of_its_optimizer() -> None:
+    """Of a small one it is the product that measures the GPU."""
+    settings = (*SCRATCH, NO_SEARCH)
+    starts = {
+        recipe: make_plan(subject(recipe, *settings), resolved(recipe, *settings), H100, FOUR_STEPS)
+        for recipe in ("t5_small", "t5_base")
+    }
+    zero = starts["t5_base"].zero
+    expected = zero.trained + 2 * zero.master + 2 * CUBLAS_WORKSPACE
+    assert allocated(starts["t5_base"].phases["start"]) == pytest.approx(expected)
+    zero = starts["t5_small"].zero
+    assert allocated(starts["t5_small"].phases["start"]) > zero.trained + 2 * zero.master + 2 * CUBLAS_WORKSPACE
 
 
 @pytest.mark.parametrize("ds", ["zero0", "zero1"])

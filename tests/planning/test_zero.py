@@ -78,6 +78,26 @@ def test_stage_3_gathers_no_more_than_it_may() -> None:
     assert memory("zero3", 8, stage3_max_live_parameters=10**8).gathered == pytest.approx(2e8)
 
 
+@pytest.mark.parametrize("ds", ["zero3", "zero3_bf16_states"])
+def test_the_partition_of_a_single_rank_is_the_weight(ds: str) -> None:
+    alone, together = memory(ds), memory(ds, 2)
+    assert (alone.gathered, alone.whole) == (0, 0)
+    assert together.gathered == together.whole == 2e9
+    assert alone.single == together.single == 2e7, "one by one, while they are saved"
+    assert memory("zero3_offload").gathered == 2e9, "a copy of what the host has"
+
+
+def test_stage_3_joins_gradients_and_sums_its_share_in_another_type() -> None:
+    assert memory("zero3").reduction == 50_000_000 * (2 + 4)
+    assert memory("zero3", 8).reduction == 50_000_000 * (2 + 4 / 8)
+    assert memory("zero3_bf16_states", 8).reduction == 50_000_000 * 2, "sums have the type of the gradients"
+
+
+def test_gradients_leave_while_a_pass_still_holds_activations() -> None:
+    assert memory("zero2", 2).early == memory("zero3", 2).early == 0.95
+    assert memory("zero1", 2).early == memory("zero3", 2, reduce_bucket_size=10**10).early == 0
+
+
 def test_frozen_weights_have_no_gradients_and_quantised_ones_half_a_byte() -> None:
     frozen = [Weight(10**9, False), Weight(10**6, True)]
     item = memory("zero2", weights=frozen)

@@ -159,7 +159,7 @@ def test_settings_that_resume_stand_before_those_of_another_model() -> None:
 
 
 def test_advice_is_that_of_the_plan_with_the_micro_batches_of_the_run(make: Any) -> None:
-    failures = make(first=Shape(64, 300, 60))
+    failures = make(first=(Shape(64, 300, 60),))
     line = failures.advise(failures.explain(OWN, CUDA))
     assert line.startswith("hint: ") and line.endswith("\n")
     assert "training.gradient_checkpointing=true (" in line and "GiB less" in line

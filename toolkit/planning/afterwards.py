@@ -8,15 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from toolkit.batching.order import evaluation_order
+from toolkit.batching.ladder import fitted_rungs
+from toolkit.batching.order import evaluation_shapes
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError
 from toolkit.planning.comparison import Advice, advice_for
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, FRAGMENTS, Hardware
 from toolkit.planning.plan import Subject, make_plan
-from toolkit.planning.workload import Workload
+from toolkit.planning.workload import Passes, Workload
 from toolkit.recipe.batches import most_batch_frames
 from toolkit.recipe.resolve import ResolvedRun
 
@@ -29,6 +31,8 @@ class Computed:
         clips, frames: of the first micro-batch of a step.
         tokens: of the longest target of any.
         later: padded frames of any other micro-batch of a step; 0 where steps have one.
+        first_shapes, later_shapes: clips, frames and tokens of the heaviest micro-batches, of which one took most; the
+            figures above may be of several.
         shapes: clips, frames and tokens of all different micro-batches of a rank; None = too many to name.
     """
 
@@ -36,13 +40,21 @@ class Computed:
     frames: int
     tokens: int
     later: int = 0
-    shapes: tuple[tuple[int, int, int], ...] | None = None
+    first_shapes: tuple[Passes, ...] = ()
+    later_shapes: tuple[Passes, ...] = ()
+    shapes: tuple[Passes, ...] | None = None
 
-    def workload(self, corpus: Corpus, resolved: ResolvedRun) -> Workload:
-        """The same with the batches of the evaluations."""
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Computed:
+        """From its fields, in which tuples may be lists, as in JSON."""
+        lists = {name: tuple(map(tuple, value)) for name, value in values.items() if isinstance(value, list | tuple)}
+        return cls(**values | lists)
+
+    def workload(self, corpus: Corpus, resolved: ResolvedRun, *, on_gpu: bool = True) -> Workload:
+        """The same with the batches of the evaluations, which GPUs pad to few lengths."""
         split = corpus.splits.get("dev") or corpus.splits["train"]
-        batches = evaluation_order(split.frames, most_batch_frames(resolved.evaluation))
-        evaluated = sorted({(len(batch), int(split.frames[batch[0]])) for batch in batches})
+        rungs = fitted_rungs(split.frames, resolved.recipe.model.pose_encoder.frames_per_position) if on_gpu else ()
+        evaluated = sorted(evaluation_shapes(split.frames, most_batch_frames(resolved.evaluation), rungs))
         return Workload(
             frames=self.frames,
             tokens=self.tokens,
@@ -69,7 +81,8 @@ def planned_phases(
         UserError: the model cannot be traced.
     """
     subject = Subject.of(resolved.recipe, rows)
-    workload = computed.workload(corpus, resolved)
+    first, later = computed.first_shapes, computed.later_shapes or computed.first_shapes
+    workload = replace(computed.workload(corpus, resolved), first_shapes=first, later_shapes=later)
     plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=computed.clips)
     # As in Plan.allocated: neither the context, what the allocator loses between its blocks, nor the pool of graphs.
     pools = {phase: 0.0 if phase == "start" else plan.zero.graph_pool for phase in plan.phases}
@@ -92,7 +105,7 @@ def planned_cpu_phases(
         UserError: the model cannot be traced.
     """
     subject = Subject.of(resolved.recipe, rows)
-    workload = computed.workload(corpus, resolved)
+    workload = computed.workload(corpus, resolved, on_gpu=False)
     least, most = (
         make_cpu_plan(subject, resolved, workload, micro_batch_size=computed.clips, keeps=kept).phases
         for kept in (False, keeps)

@@ -21,7 +21,7 @@ from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.costs.zero import BYTES, Items, ZeroMemory, before_split, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, MEASURED_ROWS, PROCESS, Hardware
 from toolkit.planning.memory import TranslationMemory, translation_memory
-from toolkit.planning.workload import Workload, with_smaller_evaluation
+from toolkit.planning.workload import Passes, Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.deepspeed.cells import parameter_precision
@@ -106,7 +106,8 @@ class Subject:
         dtype = TORCH_DTYPES[parameter_precision(config)]
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as many bytes, and no second trace
         autocast = bool(value_at(config, "torch_autocast.enabled"))
-        key = (clips, frames, tokens, dtype, autocast, checkpointing, on_cpu)
+        gathers = value_at(config, "zero_optimization.stage") == 3 and not on_cpu
+        key = (clips, frames, tokens, dtype, autocast, checkpointing, gathers, on_cpu)
         if key not in self._traces:
             try:
                 self._traces[key] = trace(
@@ -118,6 +119,7 @@ class Subject:
                     autocast=autocast,
                     checkpointing=checkpointing,
                     ctc_weight=self.recipe.training.ctc_weight,
+                    gathers=gathers,
                     on_cpu=on_cpu,
                 )
             except UNTRACEABLE as error:
@@ -241,10 +243,14 @@ def make_plan(
     clips, accumulation, recompute = passes_of(resolved, micro_batch_size, checkpointing)
     weights = weights_of_rank(subject.weights, resolved.tensor_parallel_size)
     zero = zero_memory(weights, recipe, config, resolved.data_parallel_size)
-    first = subject.trace(clips, workload.frames, workload.tokens, config, recompute)
-    later = subject.trace(clips, workload.later_frames, workload.tokens, config, recompute)
+    first = _heaviest(subject, workload.first_shapes or [(clips, workload.frames, workload.tokens)], config, recompute)
+    later = _heaviest(
+        subject, workload.later_shapes or [(clips, workload.later_frames, workload.tokens)], config, recompute
+    )
     # Before it trains, a rank measures how fast its GPU multiplies, beside states that have no moments yet.
-    start = zero.at_start | {"product that measures the GPU": 3.0 * MEASURED_ROWS**2 * _product_size(config)}
+    product = 3.0 * MEASURED_ROWS**2 * _product_size(config)
+    copies = {"product that measures the GPU": product} if product > zero.starting else {"zeros": zero.starting}
+    start = zero.at_start | copies
     has_graphs = compilation(recipe, config, has_gpu=True).graphs
     workspaces = (3 if has_graphs or recipe.evaluation.graphs else 2) * CUBLAS_WORKSPACE
     if has_graphs:
@@ -256,7 +262,8 @@ def make_plan(
         "first micro-batch": _in_pass(zero, first.peak, gradients=0.0),
         "gradient reduction": always
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
-        | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction},
+        | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction}
+        | {"activations": zero.early * first.saved},
         "update": always | {"gradients": zero.kept_gradients + zero.gradients, "copies of the update": zero.update},
         "evaluation": always,
         "save": zero.in_save,
@@ -339,6 +346,11 @@ def _evaluation(
 def _product_size(config: Tree) -> float:
     """Bytes of a number in the type in which the run multiplies."""
     return BYTES["bf16" if value_at(config, "torch_autocast.enabled") else parameter_precision(config)]
+
+
+def _heaviest(subject: Subject, shapes: Sequence[Passes], config: Tree, checkpointing: bool) -> Trace:
+    """The passes over the micro-batch that takes most."""
+    return max((subject.trace(*shape, config, checkpointing) for shape in shapes), key=lambda trace: trace.peak)
 
 
 def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:

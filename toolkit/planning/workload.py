@@ -17,6 +17,8 @@ from toolkit.recipe.batches import clip_limit, most_batch_frames
 from toolkit.recipe.resolve import padding_of
 from toolkit.recipe.schema import Recipe
 
+Passes = tuple[int, int, int]  # clips, padded frames and padded tokens of a micro-batch
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -29,7 +31,9 @@ class Workload:
         evaluated: clips and padded frames of generation batches, the largest ones.
         steps_per_epoch: optimizer steps; None without a corpus.
         source: where the figures come from, in words.
-        shapes: clips, frames and tokens of all different micro-batches of a rank; None = too many to name.
+        shapes: all different micro-batches of a rank; None = too many to name.
+        first_shapes, later_shapes: micro-batches of which one is the heaviest, the first of a step and the others;
+            where there are none, each has its most frames and tokens.
     """
 
     frames: int
@@ -38,7 +42,9 @@ class Workload:
     evaluated: tuple[tuple[int, int], ...]
     steps_per_epoch: int | None
     source: str
-    shapes: tuple[tuple[int, int, int], ...] | None = None
+    shapes: tuple[Passes, ...] | None = None
+    first_shapes: tuple[Passes, ...] = ()
+    later_shapes: tuple[Passes, ...] = ()
 
 
 def workload_of(recipe: Recipe, world_size: int) -> Workload:

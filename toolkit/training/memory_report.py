@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -31,8 +32,8 @@ def compare_memory(trainer: Trainer) -> Computed | None:
     """Compare the peaks of all ranks, which all call this; gives the heaviest micro-batches of any rank."""
     trainer.memory.compare(trainer.engine.device)
     shapes = exchange((trainer.memory.first, trainer.memory.later))
-    heaviest = computed([first for first, _ in shapes], [later for _, later in shapes])
-    return heaviest and replace(heaviest, shapes=trainer.memory.named_shapes())
+    found = computed(*(chain.from_iterable(of_ranks) for of_ranks in zip(*shapes, strict=True)))
+    return found and replace(found, shapes=trainer.memory.named_shapes())
 
 
 def report_memory(trainer: Trainer, heaviest: Computed | None, echo: Callable[[str], None]) -> None:

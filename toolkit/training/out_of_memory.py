@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -27,7 +27,7 @@ from toolkit.planning.comparison import Advice
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun, read_choice
-from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape
+from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape, heaviest
 from toolkit.training.monitoring.memory_shortage import (
     LOADER_KILLED,
     boot_id,
@@ -109,7 +109,7 @@ class MemoryFailures(Explainer):
             self.resolved,
             self.corpus,
             hardware_of(self.ranks),
-            computed([self.memory.first], [self.memory.later]) or _heaviest(self.resolved),
+            computed(self.memory.first, self.memory.later) or _heaviest(self.resolved),
             self.memory.phase,
         )
         line = advice_in_words(advice, has_gpu=torch.cuda.is_available())
@@ -186,13 +186,20 @@ def hardware_of(ranks: Ranks) -> Hardware:
     return Hardware(ranks.world_size, memory, nodes if ranks.world_size % nodes == 0 else 1)
 
 
-def computed(first: Sequence[Shape | None], later: Sequence[Shape | None]) -> Computed | None:
+def computed(first: Iterable[Shape], later: Iterable[Shape]) -> Computed | None:
     """The heaviest micro-batches of all ranks, for a plan; None before the first one."""
-    one, other = Shape.largest(first), Shape.largest(later)
-    if one is None:
+    begins, others = heaviest(first), heaviest(later)
+    if not begins:
         return None
-    tokens = max(one.tokens, other.tokens if other else 0)
-    return Computed(one.clips, one.frames, tokens, later=other.clips * other.frames if other else 0)
+    most = begins[-1]  # padded frames
+    return Computed(
+        most.clips,
+        most.frames,
+        max(shape.tokens for shape in (*begins, *others)),
+        later=others[-1].padded[0] if others else 0,
+        first_shapes=tuple(map(astuple, begins)),
+        later_shapes=tuple(map(astuple, others)),
+    )
 
 
 def _heaviest(resolved: ResolvedRun) -> Computed:

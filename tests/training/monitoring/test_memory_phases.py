@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from toolkit.training.monitoring import memory_phases as module
-from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape, memory_figures, resident_peak_gib
+from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape, heaviest, memory_figures, resident_peak_gib
 
 CPU = torch.device("cpu")
 
@@ -159,10 +160,20 @@ def test_the_heaviest_micro_batches_are_remembered() -> None:
     for number, shape in enumerate([(2, 30, 7), (3, 10, 9), (1, 10, 2)], start=1):
         memory.see(number, batch(*shape))
     memory.see(1, batch(4, 14, 30))
-    assert memory.first == Shape(2, 30, 30), "the frames of one, the longest text of any"
-    assert memory.later == Shape(3, 10, 9)
+    assert memory.first == (Shape(4, 14, 30), Shape(2, 30, 7)), "one has most tokens, the other most frames"
+    assert memory.later == (Shape(3, 10, 9),)
     assert str(memory.batch) == "4 clips x 14 frames x 30 tokens"
-    assert Shape.largest([None, None]) is None
+
+
+def test_one_of_the_heaviest_micro_batches_takes_most_whatever_a_frame_and_a_token_take() -> None:
+    numbers = np.random.default_rng(0)
+    shapes = [Shape(*map(int, sizes)) for sizes in numbers.integers(1, 40, (60, 3))]
+    found = heaviest(shapes)
+    assert heaviest([]) == () and len(found) < 12
+    assert heaviest([*found, *shapes[:30]]) == found, "what is added later changes nothing"
+    for of_frame, of_token in numbers.random((50, 2)):
+        taken = [of_frame * shape.padded[0] + of_token * shape.padded[1] for shape in (*found, *shapes)]
+        assert max(taken[: len(found)]) == pytest.approx(max(taken))
 
 
 def test_different_micro_batches_are_named_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from toolkit.cpu import attention as cpu_attention
 from toolkit.cpu import dropout as cpu_dropout
+from toolkit.models import gpu_layers
+
+MASK_ALIGNMENT = 8  # numbers, of each dimension of a mask but the last (torch 2.11, `preprocess_mask` of its attention)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -19,6 +22,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        mask = _added_to_scores(mask, query.dtype)
         output = query.new_empty((*query.shape[:3], value.shape[-1]))
         norms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         context.save_for_backward(query, key, value, mask, output, norms)
@@ -31,6 +35,18 @@ class _FusedAttention(torch.autograd.Function):
             torch.empty_like(tensor) if needed else None
             for tensor, needed in zip(inputs, context.needs_input_grad, strict=True)
         )
+
+
+def _added_to_scores(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as torch hands it to a kernel that takes one: numbers, in rows that the kernel can read.
+
+    Each call makes its own where the mask is boolean or its rows are no multiple of eight long.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.empty_like(mask, dtype=dtype)
+    if mask is not None and any(stride % MASK_ALIGNMENT for stride in mask.stride()[:-1]):
+        mask = functional.pad(mask, (0, -mask.shape[-1] % MASK_ALIGNMENT or MASK_ALIGNMENT))[..., : mask.shape[-1]]
+    return mask
 
 
 class _FusedRMSNorm(torch.autograd.Function):
@@ -95,9 +111,14 @@ class _PackedProduct(torch.autograd.Function):
 
 
 @contextmanager
-def as_on_gpu(autocast: bool) -> Iterator[None]:
-    """Within it torch's functions keep on the meta device what they keep on a GPU."""
+def as_on_gpu(autocast: bool) -> Iterator[Callable[[], None]]:
+    """Within it torch's functions keep on the meta device what they keep on a GPU.
+
+    Yields:
+        what is to be called when the forward pass is over, which ends autocast.
+    """
     casts: dict[int, Tensor] = {}
+    is_forward = True
 
     def low(tensor: Tensor | None) -> Tensor | None:
         if not autocast or tensor is None or tensor.dtype != torch.float32:
@@ -105,7 +126,15 @@ def as_on_gpu(autocast: bool) -> Iterator[None]:
         if not isinstance(tensor, nn.Parameter):
             return tensor.to(torch.bfloat16)
         # Autocast keeps the copy of a weight while the forward pass lasts, and autograd until the backward pass.
+        # A layer that is recomputed makes its own.
+        if not is_forward:
+            return tensor.to(torch.bfloat16)
         return casts.setdefault(id(tensor), tensor.to(torch.bfloat16))
+
+    def end_forward() -> None:
+        nonlocal is_forward
+        is_forward = False
+        casts.clear()
 
     def in_low(function: Any) -> Any:
         def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
@@ -147,19 +176,22 @@ def as_on_gpu(autocast: bool) -> Iterator[None]:
         "ctc_loss": ctc,
     }
     originals = {name: getattr(functional, name) for name in stand_ins} | {"matmul": torch.matmul}
+    asks_autocast = gpu_layers._is_in_autocast
     try:
+        gpu_layers._is_in_autocast = lambda states: autocast  # meta tensors have none
         for name, stand_in in stand_ins.items():
             setattr(functional, name, stand_in)
         setattr(torch, "matmul", product)  # noqa: B010 - its type says a function of torch
-        yield
+        yield end_forward
     finally:
         for name in stand_ins:
             setattr(functional, name, originals[name])
         setattr(torch, "matmul", originals["matmul"])  # noqa: B010
+        gpu_layers._is_in_autocast = asks_autocast
 
 
 @contextmanager
-def as_on_cpu(autocast: bool) -> Iterator[None]:
+def as_on_cpu(autocast: bool) -> Iterator[Callable[[], None]]:
     """Within it random numbers are not drawn, and the CTC loss keeps what its kernel keeps; all else runs as it is."""
 
     def draw_kept(like: Tensor, p: float) -> Tensor:
@@ -180,7 +212,7 @@ def as_on_cpu(autocast: bool) -> Iterator[None]:
         for place, name, stand_in in stand_ins:
             setattr(place, name, stand_in)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            yield
+            yield lambda: None
     finally:
         for (place, name, _), original in zip(stand_ins, originals, strict=True):
             setattr(place, name, original)

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.models.backbone import halves, layer_list, set_checkpointing
 from toolkit.models.dtypes import TORCH_DTYPES
+from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.counts import PACKED
@@ -108,6 +109,7 @@ def trace(
     autocast: bool = False,
     checkpointing: bool = False,
     ctc_weight: float = 0.0,
+    gathers: bool = False,
     on_cpu: bool = False,
 ) -> Trace:
     """Trace one micro-batch.
@@ -119,17 +121,13 @@ def trace(
         autocast: whether matrix products of fp32 parameters are computed in bf16.
         checkpointing: whether layers are recomputed in the backward pass.
         ctc_weight: of the recipe.
+        gathers: whether layers get their weights when they run (ZeRO stage 3), so that none can be joined before.
         on_cpu: whether the rank is on a CPU.
     """
     model = traced.model
     fake = FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else None
-    if fake:
-        traced = replace(traced, model=_faked(model, dtype, fake))
-        model = traced.model
-    else:
-        model.to(dtype)
-        for module, kind in _packed_types(model).items():
-            module.to(kind)
+    traced = replace(traced, model=_faked(model, dtype, fake) if fake else _with_gpu_layers(model, dtype, gathers))
+    model = traced.model
     model.train()
     set_checkpointing(model.backbone, checkpointing)
     config = model.config
@@ -143,7 +141,7 @@ def trace(
         special = torch.empty(3, dtype=torch.int64)
     live = _Live([*model.parameters(), *model.buffers()])
     kernels = as_on_cpu(autocast) if on_cpu else as_on_gpu(autocast)
-    with mode, kernels, _watching(model, live) as marks, live:
+    with mode, kernels as end_forward, _watching(model, live) as marks, live:
         for tensor in (*inputs.values(), labels, labelled):
             live.add(tensor)
         nll, ctc = translation_losses(
@@ -156,6 +154,7 @@ def trace(
             scores_at_once=CPU_SCORES if on_cpu else GPU_SCORES,
         )
         loss = nll + ctc_weight * ctc
+        end_forward()
         saved = live.live
         live.region, live.backward = "scores", True
         torch.autograd.backward(loss)
@@ -174,6 +173,22 @@ def _packed_types(model: PoseTranslator) -> dict[nn.Module, torch.dtype]:
     """The types in which packed layers multiply, where it is another than that of their input."""
     packed = {module: getattr(module, PACKED) for module in model.modules() if hasattr(module, PACKED)}
     return {module: TORCH_DTYPES[by.compute_dtype] for module, by in packed.items() if by.kind == "nf4"}
+
+
+def _with_gpu_layers(model: PoseTranslator, dtype: torch.dtype, gathers: bool) -> PoseTranslator:
+    """A copy with the layers of a GPU."""
+    model = copy.deepcopy(model).to(dtype)
+    for module, kind in _packed_types(model).items():
+        module.to(kind)
+    use_gpu_layers(model)
+    if gathers:
+        for module in model.modules():
+            module.register_forward_pre_hook(_gathered)
+    return model
+
+
+def _gathered(*_: Any) -> None:
+    """Stands for DeepSpeed's hook before a module."""
 
 
 def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> PoseTranslator:

@@ -52,6 +52,8 @@ class ZeroMemory:
         graph_pool: what CUDA graphs of training passes keep from one step to the next, on the device.
         kept_buckets, buckets: for communication, always or in the backward pass.
         reduction, update: copies in these moments, on the device.
+        starting: copies while the optimizer is made, on the device.
+        early: the share of a backward pass that is left when gradients are reduced for the first time.
         unpacked: the largest quantised weight, unpacked while it is used.
         host: in the host's memory.
         pinned: of that, page-locked.
@@ -79,6 +81,8 @@ class ZeroMemory:
     buckets: float = 0.0
     reduction: float = 0.0
     update: float = 0.0
+    starting: float = 0.0
+    early: float = 0.0
     unpacked: float = 0.0
     host: float = 0.0
     pinned: float = 0.0
@@ -181,6 +185,7 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     bucket = float(value_at(config, "zero_optimization.reduce_bucket_size") or 5e8)
     types = 2 if value_at(config, "torch_autocast.enabled") else 1  # of what is communicated: each has its bucket
     buckets, filled = bucket * size * types, min(bucket, trained) * size
+    early = max(0.0, 1 - bucket / trained) if stage >= 2 and trained else 0.0
     offloaded = offload_device(config, "optimizer")
     # A single rank has nothing to sum (`gradient_reduction.skip_sums_of_one_rank`).
     engine_bucket = min(ENGINE_BUCKET, trained) if world_size > 1 else 0.0
@@ -195,18 +200,25 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         )
     elif stage < 3:
         memory = _stage_1_or_2(memory, trained, own, size, accumulated, master_size, partitioned=stage == 2)
+        memory = replace(memory, starting=own * master_size)  # a gradient of zeros, for the optimizer to begin with
         if joins_gradients(recipe, config, trained * size, world_size):
             # Gradients are whole until a pass is over, and then copied many at a time.
             memory = replace(memory, reduction=trained * size + min(NUMBERS_AT_ONCE, trained) * size)
         else:
-            memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled)
+            memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled, early=early)
     else:
         adapted = bool(recipe.model.lora or quantization)  # then a model's folder holds what trains alone
         memory = _stage_3(memory, config, weights, world_size, size, accumulated, adapted=adapted)
-        memory = replace(memory, kept_buckets=buckets, reduction=min(bucket, trained) * accumulated)
+        # Joined in one tensor, which is scattered, and this rank's share in the type of its sums.
+        reduction = filled + (filled / size / world_size * accumulated if accumulated != size else 0.0)
+        memory = replace(memory, kept_buckets=buckets, reduction=reduction, early=early)
     memory = _sent(memory, stage, trained * size, (trained + frozen) * size + packed * each, world_size)
     largest = max((item.numel for item in weights if item.trained), default=0) * size
-    return _offloaded(memory, config, stage, own, size, master_size, largest)
+    memory = _offloaded(memory, config, stage, own, size, master_size, largest)
+    if world_size == 1 and not offload_device(config, "param"):
+        # The partition is the weight (partition_parameters.py, NoGatherHandle), but those that are saved are copied.
+        memory = replace(memory, gathered=0.0, whole=0.0)
+    return memory
 
 
 def joins_gradients(recipe: Recipe, config: Tree, gradient: float, world_size: int) -> bool:
@@ -317,6 +329,7 @@ def _offloaded(
             kept_gradients=0.0,
             kept_buckets=memory.kept_buckets + buffer,
             update=0.0,
+            starting=0.0,
             unexplained=unexplained,
         )
     if parameters:

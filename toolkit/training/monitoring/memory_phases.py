@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,17 +48,34 @@ class Shape:
         clips, frames = batch.frame_mask.shape
         return cls(clips, frames, batch.labels.shape[1])
 
-    @staticmethod
-    def largest(shapes: Sequence[Shape | None]) -> Shape | None:
-        """The one with most padded frames, with the longest text of any; None where there is none."""
-        found = [shape for shape in shapes if shape]
-        if not found:
-            return None
-        most = max(found, key=lambda shape: (shape.clips * shape.frames, shape.clips * shape.tokens))
-        return replace(most, tokens=max(shape.tokens for shape in found))
-
     def __str__(self) -> str:
         return f"{self.clips} clips x {self.frames} frames x {self.tokens} tokens"
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Frames and tokens of all clips."""
+        return self.clips * self.frames, self.clips * self.tokens
+
+
+def heaviest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
+    """The micro-batches of which one takes most, whatever a frame and a token take: corners of a convex hull."""
+    corners: list[Shape] = []
+    for shape in sorted(shapes, key=lambda shape: shape.padded):
+        while corners and not _is_corner(corners[-2:], shape):
+            corners.pop()
+        corners.append(shape)
+    return tuple(corners)
+
+
+def _is_corner(last: Sequence[Shape], following: Shape) -> bool:
+    """Whether the last corner stays one beside a shape with as many frames or more."""
+    (frames, tokens), (more, others) = last[-1].padded, following.padded
+    if others >= tokens:
+        return False
+    if len(last) == 1:
+        return True
+    fewer, most = last[0].padded
+    return (frames - fewer) * (others - most) < (more - fewer) * (tokens - most)
 
 
 @dataclass
@@ -68,8 +85,7 @@ class MemoryPhases:
     Attributes:
         phase: that it is in; it begins with the start.
         batch: the micro-batch of the step that it is in, or of the last one.
-        first, later: of all micro-batches those with most padded frames, among the first of a step and among the
-            others.
+        first, later: the heaviest micro-batches, among the first of a step and among the others.
         shapes: of all different micro-batches, at most one more than are named.
         peaks: of this rank.
         of_ranks: of the fullest rank, as far as the ranks have compared them.
@@ -79,8 +95,8 @@ class MemoryPhases:
 
     phase: Phase = "start"
     batch: Shape | None = None
-    first: Shape | None = None
-    later: Shape | None = None
+    first: tuple[Shape, ...] = ()
+    later: tuple[Shape, ...] = ()
     shapes: set[Shape] = field(default_factory=set)
     peaks: Peaks = field(default_factory=dict)
     of_ranks: Peaks = field(default_factory=dict)
@@ -109,10 +125,10 @@ class MemoryPhases:
         self.batch = shape = Shape.of(batch)
         if len(self.shapes) <= MOST_SHAPES:
             self.shapes.add(shape)
-        if number == 1:
-            self.first = Shape.largest([self.first, shape])
-        else:
-            self.later = Shape.largest([self.later, shape])
+        if number == 1 and shape not in self.first:
+            self.first = heaviest([*self.first, shape])
+        elif number > 1 and shape not in self.later:
+            self.later = heaviest([*self.later, shape])
 
     def named_shapes(self) -> tuple[tuple[int, int, int], ...] | None:
         """Clips, frames and tokens of all different micro-batches of this rank; None where they are too many."""
