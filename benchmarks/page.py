@@ -123,6 +123,15 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "`python benchmarks/planning.py --plans` measures `launch/plan.py` over all JSONs, on 8 GPUs of 24 GiB each, "
         "from its start to its end.",
     ),
+    "planning_gpu": (
+        "Plans of a GPU's memory",
+        "/path/to/python benchmarks/planning_gpu.py",
+        "What a plan says against what torch's caching allocator held on the fullest rank, in each phase of a run, "
+        "without the CUDA context and without what lies free between blocks: a Python with a CUDA build of torch, and "
+        "the pretended CUDA runtime (`tests/pretended_cuda`) in place of GPUs. Weights are random and of published "
+        "size, kernels compute nothing, clips have 150 frames and texts 20 words. The plan is that of the micro-batch "
+        "that was computed; `off` is that of the largest phase, negative where a plan says too little.",
+    ),
     "evaluation": (
         "Evaluation",
         "python benchmarks/evaluation.py --model runs/demo",
