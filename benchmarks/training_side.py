@@ -193,6 +193,7 @@ def transformers_layers() -> None:
 
 def deepspeeds_own_calls() -> None:
     engine.skip_sums_of_one_rank = engine.count_no_hooks = engine.join_gradients = engine.join_sums = lambda *_: None
+    engine.forget_gradients_at_once = lambda _: None
 
 
 def freed_memory_goes() -> None:

@@ -31,6 +31,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(engine, "client_optimizer", lambda *_: None)
     monkeypatch.setattr(engine, "skip_sums_of_one_rank", lambda *_: None)
     monkeypatch.setattr(engine, "count_no_hooks", lambda *_: None)
+    monkeypatch.setattr(engine, "forget_gradients_at_once", lambda *_: None)
     monkeypatch.setattr(engine, "join_gradients", lambda *_: None)
     return engine_made
 

@@ -42,7 +42,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
     # A case that counts runs the code of GPUs.
     path = mock.patch.dict(os.environ, {"TOOLKIT_CPU_CODE": "0"}) if case.get("waits") else nullcontext()
     with path, open_trainer(resolved, ranks, corpus, Start(Progress()), interruptions, lambda _: None) as trainer:
-        waits = count_waits(trainer) if case.get("waits") else []
+        waits, walks = count_waits(trainer) if case.get("waits") else ([], [])
         micro_batches, frames, sent = *count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
         batches = start_loader(resolved, ranks, corpus, trainer.progress)
@@ -69,6 +69,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         "ladder": batches.ladder.frames if batches.ladder else (),
         "sent": sent,
         "waits": waits,
+        "walks": walks,
         "joins": joins_gradients(trainer.engine),
         "gradients": gradients,
         "losses": [line["loss"] for line in steps],
@@ -127,19 +128,23 @@ def count_sent(trainer: Any) -> list[int]:
     return counts
 
 
-def count_waits(trainer: Any) -> list[dict[str, int]]:
-    """A list that grows with every step by how often its host would wait for a GPU, by whose code and for what."""
+def count_waits(trainer: Any) -> tuple[list[dict[str, int]], list[int]]:
+    """Lists that grow with every step: how often its host would wait for a GPU, by whose code and for what; and how
+    often it walks through the model for its parameters."""
     counts: list[dict[str, int]] = []
-    step = trainer.step
+    walks: list[int] = []
+    step, module = trainer.step, trainer.engine.module
 
     def counted(batches: Any) -> bool:
-        with load_script("benchmarks/operator_calls.py").Calls() as calls:
+        walked = mock.patch.object(module, "named_parameters", wraps=module.named_parameters)
+        with load_script("benchmarks/operator_calls.py").Calls() as calls, walked as walk:
             stop = step(batches)
         counts.append({": ".join(key): count for key, count in calls.waits.items()})
+        walks.append(walk.call_count)
         return stop
 
     trainer.step = counted
-    return counts
+    return counts, walks
 
 
 def keep_gradients(trainer: Any) -> dict[str, tuple[float, float]]:

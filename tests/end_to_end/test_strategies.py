@@ -323,6 +323,13 @@ def test_the_host_waits_once_a_step_beside_deepspeeds_own_checks(trained: dict[s
         assert not any(key.endswith(": synchronize") for key in step), "DeepSpeed's timer is off"
 
 
+@pytest.mark.nightly
+def test_no_step_at_stage_0_walks_through_the_model(trained: dict[str, dict[str, Any]]) -> None:
+    """The first one may, whose gradients are guarded and whose cost is recorded."""
+    walks = trained["waits-zero0"]["walks"]
+    assert len(walks) == STEPS and not any(walks[1:])
+
+
 def test_gradients_are_joined_where_their_sums_are_in_fp32(trained: dict[str, dict[str, Any]]) -> None:
     joined = ("fp32-zero1", "fp32-zero2", "kept", "gradients-alone", "own-zero2_autocast", "own-zero2")
     others = ("fp32-zero0", "own-zero1", "fp32-zero2_offload", "muon-zero2", "fp32-zero3")

@@ -99,6 +99,7 @@ def pretend_cuda() -> None:
         "initial_seed": 0,
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), gib),
         "memory_stats": {},
+        "memory_stats_as_nested_dict": {},
         **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all")),
         **dict.fromkeys(("set_rng_state", "_lazy_init", "init")),
     }

@@ -30,6 +30,7 @@ NAMES = {
         "native_dropout",
         "_foreach_add_",
         "_foreach_copy_",
+        "_foreach_mul_",
         "_foreach_zero_",
     ],
     "torch/nn/functional.py": ["scaled_dot_product_attention"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.scripts import load_script
 from toolkit.training.engine import clip_gradients, gradient_norm
 
 
@@ -44,3 +45,10 @@ def test_gradients_stay_without_clipping_without_a_norm_and_where_deepspeed_clip
     before = gradients(engine)
     clip_gradients(engine, engine.module.parameters(), norm, largest)
     torch.testing.assert_close(gradients(engine), before, rtol=0, atol=0)
+
+
+def test_clipping_takes_one_call_and_no_copy() -> None:
+    engine = engine_with_gradients(100.0)
+    with load_script("benchmarks/operator_calls.py").Calls() as calls:
+        clip_gradients(engine, engine.module.parameters(), 100.0, 1.0)
+    assert calls.operators == {"aten._foreach_mul_.Scalar": 1}

@@ -28,7 +28,11 @@ from toolkit.models.language_models.tensor_plan import partition_plan, split_wei
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.bf16_sums import join_sums
-from toolkit.training.optimization.gradient_reduction import count_no_hooks, skip_sums_of_one_rank
+from toolkit.training.optimization.gradient_reduction import (
+    count_no_hooks,
+    forget_gradients_at_once,
+    skip_sums_of_one_rank,
+)
 from toolkit.training.optimization.joined_gradients import join_gradients
 from toolkit.training.optimization.optimizers import client_optimizer, parameter_groups
 
@@ -91,6 +95,7 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         note_parts(module, split_weights(module))
     skip_sums_of_one_rank(engine, resolved.data_parallel_size)
     count_no_hooks(engine)
+    forget_gradients_at_once(engine)
     if resolved.tensor_parallel_size == 1:  # else DeepSpeed counts what ranks of a group share once, by parameter
         join_gradients(engine)
         join_sums(engine)
@@ -152,8 +157,9 @@ def gradient_norm(weights: Iterable[nn.Parameter]) -> torch.Tensor:
     Returns:
         one number, on the device.
     """
-    reached = [weight for weight in weights if weight.grad is not None]
-    return total_norm([weight.grad for weight in reached if weight.grad is not None], reached)
+    # Each look at a gradient makes a Python object.
+    found = [(gradient, weight) for weight in weights if (gradient := weight.grad) is not None]
+    return total_norm([gradient for gradient, _ in found], [weight for _, weight in found])
 
 
 def clip_gradients(engine: Any, weights: Iterable[nn.Parameter], norm: float | None, largest: float) -> None:
@@ -162,7 +168,9 @@ def clip_gradients(engine: Any, weights: Iterable[nn.Parameter], norm: float | N
     What DeepSpeed does not clip is what ``recipe.optimizers.loop_clips`` names; with ``largest`` 0 nothing is.
     """
     if norm is not None and norm > largest > 0 and not engine.gradient_clipping():
-        nn.utils.clip_grads_with_norm_(weights, largest, torch.tensor(norm), foreach=True)
+        # As `nn.utils.clip_grads_with_norm_`, which copies the norm to the device, and waits for that.
+        gradients = [gradient for weight in weights if (gradient := weight.grad) is not None]
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))
 
 
 def release_training_states(engine: Any) -> None:

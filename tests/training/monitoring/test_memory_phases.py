@@ -47,8 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.fixture
 def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: machine.gpu_peak * module.GIB)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: (machine.gpu_peak + 0.5) * module.GIB)
+    monkeypatch.setattr(module, "gpu_gib", lambda: (machine.gpu, machine.gpu_peak, machine.gpu_peak + 0.5))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", machine.reset_gpu)
 
 

@@ -173,3 +173,23 @@ def test_only_the_first_forward_pass_is_recorded(
 def test_products_are_of_the_type_that_the_run_computes_in(overrides: tuple[str, ...], dtype: torch.dtype) -> None:
     resolved = resolve_named("bart_large", overrides, 1, has_gpu=True, ds="zero1", needs_data=False)
     assert product_type(resolved) == dtype
+
+
+def test_a_step_looks_once_at_the_memory_of_the_gpu_and_never_for_its_process(
+    make: Callable[[], StepMeter], monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    looks: list[int] = []
+
+    def figures() -> dict[str, Any]:
+        looks.append(1)
+        return {name: {"all": {"current": 2**30, "peak": 2**31}} for name in ("allocated_bytes", "reserved_bytes")}
+
+    meter = make()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", figures)
+    monkeypatch.setattr(metering.psutil, "Process", lambda *_: pytest.fail("looked for again"))
+    counts = begun(meter)
+    clock.now += 1
+    _, found = meter.end(counts)
+    assert (found["gpu_memory_gib"], found["gpu_peak_memory_gib"]) == (1.0, 2.0) and found["memory_gib"] > 0
+    assert len(looks) == 1

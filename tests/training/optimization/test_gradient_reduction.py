@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from toolkit.training.optimization.gradient_reduction import (
     When,
     backward,
     count_no_hooks,
+    forget_gradients_at_once,
     reduced_once,
     skip_sums_of_one_rank,
     when_reduced,
@@ -40,6 +41,7 @@ class Engine:
         self.dp_world_size = ranks
         self.zero_optimization_stage = lambda: stage
         self.is_deepcompile_active = lambda: compiled
+        self.zero_grad: Callable[[], None]
         self.fails = False
         self.events: list[Any] = []
         if joins:
@@ -180,3 +182,17 @@ def test_other_optimizers_are_left_as_they_are(stage: int) -> None:
     engine.optimizer = SimpleNamespace()
     count_no_hooks(engine)
     assert vars(engine.optimizer) == {}
+
+
+def test_gradients_are_forgotten_without_a_walk_through_the_model() -> None:
+    """Those of frozen weights, too, which trained before."""
+    engine, walks = Engine(), []
+    engine.module.register_parameter("frozen", nn.Parameter(torch.zeros(4)))
+    parameters = list(engine.module.parameters())
+    forget_gradients_at_once(engine)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    engine.module.frozen.requires_grad_(False)
+    engine.module.named_parameters = lambda **_: walks.append(1)  # type: ignore[method-assign]
+    engine.zero_grad()
+    assert all(parameter.grad is None for parameter in parameters) and not walks

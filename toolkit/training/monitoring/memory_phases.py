@@ -90,6 +90,7 @@ class MemoryPhases:
         peaks: of this rank.
         of_ranks: of the fullest rank, as far as the ranks have compared them.
         libraries: resident bytes of the process at the beginning.
+        allocated: GiB that torch had on the GPU at the last look at it.
         unused: memory that is given back where a phase ends, so that the next one does not count it.
     """
 
@@ -102,6 +103,7 @@ class MemoryPhases:
     of_ranks: Peaks = field(default_factory=dict)
     libraries: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
     unused: UnusedMemory = field(default_factory=UnusedMemory)
+    allocated: float = 0.0
     _before: float = 0.0  # the process's peak when the phase began
     _is_reset: bool = False  # whether what is read was reached in this phase; of the start all is
 
@@ -177,8 +179,7 @@ class MemoryPhases:
         if self._is_reset or resident > self._before:
             reached["process"] = resident
         if torch.cuda.is_available():
-            reached["allocated"] = torch.cuda.max_memory_allocated() / GIB
-            reached["reserved"] = torch.cuda.max_memory_reserved() / GIB
+            self.allocated, reached["allocated"], reached["reserved"] = gpu_gib()
         values = self.peaks.setdefault(self.phase, {})
         for kind, value in reached.items():
             values[kind] = max(value, values.get(kind, 0.0))
@@ -192,6 +193,18 @@ class MemoryPhases:
         except OSError:  # not Linux, or a container that forbids it
             self._is_reset = False
         self._before = resident_peak_gib()
+
+
+def gpu_gib() -> tuple[float, float, float]:
+    """What torch has on the GPU, the most that it had since the last reset, and the most that it reserved.
+
+    One look at its figures: ``torch.cuda.memory_allocated`` and its kin write out all of them each time.
+    """
+    figures = torch.cuda.memory_stats_as_nested_dict()
+    if not figures:  # torch has not used the GPU yet
+        return 0.0, 0.0, 0.0
+    allocated, reserved = figures["allocated_bytes"]["all"], figures["reserved_bytes"]["all"]
+    return allocated["current"] / GIB, allocated["peak"] / GIB, reserved["peak"] / GIB
 
 
 def resident_peak_gib() -> float:

@@ -46,6 +46,7 @@ class StepMeter:
         peak = torch.tensor(measure_peak(device, product_type(resolved)), dtype=torch.float64, device=device)
         dist.all_reduce(peak)
         self.peak = float(peak)  # FLOP/s of all ranks together
+        self._process = psutil.Process()  # to look it up takes longer than to read it
         self._since = time.monotonic()
 
     def restart(self) -> None:
@@ -99,12 +100,20 @@ class StepMeter:
             "tokens_per_second": counts.tokens / seconds,
             "padding_share": 1 - counts.frames / max(counts.padded_frames, 1),
             "data_wait_share": min(1.0, counts.waited / self._ranks.world_size / seconds),
-            **memory(self._phases),
+            **self._memory(),
         }
         if counts.flops:
             figures["tflops"] = counts.flops / seconds / 1e12
             figures["mfu"] = counts.flops / seconds / self.peak
         return seconds, figures
+
+    def _memory(self) -> dict[str, float]:
+        """Memory of this rank in GiB: of the process, and of torch on the GPU (now, and at its highest)."""
+        held = {"memory_gib": self._process.memory_info().rss / 2**30}
+        if torch.cuda.is_available():
+            highest = self._phases.highest("allocated")
+            held |= {"gpu_memory_gib": self._phases.allocated, "gpu_peak_memory_gib": highest}
+        return held
 
 
 def product_type(resolved: ResolvedRun) -> torch.dtype:
@@ -113,12 +122,3 @@ def product_type(resolved: ResolvedRun) -> torch.dtype:
     if any(name in BFLOAT for name in names):
         return torch.bfloat16
     return torch.float16 if any(name in HALF for name in names) else torch.float32
-
-
-def memory(phases: MemoryPhases) -> dict[str, float]:
-    """Memory of this rank in GiB: of the process, and of torch on the GPU (now, and at its highest)."""
-    held = {"memory_gib": psutil.Process().memory_info().rss / 2**30}
-    if torch.cuda.is_available():
-        held["gpu_memory_gib"] = torch.cuda.memory_allocated() / 2**30
-        held["gpu_peak_memory_gib"] = phases.highest("allocated")
-    return held
