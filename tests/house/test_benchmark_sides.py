@@ -57,6 +57,9 @@ def test_a_side_that_ends_says_why_and_leaves_no_error_behind(sides: ModuleType)
         assert sides.take_turn(process, 4) == {"clips": 4}
         with pytest.raises(SystemExit, match="out of memory"):
             sides.take_turn(process, 0)
+    noisy = "import sys; sys.exit('out of memory\\n[rank0] WARNING: destroy_process_group() was not called')"
+    with pytest.raises(SystemExit, match=r"out of memory$"), sides.started(["-c", noisy]):
+        pass
     with sides.started(["-c", SIDE]) as process:
         assert sides.take_turn(process, 13) == {"clips": 13}
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended before the next order
