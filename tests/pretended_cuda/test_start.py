@@ -73,6 +73,7 @@ def test_another_sitecustomize_runs_too_and_operators_come_with_torch(tmp_path: 
     (first / "sitecustomize.py").symlink_to(START / "sitecustomize.py")
     environment = {"LD_PRELOAD": "libcudart.so.13"}  # by its name the start knows where it is; the linker finds none
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (first, tmp_path)))
-    command = [sys.executable, "-c", "print(OWN); import torch; print(torch.is_replaced)"]
+    asks = "import importlib.util; importlib.util.find_spec('torch')"  # as transformers does before it imports torch
+    command = [sys.executable, "-c", f"print(OWN); {asks}; import torch; print(torch.is_replaced)"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit(60))
     assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr

@@ -23,13 +23,13 @@ class _AndThen(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_replace(module):
+            sys.meta_path.remove(self)  # not before: who asks whether torch is there gets a spec, too
             execute(module)
             import pretended_operators
 
