@@ -64,6 +64,11 @@ def test_too_little_memory_is_a_size_that_does_not_fit(rehearsing: Any, error: E
 def test_another_error_is_none_of_memory(rehearsing: Any) -> None:
     kind, (trace,) = rehearsing(fails(KeyError("heads"))).start().error
     assert kind is RuntimeError and "KeyError: 'heads'" in trace
+    of_cuda = (
+        "CUDA error: no kernel image\nCUDA kernel errors might be reported later\nCompile with `TORCH_USE_CUDA_DSA`\n"
+    )
+    _, (trace,) = rehearsing(fails(RuntimeError(of_cuda))).start().error
+    assert "no kernel image" in trace and "\n" not in trace
     assert rehearsing(fails(UserError("m", "h"))).start().error == (UserError, ("m", "h"))
 
 

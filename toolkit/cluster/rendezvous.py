@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 
 from toolkit.cluster.ranks import Ranks
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted, UserError, first_line
 
 Value = TypeVar("Value")
 
@@ -199,7 +199,7 @@ def _open_store(ranks: Ranks) -> Any:
     try:
         store, _, _ = next(iter(rendezvous("env://", ranks.rank, ranks.world_size, timeout=RENDEZVOUS_TIMEOUT)))
     except (dist.DistError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             reason = "another process uses this port"
         raise UserError(

@@ -29,7 +29,7 @@ from typing import Any
 from toolkit.cluster import failures
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.fitting.rehearsal_engine import Measured, RehearsalEngine
 from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.recipe.resolve import ResolvedRun
@@ -161,9 +161,14 @@ def _rehearse(
             if is_out_of_memory(error):
                 answer = Measured(problem="out of memory")
             else:
-                trace = " | ".join(traceback.format_exc().strip().splitlines()[-3:])
-                answer = Measured(error=(RuntimeError, (trace,)))
+                answer = Measured(error=(RuntimeError, (_where_and_what(error),)))
         connection.send(answer)
+
+
+def _where_and_what(error: Exception) -> str:
+    """A line on an error that the run did not expect. CUDA's errors say first what happened, and then how to debug."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place.filename} line {place.lineno}: {place.line} | {type(error).__name__}: {first_line(error)}"
 
 
 def _be_quiet() -> None:
