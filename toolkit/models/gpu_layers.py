@@ -170,7 +170,7 @@ class SharedBiasAttention(nn.Module):
         keys = queries if key_value_states is None else key_value_states.shape[1]
         device = hidden_states.device
         # In autocast each layer would cast what is added to all of its scores.
-        kind = torch.get_autocast_dtype(device.type) if _is_in_autocast(hidden_states) else hidden_states.dtype
+        kind = _autocast_type(hidden_states) if _is_in_autocast(hidden_states) else hidden_states.dtype
         if self.has_relative_attention_bias:
             bias = self.compute_bias(queries, keys, device=device).to(kind)
         else:
@@ -188,6 +188,10 @@ def _is_in_autocast(states: Tensor) -> bool:
     kind = states.device.type
     # The compiler answers it while it traces, unlike `is_autocast_available`. Meta tensors have no autocast.
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _autocast_type(states: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(states.device.type)
 
 
 def _is_bare(layer: nn.Module) -> bool:

@@ -176,9 +176,10 @@ def as_on_gpu(autocast: bool) -> Iterator[Callable[[], None]]:
         "ctc_loss": ctc,
     }
     originals = {name: getattr(functional, name) for name in stand_ins} | {"matmul": torch.matmul}
-    asks_autocast = gpu_layers._is_in_autocast
+    of_layers = gpu_layers._is_in_autocast, gpu_layers._autocast_type
     try:
         gpu_layers._is_in_autocast = lambda states: autocast  # meta tensors have none
+        gpu_layers._autocast_type = lambda states: torch.bfloat16
         for name, stand_in in stand_ins.items():
             setattr(functional, name, stand_in)
         setattr(torch, "matmul", product)  # noqa: B010 - its type says a function of torch
@@ -187,7 +188,7 @@ def as_on_gpu(autocast: bool) -> Iterator[Callable[[], None]]:
         for name in stand_ins:
             setattr(functional, name, originals[name])
         setattr(torch, "matmul", originals["matmul"])  # noqa: B010
-        gpu_layers._is_in_autocast = asks_autocast
+        gpu_layers._is_in_autocast, gpu_layers._autocast_type = of_layers
 
 
 @contextmanager
