@@ -52,8 +52,7 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--history", type=Path, metavar="FILE", help="where ranks write the allocator's history (slow)")
     arguments = parser.parse_args()
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    rows = {row["cell"]: row for row in known.get("cells", [])}
+    known, rows = read_results(), read_rows()
     chosen = [cell for cell in CELLS if not arguments.only or cell.name.startswith(tuple(arguments.only))]
     if not arguments.predict:
         try:
@@ -70,10 +69,20 @@ def main() -> None:
                 except RuntimeError as error:
                     print(f"{number} of {len(chosen)}: {cell.name} failed\n{error}", flush=True)
                     continue
+            rows = read_rows() | {name: rows[name] for name in (cell.name,) if name in rows}  # others may measure, too
             if cell.name in rows:
                 row = rows[cell.name] = predicted(cell, folder, rows[cell.name])
                 RESULTS.write_text(json.dumps(summary(known, rows), indent=1) + "\n", encoding="utf-8")
                 print(f"{number} of {len(chosen)}: {in_words(row)}", flush=True)
+
+
+def read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def read_rows() -> dict[str, dict[str, Any]]:
+    """The rows measured so far, by cell."""
+    return {row["cell"]: row for row in read_results().get("cells", [])}
 
 
 def measure(cell: Cell, folder: Path, history: Path | None = None) -> dict[str, Any]:
