@@ -97,6 +97,8 @@ def compile_layers(model: Any, *, worth: float = 0.0) -> int:
         callback_handler.register_end_callback(_note_end)
     # Sizes that are equal by chance in the first batch, such as clips and tokens, are different ones.
     sizes.use_duck_shape = False
+    # Otherwise Python compares each number that a layer has, such as a share of dropout, whenever it is called.
+    graphs.specialize_float = True
     compiled = CompiledLayers(worth)
     layers = layers_to_compile(model)
     for layer in layers:
@@ -146,8 +148,7 @@ def _rows_with_graph(written: Callable[..., Any], layers: CompiledLayers) -> Cal
         nonlocal works
         if works and layers.is_on and logits.numel() >= (SCORES if layers.worth else 1):
             try:
-                with graphs.patch(specialize_float=True):  # the smoothing of labels, which stays
-                    return compiled(logits, *inputs)
+                return compiled(logits, *inputs)
             except COMPILE_ERRORS as error:
                 works = False
                 log.warning("the loss is computed without compilation: %s (%s)", reason_of(error), written.__name__)
