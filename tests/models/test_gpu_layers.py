@@ -172,3 +172,21 @@ def test_the_bias_of_positions_is_cast_once_in_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             _, bias, _ = attention(states, mask)
         assert bias.dtype == dtype and bias.shape == (2, 4, 9, 9)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gelu_is_one_call_in_the_type_of_its_products(autocast: bool) -> None:
+    """A power, of which transformers makes it, is fp32 in autocast, and so is all that follows."""
+    own, quick = models("mt5", layers=2)
+    same(own, quick)
+    calls = calls_of(quick, autocast=autocast).operators
+    assert (
+        calls["aten.gelu.default"] == calls["aten.gelu_backward.default"] == 4 and calls["aten.pow.Tensor_Scalar"] == 0
+    )
+    kinds = set()
+    for stack in (quick.encoder, quick.decoder):
+        for block in stack.block:
+            block.layer[-1].DenseReluDense.act.register_forward_hook(lambda _, given, made: kinds.add(made.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss_of(quick)
+    assert kinds == {torch.bfloat16 if autocast else torch.float32}

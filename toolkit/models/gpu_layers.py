@@ -15,6 +15,7 @@ from torch.nn import functional
 _NORMS = ("LongT5LayerNorm", "MT5LayerNorm", "T5LayerNorm", "UMT5LayerNorm")
 # Their layers share the position bias of the first one.
 _ATTENTIONS = ("MT5Attention", "T5Attention")
+_GELUS = ("NewGELUActivation",)  # of gated T5, mT5, ByT5, UMT5, GPT-2
 _FEED_FORWARDS = tuple(
     f"{family}Dense{kind}" for family in ("LongT5", "MT5", "T5", "UMT5") for kind in ("ActDense", "GatedActDense")
 )
@@ -34,6 +35,18 @@ class FusedRMSNorm(nn.Module):
             own: Tensor = super().forward(hidden_states)
             return own
         return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class FusedGELU(nn.Module):
+    """GELU by its approximation with tanh (Hendrycks and Gimpel 2016) in one call; mixed into a class of transformers'.
+
+    transformers' own is eight calls, whose results autograd keeps, and one of them is a power: fp32 in autocast, as are
+    then all that follow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations of the shape and type of ``x``."""
+        return functional.gelu(x, approximate="tanh")
 
 
 class ReluDropout(torch.autograd.Function):
@@ -205,6 +218,7 @@ def use_gpu_layers(model: nn.Module) -> None:
         own = type(module)
         for names, mixed in (
             (_NORMS, FusedRMSNorm),
+            (_GELUS, FusedGELU),
             (_ATTENTIONS, SharedBiasAttention),
             (_FEED_FORWARDS, FlatFeedForward),
         ):
