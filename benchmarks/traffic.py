@@ -199,6 +199,6 @@ def _place() -> str:
         owner = next((name for name in OWNERS if f"/{name}/" in f"{path}/"), None)
         if owner and not path.endswith(OWN):
             start = f"{path}/".rindex(f"/{owner}/") + 1
-            return f"{path[start:]}:{frame.f_lineno} {frame.f_code.co_qualname}"
+            return f"{path[start:]} {frame.f_code.co_qualname}"  # a line would be another after the next change
         frame = frame.f_back
     return threading.current_thread().name
