@@ -38,7 +38,7 @@ GRAPHS = 64
 SCORES = 2**24
 # FLOPs of a layer's products in a forward pass, from which on its kernels take an H200 longer than its host needs
 # to launch a compiled layer: guards and Triton's launches cost more than torch's own (benchmarks/launches.py).
-WORTH = 6e10
+WORTH = 4.3e10
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)  # all of them come before anything has run
 
 log = logging.getLogger("toolkit")
