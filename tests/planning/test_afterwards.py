@@ -36,7 +36,7 @@ def test_the_largest_phase_is_what_the_plan_says_that_torch_allocates(resolve: A
 def test_the_plan_is_that_of_the_micro_batches_that_were_computed(resolve: Any, corpus: Corpus) -> None:
     run = resolve(*SMALL)
     small, large = (planned_phases(run, corpus, H100, size, 300) for size in (Computed(2, 30, 8), LARGE))
-    assert small["step"] < large["step"] - 2**26
+    assert small["step"] < large["step"] - 2**25
     assert small["save"] == large["save"]
     later = Computed(16, 300, 60, later=16 * 200)
     assert later.workload(corpus, run).later_frames == 200
