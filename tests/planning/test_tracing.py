@@ -46,7 +46,7 @@ def test_layers_that_are_left_out_count_as_if_they_were_traced(
     assert from_two.saved == pytest.approx(whole.saved, rel=0.01)
     assert from_two.peak == pytest.approx(whole.peak, rel=0.03)
     assert from_two.flops == pytest.approx(whole.flops, rel=0.001)
-    assert from_two.kernels == pytest.approx(whole.kernels, rel=0.15)  # what a stack launches once counts for each layer
+    assert from_two.kernels == pytest.approx(whole.kernels, rel=0.15)  # each layer counts what a stack has once
 
 
 def features_of(folder: Path, *others: str) -> tuple[str, ...]:
