@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -25,11 +24,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from pretended import use_pretended_gpu
 from sides import started, take_turn
 from training_corpus import make_corpus, sentences
 
-from tests.pretended_cuda.environment import find_environment
-from toolkit.errors import UserError
 from toolkit.models.tokenizers import make_tokenizer
 
 RESULTS = HERE / "results" / "launches.json"
@@ -60,19 +58,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each side (default 3)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     arguments = parser.parse_args()
-    try:
-        environment = find_environment()
-    except UserError as error:
-        print(f"error: {error.lines}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # sides start wherever the command does
-    os.environ |= {"PRETENDED_CUDA_NUMBERS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    torch = use_pretended_gpu()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = make_corpus(folder / "corpus", CLIPS * STEPS).splits["train"].texts
         make_tokenizer("train", [*texts, *sentences(64)]).save_pretrained(folder / "tokenizer")
         row = measure(folder, arguments.rounds)
-    row |= {"torch": environment.torch, "processor": platform.processor() or platform.machine()}
+    row |= {"torch": torch, "processor": platform.processor() or platform.machine()}
     arguments.results.write_text(json.dumps({"t5_base_16": row}, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(row))
 

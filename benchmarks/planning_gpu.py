@@ -2,7 +2,7 @@
 """How near a plan comes to what torch's allocator holds on a GPU, phase by phase, measured without a GPU.
 
 /path/to/python benchmarks/planning_gpu.py           a Python with a CUDA build of torch; cells that have a row are kept
-/path/to/python benchmarks/planning_gpu.py --only t5_small/zero1 --again --history /tmp/peak
+/path/to/python benchmarks/planning_gpu.py --only t5_small/zero1 --again --history peak
 python benchmarks/planning_gpu.py --predict          only predict again, from the measured rows as they are
 
 The pretended CUDA runtime (tests/pretended_cuda) takes the place of GPUs: torch, its allocator, its choice of kernels,

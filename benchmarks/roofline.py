@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -27,12 +26,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from gpu_rows import ROWS
 from gpu_training import Training
+from pretended import use_pretended_gpu
 from sides import started, take_turn
 from traffic import BANDWIDTH, FLOPS, SHORTEST
 from training_corpus import make_corpus
 
-from tests.pretended_cuda.environment import find_environment
-from toolkit.errors import UserError
 from toolkit.models.tokenizers import make_tokenizer
 from toolkit.recipe.model_cards import load_model_yaml
 
@@ -64,13 +62,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the side that runs, too
-    try:
-        environment = find_environment()
-    except UserError as error:
-        print(f"error: {error.lines}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # sides start wherever the command does
-    os.environ |= {"PRETENDED_CUDA_NUMBERS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    torch = use_pretended_gpu()
     for recipe in arguments.only:
         with tempfile.TemporaryDirectory() as name:
             prepare(Path(name), recipe)
@@ -82,7 +74,7 @@ def main() -> None:
                 for kernel in largest(traffic["rows"], arguments.kernels).values():
                     print("   ", json.dumps(kernel))
                 if not arguments.set:
-                    write(arguments.results, recipe, side, traffic, environment.torch)
+                    write(arguments.results, recipe, side, traffic, torch)
 
 
 def sides_of(recipe: str) -> dict[str, Side]:
