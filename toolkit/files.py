@@ -51,6 +51,15 @@ def write_text_atomically(path: Path, text: str) -> None:
             temporary.unlink()
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Make the files in a folder that was just made as readable as it is: safetensors writes for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            with contextlib.suppress(PermissionError):  # a link to a file of another user, who chose its mode
+                path.chmod(mode)
+
+
 def next_free(path: Path, ending: str) -> Path:
     """``path`` with an ending and the first number from 1 by which there is nothing yet: ``NAME.1``, ``NAME.2``, ..."""
     numbered = (path.with_name(f"{path.name}{ending}{number}") for number in itertools.count(1))

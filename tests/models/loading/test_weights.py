@@ -87,6 +87,12 @@ def test_it_is_again_what_it_was(saved: Callable[..., Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tied tables", "adapters"])
+def test_weights_are_as_readable_as_the_rest(saved: Callable[..., Any], name: str) -> None:
+    files = [path for path in saved(name)[1].rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
+@pytest.mark.parametrize("name", ["tied tables", "adapters"])
 def test_a_folder_that_is_not_whole_is_refused(saved: Callable[..., Any], name: str, tmp_path: Path) -> None:
     model, folder = saved(name)
     damaged = shutil.copytree(folder, tmp_path / "damaged")

@@ -239,6 +239,7 @@ def test_a_frozen_backbone_from_a_source_is_saved_with_what_trained_on_it(
     train(made.model, inputs_of(HANDS), 3)
     save(run / "best", made)
     assert (run / "base" / "weights_001.safetensors").samefile(run / "best" / "base" / "weights_001.safetensors")
+    assert len({path.stat().st_mode for path in (run / "best").rglob("*.*") if path.is_file()}) == 1
     for folder in (source, run / "base"):
         folder.rename(folder.with_name(f"{folder.name} gone"))
     (tmp_path / "elsewhere").mkdir()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from toolkit.errors import UserError
+from toolkit.files import give_usual_modes
 from toolkit.models.adaptation.adapter_files import ADAPTER_FOLDER, save_adapter
 from toolkit.models.adaptation.merge import Adapter, attach_adapter, detach_adapter, make_standalone, merge
 from toolkit.models.backbone import vocabulary_size
@@ -111,8 +112,7 @@ def _write(model: PoseTranslator, processor: PoseProcessor, adapter: Adapter | N
             attach_adapter(model, adapter)
         processor.save_pretrained(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
-        for file in partial.rglob("*.*"):  # weights are written for their owner alone, and this folder is to be shared
-            file.chmod((partial / CARD).stat().st_mode)
+        give_usual_modes(partial)
         _read_back(partial, model)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from toolkit.cluster.tensor_parallel import own_part, part_of, whole, whole_shape
 from toolkit.errors import UserError, first_line
+from toolkit.files import give_usual_modes
 from toolkit.models.adaptation.adapter_files import save_trained, trainable_parameters, trained_weights
 from toolkit.models.adaptation.extra_tokens import fold_rows, is_new_row, unfolded
 from toolkit.models.processor import PoseProcessor
@@ -84,6 +85,7 @@ def save_model(folder: Path, model: PoseTranslator, processor: PoseProcessor, we
         fold_rows(model, weights)
         model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
+    give_usual_modes(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.errors import UserError, first_line
+from toolkit.files import give_usual_modes
 from toolkit.models.loading.base_model import Override, TensorReader
 from toolkit.models.translator import PoseTranslator
 from toolkit.models.warm_start.plan import Plan
@@ -154,6 +155,7 @@ class _Recorder:
 
     def finish(self) -> None:
         self._write()
+        give_usual_modes(self.partial)
         shutil.rmtree(self.folder, ignore_errors=True)  # of a start that ended before its first step
         self.partial.rename(self.folder)
 
