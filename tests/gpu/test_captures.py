@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,16 +14,27 @@ from toolkit.decoding.step_graphs import CudaGraphs
 HALF = 2**28  # bytes
 
 
+def asks(ones: torch.Tensor) -> torch.Tensor:
+    """Waits for the GPU, which the call itself refuses."""
+    dropped = functional.dropout(ones, 0.5)
+    return dropped if dropped.sum().item() >= 0 else ones
+
+
+def leaves_work(ones: torch.Tensor) -> torch.Tensor:
+    """Does not wait for another stream, which the end of the capture refuses."""
+    dropped, other = functional.dropout(ones, 0.5), torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        dropped.mul_(2)
+    return dropped
+
+
 @pytest.mark.gpu
-def test_after_a_failed_capture_calls_work_as_before() -> None:
+@pytest.mark.parametrize("call", [asks, leaves_work])
+def test_after_a_failed_capture_calls_work_as_before(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
     capture, ones = CudaGraphs(), torch.ones(8, device="cuda")
-
-    def asks() -> torch.Tensor:
-        dropped = functional.dropout(ones, 0.5)
-        return dropped if dropped.sum().item() >= 0 else ones  # waits for the GPU
-
     with pytest.raises(RuntimeError, match="captur"):
-        capture(asks)
+        capture(lambda: call(ones))
     assert set(functional.dropout(ones, 0.5).tolist()) <= {0.0, 2.0}
     held = []
     for _ in range(3):  # memory that another stream used comes back

@@ -36,7 +36,8 @@ def main() -> None:
         failed.capture_begin(capture_error_mode="thread_local")
         _fails(lambda: functional.dropout(x, 0.5).sum().item())
         _fails(failed.capture_end)
-    _fails(lambda: functional.dropout(x, 0.5))  # torch draws as within the capture; toolkit/decoding/step_graphs.py
+    if torch.__version__ < "2.13":  # torch draws as within the capture; toolkit/decoding/step_graphs.py
+        _fails(lambda: functional.dropout(x, 0.5))
 
 
 def compiled() -> None:

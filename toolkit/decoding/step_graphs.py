@@ -127,13 +127,15 @@ def _without_garbage_collection() -> Iterator[None]:
 def _end_failed(graph: Any, pool: Any) -> None:
     """End a capture that has failed on the current stream, so that calls outside a graph work as before it.
 
-    torch (2.11) leaves a failed one in the middle: the allocator stays in its pool and keeps freed memory of other
+    torch 2.11 leaves a failed one in the middle: the allocator stays in its pool and keeps freed memory of other
     streams, and random numbers are drawn as within a graph, which the next dropout refuses; an empty capture ends that.
     The allocator of pinned memory asks the graph at each allocation from then on, and crashes where it is deleted.
+    torch 2.13 ends all of that itself; the end of a capture that has ended leaves it an error for the next kernel.
     """
     _failed.append(graph)
-    with contextlib.suppress(RuntimeError):
-        graph.capture_end()
+    if torch.cuda.is_current_stream_capturing():
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(torch.cuda.current_stream().device_index, pool)
     with contextlib.suppress(RuntimeError), warnings.catch_warnings():
