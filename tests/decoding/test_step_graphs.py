@@ -204,8 +204,14 @@ def test_all_graphs_of_a_process_are_on_one_stream(monkeypatch: pytest.MonkeyPat
     assert made == used[:1] == used[1:]
 
 
-def test_only_attention_that_is_ours_is_captured(translator: Make, capture: RecordedCalls) -> None:
+def test_only_attention_that_is_ours_is_captured(
+    translator: Make, capture: RecordedCalls, caplog: pytest.LogCaptureFixture
+) -> None:
     model = translator()
     assert graphs_of_search(model, wanted=False) is None
     assert isinstance(graphs_of_search(model, wanted=True), StepGraphs)
-    assert graphs_of_search(translator(attention="eager"), wanted=True) is None
+    step_graphs._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "toolkit"):
+        for _ in range(2):
+            assert graphs_of_search(translator(attention="eager"), wanted=True) is None
+    assert [record.getMessage().count("eager attention") for record in caplog.records] == [1], "said once"

@@ -79,6 +79,9 @@ def test_gpus_try_what_the_plan_finds_to_fit(monkeypatch: pytest.MonkeyPatch) ->
     ranks, cells = cells_here(*DEMO, ranks=None, only="zero2")
     assert ranks == 2
     assert cells == [Cell("zero2", 20), Cell("zero2", 10)]
+    with pytest.raises(UserError, match=r"--ranks 3 .* 2 GPUs ") as error:
+        cells_here(*DEMO, ranks=3, only="zero2")
+    assert "--ranks 2" in error.value.hint
 
 
 @pytest.fixture

@@ -118,11 +118,17 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def check_ranks(
-    ranks: Ranks, *, gpus: int, cores: int | None = None, environment: Mapping[str, str] = os.environ
+    ranks: Ranks,
+    *,
+    gpus: int,
+    cores: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+    option: str = "--num_gpus",
 ) -> None:
     """Refuse more ranks on this node than GPUs or, without a GPU, than CPU ``cores`` (None: counted here).
 
-    The environment says whether srun or mpirun started the ranks, which can bind a GPU to each.
+    The environment says whether srun or mpirun started the ranks, which can bind a GPU to each; ``option`` is the one
+    that gave their number.
 
     Raises:
         UserError: more ranks than GPUs, or than cores where the CPU does the work.
@@ -134,8 +140,8 @@ def check_ranks(
     if ranks.local_world_size > devices:
         plural = "" if devices == 1 else "s"
         raise UserError(
-            f"--num_gpus {ranks.local_world_size} is more than the {devices} {kind}{plural} of this machine",
-            f"start at most {devices} with --num_gpus {devices}",
+            f"{option} {ranks.local_world_size} is more than the {devices} {kind}{plural} of this machine",
+            f"start at most {devices} with {option} {devices}",
         )
 
 

@@ -207,9 +207,15 @@ def graphs_of_search(model: Any, *, wanted: bool) -> StepGraphs | None:
     if capture is None:
         return None
     if reason := _obstacle(model.backbone):
-        log.info("search: steps run without CUDA graphs (%s)", reason)
+        _say_once(reason)
         return None
     return StepGraphs(capture)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    """Not for every split of every evaluation."""
+    log.info("search: steps run without CUDA graphs (%s)", reason)
 
 
 def _obstacle(backbone: Any) -> str | None:

@@ -82,7 +82,7 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
     """
     found = cards()
     world_size = ranks or len(found) or min(2, math.ceil(len(usable_cores().numbers)))
-    check_ranks(Ranks(world_size=world_size, local_world_size=world_size), gpus=len(found))
+    check_ranks(Ranks(world_size=world_size, local_world_size=world_size), gpus=len(found), option="--ranks")
     own = resolve_named(recipe, overrides, world_size, has_gpu=bool(found), ds=only)
     open_prepared(own.recipe.data)  # what is wrong with all cells is an error at once
     check_model(own)

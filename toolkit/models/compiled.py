@@ -10,6 +10,7 @@ Gradient checkpointing keeps and recomputes whole layers, outside their graphs. 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -49,7 +50,8 @@ class CompiledLayers:
     """Which layers run compiled in the current forward pass; a recomputation in its backward pass does the same."""
 
     worth: float = 0.0  # FLOPs of a layer's products below which it runs as it is written
-    works: bool = True  # until a layer cannot be compiled
+    works: bool = True  # until a layer cannot be compiled; the loss is not, either, from then on
+    rows_work: bool = True  # until a function of the loss cannot be compiled
     is_on: bool = True  # False within `uncompiled`
     choices: dict[nn.Module, bool] = field(default_factory=dict)
     rows: RowFunctions = field(init=False)  # of the token loss
@@ -141,16 +143,14 @@ def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
 def _rows_with_graph(written: Callable[..., Any], layers: CompiledLayers) -> Callable[..., Any]:
     """A function of logits and more, compiled where it can be."""
     compiled = torch.compile(written, fullgraph=True, dynamic=True, backend=BACKEND)
-    works = True
 
     @functools.wraps(written)
     def run(logits: torch.Tensor, *inputs: Any) -> Any:
-        nonlocal works
-        if works and layers.is_on and logits.numel() >= (SCORES if layers.worth else 1):
+        if layers.works and layers.rows_work and layers.is_on and logits.numel() >= (SCORES if layers.worth else 1):
             try:
                 return compiled(logits, *inputs)
             except COMPILE_ERRORS as error:
-                works = False
+                layers.rows_work = False
                 log.warning("the loss is computed without compilation: %s (%s)", reason_of(error), written.__name__)
         return written(logits, *inputs)
 
@@ -185,7 +185,8 @@ def before_compilations(call: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        callback_handler.remove_start_callback(start)
+        with contextlib.suppress(ValueError):  # DeepCompile resets torch's compiler, which forgets all callbacks
+            callback_handler.remove_start_callback(start)
 
 
 @contextmanager
