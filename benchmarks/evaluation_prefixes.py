@@ -150,7 +150,7 @@ def make_model() -> Any:
     from toolkit.models.translator import PoseTranslator
     from toolkit.poses.landmarks import load_landmark_set
     from toolkit.recipe.model_cards import load_model_yaml
-    from toolkit.recipe.schema import PoseEncoder
+    from toolkit.recipe.sections.model import PoseEncoder
 
     card, landmarks = load_model_yaml(CARD), load_landmark_set("hands_body_50")
     tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}

@@ -42,8 +42,8 @@ from toolkit.corpus.packed import Corpus
 from toolkit.corpus.prepare import ensure_corpus
 from toolkit.models.encoders import KINDS, PoseEncoder, make_pose_encoder
 from toolkit.poses.landmarks import load_landmark_set
-from toolkit.recipe import schema
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.sections import model as sections
 
 RESULTS = ROOT / "benchmarks" / "results" / "positions.json"
 PICTURE = ROOT / "docs" / "pictures" / "positions.png"
@@ -138,7 +138,7 @@ def cost() -> list[dict[str, Any]]:
         batch = torch.randn(*shape, landmarks.num_channels), torch.rand(*shape) < 0.7, torch.ones(shape[:2]).bool()
         encoders = {
             kind: make_pose_encoder(
-                schema.PoseEncoder.model_validate({"kind": kind}).model_dump(),
+                sections.PoseEncoder.model_validate({"kind": kind}).model_dump(),
                 num_points=landmarks.num_points,
                 num_channels=landmarks.num_channels,
                 width=WIDTH,

@@ -16,7 +16,7 @@ from tests.rank_workers import joined
 from toolkit.cpu.allocator import return_freed_memory
 from toolkit.models.loading.backbone_weights import Placement, published_backbone, random_backbone
 from toolkit.models.loading.weights import count_weights, whole_state_dict
-from toolkit.recipe.schema import Quantization
+from toolkit.recipe.sections.model import Quantization
 
 CPU = torch.device("cpu")
 

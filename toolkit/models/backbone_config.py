@@ -30,7 +30,7 @@ from toolkit.models.vocabulary.trimming import KEY as TRIM_KEY
 from toolkit.models.vocabulary.trimming import Trimming, trimming_of
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published, tiny_config, tokenizer_of
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 # Architectures name their dropout differently; `model.dropout` sets whichever of these a configuration has.
 DROPOUT_KEYS = (

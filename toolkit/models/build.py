@@ -45,7 +45,8 @@ from toolkit.models.warm_start.filling import WarmStart, frozen_weights
 from toolkit.recipe.model_cards import card_of, reads_published
 from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import Evaluation, Model, Recipe
+from toolkit.recipe.schema import Evaluation, Recipe
+from toolkit.recipe.sections.model import Model
 
 
 def build_processor(recipe: Recipe, corpus: Corpus) -> PoseProcessor:

@@ -22,7 +22,8 @@ from toolkit.models.language_models.tensor_plan import check_division
 from toolkit.recipe.deepspeed.cells import cell_of, cell_problem
 from toolkit.recipe.prompts import own_words, placeholders
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import Data, MixPart, PoseEncoder, Recipe
+from toolkit.recipe.schema import Data, MixPart, Recipe
+from toolkit.recipe.sections.model import PoseEncoder
 
 
 def check_model(resolved: ResolvedRun) -> None:

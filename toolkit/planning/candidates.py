@@ -17,7 +17,8 @@ from toolkit.recipe.deepspeed.cells import cell_of
 from toolkit.recipe.deepspeed.compatibility import ARCHITECTURES, refusal
 from toolkit.recipe.deepspeed.json_file import ds_config_names, read_deepspeed
 from toolkit.recipe.model_cards import card_of, card_published_as
-from toolkit.recipe.schema import Lora, Quantization, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import Lora, Quantization
 
 STATES_SHARE = 2 / 3  # of a card; the rest is for activations and what else lives there
 # Ways to train, from the most trained parameters to the least memory.

@@ -13,7 +13,8 @@ from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
 from toolkit.planning.speed import step_seconds
 from toolkit.planning.workload import Workload, from_maxima
 from toolkit.recipe.resolve import ResolvedRun, resolve
-from toolkit.recipe.schema import Lora, Quantization, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import Lora, Quantization
 from toolkit.recipe.tree import Tree, value_at
 
 OFFLOAD = "zero3_offload"  # what leaves least on a device

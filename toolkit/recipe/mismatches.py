@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from toolkit.errors import UserError
-from toolkit.recipe.schema import POSE_ENCODER_DEFAULTS, FeatureEncoder, Model, Quantization, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import POSE_ENCODER_DEFAULTS, FeatureEncoder, Model, Quantization
 from toolkit.recipe.tree import value_at
 
 _DEFAULTS = Recipe(name="-", model=Model(backbone="-", quantization=Quantization(kind="int8"))).model_dump(mode="json")

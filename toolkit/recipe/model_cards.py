@@ -15,7 +15,8 @@ from toolkit.errors import UserError
 from toolkit.files import read_text
 from toolkit.recipe.deepspeed.compatibility import LANGUAGE_MODELS
 from toolkit.recipe.paths import models_dir, shown
-from toolkit.recipe.schema import BACKBONE_PARTS, Model, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import BACKBONE_PARTS, Model
 from toolkit.recipe.tree import did_you_mean
 from toolkit.recipe.yaml_text import parse_yaml
 

@@ -19,7 +19,8 @@ from toolkit.recipe.load import load_recipe
 from toolkit.recipe.model_cards import ModelCard, card_of, reads_published
 from toolkit.recipe.prompts import placeholders
 from toolkit.recipe.resolve import RECIPE_FILE
-from toolkit.recipe.schema import MixPart, Model, Recipe
+from toolkit.recipe.schema import MixPart, Recipe
+from toolkit.recipe.sections.model import Model
 from toolkit.recipe.yaml_text import dump_yaml
 from toolkit.scoring.metrics import SCORE_NAMES
 from toolkit.scoring.table import HEADINGS, SOMETIMES, format_score

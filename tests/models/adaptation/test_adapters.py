@@ -27,7 +27,7 @@ from transformers import (
 from toolkit.errors import UserError
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.models.adaptation.adapters import adapt, unreached_parameters
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 1}
 T5 |= {"decoder_start_token_id": 0}

@@ -12,7 +12,7 @@ from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.models.adaptation.adapters import adapt, token_tables
 from toolkit.models.adaptation.extra_tokens import add_rows, add_tokens, fold_rows, reserve_rows, widened
 from toolkit.models.tokenizers import special_ids, train_tokenizer
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 TOKENS = ["<loc>", "<per>"]
 T5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 1, "decoder_start_token_id": 0}

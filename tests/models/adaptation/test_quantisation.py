@@ -19,7 +19,7 @@ from toolkit.models.backbone import stack_layers
 from toolkit.models.loading import backbone_weights
 from toolkit.models.loading.backbone_weights import Placement, random_backbone
 from toolkit.models.loading.weights import count_weights
-from toolkit.recipe.schema import Quantization
+from toolkit.recipe.sections.model import Quantization
 
 CONFIGS: dict[str, Configuration] = {
     "t5": T5Config(

@@ -13,7 +13,7 @@ from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.models.encoders import KINDS
 from toolkit.models.encoders.layers import sinusoidal_positions, with_visibility
 from toolkit.poses.landmarks import load_landmark_set
-from toolkit.recipe.schema import PoseEncoder
+from toolkit.recipe.sections.model import PoseEncoder
 
 STRIDES = [("linear", 1), ("conv", 1), ("conv", 2), ("conv", 4), ("conformer", 1), ("conformer", 4), ("stgcn", 1),
            ("stgcn", 4)]  # fmt: skip

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from toolkit.errors import UserError
 from toolkit.models.language_models.prompts import words_around_poses
 from toolkit.models.tokenizers import make_tokenizer, text_frame
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 WORDS = ["translate", "hindi", "into", "english", ":", "user", "answer", "good", "day", "\n", "{", "}", "poses"]
 CHAT = (

@@ -18,7 +18,7 @@ from toolkit.models.adaptation.export import export_model
 from toolkit.models.loading.load import load_translator
 from toolkit.models.warm_start.mapping import NEW_SCALE
 from toolkit.poses.landmarks import LandmarkSet, load_landmark_set
-from toolkit.recipe.schema import PARTS
+from toolkit.recipe.sections.model import PARTS
 
 KINDS = ("linear", "conv", "conformer", "stgcn")
 # All landmarks of hands_body_50, in another order, with more of the body and a face.

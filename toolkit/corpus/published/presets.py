@@ -15,7 +15,7 @@ from toolkit.corpus.table_lines import table_lines
 from toolkit.corpus.table_records import read_records
 from toolkit.errors import UserError
 from toolkit.recipe.corpora import TimeUnit
-from toolkit.recipe.schema import Section
+from toolkit.recipe.sections.values import Section
 
 SPLIT = "{split}"  # stands for the name of a split in the name of a table
 SPLIT_NAMES = {

@@ -21,7 +21,7 @@ from toolkit.errors import UserError
 from toolkit.models.backbone import halves
 from toolkit.models.translator import PoseTranslator
 from toolkit.recipe.model_cards import card_of
-from toolkit.recipe.schema import Lora, Model
+from toolkit.recipe.sections.model import Lora, Model
 
 # How the architectures call the queries and values of attention, which is what the LoRA paper adapts: T5 and its kin;
 # BART, M2M100, Pegasus, Marian, LED's decoder and language models; BERT and LED's encoder; GPT-2 (all three in one, and

@@ -20,7 +20,7 @@ from toolkit.errors import UserError
 from toolkit.models.adaptation.adapters import token_tables
 from toolkit.models.backbone import decoder_config, encoder_config
 from toolkit.models.translator import PoseTranslator
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 # What configurations call the number of rows of their token tables.
 ROW_KEYS = ("vocab_size", "decoder_vocab_size")

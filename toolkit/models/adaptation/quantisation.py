@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.models.dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:  # the search imports this file, and translate.py starts without pydantic
-    from toolkit.recipe.schema import Quantization
+    from toolkit.recipe.sections.model import Quantization
 
 # Columns of activations beyond this are computed in 16 bits, as LLM.int8() has it (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0

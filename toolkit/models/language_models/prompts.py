@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
 from toolkit.recipe.prompts import POSES, around_poses, placeholders
-from toolkit.recipe.schema import Model
+from toolkit.recipe.sections.model import Model
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from toolkit.models.loading.random_weights import Skeleton, make_skeleton
 from toolkit.models.vocabulary.ids import renumber
 from toolkit.models.vocabulary.tables import Trim
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import Quantization
+from toolkit.recipe.sections.model import Quantization
 
 
 @dataclass(frozen=True)

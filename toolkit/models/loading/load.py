@@ -35,7 +35,7 @@ def fetch_translator(name: str | Path) -> None:
             return  # they are in its folder
         # Imports PEFT and DeepSpeed, which whole models do without; the recipe's schema imports pydantic.
         from toolkit.models.build import fetch_backbone
-        from toolkit.recipe.schema import Model
+        from toolkit.recipe.sections.model import Model
 
         fetch_backbone(Model.model_validate(base.model))
         return

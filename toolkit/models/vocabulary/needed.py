@@ -21,7 +21,8 @@ from toolkit.models.tokenizers import make_tokenizer
 from toolkit.models.vocabulary.trimming import check_trimmable, forget_trimming, trimmed, trimming_of
 from toolkit.recipe.model_cards import card_of, language_of, reads_published, tokenizer_of
 from toolkit.recipe.prompts import fill, own_words
-from toolkit.recipe.schema import Model, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import Model
 
 TEXT_KEY = "model.vocabulary_text"
 _AT_ONCE = 10_000  # texts that are tokenised together

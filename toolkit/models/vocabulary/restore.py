@@ -27,7 +27,8 @@ from toolkit.models.warm_start.backbone import part_of_each, token_dimension
 from toolkit.models.warm_start.filling import WarmStart
 from toolkit.models.warm_start.plan import make_plan
 from toolkit.models.warm_start.source import read_source
-from toolkit.recipe.schema import BACKBONE_PARTS, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import BACKBONE_PARTS
 
 OPTION = "--restore-vocabulary"
 # The score by which a CTC head never reads a token that it has no trained row for; within the range of fp16.

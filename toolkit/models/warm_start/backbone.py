@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from toolkit.models.backbone import decoder_config, encoder_config, encoder_width, halves, layer_list, stacks
 from toolkit.models.backbone_config import DROPOUT_KEYS, LAYER_DROP_KEYS
-from toolkit.recipe.schema import BACKBONE_PARTS, Part
+from toolkit.recipe.sections.model import BACKBONE_PARTS, Part
 
 # Settings that change no result of trained weights, or that names and shapes of weights show. Sizes of the vocabulary
 # are the tokenizer's, dropout is the recipe's.

@@ -30,7 +30,8 @@ from toolkit.models.warm_start.source import KEY, Source, empty_source, read_sou
 from toolkit.models.warm_start.tokens import row_axis
 from toolkit.poses.landmarks import LandmarkSet
 from toolkit.recipe.model_cards import tokenizer_of
-from toolkit.recipe.schema import BACKBONE_PARTS, PARTS, POSE_ENCODER_DEFAULTS, Part, PoseEncoder, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import BACKBONE_PARTS, PARTS, POSE_ENCODER_DEFAULTS, Part, PoseEncoder
 
 PARTS_KEY = "model.init_parts"
 

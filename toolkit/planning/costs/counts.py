@@ -24,7 +24,8 @@ from toolkit.models.translator import FRESH, PoseTranslator
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.recipe.model_cards import card_of, tokenizer_of
 from toolkit.recipe.prompts import around_poses, own_words, placeholders
-from toolkit.recipe.schema import Model, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sections.model import Model
 
 ASSUMED_GLOSSES = 2000  # of a CTC head that reads glosses, whose number the corpus alone says
 BYTES_A_TOKEN = 4  # of words in a published vocabulary
