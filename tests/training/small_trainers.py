@@ -46,13 +46,15 @@ class Engine:
     def __init__(self, module: nn.Module, resolved: ResolvedRun) -> None:
         self.module = module
         self.clipping = resolved.deepspeed["gradient_clipping"]
-        self.optimizer = torch.optim.AdamW(parameter_groups(module, resolved))
+        self.optimizer = self.basic_optimizer = torch.optim.AdamW(parameter_groups(module, resolved))
         self.steps = 0
         self.losses: list[float] = []  # of the backward passes
         self.boundaries: list[bool] = []  # whether each was the last one of its step
         self.rates: list[list[float]] = []  # learning rate of each group in each step
         self.is_boundary = False
         self.norm: float | torch.Tensor = 123.0  # of the last step
+        self.applies = True  # whether the optimizer steps, or finds a gradient that is not finite
+        self.global_steps = self.skipped_steps = 0
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -88,9 +90,16 @@ class Engine:
     def step(self) -> None:
         assert self.is_boundary, "a step follows the last micro-batch"
         self.rates.append([group["lr"] for group in self.optimizer.param_groups])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.applies:
+            self.optimizer.step()
+        self.zero_grad()
         self.steps += 1
+
+    def was_step_applied(self) -> bool:
+        return self.applies
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
 
 
 class Checkpoints:

@@ -1,16 +1,20 @@
-"""Gradients at ZeRO stage 0, which the training loop clips."""
+"""Gradients at ZeRO stage 0, which the training loop clips, and steps without a finite one."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
 from tests.scripts import load_script
-from toolkit.training.engine import clip_gradients, gradient_norm
+from toolkit.recipe.resolve import ResolvedRun
+from toolkit.training.engine import clip_gradients, gradient_norm, take_step
 
 
 def engine_with_gradients(scale: float, clipping: float = 0.0) -> Any:
@@ -45,6 +49,25 @@ def test_gradients_stay_without_clipping_without_a_norm_and_where_deepspeed_clip
     before = gradients(engine)
     clip_gradients(engine, engine.module.parameters(), norm, largest)
     torch.testing.assert_close(gradients(engine), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf, math.nan, None])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("applies", [True, False])
+def test_a_step_is_left_to_deepspeed_where_that_can_skip_it(
+    resolve: Callable[..., ResolvedRun], norm: float | None, precision: str, applies: bool
+) -> None:
+    """Where the loop clips, DeepSpeed has torch's optimizer, which would step."""
+    resolved, calls, engine = resolve(), MagicMock(), engine_with_gradients(1.0)
+    resolved.deepspeed["zero_optimization"] = {"stage": 0}
+    resolved.deepspeed["fp16"] = {"enabled": precision == "fp16"}
+    calls.was_step_applied.return_value = applies
+    calls.gradient_clipping.return_value, calls.global_steps, calls.skipped_steps = 1.0, 5, 0
+    is_finite = norm is None or math.isfinite(norm)
+    assert take_step(calls, resolved, engine.module.parameters(), norm) is (is_finite and applies)
+    is_ours = precision == "fp32" and not is_finite
+    assert (calls.step.called, calls.zero_grad.called) == (not is_ours, is_ours)
+    assert (calls.global_steps, calls.skipped_steps) == ((6, 1) if is_ours else (5, 0)), "DeepSpeed counts its own"
 
 
 def test_clipping_takes_one_call_and_no_copy() -> None:

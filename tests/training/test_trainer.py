@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -200,6 +201,36 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(make: Callabl
     assert "training.learning_rate" in stopped.value.hint
     assert trainer.engine.steps == 0 and trainer.progress.step == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.engine.module.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(make: Callable[..., Trainer]) -> None:
+    """At stage 0 in fp32; DeepSpeed's own optimizers skip the step as well (tests/end_to_end/test_strategies.py)."""
+    trainer = make("ds.zero_optimization.stage=0", "training.ema=0.5", "training.epochs=9")
+    stream, warned = batches_of(trainer), watched(trainer, "line").line.echo
+    trainer.step(next(stream))
+    before = {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
+    states = [copy.deepcopy(state) for state in trainer.engine.optimizer.state.values()]
+    handle = trainer.weights[0].register_hook(lambda gradient: gradient * math.nan)
+    for _ in range(2):
+        trainer.step(next(stream))
+    handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.engine.module.state_dict().items())
+    torch.testing.assert_close(list(trainer.engine.optimizer.state.values()), states, rtol=0, atol=0)
+    assert (trainer.progress.step, trainer.engine.steps, trainer.engine.skipped_steps) == (3, 1, 2)
+    ((text,),) = [call.args for call in warned.call_args_list]
+    assert "step 2" in text, "once for several in a row"
+    trainer.step(next(stream))
+    values = trainer.engine.module.state_dict()
+    assert all(value.isfinite().all() for value in values.values())
+    assert any(not torch.equal(value, before[name]) for name, value in values.items())
+
+
+def test_a_step_that_deepspeed_skips_leaves_the_average(make: Callable[..., Trainer]) -> None:
+    """Its optimizer has no states yet, and one with an average in it would count as filled."""
+    trainer = make("ds.zero_optimization.stage=1", "training.ema=0.5")
+    trainer.engine.applies = False
+    trainer.step(next(batches_of(trainer)))
+    assert not any(trainer.engine.optimizer.state.values())
 
 
 def test_clips_are_listed_by_the_rank_whose_loss_is_not_finite(

@@ -182,7 +182,8 @@ class RehearsalEngine:
                 gradient_norm(self.engine.module.parameters())
             self.engine.step()
             self.steps += 1
-            if decay := self.resolved.recipe.training.ema:
+            decay = self.resolved.recipe.training.ema
+            if decay and self.engine.was_step_applied():
                 update_average(self.engine, decay, self.steps)
         return self._measured(seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -26,6 +27,7 @@ from toolkit.models.compiled import WORTH, compile_layers
 from toolkit.models.gpu_layers import use_gpu_layers
 from toolkit.models.language_models.tensor_plan import partition_plan, split_weights
 from toolkit.recipe.compilation import compilation
+from toolkit.recipe.optimizers import loop_clips
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.bf16_sums import join_sums
 from toolkit.training.optimization.gradient_reduction import (
@@ -171,6 +173,29 @@ def clip_gradients(engine: Any, weights: Iterable[nn.Parameter], norm: float | N
         # As `nn.utils.clip_grads_with_norm_`, which copies the norm to the device, and waits for that.
         gradients = [gradient for weight in weights if (gradient := weight.grad) is not None]
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))
+
+
+def take_step(engine: Any, resolved: ResolvedRun, weights: Iterable[nn.Parameter], norm: float | None) -> bool:
+    """Clip the gradient and change the weights, unless it is not finite: then it is forgotten, and they stay.
+
+    DeepSpeed does both, except where the loop clips: torch's optimizer would make NaN of every weight there.
+
+    Args:
+        engine, weights: of the run.
+        norm: of the gradient; None above stage 0.
+
+    Returns:
+        whether the weights were changed.
+    """
+    is_finite = norm is None or math.isfinite(norm)
+    if is_finite or not loop_clips(resolved.deepspeed):
+        clip_gradients(engine, weights, norm, resolved.recipe.training.gradient_clipping)
+        engine.step()
+        return is_finite and bool(engine.was_step_applied())
+    engine.zero_grad()
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    return False
 
 
 def release_training_states(engine: Any) -> None:

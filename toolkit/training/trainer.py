@@ -31,13 +31,14 @@ from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.recipe.batches import total_steps
+from toolkit.recipe.deepspeed.cells import training_precision
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.scoring.metrics import Scores
 from toolkit.scoring.predictions import write_predictions
 from toolkit.scoring.table import choose_samples
 from toolkit.tracking.progress import ProgressLine, StepFigures
 from toolkit.tracking.tracker import Tracker
-from toolkit.training.engine import clip_gradients, gradient_norm, set_learning_rate
+from toolkit.training.engine import gradient_norm, set_learning_rate, take_step
 from toolkit.training.evaluating import Evaluated, collapse_warning, evaluate_split
 from toolkit.training.halving import Halving
 from toolkit.training.monitoring.gradient_guard import GradientGuard
@@ -46,6 +47,7 @@ from toolkit.training.monitoring.loss_spikes import LossSpikes
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Phase, memory_figures
 from toolkit.training.monitoring.metering import StepCounts, StepMeter
 from toolkit.training.monitoring.rank_watch import Limits, RankWatch
+from toolkit.training.monitoring.skipped_steps import SkippedSteps
 from toolkit.training.monitoring.step_figures import LateNorm, check_losses, read_together
 from toolkit.training.optimization.averaging import averaged_weights, update_average
 from toolkit.training.optimization.freezing import BackboneFreeze
@@ -81,17 +83,15 @@ class Trainer:
         self.recipe, resolved, progress = self.resolved.recipe, self.resolved, self.progress
         self.on_exit, self.rows = ExitStack(), row_functions(self.engine.module)
         training = self.recipe.training
-        self.gradient_guard: GradientGuard | None = GradientGuard(
-            self.engine.module, may_overflow=resolved.precision == "fp16"
-        )
-        self.freeze = (
-            BackboneFreeze(self.engine.module) if 0 < training.freeze_backbone_steps >= progress.step else None
-        )
+        may_overflow = training_precision(resolved.deepspeed) == "fp16"
+        self.gradient_guard: GradientGuard | None = GradientGuard(self.engine.module, may_overflow=may_overflow)
+        frozen_steps = training.freeze_backbone_steps
+        self.freeze = BackboneFreeze(self.engine.module) if 0 < frozen_steps >= progress.step else None
         self.weights = list(self.engine.module.parameters())  # to look them up takes milliseconds of each step
         self.when_reduced = when_reduced(self.engine)
         self.graphs = pass_graphs(self.engine, resolved, self._losses)
         self.halving = Halving(resolved, self.ranks.rank, self.warn)
-        self.loss_spikes = LossSpikes()
+        self.loss_spikes, self.skipped_steps = LossSpikes(), SkippedSteps(may_overflow=may_overflow)
         self.rank_watch = RankWatch(
             self.ranks,
             lambda reason: write_status(resolved.run_dir, "failed", reason=reason),
@@ -177,11 +177,10 @@ class Trainer:
         self._set_learning_rates(factor)
         own = self._backward(batches, sums[0])
         counts, (nll, ctc, stops), norm = self._look_at_device(sums, own, batches)
-        clip_gradients(self.engine, self.weights, norm, training.gradient_clipping)
-        self.engine.step()
+        is_taken = take_step(self.engine, self.resolved, self.weights, norm)
         if self.resolved.zero_stage:
             norm = self.engine.get_global_grad_norm()
-        if training.ema:
+        if training.ema and is_taken:
             update_average(self.engine, training.ema, progress.step + 1)
         self.rank_watch.end()
         self.memory.unused.after_step()
@@ -282,13 +281,14 @@ class Trainer:
         self.late_norm.hold(norm, lambda norm: self._log_figures(replace(figures, grad_norm=norm), ctc_loss))
 
     def _log_figures(self, figures: StepFigures, ctc_loss: float) -> None:
-        """Report a step; warn where the loss jumped."""
+        """Report a step; warn where the loss jumped, or no weight changed."""
         self.line.update(figures)
         values = {key: value for key, value in asdict(figures).items() if key != "step" and value is not None}
         if self.recipe.training.ctc_weight:
             values["ctc_loss"] = ctc_loss
         self.tracker.log(figures.step, values)
         self.warn(self.loss_spikes.see(figures.step, figures.loss, figures.grad_norm), figures.step)
+        self.warn(self.skipped_steps.see(figures.step, figures.grad_norm), figures.step)
 
     def _evaluation_is_due(self) -> bool:
         """Whether the dev split is to be evaluated after this step: at the run's end and at every few epochs' end."""
