@@ -50,6 +50,15 @@ def test_splits_hold_the_clips_of_all_corpora_one_after_the_other(folders: list[
         corpus.splits["dev"].clip(5)
 
 
+def test_a_split_without_clips_is_no_part_of_a_mix(tmp_path: Path) -> None:
+    """All of its clips were rejected. A mean of scores would be n/a for it, and an epoch cannot draw from it."""
+    paths = [write_one(tmp_path / "one", {"train": 4, "dev": 0, "test": 0}).path]
+    paths.append(write_one(tmp_path / "other", {"train": 0, "dev": 2, "test": 0}).path)
+    corpus = opened(paths)
+    found = {name: [part.corpus for part in split.parts] for name, split in corpus.splits.items()}
+    assert found == {"train": ["one"], "dev": ["other"]}
+
+
 def test_a_corpus_says_what_is_known_of_its_clips(folders: list[Path]) -> None:
     split = opened(
         folders,

@@ -102,13 +102,14 @@ def mix(parts: Sequence[MixPart], corpora: Sequence[Corpus]) -> Corpus:
 
 
 def _used(part: MixPart, corpus: Corpus) -> dict[str, Any]:
-    """The splits of a corpus that a run uses."""
+    """The splits of a corpus that a run uses; those whose clips were all rejected would have no scores, nor a share."""
     if missing := [name for name in part.splits or () if name not in corpus.splits]:
         raise UserError(
             f"data.corpora: {part.label} ({corpus.path}) has no split {', '.join(missing)}",
             f"name some of its splits: {', '.join(corpus.splits)}",
         )
-    splits = {name: split for name, split in corpus.splits.items() if part.splits is None or name in part.splits}
+    wanted = corpus.splits if part.splits is None else part.splits
+    splits = {name: split for name, split in corpus.splits.items() if name in wanted and len(split)}
     if part.weight is not None and not splits.get("train"):
         raise UserError(
             f"data.corpora: {part.label} has a weight, and no training clips are used of it",
