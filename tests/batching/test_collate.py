@@ -31,7 +31,6 @@ def test_shapes_types_and_masks(tokenizer):
     assert batch.labels[1].tolist() == [ord("a") + 3, tokenizer.eos_token_id, IGNORED_LABEL, IGNORED_LABEL]
     assert (batch.num_frames, batch.num_target_tokens, batch.num_clips, len(batch)) == (7, 6, 2, 2)
     assert batch.labelled.tolist() == [0, 1, 2, 3, 4, 5]
-    assert batch.padding_share == pytest.approx(0.3)
 
 
 def test_a_missing_landmark_is_zero_and_not_visible(tokenizer):

@@ -65,11 +65,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.uids)
 
-    @property
-    def padding_share(self) -> float:
-        """Share of frames that are padding or in fillers, 0..1."""
-        return 1.0 - self.num_frames / self.frame_mask.numel()
-
     def halves(self) -> tuple[Batch, Batch]:
         """The first and the second half of its clips, padded as they are here."""
         middle = len(self) // 2
