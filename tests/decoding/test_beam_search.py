@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.scripts import load_script
 from toolkit.batching.collate import Batch
@@ -99,6 +100,39 @@ def test_a_gpu_is_asked_after_every_ten_tokens_and_finds_the_same(
 
 def test_joint_search_with_ctc_lets_finished_clips_go_and_finds_the_same(translator: Make, batch: Batch) -> None:
     assert_alike(*both(translator(ctc=0.3), batch, length_penalty=0.0))
+
+
+@pytest.mark.parametrize("forced_by", [None, "forced_bos_token_id", "first_tokens"])
+@torch.no_grad()
+def test_joint_scores_are_those_of_decoder_and_ctc_by_torchs_own_functions(
+    translator: Make, batch: Batch, forced_by: str | None
+) -> None:
+    """Texts of BART, and of what writes many languages, begin with a special token, which CTC does not read."""
+    weight, special, first = 0.3, [0, 1, 2, 7], 7
+    model, inputs = translator("bart", ctc=weight), (batch.poses, batch.visible, batch.frame_mask)
+    model.config.special_token_ids = special
+    settings: dict[str, Any] = {"length_penalty": 0.0, "forced_eos_token_id": 1, "max_new_tokens": 6}
+    if forced_by:
+        settings[forced_by] = torch.full((len(batch),), first) if forced_by == "first_tokens" else first
+    _, found = both(model, batch, **settings)
+    for number, (text, score) in enumerate(zip(texts_of(found.sequences[:, 1:]), found.sequences_scores, strict=True)):
+        assert not forced_by or text[0] == first
+        labels = torch.tensor([[*text, 1]])
+        output = model(*(values[number : number + 1] for values in inputs), labels)
+        scores = output.logits[0].log_softmax(-1).gather(1, labels.T).squeeze(1)
+        # What must be written costs the decoder nothing: the first token, and the end of the longest texts.
+        of_decoder = scores[bool(forced_by) : 5 if len(text) == 5 else None].sum().item()
+        signed = torch.tensor([token for token in text if token not in special])
+        positions = int(output.encoder_mask.sum())
+        lost = functional.ctc_loss(
+            output.ctc_logits[0, :positions].log_softmax(-1),
+            signed,
+            torch.tensor(positions),
+            torch.tensor(len(signed)),
+            blank=output.ctc_logits.shape[-1] - 1,
+            reduction="sum",
+        )
+        assert score.item() == pytest.approx((1 - weight) * of_decoder - weight * lost.item(), abs=1e-3)
 
 
 def test_fewer_rows_are_computed_and_one_encoding_serves_all_beams(translator: Make, batch: Batch) -> None:

@@ -77,3 +77,20 @@ def test_weight_zero_is_the_decoder_alone() -> None:
         num_beams=1,
     )
     torch.testing.assert_close(scorer(torch.zeros(1, 1, dtype=torch.long), scores), scores)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_special_token_that_the_decoder_must_write_costs_nothing(weight: float) -> None:
+    scorer = CtcPrefixScores(
+        torch.randn(1, POSITIONS, VOCABULARY + 1),
+        torch.ones(1, POSITIONS, dtype=torch.bool),
+        weight=weight,
+        end_id=1,
+        special_ids=[0, 1, 4],
+        num_beams=1,
+    )
+    forced = torch.full((1, VOCABULARY), -math.inf)
+    forced[0, 4] = 0.0
+    assert scorer(torch.zeros(1, 1, dtype=torch.long), forced).tolist() == forced.tolist()
+    free = scorer(torch.tensor([[0, 4]]), torch.zeros(1, VOCABULARY).index_fill(1, torch.tensor([2]), -math.inf))[0]
+    assert free[3].isfinite() and free[2] == -math.inf and free[4] < -1e6, "where others are possible it is not found"

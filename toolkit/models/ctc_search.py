@@ -28,7 +28,8 @@ class CtcPrefixScores(LogitsProcessor):
         mask: bool [clips, positions].
         weight: share of CTC in the joint score, 0..1.
         end_id: token that ends a text.
-        special_ids: tokens that are written but not signed; none but the end is found by this search.
+        special_ids: tokens that are written but not signed; this search finds none but the end, and those that the
+            decoder must write.
         num_beams: rows per clip.
     """
 
@@ -58,14 +59,19 @@ class CtcPrefixScores(LogitsProcessor):
             scores: the decoder's scores of the next token [clips × beams, vocabulary].
         """
         self._follow(input_ids)
-        decoder_scores = scores.float().log_softmax(dim=-1)
+        is_forbidden = scores.isneginf()
+        decoder_scores = scores.float().log_softmax(dim=-1).masked_fill(is_forbidden, IMPOSSIBLE)
         candidates = decoder_scores.topk(min(CANDIDATES, decoder_scores.shape[-1])).indices
         gains = torch.full_like(decoder_scores, IMPOSSIBLE)
         gains.scatter_(1, candidates, self._gains(candidates))
         text = torch.logaddexp(self.ends_in_token[:, -1], self.ends_in_blank[:, -1])
         gains[:, self.special_ids] = IMPOSSIBLE
+        # A text that must begin with a special token, as the code of its language, signs no less with it.
+        is_forced = is_forbidden.index_fill(1, self.special_ids, True).all(dim=1, keepdim=True)
+        gains = gains.masked_fill(is_forced, 0.0)
         gains[:, self.end_id] = text - self._prefix
-        return (1 - self.weight) * decoder_scores + self.weight * gains
+        joint = (1 - self.weight) * decoder_scores + self.weight * gains
+        return joint.masked_fill(is_forbidden, -torch.inf)
 
     def keep_clips(self, clips: Tensor) -> None:
         """Keep the state of the clips at these places [clips] alone; the search continues without the others."""
