@@ -96,17 +96,11 @@ class StaticCache:
 
     def holds(self, stored: StoredClips, clips: int, beams: int, length: int) -> bool:
         """Whether these clips can be stored here, and the calls on them are those on clips before."""
-        alike = stored.mask.shape[1] == self.positions and beams == self.beams and length <= self.length
         keys = self.own[0].all_keys
-        return (
-            alike
-            and clips <= self.clips
-            and (stored.clips[0][0].dtype, stored.mask.device)
-            == (
-                keys.dtype,
-                keys.device,
-            )
-        )
+        has_room = clips <= self.clips and length <= self.length
+        is_alike = stored.mask.shape[1] == self.positions and beams == self.beams
+        kind = stored.clips[0][0].dtype, stored.mask.device
+        return has_room and is_alike and kind == (keys.dtype, keys.device)
 
     def store(self, stored: StoredClips) -> int:
         """Take these clips and texts; the tensors are let go one by one.
