@@ -257,6 +257,19 @@ def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
     assert "fp16.enabled=true" in error_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False).message
 
 
+@pytest.mark.parametrize(
+    "half", [{"fp16": {"enabled": True}}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}]
+)
+def test_fp16_is_refused_at_stage_0_where_deepspeed_scales_no_loss(tmp_path, half):
+    for stage in (0, 1):
+        path = write(tmp_path / f"z{stage}.json", half | {"zero_optimization": {"stage": stage}})
+        if stage:
+            assert run_of("t5_small", "model.backbone=bart_large", ds=path, has_gpu=True).zero_stage == stage
+        else:
+            error = error_of("t5_small", "model.backbone=bart_large", ds=path, has_gpu=True)
+            assert "stage 0" in error.message and "--ds zero1" in error.hint
+
+
 def test_recipe_and_json_problems_are_listed_together():
     error = error_of("t5_small", "training.epoch=3", "ds.gradient_cliping=1", "model.tinny=true", ds="zero2")
     assert error.message.startswith("3 problems ")

@@ -52,7 +52,7 @@ def test_gradients_stay_without_clipping_without_a_norm_and_where_deepspeed_clip
 
 
 @pytest.mark.parametrize("norm", [2.0, math.inf, math.nan, None])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("applies", [True, False])
 def test_a_step_is_left_to_deepspeed_where_that_can_skip_it(
     resolve: Callable[..., ResolvedRun], norm: float | None, precision: str, applies: bool
@@ -60,7 +60,7 @@ def test_a_step_is_left_to_deepspeed_where_that_can_skip_it(
     """Where the loop clips, DeepSpeed has torch's optimizer, which would step."""
     resolved, calls, engine = resolve(), MagicMock(), engine_with_gradients(1.0)
     resolved.deepspeed["zero_optimization"] = {"stage": 0}
-    resolved.deepspeed["fp16"] = {"enabled": precision == "fp16"}
+    resolved.deepspeed["bf16"] = {"enabled": precision == "bf16"}
     calls.was_step_applied.return_value = applies
     calls.gradient_clipping.return_value, calls.global_steps, calls.skipped_steps = 1.0, 5, 0
     is_finite = norm is None or math.isfinite(norm)

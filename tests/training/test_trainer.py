@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(make: Callable[..., Tra
 
 def test_a_first_gradient_may_overflow_where_products_are_in_fp16(make: Callable[..., Trainer]) -> None:
     """Their loss is scaled as that of parameters in fp16 is; DeepSpeed skips the step."""
-    trainer = make("ds.zero_optimization.stage=0")
+    trainer = make("ds.zero_optimization.stage=1")
     trainer.resolved.deepspeed["torch_autocast"] = {"enabled": True, "dtype": "float16"}
     trainer.__post_init__()
     trainer.weights[0].register_hook(lambda gradient: gradient * math.inf)

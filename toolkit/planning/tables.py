@@ -143,12 +143,12 @@ def _verdict(quantization: str, adapter: str, stage: int, offload: str, notes: l
 
 
 def precisions_table() -> str:
-    """Architecture × precision."""
+    """Architecture × precision, at the ZeRO stages that have all of them."""
     rows = []
     for architecture in ARCHITECTURES:
         row = [architecture]
         for precision in PRECISIONS:
-            cell = Cell(architecture, precision)
+            cell = Cell(architecture, precision, zero_stage=1)
             row.append("no" if refusal(cell) else "on a GPU" if needs_gpu(cell) else "✓")
         rows.append(tuple(row))
     return _table(("architecture", *PRECISIONS), rows)
