@@ -181,6 +181,7 @@ def test_random_numbers_change_the_state_of_the_generator() -> None:
     assert [bool(one.equal(other)) for one, other in pairwise(states)] == [False, False, True]
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="cuBLAS allocates it, which torch's allocator does not count")
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="the workspace of newer cards"
 )

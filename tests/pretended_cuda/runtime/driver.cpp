@@ -117,6 +117,9 @@ CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsi
 CUresult cuLaunchKernelEx(const CUlaunchConfig* configuration, CUfunction, void**, void**) {
     return (CUresult)launch((cudaStream_t)configuration->hStream, TRITON);
 }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {  // the values of both kinds are the same
+    return (CUresult)cudaStreamIsCapturing((cudaStream_t)stream, (cudaStreamCaptureStatus*)status);
+}
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* number, CUfunction, int, size_t) {
     *number = 2;
     return CUDA_SUCCESS;
