@@ -225,17 +225,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(make: Callable[..., Tra
     assert any(not torch.equal(value, before[name]) for name, value in values.items())
 
 
-def test_a_first_gradient_may_overflow_where_products_are_in_fp16(make: Callable[..., Trainer]) -> None:
-    """Their loss is scaled as that of parameters in fp16 is; DeepSpeed skips the step."""
-    trainer = make("ds.zero_optimization.stage=1")
-    trainer.resolved.deepspeed["torch_autocast"] = {"enabled": True, "dtype": "float16"}
-    trainer.__post_init__()
-    trainer.weights[0].register_hook(lambda gradient: gradient * math.inf)
-    trainer.engine.applies = False
-    trainer.step(next(batches_of(trainer)))
-    assert (trainer.progress.step, trainer.engine.steps) == (1, 1)
-
-
 def test_a_step_that_deepspeed_skips_leaves_the_average(make: Callable[..., Trainer]) -> None:
     """Its optimizer has no states yet, and one with an average in it would count as filled."""
     trainer = make("ds.zero_optimization.stage=1", "training.ema=0.5")

@@ -31,7 +31,6 @@ from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.recipe.batches import total_steps
-from toolkit.recipe.deepspeed.cells import training_precision
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.scoring.metrics import Scores
 from toolkit.scoring.predictions import write_predictions
@@ -83,7 +82,7 @@ class Trainer:
         self.recipe, resolved, progress = self.resolved.recipe, self.resolved, self.progress
         self.on_exit, self.rows = ExitStack(), row_functions(self.engine.module)
         training = self.recipe.training
-        may_overflow = training_precision(resolved.deepspeed) == "fp16"
+        may_overflow = resolved.precision == "fp16"
         self.gradient_guard: GradientGuard | None = GradientGuard(self.engine.module, may_overflow=may_overflow)
         frozen_steps = training.freeze_backbone_steps
         self.freeze = BackboneFreeze(self.engine.module) if 0 < frozen_steps >= progress.step else None

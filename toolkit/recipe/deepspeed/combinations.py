@@ -21,9 +21,8 @@ def combination_problems(config: Tree, *, has_gpu: bool, world_size: int) -> Ite
         yield UserError(
             f"{' and '.join(enabled)} are enabled together", f"keep one, e.g. ds.{enabled[-1]}.enabled=false"
         )
-    if enabled == ["torch_autocast"] and autocast_type(config) not in (*BFLOAT, *HALF):
-        message = "torch_autocast.enabled=true needs torch_autocast.dtype"
-        yield UserError(message, "set ds.torch_autocast.dtype=bfloat16 (or float16)")
+    if enabled == ["torch_autocast"]:
+        yield from _autocast_problems(autocast_type(config))
     held = value_at(config, "data_types.param_dtype")
     if held and held != precision:
         message = f"data_types.param_dtype={held} and the run holds its parameters in {precision}"
@@ -51,6 +50,19 @@ def combination_problems(config: Tree, *, has_gpu: bool, world_size: int) -> Ite
     if not has_gpu and "fp16" in enabled:
         yield UserError("fp16.enabled=true needs a GPU", "set ds.fp16.enabled=false ds.bf16.enabled=true on a CPU")
     yield from _half_precision_problems(config, stage, offload_device(config, "optimizer"))
+
+
+def _autocast_problems(kind: str | None) -> Iterator[UserError]:
+    """The types in which products of fp32 parameters are not computed."""
+    if kind in HALF:
+        # At stage 0 it scales it, and reports the norm of the scaled gradient.
+        message = f"torch_autocast.dtype={kind}: DeepSpeed scales its loss at no ZeRO stage above 0, which fp16 needs"
+        yield UserError(
+            message, "set ds.torch_autocast.dtype=bfloat16; a backbone that bears fp16 trains by --ds zero2_fp16"
+        )
+    elif kind not in BFLOAT:
+        message = "torch_autocast.enabled=true needs torch_autocast.dtype"
+        yield UserError(message, "set ds.torch_autocast.dtype=bfloat16")
 
 
 def _half_precision_problems(config: Tree, stage: int, offload: str | None) -> Iterator[UserError]:

@@ -80,12 +80,10 @@ def _overflow(cell: Cell) -> str | None:
     return None
 
 
-def _scaled_at_stage_0(cell: Cell) -> str | None:
-    """DeepSpeed's engine (0.19.8) scales the loss for the optimizers of ZeRO alone."""
+def _unscaled_loss(cell: Cell) -> str | None:
     if cell.precision == "fp16" and cell.zero_stage == 0:
         return (
-            "fp16 scales the loss, which goes wrong at ZeRO stage 0: gradients of fp16 parameters are divided by a "
-            "scale that their loss never had, and with autocast their norms have it"
+            "at ZeRO stage 0 DeepSpeed divides the gradients of fp16 by a scale by which it has not multiplied the loss"
         )
     return None
 
@@ -137,7 +135,7 @@ def _offload_without_its_stage(cell: Cell) -> str | None:
 
 RULES: tuple[Callable[[Cell], str | None], ...] = (
     _overflow,
-    _scaled_at_stage_0,
+    _unscaled_loss,
     _quantised_without_adapter,
     _int8_partitioned,
     _dora_on_quantised,
