@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -229,6 +230,11 @@ class Prefix:
         return fill(self.template, conditions)
 
 
+# While a tokenizer reads a text it is in a mode of its own (target texts, truncation), and batches of training may be
+# labelled by the thread that pins them while those of an evaluation are labelled.
+_tokenizing = threading.Lock()
+
+
 class Labeller:
     """Gives a batch its labels and the tokens of its prefixes; the tokenizer must be set before the first batch.
 
@@ -248,6 +254,10 @@ class Labeller:
         self.glosses: dict[str, int] | None = None  # the place of each in the vocabulary of the CTC head
 
     def __call__(self, batch: Batch) -> Batch:
+        with _tokenizing:
+            return self._labelled(batch)
+
+    def _labelled(self, batch: Batch) -> Batch:
         try:
             if batch.prefixes is not None:
                 batch.prefix_ids = prefix_tokens(
