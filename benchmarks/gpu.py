@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from gpu_rows import ROWS, Row
 from gpu_training import TRAINED, Processes, Training, opened_together
-from sides import begin_again, end_all, ended_after
+from sides import begin_again, end_all, ended_after, in_short
 
 RESULTS = HERE / "results" / "gpu.json"
 HELD_OUT = 128  # clips of its dev split, and of its test split
@@ -213,7 +213,7 @@ def take(
         try:
             found = measure(row, ends - started)
         except (Exception, SystemExit) as error:
-            found = {"error": f"{type(error).__name__}: {error}"[-500:]}
+            found = {"error": f"{type(error).__name__}: {in_short(error)}"}
         found |= {"took_seconds": round(clock() - started, 1)} | device
         print(row.name, json.dumps(found), flush=True)
         results = read(path)

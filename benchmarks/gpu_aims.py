@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ NAMES = {
     "plain": "plain PyTorch",
     "fastest": "PyTorch, our kernels",
 }
+ACROSS = 3  # panels of the picture beside each other
 Row = dict[str, Any]
 
 
@@ -130,6 +132,18 @@ def aims_of(results: dict[str, Row]) -> list[dict[str, Any]]:
     return [{column: row.get(column, "") for column in columns} for row in rows] if is_measured else []
 
 
+def panels_of(results: dict[str, Row]) -> dict[str, Row]:
+    """Rows with our side and peers; those that measure more sides of the same steps on the same device are one."""
+    found: dict[str, Row] = {}
+    for name, row in results.items():
+        first = found.setdefault(re.sub("_(peers|loops)$", "", name), {})
+        if first and any(first.get(key) != row.get(key) for key in ("device", "clips_a_step")):
+            continue
+        sides = first.get("sides", {}) | row.get("sides", {})
+        first |= {key: row[key] for key in ("device", "clips_a_step") if key in row} | {"sides": sides}
+    return {name: row for name, row in found.items() if speeds(row, ["ours"]) and speeds(row, ["hf_16", *LOOPS])}
+
+
 def draw(results: dict[str, Row], path: Path) -> None:
     """Bars of clips a second, a panel for each row with peers; its title names the device."""
     import matplotlib
@@ -137,14 +151,18 @@ def draw(results: dict[str, Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {name: row for name, row in results.items() if speeds(row, ["ours"]) and speeds(row, ["hf_16", *LOOPS])}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
-    for axis, (name, row) in zip(axes[0], panels.items(), strict=True):
+    panels = panels_of(results)
+    columns = min(ACROSS, len(panels))
+    size = (4.2 * columns, 3.2 * -(-len(panels) // columns))
+    figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, row) in zip(axes.flat, panels.items(), strict=False):
         found = {words: speed for side, words in NAMES.items() for speed in speeds(row, [side])}
         colours = ["#2563a8" if words in (NAMES["ours"], NAMES["ours_graphs"]) else "#b8bec6" for words in found]
         bars = axis.barh(list(found), list(found.values()), color=colours, height=0.65)
         axis.bar_label(bars, [f"{speed:,.0f}" for speed in found.values()], padding=2, fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(NAMES) - 0.4, -0.6)  # bars of all panels are as thick
         axis.set_xlim(0, max(found.values()) * 1.2)
         axis.set_title(f"{name}, {row['clips_a_step']} clips a step\n{row['device']}, clips/s", fontsize=9)
         axis.tick_params(labelsize=8)

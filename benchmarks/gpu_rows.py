@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from gpu_training import TOY, Training
-from sides import output_of, running, started, take_turn
+from sides import in_short, output_of, running, started, take_turn
 
 HERE = Path(__file__).resolve().parent
 STEPS_AS_TYPED = 96  # six epochs: more than its workers load before the first step
@@ -98,7 +98,7 @@ def every_json(folder: Path, toy: bool) -> dict[str, Any]:
         try:
             return {"losses": train(folder, folder / f"run_{name}", cases[name], toy)}
         except RuntimeError as error:
-            return {"error": str(error)[-300:]}
+            return {"error": in_short(error)}
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
         found = dict(zip(cases, threads.map(losses_of, cases), strict=True))
@@ -189,7 +189,7 @@ def as_typed(folder: Path, toy: bool) -> dict[str, Any]:
             output_of(command)
             found[str(ranks)] = figures_of_run(run_dir)
         except (RuntimeError, SystemExit) as error:
-            found[str(ranks)] = {"error": str(error)[-500:]}
+            found[str(ranks)] = {"error": in_short(error)}
     measured = {ranks: figures for ranks, figures in found.items() if "error" not in figures}
     if "1" not in measured:
         raise RuntimeError(found["1"]["error"])
@@ -277,7 +277,7 @@ ROWS = [
     Row("t5_base_128", 75, training("t5_base", 128, 95, f"ours ours_graphs {PEERS} fastest", "zero0", 128)),
     Row("evaluation", 90, evaluation),
     Row("t5_small_128", 80, training("t5_small", 128, 55, f"ours ours_graphs {PEERS} {LOOPS} fastest", "zero0", 128)),
-    Row("t5_large", 55, training("t5_large", 128, 32, "ours", "zero1", 64, WHOLE)),
+    Row("t5_large", 55, training("t5_large", 128, 60, "ours", "zero1", 128, WHOLE)),
     Row("t5_3b_lora", 90, training("t5_3b_lora", 128, 65, "ours", "zero1", 64, WHOLE)),
     Row("t5_base_starts", 110, starts),
     Row("t5_base_as_typed", 130, as_typed),  # and as much for each larger number of ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from sides import started, take_turn
+from sides import in_short, started, take_turn
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 3
@@ -129,7 +129,7 @@ class Processes:
         try:
             self.ready[side] = self.stack.enter_context(started(self.commands[side]))
         except SystemExit as error:
-            self.failed[side] = {"error": str(error)[-500:]}
+            self.failed[side] = {"error": in_short(error)}
             return
         taken = [turn for steps in (1, self.row.steps(side, self.toy)) for turn in self.turn(side, steps)]
         if taken:
@@ -142,7 +142,7 @@ class Processes:
         try:
             return [take_turn(self.ready[side], order)]
         except SystemExit as error:
-            self.failed[side] = {"error": str(error)[-500:]}
+            self.failed[side] = {"error": in_short(error)}
             del self.ready[side]
             return []
 

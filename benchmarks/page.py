@@ -212,6 +212,7 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "head's scores. Minutes are steps times the median processor time of a step of one rank, in turns.",
     ),
 }
+LONGEST = 120  # characters of an error in a table
 HEAD = """# Benchmarks
 
 Every figure here was written by the command above it into `benchmarks/results`, and this page is drawn from there by
@@ -315,15 +316,27 @@ def short(value: Any) -> str:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    last = str(value).strip().rpartition("\n")[2]  # of an error, which says what it was
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else last.replace("|", "\\|")
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value).replace("|", "\\|")
+
+
+def cell(row: dict[str, Any], column: str) -> str:
+    """A row's value in a column of a table."""
+    value = row.get(column, "")
+    return failure(value) if column == "error" else short(value)
+
+
+def failure(text: str) -> str:
+    """An error as a cell: its last line, or its first one where others were left out after it."""
+    lines = text.strip().split("\n")
+    line = lines[0] if "..." in lines else lines[-1]
+    return (line if len(line) <= LONGEST else f"{line[:LONGEST]} ...").replace("|", "\\|")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table; columns in the order in which rows first have them, empty ones left out."""
     rows = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([short(row.get(key, "")) for key in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(row, key) for key in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

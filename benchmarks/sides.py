@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+END = 500  # characters of an error that results keep
 
 _groups: set[int] = set()  # of the processes that run
 _errors: dict[int, IO[str]] = {}  # of each process that is ready, what it writes as errors
@@ -46,7 +49,18 @@ def _end_group(pid: int) -> None:
 def _end_of(errors: IO[str]) -> str:
     """The last lines, without NCCL's complaint of any process that an error has ended."""
     errors.seek(0)
-    return "\n".join(line for line in errors.read().splitlines() if "destroy_process_group" not in line)[-3000:]
+    return "\n".join(line for line in errors.read().splitlines() if "destroy_process_group" not in line)[-30_000:]
+
+
+def in_short(error: BaseException) -> str:
+    """What of an error the results keep: its end, and before it the first line that a compiler calls an error.
+
+    A compiler that fails says why long before its caller says that it failed.
+    """
+    text = str(error).strip()
+    end = text[-END:]
+    first = re.search(r"\b(?:fatal )?error: [^\n]{1,200}", text[:-END])
+    return f"{first.group()}\n...\n{end}" if first else end
 
 
 def _why(what: str, errors: IO[str]) -> str:

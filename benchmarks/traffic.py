@@ -139,6 +139,8 @@ class _Mode(TorchDispatchMode):
         formula = flop_registry.get(function._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0.0
         self._traffic.note(name, flops, moved_by(function, args, kwargs, result), here[0].dtype)
+        if name == "addmm" and args[0].dim() == 2:  # cuBLAS adds in place: a kernel of its own copies it there
+            self._traffic.note("copy_", 0.0, _bytes(args[0]) + _bytes(result), result.dtype)
         return result
 
 

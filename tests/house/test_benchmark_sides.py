@@ -167,3 +167,15 @@ def test_the_gpu_is_busy_with_kernels_and_copies_of_all_streams_and_a_graph_is_o
     profile.own = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))
     assert turns.covered(profile.spans()) == pytest.approx(0.5)
     assert (len(profile.spans()), profile.launches()) == (4, 2)
+
+
+def test_an_error_in_short_has_its_end_and_what_a_compiler_called_an_error() -> None:
+    sides = load_script("benchmarks/sides.py")
+    log = f"[1/7] c++ {'-I include ' * 200}x.h:10:10: fatal error: cusparse.h: No such file\ncompilation terminated\n"
+    error = RuntimeError(f"{log}{'[2/7] nvcc -O3 ' * 400}\nRuntimeError: Error building extension 'quantizer'\n")
+    assert "fatal error: cusparse.h: No such file\n" in sides.in_short(error)
+    assert sides.in_short(error).endswith("RuntimeError: Error building extension 'quantizer'")
+    assert len(sides.in_short(error)) < 800
+    assert sides.in_short(SystemExit("ended during its turn:\nOutOfMemoryError: no room")).endswith(
+        "\nOutOfMemoryError: no room"
+    )

@@ -81,5 +81,18 @@ def test_the_page_and_its_picture_are_drawn_from_a_folder(results: dict[str, Any
     assert "| OutOfMemoryError: no room |\n" in text and "Traceback" not in text
     assert "pictures/gpu.png" in text and "| >= 0.95 | 0.98 | 1.2 | t5_base_128 |" in text
     assert (tmp_path / "pictures" / "gpu.png").stat().st_size > 10_000
+    many = "x.h:1: fatal error: cusparse.h\n...\n" + "nvcc -O3 " * 50
+    assert load_script("benchmarks/page.py").failure(many) == "x.h:1: fatal error: cusparse.h"
     titles = [call.args[0] for call in title.call_args_list]
     assert titles and all("NVIDIA H300" in words for words in titles)
+
+
+def test_a_panel_has_the_sides_of_all_rows_of_its_steps(aims: ModuleType, results: dict[str, Any]) -> None:
+    """Not all sides fit a GPU at the same time: they are measured in rows of their own."""
+    own = results["t5_large"] | {"sides": {"ours": {"clips_per_second": 490.0}}}
+    peers = own | {"sides": {"hf_16": {"clips_per_second": 100.0}}}
+    loops = own | {"sides": {"bare": {"error": "no room"}, "plain": {"clips_per_second": 300.0}}}
+    panels = aims.panels_of({"t5_large": own, "t5_large_peers": peers, "t5_large_loops": loops, "t5_3b_lora": own})
+    assert list(panels) == ["t5_large"] and list(panels["t5_large"]["sides"]) == ["ours", "hf_16", "bare", "plain"]
+    elsewhere = {"t5_large": own, "t5_large_peers": peers | {"device": "another"}}
+    assert not aims.panels_of(elsewhere)

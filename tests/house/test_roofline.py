@@ -86,6 +86,16 @@ def test_flops_are_those_of_torch_and_a_recomputed_pass_is_not_the_models(counti
     assert flops[1] == pytest.approx(flops[0] * 7 / 6), "all but the last product, whose inputs are enough"
 
 
+def test_a_matrix_that_a_product_is_added_to_is_copied_first(counting: ModuleType) -> None:
+    """By torch, for cuBLAS adds in place; a bias is added by the product's own kernel."""
+    matrix, bias, a, b = torch.randn(8, 4), torch.randn(4), torch.randn(8, 2), torch.randn(2, 4)
+    with counting.Traffic("cpu") as traffic:
+        torch.addmm(matrix, a, b)
+        torch.addmm(bias, a, b)
+    moves = {kernel: work.bytes for (_, kernel), work in traffic.work.items()}
+    assert moves == {"addmm": 4 * (2 * (32 + 16 + 8) + 32 + 4), "copy_": 4 * (32 + 32)}
+
+
 def test_a_gradient_is_counted_where_its_forward_pass_was_called(counting: ModuleType) -> None:
     x = torch.randn(8, requires_grad=True)
     with counting.Traffic("cpu") as traffic:
