@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from toolkit.fitting.hardware import GIB
-from toolkit.fitting.planned_size import planned_size
+from toolkit.fitting.planned_size import planned_size, room_for_activations
 from toolkit.fitting.shapes import Lengths, sizes
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
@@ -26,6 +26,20 @@ def test_more_room_holds_more_clips() -> None:
     assert found[0] == 1, "a rehearsal decides where the plan finds none to fit"
     assert 1 < found[1] < found[2] < 512
     assert found[3] == 512
+
+
+def test_room_for_activations_is_said_where_they_are_recomputed() -> None:
+    lengths = Lengths(128, 300, 90, ["word " * 20], ["word"])
+
+    def found(recomputes: str, gib: float) -> str | None:
+        setting = f"training.gradient_checkpointing={recomputes}"
+        run = resolve_named("t5_large", ["model.from_scratch=true", setting], 1, has_gpu=True, needs_data=False)
+        return room_for_activations(run, lengths, 128, int(gib * GIB))
+
+    assert found("false", 140) is None and found("true", 14) is None, "neither has anything to gain"
+    whole, less = found("true", 140), found("true", 40)
+    assert whole and "training.gradient_checkpointing=false" in whole and "of 128:" in whole
+    assert less and ("of 64:" in less or "of 32:" in less)
 
 
 def test_a_model_that_cannot_be_planned_starts_with_the_largest(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from toolkit.cluster.ops import build_missing_ops, needed_ops
 from toolkit.cluster.ranks import Ranks
@@ -17,7 +18,7 @@ from toolkit.corpus.packed import Corpus
 from toolkit.fitting.fastest import fastest
 from toolkit.fitting.hardware import GIB, Card, cards, describe, room_for_tensors
 from toolkit.fitting.kept_choices import earlier_choice, settings_hash
-from toolkit.fitting.planned_size import planned_size
+from toolkit.fitting.planned_size import planned_size, room_for_activations
 from toolkit.fitting.shapes import (
     Lengths,
     Limits,
@@ -161,6 +162,8 @@ def _largest(stage: Stage, resolved: ResolvedRun) -> tuple[int, str]:
         if not problem:
             took = max(one.resident for one in measured) / GIB
             tried = f"; {problems[-1]}" if problems else ""
+            if note := on_rank_0(partial(room_for_activations, resolved, stage.lengths, size, room)):
+                stage.echo(f"note: {note}")
             return size, f"a rehearsal of the heaviest took {took:.2f} of {room / GIB:.2f} GiB of a GPU{tried}"
         problems.append(f"{size} of the longest clips did not fit ({problem})")
         stage.show(problems[-1])

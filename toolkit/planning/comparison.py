@@ -10,6 +10,7 @@ from toolkit.errors import UserError
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.planning.idle import IdleGpus, idle_gpus
 from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
+from toolkit.planning.recomputation import NeedlessRecomputation, needless_recomputation
 from toolkit.planning.speed import step_seconds
 from toolkit.planning.workload import Workload, from_maxima
 from toolkit.recipe.resolve import ResolvedRun, resolve
@@ -94,6 +95,7 @@ class Comparison:
         reason: why that one.
         advice: what to change where nothing fits, what costs least first.
         idle: whether the global batch leaves the GPUs of the recommended one idle.
+        recomputation: what the recommended one recomputes though there is room for it.
         batch: the arithmetic of a step in words.
     """
 
@@ -102,6 +104,7 @@ class Comparison:
     reason: str
     advice: list[Advice]
     idle: IdleGpus | None = None
+    recomputation: NeedlessRecomputation | None = None
     batch: str = ""
 
     def relative_speed(self, row: Row) -> float | None:
@@ -168,8 +171,8 @@ def compare(
     )
     run = runs[chosen.name]
     assert isinstance(run, ResolvedRun)
-    idle = idle_gpus(subject, run, hardware, workload, chosen.max_micro_batch)
-    return Comparison(rows, chosen, reason, [], idle, batch)
+    planned = (subject, run, hardware, workload, chosen.max_micro_batch)
+    return Comparison(rows, chosen, reason, [], idle_gpus(*planned), needless_recomputation(*planned), batch)
 
 
 def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:

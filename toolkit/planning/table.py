@@ -53,6 +53,7 @@ def as_dict(
         "reason": comparison.reason,
         "command": chosen and command_of(chosen, recipe, hardware, words),
         "idle": comparison.idle and asdict(comparison.idle),
+        "recomputation": comparison.recomputation and asdict(comparison.recomputation),
         "advice": [
             {"change": item.change, "settings": item.settings, "gain_gib": _gib(item.gain), "fits": item.fits}
             for item in comparison.advice
@@ -120,8 +121,9 @@ def _lines(
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
         yield f"  {command_of(chosen, recipe, hardware, words)}"
-        if comparison.idle:
-            yield f"note: {comparison.idle.in_words()}"
+        for note in (comparison.idle, comparison.recomputation):
+            if note:
+                yield f"note: {note.in_words()}"
         return
     useful = sorted((item for item in comparison.advice if item.is_useful), key=lambda item: -item.gain)
     if not shown or not useful:
