@@ -114,6 +114,8 @@ def count(folder: Path, recipe: str, way: str, settings: tuple[str, ...]) -> dic
     with started(["-m", "tests.pretended_cuda", sys.executable, script, *words]) as process:
         take_turn(process, 1 if way == "hf" else STEPS)  # the epochs of the others have the same batches
         traffic = take_turn(process, f"traffic {STEPS}")
+    if warning := traffic.get("warning"):  # as of layers that could not be compiled
+        sys.exit(f"error: {recipe}, {way} with {' '.join(settings)}: {warning}")
     for row in traffic["rows"]:
         for key in row.keys() - {"place", "kernel"}:
             row[key] /= STEPS

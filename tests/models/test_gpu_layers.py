@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
-from tests.scripts import load_script
+from tests.scripts import ROOT, load_script
 from toolkit.models.gpu_layers import use_gpu_layers
 
 FEWER = 0.4  # of the operator calls, at least
@@ -121,6 +122,98 @@ def test_adapters_are_called() -> None:
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False), model)
     same(own, quick)
     assert sum(".lora_" in name and value.grad.any().item() for name, value in quick.named_parameters()) == 2 * 2 * 6
+
+
+def adapted(rank: int, **settings: Any) -> tuple[Any, Any]:
+    """A T5 with low-rank adapters of queries and values, all else frozen, and a copy with layers for GPUs."""
+    own, _ = models(layers=2)
+    config = LoraConfig(r=rank, target_modules=["q", "v"], init_lora_weights=False, **settings)
+    inject_adapter_in_model(config, own)
+    for name, weight in own.named_parameters():
+        weight.requires_grad_(".lora_" in name)
+    own.encoder.block[0].layer[0].layer_norm.weight.requires_grad_()  # so that states have gradients
+    quick = copy.deepcopy(own)
+    use_gpu_layers(quick)
+    return own, quick
+
+
+@pytest.mark.parametrize(("rank", "use_dora"), [(2, False), (8, False), (8, True)])
+def test_low_rank_adapters_compute_the_same(rank: int, use_dora: bool) -> None:
+    own, quick = adapted(rank, use_dora=use_dora)
+    same(own, quick)
+    for model in (own, quick):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.enable_adapters(False)
+    assert loss_of(quick).item() == pytest.approx(loss_of(own).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_low_rank_adapters_compute_the_same_in_autocast(rank: int) -> None:
+    own, quick = adapted(rank)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [loss_of(model) for model in (own, quick)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3) and losses[1].dtype == losses[0].dtype
+    for loss in losses:
+        loss.backward()
+    for mine, theirs in zip(quick.parameters(), own.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert mine.grad.dtype == theirs.grad.dtype == torch.float32
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.1, atol=0.02)
+
+
+def test_low_rank_adapters_with_hooks_are_called() -> None:
+    """ZeRO stage 3 gathers the adapters' weights in hooks."""
+    own, quick = adapted(8)
+    seen: list[str] = []
+    for name, module in quick.named_modules():
+        if ".lora_B.default" in name:
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    same(own, quick)
+    assert len(seen) == len(set(seen)) == 2 * (2 + 2 * 2)
+
+
+@pytest.mark.parametrize(("rank", "wide_passes"), [(2, 8), (8, 3)])
+def test_low_rank_adapters_make_few_passes_over_wide_states(
+    rank: int, wide_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of states as wide as the layer: PEFT writes two, scales one, adds both, and reads and scales the gradient.
+
+    Here only products pass over them: one writes, and two read the gradient; with a rank that is not aligned two
+    write, one adds, and three read.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    counting = importlib.import_module("traffic")
+    own = torch.nn.Sequential(torch.nn.Linear(16, 2048, bias=False).requires_grad_(False))
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=["0"]), own)
+    quick = copy.deepcopy(own)
+    use_gpu_layers(quick)
+    wide, moved = 3000 * 2048 * 4, []
+    for model in (own, quick):
+        states = torch.randn(3, 1000, 16, requires_grad=True)
+        with counting.Traffic("cpu") as traffic:
+            result = model(states)
+            result.backward(torch.ones(result.shape))
+        moved.append(sum(row["bytes"] for row in traffic.seen()["rows"] if row["kernel"] != "ones") / wide)
+    assert moved[0] == pytest.approx(2 + 2 + 3 + 3 + 2, rel=0.1)
+    assert moved[1] == pytest.approx(wide_passes, rel=0.1)
+
+
+def test_compiled_low_rank_adapters_are_one_graph_and_compute_the_same() -> None:
+    own = torch.nn.Sequential(torch.nn.Linear(16, 32, bias=False).requires_grad_(False))
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=["0"], lora_alpha=24, init_lora_weights=False), own)
+    quick = copy.deepcopy(own)
+    use_gpu_layers(quick)
+    forwards = (own, torch.compile(quick, fullgraph=True, dynamic=True, backend="aot_eager"))
+    found = []
+    for model, forward in zip((own, quick), forwards, strict=True):
+        states = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        result = forward(states)
+        result.square().sum().backward()
+        weights = [weight.grad for weight in model.parameters() if weight.requires_grad]
+        found.append([result.detach(), states.grad, *weights])
+    torch._dynamo.reset()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4)
 
 
 def test_frozen_projections_get_no_gradient() -> None:

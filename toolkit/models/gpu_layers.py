@@ -1,6 +1,7 @@
-"""T5's layers with fewer operator calls, for GPUs: a small kernel takes less time there than its launch from Python.
+"""T5's layers and low-rank adapters with fewer operator calls, for GPUs.
 
-Weights, names and results stay. Compiled layers can be made of them as well.
+A small kernel takes less time there than its launch from Python. Weights, names and results stay. Compiled layers can
+be made of them as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _NORMS = ("LongT5LayerNorm", "MT5LayerNorm", "T5LayerNorm", "UMT5LayerNorm")
 # Their layers share the position bias of the first one.
 _ATTENTIONS = ("MT5Attention", "T5Attention")
 _GELUS = ("NewGELUActivation",)  # of gated T5, mT5, ByT5, UMT5, GPT-2
+_LORAS = ("Linear", "Linear4bit", "Linear8bitLt")  # PEFT's, around layers of torch, transformers and bitsandbytes
 _FEED_FORWARDS = tuple(
     f"{family}Dense{kind}" for family in ("LongT5", "MT5", "T5", "UMT5") for kind in ("ActDense", "GatedActDense")
 )
@@ -104,6 +106,73 @@ class FlatFeedForward(nn.Module):
         return is_plain and self.training and 0 < self.dropout.p < 1 and torch.compiler.is_compiling()
 
 
+class WidenedProduct(torch.autograd.Function):
+    """``x @ weight.T + narrow @ upper.T`` as one product, of states and weights that lie beside each other.
+
+    Two products and a sum of them write and read the wide result four times more. The weight is frozen.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, narrow: Tensor, weight: Tensor, upper: Tensor) -> Tensor:
+        context.save_for_backward(narrow, weight, upper)
+        return torch.cat([x, narrow], dim=1) @ torch.cat([weight, upper], dim=1).t()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+        narrow, weight, upper = context.saved_tensors
+        both = gradient @ torch.cat([weight, upper], dim=1)
+        of_x, of_narrow = both.split([weight.shape[1], upper.shape[1]], dim=1)
+        return of_x, of_narrow, None, gradient.t() @ narrow
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with a low-rank adapter (LoRA, Hu et al. 2021), mixed into a class of PEFT's.
+
+    PEFT scales what the adapter adds and then adds it, both over states as wide as the layer. Here the few numbers of
+    the low rank are scaled, or what they are made of, and one product makes the sum.
+    """
+
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    lora_variant: dict[str, Any]
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def forward(self, x: Tensor, *inputs: Any, **settings: Any) -> Tensor:
+        """As PEFT's own, which is called for variants such as DoRA and for anything but one adapter."""
+        has_others = len(self.active_adapters) != 1 or self.lora_variant or inputs or settings
+        if self.disable_adapters or self.merged or has_others:
+            own: Tensor = super().forward(x, *inputs, **settings)
+            return own
+        (name,) = self.active_adapters
+        lower, upper, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        in_autocast = _is_in_autocast(x)
+        states = self.lora_dropout[name](x if in_autocast else _in_type(x, lower.get_parameter("weight").dtype))
+        # The compiler scales while it drops out.
+        narrow = lower(states * scale) if torch.compiler.is_compiling() else lower(states) * scale
+        if self.is_one_product(upper, x, in_autocast):
+            weights = [_in_type(layer.get_parameter("weight"), narrow.dtype) for layer in (self.base_layer, upper)]
+            rows = _in_type(x.flatten(0, -2), narrow.dtype)
+            return WidenedProduct.apply(rows, narrow.flatten(0, -2), *weights).view(*x.shape[:-1], -1)
+        base = self.base_layer(x)
+        return _in_type(base + upper(narrow), base.dtype)
+
+    def is_one_product(self, upper: nn.Module, x: Tensor, in_autocast: bool) -> bool:
+        """Whether both weights can be read, lie aligned beside each other, and the layer's own is frozen.
+
+        A search has few rows, for which weights take longer to be joined than states to be summed.
+        """
+        if not (self.training and _is_bare(self.base_layer) and _is_bare(upper)):
+            return False
+        own, narrow = self.base_layer.get_parameter("weight"), upper.get_parameter("weight")
+        is_alike = in_autocast or x.dtype == own.dtype == narrow.dtype
+        return is_alike and not own.requires_grad and narrow.shape[1] % 8 == 0
+
+
 class SharedBiasAttention(nn.Module):
     """Attention whose position bias holds the mask; mixed into a class of transformers'.
 
@@ -148,13 +217,8 @@ class SharedBiasAttention(nn.Module):
                 self.projected(hidden_states, self.q),
                 self.projected(key_value_states, self.k, self.v),
             )
-        attended = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=position_bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scaling,
+        attended = biased_attention(
+            query, key, value, position_bias, self.dropout if self.training else 0.0, self.scaling
         )
         output = self.o(attended.transpose(1, 2).reshape(-1, self.inner_dim))
         return output.view(hidden_states.shape), position_bias, None
@@ -197,10 +261,30 @@ class SharedBiasAttention(nn.Module):
         return torch.where(mask, bias, least).contiguous()  # the table of biases gives the heads last
 
 
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
+    """Attention [clips, heads, queries, width] with what is added to its scores, by torch.
+
+    Where sizes are symbols of the compiler, torch does not know whether rows of the bias are aligned, as its kernel
+    wants them, and copies it into wider rows in every layer, with its gradient in turn. Eight numbers are aligned.
+    """
+    is_aligned = torch.compiler.is_compiling() and query.is_cuda and bias.shape[-1] % 8 == 0 == query.shape[-1] % 8
+    if is_aligned and query.dtype == key.dtype == bias.dtype:
+        whole = bias.expand(len(query), query.shape[1], query.shape[2], key.shape[2])
+        attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, whole, True, dropout, False, scale=scale
+        )[0]
+        return attended
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
 def _is_in_autocast(states: Tensor) -> bool:
     kind = states.device.type
     # The compiler answers it while it traces, unlike `is_autocast_available`. Meta tensors have no autocast.
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _autocast_type(states: Tensor) -> torch.dtype:
@@ -213,7 +297,7 @@ def _is_bare(layer: nn.Module) -> bool:
 
 
 def use_gpu_layers(model: nn.Module) -> None:
-    """Have T5 and its kin compute their layers in few calls."""
+    """Have T5 and its kin, and low-rank adapters of any model, compute their layers in few calls."""
     for module in model.modules():
         own = type(module)
         for names, mixed in (
@@ -224,6 +308,8 @@ def use_gpu_layers(model: nn.Module) -> None:
         ):
             if own.__name__ in names:
                 module.__class__ = _class_of(mixed, own)
+        if own.__name__ in _LORAS and hasattr(module, "lora_A"):
+            module.__class__ = _class_of(LowRankLinear, own)
 
 
 _classes: dict[tuple[type, type], type] = {}
