@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.scripts import ROOT
+from tests.scripts import ROOT, load_script
 
 aten: Any = torch.ops.aten
 BF16 = torch.bfloat16
@@ -106,3 +108,16 @@ def test_a_gradient_is_counted_where_its_forward_pass_was_called(counting: Modul
     assert place.startswith(own) and place.endswith("where_its_forward_pass_was_called, backward")
     assert {kernel for _, kernel in traffic.work} >= {"relu", "sum", "threshold_backward"}, "views start no kernel"
     assert "expand" not in {kernel for _, kernel in traffic.work}
+
+
+def test_layers_that_were_not_compiled_are_no_figure_of_compiled_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    roofline = load_script("benchmarks/roofline.py")
+    answer = {"rows": [{"place": "a", "kernel": "mm", "calls": 4, "flops": 8.0}], "model_flops": 8.0}
+    monkeypatch.setattr(roofline, "started", lambda command: nullcontext())
+    monkeypatch.setattr(roofline, "take_turn", lambda process, order: answer)
+    assert roofline.count(tmp_path, "t5_base", "ours", ())["rows"][0]["calls"] == 1
+    answer["warning"] = "layers run without compilation from here on: no compiler"
+    with pytest.raises(SystemExit, match="no compiler"):
+        roofline.count(tmp_path, "t5_base", "ours", ())
