@@ -19,7 +19,7 @@ TRAINED = 2048  # clips of an epoch
 STEPS = 64  # of a turn, at most: as many as loops that have their batches ready hold
 OF_PEER = 256  # clips of a turn of Seq2SeqTrainer, whose batches are not sorted by length and all alike
 LONGEST = 5.0  # seconds after which a side takes no further turn
-PROFILED = 32  # steps, at most
+PROFILED = 32  # micro-batches, at most: the profiler has two events for each of their kernels, and lists them for long
 PROFILED_OF_PEER = 128  # clips: its kernels are many
 THREADS = 4  # of a process, which builds its model beside those of the others
 TOY = ["model.tiny=true", "training.workers=0", "model.pose_encoder.hidden=32", "ds.bf16.enabled=false"]
@@ -69,8 +69,11 @@ class Training(NamedTuple):
 
     def profiled(self, side: str, toy: bool) -> int:
         """Steps of a turn that is profiled."""
-        most = max(1, PROFILED_OF_PEER // self.clips) if self.is_peer(side) else PROFILED
-        return min(self.steps(side, toy), most)
+        if self.is_peer(side):
+            return min(self.steps(side, toy), max(1, PROFILED_OF_PEER // self.clips))
+        sizes = [word.partition("=")[2] for word in self.sides[side] if word.startswith("training.micro_batch_size=")]
+        passes = max(1, self.clips // int(sizes[0])) if sizes else 1
+        return min(self.steps(side, toy), max(1, PROFILED // passes))
 
     def measure(self, processes: Processes, toy: bool) -> dict[str, Any]:
         """Turns of all sides, one at a time, every other round in the opposite order; then one that is profiled."""

@@ -300,6 +300,14 @@ def test_sides_of_two_rows_start_together_and_share_of_busy_time_is_of_the_same_
     assert sides.taken["t5_base", "micro=16"] == [1, 2, 2, 2, 2, "profile 1"], "128 clips of a peer are enough"
 
 
+def test_as_many_micro_batches_are_profiled_whatever_the_steps_are(gpu: ModuleType) -> None:
+    """A step of T5-3B in 4 bits has some 80,000 kernels in its eight micro-batches."""
+    ways = {"small": ("ours", "training.micro_batch_size=16"), "whole": ("bare", "training.micro_batch_size=128")}
+    row = gpu.Training("t5_3b_qlora", 128, 15, ways | {"hf_16": ("hf", "training.micro_batch_size=16")})
+    assert [row.profiled(side, toy=False) for side in row.sides] == [4, 16, 1]
+    assert row.steps("small", toy=False) == row.steps("whole", toy=False) == 16
+
+
 @pytest.mark.parametrize(("seconds", "limit"), [(500, 1), (0.5, 0.5)])
 def test_a_row_that_hangs_is_ended_and_what_was_measured_stays(
     gpu: ModuleType, sides: Sides, tmp_path: Path, seconds: float, limit: float
