@@ -277,7 +277,7 @@ ROWS = [
     Row("t5_base_128", 75, training("t5_base", 128, 95, f"ours ours_graphs {PEERS} fastest", "zero0", 128)),
     Row("evaluation", 90, evaluation),
     Row("t5_small_128", 80, training("t5_small", 128, 55, f"ours ours_graphs {PEERS} {LOOPS} fastest", "zero0", 128)),
-    Row("t5_large", 55, training("t5_large", 128, 60, "ours", "zero1", 128, WHOLE)),
+    Row("t5_large", 55, training("t5_large", 128, 45, "ours", "zero1", 128, WHOLE)),
     Row("t5_3b_lora", 90, training("t5_3b_lora", 128, 65, "ours", "zero1", 64, WHOLE)),
     Row("t5_base_starts", 110, starts),
     Row("t5_base_as_typed", 130, as_typed),  # and as much for each larger number of ranks
