@@ -97,7 +97,7 @@ def every_json(folder: Path, toy: bool) -> dict[str, Any]:
     def losses_of(name: str) -> dict[str, Any]:
         try:
             return {"losses": train(folder, folder / f"run_{name}", cases[name], toy)}
-        except RuntimeError as error:
+        except (RuntimeError, SystemExit) as error:  # the second where no time is left: the others stay
             return {"error": in_short(error)}
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -249,9 +249,12 @@ def starts(folder: Path, toy: bool) -> dict[str, Any]:
 
         def seconds_of(side: str, *more: str) -> dict[str, Any]:
             began = time.monotonic()
-            with started([*commands[side], *more], environment) as process:
-                turn = take_turn(process, 2 if toy else STEPS_OF_START)
-                seconds = round(time.monotonic() - began, 1)
+            try:
+                with started([*commands[side], *more], environment) as process:
+                    turn = take_turn(process, 2 if toy else STEPS_OF_START)
+                    seconds = round(time.monotonic() - began, 1)
+            except SystemExit as error:
+                return {"error": in_short(error)}
             return {"seconds": seconds, **{key: turn[key] for key in ("compile_seconds", "captured") if turn[key]}}
 
         found: dict[str, dict[str, Any]] = {}
@@ -264,7 +267,8 @@ def starts(folder: Path, toy: bool) -> dict[str, Any]:
                 begun = {name: threads.submit(seconds_of, *side) for name, side in pair.items()}
                 found |= {name: start.result() for name, start in begun.items()}
     for start in found.values():
-        start["added_seconds"] = round(start["seconds"] - found["written"]["seconds"], 1)
+        if "seconds" in start and "seconds" in found["written"]:
+            start["added_seconds"] = round(start["seconds"] - found["written"]["seconds"], 1)
     return {"steps": 2 if toy else STEPS_OF_START, "sides": found}
 
 

@@ -170,20 +170,44 @@ def test_every_json_is_held_to_zero_1_of_its_model(
     def train(folder: Path, run_dir: Path, settings: list[str], toy: bool) -> list[float]:
         name = run_dir.name.removeprefix("run_")
         started[name] = settings
-        if name == "zero3":
-            raise RuntimeError("out of memory")
+        if name in ("zero3", "zero3_offload"):
+            raise RuntimeError("out of memory") if name == "zero3" else SystemExit("no time was left")
         return [7.0, 6.0] if "bart" in " ".join(settings) else [5.0, 4.0 if name != "zero2" else 4.2]
 
     monkeypatch.setattr(rows_of(gpu), "train", train)
     found = rows_of(gpu).every_json(tmp_path, toy=False)["sides"]
     assert {name for name in ds_config_names() if "nvme" not in name} < found.keys()
     apart = {name: side.get("farthest_from_zero1") for name, side in found.items()}
-    assert apart.pop("zero2") == 0.05 and apart.pop("zero3") is None and set(apart.values()) == {0.0}
-    assert "out of memory" in found["zero3"]["error"]
+    assert apart.pop("zero2") == 0.05 and apart.pop("zero3") is None and apart.pop("zero3_offload") is None
+    assert set(apart.values()) == {0.0}
+    assert "out of memory" in found["zero3"]["error"] and "no time" in found["zero3_offload"]["error"]
     for name, settings in started.items():
         overrides = [setting for setting in settings if not setting.startswith("deepspeed=")]
         ds = settings[0].removeprefix("deepspeed=")
         assert run_of("t5_small", *overrides, ds=ds, has_gpu=True).deepspeed, f"{name} is refused on one GPU"
+
+
+@pytest.mark.parametrize("fails", ["", "compile=false", "compile=graphs"])
+def test_starts_that_were_measured_stay_where_one_fails(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: str
+) -> None:
+    @contextmanager
+    def started(command: list[str], environment: dict[str, str]) -> Iterator[list[str]]:
+        if fails and any(fails in word for word in command):
+            raise SystemExit("no time was left")
+        yield command
+
+    def take_turn(command: list[str], steps: int) -> dict[str, Any]:
+        return {"compile_seconds": 3.5, "captured": 0}
+
+    monkeypatch.setattr(rows_of(gpu), "started", started)
+    monkeypatch.setattr(rows_of(gpu), "take_turn", take_turn)
+    found = rows_of(gpu).starts(tmp_path, toy=False)["sides"]
+    assert set(found) == {"first", "written", "later", "later_graphs"}
+    failed = {"compile=false": {"written"}, "compile=graphs": {"later_graphs"}}.get(fails, set())
+    assert {name for name, start in found.items() if "error" in start} == failed
+    added = {name for name, start in found.items() if "added_seconds" in start}
+    assert added == (set() if "written" in failed else found.keys() - failed)
 
 
 def test_a_run_is_stopped_before_it_is_resumed(
