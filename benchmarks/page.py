@@ -70,12 +70,13 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "**Arithmetic, not a measurement**: what an H100 and an H200 (SXM) need at least for the kernels of an "
         "optimizer step, if each reads and writes its tensors once in their HBM (3.35 and 4.8 TB/s), computes at "
         "the peak of its type (989.4 TFLOPS in bf16, dense) and takes 3 us (assumed), as NVIDIA's data sheets say "
-        "of the [H100](https://www.nvidia.com/en-us/data-center/h100/) and the [H200](https://www.nvidia.com/en- "
+        "of the [H100](https://www.nvidia.com/en-us/data-center/h100/) and the [H200](https://www.nvidia.com/en-"
         "us/data-center/h200/). A kernel whose tensors are in the cache may be faster, and matrix products are "
         "slower. Kernels are those that torch, DeepSpeed and Inductor call on the pretended CUDA runtime "
         "(`tests/pretended_cuda`), without NCCL's; weights have their published sizes, and an epoch of four steps "
-        "is padded more than that of a large corpus. Ways of training are those of `gpu.py`, with layers as "
-        "written in place of graphs. `mfu` is that of such a step: FLOPs of products, padding included and "
+        "is padded more than that of a large corpus. Ways of training and their micro-batches are those of `gpu.py`, "
+        "with layers as written in place of graphs; T5-Large and T5-3B keep their activations, as cards of 80 GB can. "
+        "`mfu` is that of such a step: FLOPs of products, padding included and "
         "recomputation not, by its time and peak. `kernels of ...` are those that take the H100 longest, all calls "
         "of a place together.",
     ),
