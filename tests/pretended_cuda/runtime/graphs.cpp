@@ -144,6 +144,14 @@ cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cuda
     return cudaSuccess;
 }
 
+// What a graph keeps alive (torch 2.15: events of collectives) is never destroyed: a process has few of them.
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* made, void* kept, cudaHostFn_t, unsigned, unsigned) {
+    *made = (cudaUserObject_t)kept;
+    return cudaSuccess;
+}
+cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) { return cudaSuccess; }
+
 // For the other libraries and for Python.
 
 // A launch by a library; where numbers count the name is that of a call that computes nothing.
