@@ -13,6 +13,7 @@ LOOPS = ("bare", "plain", "fastest")
 NAMES = {
     "ours": "this toolkit",
     "ours_graphs": "as graphs",
+    "ours_64": "this toolkit, 64",
     "hf_16": "Seq2SeqTrainer, 16",
     "hf_best": "Seq2SeqTrainer, best",
     "bare": "bare DeepSpeed",
@@ -20,6 +21,7 @@ NAMES = {
     "fastest": "PyTorch, our kernels",
 }
 ACROSS = 3  # panels of the picture beside each other
+OWN = {words for side, words in NAMES.items() if side.startswith("ours")}
 Row = dict[str, Any]
 
 
@@ -159,7 +161,7 @@ def draw(results: dict[str, Row], path: Path) -> None:
         axis.set_axis_off()
     for axis, (name, row) in zip(axes.flat, panels.items(), strict=False):
         found = {words: speed for side, words in NAMES.items() for speed in speeds(row, [side])}
-        colours = ["#2563a8" if words in (NAMES["ours"], NAMES["ours_graphs"]) else "#b8bec6" for words in found]
+        colours = ["#2563a8" if words in OWN else "#b8bec6" for words in found]
         bars = axis.barh(list(found), list(found.values()), color=colours, height=0.65)
         axis.bar_label(bars, [f"{speed:,.0f}" for speed in found.values()], padding=2, fontsize=8)
         axis.set_ylim(len(NAMES) - 0.4, -0.6)  # bars of all panels are as thick
