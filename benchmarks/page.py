@@ -75,7 +75,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "slower. Kernels are those that torch, DeepSpeed and Inductor call on the pretended CUDA runtime "
         "(`tests/pretended_cuda`), without NCCL's; weights have their published sizes, and an epoch of four steps "
         "is padded more than that of a large corpus. Ways of training and their micro-batches are those of `gpu.py`, "
-        "with layers as written in place of graphs; T5-Large and T5-3B keep their activations, as cards of 80 GB can. "
+        "with layers as written in place of graphs; T5-Large and T5-3B keep their activations, as cards of 80 GB can, "
+        "and smaller micro-batches than ours are padded less. "
         "`mfu` is that of such a step: FLOPs of products, padding included and "
         "recomputation not, by its time and peak. `kernels of ...` are those that take the H100 longest, all calls "
         "of a place together.",

@@ -85,8 +85,9 @@ def test_each_compilation_is_announced(make: Make, graphs: Graphs, caplog: pytes
         torch._dynamo.reset()  # as DeepCompile does within a run
 
 
-def test_layers_for_gpus_are_captured_whole(make: Make, graphs: Graphs) -> None:
-    model, reference, batch = make(), make(), batch_of(*SHAPES[0])
+@pytest.mark.parametrize("overrides", [(), CHECKPOINTS], ids=["plain", "checkpoints"])
+def test_layers_for_gpus_are_captured_whole(make: Make, graphs: Graphs, overrides: tuple[str, ...]) -> None:
+    model, reference, batch = make("t5_small", *overrides), make(), batch_of(*SHAPES[0])
     use_gpu_layers(model)
     compile_layers(model)
     assert loss_and_norm(model, batch) == pytest.approx(loss_and_norm(reference, batch), rel=1e-5)

@@ -267,6 +267,26 @@ def test_the_bias_of_positions_is_cast_once_in_autocast() -> None:
         assert bias.dtype == dtype and bias.shape == (2, 4, 9, 9)
 
 
+def test_compiled_layers_sum_gradients_of_the_bias_over_clips() -> None:
+    """Each by itself: what they add up is as large as the scores of one clip."""
+    own, quick = models(layers=2)
+    returned: list[Tensor] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        (values,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        returned.extend(node.meta["val"] for node in values if isinstance(node, torch.fx.Node))
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=note)
+    for stack in (quick.encoder, quick.decoder):
+        for block in stack.block:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)
+    same(own, quick)
+    torch._dynamo.reset()
+    biases = [value for value in returned if isinstance(value, Tensor) and value.dim() == 4]
+    assert biases and all(len(value) == 1 for value in biases)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_gelu_is_one_call_in_the_type_of_its_products(autocast: bool) -> None:
     """A power, of which transformers makes it, is fp32 in autocast, and so is all that follows."""

@@ -173,6 +173,21 @@ class LowRankLinear(nn.Module):
         return is_alike and not own.requires_grad and narrow.shape[1] % 8 == 0
 
 
+class SummedOverClips(torch.autograd.Function):
+    """A bias with the mask of each clip, whose gradient goes to what all clips share: what is masked has none.
+
+    Layers that share a bias would add up gradients as large as all their scores, and the last of them sum over clips.
+    """
+
+    @staticmethod
+    def forward(context: Any, shared: Tensor, masked: Tensor) -> Tensor:
+        return masked.view_as(masked)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.sum(0, keepdim=True), None
+
+
 class SharedBiasAttention(nn.Module):
     """Attention whose position bias holds the mask; mixed into a class of transformers'.
 
@@ -200,16 +215,20 @@ class SharedBiasAttention(nn.Module):
         hidden_states: Tensor,
         mask: Tensor | None = None,
         key_value_states: Tensor | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: Tensor | tuple[Tensor, Tensor] | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, which is called where tokens are generated and where the mask is not boolean."""
+        """As transformers' own, which is called where tokens are generated and where the mask is not boolean.
+
+        Compiled layers hand on the trained bias of all clips and, beside it, that with the mask of each.
+        """
         is_plain = past_key_values is None and self.config._attn_implementation == "sdpa"
         if not is_plain or (mask is not None and mask.dtype != torch.bool):
             return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
         if position_bias is None:
             position_bias = self.masked_bias(hidden_states, mask, key_value_states)
+        bias = SummedOverClips.apply(*position_bias) if isinstance(position_bias, tuple) else position_bias
         if key_value_states is None:
             query, key, value = self.projected(hidden_states, self.q, self.k, self.v)
         else:
@@ -217,9 +236,7 @@ class SharedBiasAttention(nn.Module):
                 self.projected(hidden_states, self.q),
                 self.projected(key_value_states, self.k, self.v),
             )
-        attended = biased_attention(
-            query, key, value, position_bias, self.dropout if self.training else 0.0, self.scaling
-        )
+        attended = biased_attention(query, key, value, bias, self.dropout if self.training else 0.0, self.scaling)
         output = self.o(attended.transpose(1, 2).reshape(-1, self.inner_dim))
         return output.view(hidden_states.shape), position_bias, None
 
@@ -241,8 +258,10 @@ class SharedBiasAttention(nn.Module):
         parts = by_heads if len(by_heads) == len(layers) else by_heads[0].split(self.n_heads, dim=2)
         return [part.transpose(1, 2) for part in parts]
 
-    def masked_bias(self, hidden_states: Tensor, mask: Tensor | None, key_value_states: Tensor | None) -> Tensor:
-        """What is added to the scores: broadcasts to [clips, heads, queries, keys]."""
+    def masked_bias(
+        self, hidden_states: Tensor, mask: Tensor | None, key_value_states: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What is added to the scores: broadcasts to [clips, heads, queries, keys]; or what trains of it, and that."""
         queries = hidden_states.shape[1]
         keys = queries if key_value_states is None else key_value_states.shape[1]
         device = hidden_states.device
@@ -258,7 +277,10 @@ class SharedBiasAttention(nn.Module):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
         # Attention may compute in bf16, where the least number of fp32 would become minus infinity.
         least = max(torch.finfo(bias.dtype).min, torch.finfo(torch.bfloat16).min)
-        return torch.where(mask, bias, least).contiguous()  # the table of biases gives the heads last
+        masked = torch.where(mask, bias, least).contiguous()  # the table of biases gives the heads last
+        # As they are written, layers would sum and add by as many kernels.
+        is_shared = bias.requires_grad and len(bias) == 1 < len(masked)
+        return (bias, masked.detach()) if is_shared and torch.compiler.is_compiling() else masked
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
