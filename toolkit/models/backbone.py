@@ -136,6 +136,12 @@ def set_checkpointing(backbone: Any, on: bool, **settings: Any) -> None:
         getattr(backbone, f"{kind}_checkpointing_disable")()
 
 
+def recomputes(backbone: Any) -> bool:
+    """Whether a backbone recomputes its layers' activations in backward passes."""
+    kind = "activation" if hasattr(backbone, "is_activation_checkpointing") else "gradient"
+    return bool(getattr(backbone, f"is_{kind}_checkpointing"))
+
+
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of ``config`` that describes the encoder; most architectures have one configuration for both halves."""
     part = getattr(config, "encoder", None)

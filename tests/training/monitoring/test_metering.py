@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.batching.collate import Batch
 from toolkit.cluster.ranks import Ranks
+from toolkit.models.backbone import set_checkpointing
+from toolkit.models.backbone_config import backbone_config
+from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.models.translator import PoseTranslator
+from toolkit.planning.costs.counts import empty_translator
+from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training.monitoring import metering
 from toolkit.training.monitoring.flops import Cost
@@ -74,6 +81,36 @@ def test_the_cost_of_compiled_layers_is_measured_before_their_first_pass(
         with meter.forward(model, batch):  # type: ignore[arg-type]
             assert calls == [(model, "on cpu")]
     assert meter.cost == "cost"
+
+
+def translator(backbone: str, *, recomputes: bool = False) -> PoseTranslator:
+    """A tiny one that trains, with the layers of a GPU."""
+    recipe = load_recipe("demo", [f"model.backbone={backbone}", "model.tiny=true", "model.from_scratch=true"])
+    model = empty_translator(backbone_config(recipe.model), recipe).to_empty(device="cpu").train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.nn.init.uniform_(tensor, -0.05, 0.05) if tensor.is_floating_point() else tensor.zero_()
+    use_gpu_layers(model)
+    set_checkpointing(model.backbone, recomputes)
+    return model
+
+
+def test_layers_that_are_recomputed_run_as_they_ran_first(make: Callable[[], StepMeter]) -> None:
+    """Layers with hooks, which count their products, join no weights: torch refuses to recompute those otherwise."""
+    model = translator("t5_small", recomputes=True)
+    meter, batch = make(), Batch(
+        uids=["x"] * 2, texts=["x"] * 2, clips=torch.arange(2), labels=torch.full((2, 9), 5),
+        labelled=torch.arange(18), is_filler=torch.zeros(2, dtype=torch.bool), num_clips=2, num_frames=48,
+        **{
+            name: torch.ones(shape, dtype=dtype)
+            for name, (shape, dtype) in model.config.input_shapes(2, 24).items()
+        },
+    )  # fmt: skip
+    with meter.forward(model, batch):
+        output = model(**batch.inputs, labels=batch.labels)
+    output.logits.sum().backward()
+    assert meter.cost is not None and meter.cost.of(batch) > 0
+    attention = model.backbone.get_encoder().block[0].layer[0].SelfAttention
+    assert all(layer.weight.grad is not None for layer in (attention.q, attention.k, attention.v))
 
 
 def test_counts_are_those_of_all_micro_batches_of_all_ranks(make: Callable[[], StepMeter], clock: Clock) -> None:
@@ -154,7 +191,7 @@ def test_only_the_first_forward_pass_is_recorded(
     monkeypatch.setattr(metering, "CostRecorder", Recorder)
     meter = make()
     for batch in BATCHES:
-        with meter.forward("model", batch):
+        with meter.forward(translator("demo"), batch):
             recorded.append(batch)
     assert recorded == ["begin", BATCHES[0], "end", BATCHES[1]]
     assert meter.cost is BATCHES[0]

@@ -129,7 +129,7 @@ class CostRecorder:
 def cost_beside_training(model: Any, batch: Batch) -> Cost | None:
     """The cost from a forward pass of its own, which changes neither gradients nor random states.
 
-    For a model whose layers are compiled: the hooks of a recorder would become part of their graphs.
+    For a model whose layers are compiled, as the hooks of a recorder would become part of their graphs, or recomputed.
     """
     devices = [batch.poses.device] if batch.poses.device.type == "cuda" else []
     with uncompiled(model), torch.random.fork_rng(devices), torch.no_grad(), CostRecorder(model, batch) as recorder:

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from toolkit.batching.collate import Batch
 from toolkit.batching.copies import on_device
 from toolkit.cluster.ranks import Ranks
+from toolkit.models.backbone import recomputes
 from toolkit.recipe.deepspeed.cells import BFLOAT, HALF
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.flops import Cost, CostRecorder, cost_beside_training, measure_peak
@@ -81,7 +82,7 @@ class StepMeter:
             yield
             return
         self._records = False
-        if hasattr(model, "compiled_layers"):
+        if hasattr(model, "compiled_layers") or _recomputes_alike(model):
             self.cost = cost_beside_training(model, batch.to(self._device))
             yield
             return
@@ -122,3 +123,13 @@ def product_type(resolved: ResolvedRun) -> torch.dtype:
     if any(name in BFLOAT for name in names):
         return torch.bfloat16
     return torch.float16 if any(name in HALF for name in names) else torch.float32
+
+
+def _recomputes_alike(model: Any) -> bool:
+    """Whether layers run again in the backward pass, and must do so without hooks as they did with them.
+
+    Layers with hooks multiply by one weight after the other (``toolkit/models/gpu_layers.py``), as all of ZeRO stage 3
+    do, whose weights are gathered by hooks.
+    """
+    is_partitioned = any(hasattr(weight, "ds_id") for weight in model.parameters())
+    return recomputes(model.backbone) and not is_partitioned
