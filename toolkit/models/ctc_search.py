@@ -83,10 +83,11 @@ class CtcPrefixScores(LogitsProcessor):
 
     def _gains(self, candidates: Tensor) -> Tensor:
         """log P(text + candidate + anything) - log P(text + anything), [rows, candidates]."""
-        rows, positions = self.blanks.shape
-        emitted = self.log_probs.repeat_interleave(self.num_beams, dim=0).gather(
-            2, candidates.unsqueeze(1).expand(rows, positions, -1)
-        )
+        clips, positions, _ = self.log_probs.shape
+        # Beams of a clip read its log-probabilities where they are: [clips, beams, positions, candidates].
+        of_beams = self.log_probs.unsqueeze(1).expand(-1, self.num_beams, -1, -1)
+        looked_up = candidates.view(clips, self.num_beams, 1, -1).expand(-1, -1, positions, -1)
+        emitted = of_beams.gather(3, looked_up).flatten(0, 1)
         before = _shift(torch.logaddexp(self.ends_in_token, self.ends_in_blank), self._starts)
         # A token that repeats the last one needs a blank between the two.
         before_repeat = _shift(self.ends_in_blank, self._starts)
