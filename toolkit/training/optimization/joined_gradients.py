@@ -70,7 +70,10 @@ def _can_join(engine: Any) -> bool:
 
 
 def _buckets(optimizer: Any, index: int) -> Iterator[_Bucket]:
-    """Those of a parameter group: by the type in which they are sent, and of at most ``reduce_bucket_size``."""
+    """Those of a parameter group: by the type in which they are sent, and of at most ``reduce_bucket_size``.
+
+    A single rank, which sends nothing, has smaller ones: each is a copy where gradients are added to earlier ones.
+    """
     import deepspeed.comm as dist
 
     group, size = optimizer.real_dp_process_group[index], optimizer.partition_size[index]
@@ -82,7 +85,7 @@ def _buckets(optimizer: Any, index: int) -> Iterator[_Bucket]:
         kind = optimizer.dtype if is_alone else optimizer.get_param_comm_dtype(weight)
         by_type.setdefault(kind, []).append((weight, offset))
         offset += weight.numel()
-    largest = math.inf if is_alone else optimizer.reduce_bucket_size
+    largest = NUMBERS_AT_ONCE if is_alone else optimizer.reduce_bucket_size
     for kind, members in by_type.items():
         for some in _portions(members, [weight.numel() for weight, _ in members], largest):
             own, place = [], 0
@@ -149,8 +152,9 @@ def _partition(optimizer: Any, index: int, buckets: Sequence[_Bucket], earlier: 
     world_size = dist.get_world_size(optimizer.real_dp_process_group[index])
     partition = torch.empty(size, dtype=torch.float32, device=device) if earlier is None else earlier
     for bucket in buckets:
-        if world_size == 1 and earlier is None:  # which sends nothing: its only bucket is the partition
-            _take(bucket, partition[: bucket.elements])
+        if world_size == 1 and earlier is None:  # which sends nothing
+            for _, target, numel in bucket.own:
+                _take(bucket, partition[target : target + numel])
             continue
         gradients = torch.empty(bucket.elements, dtype=optimizer.dtype, device=device)
         _take(bucket, gradients)
