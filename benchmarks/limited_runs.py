@@ -40,7 +40,7 @@ from toolkit.fitting.memory_limits import (
 )
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB
-from toolkit.planning.plan import Subject
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import read_choice, resolve_named
 

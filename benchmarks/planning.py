@@ -97,7 +97,7 @@ def predict_large() -> list[dict[str, Any]]:
 
     from toolkit.cpu import linear
     from toolkit.planning.cpu_plan import make_cpu_plan
-    from toolkit.planning.plan import Subject
+    from toolkit.planning.subject import Subject
     from toolkit.planning.workload import Workload
     from toolkit.recipe.resolve import resolve_named
 
@@ -178,7 +178,7 @@ def run(cell: Cell, folder: Path, *, tensors: bool) -> dict[str, Any]:
 @cache
 def subject(model: str, folder: Path, rows: int, fast_bf16: bool) -> Any:
     """A model of ``MODELS`` with so many tokens; its traces are those of a processor with fast bf16 or without."""
-    from toolkit.planning.plan import Subject
+    from toolkit.planning.subject import Subject
     from toolkit.recipe.load import load_recipe
 
     cell = Cell(model, "zero2", 1, recomputed=False)

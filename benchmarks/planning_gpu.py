@@ -7,11 +7,11 @@ python benchmarks/planning_gpu.py --predict          only predict again, from th
 
 The pretended CUDA runtime (tests/pretended_cuda) takes the place of GPUs: torch, its allocator, its choice of kernels,
 DeepSpeed, Inductor and CUDA graphs are those of a GPU, and kernels compute nothing. A cell is a run of a recipe with
-random weights of published size: three steps, an evaluation by beam search whose texts have their most tokens, a model
-and a checkpoint that are saved. Its plan is the one that a run makes of itself, of the micro-batch that it computed.
-Measured is what torch allocated on the fullest rank. ``--history`` has each rank write the allocator's history beside
-this name, for https://pytorch.org/memory_viz. Every row is written into benchmarks/results/planning_gpu.json as it
-comes.
+random weights of published size: three steps, an evaluation by beam search whose texts have their most tokens, one
+more step, a model and a checkpoint that are saved. Its plan is the one that a run makes of itself, of the micro-batch
+that it computed. Measured is what torch allocated on the fullest rank. ``--history`` has each rank write the
+allocator's history beside this name, for https://pytorch.org/memory_viz. Every row is written into
+benchmarks/results/planning_gpu.json as it comes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--history", type=Path, metavar="FILE", help="where ranks write the allocator's history (slow)")
     arguments = parser.parse_args()
     known, rows = read_results(), read_rows()
-    chosen = [cell for cell in CELLS if not arguments.only or cell.name.startswith(tuple(arguments.only))]
+    chosen = chosen_cells(arguments.only) if arguments.only else CELLS
     if not arguments.predict:
         try:
             known["torch"] = find_environment().torch
@@ -74,6 +75,13 @@ def main() -> None:
                 row = rows[cell.name] = predicted(cell, folder, rows[cell.name])
                 RESULTS.write_text(json.dumps(summary(known, rows), indent=1) + "\n", encoding="utf-8")
                 print(f"{number} of {len(chosen)}: {in_words(row)}", flush=True)
+
+
+def chosen_cells(names: Sequence[str]) -> list[Cell]:
+    """Those of these names; a name that no cell has stands for all that begin with it."""
+    known = {cell.name for cell in CELLS}
+    begun = tuple(name for name in names if name not in known)
+    return [cell for cell in CELLS if cell.name in names or (begun and cell.name.startswith(begun))]
 
 
 def read_results() -> dict[str, Any]:

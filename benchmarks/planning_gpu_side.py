@@ -57,6 +57,7 @@ def main(order: dict[str, Any], out: Path) -> None:
         for _ in range(order["steps"]):
             trainer.step(step)
         trainer.evaluate()
+        trainer.step(step)  # beside what a search leaves, as most steps of a run are
         trainer.save()
         trainer.checkpoints.wait()
         computed = compare_memory(trainer)

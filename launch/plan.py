@@ -101,7 +101,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
     from toolkit.cluster.logs import show_errors_only  # these import torch
     from toolkit.planning.comparison import compare
-    from toolkit.planning.plan import Subject
+    from toolkit.planning.subject import Subject
     from toolkit.planning.table import as_dict, as_text
     from toolkit.planning.workload import workload_of
 

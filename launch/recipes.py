@@ -302,7 +302,8 @@ def _memory(run: ResolvedRun) -> str:
 def _planned_micro_batch(run: ResolvedRun) -> str:
     """How many clips the plan finds to fit into a forward pass on the GPUs that plan.py assumes."""
     from toolkit.planning.hardware import Hardware, parse_size
-    from toolkit.planning.plan import Subject, largest_micro_batch
+    from toolkit.planning.plan import largest_micro_batch
+    from toolkit.planning.subject import Subject
     from toolkit.planning.workload import workload_of
 
     hardware = Hardware(gpus=run.world_size, gpu_memory=parse_size(USUAL_GPU, "--gpu-memory"))

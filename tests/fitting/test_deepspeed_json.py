@@ -12,7 +12,7 @@ from toolkit.errors import UserError
 from toolkit.fitting import deepspeed_json
 from toolkit.fitting.deepspeed_json import choose_json, fit_deepspeed
 from toolkit.fitting.hardware import GIB, Card
-from toolkit.planning.plan import Subject
+from toolkit.planning.subject import Subject
 from toolkit.recipe.resolve import resolve_named
 from toolkit.recipe.schema import Recipe
 

@@ -41,37 +41,45 @@ def test_a_pass_holds_what_was_traced(case: str, autocast: bool, checkpointing: 
     dtype = torch.float32 if autocast else torch.bfloat16
     sizes = {"clips": CLIPS, "frames": FRAMES, "tokens": TOKENS}
     empty = shorten(adapted_translator(config, recipe)[0])
-    planned = trace(empty, **sizes, dtype=dtype, autocast=autocast, checkpointing=checkpointing).peak
+    traced = trace(empty, **sizes, dtype=dtype, autocast=autocast, checkpointing=checkpointing)
     model = adapted_translator(config, recipe)[0].to_empty(device="cuda").to(dtype).train()
     use_gpu_layers(model)
     set_checkpointing(model.backbone, checkpointing)
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.uniform_(tensor, -0.05, 0.05) if tensor.is_floating_point() else tensor.zero_()
-    one_pass(model, dtype, autocast)  # libraries allocate their workspaces
+    with dropped_gradients(model):
+        one_pass(model, dtype, autocast)  # libraries allocate their workspaces
+        dropped = peak_of_a_pass(model, dtype, autocast)
+    kept = peak_of_a_pass(model, dtype, autocast)
+    # With gradients the peak of so small a model is in its pose encoder, whose convolutions copy what they read.
+    for least, planned, measured in ((0.95, traced.peak, dropped), (0.85, traced.peak_with_gradients, kept)):
+        assert least <= planned / measured <= 1.1, f"{planned / 2**20:.1f} MiB planned, {measured / 2**20:.1f} measured"
+
+
+def peak_of_a_pass(model: nn.Module, dtype: torch.dtype, autocast: bool) -> int:
+    """Most bytes at once, without those that were there before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     one_pass(model, dtype, autocast)
-    measured = torch.cuda.max_memory_allocated() - before
-    assert 0.95 <= planned / measured <= 1.1, f"{planned / 2**20:.1f} MiB planned, {measured / 2**20:.1f} measured"
+    return torch.cuda.max_memory_allocated() - before
 
 
 def one_pass(model: nn.Module, dtype: torch.dtype, autocast: bool) -> None:
-    """Forward and backward over a batch without padding; no gradient of a weight stays."""
+    """Forward and backward over a batch without padding."""
     shapes = model.config.input_shapes(CLIPS, FRAMES)
     inputs = {name: torch.ones(shape, dtype=kind, device="cuda") for name, (shape, kind) in shapes.items()}
     inputs["frame_mask"][0, FRAMES - 8 :] = False
-    with dropped_gradients(model):
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-            loss, _ = translation_losses(
-                model,
-                **inputs,
-                labels=torch.full((CLIPS, TOKENS), 7, device="cuda"),
-                labelled=torch.arange(CLIPS * TOKENS, device="cuda"),
-                special_ids=torch.tensor([0], device="cuda"),
-                label_smoothing=0.1,
-                scores_at_once=GPU_SCORES,
-            )
-        loss.backward()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        loss, _ = translation_losses(
+            model,
+            **inputs,
+            labels=torch.full((CLIPS, TOKENS), 7, device="cuda"),
+            labelled=torch.arange(CLIPS * TOKENS, device="cuda"),
+            special_ids=torch.tensor([0], device="cuda"),
+            label_smoothing=0.1,
+            scores_at_once=GPU_SCORES,
+        )
+    loss.backward()
 
 
 @contextmanager

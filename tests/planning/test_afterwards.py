@@ -16,7 +16,8 @@ from toolkit.planning.afterwards import Computed, advice_within, by_gain, planne
 from toolkit.planning.comparison import Advice
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, GIB, Hardware
-from toolkit.planning.plan import PHASES, Subject, make_plan
+from toolkit.planning.plan import PHASES, make_plan
+from toolkit.planning.subject import Subject
 
 __all__ = ["corpus", "resolve"]
 

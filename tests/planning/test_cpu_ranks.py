@@ -9,6 +9,7 @@ import pytest
 from tests.scripts import load_script
 from toolkit.planning.costs.counts import Weight
 from toolkit.planning.costs.cpu_ranks import cpu_moments
+from toolkit.planning.costs.storages import Part, Peak
 from toolkit.planning.costs.tracing import Trace
 from toolkit.planning.costs.zero import Items
 from toolkit.recipe.batches import NUMBERS_AT_ONCE
@@ -17,7 +18,7 @@ from toolkit.recipe.load import load_recipe
 
 MILLIONS = [Weight(10**6, True)] * 20
 LARGE = [Weight(10**6, True)] * 100  # their gradients are reduced as they come
-PASS = Trace(saved=1e6, peak=2e6, kernels=0, flops=0)
+PASS = Trace(saved=1e6, peaks={Part("scores", False): Peak(2e6, 2e6)}, kernels=0, flops=0)
 
 
 # Of benchmarks/results/planning.json.

@@ -14,7 +14,8 @@ from tests.time_limits import limit
 from toolkit.cpu.linear import has_fast_bf16
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_KERNEL
-from toolkit.planning.plan import Plan, Subject
+from toolkit.planning.plan import Plan
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 
 __all__ = ["corpus", "resolve"]

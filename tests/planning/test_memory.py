@@ -15,6 +15,7 @@ from toolkit.decoding.beam_search import beam_search
 from toolkit.decoding.step_graphs import StepGraphs
 from toolkit.models import PoseTranslator, PoseTranslatorConfig
 from toolkit.planning import memory
+from toolkit.planning.costs.storages import Storages
 from toolkit.planning.memory import fitting_batch_frames, translation_memory
 
 CLIPS, FRAMES, BEAMS, TOKENS = 3, 40, 4, 12
@@ -50,7 +51,7 @@ BACKBONES: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def translator(name: str, stride: int) -> PoseTranslator:
+def translator(name: str, stride: int, **more: Any) -> PoseTranslator:
     encoder = {
         "kind": "conv",
         "hidden": 16,
@@ -60,7 +61,7 @@ def translator(name: str, stride: int) -> PoseTranslator:
         "dropout": 0.0,
         "positions": True,
     }
-    model = PoseTranslator(PoseTranslatorConfig(BACKBONES[name].to_dict(), encoder, num_points=5)).eval()
+    model = PoseTranslator(PoseTranslatorConfig(BACKBONES[name].to_dict(), encoder, num_points=5, **more)).eval()
     model.generation_config.update(num_beams=BEAMS, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
     return model
 
@@ -105,6 +106,23 @@ def test_graphs_keep_what_is_counted(name: str) -> None:
     assert 0.9 * held <= estimate.kept <= 1.1 * held
     without = translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS)
     assert estimate.working > without.working
+
+
+@pytest.mark.parametrize("vocabulary", [70, 3000])
+def test_a_joint_search_takes_what_is_counted(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a search by the decoder alone: alignments with candidates, or scores of a large vocabulary."""
+    monkeypatch.setitem(BACKBONES, "t5", T5Config(**BACKBONES["t5"].to_dict() | {"vocab_size": vocabulary}))
+    most, counted = [], []
+    for weight in (0.0, 0.4):
+        model = translator("t5", 1, ctc=True, ctc_search_weight=weight, special_token_ids=[0, 1])
+        poses, real = torch.randn(CLIPS, FRAMES, 5, 3), torch.ones(CLIPS, FRAMES, dtype=torch.bool)
+        with Storages([*model.parameters(), *model.buffers()]) as live:
+            model.generate(poses, real[..., None].expand(-1, -1, 5), real, custom_generate=beam_search)
+        most.append(max(peak.alone for peak in live.peaks.values()))
+        counted.append(
+            translation_memory(model, clips=CLIPS, frames=FRAMES, beams=BEAMS, max_new_tokens=TOKENS).working
+        )
+    assert 0.9 <= (counted[1] - counted[0]) / (most[1] - most[0]) <= 1.5
 
 
 def test_weights_are_counted_once_and_in_their_own_precision() -> None:

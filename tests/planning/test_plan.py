@@ -16,9 +16,12 @@ from toolkit.errors import UserError
 from toolkit.planning import plan
 from toolkit.planning.comparison import compare
 from toolkit.planning.costs import tracing
-from toolkit.planning.costs.zero import Items
+from toolkit.planning.costs.storages import Part, Peak
+from toolkit.planning.costs.tracing import Trace
+from toolkit.planning.costs.zero import Items, ZeroMemory
 from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, GIB, Hardware, parse_size
-from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
+from toolkit.planning.plan import Plan, largest_micro_batch, make_plan
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload, from_maxima, workload_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
@@ -103,13 +106,15 @@ def test_the_peak_of_t5_small_is_that_of_an_h100(ds: str, own_layers: Callable[.
     settings = (*SCRATCH, NO_SEARCH)
     plan = make_plan(own_layers("t5_small", *settings), resolved("t5_small", *settings, ds=ds), H100, FOUR_STEPS)
     assert plan.micro_batch_size == 16
-    assert plan.allocated / GIB == pytest.approx(MEASURED[ds], rel=0.10)
+    # Then DeepSpeed kept the gradients in bf16 from one pass to the next, which bf16_sums.py does not.
+    kept = plan.zero.trained if ds == "zero1" else 0.0
+    assert (plan.allocated + kept) / GIB == pytest.approx(MEASURED[ds], rel=0.10)
 
 
 @pytest.mark.parametrize("ds", STARTS)
 def test_the_start_of_t5_small_is_that_of_an_h200(ds: str) -> None:
     plan = make_plan(subject("t5_small", *SCRATCH, rows=305), resolved("t5_small", *SCRATCH, ds=ds), H100, FOUR_STEPS)
-    start = allocated(plan.phases["start"]) - 2 * CUBLAS_WORKSPACE  # nothing was multiplied yet
+    start = allocated(plan.phases["start"]) - CUBLAS_WORKSPACE  # nothing was multiplied yet
     assert start / GIB == pytest.approx(STARTS[ds] - 0.5 + 0.375, rel=0.10)
     assert plan.phases["start"] < plan.phases["step"]
 
@@ -162,22 +167,26 @@ def test_the_start_of_a_large_model_is_that_of_its_optimizer() -> None:
         for recipe in ("t5_small", "t5_base")
     }
     zero = starts["t5_base"].zero
-    expected = zero.trained + 2 * zero.master + 2 * CUBLAS_WORKSPACE
-    assert allocated(starts["t5_base"].phases["start"]) == pytest.approx(expected)
+    assert allocated(starts["t5_base"].phases["start"]) == pytest.approx(zero.trained + 2 * zero.master)
     zero = starts["t5_small"].zero
-    assert allocated(starts["t5_small"].phases["start"]) > zero.trained + 2 * zero.master + 2 * CUBLAS_WORKSPACE
+    product = 3 * 8192**2 * 2 + CUBLAS_WORKSPACE
+    assert allocated(starts["t5_small"].phases["start"]) == pytest.approx(zero.trained + zero.master + product)
 
 
 @pytest.mark.parametrize("ds", ["zero0", "zero1"])
 def test_graphs_of_passes_keep_activations_and_gradients(ds: str) -> None:
     graphs = (*SCRATCH, "training.compile=graphs")
     with_graphs = make_plan(subject("t5_small", *graphs), resolved("t5_small", *graphs, ds=ds), H100, FOUR_STEPS)
-    without = make_plan(subject("t5_small", *SCRATCH), resolved("t5_small", *SCRATCH, ds=ds), H100, FOUR_STEPS)
+    layers = (*SCRATCH, "training.compile=true")
+    without = make_plan(subject("t5_small", *layers), resolved("t5_small", *layers, ds=ds), H100, FOUR_STEPS)
     pool = with_graphs.items["pool of CUDA graphs"]
-    assert pool == pytest.approx(without.pass_.peak + without.zero.trained)
+    assert without.pass_.peak < pool == without.pass_.peak_with_gradients < without.pass_.peak + without.zero.trained
     for phase in ("step", "evaluation", "save"):
         assert with_graphs.phases[phase] >= without.phases[phase] + pool
-    assert with_graphs.phases["start"] == without.phases["start"]
+    # The optimizer of stage 1 has sums of its own; those of stage 0 are there from the start.
+    sums = without.zero.gradients if ds == "zero0" else 0.0
+    starts = [allocated(plan.phases["start"]) for plan in (with_graphs, without)]
+    assert starts[0] == pytest.approx(starts[1] + sums)
     run, model, workload = (
         resolved("t5_small", *graphs, ds=ds),
         subject("t5_small", *graphs),
@@ -287,8 +296,8 @@ def test_layers_split_over_ranks_are_counted_by_their_parts() -> None:
 def test_every_line_of_a_plan_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
 
-    def complete(items: Items, hardware: Hardware, workspaces: int) -> Items:
-        found = COMPLETE(items, hardware, workspaces)
+    def complete(items: Items, hardware: Hardware) -> Items:
+        found = COMPLETE(items, hardware)
         names.update(found)
         return found
 
@@ -304,3 +313,31 @@ def test_every_line_of_a_plan_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| ([a-z ]+)|\*\*([\w ]+)|line `([\w ]+)`", page, re.MULTILINE)
     assert not names - {word.strip() for words in explained for word in words}
+
+
+@pytest.mark.parametrize(("gradients", "expected"), [(0, 1000), (200, 800 + 100 + 150)])
+def test_buckets_and_gradients_come_while_activations_go(gradients: int, expected: int) -> None:
+    """Before the first gradient there is no bucket; afterwards there are both, and fewer activations."""
+    peaks = {Part("scores", False): Peak(1000, 1000), Part("encoder", True): Peak(800, 800 + 150 * bool(gradients))}
+    trace = Trace(saved=900, peaks=peaks, kernels=0, flops=0)
+    zero = ZeroMemory(buckets=100, gradients=gradients, keeps_gradients=bool(gradients))
+    assert sum(plan._in_pass(zero, trace, is_first=True).values()) == expected
+
+
+def test_compiled_layers_are_planned_where_a_micro_batch_is_worth_it() -> None:
+    written, auto = (subject("t5_small", *SCRATCH, f"training.compile={kind}") for kind in ("false", "auto"))
+    config = resolved("t5_small", *SCRATCH, ds="zero1").deepspeed
+    small, large = (
+        [model.trace(clips, 160, 64, config, False).saved for model in (written, auto)] for clips in (2, 512)
+    )
+    assert small[0] == small[1]
+    assert large[1] < 0.9 * large[0]
+
+
+def test_a_weight_average_is_not_there_before_the_first_step() -> None:
+    runs = [(*SCRATCH, *more) for more in ((), ("training.ema=0.99",))]
+    without, average = (
+        make_plan(subject("t5_small", *run), resolved("t5_small", *run, ds="zero1"), H100, FOUR_STEPS) for run in runs
+    )
+    assert average.phases["start"] == without.phases["start"]
+    assert average.phases["step"] > without.phases["step"] + average.zero.average

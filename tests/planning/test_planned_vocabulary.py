@@ -14,7 +14,7 @@ from toolkit.errors import UserError
 from toolkit.models.vocabulary.needed import run_tokenizer
 from toolkit.planning.costs.counts import count
 from toolkit.planning.costs.vocabulary import planned_vocabulary
-from toolkit.planning.plan import Subject
+from toolkit.planning.subject import Subject
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import resolve_named
 from toolkit.recipe.schema import Recipe

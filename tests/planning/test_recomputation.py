@@ -8,8 +8,9 @@ import pytest
 
 from toolkit.planning.comparison import compare
 from toolkit.planning.hardware import GIB, Hardware
-from toolkit.planning.plan import Subject, make_plan
+from toolkit.planning.plan import make_plan
 from toolkit.planning.recomputation import NeedlessRecomputation
+from toolkit.planning.subject import Subject
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import from_maxima
 from toolkit.recipe.load import load_recipe

@@ -111,7 +111,7 @@ def states_of_a_step(module: nn.Module, resolved: ResolvedRun) -> int:
         numel = getattr(parameter, "ds_numel", parameter.numel())
         return Weight(numel, parameter.requires_grad, linear=id(parameter) in linear)
 
-    nothing = Trace(0.0, 0.0, 0.0, 0.0)
+    nothing = Trace(0.0, {}, 0.0, 0.0)
     _, moments = cpu_moments(
         [weight(parameter) for parameter in module.parameters()],
         resolved.recipe,

@@ -13,7 +13,7 @@ from toolkit.fitting.hardware import cards
 from toolkit.planning.comparison import Comparison, Row, compare
 from toolkit.planning.each_json import copies_of_model, resolve_with_each
 from toolkit.planning.hardware import Hardware
-from toolkit.planning.plan import Subject
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import workload_of
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.resolve import RECIPE_FILE

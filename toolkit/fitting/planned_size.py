@@ -9,8 +9,9 @@ from toolkit.batching.lengths import rung_above
 from toolkit.errors import UserError
 from toolkit.fitting.shapes import Lengths, heaviest, limits_of
 from toolkit.planning.hardware import Hardware
-from toolkit.planning.plan import Subject, make_plan
+from toolkit.planning.plan import make_plan
 from toolkit.planning.recomputation import needless_recomputation
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
 

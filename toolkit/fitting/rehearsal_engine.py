@@ -33,7 +33,7 @@ from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.planning.cpu_plan import HEAP_LOSS
 from toolkit.planning.memory import translation_memory
-from toolkit.planning.plan import Subject
+from toolkit.planning.subject import Subject
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine
 from toolkit.training.optimization.averaging import update_average

@@ -113,18 +113,23 @@ def compile_layers(model: Any, *, worth: float = 0.0) -> int:
     return len(layers)
 
 
+def flops_of_vector(layer: nn.Module) -> float:
+    """FLOPs of a layer's products for each vector that it gets, in a forward pass."""
+    return 2.0 * sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+
+
 def _with_graph(layer: Any, layers: CompiledLayers) -> Callable[..., Any]:
     """The layer's forward pass, compiled where it can be."""
     method: Any = type(layer).forward
     is_wrapped = method.__code__.co_name == "forward_with_checkpointing"  # by transformers, around the layer's own
     written: Callable[..., Any] = MethodType(method.__wrapped__, layer) if is_wrapped else layer.forward
     compiled = torch.compile(written, fullgraph=True, dynamic=True, backend=BACKEND)
-    in_matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+    of_vector = flops_of_vector(layer)
 
     def run(*inputs: Any, **settings: Any) -> Any:
         hidden = next(value for value in (*inputs, *settings.values()) if isinstance(value, torch.Tensor))
         vectors = math.prod(hidden.shape[:-1])  # one for each position, or for each landmark of it
-        if layers.runs_compiled(layer, 2.0 * in_matrices * vectors):
+        if layers.runs_compiled(layer, of_vector * vectors):
             try:
                 return compiled(*inputs, **settings)
             except COMPILE_ERRORS as error:

@@ -82,6 +82,7 @@ class FlatFeedForward(nn.Module):
     wi_0: Any
     wi_1: Any
     wo: Any
+    counts_as_compiled: bool = False  # without a compiler, in a pass that is traced for a plan
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """States [..., width] to states of the same shape."""
@@ -103,7 +104,8 @@ class FlatFeedForward(nn.Module):
         """Whether activation and dropout together are to keep one tensor for the backward pass."""
         is_plain = isinstance(getattr(self, "act", None), nn.ReLU) and hasattr(self, "wi")
         # As they are written the calls of Python cost more.
-        return is_plain and self.training and 0 < self.dropout.p < 1 and torch.compiler.is_compiling()
+        is_compiled = torch.compiler.is_compiling() or self.counts_as_compiled
+        return is_plain and self.training and 0 < self.dropout.p < 1 and is_compiled
 
 
 class WidenedProduct(torch.autograd.Function):

@@ -17,7 +17,8 @@ from toolkit.errors import UserError
 from toolkit.planning.comparison import Advice, advice_for
 from toolkit.planning.cpu_plan import make_cpu_plan
 from toolkit.planning.hardware import CPU_LIBRARIES, FRAGMENTS, Hardware
-from toolkit.planning.plan import Subject, make_plan
+from toolkit.planning.plan import make_plan
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Passes, Workload
 from toolkit.recipe.batches import most_batch_frames
 from toolkit.recipe.resolve import ResolvedRun

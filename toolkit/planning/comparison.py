@@ -9,9 +9,9 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.planning.idle import IdleGpus, idle_gpus
-from toolkit.planning.plan import Plan, Subject, largest_micro_batch, make_plan
+from toolkit.planning.plan import Plan, largest_micro_batch, make_plan, step_seconds
 from toolkit.planning.recomputation import NeedlessRecomputation, needless_recomputation
-from toolkit.planning.speed import step_seconds
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload, from_maxima
 from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.recipe.schema import Recipe

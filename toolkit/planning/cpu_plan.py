@@ -8,7 +8,8 @@ from toolkit.planning.costs.counts import weights_of_rank
 from toolkit.planning.costs.cpu_ranks import cpu_moments
 from toolkit.planning.costs.zero import Items, before_split
 from toolkit.planning.hardware import CPU_COMPILER, CPU_KERNEL, CPU_LIBRARIES, CPU_OBJECTS, CPU_PEFT
-from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, Subject, passes_of
+from toolkit.planning.plan import CHECKPOINT_BYTES, PHASES, Plan, passes_of
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from toolkit.planning.hardware import Hardware
-from toolkit.planning.plan import Plan, Subject, make_plan
-from toolkit.planning.speed import pass_seconds
+from toolkit.planning.plan import Plan, make_plan, pass_seconds
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.compilation import graphs_obstacle
 from toolkit.recipe.resolve import ResolvedRun

@@ -19,6 +19,7 @@ from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.order import evaluation_shapes
 from toolkit.cluster.host_memory import free_addresses, free_host_memory
 from toolkit.models.backbone import beams_share_encoding, decoder_config, encoder_config
+from toolkit.models.ctc_search import CANDIDATES
 from toolkit.models.language_models.prefixes import is_language_model
 from toolkit.models.translator import PoseTranslator
 
@@ -40,7 +41,8 @@ class TranslationMemory:
         weights: all of them, whole.
         encoder: the widest activations of the pose encoder and the backbone's encoder, attention scores included.
         cache: keys and values of the decoder when the last token is written, and a copy of one layer's.
-        scores: of all tokens that may come next, as logits, as log-probabilities and as the processors leave them.
+        scores: of all tokens that may come next, as logits, as log-probabilities and as the processors leave them, and
+            what the CTC head adds to them.
         kept: keys, values and logits that stay from one batch to the next, where steps are CUDA graphs; ``cache`` is
             then what the first step has beside them.
     """
@@ -96,14 +98,38 @@ def translation_memory(
     along = 2 * layers * clips * beams * max_new_tokens * inner
     logits = clips * beams * _first(decoder, "vocab_size")
     kept = across + along + logits if graphs else 0
+    read, joint = _ctc_scores(model, clips, positions, beams, logits)
     held = across + (0 if graphs else along)
     return TranslationMemory(
         weights=weights,
-        encoder=size * (3 * widest + 2 * heads * positions * length),
+        encoder=max(size * (3 * widest + 2 * heads * positions * length), read),
         cache=size * (held + along // layers + positions * model.pose_encoder.width),
-        scores=3 * FLOAT32 * logits,
+        scores=3 * FLOAT32 * logits + joint,
         kept=size * kept,
     )
+
+
+def _ctc_scores(model: PoseTranslator, clips: int, positions: int, beams: int, logits: int) -> tuple[int, int]:
+    """Bytes of a joint search (``toolkit/models/ctc_search.py``) beside the decoder's scores of the next tokens.
+
+    Args:
+        model: whether it searches so.
+        clips, beams: of the search.
+        positions: of the encoder, of all clips.
+        logits: scores of the next tokens, of all beams.
+
+    Returns:
+        when the search begins, and in its steps.
+    """
+    if not (model.config.ctc and model.config.ctc_search_weight > 0):
+        return 0, 0
+    tokens = logits // (clips * beams)
+    read = positions * (tokens + 1)  # what the head says of each position, and the blank
+    alignments = beams * positions * min(CANDIDATES, tokens)
+    # Scores, log-probabilities and those within clips are there at once when it begins; the last ones stay. In a step
+    # the decoder's log-probabilities and the gains of all tokens are joined by sums over alignments with each
+    # candidate, which have four copies, and then by the two with their weights.
+    return FLOAT32 * 3 * read, FLOAT32 * (read + 2 * logits + max(4 * alignments, 2 * logits))
 
 
 def fits_whole(

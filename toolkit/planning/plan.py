@@ -1,158 +1,32 @@
 """What a run will need, item by item: a pure function of a resolved run, the hardware and the longest clips.
 
+Beside it the seconds of a step by a stated model of the hardware (``hardware.py``), to compare DeepSpeed JSONs.
+
 Nothing is downloaded, no weight is made and no GPU is needed. What the JSONs of one recipe share (the model, its traced
-passes) is a :class:`Subject`.
+passes) is a :class:`~toolkit.planning.subject.Subject`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from toolkit.errors import UserError
-from toolkit.models.backbone_config import fit_dropout, fit_rows
-from toolkit.models.dtypes import TORCH_DTYPES
-from toolkit.models.tokenizers import TRAINED_VOCABULARY
-from toolkit.planning.costs.counts import Weight, adapted_translator, planned_config, weights_of_rank
-from toolkit.planning.costs.tracing import UNTRACEABLE, Trace, TracedModel, shorten, trace
-from toolkit.planning.costs.vocabulary import planned_vocabulary
+from toolkit.planning import hardware as machine
+from toolkit.planning.costs.counts import Weight, weights_of_rank
+from toolkit.planning.costs.storages import Part, Peak
+from toolkit.planning.costs.tracing import Trace
 from toolkit.planning.costs.zero import BYTES, Items, ZeroMemory, before_split, zero_memory
 from toolkit.planning.hardware import CUBLAS_WORKSPACE, FRAGMENTS, MEASURED_ROWS, PROCESS, Hardware
-from toolkit.planning.memory import TranslationMemory, translation_memory
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Passes, Workload, with_smaller_evaluation
 from toolkit.recipe.batches import num_micro_batches
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.deepspeed.cells import parameter_precision
-from toolkit.recipe.model_cards import reads_published, tokenizer_of
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.recipe.schema import Recipe
 from toolkit.recipe.tree import Tree, value_at
 
-BYTE_VOCABULARY = 384  # rows of ByT5's table
 CHECKPOINT_BYTES = 12  # a trained weight in a checkpoint: master copy and two moments
 PHASES = ("start", "step", "evaluation", "save")
-
-
-@dataclass
-class Subject:
-    """A recipe's model without memory, whose passes are traced when a plan asks for them.
-
-    Attributes:
-        recipe: decides the model.
-        weights: each parameter once.
-        vocabulary: how a trimmed one is counted, in words; empty where it is not trimmed.
-    """
-
-    recipe: Recipe
-    weights: list[Weight]
-    _traced: TracedModel
-    vocabulary: str = ""
-    _traces: dict[tuple[object, ...], Trace] = field(default_factory=dict)
-    _translations: dict[tuple[object, ...], TranslationMemory] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, recipe: Recipe, rows: int | None = None) -> Subject:
-        """Build the model's shapes.
-
-        Args:
-            recipe: the recipe.
-            rows: tokens of a vocabulary that is made or trimmed for the run; None = the most that it may have.
-
-        Raises:
-            UserError: neither a model card nor a configuration of the backbone is here.
-        """
-        vocabulary = planned_vocabulary(recipe)
-        rows = rows or vocabulary.rows
-        config = planned_config(recipe, rows)
-        fit_dropout(config, recipe.model)
-        rows = rows or {"train": TRAINED_VOCABULARY, "bytes": BYTE_VOCABULARY}.get(tokenizer_of(recipe.model))
-        if rows and not reads_published(recipe.model):
-            fit_rows(config, rows)
-        translator, weights = adapted_translator(config, recipe)
-        return cls(recipe, weights, shorten(translator), vocabulary.what)
-
-    def trace(
-        self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool = False
-    ) -> Trace:
-        """A forward and backward pass over a micro-batch under a DeepSpeed JSON, on a GPU or a CPU.
-
-        Two sizes of micro-batch are traced; figures of others lie on the line through them.
-        """
-        small, large = (self.traced(number, frames, tokens, config, checkpointing, on_cpu) for number in (2, 8))
-        share = (clips - 2) / 6
-        figures = {
-            name: max(0.0, getattr(small, name) + share * (getattr(large, name) - getattr(small, name)))
-            for name in ("saved", "peak", "kernels", "flops")
-        }
-        return Trace(**figures, bf16_products=large.bf16_products)
-
-    def bf16_products(
-        self, shapes: Iterable[tuple[int, int, int]], config: Tree, checkpointing: bool
-    ) -> frozenset[object]:
-        """The different matrix products in bf16 of passes over micro-batches (clips, frames, tokens) on a CPU."""
-        traces = [self.traced(*shape, config, checkpointing, on_cpu=True) for shape in shapes]
-        return frozenset[object]().union(*(one.bf16_products for one in traces))
-
-    def traced(
-        self, clips: int, frames: int, tokens: int, config: Tree, checkpointing: bool, on_cpu: bool = False
-    ) -> Trace:
-        """The same of exactly so many clips, traced where it was not yet.
-
-        Raises:
-            UserError: the model cannot be traced.
-        """
-        dtype = TORCH_DTYPES[parameter_precision(config)]
-        dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as many bytes, and no second trace
-        autocast = bool(value_at(config, "torch_autocast.enabled"))
-        gathers = value_at(config, "zero_optimization.stage") == 3 and not on_cpu
-        key = (clips, frames, tokens, dtype, autocast, checkpointing, gathers, on_cpu)
-        if key not in self._traces:
-            try:
-                self._traces[key] = trace(
-                    self._traced,
-                    clips=clips,
-                    frames=frames,
-                    tokens=tokens,
-                    dtype=dtype,
-                    autocast=autocast,
-                    checkpointing=checkpointing,
-                    ctc_weight=self.recipe.training.ctc_weight,
-                    gathers=gathers,
-                    on_cpu=on_cpu,
-                )
-            except UNTRACEABLE as error:
-                # A model that decides by the values of tensors, which the meta device does not have.
-                raise UserError(
-                    f"model.backbone={self.recipe.model.backbone}: its passes cannot be traced without memory: "
-                    f"{(str(error) or type(error).__name__).splitlines()[0][:120]}",
-                    "plan a recipe with a similar backbone, or try small micro-batches",
-                ) from error
-        return self._traces[key]
-
-    def translation(self, config: Tree, workload: Workload, *, graphs: bool = False) -> TranslationMemory:
-        """The largest generation batch of an evaluation, whose steps may be CUDA graphs."""
-        dtype = TORCH_DTYPES[parameter_precision(config)]
-        key = (dtype, workload.evaluated, graphs)
-        if key not in self._translations:
-            settings = self.recipe.evaluation
-            model = self._traced.model.to(dtype)  # its configuration has all layers
-            self._translations[key] = max(
-                (
-                    translation_memory(
-                        model,
-                        clips=clips,
-                        frames=frames,
-                        beams=settings.num_beams,
-                        max_new_tokens=settings.max_new_tokens,
-                        graphs=graphs,
-                    )
-                    for clips, frames in workload.evaluated
-                ),
-                key=lambda memory: memory.working,
-            )
-        return self._translations[key]
 
 
 @dataclass(frozen=True)
@@ -247,19 +121,23 @@ def make_plan(
     later = _heaviest(
         subject, workload.later_shapes or [(clips, workload.later_frames, workload.tokens)], config, recompute
     )
-    # Before it trains, a rank measures how fast its GPU multiplies, beside states that have no moments yet.
-    product = 3.0 * MEASURED_ROWS**2 * _product_size(config)
-    copies = {"product that measures the GPU": product} if product > zero.starting else {"zeros": zero.starting}
-    start = zero.at_start | copies
     has_graphs = compilation(recipe, config, has_gpu=True).graphs
     workspaces = (3 if has_graphs or recipe.evaluation.graphs else 2) * CUBLAS_WORKSPACE
     if has_graphs:
         # Passes of a shape that is new run as they are written beside it, before they are captured.
-        zero = zero.with_graphs(first.peak)
+        zero = zero.with_graphs(first.peak_with_gradients)
+    # Before it trains, a rank measures how fast its GPU multiplies, by one thread, beside states that have no moments
+    # yet.
+    product = {
+        "product that measures the GPU": 3.0 * MEASURED_ROWS**2 * _product_size(config),
+        "cuBLAS workspaces": float(CUBLAS_WORKSPACE),
+    }
+    copies = max(product, {"zeros": zero.starting}, key=lambda items: sum(items.values()))
+    start = zero.at_start | copies
     always = zero.always
     moments: dict[str, Items] = {
         "start": start,
-        "first micro-batch": _in_pass(zero, first.peak, gradients=0.0),
+        "first micro-batch": _in_pass(zero, first, is_first=True),
         "gradient reduction": always
         | {"gathered weights": zero.gathered, "gradients": zero.kept_gradients + zero.gradients}
         | {"buckets": zero.kept_buckets + zero.buckets + zero.reduction}
@@ -269,11 +147,11 @@ def make_plan(
         "save": zero.in_save,
     }
     if accumulation > 1:
-        moments["later micro-batches"] = _in_pass(zero, later.peak, gradients=zero.gradients)
+        moments["later micro-batches"] = _in_pass(zero, later, is_first=False)
     if resolved.tensor_parallel_size > 1:
         moments["splitting of layers"] = before_split(subject.weights, recipe, config)
     moments = {
-        name: _complete(items, hardware, 2 * CUBLAS_WORKSPACE if name == "start" else workspaces)
+        name: _complete(items if name == "start" else items | {"cuBLAS workspaces": float(workspaces)}, hardware)
         for name, items in moments.items()
     }
     moments["evaluation"] = _evaluation(subject, config, hardware, workload, zero, workspaces)
@@ -326,15 +204,13 @@ def _evaluation(
             "generation": translation.working,
             "gathered weights": zero.whole,
         }
-        needed = sum(_complete(items, hardware, workspaces).values())
+        items |= {"cuBLAS workspaces": float(workspaces)}
+        needed = sum(_complete(items, hardware).values())
         if zero.whole > zero.gathered and needed > hardware.gpu_memory:
             # Then ranks generate in step, and gather layer by layer.
             translation = subject.translation(config, workload)
-            items = zero.in_save | {
-                "gathered weights": zero.gathered,
-                "generation": translation.cache + translation.scores,
-            }
-        items = _complete(items, hardware, workspaces)
+            items |= {"gathered weights": zero.gathered, "generation": translation.cache + translation.scores}
+        items = _complete(items, hardware)
         if subject.recipe.evaluation.batch_frames != "auto" or sum(items.values()) <= hardware.gpu_memory:
             return items
         smaller = with_smaller_evaluation(workload)
@@ -353,14 +229,60 @@ def _heaviest(subject: Subject, shapes: Sequence[Passes], config: Tree, checkpoi
     return max((subject.trace(*shape, config, checkpointing) for shape in shapes), key=lambda trace: trace.peak)
 
 
-def _in_pass(zero: ZeroMemory, activations: float, gradients: float) -> Items:
-    return zero.in_backward(gradients) | {"activations": activations, "unpacked weight": zero.unpacked}
+def _in_pass(zero: ZeroMemory, trace: Trace, *, is_first: bool) -> Items:
+    """The most of a forward and backward pass; its buckets come with the first gradient of a weight."""
+    before = 0.0 if is_first else zero.passed_on
+    grows = zero.keeps_gradients if is_first else zero.keeps_gradients_again
+
+    def at(part: Part, peak: Peak) -> Items:
+        items = zero.in_backward(before) | {"activations": peak.alone, "unpacked weight": zero.unpacked}
+        if not part.has_gradients:
+            items["buckets"] = zero.kept_buckets
+        elif grows:
+            items["gradients"] += peak.kept - peak.alone
+        return items
+
+    return max((at(part, peak) for part, peak in trace.peaks.items()), key=lambda items: sum(items.values()))
 
 
-def _complete(items: Items, hardware: Hardware, workspaces: int) -> Items:
-    """With what no tensor of ours has; items of nothing are left out."""
-    items = {name: size for name, size in items.items() if size} | {"cuBLAS workspaces": float(workspaces)}
+def _complete(items: Items, hardware: Hardware) -> Items:
+    """With what no tensor has; items of nothing are left out."""
+    items = {name: size for name, size in items.items() if size}
     return items | {"allocator": FRAGMENTS * sum(items.values()), "CUDA context": float(hardware.context)}
+
+
+def pass_seconds(plan: Plan, resolved: ResolvedRun, weights: list[Weight], *, products_alone: bool = False) -> float:
+    """How long a forward and backward pass over the largest micro-batch takes.
+
+    As long as its matrix products or the launches of its kernels, whichever is longer, and DeepSpeed's work for each
+    weight; nothing overlaps. With ``products_alone`` the matrix products. What ranks of a tensor-parallel group send
+    within a layer is not counted.
+    """
+    low = resolved.precision != "fp32" or resolved.autocast
+    own = weights_of_rank(weights, resolved.tensor_parallel_size)
+    share = sum(item.numel for item in own) / sum(item.numel for item in weights)
+    products = share * plan.pass_.flops / (machine.FLOPS * (1.0 if low else machine.FP32_SHARE))
+    if products_alone:
+        return products
+    # Stages 0 and 1 sum gradients once a step, the others in every backward pass.
+    hooks = gradient_tensors(weights) * (machine.HOOK_SECONDS if resolved.zero_stage >= 2 else machine.HOOK_SECONDS / 2)
+    gathers = 3 * len(weights) / 2 * machine.GATHER_SECONDS if resolved.zero_stage == 3 else 0.0
+    return max(products, plan.pass_.kernels * machine.KERNEL_SECONDS) + hooks + gathers
+
+
+def step_seconds(plan: Plan, resolved: ResolvedRun, hardware: Hardware, weights: list[Weight]) -> float:
+    """How long an optimizer step takes: its passes, what ranks send, what crosses the host link, and the update."""
+    passes, zero = plan.accumulation_steps, plan.zero
+    compute = passes * pass_seconds(plan, resolved, weights)
+    bandwidth = machine.NODE_BANDWIDTH if hardware.nodes == 1 else machine.NETWORK_BANDWIDTH
+    communication = (zero.sent + (passes - 1) * zero.sent_again) / bandwidth
+    link = zero.over_link * (1 if resolved.zero_stage < 3 else passes) / machine.HOST_LINK
+    on_disk = 2 * plan.nvme / machine.NVME_BANDWIDTH
+    if zero.host and not (zero.master or zero.moments):
+        update = zero.of_optimizer * hardware.ranks_per_node / machine.HOST_ADAM
+    else:
+        update = zero.of_optimizer / machine.MEMORY_BANDWIDTH
+    return compute + communication + link + on_disk + update
 
 
 def gradient_tensors(weights: Sequence[Weight]) -> int:

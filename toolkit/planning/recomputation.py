@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit.planning.hardware import GIB, Hardware
-from toolkit.planning.plan import Subject, make_plan
-from toolkit.planning.speed import step_seconds
+from toolkit.planning.plan import make_plan, step_seconds
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
 

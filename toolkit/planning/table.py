@@ -10,7 +10,8 @@ from typing import Any
 from toolkit.planning.comparison import ALL, Comparison, Row
 from toolkit.planning.costs.vocabulary import planned_vocabulary
 from toolkit.planning.hardware import GIB, Hardware, in_gib
-from toolkit.planning.plan import Plan, Subject
+from toolkit.planning.plan import Plan
+from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload, total_steps
 from toolkit.recipe.catalogue import millions
 from toolkit.recipe.schema import Recipe

@@ -123,6 +123,7 @@ def empty_translator(config: PreTrainedConfig, recipe: Recipe) -> PoseTranslator
                 feature_encoder=recipe.model.feature_encoder.model_dump(),
                 fusion=recipe.model.fusion,
                 ctc=recipe.training.ctc_weight > 0,
+                ctc_search_weight=recipe.evaluation.ctc_weight,
                 ctc_vocabulary=["?"] * ASSUMED_GLOSSES if recipe.training.ctc_target == "gloss" else [],
                 prefix_token_ids=[0] * _longest_prefix(recipe.model),
                 # A language model has them of a tokenizer; which they are changes no size.

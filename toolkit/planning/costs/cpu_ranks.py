@@ -133,7 +133,7 @@ def _rank(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: i
     trained = float(sum(item.numel for item in weights if item.trained))
     bucket = float(value_at(config, "zero_optimization.reduce_bucket_size") or ENGINE_BUCKET)
     return _Rank(
-        zero=zero_memory(weights, recipe, _without_offload(config), world_size),
+        zero=zero_memory(weights, recipe, _without_offload(config), world_size, on_cpu=True),
         stage=stage,
         own=trained / (world_size if stage else 1),
         trained=trained,

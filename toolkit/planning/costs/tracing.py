@@ -1,18 +1,17 @@
 """Bytes that a forward and backward pass holds, traced on the meta device through the code that trains.
 
 Tensors on the meta device have shapes and no memory, so a pass of any size takes about a second. Every storage that an
-operation makes counts from then until Python or autograd drops it. Encoder and decoder keep two layers each; what their
-last one adds is multiplied by the layers that were left out. For ranks on CPUs fake tensors say that they are on a CPU,
-so that its own layers run. Where torch has other kernels on a GPU than on the meta
-device (attention, dropout, autocast), stand-ins keep what those kernels keep (``kernels.py``).
+operation makes counts from then until Python or autograd drops it (``storages.py``). Encoder and decoder keep three
+layers each; what one between others adds (``watching.py``) is multiplied by the layers that were left out. For ranks on
+CPUs fake tensors say that they are on a CPU, so that its own layers run. Where torch has other kernels on a GPU than on
+the meta device (attention, dropout, autocast), stand-ins keep what those kernels keep (``kernels.py``).
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,23 +20,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from toolkit.cpu.layers import use_cpu_layers
 from toolkit.models.backbone import halves, layer_list, set_checkpointing
 from toolkit.models.dtypes import TORCH_DTYPES
-from toolkit.models.gpu_layers import use_gpu_layers
+from toolkit.models.gpu_layers import FlatFeedForward, use_gpu_layers
 from toolkit.models.loss import CPU_SCORES, GPU_SCORES, translation_losses
 from toolkit.models.translator import PoseTranslator
 from toolkit.planning.costs.counts import PACKED
 from toolkit.planning.costs.kernels import PackedLinear, as_on_cpu, as_on_gpu
+from toolkit.planning.costs.storages import Part, Peak, Storages
+from toolkit.planning.costs.watching import BEHIND, MIDDLE, Layer, Stack, watching
 
-LAYERS = 2  # that are traced of each stack of an encoder-decoder
+LAYERS = 3  # that are traced of each stack: one between two others adds what each further one would
 # What torch raises where a model reads values, which tensors without memory do not have.
 UNTRACEABLE = (
     NotImplementedError,
@@ -45,10 +43,6 @@ UNTRACEABLE = (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
-# Matrix products, which oneDNN computes in bf16 by a kernel for each shape; of smaller ones torch has its own code.
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-SMALLEST_PRODUCT = 16**3  # multiplications
-INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten._unsafe_index_put.default")
 
 
 @dataclass(frozen=True)
@@ -57,17 +51,28 @@ class Trace:
 
     Attributes:
         saved: bytes that wait for the backward pass when the loss is known.
-        peak: most bytes at once, inputs, saved and temporary tensors; gradients of weights leave at once.
+        peaks: most bytes at once in its parts, inputs, saved and temporary tensors; with gradients in the type of the
+            weights where they are kept.
         kernels: operations that compute something.
         flops: of its matrix products, recomputation included.
         bf16_products: its different matrix products in bf16: operator, shapes and strides.
     """
 
     saved: float
-    peak: float
+    peaks: dict[Part, Peak]
     kernels: float
     flops: float
     bf16_products: frozenset[object] = frozenset()
+
+    @property
+    def peak(self) -> float:
+        """Most bytes at once; gradients of weights leave as they come."""
+        return max((peak.alone for peak in self.peaks.values()), default=0.0)
+
+    @property
+    def peak_with_gradients(self) -> float:
+        """Most bytes at once; gradients of weights are kept until the end."""
+        return max((peak.kept for peak in self.peaks.values()), default=0.0)
 
 
 @dataclass
@@ -75,28 +80,24 @@ class TracedModel:
     """A model on the meta device whose stacks were shortened.
 
     Attributes:
-        model: has at most ``layers`` layers in encoder and decoder.
+        model: has few layers in encoder and decoder.
         left_out: how many layers of encoder and decoder were removed.
-        layers: that are left of each stack, at most.
     """
 
     model: PoseTranslator
     left_out: tuple[int, int]
-    layers: int
 
 
 def shorten(model: PoseTranslator) -> TracedModel:
     """Remove all but the first layers of encoder and decoder; changes ``model``."""
     _pack(model)
     left_out = []
-    # A language model keeps no layer's input, which lives until its layer is done; that of the first one lives longer.
-    kept = LAYERS + (halves(model.backbone)[0] is None)
     for stack in halves(model.backbone):
         layers = layer_list(stack) if stack is not None else nn.ModuleList()
-        left_out.append(max(0, len(layers) - kept))
+        left_out.append(max(0, len(layers) - LAYERS))
         if left_out[-1]:
-            del layers[kept:]
-    return TracedModel(model, (left_out[0], left_out[1]), kept)
+            del layers[LAYERS:]
+    return TracedModel(model, (left_out[0], left_out[1]))
 
 
 def trace(
@@ -110,6 +111,7 @@ def trace(
     checkpointing: bool = False,
     ctc_weight: float = 0.0,
     gathers: bool = False,
+    compiled: Collection[str] = (),
     on_cpu: bool = False,
 ) -> Trace:
     """Trace one micro-batch.
@@ -122,11 +124,14 @@ def trace(
         checkpointing: whether layers are recomputed in the backward pass.
         ctc_weight: of the recipe.
         gathers: whether layers get their weights when they run (ZeRO stage 3), so that none can be joined before.
+        compiled: of "encoder" and "decoder" those whose layers run compiled, on a GPU.
         on_cpu: whether the rank is on a CPU.
     """
     model = traced.model
     fake = FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else None
-    traced = replace(traced, model=_faked(model, dtype, fake) if fake else _with_gpu_layers(model, dtype, gathers))
+    traced = replace(
+        traced, model=_faked(model, dtype, fake) if fake else _with_gpu_layers(model, dtype, gathers, compiled)
+    )
     model = traced.model
     model.train()
     set_checkpointing(model.backbone, checkpointing)
@@ -139,9 +144,9 @@ def trace(
         labels = torch.empty(clips, tokens, dtype=torch.int64)
         labelled = torch.empty(clips * tokens, dtype=torch.int64)
         special = torch.empty(3, dtype=torch.int64)
-    live = _Live([*model.parameters(), *model.buffers()])
+    live = Storages([*model.parameters(), *model.buffers()])
     kernels = as_on_cpu(autocast) if on_cpu else as_on_gpu(autocast)
-    with mode, kernels as end_forward, _watching(model, live) as marks, live:
+    with mode, kernels as end_forward, watching(model, live) as stacks, live:
         for tensor in (*inputs.values(), labels, labelled):
             live.add(tensor)
         nll, ctc = translation_losses(
@@ -156,9 +161,9 @@ def trace(
         loss = nll + ctc_weight * ctc
         end_forward()
         saved = live.live
-        live.region, live.backward = "scores", True
+        live.region = "scores"
         torch.autograd.backward(loss)
-    return _extrapolate(traced, marks, live, saved)
+    return _extrapolate(traced, stacks, live, saved)
 
 
 def _pack(model: PoseTranslator) -> None:
@@ -175,12 +180,18 @@ def _packed_types(model: PoseTranslator) -> dict[nn.Module, torch.dtype]:
     return {module: TORCH_DTYPES[by.compute_dtype] for module, by in packed.items() if by.kind == "nf4"}
 
 
-def _with_gpu_layers(model: PoseTranslator, dtype: torch.dtype, gathers: bool) -> PoseTranslator:
+def _with_gpu_layers(
+    model: PoseTranslator, dtype: torch.dtype, gathers: bool, compiled: Collection[str]
+) -> PoseTranslator:
     """A copy with the layers of a GPU."""
     model = copy.deepcopy(model).to(dtype)
     for module, kind in _packed_types(model).items():
         module.to(kind)
     use_gpu_layers(model)
+    for name, stack in zip(("encoder", "decoder"), halves(model.backbone), strict=True):
+        for module in stack.modules() if stack is not None and name in compiled else ():
+            if isinstance(module, FlatFeedForward):
+                module.counts_as_compiled = True
     if gathers:
         for module in model.modules():
             module.register_forward_pre_hook(_gathered)
@@ -216,188 +227,45 @@ def _faked(model: PoseTranslator, dtype: torch.dtype, mode: FakeTensorMode) -> P
     return model
 
 
-@dataclass
-class _Marks:
-    """What was alive, launched and computed when each layer of a stack was done, in the first forward pass."""
-
-    stacks: tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]
-
-
-def _extrapolate(traced: TracedModel, marks: _Marks, live: _Live, saved: int) -> Trace:
+def _extrapolate(traced: TracedModel, stacks: tuple[Stack, Stack], live: Storages, saved: int) -> Trace:
     """The figures of the whole model from those of the shortened one."""
-    of_layer = [_last_layer(stack) for stack in marks.stacks]
-    encoder, decoder = (number * layer[0] for number, layer in zip(traced.left_out, of_layer, strict=True))
-    # Which of the layers that were left out hold their tensors while a part of the model computes.
-    held = {"pose encoder": 0, "encoder": encoder, "words": encoder} | dict.fromkeys(
-        ("decoder", "scores"), encoder + decoder
+    layers = [stack.layer() if number else Layer() for number, stack in zip(traced.left_out, stacks, strict=True)]
+    left_out = list(zip(traced.left_out, layers, strict=True))
+    encoder, decoder = (number * layer.saved for number, layer in left_out)
+    of_encoder, of_decoder = (
+        number * _gradients(stack) for number, stack in zip(traced.left_out, halves(traced.model.backbone), strict=True)
     )
-    kernels, flops = float(live.kernels), live.flops
-    for number, layer, region in zip(traced.left_out, of_layer, ("encoder", "decoder"), strict=True):
-        backward = [count / traced.layers for count in live.of_backward.get(region, (0, 0.0))]
-        kernels += number * (layer[1] + backward[0])
-        flops += number * (layer[2] + backward[1])
+    both = encoder + decoder
+    # What the layers that were left out hold while a part computes, and the gradients that their backward passes have
+    # left by then; those of the layer that stands for them run one after the other.
+    beside = {
+        "scores": [(both, 0)],
+        "decoder": [(both, 0)],
+        "decoder" + MIDDLE: [(both, 0), (encoder, of_decoder)],
+        "decoder" + BEHIND: [(encoder, of_decoder)],
+        "words": [(encoder, of_decoder)],
+        "encoder": [(encoder, of_decoder)],
+        "encoder" + MIDDLE: [(encoder, of_decoder), (0, of_decoder + of_encoder)],
+        "encoder" + BEHIND: [(0, of_decoder + of_encoder)],
+        "pose encoder": [(0, of_decoder + of_encoder)],
+    }
+    peaks = {
+        part: Peak(
+            max(peak.alone + held for held, _ in beside[part.region]),
+            max(peak.kept + held + part.has_gradients * gradients for held, gradients in beside[part.region]),
+        )
+        for part, peak in live.peaks.items()
+    }
     return Trace(
         saved=saved + encoder + decoder,
-        peak=max(peak + held[region] for region, peak in live.peaks.items()),
-        kernels=kernels,
-        flops=flops,
+        peaks=peaks,
+        kernels=float(live.kernels + sum(number * layer.kernels for number, layer in left_out)),
+        flops=live.flops + sum(number * layer.flops for number, layer in left_out),
         bf16_products=frozenset(live.bf16_products),
     )
 
 
-def _last_layer(stack: list[tuple[int, int, float]]) -> tuple[int, int, float]:
-    """Bytes, operations and FLOPs that the last layer of a stack added."""
-    if len(stack) < 2:
-        return 0, 0, 0.0
-    before, after = stack[-2:]
-    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
-
-
-@contextmanager
-def _watching(model: PoseTranslator, live: _Live) -> Iterator[_Marks]:
-    """Follow which part of the model computes, forward and backward; drop gradients of weights, as DeepSpeed does."""
-    encoder, decoder = halves(model.backbone)
-    marks = _Marks(([], []))
-    forward = {"encoder", "decoder"}  # whose first pass is not over: recomputation passes again
-
-    def enter(region: str) -> Any:
-        def hook(*_: Any) -> None:
-            live.region = region
-
-        return hook
-
-    def starts(part: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-            if part in forward:
-                live.region = part
-                vectors = named["inputs_embeds"]
-                if vectors.requires_grad:
-                    handles.append(vectors.register_hook(enter("pose encoder")))
-
-        return hook
-
-    def ends(part: str, following: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-            if part in forward:
-                live.region = following
-                forward.discard(part)
-                if output[0].requires_grad:
-                    handles.append(output[0].register_hook(enter(part)))
-
-        return hook
-
-    def decoder_starts(_: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-        words = inputs[0] if inputs else named["hidden_states"]
-        if "decoder" in forward and words.requires_grad:
-            handles.append(words.register_hook(enter("words")))
-
-    def marker(stack: list[tuple[int, int, float]], number: int) -> Any:
-        def hook(*_: Any) -> None:
-            if len(stack) == number:
-                stack.append((live.live, live.kernels, live.flops))
-
-        return hook
-
-    handles: list[Any] = [decoder.register_forward_hook(ends("decoder", "scores"), with_kwargs=True)]
-    if encoder is None:
-        handles.append(decoder.register_forward_pre_hook(starts("decoder"), with_kwargs=True))
-    else:
-        handles.append(encoder.register_forward_pre_hook(starts("encoder"), with_kwargs=True))
-        handles.append(encoder.register_forward_hook(ends("encoder", "decoder"), with_kwargs=True))
-        for layer in layer_list(decoder)[:1]:
-            handles.append(layer.register_forward_pre_hook(decoder_starts, with_kwargs=True))
-    for stack, found in zip((encoder, decoder), marks.stacks, strict=True):
-        layers = layer_list(stack) if stack is not None else nn.ModuleList()
-        handles += [layer.register_forward_hook(marker(found, number)) for number, layer in enumerate(layers)]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            handles.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
-    try:
-        yield marks
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, and the operations.
-
-    Args:
-        owned: the model's tensors, of which operations make views.
-    """
-
-    def __init__(self, owned: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._owned = {tensor.untyped_storage()._cdata for tensor in owned}
-        self.region = "pose encoder"
-        self.backward = False
-        self.of_backward: dict[str, tuple[int, float]] = {}
-        self.peaks: dict[str, int] = {}
-        self.live = 0
-        self.kernels = 0
-        self.flops = 0.0
-        self.bf16_products: set[object] = set()
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = str(func)
-        if name == "aten._local_scalar_dense.default" and (args[0].is_meta or isinstance(args[0], FakeTensor)):
-            # Models ask whether a mask hides nothing: here every batch has padding.
-            return False if args[0].dtype == torch.bool else 1
-        by_mask = name in INDEXING and _by_mask(args[1])
-        result = _all_rows(name, args) if by_mask else func(*args, **kwargs)
-        packet = func.overloadpacket
-        if str(packet) in PRODUCTS and result.dtype == torch.bfloat16 and _products(args) > SMALLEST_PRODUCT:
-            self.bf16_products.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
-        flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0.0
-        made = [self.add(tensor) for tensor in _tensors(result)]
-        launches = any(made) or name.split(".")[1].endswith("_")
-        self.kernels, self.flops = self.kernels + launches, self.flops + flops
-        if self.backward:
-            before = self.of_backward.get(self.region, (0, 0.0))
-            self.of_backward[self.region] = (before[0] + launches, before[1] + flops)
-        return result
-
-    def add(self, tensor: Tensor) -> bool:
-        """Count the storage of a tensor; whether it is a new one."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes or key in self._owned:
-            return False
-        self._sizes[key] = size = storage.nbytes()
-        self.live += size
-        self.peaks[self.region] = max(self.peaks.get(self.region, 0), self.live)
-        weakref.finalize(storage, self._remove, key)
-        return True
-
-    def _remove(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    values = result if isinstance(result, tuple | list) else (result,)
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _products(args: Any) -> int:
-    """Multiplications of a matrix product, of one matrix of a batch."""
-    left, right = _tensors(args)[-2:]
-    return int(left.shape[-2] * left.shape[-1] * right.shape[-1])
-
-
-def _by_mask(indices: Any) -> bool:
-    return any(index is not None and index.dtype == torch.bool for index in indices)
-
-
-def _all_rows(name: str, args: Any) -> Tensor:
-    """The result of indexing by a mask that is true everywhere: how many rows a real one has depends on its values."""
-    values, indices = args[0], args[1]
-    if name != "aten.index.Tensor":
-        return values if name == "aten.index_put_.default" else torch.empty_like(values)
-    mask = next(index for index in indices if index is not None)
-    return values.new_empty((mask.numel(), *values.shape[mask.ndim :]))
+def _gradients(stack: nn.Module | None) -> int:
+    """Bytes of the gradients of a layer."""
+    layers = layer_list(stack) if stack is not None else ()
+    return sum(weight.nbytes for layer in layers[-1:] for weight in layer.parameters() if weight.requires_grad)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from toolkit.planning.costs.blocks import in_blocks
 from toolkit.planning.costs.counts import Weight
 from toolkit.recipe.batches import LARGEST_WHOLE_GRADIENT, NUMBERS_AT_ONCE
 from toolkit.recipe.deepspeed.cells import offload_device, parameter_precision
@@ -49,6 +50,9 @@ class ZeroMemory:
         master, moments, average: of the optimizer, on the device.
         kept_gradients: always on the device.
         gradients: on the device from the first backward pass of a step to its update.
+        passed_on: of them, those that are there when a later pass of the step begins.
+        keeps_gradients, keeps_gradients_again: whether the gradients of a step's first pass, and of a later one, are
+            whole until it ends.
         graph_pool: what CUDA graphs of training passes keep from one step to the next, on the device.
         kept_buckets, buckets: for communication, always or in the backward pass.
         reduction, update: copies in these moments, on the device.
@@ -76,6 +80,9 @@ class ZeroMemory:
     average: float = 0.0
     kept_gradients: float = 0.0
     gradients: float = 0.0
+    passed_on: float = 0.0
+    keeps_gradients: bool = False
+    keeps_gradients_again: bool = False
     graph_pool: float = 0.0
     kept_buckets: float = 0.0
     buckets: float = 0.0
@@ -110,8 +117,8 @@ class ZeroMemory:
 
     @property
     def at_start(self) -> Items:
-        """What is on the device before the first step, which makes the optimizer's moments."""
-        return self.always | {"moments": 0.0}
+        """What is on the device before the first step, which makes moments and averages."""
+        return self.always | {"moments": 0.0, "weight average": 0.0, "pool of CUDA graphs": 0.0}
 
     @property
     def in_save(self) -> Items:
@@ -131,10 +138,13 @@ class ZeroMemory:
     def with_graphs(self, activations: float) -> ZeroMemory:
         """The same where passes are CUDA graphs whose largest one has so many bytes of activations.
 
-        Its pool holds them and, until they are added up, the gradients of a micro-batch. The sums stay where they are.
+        They include the gradients of a micro-batch until these are added up. The sums stay where they are, and are
+        there from the start.
         """
-        kept = self.kept_gradients + self.gradients
-        return replace(self, kept_gradients=kept, gradients=0.0, graph_pool=activations + self.trained)
+        kept = self.kept_gradients or self.gradients  # an optimizer with sums of its own has those alone
+        return replace(
+            self, kept_gradients=kept, gradients=0.0, passed_on=0.0, keeps_gradients_again=True, graph_pool=activations
+        )
 
     def in_backward(self, gradients: float) -> Items:
         """What is on the device in a backward pass, with the gradients that earlier passes of the step left there."""
@@ -146,7 +156,9 @@ class ZeroMemory:
         }
 
 
-def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: int) -> ZeroMemory:
+def zero_memory(
+    weights: Sequence[Weight], recipe: Recipe, config: Tree, world_size: int, *, on_cpu: bool = False
+) -> ZeroMemory:
     """What one rank holds.
 
     Args:
@@ -154,9 +166,11 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
         recipe: names optimizer, quantisation and averaging.
         config: the DeepSpeed JSON, resolved or not.
         world_size: number of ranks.
+        on_cpu: whether the ranks are on CPUs.
     """
     stage = int(value_at(config, "zero_optimization.stage") or 0)
     size = BYTES[parameter_precision(config)]
+    held = sum if on_cpu or offload_device(config, "param") else in_blocks
     lean = bool(value_at(config, "bf16.bf16_master_weights_and_grads"))
     named = value_at(config, "data_types.grad_accum_dtype")
     accumulated = BYTES[named] if named else size
@@ -164,7 +178,8 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     each = PACKED_BYTES[quantization.kind] if quantization else size
     unpacked = BYTES[quantization.compute_dtype] if quantization and quantization.kind == "nf4" else 0.0
     trained = sum(item.numel for item in weights if item.trained)
-    frozen = sum(item.numel for item in weights if not item.trained and not item.packed)
+    apart = [item.numel for item in weights if not item.trained and not item.packed]  # trained ones are one tensor
+    frozen = sum(apart)
     packed = sum(item.numel for item in weights if item.packed)
     numbers, moment = MOMENTS[recipe.training.optimizer]
     if value_at(config, "bf16.bf16_optimizer_states"):
@@ -173,7 +188,7 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
     master_size = size if lean else BYTES["fp32"]
     memory = ZeroMemory(
         trained=trained * size,
-        frozen=frozen * size,
+        frozen=held(numel / (world_size if stage == 3 else 1) * size for numel in apart),
         packed=packed * each,
         unpacked=max((item.numel for item in weights if item.packed), default=0) * unpacked,
         master=own * master_size,
@@ -196,14 +211,25 @@ def zero_memory(weights: Sequence[Weight], recipe: Recipe, config: Tree, world_s
             memory,
             kept_gradients=trained * accumulated,
             gradients=trained * size,
+            keeps_gradients=True,
+            keeps_gradients_again=True,  # they are added to the sums when a pass is over
             reduction=engine_bucket * (accumulated + size),
         )
     elif stage < 3:
         memory = _stage_1_or_2(memory, trained, own, size, accumulated, master_size, partitioned=stage == 2)
         memory = replace(memory, starting=own * master_size)  # a gradient of zeros, for the optimizer to begin with
         if joins_gradients(recipe, config, trained * size, world_size):
-            # Gradients are whole until a pass is over, and then copied many at a time.
-            memory = replace(memory, reduction=trained * size + min(NUMBERS_AT_ONCE, trained) * size)
+            # Gradients are whole until a pass is over, and then copied bucket by bucket.
+            largest = max((item.numel for item in weights if item.trained), default=0)
+            copied = min(bucket if world_size > 1 else max(NUMBERS_AT_ONCE, largest), trained)
+            if world_size == 1 and size == accumulated:
+                copied = 0  # each goes straight into the partition
+            memory = replace(
+                memory,
+                keeps_gradients=True,
+                keeps_gradients_again=size < accumulated,
+                reduction=(trained + copied) * size,
+            )
         else:
             memory = replace(memory, buckets=buckets, reduction=memory.reduction + filled, early=early)
     else:
@@ -248,18 +274,21 @@ def before_split(weights: Sequence[Weight], recipe: Recipe, config: Tree) -> Ite
 def _stage_0(memory: ZeroMemory, trained: float, size: float, bucket: float) -> ZeroMemory:
     """No ZeRO: fp32 weights are updated in place; others have a whole fp32 copy, and their gradients too."""
     if size == BYTES["fp32"]:
-        return replace(memory, master=0.0, gradients=trained * size, reduction=bucket * size)
-    return replace(memory, gradients=trained * size, update=trained * BYTES["fp32"])
+        memory = replace(memory, master=0.0, reduction=bucket * size)
+    else:
+        memory = replace(memory, update=trained * BYTES["fp32"])
+    return replace(memory, gradients=trained * size, passed_on=trained * size, keeps_gradients=True)
 
 
 def _stage_1_or_2(
     memory: ZeroMemory, trained: float, own: float, size: float, accumulated: float, master: float, *, partitioned: bool
 ) -> ZeroMemory:
     # In the type of the master copy gradients are summed into one flat buffer, which is also what the update reads.
-    if partitioned and accumulated == BYTES["fp32"] != size:
-        return replace(memory, gradients=own * accumulated)
     gradients = own * accumulated if partitioned else trained * max(accumulated, size)
-    return replace(memory, gradients=gradients, reduction=own * size, update=own * master)
+    memory = replace(memory, gradients=gradients, passed_on=gradients, keeps_gradients=not partitioned)
+    if partitioned and accumulated == BYTES["fp32"] != size:
+        return memory
+    return replace(memory, reduction=own * size, update=own * master)
 
 
 def _stage_3(
@@ -275,7 +304,7 @@ def _stage_3(
     live = float(value_at(config, "zero_optimization.stage3_max_live_parameters") or 1e9)
     group = float(value_at(config, "zero_optimization.sub_group_size") or 1e9)
     smallest = int(value_at(config, "zero_optimization.stage3_param_persistence_threshold") or 100_000)
-    whole = memory.trained + memory.frozen + memory.packed
+    whole = sum(item.numel * size for item in weights if not item.packed) + memory.packed
     numbers = sum(item.numel for item in weights)
     persistent = sum(item.numel for item in weights if item.numel < smallest) * size
     own = sum(-(-item.numel // world_size) for item in weights if item.trained)
@@ -284,7 +313,6 @@ def _stage_3(
         memory,
         single=max(saved, default=0) * size,
         trained=memory.trained / world_size,
-        frozen=memory.frozen / world_size,
         packed=memory.packed / world_size,
         # A weight stays whole until so many others have been used: a small model is whole from forward to backward.
         gathered=max(persistent, whole * min(1.0, live / numbers)),
