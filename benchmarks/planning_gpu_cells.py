@@ -58,7 +58,7 @@ CELLS = [
             *("zero2_offload", "zero3_offload"),
         )
     ),
-    *(Cell("t5_small", ds, 4, micro_batches=2) for ds in ("zero0", "zero1", "zero2", "zero3")),
+    *(Cell("t5_small", ds, 4, micro_batches=2) for ds in ("zero0", "zero1", "zero2", "zero3", "zero2_offload")),
     *(Cell("t5_small", ds, 16, ranks=2) for ds in ("zero0", "zero1", "zero2", "zero3")),
     *(Cell("t5_small", ds, 32, ("training.compile=graphs",)) for ds in ("zero0", "zero1")),
     *(Cell("t5_small", ds, 32, ("training.compile=true",)) for ds in ("zero0", "zero1", "zero2")),
