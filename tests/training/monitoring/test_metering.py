@@ -204,7 +204,6 @@ def test_only_the_first_forward_pass_is_recorded(
         (("ds.bf16.enabled=false",), torch.float32),
         (("ds.bf16.enabled=false", "ds.fp16.enabled=true"), torch.float16),
         (("ds.bf16.enabled=false", "ds.torch_autocast={enabled: true, dtype: bfloat16}"), torch.bfloat16),
-        (("ds.bf16.enabled=false", "ds.torch_autocast={enabled: true, dtype: float16}"), torch.float16),
     ],
 )
 def test_products_are_of_the_type_that_the_run_computes_in(overrides: tuple[str, ...], dtype: torch.dtype) -> None:

@@ -178,6 +178,7 @@ def zero_memory(
     each = PACKED_BYTES[quantization.kind] if quantization else size
     unpacked = BYTES[quantization.compute_dtype] if quantization and quantization.kind == "nf4" else 0.0
     trained = sum(item.numel for item in weights if item.trained)
+    largest = max((item.numel for item in weights if item.trained), default=0)
     apart = [item.numel for item in weights if not item.trained and not item.packed]  # trained ones are one tensor
     frozen = sum(apart)
     packed = sum(item.numel for item in weights if item.packed)
@@ -220,10 +221,9 @@ def zero_memory(
         memory = replace(memory, starting=own * master_size)  # a gradient of zeros, for the optimizer to begin with
         if joins_gradients(recipe, config, trained * size, world_size):
             # Gradients are whole until a pass is over, and then copied bucket by bucket.
-            largest = max((item.numel for item in weights if item.trained), default=0)
-            copied = min(bucket if world_size > 1 else max(NUMBERS_AT_ONCE, largest), trained)
-            if world_size == 1 and size == accumulated:
-                copied = 0  # each goes straight into the partition
+            widest = bucket if world_size > 1 else max(NUMBERS_AT_ONCE, largest)
+            # Of a single rank that sums in their own type each goes straight into the partition.
+            copied = 0.0 if world_size == 1 and size == accumulated else min(widest, trained)
             memory = replace(
                 memory,
                 keeps_gradients=True,
@@ -239,8 +239,7 @@ def zero_memory(
         reduction = filled + (filled / size / world_size * accumulated if accumulated != size else 0.0)
         memory = replace(memory, kept_buckets=buckets, reduction=reduction, early=early)
     memory = _sent(memory, stage, trained * size, (trained + frozen) * size + packed * each, world_size)
-    largest = max((item.numel for item in weights if item.trained), default=0) * size
-    memory = _offloaded(memory, config, stage, own, size, master_size, largest)
+    memory = _offloaded(memory, config, stage, own, size, master_size, largest * size)
     if world_size == 1 and not offload_device(config, "param"):
         # The partition is the weight (partition_parameters.py, NoGatherHandle), but those that are saved are copied.
         memory = replace(memory, gathered=0.0, whole=0.0)
