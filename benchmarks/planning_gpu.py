@@ -153,7 +153,7 @@ def predicted(cell: Cell, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     for phase in PHASES:
         peak, planned = row["peaks"][phase]["allocated"], phases[phase] / GIB
         figures |= {f"{phase}_gib": round(peak, 3), f"planned_{phase}_gib": round(planned, 3)}
-        figures[f"{phase}_off"] = round(planned / peak - 1, 3)
+        figures[f"{phase}_off"] = round(planned / peak - 1, 3) + 0.0  # no -0.0
     most = max(figures[f"{phase}_gib"] for phase in PHASES)
     figures["off"] = round(max(figures[f"planned_{phase}_gib"] for phase in PHASES) / most - 1, 3)
     return {"cell": cell.name} | figures | {key: row[key] for key in ("peaks", "computed", "rows")}
