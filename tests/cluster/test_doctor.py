@@ -45,6 +45,13 @@ def test_every_finding_that_is_wrong_names_its_remedy():
     assert all(finding.remedy for finding in findings if finding.state == "missing")
 
 
+def test_gpus_that_are_alike_are_counted(monkeypatch):
+    card = {"name": "H200", "memory_gib": 139.8}
+    monkeypatch.setattr("toolkit.cluster.checks.gpus", lambda: [*[card] * 7, {"name": "T4", "memory_gib": 15.0}])
+    (device,) = (finding for finding in examine() if finding.name == "device")
+    assert device.detail == "GPU: 7 x H200 (139.8 GiB), 1 x T4 (15 GiB)"
+
+
 def test_a_stale_lock_is_in_the_list_of_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +59,8 @@ def examine(architectures: str = "") -> list[Finding]:
 
 def _device(devices: list[dict[str, Any]]) -> Finding:
     if devices:
-        names = ", ".join(f"{gpu['name']} ({gpu['memory_gib']:g} GiB)" for gpu in devices)
-        return Finding("device", "ok", f"{len(devices)} GPU(s): {names}")
+        kinds = Counter(f"{gpu['name']} ({gpu['memory_gib']:g} GiB)" for gpu in devices)
+        return Finding("device", "ok", f"GPU: {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}")
     if shutil.which("nvidia-smi"):
         return Finding(
             "device",
