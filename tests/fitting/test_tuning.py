@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.scripts import run_main
@@ -155,6 +158,23 @@ def test_ctrl_c_prints_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0
     assert "interrupted" in done.stdout
     assert "--ds zero1 training.global_batch_size=40 training.micro_batch_size=20" in done.stdout
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_reaches_the_ranks_of_a_cell(
+    machine: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    started = tmp_path / "started"
+    machine(f"import os, signal, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\n"
+            f"os.kill(os.getppid(), {int(number)})\ntime.sleep(600)")  # fmt: skip
+    done = tune_demo()
+    assert done.returncode == 0 and "interrupted" in done.stdout
+    assert not psutil.pid_exists(int(started.read_text()))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

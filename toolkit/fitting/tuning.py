@@ -146,7 +146,7 @@ def cells_on_cpus(
 def tune(
     script: Path, recipe: str, overrides: Sequence[str], cells: Iterable[Cell], ranks: int, steps: int, echo: Echo
 ) -> list[Outcome]:
-    """Try cells one after the other; Ctrl-C ends this early, with what is there.
+    """Try cells one after the other; Ctrl-C, SIGTERM and SIGHUP end this early, with what is there.
 
     Args:
         script: that is started on the ranks with ``--trial FILE``.
@@ -161,13 +161,29 @@ def tune(
     for number, cell in enumerate(todo, start=1):
         echo(f"[{number}/{len(todo)}] {cell.deepspeed} with micro-batches of {cell.micro_batch_size}: starting")
         try:
-            outcome = try_cell(script, recipe, overrides, cell, ranks, steps)
+            with _signals_as_ctrl_c():
+                outcome = try_cell(script, recipe, overrides, cell, ranks, steps)
         except KeyboardInterrupt:
             echo("interrupted: the cells that were not tried are left out")
             break
         outcomes.append(outcome)
         echo(f"[{number}/{len(todo)}] {_in_words(outcome)}")
     return outcomes
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Within it other requests to end do what Ctrl-C does: nothing else would end ranks in a group of their own."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def try_cell(script: Path, recipe: str, overrides: Sequence[str], cell: Cell, ranks: int, steps: int) -> Outcome:
