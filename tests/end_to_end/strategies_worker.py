@@ -45,6 +45,8 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         waits, walks = count_waits(trainer) if case.get("waits") else ([], [])
         micro_batches, frames, sent = *count_micro_batches(trainer), count_sent(trainer)
         gradients = keep_gradients(trainer) if case.get("gradients") else {}
+        if "spoiled" in case and not ranks.is_main:
+            spoil_gradient(trainer, case["spoiled"])
         batches = start_loader(resolved, ranks, corpus, trainer.progress)
         trainer.run(batches)
         trainer.save()
@@ -145,6 +147,13 @@ def count_waits(trainer: Any) -> tuple[list[dict[str, int]], list[int]]:
 
     trainer.step = counted
     return counts, walks
+
+
+def spoil_gradient(trainer: Any, step: int) -> None:
+    """Have a weight of this rank get a gradient in one step that is not finite."""
+    scale = {step - 1: float("nan")}
+    weight = trainer.engine.module.pose_encoder.back[0].weight
+    weight.register_hook(lambda gradient: gradient * scale.get(trainer.progress.step, 1.0))
 
 
 def keep_gradients(trainer: Any) -> dict[str, tuple[float, float]]:

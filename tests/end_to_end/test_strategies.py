@@ -19,6 +19,7 @@ NVME = [name for name in CONFIGS if name.endswith("nvme")]
 # What is the same in fp32, where no states are kept in bf16 and nothing is computed in it, has one case for all of it.
 IN_FP32 = [name for name in CONFIGS if not name.endswith(("bf16_states", "autocast"))]
 FP32 = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=false", "ds.data_types=null"]
+BF16 = ["ds.bf16.enabled=true", "ds.torch_autocast.enabled=false"]
 AUTOCAST = ["ds.bf16.enabled=false", "ds.torch_autocast.enabled=true", "ds.torch_autocast.dtype=bfloat16"]
 ENCODERS = ("linear", "conformer", "stgcn")  # conv is every other case's
 # What `make test` trains of the lists above and below; the rest is trained by night.
@@ -57,6 +58,16 @@ COMPILED_BY_DAY = ()  # two ranks that compile take half a minute
 UNEVEN = [*FP32, "training.global_batch_size=7"]
 UNEVEN_ON = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
 SMALL = "ds.zero_optimization.stage3_param_persistence_threshold=0"
+# A step whose gradient is not finite: precision and JSON -> overrides. Sums in bf16 at stage 0 are not compared.
+SPOILED = {
+    f"{precision}-{name}": [*extra, *([SMALL] if name == "zero3" else [])]
+    for precision, extra, names in (
+        ("fp32", FP32, ("zero0", "zero1", "zero2", "zero3")),
+        ("bf16", BF16, ("zero1", "zero2", "zero3")),
+    )
+    for name in names
+}
+SPOILED_BY_DAY = ("fp32-zero0", "fp32-zero1")
 # A language model, whose sequences hold words, poses and text: JSON and overrides, with the losses of one rank.
 LANGUAGE = [*FP32, "model.backbone=qwen2_5_0_5b", "model.prompt='Translate {poses} into English:'"]
 DIVIDED = {
@@ -143,6 +154,10 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
             chosen[f"waits-{name}"] = {"ds": name, "overrides": overrides, "waits": True}
     chosen |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
     chosen |= optimizer_cases(VARIANTS if night else VARIANTS_BY_DAY)
+    chosen |= {
+        f"spoiled-{name}": {"ds": name.rpartition("-")[2], "overrides": SPOILED[name], "spoiled": 2}
+        for name in (SPOILED if night else SPOILED_BY_DAY)
+    }
     chosen |= {f"uneven-{ds}": uneven(ds) for ds in (UNEVEN_ON if night else UNEVEN_BY_DAY)}
     alone = {"gradients-alone": chosen["gradients-zero1"] | {"overrides": [*UNCLIPPED, "training.micro_batch_size=8"]}}
     alone["uneven-alone"] = uneven("zero1")
@@ -274,6 +289,17 @@ def test_unequal_shares_change_nothing(trained: dict[str, dict[str, Any]], name:
     assert_as_alone(case, trained["uneven-alone"])
     assert case["micro_batches"] == [2, 2, 2, 1], "of at most two clips, as few as a step needs"
     assert case["restored"]
+
+
+@pytest.mark.parametrize("name", cases(SPOILED, SPOILED_BY_DAY))
+def test_a_step_without_a_finite_gradient_changes_nothing_at_any_stage(
+    trained: dict[str, dict[str, Any]], name: str
+) -> None:
+    case, reference = trained[f"spoiled-{name}"], trained["spoiled-fp32-zero1"]
+    assert case["losses"] == pytest.approx(reference["losses"], rel=1e-5 if name.startswith("fp32") else 0.02)
+    assert case["losses"][0] == pytest.approx(trained["fp32-zero1"]["losses"][0], rel=0.02)
+    assert [norm is None for norm in case["grad_norms"]] == [False, True, False, False], "null in metrics.jsonl"
+    assert case["restored"] and case["best_is_last"]
 
 
 @pytest.mark.nightly
