@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,9 @@ def test_layers_that_are_left_out_count_as_if_they_were_traced(
     from_three = trace(shorten(empty(*name.split())), **settings)
     monkeypatch.setattr(tracing, "LAYERS", 99)
     whole = trace(shorten(empty(*name.split())), **settings)
-    assert replace(from_three, bf16_products=frozenset()) == replace(whole, bf16_products=frozenset())
+    for figure in ("saved", "peak", "kernels", "flops"):
+        assert getattr(from_three, figure) == getattr(whole, figure), figure
+    assert from_three.peak_with_gradients == pytest.approx(whole.peak_with_gradients, rel=0.01)
 
 
 def test_gradients_that_are_kept_come_while_activations_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +58,10 @@ def test_gradients_that_are_kept_come_while_activations_go(monkeypatch: pytest.M
     many, few = (
         trace(shorten(model), **{**SHAPE, "clips": clips}, dtype=torch.bfloat16, gathers=True) for clips in (64, 1)
     )
-    assert few.peak_with_gradients == pytest.approx(2 * numbers, rel=0.1), "nearly all, and few activations"
-    assert many.peak < many.peak_with_gradients < many.peak + numbers
-    is_early, is_late = (
-        max(peak.alone for part, peak in many.peaks.items() if part.has_gradients is late) for late in (False, True)
-    )
-    assert many.peak == max(is_early, is_late)
+    table = max(parameter.numel() for parameter in model.parameters())  # its gradient is a sum of two
+    assert 2 * numbers < few.peak_with_gradients < 2 * (numbers + table), "all gradients, and few activations"
+    assert many.peak <= many.peak_with_gradients < many.peak + numbers
+    assert all((peak.kept > peak.alone) is part.has_gradients for part, peak in many.peaks.items())
 
 
 def features_of(folder: Path, *others: str) -> tuple[str, ...]:
