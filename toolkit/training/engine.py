@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolkit.checkpointing.zero_shards import base_optimizer
+from toolkit.checkpointing.zero_shards import base_optimizer, shards
 from toolkit.cluster.devices import attention_kernels
 from toolkit.cluster.logs import import_deepspeed, prints_to_log
 from toolkit.cluster.ops import use_compile_cache
@@ -30,6 +30,7 @@ from toolkit.recipe.compilation import compilation
 from toolkit.recipe.optimizers import loop_clips
 from toolkit.recipe.resolve import ResolvedRun, value_at
 from toolkit.training.optimization.bf16_sums import join_sums
+from toolkit.training.optimization.freezing import restart_steps
 from toolkit.training.optimization.gradient_reduction import (
     count_no_hooks,
     forget_gradients_at_once,
@@ -97,6 +98,8 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
         note_parts(module, split_weights(module))
     skip_sums_of_one_rank(engine, resolved.data_parallel_size)
     count_no_hooks(engine)
+    if not resolved.zero_stage:
+        forget_steps(engine)
     forget_gradients_at_once(engine)
     if resolved.tensor_parallel_size == 1:  # else DeepSpeed counts what ranks of a group share once, by parameter
         join_gradients(engine)
@@ -106,6 +109,15 @@ def make_engine(module: nn.Module, resolved: ResolvedRun) -> tuple[Any, list[tup
     if value_at(resolved.deepspeed, "compile.deepcompile"):
         engine.compile()  # the setting alone compiles nothing
     return engine, [(group["name"], group["lr"]) for group in engine.optimizer.param_groups]
+
+
+def forget_steps(engine: Any) -> None:
+    """Have the optimizer count from 0: DeepSpeed steps that of half precision at stage 0 with zeros as it makes it.
+
+    Adam's first step would be three quarters of one, by the bias correction of a second (DeepSpeed 0.19.8).
+    """
+    for counted in (*(shard.state for shard in shards(engine)), *base_optimizer(engine).param_groups):
+        restart_steps(counted)
 
 
 @contextmanager
