@@ -200,8 +200,11 @@ def _scores(model: PoseTranslator, tokens: Tensor | None = None) -> Tensor:
     rows = vocabulary_size(model.backbone.config) if tokens is None else len(tokens)
     words = torch.linspace(2, rows - 1, clips * length).long()
     labels = (words if tokens is None else tokens[words]).reshape(clips, length)
-    prefix = labels[:, :2] if model.config.prefix_template else None
-    logits = model(**inputs, labels=labels, prefix_ids=prefix).logits
+    inputs["labels"] = labels
+    if model.config.prefix_template:
+        inputs["prefix_ids"] = labels[:, :2]
+    device = next(model.parameters()).device
+    logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.cpu()
     logits = logits if tokens is None else logits[..., tokens]
     if not logits.isfinite().all():
         raise UserError(f"the model gives NaN or infinity in {model.dtype}", "choose another --dtype")

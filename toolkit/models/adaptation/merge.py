@@ -27,22 +27,26 @@ class Adapter:
     config: PeftConfig  # PEFT's description of them
     weights: dict[str, Tensor]  # by the names that they have in a model
 
-    def to(self, dtype: torch.dtype) -> Adapter:
-        """The same adapters with weights of another type."""
-        return Adapter(self.config, {name: tensor.to(dtype) for name, tensor in self.weights.items()})
+    def to(self, place: torch.dtype | str) -> Adapter:
+        """The same adapters with weights of another type, or on another device."""
+        return Adapter(self.config, {name: tensor.to(place) for name, tensor in self.weights.items()})
 
 
 def make_standalone(model: PoseTranslator) -> Adapter | None:
-    """Make a model of plain weights, with new rows in their tables; returns its adapters, detached, if any."""
+    """Make a model of plain weights, with new rows in their tables; returns its adapters, detached, if any.
+
+    All of it is on the CPU afterwards: a GPU that holds packed weights need not hold plain ones.
+    """
     adapter = detach_adapter(model)
     dtype = next(model.pose_encoder.parameters()).dtype  # of everything that is not quantised
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.get_parameter("weight")):
             model.set_submodule(name, _unpacked(module, dtype))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    model.to("cpu")
     merge_rows(model)
     model.base = None
-    return adapter
+    return adapter and adapter.to("cpu")
 
 
 def attach_adapter(model: PoseTranslator, adapter: Adapter) -> None:
@@ -81,6 +85,6 @@ def detach_adapter(model: PoseTranslator) -> Adapter | None:
 def _unpacked(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(dequantize_module_weight(layer).detach().to(dtype), requires_grad=False)
+    plain.weight = nn.Parameter(dequantize_module_weight(layer).detach().to("cpu", dtype), requires_grad=False)
     plain.bias = layer.bias
     return plain

@@ -105,6 +105,8 @@ def load_adapted(
         load_weights(folder, model)
     else:
         load_trained(folder, model)
+        # Packed weights are where they were packed, on a GPU where there is one; all others were read on the CPU.
+        model.to(next(model.backbone.parameters()).device)
     model.generation_config = generation
     return model.eval(), processor
 
