@@ -15,6 +15,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from tests.scripts import ROOT, load_script
+from toolkit.models import gpu_layers
 from toolkit.models.gpu_layers import use_gpu_layers
 
 FEWER = 0.4  # of the operator calls, at least
@@ -197,6 +198,36 @@ def test_low_rank_adapters_make_few_passes_over_wide_states(
         moved.append(sum(row["bytes"] for row in traffic.seen()["rows"] if row["kernel"] != "ones") / wide)
     assert moved[0] == pytest.approx(2 + 2 + 3 + 3 + 2, rel=0.1)
     assert moved[1] == pytest.approx(wide_passes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "states", "results", "is_joined"),
+    [(2000, 256, 256, True), (200, 256, 256, False), (2000, 1024, 128, False), (200, 128, 1024, True)],
+)
+def test_low_rank_adapters_join_weights_where_that_moves_less_memory(
+    rows: int, states: int, results: int, is_joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    counting = importlib.import_module("traffic")
+    model = torch.nn.Sequential(torch.nn.Linear(states, results, bias=False).requires_grad_(False))
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=["0"]), model)
+    use_gpu_layers(model)
+    moved, joined = {}, []
+    decides = gpu_layers._are_worth_joining
+    for is_one in (True, False):
+
+        def note(*inputs: Tensor, is_one: bool = is_one) -> bool:
+            joined.append(decides(*inputs))
+            return is_one
+
+        monkeypatch.setattr(gpu_layers, "_are_worth_joining", note)
+        x = torch.randn(rows, states, requires_grad=True)
+        with counting.Traffic("cpu") as traffic:
+            result = model(x)
+            result.backward(torch.ones(result.shape))
+        moved[is_one] = sum(row["bytes"] for row in traffic.seen()["rows"])
+    assert joined == [is_joined] * 2
+    assert (moved[True] < moved[False]) is is_joined
 
 
 def test_compiled_low_rank_adapters_are_one_graph_and_compute_the_same() -> None:

@@ -138,6 +138,7 @@ class LowRankLinear(nn.Module):
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
+    lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
     active_adapters: list[str]
@@ -145,9 +146,9 @@ class LowRankLinear(nn.Module):
     merged: bool
 
     def forward(self, x: Tensor, *inputs: Any, **settings: Any) -> Tensor:
-        """As PEFT's own, which is called for variants such as DoRA and for anything but one adapter."""
+        """As PEFT's own, which is called for variants such as DoRA, biases and anything but one adapter."""
         has_others = len(self.active_adapters) != 1 or self.lora_variant or inputs or settings
-        if self.disable_adapters or self.merged or has_others:
+        if self.disable_adapters or self.merged or has_others or self.lora_bias[self.active_adapters[0]]:
             own: Tensor = super().forward(x, *inputs, **settings)
             return own
         (name,) = self.active_adapters
@@ -164,15 +165,25 @@ class LowRankLinear(nn.Module):
         return _in_type(base + upper(narrow), base.dtype)
 
     def is_one_product(self, upper: nn.Module, x: Tensor, in_autocast: bool) -> bool:
-        """Whether both weights can be read, lie aligned beside each other, and the layer's own is frozen.
-
-        A search has few rows, for which weights take longer to be joined than states to be summed.
-        """
+        """Whether both weights can be read, are aligned, the layer's own is frozen, and joining moves less memory."""
         if not (self.training and _is_bare(self.base_layer) and _is_bare(upper)):
             return False
         own, narrow = self.base_layer.get_parameter("weight"), upper.get_parameter("weight")
         is_alike = in_autocast or x.dtype == own.dtype == narrow.dtype
-        return is_alike and not own.requires_grad and narrow.shape[1] % 8 == 0
+        return is_alike and not own.requires_grad and narrow.shape[1] % 8 == 0 and _are_worth_joining(x, own)
+
+
+def _are_worth_joining(x: Tensor, weight: Tensor) -> bool:
+    """Whether one product moves less memory than two and their sum.
+
+    Of each result it spares four passes forward and one backward. States are copied beside others once, weights
+    forward and backward, and a copy reads and writes. Layers that run compiled have many rows, which are not compared:
+    the compiler would make a graph for few and another one for many.
+    """
+    results, states = weight.shape
+    spared = 5 * results - 2 * states
+    is_wide = spared > 0
+    return is_wide and (torch.compiler.is_compiling() or x.numel() // states * spared > 4 * weight.numel())
 
 
 class SummedOverClips(torch.autograd.Function):
