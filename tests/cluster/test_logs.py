@@ -26,6 +26,14 @@ def test_what_bitsandbytes_says_at_every_product_is_logged_once(tmp_path):
     assert [sum(word in line for line in lines) for word in ("bfloat16", "float32", "something else")] == [1, 1, 3]
 
 
+def test_names_that_torch_replaces_are_not_logged_and_other_warnings_are(tmp_path):
+    log_to_file(tmp_path / "log.txt")
+    for text in ("`torch.distributed.all_gather_into_tensor` is deprecated. Please use", "`other` is deprecated."):
+        logging.getLogger("py.warnings").warning("%s", f"distributed.py:85: FutureWarning: {text}")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert "`other`" in line
+
+
 def test_what_a_library_prints_is_logged_line_by_line(logged, capsys):
     with prints_to_log():
         print("begin bf16_optimizer\n\nMA 0.0 GB         Max_MA 0.0 GB")

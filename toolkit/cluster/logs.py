@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ LIBRARIES = ("DeepSpeed", "transformers", "datasets", "torch", "bitsandbytes", "
 
 # It warns at every product in int8 that its input is cast to fp16: thousands of times a step.
 REPEATS = "bitsandbytes"
+# DeepSpeed (0.19.8) calls collectives by names that torch 2.13 replaces, which no user can change.
+REPLACED = re.compile(r"`torch\.distributed\.\w+` is deprecated")
 
 
 class _LogFile(logging.FileHandler):
@@ -39,6 +42,10 @@ def _said_once() -> Callable[[logging.LogRecord], bool]:
     return is_new
 
 
+def _concerns_a_run(record: logging.LogRecord) -> bool:
+    return not (record.name == "py.warnings" and REPLACED.search(record.getMessage()))
+
+
 def import_deepspeed() -> None:
     """Import DeepSpeed, which sets up its logging as it is imported, without what it prints then."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -52,6 +59,7 @@ def log_to_file(log: Path | None) -> None:
     import_deepspeed()
     handler = _LogFile(log, encoding="utf-8") if log else logging.NullHandler()
     handler.addFilter(_said_once())
+    handler.addFilter(_concerns_a_run)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in ("toolkit", *LIBRARIES):
