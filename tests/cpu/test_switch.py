@@ -16,7 +16,7 @@ from toolkit.cpu.switch import SWITCH
 from toolkit.recipe.load import load_recipe
 from toolkit.training import engine
 
-ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1, "zero_stage": 0}
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(engine, "client_optimizer", lambda *_: None)
     monkeypatch.setattr(engine, "skip_sums_of_one_rank", lambda *_: None)
     monkeypatch.setattr(engine, "count_no_hooks", lambda *_: None)
+    monkeypatch.setattr(engine, "forget_steps", lambda *_: None)
     monkeypatch.setattr(engine, "forget_gradients_at_once", lambda *_: None)
     monkeypatch.setattr(engine, "join_gradients", lambda *_: None)
     return engine_made
