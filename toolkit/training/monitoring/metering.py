@@ -131,5 +131,4 @@ def _recomputes_alike(model: Any) -> bool:
     Layers with hooks multiply by one weight after the other (``toolkit/models/gpu_layers.py``), as all of ZeRO stage 3
     do, whose weights are gathered by hooks.
     """
-    is_partitioned = any(hasattr(weight, "ds_id") for weight in model.parameters())
-    return recomputes(model.backbone) and not is_partitioned
+    return recomputes(model.backbone) and not any(hasattr(weight, "ds_id") for weight in model.parameters())
