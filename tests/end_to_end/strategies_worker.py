@@ -48,6 +48,7 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         if "spoiled" in case and not ranks.is_main:
             spoil_gradient(trainer, case["spoiled"])
         batches = start_loader(resolved, ranks, corpus, trainer.progress)
+        first = whole_state_dict(trainer.engine.module, keep=True) if case.get("moves") else {}
         trainer.run(batches)
         trainer.save()
         weights = whole_state_dict(trainer.engine.module, keep=True)
@@ -77,6 +78,9 @@ def train(case: dict[str, Any], settings: list[str], run_dir: Path, ranks: Ranks
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line.get("grad_norm") for line in steps],
         "weights_norm": norm(weights),
+        "moved": norm({name: weights[name].float() - tensor.float() for name, tensor in first.items()})
+        if first
+        else None,
         "best_is_last": all(torch.equal(best[name], tensor.to(best[name].dtype)) for name, tensor in weights.items()),
         "restored": all(torch.equal(restored[name], tensor) for name, tensor in weights.items()),
         "hypotheses": [row.hypothesis for row in predictions],

@@ -149,6 +149,8 @@ def trained(start: Start, request: pytest.FixtureRequest) -> dict[str, dict[str,
             # torch's CTC loss takes lengths from the host.
             overrides = ["training.ctc_weight=0", *([SMALL] if name in stage3 else [])]
             chosen[f"waits-{name}"] = {"ds": name, "overrides": overrides, "waits": True}
+    one_step = [*BF16, "training.max_steps=1", "training.warmup_ratio=0"]
+    chosen |= {f"first-{name}": {"ds": name, "overrides": one_step, "moves": True} for name in ("zero0", "zero1")}
     chosen |= {name: case | {"gradients": True} for name, case in gradient_cases().items()}
     chosen |= optimizer_cases(VARIANTS if night else VARIANTS_BY_DAY)
     chosen |= {
@@ -286,6 +288,12 @@ def test_unequal_shares_change_nothing(trained: dict[str, dict[str, Any]], name:
     assert_as_alone(case, trained["uneven-alone"])
     assert case["micro_batches"] == [2, 2, 2, 1], "of at most two clips, as few as a step needs"
     assert case["restored"]
+
+
+def test_a_first_step_in_bf16_at_stage_0_is_a_whole_one(trained: dict[str, dict[str, Any]]) -> None:
+    """DeepSpeed steps once with zeros as it makes that optimizer: Adam's first step was 0.74 of one."""
+    moved = [trained[f"first-{name}"]["moved"] for name in ("zero0", "zero1")]
+    assert moved[0] == pytest.approx(moved[1], rel=0.02) and moved[1] > 0
 
 
 @pytest.mark.parametrize("name", cases(SPOILED, SPOILED_BY_DAY))
