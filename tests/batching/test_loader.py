@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import traceback
 import warnings
@@ -302,36 +301,6 @@ def test_a_tokenizer_may_come_after_the_workers_have_started(corpus, resolve, to
         for one, other in zip(expected, next(stream), strict=True):
             assert_same(one, other)
     stream.close()
-
-
-@pytest.mark.process
-def test_a_tokenizer_reads_for_training_or_for_an_evaluation(corpus, resolve, tokenizer):
-    """Its mode is that of one call, and on a GPU a thread labels the next batch of training."""
-
-    class Watched:
-        calls, most_at_once = 0, 0
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def __call__(self, *texts, **settings):
-            self.calls += 1
-            self.most_at_once = max(self.most_at_once, self.calls)
-            time.sleep(0.002)
-            self.calls -= 1
-            return tokenizer(*texts, **settings)
-
-    watched = Watched()
-    split = corpus.splits["train"]
-    training = train_batches(split, watched, resolve(micro=2), landmark_set=corpus.landmark_set)
-    threads = [
-        threading.Thread(target=list, args=[batches]) for batches in (training, evaluation_batches(split, watched, 50))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert watched.most_at_once == 1
 
 
 def test_more_workers_than_cores_give_no_warning(corpus, resolve, tokenizer):

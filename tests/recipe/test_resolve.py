@@ -257,21 +257,6 @@ def test_fp16_is_refused_for_t5_with_the_reason(tmp_path):
     assert "fp16.enabled=true" in error_of("t5_small", f"model.backbone={folder}", ds=path, has_gpu=False).message
 
 
-def test_fp16_is_refused_where_deepspeed_does_not_scale_the_loss(tmp_path):
-    bart = ("t5_small", "model.backbone=bart_large")
-    for stage in (0, 1):
-        zero = {"zero_optimization": {"stage": stage}}
-        path = write(tmp_path / f"half{stage}.json", {"fp16": {"enabled": True}, **zero})
-        if stage:
-            assert run_of(*bart, ds=path, has_gpu=True).precision == "fp16"
-        else:
-            error = error_of(*bart, ds=path, has_gpu=True)
-            assert "fp16" in error.message and "--ds zero1" in error.hint
-        autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}, **zero}
-        error = error_of(*bart, ds=write(tmp_path / f"autocast{stage}.json", autocast), has_gpu=True)
-        assert "torch_autocast.dtype=float16" in error.message and "--ds zero2_fp16" in error.hint
-
-
 def test_recipe_and_json_problems_are_listed_together():
     error = error_of("t5_small", "training.epoch=3", "ds.gradient_cliping=1", "model.tinny=true", ds="zero2")
     assert error.message.startswith("3 problems ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.recipe.resolving import error_of
+from tests.recipe.resolving import error_of, run_of, write
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,18 @@ from tests.recipe.resolving import error_of
 def test_combinations_that_deepspeed_refuses_late_or_gets_wrong(ds, override, named, remedy):
     error = error_of("t5_small", f"ds.{override}", ds=ds)
     assert named in error.message and remedy in error.hint
+
+
+def test_fp16_is_refused_where_deepspeed_does_not_scale_the_loss(tmp_path):
+    bart = ("t5_small", "model.backbone=bart_large")
+    for stage in (0, 1):
+        zero = {"zero_optimization": {"stage": stage}}
+        path = write(tmp_path / f"half{stage}.json", {"fp16": {"enabled": True}, **zero})
+        if stage:
+            assert run_of(*bart, ds=path, has_gpu=True).precision == "fp16"
+        else:
+            error = error_of(*bart, ds=path, has_gpu=True)
+            assert "fp16" in error.message and "--ds zero1" in error.hint
+        autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}, **zero}
+        error = error_of(*bart, ds=write(tmp_path / f"autocast{stage}.json", autocast), has_gpu=True)
+        assert "torch_autocast.dtype=float16" in error.message and "--ds zero2_fp16" in error.hint
