@@ -29,11 +29,22 @@ def leaves_work(ones: torch.Tensor) -> torch.Tensor:
     return dropped
 
 
+def takes_too_much(ones: torch.Tensor) -> torch.Tensor:
+    """Runs out of memory, once it runs within a capture."""
+    dropped = functional.dropout(ones, 0.5)
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(2 * torch.cuda.mem_get_info()[1], dtype=torch.uint8, device="cuda")
+    return dropped
+
+
+FAILING = {asks: "captur", leaves_work: "captur", takes_too_much: "out of memory"}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [asks, leaves_work])
+@pytest.mark.parametrize("call", FAILING)
 def test_after_a_failed_capture_calls_work_as_before(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
     capture, ones = CudaGraphs(), torch.ones(8, device="cuda")
-    with pytest.raises(RuntimeError, match="captur"):
+    with pytest.raises(RuntimeError, match=FAILING[call]):
         capture(lambda: call(ones))
     assert set(functional.dropout(ones, 0.5).tolist()) <= {0.0, 2.0}
     held = []
@@ -48,6 +59,33 @@ def test_after_a_failed_capture_calls_work_as_before(call: Callable[[torch.Tenso
     ones.fill_(2)
     replay()
     assert result.tolist() == [6.0] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", FAILING)
+def test_a_failed_capture_keeps_no_memory_of_graphs_that_are_gone(
+    call: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    capture, ones, before = CudaGraphs(), torch.ones(8, device="cuda"), reserved()
+
+    def large() -> torch.Tensor:
+        return torch.empty(HALF, dtype=torch.uint8, device="cuda")[:8] + ones
+
+    graphs: list[object] = [capture(large) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=FAILING[call]):
+        capture(lambda: large() + call(ones))
+    del capture
+    graphs.pop()
+    assert reserved() >= before + HALF, "the other graph replays in it"
+    graphs.pop()
+    assert reserved() < before + HALF
+
+
+def reserved() -> int:
+    """Bytes of the allocator that it cannot give back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 @pytest.mark.gpu

@@ -36,7 +36,7 @@ NAMES = {
     "torch/nn/functional.py": ["scaled_dot_product_attention"],
     "torch/_meta_registrations.py": ["_scaled_dot_product_efficient_attention"],
     "peft/tuners/lora/layer.py": ["base_layer", "lora_variant", "active_adapters", "disable_adapters"],
-    "torch/_C/__init__.pyi": ["_base", "_C", "_cdata", "_cuda_endAllocateToPool"],
+    "torch/_C/__init__.pyi": ["_base", "_C", "_cdata", "_cuda_endAllocateToPool", "_cuda_releasePool"],
     "torch/distributed/distributed_c10d.py": ["_get_default_store"],
     "torch/_dynamo/config.py": ["recompile_limit", "specialize_float"],
     "torch/_dynamo/callback.py": ["callback_handler"],

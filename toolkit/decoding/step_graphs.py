@@ -131,6 +131,7 @@ def _end_failed(graph: Any, pool: Any) -> None:
     streams, and random numbers are drawn as within a graph, which the next dropout refuses; an empty capture ends that.
     The allocator of pinned memory asks the graph at each allocation from then on, and crashes where it is deleted.
     torch 2.13 ends all of that itself; the end of a capture that has ended leaves it an error for the next kernel.
+    Neither gives back the pool, whose memory would stay when all other graphs of it are gone.
     """
     _failed.append(graph)
     if torch.cuda.is_current_stream_capturing():
@@ -138,11 +139,23 @@ def _end_failed(graph: Any, pool: Any) -> None:
             graph.capture_end()
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(torch.cuda.current_stream().device_index, pool)
+    with contextlib.suppress(RuntimeError):
+        _give_back(graph, pool)
     with contextlib.suppress(RuntimeError), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         empty = torch.cuda.CUDAGraph()
         empty.capture_begin(capture_error_mode="thread_local")
         empty.capture_end()
+
+
+def _give_back(graph: Any, pool: Any) -> None:
+    """Have a graph whose capture has failed count no longer among those that use a pool of memory."""
+    try:
+        graph.pool()  # refused unless its capture has ended, as one with work that is not joined has
+    except RuntimeError:
+        torch._C._cuda_releasePool(torch.cuda.current_stream().device_index, pool)
+    else:
+        graph.reset()
 
 
 class StepGraphs:

@@ -192,7 +192,9 @@ class RehearsalEngine:
         batches = (self._batch(shape).to(self.engine.device) for shape in shapes)
         with uncompiled(self.engine.module):  # compiled layers keep less, take long at first, and may fail
             if self.graphs and ends_step:
-                self.graphs.backward(batches, torch.ones(()), lambda _: contextlib.nullcontext())
+                self.graphs.backward(
+                    batches, torch.ones(()), lambda passes, batch: [passes(batch)], lambda _: contextlib.nullcontext()
+                )
                 if self.graphs.out_of_memory:
                     raise torch.OutOfMemoryError("the capture of a graph")
             else:

@@ -2,7 +2,8 @@
 
 Only with ``training.micro_batch_size=auto``, and only where no part of its gradient was sent or kept and no other rank
 notices: in a forward pass, which leaves no gradient, at ZeRO stages 0 and 1, which sum over ranks once a step, or on a
-single rank. The loss does not depend on the split. Elsewhere the run ends (``out_of_memory.py``) and resumes.
+single rank. With ``training.compile=graphs`` a backward pass leaves none either, until it has ended
+(``pass_graphs.py``). The loss does not depend on the split. Elsewhere the run ends (``out_of_memory.py``) and resumes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from toolkit.training.monitoring.memory_phases import Shape
 from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory
 
 log = logging.getLogger("toolkit")
-
-Losses = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -51,8 +50,8 @@ class Halving:
         self,
         batch: Batch,
         step: int,
-        forward: Callable[[Batch], Losses],
-        backward: Callable[[Tensor, Tensor, bool], list[Tensor]],
+        forward: Callable[[Batch], tuple[Tensor, ...]],
+        backward: Callable[..., list[Tensor]],
         *,
         is_last: bool,
     ) -> list[Tensor]:
@@ -62,7 +61,7 @@ class Halving:
             batch: of this step.
             step: that it belongs to, from 1.
             forward: gives the losses of a batch.
-            backward: takes them, and whether they are the last ones of the step; what it returns is kept.
+            backward: takes each of them, and whether they are the last ones of the step; what it returns is kept.
             is_last: whether the micro-batch is the last one of the step.
 
         Returns:
@@ -85,6 +84,10 @@ class Halving:
         self.too_large, self.halved_in = batch.frame_mask.numel(), step
         self._report(batch, step, said)
         return self._in_halves(batch, forward, backward, is_last=is_last)
+
+    def both(self, step: int, passes: Callable[[Batch], Tensor], batch: Batch) -> list[Tensor]:
+        """The losses of a micro-batch whose two passes are one call, which keeps nothing where it fails."""
+        return self.compute(batch, step, lambda part: (passes(part),), lambda losses, _: [losses], is_last=True)
 
     def _in_halves(self, batch: Batch, forward: Any, backward: Any, *, is_last: bool) -> list[Tensor]:
         first, second = batch.halves()

@@ -7,6 +7,7 @@ there, and reduces it over ranks once: where it is called, or at stage 1 where `
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import warnings
@@ -31,6 +32,8 @@ ROOM = 1.25  # of the inputs, over those of the largest batch so far: the next o
 log = logging.getLogger("toolkit")
 # Token loss and CTC loss of a micro-batch, summed, in nats, by a model.
 Losses = Callable[[Batch, Any], tuple[Tensor, Tensor]]
+# Both passes of a micro-batch: its losses [2]. Where they fail, they have added nothing to the gradient.
+Passes = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,30 @@ class PassGraphs:
         self.is_first_step = True  # whose passes are watched by hooks
 
     def backward(
-        self, batches: Iterable[Batch], scale: Tensor, around: Callable[[Batch], AbstractContextManager[None]]
+        self,
+        batches: Iterable[Batch],
+        scale: Tensor,
+        compute: Callable[[Passes, Batch], Iterable[Tensor]],
+        around: Callable[[Batch], AbstractContextManager[None]],
     ) -> Tensor:
         """Passes of one step; afterwards the engine has its gradient, reduced over ranks.
 
         Args:
             batches: on the device.
             scale: factor of the losses, one number on the device.
-            around: a context for the passes of a micro-batch.
+            compute: computes a micro-batch by its passes, whole or in parts, and gives the losses of each part.
+            around: a context for the passes of a micro-batch or a part of one.
 
         Returns:
             token loss and CTC loss of all, summed, in nats: float64 [2].
         """
-        engine, found = self.engine, []
+        engine = self.engine
+        found: list[Tensor] = []
+
+        def passes(batch: Batch) -> Tensor:
+            with around(batch):
+                return self._pass(batch)
+
         # Other optimizers of stage 1 reduce as their hooks run, except within a coalesced reduction.
         waits = engine.zero_optimization_stage() == 1 and not _has_own_sums(engine)
         if waits:
@@ -93,8 +107,7 @@ class PassGraphs:
                 torch._foreach_zero_(self.sums)
                 self.scale.copy_(scale)
                 for batch in batches:
-                    with around(batch):
-                        found.append(self._pass(batch))
+                    found += compute(passes, batch)
             _hand_over(engine, self.weights, self.sums)
         engine.set_gradient_accumulation_boundary(True)
         if not waits and engine.enable_backward_allreduce:
@@ -105,19 +118,36 @@ class PassGraphs:
     def _pass(self, batch: Batch) -> Tensor:
         key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(batch).items())
         if key not in self.graphs:
-            if self.is_first_step or self.capture is None or len(self.graphs) >= MOST_GRAPHS:
-                return self._run(batch)
-            self._add(key, batch)
+            if not self.is_first_step and self.capture is not None and len(self.graphs) < MOST_GRAPHS:
+                self._add(key, batch)
             if key not in self.graphs:
-                return self._run(batch)
+                return self._written(batch)
         graph = self.graphs[key]
+        losses = torch.empty_like(graph.losses)  # before the replay: nothing may fail once it has added its gradient
         for name, tensor in _tensors(batch).items():
             getattr(graph.batch, name).copy_(tensor)
         graph.replay()
-        return graph.losses.clone()
+        return losses.copy_(graph.losses)
+
+    def _written(self, batch: Batch) -> Tensor:
+        """Both passes without a graph; where memory is short, in that of all graphs, too."""
+        try:
+            return self._run(batch)
+        except RuntimeError as error:
+            if not (self.graphs and is_out_of_memory(error)):
+                raise
+            said = in_short(error)
+        # The error and its traceback are gone, and with them the tensors of the pass.
+        self.capture, self.out_of_memory = None, True
+        self.graphs.clear()
+        self.inputs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        log.warning("all passes run without CUDA graphs from here on, whose memory was needed: %s", said)
+        return self._run(batch)
 
     def _run(self, batch: Batch) -> Tensor:
-        """Both passes; the gradient is added to the sums."""
+        """Both passes; the gradient is added to the sums, as the last of all."""
         nll, ctc = self.losses(batch, self._model)
         # Hooks watch the weights themselves in the first step.
         leaves = self.weights if self.is_first_step else self.leaves.all
@@ -125,8 +155,9 @@ class PassGraphs:
             # DeepSpeed's hooks of the weights belong to another stream than this one: the first step may wait for it.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
             gradients = torch.autograd.grad(nll * self.scale, leaves, allow_unused=True, materialize_grads=True)
+        losses = torch.stack([nll.detach(), ctc.detach()])
         torch._foreach_add_(self.sums, gradients)
-        return torch.stack([nll.detach(), ctc.detach()])
+        return losses
 
     def _model(self, **inputs: Any) -> Any:
         """The model as the engine runs it, without the engine's hooks."""

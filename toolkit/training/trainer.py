@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,10 +212,11 @@ class Trainer:
         # DeepSpeed averages over data-parallel ranks; this undoes it and divides by the global token count. It would
         # average over a fixed number of accumulation steps, too: that is turned off, because their number varies.
         scale = (self.ranks.data_parallel_size / tokens.clamp(min=1)).float()
-        weight, losses = self.recipe.training.ctc_weight, []
+        weight, losses, step = self.recipe.training.ctc_weight, [], self.progress.step + 1
         ahead = self.memory.seen(copied_ahead(batches, self.engine.device))
         if self.graphs:
-            return self.graphs.backward(ahead, scale, lambda batch: self.meter.forward(self.engine.module, batch))
+            halved, around = partial(self.halving.both, step), partial(self.meter.forward, self.engine.module)
+            return self.graphs.backward(ahead, scale, halved, around)
 
         def forward(batch: Batch) -> tuple[Tensor, Tensor]:
             with self.meter.forward(self.engine.module, batch):
@@ -227,8 +229,7 @@ class Trainer:
 
         with reduced_once(self.engine, self.when_reduced, len(batches)):
             for number, batch in enumerate(ahead, start=1):
-                step, is_last = self.progress.step + 1, number == len(batches)
-                losses += self.halving.compute(batch, step, forward, backwards, is_last=is_last)
+                losses += self.halving.compute(batch, step, forward, backwards, is_last=number == len(batches))
         return torch.stack(losses).double().view(-1, 2).sum(0) / self.ranks.tensor_parallel_size
 
     def _losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
