@@ -21,7 +21,7 @@ from toolkit.batching.loader import train_batches
 from toolkit.corpus.mixture.opening import open_corpora
 from toolkit.corpus.packed import Corpus, Part
 from toolkit.fitting.kept_choices import settings_hash
-from toolkit.fitting.shapes import lengths_of
+from toolkit.planning.sizes.shapes import lengths_of
 from toolkit.planning.workload import from_corpus
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.schema import Data

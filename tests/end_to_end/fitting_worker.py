@@ -28,8 +28,8 @@ from toolkit.corpus.packed import Corpus
 from toolkit.fitting import rehearsal_engine
 from toolkit.fitting.bounds import UNKNOWN, Passes
 from toolkit.fitting.micro_batches import fit_micro_batches
-from toolkit.fitting.shapes import lengths_of
 from toolkit.models.loading.weights import whole_state_dict
+from toolkit.planning.sizes.shapes import lengths_of
 from toolkit.recipe.batches import MicroBatchChoice
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 from toolkit.training import pass_graphs

@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.fitting.bounds import UNKNOWN
 from toolkit.fitting.hardware import GIB
 from toolkit.fitting.rehearsal_engine import Measured
-from toolkit.fitting.shapes import Shape
+from toolkit.planning.sizes.shapes import Shape
 
 AUTO = ("training.micro_batch_size=auto", "training.global_batch_size=6", "augmentation.speed=0")
 

@@ -11,7 +11,8 @@ import pytest
 from tests.fitting.machine import AUTO, Machine
 from toolkit.errors import UserError
 from toolkit.fitting import micro_batches, stage
-from toolkit.fitting.shapes import Shape
+from toolkit.planning.sizes.choices import Candidate
+from toolkit.planning.sizes.shapes import Limits, Shape
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import read_choice
 
@@ -30,12 +31,19 @@ def test_gpus_take_the_largest_that_fits(resolve: Any, fit: Any) -> None:
     assert "out of memory" in lines[-2]
 
 
-def test_gpus_start_at_the_size_of_the_plan(resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_start_at_the_size_that_is_fastest_by_the_plan(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = Machine()
-    monkeypatch.setattr(micro_batches, "planned_size", lambda run, lengths, candidates, room: candidates[2])
+    found = [Candidate(size, Limits(size, None), seconds) for size, seconds in ((6, 3.0), (3, 1.0), (2, 2.0))]
+    monkeypatch.setattr(micro_batches, "planned_candidates", lambda *_: found)
     run, _ = fit(resolve(*AUTO), machine, gpu=True)
-    assert machine.steps == [2]
-    assert run.clip_limit == 2
+    assert machine.steps == [3]
+    assert run.clip_limit == 3
+    small = Machine(breaks_at=3)
+    run, lines = fit(resolve(*AUTO, "training.seed=1"), small, gpu=True)
+    assert small.steps == [3, 2] and run.clip_limit == 2, "nothing as large as what did not fit"
+    assert "out of memory" in lines[-2]
 
 
 def test_a_run_that_is_too_short_to_rehearse_takes_what_the_plan_says(resolve: Any, fit: Any) -> None:

@@ -18,9 +18,10 @@ from toolkit.fitting import micro_batches, stage
 from toolkit.fitting.hardware import GIB
 from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
-from toolkit.fitting.padding import FirstEpoch, Pace
+from toolkit.fitting.pace import Pace
 from toolkit.fitting.rehearsal_engine import Measured
-from toolkit.fitting.shapes import Limits, Shape
+from toolkit.planning.sizes.first_epoch import FirstEpoch
+from toolkit.planning.sizes.shapes import Limits, Shape
 from toolkit.poses.landmarks import load_landmark_set
 from toolkit.recipe.batches import MicroBatchChoice
 from toolkit.recipe.resolve import ResolvedRun

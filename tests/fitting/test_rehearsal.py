@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.fitting import rehearsal
 from toolkit.fitting.rehearsal import Rehearsal
 from toolkit.fitting.rehearsal_engine import Measured
-from toolkit.fitting.shapes import Lengths, Shape, heaviest, lengths_of, limits_of
+from toolkit.planning.sizes.shapes import Lengths, Shape, heaviest, lengths_of, limits_of
 from toolkit.recipe.resolve import ResolvedRun
 
 

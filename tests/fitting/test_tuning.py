@@ -21,6 +21,8 @@ from toolkit.fitting.hardware import GIB, Card
 from toolkit.fitting.trial import Speed
 from toolkit.fitting.tuning import Cell, Outcome, cells_by_plan, cells_here, reason_of
 from toolkit.planning.comparison import Comparison, Row
+from toolkit.planning.sizes.choices import Candidate
+from toolkit.planning.sizes.shapes import Limits
 
 DEMO = ("demo", ["training.global_batch_size=40"])
 
@@ -40,6 +42,16 @@ def test_the_fastest_jsons_are_tried_with_the_largest_micro_batches() -> None:
         Cell("zero2", 22),
         Cell("zero3", 1),
     ]
+
+
+def test_what_a_run_would_choose_is_tried_first() -> None:
+    row = Row("zero1", max_micro_batch=128, seconds=1.0, choice=Candidate(64, Limits(128, 19200), 1.0))
+    own = Cell("zero1", 128, 19200)
+    assert cells_by_plan(Comparison([row], row, "", []), 1, 128, None) == [own, Cell("zero1", 128)]
+    command = tuning.command_of(Outcome(own, None, "", 0.0), "demo", ["training.micro_batch_frames=9", "data.fps=5"], 1)
+    assert command.endswith("data.fps=5 training.micro_batch_size=128 training.micro_batch_frames=19200")
+    whole = Row("zero1", max_micro_batch=128, seconds=1.0, choice=Candidate(128, Limits(128, None), 1.0))
+    assert cells_by_plan(Comparison([whole], whole, "", []), 1, 128, None) == [Cell("zero1", 128), Cell("zero1", 64)]
 
 
 def test_jsons_that_round_more_are_for_people_to_choose() -> None:
@@ -133,7 +145,7 @@ def test_json_holds_every_cell_and_the_command(machine: Callable[[str], None]) -
     machine(WORKS)
     found = json.loads(tune_demo("--json").stdout)
     assert [cell["problem"] is None for cell in found["cells"]] == [True] * 4 + [False] * 2
-    assert found["fastest"] == {"deepspeed": "zero1", "micro_batch_size": 20}
+    assert found["fastest"] == {"deepspeed": "zero1", "micro_batch_size": 20, "micro_batch_frames": None}
     assert "--ds zero1" in found["command"]
 
 

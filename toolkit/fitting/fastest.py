@@ -1,7 +1,7 @@
 """On CPUs: the micro-batches that are computed fastest, of those that fit the memory that is there.
 
 Whole steps are compared: the micro-batches into which a size divides the steps of the first epoch, padding included,
-by the seconds that passes of so many padded frames take (``padding.py``). A larger size pads more, which passes over
+by the seconds that passes of so many padded frames take (``pace.py``). A larger size pads more, which passes over
 clips of one length do not show.
 
 A rehearsal must not cost much more than the steps that it saves. So few sizes are timed, by passes over clips of
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from toolkit.cluster.rendezvous import exchange
 from toolkit.corpus.packed import Split
 from toolkit.fitting.hardware import GIB
-from toolkit.fitting.padding import FirstEpoch, Pace
+from toolkit.fitting.pace import Pace
 from toolkit.fitting.rehearsal_engine import Measured
-from toolkit.fitting.shapes import Shape, heaviest, limits_of, sizes, typical
 from toolkit.fitting.stage import Stage, nothing_fits
+from toolkit.planning.sizes.first_epoch import FirstEpoch
+from toolkit.planning.sizes.shapes import Shape, heaviest, limits_of, sizes, typical
 from toolkit.recipe.resolve import ResolvedRun
 
 # Of the best speed: a smaller micro-batch that reaches it needs less memory.
@@ -89,7 +90,7 @@ def _largest_that_fits(
         measured, problem = stage.agreed(*stage.at_most(_heaviest(stage, size)))
         if not problem:
             return size, "takes at most", measured
-        measured, problem = stage.agreed(*stage.step(size))
+        measured, problem = stage.agreed(*stage.step(limits_of(size, stage.lengths)))
         if not problem:
             return size, "took", measured
         stage.rehearsal.close()  # the largest memory of a process never shrinks
@@ -203,12 +204,12 @@ def _largest_by_growth(stage: Stage, resolved: ResolvedRun, candidates: list[int
 
     A size that is far too large is never tried on CPUs: the kernel might end another process.
     """
-    first, own_problem = stage.step(candidates[0])
+    first, own_problem = stage.step(limits_of(candidates[0], stage.lengths))
     if problem := stage.agreed(first, own_problem)[1]:
         raise nothing_fits(resolved, problem)
     if len(candidates) == 1:
         return candidates[0]
-    second, own_problem = stage.step(candidates[1])
+    second, own_problem = stage.step(limits_of(candidates[1], stage.lengths))
     if stage.agreed(second, own_problem)[1]:
         stage.rehearsal.close()
         return candidates[0]

@@ -1,8 +1,8 @@
 """``training.micro_batch_size: auto``: the micro-batches of a run, chosen on the hardware that is there.
 
-On GPUs larger ones are faster: the largest that fits by the plan is rehearsed, then smaller ones until one fits. On
-CPUs caches and padding decide: the fastest of those that fit is taken. All ranks compare what they found after each
-rehearsal, and so make the same choice.
+On GPUs larger ones launch less and pad more: of those that fit by the plan the one in which it says the first epoch to
+be computed fastest is rehearsed, then smaller ones until one fits. On CPUs caches and padding decide, and passes are
+timed. All ranks compare what they found after each rehearsal, and so make the same choice.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from functools import partial
 from toolkit.cluster.ops import build_missing_ops, needed_ops
 from toolkit.cluster.ranks import Ranks
 from toolkit.cluster.rendezvous import exchange, on_each_node, on_rank_0
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.packed import Corpus, Split
 from toolkit.fitting.fastest import fastest
 from toolkit.fitting.hardware import GIB, Card, cards, describe, room_for_tensors
 from toolkit.fitting.kept_choices import earlier_choice, settings_hash
-from toolkit.fitting.planned_size import planned_size, room_for_activations
-from toolkit.fitting.shapes import (
+from toolkit.fitting.planned_size import planned_candidates, room_for_activations
+from toolkit.fitting.stage import Echo, Stage, nothing_fits
+from toolkit.models.build import fetch_backbone
+from toolkit.planning.sizes import choices
+from toolkit.planning.sizes.shapes import (
     Lengths,
     Limits,
     generation_batches,
@@ -28,8 +31,6 @@ from toolkit.fitting.shapes import (
     next_smaller,
     sizes,
 )
-from toolkit.fitting.stage import Echo, Stage, nothing_fits
-from toolkit.models.build import fetch_backbone
 from toolkit.recipe.batches import MicroBatchChoice, most_batch_frames
 from toolkit.recipe.choices import choices_folder, keep_choice
 from toolkit.recipe.resolve import ResolvedRun
@@ -72,11 +73,11 @@ def fit_micro_batches(
         echo(f"as chosen before: {choice.in_words()}")
         return resolved.with_choice(choice)
     if rehearses:
-        size, reason, batch_frames = _rehearsed(resolved, ranks, corpus, lengths, echo, has_gpu=bool(found))
+        limits, reason, batch_frames = _rehearsed(resolved, ranks, corpus, lengths, echo, has_gpu=bool(found))
     else:
-        (size, reason), batch_frames = _planned(resolved, lengths, found), None
-    limits = limits_of(size, lengths)
-    choice = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings, batch_frames, size == 1)
+        (limits, reason), batch_frames = _planned(resolved, ranks, corpus, lengths, found), None
+    is_smallest = next_smaller(limits, lengths) is None
+    choice = MicroBatchChoice(limits.clips, limits.frames, reason, hardware, settings, batch_frames, is_smallest)
     echo(choice.in_words())
     if rehearses:
         own = choice
@@ -87,8 +88,8 @@ def fit_micro_batches(
 
 def _rehearsed(
     resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, echo: Echo, *, has_gpu: bool
-) -> tuple[int, str, int | None]:
-    """The size that a rehearsal chooses, why, and the frames of generation batches where they are chosen, too."""
+) -> tuple[Limits, str, int | None]:
+    """The limits that a rehearsal chooses, why, and the frames of generation batches where they are chosen, too."""
     echo("training.micro_batch_size=auto: choosing micro-batches by a rehearsal on this hardware")
     on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
     on_each_node(lambda: fetch_backbone(resolved.recipe.model))
@@ -96,20 +97,29 @@ def _rehearsed(
         import_libraries(resolved)  # the run needs them, too, and the fork has them then
     stage = Stage.of(resolved, ranks, corpus, lengths, echo, has_gpu=has_gpu)
     try:
-        size, reason = _largest(stage, resolved) if has_gpu else fastest(stage, resolved, corpus.splits["train"])
-        return size, reason, _batch_frames(stage, resolved, corpus)
+        split = corpus.splits["train"]
+        if has_gpu:
+            limits, reason = _rehearsed_on_gpu(stage, resolved, ranks, split)
+        else:
+            size, reason = fastest(stage, resolved, split)
+            limits = limits_of(size, lengths)
+        return limits, reason, _batch_frames(stage, resolved, corpus)
     finally:
         stage.rehearsal.close()
 
 
-def _planned(resolved: ResolvedRun, lengths: Lengths, found: Sequence[Card]) -> tuple[int, str]:
-    """The size for a run that is too short to rehearse: on GPUs the plan's largest, on CPUs few clips."""
-    candidates = sizes(lengths.share)
+def _planned(
+    resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, found: Sequence[Card]
+) -> tuple[Limits, str]:
+    """The limits for a run that is too short to rehearse: on GPUs what is fastest by the plan, on CPUs few clips."""
     if not found:
-        return next(size for size in candidates if size <= FEW), f"at most {FEW}, without a rehearsal"
+        size = next(size for size in sizes(lengths.share) if size <= FEW)
+        return limits_of(size, lengths), f"at most {FEW}, without a rehearsal"
     room = min(exchange(min(room_for_tensors(card, resolved.world_size) for card in found)))
-    size = on_rank_0(lambda: planned_size(resolved, lengths, candidates, room))
-    return size, f"the most that fit {room / GIB:.2f} GiB of a GPU by the plan, without a rehearsal"
+    candidates = on_rank_0(lambda: planned_candidates(resolved, ranks, lengths, corpus.splits["train"], room))
+    chosen = choices.fastest(candidates)
+    why = choices.reason(chosen, candidates)
+    return chosen.limits, f"{why}, into {room / GIB:.2f} GiB of a GPU, without a rehearsal"
 
 
 def _batch_frames(stage: Stage, resolved: ResolvedRun, corpus: Corpus) -> int | None:
@@ -132,39 +142,40 @@ def _smaller(choice: MicroBatchChoice, lengths: Lengths, resolved: ResolvedRun) 
     Raises:
         UserError: there are no smaller ones.
     """
-    size = next_smaller(Limits(choice.clips, choice.frames), lengths)
-    if size is None:
+    limits = next_smaller(Limits(choice.clips, choice.frames), lengths)
+    if limits is None:
         raise nothing_fits(resolved, choice.too_large)
-    limits = limits_of(size, lengths)
     return replace(
         choice,
         clips=limits.clips,
         frames=limits.frames,
         reason=f"the next smaller size; {_limits(choice)} ran out of memory ({choice.too_large})",
-        is_smallest=size == 1,
+        is_smallest=next_smaller(limits, lengths) is None,
         too_large=None,
     )
 
 
 def _limits(choice: MicroBatchChoice) -> str:
-    return f"at most {choice.clips} clips" + (f" and {choice.frames} padded frames" if choice.frames else "")
+    return Limits(choice.clips, choice.frames).in_words()
 
 
-def _largest(stage: Stage, resolved: ResolvedRun) -> tuple[int, str]:
-    """On GPUs: the plan's largest size, or the next smaller one that a rehearsal fits."""
+def _rehearsed_on_gpu(stage: Stage, resolved: ResolvedRun, ranks: Ranks, split: Split) -> tuple[Limits, str]:
+    """The limits in which steps are fastest by the plan, or those of a smaller size that a rehearsal fits."""
     started, problem = stage.agreed(stage.rehearsal.start())
     room = min(measured.resident + measured.room for measured in started)
-    candidates = sizes(stage.lengths.share)
-    by_plan = candidates[0] if problem else on_rank_0(lambda: planned_size(resolved, stage.lengths, candidates, room))
+    candidates = on_rank_0(lambda: planned_candidates(resolved, ranks, stage.lengths, split, room))
     problems: list[str] = []
-    for size in candidates[candidates.index(by_plan) :]:
-        measured, problem = stage.agreed(*stage.step(size))
+    while candidates:
+        chosen = choices.fastest(candidates)
+        measured, problem = stage.agreed(*stage.step(chosen.limits))
         if not problem:
             took = max(one.resident for one in measured) / GIB
             tried = f"; {problems[-1]}" if problems else ""
-            if note := on_rank_0(partial(room_for_activations, resolved, stage.lengths, size, room)):
+            if note := on_rank_0(partial(room_for_activations, resolved, stage.lengths, chosen.limits, room)):
                 stage.echo(f"note: {note}")
-            return size, f"a rehearsal of the heaviest took {took:.2f} of {room / GIB:.2f} GiB of a GPU{tried}"
-        problems.append(f"{size} of the longest clips did not fit ({problem})")
+            gib = f"a rehearsal of the heaviest took {took:.2f} of {room / GIB:.2f} GiB of a GPU"
+            return chosen.limits, f"{choices.reason(chosen, candidates)}; {gib}{tried}"
+        problems.append(f"{chosen.size} of the longest clips did not fit ({problem})")
         stage.show(problems[-1])
+        candidates = [one for one in candidates if one.size < chosen.size]
     raise nothing_fits(resolved, problem)

@@ -1,78 +1,72 @@
-"""The largest size of micro-batches that the plan says to fit a GPU: where a rehearsal starts."""
+"""The micro-batches that the plan says to fit a GPU, with their speeds: where a rehearsal starts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from toolkit.batching.lengths import rung_above
+from toolkit.cluster.ranks import Ranks
+from toolkit.corpus.packed import Split
 from toolkit.errors import UserError
-from toolkit.fitting.shapes import Lengths, heaviest, limits_of
 from toolkit.planning.hardware import Hardware
-from toolkit.planning.plan import make_plan
 from toolkit.planning.recomputation import needless_recomputation
+from toolkit.planning.sizes.choices import Candidate, Planned
+from toolkit.planning.sizes.first_epoch import FirstEpoch
+from toolkit.planning.sizes.shapes import Lengths, Limits, heaviest, limits_of, sizes
 from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.resolve import ResolvedRun
 
 
-def planned_size(resolved: ResolvedRun, lengths: Lengths, candidates: Sequence[int], room: int) -> int:
-    """The first of the candidates whose heaviest micro-batches fit.
+def planned_candidates(
+    resolved: ResolvedRun, ranks: Ranks, lengths: Lengths, split: Split, room: int
+) -> list[Candidate]:
+    """The micro-batches whose heaviest fit, the largest first.
 
     Args:
-        resolved: the run.
+        resolved, ranks: the run.
         lengths: of its clips.
-        candidates: sizes, largest first.
+        split: that it trains on.
         room: bytes that torch may have on the GPU, model and optimizer states included.
 
     Returns:
-        the last candidate where the plan finds that none fits, and the first where it cannot say: a rehearsal decides.
+        the smallest where the plan finds that none fits, and all of unknown speed where it cannot say: a rehearsal
+        decides.
     """
-    recipe = resolved.recipe
-    hardware = Hardware(gpus=resolved.world_size, gpu_memory=room)
-
-    def fits(subject: Subject, size: int) -> bool:
-        for shape in heaviest(limits_of(size, lengths), lengths):
-            workload = _workload(resolved, lengths, shape.frames)
-            plan = make_plan(subject, resolved, hardware, workload, micro_batch_size=shape.clips)
-            if plan.phases["step"] - hardware.context > room:
-                return False
-        return True
-
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    hardware = Hardware(resolved.world_size, room, nodes if resolved.world_size % nodes == 0 else 1)
+    every = [Candidate(size, limits_of(size, lengths)) for size in sizes(lengths.share)]
     try:
-        subject = Subject.of(recipe)
-        low, high = 0, len(candidates) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(subject, candidates[middle]) else (middle + 1, high)
-        return candidates[low]
+        planned = Planned(
+            Subject.of(resolved.recipe),
+            resolved,
+            hardware,
+            lengths,
+            FirstEpoch(resolved, split),
+            Workload(1, 1, 1, ((1, lengths.longest),), None, ""),
+            lambda plan: plan.phases["step"] - hardware.context <= room,
+        )
+        return planned.candidates() or every[-1:]
     except UserError:
-        return candidates[0]  # a model that cannot be traced
+        return every  # a model that cannot be traced
 
 
-def room_for_activations(resolved: ResolvedRun, lengths: Lengths, size: int, room: int) -> str | None:
+def room_for_activations(resolved: ResolvedRun, lengths: Lengths, limits: Limits, room: int) -> str | None:
     """What a run would gain that recomputes its activations and has the room to keep them, in a line; else None.
 
     Args:
-        resolved, lengths, room: as for :func:`planned_size`.
-        size: of its micro-batches.
+        resolved, lengths, room: as for :func:`planned_candidates`.
+        limits: of its micro-batches.
     """
     if not resolved.recipe.training.gradient_checkpointing:
         return None
-    shape = max(heaviest(limits_of(size, lengths), lengths), key=lambda shape: shape.clips * shape.frames)
+    shape = max(heaviest(limits, lengths), key=lambda shape: shape.clips * shape.frames)
     hardware = Hardware(gpus=resolved.world_size, gpu_memory=room)
     hardware = replace(hardware, gpu_memory=room + int(hardware.context))
-    workload = _workload(resolved, lengths, shape.frames)
+    workload = Workload(
+        shape.frames, lengths.most_tokens(resolved.recipe), shape.frames, ((1, lengths.longest),), None, ""
+    )
     try:
         found = needless_recomputation(Subject.of(resolved.recipe), resolved, hardware, workload, shape.clips)
     except UserError:
         return None  # a model that cannot be traced
     return found.in_words() if found else None
-
-
-def _workload(resolved: ResolvedRun, lengths: Lengths, frames: int) -> Workload:
-    """The longest text behind clips of so many frames."""
-    # Texts count as a token for each byte: the plan needs no tokenizer.
-    tokens = min(resolved.recipe.training.max_target_tokens, 1 + max(len(text.encode()) for text in lengths.long_texts))
-    tokens = rung_above(lengths.token_rungs, tokens)
-    return Workload(frames, tokens, frames, ((1, lengths.longest),), None, "")

@@ -31,7 +31,7 @@ from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError, first_line
 from toolkit.fitting.rehearsal_engine import Measured, RehearsalEngine
-from toolkit.fitting.shapes import Lengths, Shape
+from toolkit.planning.sizes.shapes import Lengths, Shape
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import out_of_collections
 from toolkit.training.monitoring.memory_shortage import is_out_of_memory

@@ -25,7 +25,6 @@ from toolkit.evaluation.splits import ready_to_translate
 from toolkit.fitting.bounds import SPREAD, UNKNOWN, Passes, Size, states_of_a_step
 from toolkit.fitting.hardware import leave_reserve, reserve
 from toolkit.fitting.memory_limits import held, peaks, reset_peak
-from toolkit.fitting.shapes import Lengths, Shape
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.compiled import uncompiled
 from toolkit.models.loss import batch_losses
@@ -33,6 +32,7 @@ from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
 from toolkit.planning.cpu_plan import HEAP_LOSS
 from toolkit.planning.memory import translation_memory
+from toolkit.planning.sizes.shapes import Lengths, Shape
 from toolkit.planning.subject import Subject
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import gradient_norm, make_engine

@@ -16,7 +16,7 @@ from toolkit.fitting.hardware import GIB
 from toolkit.fitting.memory_limits import MemoryLimit, memory_limit
 from toolkit.fitting.rehearsal import Rehearsal
 from toolkit.fitting.rehearsal_engine import Measured
-from toolkit.fitting.shapes import Lengths, Shape, heaviest, limits_of
+from toolkit.planning.sizes.shapes import Lengths, Limits, Shape, heaviest
 from toolkit.recipe.resolve import ResolvedRun
 
 SHOWN_EVERY = 5.0  # seconds between lines about a rehearsal
@@ -63,9 +63,9 @@ class Stage:
             self.shown = time.monotonic()
             self.echo(f"  rehearsal: {text}")
 
-    def step(self, size: int) -> tuple[Measured, str | None]:
-        """One step over the heaviest micro-batches of a size, and why it does not fit; None where it does."""
-        return self._held_to_limit(self.rehearsal.step(heaviest(limits_of(size, self.lengths), self.lengths)))
+    def step(self, limits: Limits) -> tuple[Measured, str | None]:
+        """One step over the heaviest micro-batches within limits, and why it does not fit; None where it does."""
+        return self._held_to_limit(self.rehearsal.step(heaviest(limits, self.lengths)))
 
     def at_most(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
         """What a step takes at most by the passes until now, without taking it, and why it may not fit."""

@@ -29,11 +29,11 @@ from toolkit.corpus.mixture.opening import open_prepared
 from toolkit.errors import UserError
 from toolkit.fitting.deepspeed_json import compare_jsons
 from toolkit.fitting.hardware import cards
-from toolkit.fitting.shapes import sizes
 from toolkit.fitting.trial import Speed, Trial
 from toolkit.models.check import check_model
 from toolkit.planning.comparison import Comparison, changes_results
 from toolkit.planning.hardware import Hardware
+from toolkit.planning.sizes.shapes import sizes
 from toolkit.recipe.resolve import ResolvedRun, resolve_named
 
 ON_CPUS = ("zero0", "zero1", "zero2")  # offloading on CPUs moves nothing, and stage 3 gathers what is there
@@ -46,10 +46,23 @@ Echo = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """A DeepSpeed JSON and the clips of a micro-batch, or ``auto``."""
+    """A DeepSpeed JSON and micro-batches: their clips, or ``auto``, and padded frames at most; None = no limit."""
 
     deepspeed: str
     micro_batch_size: int | str
+    micro_batch_frames: int | None = None
+
+    @property
+    def settings(self) -> list[str]:
+        """As the command line takes them."""
+        clips = [f"training.micro_batch_size={self.micro_batch_size}"]
+        return clips + ([f"training.micro_batch_frames={self.micro_batch_frames}"] if self.micro_batch_frames else [])
+
+    @property
+    def clips(self) -> str:
+        """Of a micro-batch, in words."""
+        frames = f", {self.micro_batch_frames} frames" if self.micro_batch_frames else ""
+        return f"{self.micro_batch_size}{frames}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,8 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
 
 
 def cells_by_plan(comparison: Comparison, world_size: int, clips: int, given: int | None) -> list[Cell]:
-    """On GPUs: the fastest JSONs of a plan, each with the largest micro-batch that fits and the next smaller one.
+    """On GPUs: the fastest JSONs of a plan, each with the micro-batches that a run would choose and the largest that
+    fits, or with that and the next smaller one.
 
     Args:
         comparison: of the JSONs.
@@ -122,7 +136,12 @@ def cells_by_plan(comparison: Comparison, world_size: int, clips: int, given: in
             found += [Cell(row.name, given)] if row.fits else []
             continue
         fitting = [size for size in sizes(-(-clips // world_size)) if size <= row.max_micro_batch]
-        found += [Cell(row.name, size) for size in fitting[:2]]
+        sized = [Cell(row.name, size) for size in fitting]
+        if row.choice:
+            limits = row.choice.limits
+            chosen = Cell(row.name, limits.clips, limits.frames)
+            sized = [chosen, *(cell for cell in sized if cell != chosen)]
+        found += sized[:2]
     return found[:CELLS]
 
 
@@ -159,7 +178,7 @@ def tune(
     outcomes: list[Outcome] = []
     todo = list(cells)
     for number, cell in enumerate(todo, start=1):
-        echo(f"[{number}/{len(todo)}] {cell.deepspeed} with micro-batches of {cell.micro_batch_size}: starting")
+        echo(f"[{number}/{len(todo)}] {cell.deepspeed} with micro-batches of {cell.clips}: starting")
         try:
             with _signals_as_ctrl_c():
                 outcome = try_cell(script, recipe, overrides, cell, ranks, steps)
@@ -192,8 +211,8 @@ def try_cell(script: Path, recipe: str, overrides: Sequence[str], cell: Cell, ra
     with tempfile.TemporaryDirectory(prefix="tuning-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         own = [
-            *(word for word in overrides if not word.startswith(("run.dir=", "training.micro_batch_size="))),
-            f"training.micro_batch_size={cell.micro_batch_size}",
+            *(word for word in overrides if not word.startswith(("run.dir=", *_replaced(cell)))),
+            *cell.settings,
             "tracking.wandb=off",
             f"run.dir={folder / 'run'}",
         ]
@@ -257,18 +276,23 @@ def fastest(outcomes: Iterable[Outcome]) -> Outcome | None:
 
 def command_of(outcome: Outcome, recipe: str, overrides: Sequence[str], ranks: int) -> str:
     """How to run the recipe with a cell."""
-    own = [shlex.quote(word) for word in overrides if not word.startswith("training.micro_batch_size=")]
     cell = outcome.cell
+    own = [shlex.quote(word) for word in overrides if not word.startswith(_replaced(cell))]
     words = [f"deepspeed --num_gpus {ranks} launch/train.py --recipe {recipe} --ds {cell.deepspeed}", *own]
-    return " ".join([*words, f"training.micro_batch_size={cell.micro_batch_size}"])
+    return " ".join([*words, *cell.settings])
+
+
+def _replaced(cell: Cell) -> tuple[str, ...]:
+    """What the overrides that a cell replaces begin with."""
+    return tuple(f"{setting.partition('=')[0]}=" for setting in cell.settings)
 
 
 def as_text(outcomes: Sequence[Outcome], recipe: str, overrides: Sequence[str], ranks: int) -> str:
     """The table, the fastest first, and its command."""
-    lines = [f"{'DeepSpeed JSON':<24}{'micro-batch':>12}{'clips/s':>10}{'GiB a rank':>12}"]
+    lines = [f"{'DeepSpeed JSON':<24}{'micro-batch':>20}{'clips/s':>10}{'GiB a rank':>12}"]
     by_speed = sorted(outcomes, key=lambda one: -one.speed.clips_per_second if one.speed else 0.0)
     for outcome in by_speed:
-        row = f"{outcome.cell.deepspeed:<24}{outcome.cell.micro_batch_size:>12}"
+        row = f"{outcome.cell.deepspeed:<24}{outcome.cell.clips:>20}"
         if outcome.speed:
             row += f"{outcome.speed.clips_per_second:>10.3g}{outcome.speed.peak_gib:>12.2f}"
         lines.append(row if outcome.speed else f"{row}  {outcome.problem}")
@@ -292,7 +316,7 @@ def as_dict(outcomes: Sequence[Outcome], recipe: str, overrides: Sequence[str], 
 
 
 def _in_words(outcome: Outcome) -> str:
-    what = f"{outcome.cell.deepspeed} with micro-batches of {outcome.cell.micro_batch_size}"
+    what = f"{outcome.cell.deepspeed} with micro-batches of {outcome.cell.clips}"
     if outcome.speed is None:
         return f"{what} failed: {outcome.problem}"
     speed = outcome.speed

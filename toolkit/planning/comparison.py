@@ -11,6 +11,10 @@ from toolkit.planning.hardware import GIB, Hardware
 from toolkit.planning.idle import IdleGpus, idle_gpus
 from toolkit.planning.plan import Plan, largest_micro_batch, make_plan, step_seconds
 from toolkit.planning.recomputation import NeedlessRecomputation, needless_recomputation
+from toolkit.planning.sizes import choices
+from toolkit.planning.sizes.choices import Candidate, planned_choices
+from toolkit.planning.sizes.first_epoch import FirstEpoch
+from toolkit.planning.sizes.shapes import Lengths
 from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload, from_maxima
 from toolkit.recipe.resolve import ResolvedRun, resolve
@@ -31,11 +35,13 @@ class Row:
     Attributes:
         name: of the JSON.
         conflicts: why it cannot be used with this recipe, in words; then there is no plan.
-        plan: with the recipe's micro-batch; where that is ``auto``, with the largest that fits, or one clip.
+        plan: with the recipe's micro-batch; where that is ``auto``, with the one that a run would choose, or one clip.
         lacking: what the hardware has too little of, and how many bytes it lacks.
         max_micro_batch: the most clips of a forward pass that fit; 0 = not one.
-        seconds: of a step with that micro-batch, by the model of the hardware.
+        seconds: of a step, by the model of the hardware: with what is chosen, else with that micro-batch.
         config: the resolved JSON.
+        choice: the micro-batches that a run with ``auto`` chooses; None where it has its number, or without a corpus.
+        reason: why it chooses them, in words.
     """
 
     name: str
@@ -45,6 +51,13 @@ class Row:
     max_micro_batch: int = 0
     seconds: float | None = None
     config: Tree | None = None
+    choice: Candidate | None = None
+    reason: str = ""
+
+    @property
+    def clips(self) -> int:
+        """Of the longest clips in a forward pass with what is chosen; without a choice the most that fit."""
+        return self.choice.size if self.choice else self.max_micro_batch
 
     @property
     def fits(self) -> bool:
@@ -145,10 +158,11 @@ def compare(
         workload: its longest clips.
         own: the recipe's own JSON.
     """
+    clips: dict[int, tuple[Lengths, FirstEpoch]] = {}
     rows = [
         Row(name, conflicts=f"{run.message} ({run.hint})")
         if isinstance(run, UserError)
-        else _row(name, subject, run, hardware, workload)
+        else _row(name, subject, run, hardware, workload, clips)
         for name, run in runs.items()
     ]
     batch = next((run.batch for run in runs.values() if isinstance(run, ResolvedRun)), "")
@@ -171,22 +185,34 @@ def compare(
     )
     run = runs[chosen.name]
     assert isinstance(run, ResolvedRun)
-    planned = (subject, run, hardware, workload, chosen.max_micro_batch)
+    planned = (subject, run, hardware, workload, chosen.clips)
     return Comparison(rows, chosen, reason, [], idle_gpus(*planned), needless_recomputation(*planned), batch)
 
 
-def _row(name: str, subject: Subject, run: ResolvedRun, hardware: Hardware, workload: Workload) -> Row:
+def _row(
+    name: str,
+    subject: Subject,
+    run: ResolvedRun,
+    hardware: Hardware,
+    workload: Workload,
+    clips: dict[int, tuple[Lengths, FirstEpoch]],
+) -> Row:
     try:
         largest = largest_micro_batch(subject, run, hardware, workload)
         fastest = make_plan(subject, run, hardware, workload, micro_batch_size=max(1, largest))
         own = run.recipe.training.micro_batch_size
         plan = fastest if own == "auto" else make_plan(subject, run, hardware, workload)
+        planned = planned_choices(subject, run, hardware, workload, clips)
+        candidates = planned.candidates() if planned and largest else []
     except UserError as error:
         return Row(name, conflicts=f"{error.message} ({error.hint})")
-    seconds = None
-    if largest:
-        seconds = step_seconds(fastest, run, hardware, subject.weights)
-    return Row(name, "", plan, plan.lacking(hardware), largest, seconds, run.deepspeed)
+    seconds = step_seconds(fastest, run, hardware, subject.weights) if largest else None
+    row = Row(name, "", plan, plan.lacking(hardware), largest, seconds, run.deepspeed)
+    if not planned or not candidates:
+        return row
+    choice = choices.fastest(candidates)
+    plan, reason = planned.plan(choice.limits), choices.reason(choice, candidates)
+    return replace(row, plan=plan, seconds=choice.seconds, choice=choice, reason=reason)
 
 
 def changes_results(config: Tree | None) -> bool:

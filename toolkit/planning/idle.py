@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from toolkit.planning.hardware import Hardware
-from toolkit.planning.plan import Plan, make_plan, pass_seconds
+from toolkit.planning.plan import PassSpeed, Plan, make_plan
 from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload
 from toolkit.recipe.compilation import graphs_obstacle
@@ -67,11 +67,13 @@ def idle_gpus(
         return None
     share = -(-training.global_batch_size // run.data_parallel_size)
 
+    speed = PassSpeed.of(run, subject.weights)
+
     def planned(clips: int) -> Plan:
         return make_plan(subject, run, hardware, workload, micro_batch_size=clips)
 
     def busy(plan: Plan) -> float:
-        return pass_seconds(plan, run, subject.weights, products_alone=True) / pass_seconds(plan, run, subject.weights)
+        return speed.products(plan.pass_) / speed.seconds(plan.pass_)
 
     now = busy(planned(share)) if largest >= share else BUSY
     if now >= BUSY:

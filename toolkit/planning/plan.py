@@ -26,6 +26,7 @@ from toolkit.recipe.resolve import ResolvedRun
 from toolkit.recipe.tree import Tree, value_at
 
 CHECKPOINT_BYTES = 12  # a trained weight in a checkpoint: master copy and two moments
+SUM_BYTES = 12  # that pass through memory as a gradient is added to the sum of earlier passes
 PHASES = ("start", "step", "evaluation", "save")
 
 
@@ -251,29 +252,57 @@ def _complete(items: Items, hardware: Hardware) -> Items:
     return items | {"allocator": FRAGMENTS * sum(items.values()), "CUDA context": float(hardware.context)}
 
 
-def pass_seconds(plan: Plan, resolved: ResolvedRun, weights: list[Weight], *, products_alone: bool = False) -> float:
-    """How long a forward and backward pass over the largest micro-batch takes.
+@dataclass(frozen=True)
+class PassSpeed:
+    """What the time of a run's passes follows from, whatever their micro-batches.
 
-    As long as its matrix products or the launches of its kernels, whichever is longer, and DeepSpeed's work for each
-    weight; nothing overlaps. With ``products_alone`` the matrix products. What ranks of a tensor-parallel group send
-    within a layer is not counted.
+    Attributes:
+        flop: seconds of one of a matrix product.
+        kernel: seconds that the host takes to launch one.
+        host: that it takes besides in each pass, for DeepSpeed's hooks.
+        waits: of a pass, in which a GPU does none of it: it reduces gradients, and waits for weights.
     """
-    low = resolved.precision != "fp32" or resolved.autocast
-    own = weights_of_rank(weights, resolved.tensor_parallel_size)
-    share = sum(item.numel for item in own) / sum(item.numel for item in weights)
-    products = share * plan.pass_.flops / (machine.FLOPS * (1.0 if low else machine.FP32_SHARE))
-    if products_alone:
-        return products
-    # Stages 0 and 1 sum gradients once a step, the others in every backward pass.
-    hooks = gradient_tensors(weights) * (machine.HOOK_SECONDS if resolved.zero_stage >= 2 else machine.HOOK_SECONDS / 2)
-    gathers = 3 * len(weights) / 2 * machine.GATHER_SECONDS if resolved.zero_stage == 3 else 0.0
-    return max(products, plan.pass_.kernels * machine.KERNEL_SECONDS) + hooks + gathers
+
+    flop: float
+    kernel: float
+    host: float
+    waits: float
+
+    @classmethod
+    def of(cls, resolved: ResolvedRun, weights: list[Weight]) -> PassSpeed:
+        """Of a run; what ranks of a tensor-parallel group send within a layer is not counted."""
+        low = resolved.precision != "fp32" or resolved.autocast
+        own = weights_of_rank(weights, resolved.tensor_parallel_size)
+        share = sum(item.numel for item in own) / sum(item.numel for item in weights)
+        flop = share / (machine.FLOPS * (1.0 if low else machine.FP32_SHARE))
+        if compilation(resolved.recipe, resolved.deepspeed, has_gpu=True).graphs:
+            return cls(flop, 0.0, 0.0, 0.0)  # a graph is one launch, and its replay runs no hooks
+        # Stages 0 and 1 sum gradients once a step, the others in every backward pass: half of that is the host's work.
+        reductions = gradient_tensors(weights) * machine.HOOK_SECONDS / 2 if resolved.zero_stage >= 2 else 0.0
+        gathers = 3 * len(weights) / 2 * machine.GATHER_SECONDS if resolved.zero_stage == 3 else 0.0
+        return cls(flop, machine.KERNEL_SECONDS, reductions, reductions + gathers)
+
+    def products(self, passed: Trace) -> float:
+        """Seconds of the matrix products of a forward and backward pass."""
+        return passed.flops * self.flop
+
+    def seconds(self, passed: Trace) -> float:
+        """Of the pass: its products, or what the host does meanwhile, whichever takes longer."""
+        return max(self.products(passed), passed.kernels * self.kernel + self.host) + self.waits
 
 
 def step_seconds(plan: Plan, resolved: ResolvedRun, hardware: Hardware, weights: list[Weight]) -> float:
-    """How long an optimizer step takes: its passes, what ranks send, what crosses the host link, and the update."""
-    passes, zero = plan.accumulation_steps, plan.zero
-    compute = passes * pass_seconds(plan, resolved, weights)
+    """How long an optimizer step takes: its passes, and what is beside them."""
+    passes = plan.accumulation_steps
+    of_passes = passes * PassSpeed.of(resolved, weights).seconds(plan.pass_)
+    return of_passes + seconds_beside(plan, passes, resolved, hardware, weights)
+
+
+def seconds_beside(plan: Plan, passes: int, resolved: ResolvedRun, hardware: Hardware, weights: list[Weight]) -> float:
+    """What a step of so many passes takes besides: sums, what ranks send, what crosses the host link, the update."""
+    zero = plan.zero
+    trained = sum(item.numel for item in weights if item.trained)
+    sums = (passes - 1) * SUM_BYTES * trained / machine.MEMORY_BANDWIDTH
     bandwidth = machine.NODE_BANDWIDTH if hardware.nodes == 1 else machine.NETWORK_BANDWIDTH
     communication = (zero.sent + (passes - 1) * zero.sent_again) / bandwidth
     link = zero.over_link * (1 if resolved.zero_stage < 3 else passes) / machine.HOST_LINK
@@ -282,7 +311,7 @@ def step_seconds(plan: Plan, resolved: ResolvedRun, hardware: Hardware, weights:
         update = zero.of_optimizer * hardware.ranks_per_node / machine.HOST_ADAM
     else:
         update = zero.of_optimizer / machine.MEMORY_BANDWIDTH
-    return compute + communication + link + on_disk + update
+    return sums + communication + link + on_disk + update
 
 
 def gradient_tensors(weights: Sequence[Weight]) -> int:

@@ -79,6 +79,7 @@ def _row(row: Row, comparison: Comparison, hardware: Hardware) -> dict[str, Any]
         "pinned_gib": _gib(plan.pinned),
         "nvme_gib": _gib(plan.nvme),
         "checkpoint_gib": _gib(plan.checkpoint),
+        "chosen": row.choice and asdict(row.choice.limits),
         "micro_batch_size": plan.micro_batch_size,
         "accumulation_steps": plan.accumulation_steps,
     }
@@ -122,6 +123,8 @@ def _lines(
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
         yield f"  {command_of(chosen, recipe, hardware, words)}"
+        if chosen.choice:
+            yield f"  its micro-batches have {chosen.choice.limits.in_words()}: {chosen.reason}"
         for note in (comparison.idle, comparison.recomputation):
             if note:
                 yield f"note: {note.in_words()}"

@@ -10,7 +10,7 @@ from toolkit.batching.lengths import rung_above, text_sizes
 from toolkit.batching.order import evaluation_shapes, steps_per_epoch
 from toolkit.batching.planned import PlannedEpoch
 from toolkit.corpus.mixture.opening import open_prepared
-from toolkit.corpus.packed import Corpus
+from toolkit.corpus.packed import Corpus, Split
 from toolkit.errors import UserError
 from toolkit.recipe import batches
 from toolkit.recipe.batches import clip_limit, most_batch_frames
@@ -34,6 +34,7 @@ class Workload:
         shapes: all different micro-batches of a rank; None = too many to name.
         first_shapes, later_shapes: micro-batches of which one is the heaviest, the first of a step and the others;
             where there are none, each has its most frames and tokens.
+        split: that the run trains on; None without a corpus.
     """
 
     frames: int
@@ -45,6 +46,7 @@ class Workload:
     shapes: tuple[Passes, ...] | None = None
     first_shapes: tuple[Passes, ...] = ()
     later_shapes: tuple[Passes, ...] = ()
+    split: Split | None = None
 
 
 def workload_of(recipe: Recipe, world_size: int) -> Workload:
@@ -98,6 +100,7 @@ def from_corpus(recipe: Recipe, corpus: Corpus, world_size: int, epochs: int = 2
         tuple({evaluated[0], evaluated[-1]}),
         steps_per_epoch(mixture.epoch_clips, training.global_batch_size),
         f"corpus {corpus.path}: {len(split):,} clips, at most {longest} frames{' with padding' if ladder else ''}",
+        split=split,
     )
 
 

@@ -18,9 +18,12 @@ from toolkit.batching.planned import ladder_of
 from toolkit.corpus.packed import Corpus, Split
 from toolkit.poses.augmentation import is_off
 from toolkit.recipe.resolve import ResolvedRun
+from toolkit.recipe.schema import Recipe
 
 # Clips of a micro-batch for each of the longest ones that it could hold: limits what short clips' texts take.
 MOST_SHORT_CLIPS = 4
+# On GPUs those that are compared: the fewer, the less is padded.
+SHORT_CLIPS = (MOST_SHORT_CLIPS, 1)
 # Clips change their lengths from epoch to epoch by augmentation; later epochs have hardly longer ones.
 MOST_EPOCHS = 50
 SAMPLE = 256  # texts
@@ -46,6 +49,11 @@ class Lengths:
     frame_limit: int | None = None
     token_rungs: tuple[int, ...] = ()
 
+    def most_tokens(self, recipe: Recipe) -> int:
+        """Of the longest text, padded. Texts count as a token for each byte: a plan needs no tokenizer."""
+        longest = 1 + max(len(text.encode()) for text in self.long_texts)
+        return rung_above(self.token_rungs, min(recipe.training.max_target_tokens, longest))
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -62,6 +70,10 @@ class Limits:
 
     clips: int
     frames: int | None
+
+    def in_words(self) -> str:
+        """E.g. ``at most 128 clips and 18432 padded frames``."""
+        return f"at most {self.clips} clips" + (f" and {self.frames} padded frames" if self.frames else "")
 
 
 def lengths_of(resolved: ResolvedRun, split: Split) -> Lengths:
@@ -90,26 +102,33 @@ def sizes(share: int) -> list[int]:
     return list(dict.fromkeys(-(-share // passes) for passes in range(1, share + 1)))
 
 
-def limits_of(size: int, lengths: Lengths) -> Limits:
-    """The limits by which micro-batches take no more than ``size`` of the longest clips do."""
+def limits_of(size: int, lengths: Lengths, short_clips: int = MOST_SHORT_CLIPS) -> Limits:
+    """The limits by which micro-batches take no more than ``size`` of the longest clips do.
+
+    They hold up to ``short_clips`` times as many shorter clips.
+    """
     if size >= lengths.share:
         return Limits(lengths.share, lengths.frame_limit)
-    shorter = min(MOST_SHORT_CLIPS, max(1, lengths.longest // lengths.typical))
+    shorter = min(short_clips, max(1, lengths.longest // lengths.typical))
     frames = size * lengths.longest
     return Limits(min(lengths.share, size * shorter), min(frames, lengths.frame_limit or frames))
 
 
-def next_smaller(limits: Limits, lengths: Lengths) -> int | None:
-    """The largest size whose micro-batches take less than some limits permit; None where there is none."""
+def next_smaller(limits: Limits, lengths: Lengths) -> Limits | None:
+    """Those of the largest size whose micro-batches take less than some limits permit; None where there are none."""
 
     def most(limits: Limits) -> tuple[int, float]:
         return limits.clips, math.inf if limits.frames is None else limits.frames
 
     clips, frames = most(limits)
     for size in sizes(lengths.share):
-        found = most(limits_of(size, lengths))
-        if found != (clips, frames) and found[0] <= clips and found[1] <= frames:
-            return size
+        for short_clips in SHORT_CLIPS:
+            smaller = limits_of(size, lengths, short_clips)
+            found = most(smaller)
+            # The longest clips alone take as much with as many frames.
+            is_less = found[1] < frames or (short_clips == MOST_SHORT_CLIPS and found[0] < clips)
+            if is_less and found[0] <= clips and found[1] <= frames:
+                return smaller
     return None
 
 

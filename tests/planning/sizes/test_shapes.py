@@ -8,11 +8,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.small_runs import corpus, resolve
 from toolkit.batching.ladder import fitted_rungs, micro_batches_on_rungs, training_ladder
 from toolkit.batching.lengths import rung_above
 from toolkit.batching.order import epoch_order, micro_batches, micro_batches_by_frames
 from toolkit.corpus.packed import Corpus
-from toolkit.fitting.shapes import (
+from toolkit.planning.sizes.shapes import (
+    SHORT_CLIPS,
     Lengths,
     Limits,
     Shape,
@@ -20,10 +22,13 @@ from toolkit.fitting.shapes import (
     heaviest,
     lengths_of,
     limits_of,
+    next_smaller,
     sizes,
     typical,
 )
 from toolkit.recipe.resolve import ResolvedRun
+
+__all__ = ["corpus", "resolve"]
 
 
 def lengths(share: int, longest: int, median: int, frame_limit: int | None = None) -> Lengths:
@@ -67,7 +72,7 @@ def test_no_micro_batch_of_any_epoch_takes_more_than_the_rehearsed_ones(
     rungs = fitted_rungs(every, 2, limit=int(every.max()) + 9) if on_ladder else ()
     longest = rung_above(rungs, int(every.max()))
     known = lengths(share, longest, rung_above(rungs, int(np.median(every))))
-    limits = limits_of(data.draw(st.sampled_from(sizes(share))), known)
+    limits = limits_of(data.draw(st.sampled_from(sizes(share))), known, data.draw(st.sampled_from(SHORT_CLIPS)))
     rehearsed = heaviest(limits, known)
     for epoch in range(2):
         for step in epoch_order(every, share * world_size, seed=1, epoch=epoch):
@@ -115,3 +120,16 @@ def test_on_a_ladder_the_longest_clip_takes_its_rung(resolve: Callable[..., Reso
     ladder = training_ladder(corpus.splits["train"].frames, run.recipe)
     assert known.longest == ladder.frames[-1] == 18, "13 frames are slowed by half, to data.max_frames at most"
     assert known.typical in ladder.frames and known.token_rungs == ladder.tokens
+
+
+def test_the_next_smaller_limits_take_less_for_the_longest_clips() -> None:
+    known = lengths(128, 300, 90)
+    limits, found = Limits(128, None), []
+    while (smaller := next_smaller(limits, known)) is not None:
+        assert heaviest(smaller, known)[0].clips < heaviest(limits, known)[0].clips
+        found.append(smaller)
+        limits = smaller
+    assert found[0] == limits_of(64, known) and found[-1] == limits_of(1, known)
+    # As many short clips as long ones: never more short ones than there were.
+    assert next_smaller(Limits(43, 43 * 300), known) == Limits(32, 32 * 300)
+    assert next_smaller(Limits(1, 300), known) is None
