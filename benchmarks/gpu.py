@@ -7,8 +7,9 @@ python benchmarks/gpu.py --only t5_base_128  one of them, even if it is there al
 python benchmarks/gpu.py --cpu               toy sizes without a GPU: only to see that the command works
 
 Each row is written to benchmarks/results/gpu.json as soon as it is measured, with the device, torch and the driver. It
-ends when the minutes are over: what the last row has measured by then is written. A later call does the rows that are
-not there for this device yet, again those that failed or ran out of time, and last those of which one side failed.
+ends when the minutes are over, or by SIGINT or SIGTERM: what the last row has measured by then is written. A later call
+does the rows that are not there for this device yet, again those that failed or were ended before they were whole, and
+last those of which one side failed. What was measured stays until more of a row is there.
 Weights are random, of published sizes; clips and sentences are as long as iSign's. Ways of training are processes that
 build their model once, those of two rows at the same time where the GPU has the memory, and then take turns: nothing
 else runs beside a turn. ``python benchmarks/page.py`` draws what was measured.
@@ -40,7 +41,8 @@ RESULTS = HERE / "results" / "gpu.json"
 HELD_OUT = 128  # clips of its dev split, and of its test split
 SHARE = 0.9  # of a GPU's memory that the sides of two rows may hold
 TURNS = 8.0  # seconds of a side's turns, when it is open
-LONGEST = 2.5  # of the seconds of a row: it hangs, and the others need the time
+ABOUT = {"error", "warning", "ended_after_seconds", "took_seconds", "device", "torch", "driver"}  # are no figures
+LONGEST = 2.0  # of the seconds of a row, or of a start or a turn of one side: it hangs, and the others need the time
 
 
 class Measuring:
@@ -54,41 +56,43 @@ class Measuring:
         self.opened: dict[str, Processes] = {}
 
     def __call__(self, row: Row, seconds: float) -> dict[str, Any]:
-        """A row, or what of it was measured when so many seconds, or far more than it takes, were over."""
-        seconds = seconds if self.toy else min(seconds, LONGEST * row.seconds)
-        with ended_after(seconds) as is_over:
+        """A row; or what of it was measured before a signal came, or so many seconds or far too many were over."""
+        began, opening = time.monotonic(), self._opening(row, seconds)
+        limit = seconds if self.toy else min(seconds, LONGEST * sum(each.seconds for each in opening))
+        with ended_after(limit) as is_over:
             try:
-                found = self._measured(row, seconds)
-            except (RuntimeError, SystemExit):
+                found = self._measured(row, opening)
+            except (Exception, SystemExit):
                 if not is_over.is_set():
                     raise
                 found = {}
         if is_over.is_set():
             self.close()
             begin_again()
-            found["ended_after_seconds"] = round(seconds)
+            found["ended_after_seconds"] = round(time.monotonic() - began)
         return found
 
-    def _measured(self, row: Row, seconds: float) -> dict[str, Any]:
+    def _measured(self, row: Row, opening: Sequence[Row]) -> dict[str, Any]:
         if not isinstance(row.measure, Training):
             return row.measure(self.folder, self.toy)
         began, more = time.monotonic(), {}
         if row.name not in self.opened:
-            pair = {each.name: each.measure for each in self._pair(row, seconds) if isinstance(each.measure, Training)}
-            opened = opened_together([*pair.values()], self.folder, self.toy)
-            self.opened |= dict(zip(pair, opened, strict=True))
+            ways = {each.name: (each.measure, LONGEST * each.seconds) for each in opening}
+            opened = opened_together([*ways.values()], self.folder, self.toy)
+            self.opened |= dict(zip(ways, opened, strict=True))
             more = {"opened_in_seconds": round(time.monotonic() - began, 1)}
         processes = self.opened.pop(row.name)
         with processes.stack:
             return row.measure.measure(processes, self.toy) | more
 
-    def _pair(self, row: Row, seconds: float) -> list[Row]:
-        """A training row and, where both fit, the one after it."""
+    def _opening(self, row: Row, seconds: float) -> list[Row]:
+        """A row and, where the GPU has the memory for both, the training row after it, which starts with it."""
         pair = self.rows[self.rows.index(row) :][:2]
         training = [each.measure for each in pair if isinstance(each.measure, Training)]
         is_room = sum(each.gib for each in training) <= SHARE * self.gib
         is_time = sum(each.seconds for each in pair) <= seconds
-        return pair if len(training) == 2 and is_room and is_time and not self.toy else [row]
+        is_new = row.name not in self.opened and not self.toy
+        return pair if len(training) == 2 and is_room and is_time and is_new else [row]
 
     def seconds(self, row: Row) -> float:
         """How long a row takes from now on."""
@@ -109,8 +113,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="toy sizes; writes no results unless --results names a file")
     parser.add_argument("--results", type=Path, default=None, help=f"default {RESULTS.relative_to(HERE.parent)}")
     arguments = parser.parse_args()
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, end_now)
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     device, gib = machine(arguments.cpu)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -118,21 +123,34 @@ def main() -> None:
         rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
         rows = rows if arguments.only else missing(rows, read(path), device)
         prepare(folder, arguments.cpu)
+        stop.is_taking = True
         with closing(Measuring(rows, folder, arguments.cpu, gib)) as measure:
-            try:
-                left = take(rows, path, device, began + 60 * arguments.minutes, measure)
-            except KeyboardInterrupt as stop:
-                sys.exit(f"stopped by {stop}; the same command does the rows that are missing")
+            left = take(rows, path, device, began + 60 * arguments.minutes, measure, stop=stop)
+    if stop.name:
+        sys.exit(f"stopped by {stop.name}; the same command does the rows that are missing")
     for name in left:
         print(f"left for the next call: {name}")
 
 
-def end_now(number: int, _: Any) -> None:
-    """Without what is being measured: threads that wait for processes return when these have ended."""
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)  # `timeout` and a terminal send it to each process of a group
-    end_all()
-    raise KeyboardInterrupt(signal.Signals(number).name)
+class Stop:
+    """Handler of the signals that end the command: the row that is being measured ends at once, and is written.
+
+    Attributes:
+        name: of the signal that came.
+        is_taking: whether rows are being measured; before them there is nothing to write.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.is_taking = False
+
+    def __call__(self, number: int, _: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # `timeout` and a terminal send it to each process of a group
+        self.name = signal.Signals(number).name
+        if not self.is_taking:
+            sys.exit(f"stopped by {self.name} before a row was measured")
+        end_all()  # threads that wait for processes return when these have ended
 
 
 def machine(cpu: bool) -> tuple[dict[str, str], float]:
@@ -168,13 +186,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def missing(rows: Sequence[Row], results: dict[str, Any], device: dict[str, str]) -> list[Row]:
-    """Rows that are not there for this device, failed or ran out of time; and last those of which a side failed."""
+    """Rows that are not there for this device, failed or were ended; and last those of which a side failed."""
 
     def what_is_there(row: Row) -> int:
         found = results.get(row.name, {})
         if found.get("device") != device["device"] or "error" in found or "ended_after_seconds" in found:
             return 0
-        return 1 if any("error" in side for side in found.get("sides", {}).values()) else 2
+        return 2 if is_whole(found) else 1
 
     there = {row.name: what_is_there(row) for row in rows}
     return [row for number in (0, 1) for row in rows if there[row.name] == number]
@@ -187,11 +205,12 @@ def take(
     ends: float,
     measure: Measuring,
     *,
+    stop: Stop | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
     """Measure rows in their order, as far as the time goes, and write each as it comes.
 
-    A row that fails is written with its error, unless more of it is there.
+    A row that fails is written with its error, and one that was ended with what it has, unless more of it is there.
 
     Args:
         rows: to be measured.
@@ -199,6 +218,7 @@ def take(
         device: what they are measured on.
         ends: when the time is over, by the clock.
         measure: measures them.
+        stop: says when a signal has ended the row; no other is begun.
         clock: seconds.
 
     Returns:
@@ -206,7 +226,7 @@ def take(
     """
     left = []
     for row in rows:
-        if clock() + measure.seconds(row) > ends:
+        if (stop and stop.name) or clock() + measure.seconds(row) > ends:
             left.append(row.name)
             continue
         started = clock()
@@ -218,8 +238,8 @@ def take(
         print(row.name, json.dumps(found), flush=True)
         results = read(path)
         there = results.get(row.name, {})
-        if there.get("device") == device["device"] and sides_of(there) > sides_of(found):
-            print(f"{row.name}: more sides were measured before, which stay", flush=True)
+        if there.get("device") == device["device"] and not is_whole(found) and figures_in(there) > figures_in(found):
+            print(f"{row.name}: more was measured before, which stays", flush=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -228,11 +248,16 @@ def take(
     return left
 
 
-def sides_of(row: dict[str, Any]) -> int:
-    """How many sides of a row were measured; a row without sides counts as one."""
-    if "error" in row or not row:
-        return 0
-    return sum("error" not in side for side in row["sides"].values()) if "sides" in row else 1
+def is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row was measured to its end, with all of its sides."""
+    parts = [row, *row.get("sides", {}).values()]
+    return bool(row) and "ended_after_seconds" not in row and not any("error" in part for part in parts)
+
+
+def figures_in(row: dict[str, Any]) -> int:
+    """How many figures of a row, or of its sides, were measured."""
+    parts = row["sides"].values() if "sides" in row else [row]
+    return sum(key not in ABOUT for part in parts for key in part)
 
 
 if __name__ == "__main__":

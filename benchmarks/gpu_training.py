@@ -104,6 +104,8 @@ class Training(NamedTuple):
 class Processes:
     """Those of one row, which build their models, compile, capture and warm up at the same time as those of others.
 
+    A side that takes longer than ``limit`` seconds to start, or for a turn, has failed: it hangs, and the others wait.
+
     Attributes:
         ready: name of a side -> its process.
         first: its first turns, which are no measure: their seconds, and what the last of them answered.
@@ -111,8 +113,8 @@ class Processes:
         failed: of those that have ended, why.
     """
 
-    def __init__(self, row: Training, folder: Path, toy: bool) -> None:
-        self.row, self.toy = row, toy
+    def __init__(self, row: Training, folder: Path, toy: bool, limit: float) -> None:
+        self.row, self.toy, self.limit = row, toy, limit
         self.ready: dict[str, subprocess.Popen[str]] = {}
         self.first: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {side: {} for side in row.sides}
@@ -130,7 +132,7 @@ class Processes:
         The first step of our own runs without graphs, and its shape may be that of no other: it is a turn by itself.
         """
         try:
-            self.ready[side] = self.stack.enter_context(started(self.commands[side]))
+            self.ready[side] = self.stack.enter_context(started(self.commands[side], limit=self.limit))
         except SystemExit as error:
             self.failed[side] = {"error": in_short(error)}
             return
@@ -143,16 +145,16 @@ class Processes:
         if side not in self.ready:
             return []
         try:
-            return [take_turn(self.ready[side], order)]
+            return [take_turn(self.ready[side], order, self.limit)]
         except SystemExit as error:
             self.failed[side] = {"error": in_short(error)}
             del self.ready[side]
             return []
 
 
-def opened_together(rows: Sequence[Training], folder: Path, toy: bool) -> list[Processes]:
-    """The processes of some rows, when all of their sides have taken a turn or failed."""
-    opened = [Processes(row, folder, toy) for row in rows]
+def opened_together(rows: Sequence[tuple[Training, float]], folder: Path, toy: bool) -> list[Processes]:
+    """The processes of some rows, each with its limit, when all of their sides have taken a turn or failed."""
+    opened = [Processes(row, folder, toy, limit) for row, limit in rows]
     sides = [(processes, side) for processes in opened for side in processes.commands]
     with ExitStack() as stack, ThreadPoolExecutor(len(sides)) as threads:
         for processes in opened:

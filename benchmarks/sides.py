@@ -68,16 +68,40 @@ def _why(what: str, errors: IO[str]) -> str:
 
 
 @contextmanager
-def started(command: list[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process that is ready, and idle until its turn."""
+def _limited(process: subprocess.Popen[str], seconds: float | None) -> Iterator[threading.Event]:
+    """Within it a process is ended after so many seconds; None: after none."""
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        _end_group(process.pid)
+
+    timer = threading.Timer(seconds or 0.0, end)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield is_late
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def started(
+    command: list[str], environment: dict[str, str] | None = None, limit: float | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ready, and idle until its turn; one that is not so many seconds after its start has failed."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
     with (
         tempfile.TemporaryFile("w+") as errors,
         running(command, stderr=errors, env=os.environ | (environment or {}), **pipes) as process,
     ):
         assert process.stdout
-        if not any(line.strip() == "ready" for line in process.stdout):
-            sys.exit(_why(f"{' '.join(command)} did not start", errors))
+        with _limited(process, limit) as is_late:
+            is_ready = any(line.strip() == "ready" for line in process.stdout)
+        if not is_ready:
+            within = f" within {limit:.0f} s" if is_late.is_set() else ""
+            sys.exit(_why(f"{' '.join(command)} did not start{within}", errors))
         _errors[process.pid] = errors
         try:
             yield process
@@ -148,16 +172,18 @@ def run_there(project: Path, arguments: list[str]) -> None:
     subprocess.run([sys.executable, *arguments], check=True, cwd=project, env=os.environ | {"PYTHONPATH": paths})
 
 
-def take_turn(process: subprocess.Popen[str], steps: int | str) -> dict[str, Any]:
-    """Let a side take so many optimizer steps; ``count`` has it count one."""
+def take_turn(process: subprocess.Popen[str], steps: int | str, limit: float | None = None) -> dict[str, Any]:
+    """Let a side take so many optimizer steps; ``count``: one, counted. None may take more than ``limit`` seconds."""
     assert process.stdin and process.stdout
     with contextlib.suppress(BrokenPipeError):  # it has ended: its errors say why
         process.stdin.write(f"{steps}\n")
         process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            return dict(json.loads(line))
-    sys.exit(_why(f"{' '.join(map(str, process.args))} ended during its turn", _errors[process.pid]))
+    with _limited(process, limit) as is_late:
+        for line in process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+    within = f", which took more than {limit:.0f} s" if is_late.is_set() else ""
+    sys.exit(_why(f"{' '.join(map(str, process.args))} ended during its turn{within}", _errors[process.pid]))
 
 
 def turns_of(

@@ -28,6 +28,8 @@ class Machine:
         self.gpu, self.path, self.now = gpu, path, 100.0
         self.broken: set[str] = set()
         self.found: dict[str, Any] = {}  # of each row that is measured
+        self.stop = gpu.Stop()
+        self.stopped_in = ""  # row that a signal ends
         self.limits: list[float] = []
         self.written: list[list[str]] = []  # rows in the file when each measurement began
         self.rows = [gpu.Row(name, seconds, None) for name, seconds in (("a", 60), ("b", 90), ("c", 30))]
@@ -38,6 +40,8 @@ class Machine:
         self.now += row.seconds
         if row.name in self.broken:
             raise RuntimeError("out of memory")
+        if row.name == self.stopped_in:
+            self.stop.name = "SIGINT"
         return dict(self.found) or {"clips_per_second": row.seconds}
 
     def seconds(self, row: Any) -> float:
@@ -48,7 +52,8 @@ class Machine:
 
     def take(self, minutes: float, device: dict[str, str] = H100, again: bool = False) -> list[str]:
         rows = self.rows if again else self.gpu.missing(self.rows, self.results(), device)
-        left: list[str] = self.gpu.take(rows, self.path, device, self.now + 60 * minutes, self, clock=lambda: self.now)
+        ends = self.now + 60 * minutes
+        left: list[str] = self.gpu.take(rows, self.path, device, ends, self, stop=self.stop, clock=lambda: self.now)
         return left
 
 
@@ -58,6 +63,7 @@ class Sides:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         self.broken: dict[str, int] = {}  # setting of a side -> turns before it ends
         self.running, self.most = 0, 0
+        self.limits: set[float] = set()  # of starts and turns, in seconds
         self.taken: dict[tuple[str, str], list[int | str]] = {}  # orders of each recipe and first setting
         self.sees_gpu = True
         self.captured = 0
@@ -67,13 +73,15 @@ class Sides:
         self.over: threading.Event = sys.modules["sides"]._is_over
 
     @contextmanager
-    def started(self, command: list[str]) -> Iterator[list[str]]:
+    def started(self, command: list[str], limit: float) -> Iterator[list[str]]:
+        self.limits.add(limit)
         self.running += 1
         self.most = max(self.most, self.running)
         yield command
         self.running -= 1
 
-    def take_turn(self, command: list[str], order: int | str) -> dict[str, Any]:
+    def take_turn(self, command: list[str], order: int | str, limit: float) -> dict[str, Any]:
+        self.limits.add(limit)
         for setting, left in self.broken.items():
             if setting in command:
                 self.broken[setting] -= 1

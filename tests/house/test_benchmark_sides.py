@@ -94,6 +94,16 @@ def test_when_the_time_is_over_nothing_waits_and_nothing_starts(sides: ModuleTyp
         assert sides.take_turn(process, 2) == {"clips": 2}
 
 
+def test_a_side_that_hangs_fails_alone(sides: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"did not start within 0 s"), sides.started(["-c", MUTE], limit=0.1):
+        pass
+    idle = "import sys, time; print('ready', flush=True); time.sleep(60)"
+    with sides.started(["-c", idle], limit=60) as process, sides.started(["-c", SIDE], limit=60) as other:
+        with pytest.raises(SystemExit, match="more than 0 s"):
+            sides.take_turn(process, 4, limit=0.1)
+        assert sides.take_turn(other, 4, limit=60) == {"clips": 4}
+
+
 def test_a_command_that_fails_says_why(sides: ModuleType) -> None:
     assert sides.output_of(["-c", "print(6 * 7)"]) == "42\n"
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -121,11 +131,16 @@ def test_a_signal_ends_all_sides_before_the_benchmark(sides: ModuleType, monkeyp
         except SystemExit as error:
             return str(error)
 
+    stop = gpu.Stop()
+    with pytest.raises(SystemExit, match="SIGTERM"):
+        stop(signal.SIGTERM, None)
+    stop.is_taking = True
     with ThreadPoolExecutor(1) as threads:
         opening = threads.submit(open_side)
-        with pytest.raises(KeyboardInterrupt):
-            gpu.end_now(signal.SIGTERM, None)
+        stop(signal.SIGTERM, None)
         assert "ready" not in opening.result()
+    assert stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "it comes twice"
 
 
 def test_what_a_run_has_compiled_captured_and_warned_of_is_read_from_its_log() -> None:

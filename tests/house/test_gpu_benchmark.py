@@ -67,12 +67,34 @@ def test_rows_of_which_a_side_failed_come_last_and_never_with_fewer_sides(machin
     assert len(machine.written) == began, "everything is there"
 
 
-def test_a_row_that_ran_out_of_time_is_taken_again(machine: Machine) -> None:
-    machine.found = {"sides": {"ours": {"clips_per_second": 9.0}}, "ended_after_seconds": 60}
+def test_a_row_that_was_ended_is_taken_again_and_loses_nothing(machine: Machine) -> None:
+    speeds = {"ours": {"clips_per_second": 9.0, "mfu": 0.4}, "bare": {"clips_per_second": 8.0}}
+    failed = {side: {"error": "no time was left"} for side in speeds}
+    turns = {side: figures | failed[side] for side, figures in speeds.items()}  # ended while they were profiled
+    machine.found = {"sides": turns, "ended_after_seconds": 60}
     machine.take(minutes=1)
-    machine.found = {"sides": {"ours": {"clips_per_second": 9.0}, "bare": {"clips_per_second": 8.0}}}
+    machine.found = {"sides": failed, "ended_after_seconds": 9}  # while they started
     machine.take(minutes=1)
-    assert "ended_after_seconds" not in machine.results()["a"]
+    assert machine.results()["a"]["sides"] == turns
+    machine.found = {"sides": {side: figures | {"busy": 0.5} for side, figures in speeds.items()}}
+    machine.take(minutes=1)
+    assert "ended_after_seconds" not in machine.results()["a"] and machine.results()["a"]["sides"]["ours"]["busy"]
+
+
+def test_a_row_that_was_whole_stays_where_it_is_measured_again_and_ended(machine: Machine) -> None:
+    machine.take(minutes=10)
+    machine.found = {"ended_after_seconds": 3}
+    machine.take(minutes=10, again=True)
+    machine.broken = {"a", "b", "c"}
+    machine.take(minutes=10, again=True)
+    assert [row.get("clips_per_second") for row in machine.results().values()] == [60, 90, 30]
+
+
+def test_a_signal_ends_a_row_which_is_written_and_no_other_is_begun(machine: Machine) -> None:
+    machine.found = {"sides": {"ours": {"clips_per_second": 9.0}}, "ended_after_seconds": 3}
+    machine.stopped_in = "b"
+    assert machine.take(minutes=10) == ["c"]
+    assert list(machine.results()) == ["a", "b"] and machine.results()["b"]["sides"]["ours"]
 
 
 def test_another_device_has_rows_of_its_own(machine: Machine) -> None:
