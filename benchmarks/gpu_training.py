@@ -152,9 +152,9 @@ class Processes:
             return []
 
 
-def opened_together(rows: Sequence[tuple[Training, float]], folder: Path, toy: bool) -> list[Processes]:
-    """The processes of some rows, each with its limit, when all of their sides have taken a turn or failed."""
-    opened = [Processes(row, folder, toy, limit) for row, limit in rows]
+def opened_together(rows: Sequence[Training], folder: Path, toy: bool, limit: float) -> list[Processes]:
+    """The processes of some rows, when all of their sides have taken a turn or failed: ``limit`` as of Processes."""
+    opened = [Processes(row, folder, toy, limit) for row in rows]
     sides = [(processes, side) for processes in opened for side in processes.commands]
     with ExitStack() as stack, ThreadPoolExecutor(len(sides)) as threads:
         for processes in opened:
@@ -187,7 +187,7 @@ def figures_of(turns: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, 
     found: dict[str, Any] = {"clips_per_second": round(speed_of(turns), 1)}
     last = turns[-1]
     if "mfu" in last:
-        found["mfu"] = round(median(turn["mfu"] for turn in turns), 3)
+        found |= {key: round(median(turn[key] for turn in turns), 3) for key in ("mfu", "product_tflops")}
     found |= {key: last[key] for key in ("micro_batch", "captured", "compile_seconds", "warning") if last.get(key)}
     made = sum(last[key] - first[key] for key in ("captured", "compiled") if key in last)
     if made:

@@ -68,34 +68,35 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "What the kernels of a step compute and move",
         "/path/to/python benchmarks/roofline.py",
         "**Arithmetic, not a measurement**: what an H100 and an H200 (SXM) need at least for the kernels of an "
-        "optimizer step, if each reads and writes its tensors once in their HBM (3.35 and 4.8 TB/s), computes at "
-        "the peak of its type (989.4 TFLOPS in bf16, dense) and takes 3 us (assumed), as NVIDIA's data sheets say "
-        "of the [H100](https://www.nvidia.com/en-us/data-center/h100/) and the [H200](https://www.nvidia.com/en-"
-        "us/data-center/h200/). A kernel whose tensors are in the cache may be faster, and matrix products are "
-        "slower. Kernels are those that torch, DeepSpeed and Inductor call on the pretended CUDA runtime "
-        "(`tests/pretended_cuda`), without NCCL's; weights have their published sizes, and an epoch of four steps "
-        "is padded more than that of a large corpus. Ways of training and their micro-batches are those of `gpu.py`, "
-        "with layers as written in place of graphs; T5-Large and T5-3B keep their activations, as cards of 80 GB can, "
-        "and smaller micro-batches than ours are padded less. "
-        "`mfu` is that of such a step: FLOPs of products, padding included and "
-        "recomputation not, by its time and peak. `kernels of ...` are those that take the H100 longest, all calls "
-        "of a place together.",
+        "optimizer step, if each reads and writes its tensors once in their HBM (3.35 and 4.8 TB/s), computes at the "
+        "peak of its type (989.4 TFLOPS in bf16, dense) and takes 3 us (assumed), as NVIDIA's data sheets say of the "
+        "[H100](https://www.nvidia.com/en-us/data-center/h100/) and the "
+        "[H200](https://www.nvidia.com/en-us/data-center/h200/). A kernel whose tensors are in the cache may be "
+        "faster, and matrix products are slower. Kernels are those that torch, DeepSpeed and Inductor call on the "
+        "pretended CUDA runtime (`tests/pretended_cuda`), without NCCL's; weights have their published sizes, and an "
+        "epoch of four steps is padded more than that of a large corpus. Ways of training and their micro-batches are"
+        " those of `gpu.py`, with layers as written in place of graphs and Seq2SeqTrainer under ZeRO-2; T5-Large and "
+        "T5-3B keep their activations, as cards of 80 GB can, and smaller micro-batches than ours are padded less. "
+        "`mfu` is that of such a step: FLOPs of products, padding included and recomputation not, by its time and "
+        "peak. `kernels of ...` are those that take the H100 longest, all calls of a place together.",
     ),
     "gpu": (
         "On a GPU",
         "python benchmarks/gpu.py",
         "Random weights of published sizes, clips and sentences as long as iSign's; each row says its device. Sides "
         "take turns, every turn of a side over the same batches, which are loaded before it: `hf_16` is "
-        "Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours, both with workers, page-locked memory, fused "
-        "AdamW and bf16; `bare` a DeepSpeed engine with our layers, `plain` PyTorch's autocast with transformers' "
-        "layers, `fastest` the same loop with our layers, compiled as ours, and our loss. T5-Large is one "
-        "micro-batch, as `auto` takes on such a card, and `ours_64` two, as its peers, whose clips are padded less. "
-        "`busy` is the share of a step in which the chip computes or copies; a launch is a call of the host, which "
-        "starts a kernel, a copy or a graph of many. `made_in_turns` says that layers were compiled or passes captured "
-        "in turns that count; `first_turn_seconds` are those beside all other sides. `t5_base_starts` are seconds from "
-        "the start of a process to the end of an epoch, compiled for the first time, later from the cache, and "
-        "without. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 ... GPUs, its loader included: the "
-        "share of its time that ranks wait for data, and its peak beside the plan.",
+        "Seq2SeqTrainer with micro-batches of 16, `hf_best` with ours, both with our DeepSpeed JSON "
+        "(`t5_base_16_as_written`: with ZeRO-2), workers, page-locked memory, fused AdamW and bf16; `bare` a "
+        "DeepSpeed engine with our layers, `plain` PyTorch's autocast with transformers' layers, `fastest` the same "
+        "loop with our layers, compiled as ours, and our loss. T5-Large is one micro-batch, as `auto` takes on such a"
+        " card, and `ours_64` two, as its peers, whose clips are padded less. MFU is model FLOPs, padding included, "
+        "over those of a matrix product measured after each turn in the same process (`product_tflops`; data sheets "
+        "promise more, 989 of an H100). `busy` is the share of a step in which the chip computes or copies; a launch "
+        "is a call of the host, which starts a kernel, a copy or a graph of many. `made_in_turns` says that layers "
+        "were compiled or passes captured in turns that count; `first_turn_seconds` are those beside all other sides."
+        " `t5_base_starts` are seconds from the start of a process to the end of an epoch, compiled for the first "
+        "time, later from the cache, and without. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 ..."
+        " GPUs, its loader included: the share of its time that ranks wait for data, and its peak beside the plan.",
     ),
     "large_models": (
         "Large models on a small machine",

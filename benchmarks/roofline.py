@@ -39,7 +39,7 @@ CLIPS = 128  # of a step
 STEPS = 4  # of a turn, an epoch: steps are sorted by length
 SHOWN = 12  # of the kernels that take longest
 ROWS_OF = {  # recipe -> rows of gpu.py
-    "t5_small": ("t5_small_128",),
+    "t5_small": ("t5_small_128", "t5_small_128_loops"),
     "t5_base": ("t5_base_128", "t5_base_128_loops"),
     "t5_large": ("t5_large", "t5_large_loops", "t5_large_peers"),
     "t5_3b_lora": ("t5_3b_lora", "t5_3b_lora_loops", "t5_3b_lora_peers"),
@@ -80,7 +80,7 @@ def main() -> None:
 def sides_of(recipe: str) -> dict[str, Side]:
     """Ways of training of gpu.py's rows; instead of graphs, whose replays are one launch, layers as they are written.
 
-    The bare loop gets the compiled layers that ours has.
+    The bare loop gets the compiled layers that ours has, and Seq2SeqTrainer ZeRO-2.
     """
     by_name = {row.name: row.measure for row in ROWS}
     found: dict[str, Side] = {}
@@ -92,6 +92,8 @@ def sides_of(recipe: str) -> dict[str, Side]:
                 found["ours_as_written"] = Side(way, (*settings, "training.compile=false"))
             elif name == "bare":
                 found["bare_compiled"] = Side(way, (*settings, "training.compile=true"))
+            elif way == "hf":
+                found[name] = Side(way, (*settings, "deepspeed=zero2"))
             elif name != "ours_graphs":
                 found[name] = Side(way, tuple(settings))
     return found

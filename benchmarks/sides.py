@@ -63,6 +63,11 @@ def in_short(error: BaseException) -> str:
     return f"{first.group()}\n...\n{end}" if first else end
 
 
+def _name(words: Any) -> str:
+    """What of a command says which side it is, without the paths of a machine."""
+    return " ".join(Path(word).name for word in map(str, words) if not word.startswith("-"))[: END // 4]
+
+
 def _why(what: str, errors: IO[str]) -> str:
     return "no time was left" if _is_over.is_set() else f"{what}:\n{_end_of(errors)}"
 
@@ -101,7 +106,7 @@ def started(
             is_ready = any(line.strip() == "ready" for line in process.stdout)
         if not is_ready:
             within = f" within {limit:.0f} s" if is_late.is_set() else ""
-            sys.exit(_why(f"{' '.join(command)} did not start{within}", errors))
+            sys.exit(_why(f"{_name(command)} did not start{within}", errors))
         _errors[process.pid] = errors
         try:
             yield process
@@ -183,7 +188,7 @@ def take_turn(process: subprocess.Popen[str], steps: int | str, limit: float | N
             if line.startswith("{"):
                 return dict(json.loads(line))
     within = f", which took more than {limit:.0f} s" if is_late.is_set() else ""
-    sys.exit(_why(f"{' '.join(map(str, process.args))} ended during its turn{within}", _errors[process.pid]))
+    sys.exit(_why(f"{_name(process.args)} ended during its turn{within}", _errors[process.pid]))
 
 
 def turns_of(

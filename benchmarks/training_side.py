@@ -119,7 +119,7 @@ def ours(resolved: ResolvedRun, corpus: Corpus, *, same: bool = False) -> None:
             batches = [batch for step in taken for batch in step]
             planned = planned_step(trainer) if is_profiled() else {}
             figures = {
-                "mfu": utilisation(trainer, batches, seconds),
+                **utilisation(trainer, batches, seconds),
                 "padded_frames": padded_frames(batches),
                 **made_so_far(trainer),
                 **planned,

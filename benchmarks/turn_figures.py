@@ -12,11 +12,12 @@ from toolkit.training.monitoring.metering import product_type
 from toolkit.training.trainer import Trainer
 
 
-def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> float:
-    """Model-FLOPs utilisation of a turn, against a matrix product measured right after it."""
+def utilisation(trainer: Trainer, batches: list[Batch], seconds: float) -> dict[str, float]:
+    """``mfu``, model-FLOPs utilisation of a turn, against the ``product_tflops`` of a matrix product right after it."""
     assert trainer.meter.cost
     flops = sum(map(trainer.meter.cost.of, batches))
-    return flops / seconds / measure_peak(trainer.engine.device, product_type(trainer.resolved))
+    peak = measure_peak(trainer.engine.device, product_type(trainer.resolved))
+    return {"mfu": flops / seconds / peak, "product_tflops": peak / 1e12}
 
 
 def padded_frames(batches: list[Batch]) -> float:

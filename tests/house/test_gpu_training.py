@@ -32,7 +32,7 @@ def test_a_row_opens_alone_where_memory_or_time_are_short_or_another_row_is_betw
     with measuring(gpu, rows, tmp_path) as measure:
         found = [measure(row, seconds) for row in rows]
     assert sides.most == 3 and not sides.running
-    assert sides.limits == {60 * gpu.LONGEST}
+    assert sides.limits == {gpu.LATEST}
     assert not between or found[1] == {"ratio": 0}
 
 
