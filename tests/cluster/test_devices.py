@@ -123,6 +123,7 @@ def test_cudnn_has_no_part_in_attention_on_gpus(gpus, fresh_attention, choose):
     assert "cudnn" in attention_kernels()
     choose()
     assert attention_kernels() == ["flash", "memory-efficient", "math"]
+    assert not hasattr(torch.backends, "python_native") or not torch.backends.python_native.triton.enabled
 
 
 def test_a_cpu_has_one_attention_kernel(gpus):

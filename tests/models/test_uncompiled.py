@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_worker.subproc_pool import SubprocException
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config
 
@@ -81,6 +82,15 @@ def test_a_pass_that_begins_without_graphs_ends_without(make: Make, graphs: Grap
     assert graphs == []
     loss_and_norm(model, batch)
     assert len(graphs) == 4
+
+
+def test_the_reason_of_a_process_that_compiles_for_this_one_is_its_own() -> None:
+    trace = (
+        'Traceback (most recent call last):\n  File "cache.py", line 121, in put\nOSError: No space left on device\n'
+    )
+    assert "No space left" in compiled.reason_of(SubprocException(trace))
+    assert compiled.reason_of(RuntimeError("first\nsecond")).endswith("first")
+    assert compiled.reason_of(RuntimeError()) == "RuntimeError"
 
 
 @pytest.mark.parametrize(("name", "positions"), [("t5_base", 3000), ("t5_3b", 430)])

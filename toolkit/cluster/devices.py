@@ -28,7 +28,7 @@ def use_device(ranks: Ranks) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(0 if gpus == 1 else ranks.local_rank)
-        _leave_out_cudnn_attention()
+        _leave_out_kernels()
     return own_device()
 
 
@@ -40,7 +40,7 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
-    _leave_out_cudnn_attention()
+    _leave_out_kernels()
     if name is None:
         return own_device()
     try:
@@ -68,13 +68,19 @@ def own_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _leave_out_cudnn_attention() -> None:
-    """Keep cuDNN's kernel out of ``scaled_dot_product_attention``, which takes the next one that fits.
+def _leave_out_kernels() -> None:
+    """Leave out kernels that are made while a run computes.
 
-    It builds a plan for each new pair of batch size and length, and batches of signing have a new one nearly every
-    time: a third of a step's host time with T5-Base on an H100 (5.4 ms a call), and 2.5 times the step in FunASR#3704.
+    cuDNN's of ``scaled_dot_product_attention``, which takes the next one that fits, builds a plan for each new pair of
+    batch size and length, and batches of signing have a new one nearly every time: a third of a step's host time with
+    T5-Base on an H100 (5.4 ms a call), and 2.5 times the step in FunASR#3704.
+
+    Triton's, by which torch 2.13 computes outer products outside of compiled layers: they need a C compiler and a
+    folder that can be written, by default ``~/.triton``, and end the run where there is none.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if hasattr(torch.backends, "python_native"):  # since torch 2.13
+        torch.backends.python_native.triton.enabled = False
 
 
 def attention_kernels() -> list[str]:

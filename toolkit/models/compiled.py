@@ -212,4 +212,6 @@ def reason_of(error: Exception) -> str:
     """Why a layer could not be compiled, in one line."""
     inner = getattr(error, "inner_exception", error)
     lines = str(inner).strip().splitlines()
-    return f"{type(inner).__name__}: {lines[0].strip()}" if lines else type(inner).__name__
+    # Of a process that compiles for this one: "An exception occurred in a subprocess:", and its traceback.
+    said = lines[-1 if lines[0].endswith(":") else 0] if lines else ""
+    return f"{type(inner).__name__}: {said.strip()}" if said else type(inner).__name__
