@@ -113,6 +113,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     from toolkit.cluster.devices import use_device
     from toolkit.cluster.logs import log_to_file, show_errors_only
+    from toolkit.cluster.memory_shortage import explained_shortage
     from toolkit.cluster.process_group import join_process_group, leave_process_group, use_threads
     from toolkit.cluster.rendezvous import on_each_node, on_rank_0
     from toolkit.cpu.allocator import return_freed_memory
@@ -161,7 +162,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         print(f"{arguments.model} on {corpus.path}: {', '.join(names)}, {total:,} clips, {beams} beams", flush=True)
     length = search.get("max_new_tokens") or generation.max_new_tokens
     fullest = settings.model_copy(update={"num_beams": beams, "max_new_tokens": length})
-    with open_model(arguments, ranks, corpus, names, fullest) as (model, synced, batch_frames):
+    with (
+        explained_shortage("add evaluation.num_beams=1, a lower evaluation.batch_frames, or --zero3 on more GPUs"),
+        open_model(arguments, ranks, corpus, names, fullest) as (model, synced, batch_frames),
+    ):
         if ctc_weight is not None:
             model.config.ctc_search_weight = ctc_weight
         started = time.monotonic()

@@ -33,6 +33,7 @@ require_packages()
 from toolkit.errors import TooManyRejects, UserError, exit_code_of, parsed
 
 if TYPE_CHECKING:
+    from toolkit.inference.clip_sources import ClipSource
     from toolkit.inference.translate_files import Translation
 
 
@@ -115,7 +116,7 @@ def parse() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Wrong names are found before the model is loaded, which takes seconds."""
     from toolkit.files import check_place
-    from toolkit.inference.clip_sources import find_clips, with_features
+    from toolkit.inference.clip_sources import find_clips
     from toolkit.poses.video import check_video_support
 
     sources = find_clips(arguments.clips, arguments.fps)
@@ -125,6 +126,16 @@ def run(arguments: argparse.Namespace) -> None:
         check_place(path.parent, f"--{path.suffix[1:].lower()} {path}", "give a file in another folder")
     if any(source.is_video for source in sources):
         check_video_support()
+
+    from toolkit.cluster.memory_shortage import explained_shortage
+
+    with explained_shortage("add --num-beams 1, a lower --window, or --device cpu"):
+        translate(arguments, sources)
+
+
+def translate(arguments: argparse.Namespace, sources: list[ClipSource]) -> None:
+    """Load the model, translate the clips and print their texts."""
+    from toolkit.inference.clip_sources import with_features
 
     model, processor = load(arguments)
     sources = with_features(sources, processor.feature_extractor, arguments.features, arguments.features_fps)

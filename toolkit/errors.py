@@ -73,6 +73,12 @@ class UserError(_Explained):
     exit_code = EXIT_USER_ERROR
 
 
+class OutOfMemory(UserError):
+    """A GPU or the machine had no memory left; the hint says which settings need less."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
+
+
 class TooManyRejects(UserError):
     """More of the data was rejected than the user allowed; nothing was half-written."""
 

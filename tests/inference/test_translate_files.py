@@ -79,6 +79,24 @@ def test_batches_of_any_size_give_what_each_clip_gives_alone(tiny: Model, record
             assert one.hypotheses[0].score == pytest.approx(other.hypotheses[0].score, abs=2e-4)  # rounded to 1e-4
 
 
+def test_clips_for_which_memory_is_short_together_are_translated_in_halves(
+    tiny: Model, recordings: list[RawPose]
+) -> None:
+    model, processor = tiny
+    sources = [source(str(number), clip) for number, clip in enumerate(recordings)]
+    texts = [found.text for found in translate_clips(model, processor, sources)]
+
+    def encode(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.pose_encoder.register_forward_pre_hook(encode)
+    try:
+        assert [found.text for found in translate_clips(model, processor, sources)] == texts
+    finally:
+        handle.remove()
+
+
 def test_a_whole_clip_is_read_as_the_processor_reads_it(tiny: Model, recordings: list[RawPose]) -> None:
     model, processor = tiny
     (found,) = translate_clips(model, processor, [source("a", recordings[0])], n_best=3)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import T5Config
 
 from tests.small_configs import T5, translator_config
@@ -20,7 +21,7 @@ from tests.time_limits import limit
 from tests.written_corpora import write_corpus
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Clip, Corpus
-from toolkit.errors import exit_code_of
+from toolkit.errors import EXIT_OUT_OF_MEMORY, exit_code_of
 from toolkit.evaluation import splits
 from toolkit.models.translator import PoseTranslator
 from toolkit.poses.features import NORMALISATION
@@ -166,6 +167,17 @@ def run_in_process(command, arguments: list[object], monkeypatch) -> int:
     with pytest.raises(SystemExit) as ended:
         script.main()
     return ended.value.code
+
+
+def test_too_little_memory_is_an_error_and_a_hint(model_folder, corpus, tmp_path, command, capsys, monkeypatch) -> None:
+    def search(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("toolkit.decoding.decode_split.search", search)
+    words: list[object] = ["--model", model_folder, "--corpus", corpus.path, "--out", tmp_path / "out"]
+    assert run_in_process(command, words, monkeypatch) == EXIT_OUT_OF_MEMORY
+    said = capsys.readouterr().err
+    assert "error: " in said and "2.00 GiB" in said and "hint: " in said and "evaluation.num_beams" in said
 
 
 def test_only_files_about_the_same_clips_are_compared(tmp_path, command, capsys, monkeypatch) -> None:

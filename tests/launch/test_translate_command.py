@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests.time_limits import limit
+from toolkit.errors import EXIT_OUT_OF_MEMORY
 from toolkit.poses.pose_file import read_pose
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "translate.py"
@@ -52,6 +54,16 @@ def translate(command, monkeypatch, capsys, model_folder) -> Callable[..., Done]
         return Done(int(left.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+def test_too_little_memory_is_an_error_and_a_hint(translate, clip_files: Clips, monkeypatch) -> None:
+    def search(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("toolkit.inference.translate_files.search", search)
+    done = translate(clip_files[0])
+    assert done.code == EXIT_OUT_OF_MEMORY
+    assert re.fullmatch(r"error: .*2\.00 GiB\nhint: .*--num-beams.*\n", done.err)
 
 
 def test_a_fresh_process_imports_nothing_that_it_does_not_need(model_folder: Path, clip_files: Clips, tmp_path) -> None:

@@ -8,6 +8,7 @@ one before it builds anything, and code that places a tensor calls :func:`own_de
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -79,8 +80,9 @@ def _leave_out_kernels() -> None:
     folder that can be written, by default ``~/.triton``, and end the run where there is none.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if hasattr(torch.backends, "python_native"):  # since torch 2.13
-        torch.backends.python_native.triton.enabled = False
+    native: Any = getattr(torch.backends, "python_native", None)  # since torch 2.13
+    if native is not None:
+        native.triton.enabled = False
 
 
 def attention_kernels() -> list[str]:

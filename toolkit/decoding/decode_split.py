@@ -10,12 +10,14 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from toolkit.batching.collate import Batch
 from toolkit.batching.ladder import fitted_rungs
 from toolkit.batching.languages import language_tokens
 from toolkit.batching.loader import evaluation_batches
 from toolkit.corpus.packed import Split
 from toolkit.decoding.search import Hypothesis, search
-from toolkit.decoding.step_graphs import graphs_of_search
+from toolkit.decoding.step_graphs import StepGraphs, graphs_of_search
+from toolkit.decoding.within_memory import SearchWithinMemory
 from toolkit.models.translator import PoseTranslator
 from toolkit.scoring.predictions import Prediction, make_predictions
 
@@ -83,11 +85,10 @@ def find_hypotheses(
         prefix=config.prefix_template,
         max_prefix_tokens=config.max_prefix_tokens,
     )
-    steps = graphs_of_search(model, wanted=graphs and not synced)
-    for batch in batches:
-        batch = batch.to(device)
+
+    def search_in(batch: Batch, steps: StepGraphs | None) -> list[list[Hypothesis]]:
         first_tokens = language_tokens(tokenizer, batch.target_languages)
-        found = search(
+        return search(
             model,
             processor,
             **batch.inputs,
@@ -97,6 +98,12 @@ def find_hypotheses(
             graphs=steps,
             **settings,
         )
+
+    within = SearchWithinMemory(search_in, Batch.halves, graphs_of_search(model, wanted=graphs and not synced))
+    is_alone = not synced and (not dist.is_initialized() or dist.get_world_size() == world_size)
+    for batch in batches:
+        batch = batch.to(device)
+        found = within.find(batch) if is_alone else search_in(batch, within.graphs)
         clips = zip(batch.clips.tolist(), found, batch.is_filler.tolist(), strict=True)
         rows += [(clip, hypotheses) for clip, hypotheses, is_filler in clips if not is_filler]
         if on_batch:

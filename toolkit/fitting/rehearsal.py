@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.cluster import failures
+from toolkit.cluster.memory_shortage import is_out_of_memory
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import UserError, first_line
@@ -34,7 +35,6 @@ from toolkit.fitting.rehearsal_engine import Measured, RehearsalEngine
 from toolkit.planning.sizes.shapes import Lengths, Shape
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.engine import out_of_collections
-from toolkit.training.monitoring.memory_shortage import is_out_of_memory
 
 KILLED_FIRST = 1000  # of /proc/PID/oom_score_adj: the kernel ends the rehearsal and not the run
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from toolkit.decoding.search import Hypothesis, search
+from toolkit.decoding.within_memory import SearchWithinMemory
 from toolkit.inference.clip_sources import ClipSource
 from toolkit.inference.windows import overlap_seconds, window_seconds, window_spans, without_repeats
 from toolkit.models.processor import ClipArrays, PoseFeatureExtractor, PoseProcessor
@@ -176,13 +177,22 @@ def _search(
     """The hypotheses of each window, none for those without features."""
     device = next(model.parameters()).device
     found: list[tuple[Hypothesis, ...]] = [()] * len(pending)
-    for batch in _batches([window.frames for window in pending], batch_frames):
+
+    def search_in(batch: list[int], _: Any) -> list[list[Hypothesis]]:
         clips = [features for index in batch if (features := pending[index].features) is not None]
         inputs = processor.add_conditions(processor.feature_extractor.pad(clips), [conditions] * len(clips)).to(device)
-        hypotheses = search(model, processor, **inputs, **settings)
-        for index, of_clip in zip(batch, hypotheses, strict=True):
+        return search(model, processor, **inputs, **settings)
+
+    within = SearchWithinMemory(search_in, _halves)
+    for batch in _batches([window.frames for window in pending], batch_frames):
+        for index, of_clip in zip(batch, within.find(batch), strict=True):
             found[index] = tuple(of_clip)
     return found
+
+
+def _halves(batch: list[int]) -> tuple[list[int], list[int]]:
+    middle = len(batch) // 2
+    return batch[:middle], batch[middle:]
 
 
 def _batches(frames: Sequence[int], batch_frames: int) -> Iterator[list[int]]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from toolkit.batching.collate import Batch
+from toolkit.cluster.memory_shortage import in_short, is_out_of_memory
 from toolkit.errors import UserError
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun
 from toolkit.training.monitoring.memory_phases import Shape
-from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory
 
 log = logging.getLogger("toolkit")
 

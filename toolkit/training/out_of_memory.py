@@ -19,6 +19,14 @@ import torch
 from toolkit.checkpointing.checkpoints import Progress, complete_checkpoints
 from toolkit.checkpointing.run_directory import CHECKPOINTS, details_of
 from toolkit.cluster.failures import ADVICE_SECONDS, Explainer, Failure
+from toolkit.cluster.memory_shortage import (
+    LOADER_KILLED,
+    boot_id,
+    in_short,
+    is_out_of_memory,
+    oom_kills,
+    oom_kills_by_place,
+)
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
 from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, UserError
@@ -28,14 +36,6 @@ from toolkit.planning.hardware import GIB, Hardware
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun, read_choice
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape, heaviest
-from toolkit.training.monitoring.memory_shortage import (
-    LOADER_KILLED,
-    boot_id,
-    in_short,
-    is_out_of_memory,
-    oom_kills,
-    oom_kills_by_place,
-)
 
 log = logging.getLogger("toolkit")
 

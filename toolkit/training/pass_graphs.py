@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.batching.collate import Batch
+from toolkit.cluster.memory_shortage import in_short, is_out_of_memory
 from toolkit.decoding.step_graphs import Capture, capture_on, on_stream, stream_of_graphs
 from toolkit.recipe.compilation import compilation
 from toolkit.recipe.resolve import ResolvedRun
-from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory
 from toolkit.training.optimization.gradient_reduction import coalesced_reduction
 
 MOST_GRAPHS = 128  # a ladder has at most 96 shapes for one number of clips each, and some for the end of an epoch

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from toolkit.cluster import memory_shortage
+from toolkit.cluster.memory_shortage import in_short, is_out_of_memory, oom_kills
 from toolkit.errors import UserError
-from toolkit.training.monitoring import memory_shortage
-from toolkit.training.monitoring.memory_shortage import in_short, is_out_of_memory, oom_kills
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 GiB is free. Of the allocated memory"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from toolkit.cluster.host_memory import OF_PROCESS, ROOT, free_addresses, memory_cgroups
-from toolkit.errors import explained, first_line
+from toolkit.errors import OutOfMemory, explained, first_line
 
 OF_MACHINE = Path("/proc/vmstat")
 OF_BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -32,6 +34,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     words = WORDS if free_addresses() is None else (*WORDS, *WORDS_OF_ADDRESSES)
     return isinstance(error, RuntimeError) and explained(error) is None and any(word in said for word in words)
+
+
+@contextmanager
+def explained_shortage(hint: str) -> Iterator[None]:
+    """Within it an error that says that memory was short is the user's, with this hint.
+
+    Raises:
+        OutOfMemory: in its place.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(in_short(error), hint) from error
 
 
 def in_short(error: BaseException) -> str:
