@@ -16,14 +16,14 @@ from toolkit.checkpointing.run_directory import start, write_status
 from toolkit.cluster.failures import Failure
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT
+from toolkit.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT
 from toolkit.planning.comparison import Advice
 from toolkit.recipe.batches import MicroBatchChoice
 from toolkit.recipe.choices import folder_of
 from toolkit.recipe.resolve import ResolvedRun, read_choice
 from toolkit.training import out_of_memory as module
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape
-from toolkit.training.out_of_memory import MemoryFailures, advice_in_words, kernels_counts, mark_if_killed
+from toolkit.training.out_of_memory import RunFailures, advice_in_words, kernels_counts, mark_if_killed
 
 __all__ = ["corpus", "resolve"]
 
@@ -42,11 +42,11 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(resolve: Any, corpus: Corpus) -> Any:
-    def make(run: ResolvedRun | None = None, *, kills: int = 3, **of_memory: Any) -> MemoryFailures:
+    def make(run: ResolvedRun | None = None, *, kills: int = 3, **of_memory: Any) -> RunFailures:
         run = run or resolve("training.micro_batch_size=2")
         run.run_dir.mkdir(exist_ok=True)
         memory = MemoryPhases(**{"phase": "step", "batch": Shape(2, 30, 8), **of_memory})
-        return MemoryFailures(run, Ranks(1, 1, 2, 2), corpus, memory, Progress(step=12), kills)
+        return RunFailures(run, Ranks(1, 1, 2, 2), corpus, memory, Progress(step=12), kills)
 
     return make
 
@@ -71,6 +71,16 @@ def test_other_errors_stay_what_they_are(make: Any) -> None:
     assert failures.explain(OWN, KeyError(7)) is OWN
     assert failures.explain(LOST, None) is LOST, "the kernel has killed nothing"
     assert failures.advise(OWN) == ""
+
+
+def test_a_gpu_that_has_failed_is_named(make: Any) -> None:
+    failures = make()
+    failure = failures.explain(OWN, RuntimeError("CUDA error: uncorrectable ECC error encountered\nSearch for more"))
+    error, hint = failure.lines.splitlines()
+    assert all(part in error for part in ("error: ", OWN.who, "step 13", "ECC")) and "Search" not in error
+    assert hint.startswith("hint: ") and "saved" in hint and "nvidia-smi" in hint
+    assert failure.code == EXIT_FAILED and not failure.is_explained, "its traceback is shown"
+    assert failures.advise(failure) == ""
 
 
 def test_a_rank_that_the_kernel_killed_is_named(make: Any) -> None:

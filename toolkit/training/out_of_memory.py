@@ -29,12 +29,13 @@ from toolkit.cluster.memory_shortage import (
 )
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, UserError
+from toolkit.errors import EXIT_OUT_OF_MEMORY, EXIT_SMALLER_NEXT, UserError, first_line
 from toolkit.planning.afterwards import Computed, advice_within
 from toolkit.planning.comparison import Advice
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.recipe.choices import mark_too_large
 from toolkit.recipe.resolve import ResolvedRun, read_choice
+from toolkit.training.monitoring.device_errors import is_of_device
 from toolkit.training.monitoring.memory_phases import MemoryPhases, Shape, heaviest
 
 log = logging.getLogger("toolkit")
@@ -66,8 +67,8 @@ def mark_if_killed(run_dir: Path) -> None:
 
 
 @dataclass
-class MemoryFailures(Explainer):
-    """Explains failures of a run for which memory was short.
+class RunFailures(Explainer):
+    """Explains failures of a run for which memory was short, or whose GPU has failed.
 
     Attributes:
         resolved, ranks, corpus: the run.
@@ -85,6 +86,10 @@ class MemoryFailures(Explainer):
 
     def explain(self, failure: Failure, error: BaseException | None) -> Failure:
         """Say what and where, and let the next start take smaller micro-batches where that helps."""
+        if error is not None and is_of_device(error):
+            reason = f"{failure.who} lost its GPU {self._where(is_own=True)}: {first_line(error)}"
+            hint = f"{self._next_start('', '')}; where nvidia-smi reports errors of this GPU, start on others"
+            return replace(failure, reason=reason, lines=f"error: {reason}\nhint: {hint}")
         what = self._what(failure, error)
         if what is None:
             return failure
@@ -92,10 +97,11 @@ class MemoryFailures(Explainer):
         said = f": {in_short(error)}" if error is not None else ""
         is_smaller = self._mark(f"{failure.who} in step {self.progress.step + 1}")
         reason = f"{failure.who} {what} {where}{said}"
+        how = ("", " with smaller micro-batches") if is_smaller else ("with settings that need less memory ", "")
         return replace(
             failure,
             reason=reason,
-            lines=f"error: {reason}\nhint: {self._next_start(is_smaller)}",
+            lines=f"error: {reason}\nhint: {self._next_start(*how)}",
             code=EXIT_SMALLER_NEXT if is_smaller else EXIT_OUT_OF_MEMORY,
             is_explained=True,
         )
@@ -152,12 +158,11 @@ class MemoryFailures(Explainer):
             return False
         return True
 
-    def _next_start(self, is_smaller: bool) -> str:
+    def _next_start(self, changed: str, how: str) -> str:
+        """What was saved, and what the same command does: ``changed`` before, ``how`` then."""
         newest = complete_checkpoints(self.resolved.run_dir / CHECKPOINTS)[-1:]
         begins = "resumes from it" if newest else "starts again"
         saved = f"the last checkpoint, {newest[0].name}, is intact" if newest else "nothing was saved yet"
-        how = " with smaller micro-batches" if is_smaller else ""
-        changed = "" if is_smaller else "with settings that need less memory "
         return f"{saved}; {changed}the same command {begins}{how}"
 
 

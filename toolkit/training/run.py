@@ -45,7 +45,7 @@ from toolkit.training.memory_report import compare_memory, report_memory
 from toolkit.training.monitoring.communication import report_communication
 from toolkit.training.monitoring.interruptions import Interruptions
 from toolkit.training.monitoring.memory_phases import MemoryPhases
-from toolkit.training.out_of_memory import MemoryFailures, kernels_counts
+from toolkit.training.out_of_memory import RunFailures, kernels_counts
 from toolkit.training.overfit import TARGET_LOSS, overfit_verdict
 from toolkit.training.results import write_scores
 from toolkit.training.setting_notes import setting_notes
@@ -232,7 +232,7 @@ def open_trainer(
     ranks = replace(ranks, tensor_parallel_size=resolved.tensor_parallel_size)
     recipe, progress, config = resolved.recipe, start.progress, resolved.recipe.model_dump(mode="json")
     memory = MemoryPhases()
-    failures.explain_by(MemoryFailures(resolved, ranks, corpus, memory, progress))
+    failures.explain_by(RunFailures(resolved, ranks, corpus, memory, progress))
     # The same weights on every rank, then a different dropout.
     seed_everything(recipe.training.seed)
     processor = make_processor(resolved, ranks, corpus)
