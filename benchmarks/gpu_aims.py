@@ -128,8 +128,9 @@ def aims_of(results: dict[str, Row]) -> list[dict[str, Any]]:
         row = results.get(aim.row, {})
         figures = aim.figures(row)
         columns = figures if figures else {"reached": NOT_MEASURED}
-        rows.append({"what": aim.what, "asked": aim.asked} | columns | {"row": aim.row if figures else ""})
-    columns = ("what", "asked", *OURS, "row")
+        measured = {"row": aim.row, "device": row.get("device", "")} if figures else {}
+        rows.append({"what": aim.what, "asked": aim.asked} | columns | measured)
+    columns = ("what", "asked", *OURS, "row", "device")
     is_measured = any(row["reached"] != NOT_MEASURED for row in rows if "reached" in row)
     return [{column: row.get(column, "") for column in columns} for row in rows] if is_measured else []
 
@@ -147,24 +148,30 @@ def panels_of(results: dict[str, Row]) -> dict[str, Row]:
 
 
 def draw(results: dict[str, Row], path: Path) -> None:
-    """Bars of clips a second, a panel for each row with peers; its title names the device."""
+    """Bars of clips a second, a panel for each row with peers; its title names the device. None without such a row."""
+    panels = panels_of(results)
+    if not panels:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = panels_of(results)
-    columns = min(ACROSS, len(panels))
+    bars_of = {
+        name: {words: speed for side, words in NAMES.items() for speed in speeds(row, [side])}
+        for name, row in panels.items()
+    }
+    most, columns = max(map(len, bars_of.values())), min(ACROSS, len(panels))
     size = (4.2 * columns, 3.2 * -(-len(panels) // columns))
     figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, row) in zip(axes.flat, panels.items(), strict=False):
-        found = {words: speed for side, words in NAMES.items() for speed in speeds(row, [side])}
+        found = bars_of[name]
         colours = ["#2563a8" if words in OWN else "#b8bec6" for words in found]
         bars = axis.barh(list(found), list(found.values()), color=colours, height=0.65)
         axis.bar_label(bars, [f"{speed:,.0f}" for speed in found.values()], padding=2, fontsize=8)
-        axis.set_ylim(len(NAMES) - 0.4, -0.6)  # bars of all panels are as thick
+        axis.set_ylim(most - 0.4, -0.6)  # bars of all panels are as thick
         axis.set_xlim(0, max(found.values()) * 1.2)
         axis.set_title(f"{name}, {row['clips_a_step']} clips a step\n{row['device']}, clips/s", fontsize=9)
         axis.tick_params(labelsize=8)

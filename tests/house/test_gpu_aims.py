@@ -79,12 +79,20 @@ def test_the_page_and_its_picture_are_drawn_from_a_folder(results: dict[str, Any
     assert not done.returncode, done.stderr
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| OutOfMemoryError: no room |\n" in text and "Traceback" not in text
-    assert "pictures/gpu.png" in text and "| >= 0.95 | 0.98 | 1.2 | t5_base_128 |" in text
+    assert "pictures/gpu.png" in text and "| >= 0.95 | 0.98 | 1.2 | t5_base_128 | NVIDIA H300 |" in text
     assert (tmp_path / "pictures" / "gpu.png").stat().st_size > 10_000
     many = "x.h:1: fatal error: cusparse.h\n...\n" + "nvcc -O3 " * 50
     assert load_script("benchmarks/page.py").failure(many) == "x.h:1: fatal error: cusparse.h"
     titles = [call.args[0] for call in title.call_args_list]
     assert titles and all("NVIDIA H300" in words for words in titles)
+
+
+def test_a_page_without_a_row_that_has_peers_has_no_picture(results: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"evaluation": results["evaluation"]}))
+    done = run_main("benchmarks/page.py", "--results", tmp_path, "--page", tmp_path / "page.md")
+    assert not done.returncode, done.stderr
+    assert "| 3.7 |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_a_panel_has_the_sides_of_all_rows_of_its_steps(aims: ModuleType, results: dict[str, Any]) -> None:
