@@ -18,8 +18,16 @@ LARGE = 2**20  # elements of a tensor
 copied = Tensor.to
 
 
+@torch.compiler.allow_in_graph
+def in_graph(tensor: Tensor, *wanted: Any, **settings: Any) -> Tensor:
+    """``Tensor.to`` in a compiled layer: its compiler knows the method by its name alone."""
+    return copied(tensor, *wanted, **settings)
+
+
 def empty_copy(tensor: Tensor, *wanted: Any, **settings: Any) -> Tensor:
     """``Tensor.to``; of a large tensor of the host without its numbers."""
+    if torch.compiler.is_compiling():
+        return in_graph(tensor, *wanted, **settings)
     if tensor.device.type != "cpu" or tensor.numel() < LARGE:
         return copied(tensor, *wanted, **settings)
     like = copied(tensor.new_empty(1), *wanted, **settings)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.hidden_gpus import python_path
 from tests.scripts import ROOT, load_script
 
 aten: Any = torch.ops.aten
@@ -121,3 +125,18 @@ def test_layers_that_were_not_compiled_are_no_figure_of_compiled_ones(
     answer["warning"] = "layers run without compilation from here on: no compiler"
     with pytest.raises(SystemExit, match="no compiler"):
         roofline.count(tmp_path, "t5_base", "ours", ())
+
+
+def test_casts_of_compiled_layers_are_compiled_where_copies_of_weights_hold_nothing() -> None:
+    """traffic_side.py replaces ``Tensor.to`` of its process; a layer that broke its graph would run as written."""
+    code = """
+import torch, traffic_side
+cast = torch.compile(lambda x: 2 * x.to(torch.float16), fullgraph=True, dynamic=True, backend="aot_eager")
+states = torch.ones(3, requires_grad=True)
+result = cast(states)
+result.sum().backward()
+print(result.dtype, *states.grad.tolist())
+"""
+    environment = os.environ | {"PYTHONPATH": python_path(ROOT, ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines()[-1:] == ["torch.float16 2.0 2.0 2.0"], done.stderr
