@@ -43,7 +43,7 @@ SHARE = 0.9  # of a GPU's memory that the sides of two rows may hold
 TURNS = 14.0  # seconds of a side's turns, when it is open
 ABOUT = {"error", "warning", "ended_after_seconds", "took_seconds", "device", "torch", "driver"}  # are no figures
 LONGEST = 1.5  # of the seconds of a row: it hangs, and the others need the time
-LATEST = 150.0  # seconds of a start or a turn of one side: so does it
+LATEST = 200.0  # seconds of a start or a turn of one side: so does it
 
 
 class Measuring:
@@ -79,7 +79,7 @@ class Measuring:
         began, more = time.monotonic(), {}
         if row.name not in self.opened:
             ways = {each.name: each.measure for each in opening if isinstance(each.measure, Training)}
-            opened = opened_together([*ways.values()], self.folder, self.toy, LATEST)
+            opened = opened_together([*ways.values()], self.folder, self.toy, None if self.toy else LATEST)
             self.opened |= dict(zip(ways, opened, strict=True))
             more = {"opened_in_seconds": round(time.monotonic() - began, 1)}
         processes = self.opened.pop(row.name)

@@ -113,7 +113,7 @@ class Processes:
         failed: of those that have ended, why.
     """
 
-    def __init__(self, row: Training, folder: Path, toy: bool, limit: float) -> None:
+    def __init__(self, row: Training, folder: Path, toy: bool, limit: float | None) -> None:
         self.row, self.toy, self.limit = row, toy, limit
         self.ready: dict[str, subprocess.Popen[str]] = {}
         self.first: dict[str, dict[str, Any]] = {}
@@ -152,7 +152,7 @@ class Processes:
             return []
 
 
-def opened_together(rows: Sequence[Training], folder: Path, toy: bool, limit: float) -> list[Processes]:
+def opened_together(rows: Sequence[Training], folder: Path, toy: bool, limit: float | None) -> list[Processes]:
     """The processes of some rows, when all of their sides have taken a turn or failed: ``limit`` as of Processes."""
     opened = [Processes(row, folder, toy, limit) for row in rows]
     sides = [(processes, side) for processes in opened for side in processes.commands]

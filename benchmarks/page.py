@@ -96,7 +96,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "were compiled or passes captured in turns that count; `first_turn_seconds` are those beside all other sides."
         " `t5_base_starts` are seconds from the start of a process to the end of an epoch, compiled for the first "
         "time, later from the cache, and without. `t5_base_as_typed` is the command that a user types, on 1, 2, 4 ..."
-        " GPUs, its loader included: the share of its time that ranks wait for data, and its peak beside the plan.",
+        " GPUs, its loader included: the share of its time that ranks wait for data, and its peak beside the plan. "
+        "`evaluation` is 128 clips by ours and 64 by HuggingFace's `generate`, 16 at a time and all at once.",
     ),
     "large_models": (
         "Large models on a small machine",
