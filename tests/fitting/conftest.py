@@ -11,7 +11,7 @@ from tests.fitting.machine import Machine
 from tests.small_runs import corpus, resolve
 from toolkit.cluster.ranks import Ranks
 from toolkit.corpus.packed import Corpus
-from toolkit.fitting import micro_batches, stage
+from toolkit.fitting import micro_batches, planned_size, stage
 from toolkit.fitting.hardware import GIB, Card
 from toolkit.fitting.memory_limits import MemoryLimit
 from toolkit.fitting.micro_batches import fit_micro_batches
@@ -45,11 +45,12 @@ def fit(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Callable[..., tuple[
         monkeypatch.setattr(micro_batches, "cards", lambda: [Card("H100", 80 * GIB, 70 * GIB)] if gpu else [])
         monkeypatch.setattr(micro_batches, "build_missing_ops", lambda *_: None)
         monkeypatch.setattr(micro_batches, "import_libraries", lambda _: None)  # no engine is built
-        monkeypatch.setattr(
-            stage,
-            "memory_limit",
-            lambda _: MemoryLimit(int(limit * GIB), None if space is None else int(space * GIB)),
-        )
+        for module in (stage, planned_size):
+            monkeypatch.setattr(
+                module,
+                "memory_limit",
+                lambda _: MemoryLimit(int(limit * GIB), None if space is None else int(space * GIB)),
+            )
         return fit_micro_batches(run, Ranks(), corpus, lines.append, rehearses=rehearses), lines
 
     return fit

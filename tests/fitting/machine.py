@@ -19,6 +19,8 @@ class Machine:
     def __init__(self, per_clip: float = 0.0, breaks_at: int = 10**9, error: Any = None) -> None:
         self.per_clip, self.breaks_at, self.error = per_clip, breaks_at, error
         self.steps: list[int] = []
+        self.recomputed: list[bool] = []  # of each step, whether activations were
+        self.recomputing_saves = 1  # times that as many clips fit then
         self.widest = 0
         self.starts = self.closed = 0
         self.most_generated = 10**9
@@ -37,10 +39,11 @@ class Machine:
     def start(self) -> Measured:
         return Measured(room=100 * GIB, error=self.error)
 
-    def step(self, shapes: Sequence[Shape]) -> Measured:
+    def step(self, shapes: Sequence[Shape], *, recomputes: bool) -> Measured:
         clips = max(shape.clips for shape in shapes)
         self.steps.append(clips)
-        if clips >= self.breaks_at:
+        self.recomputed.append(recomputes)
+        if clips >= self.breaks_at * (self.recomputing_saves if recomputes else 1):
             return Measured(problem="out of memory")
         self.widest = max(self.widest, clips)
         return Measured(resident=self.widest * GIB, address_space=2 * self.widest * GIB, error=self.error)

@@ -14,7 +14,7 @@ from toolkit.fitting import micro_batches, stage
 from toolkit.planning.sizes.choices import Candidate
 from toolkit.planning.sizes.shapes import Limits, Shape
 from toolkit.recipe.choices import mark_too_large
-from toolkit.recipe.resolve import read_choice
+from toolkit.recipe.resolve import ResolvedRun, read_choice
 
 
 def test_a_number_is_not_touched(resolve: Any, fit: Any) -> None:
@@ -190,3 +190,99 @@ def test_nothing_is_smaller_than_one_clip(resolve: Any, fit: Any) -> None:
     with pytest.raises(UserError, match="rank 0 in step 1") as caught:
         fit(resolve(*AUTO), Machine())
     assert "training.gradient_checkpointing" in caught.value.hint
+
+
+KEPT_OR_NOT = (*AUTO, "training.gradient_checkpointing=auto")
+
+
+def test_gpus_recompute_where_nothing_else_fits_and_keep_activations_where_they_do(resolve: Any, fit: Any) -> None:
+    roomy, tight, none = Machine(), Machine(breaks_at=1), Machine(breaks_at=1)
+    tight.recomputing_saves = 4
+    run, _ = fit(resolve(*KEPT_OR_NOT), roomy, gpu=True)
+    assert (run.recomputes, run.clip_limit, roomy.recomputed) == (False, 6, [False])
+    other, lines = fit(resolve(*KEPT_OR_NOT, "training.seed=1"), tight, gpu=True)
+    assert (other.recomputes, other.clip_limit) == (True, 3)
+    tried = list(zip(tight.steps, tight.recomputed, strict=True))
+    assert tried == [(6, False), (6, True), (3, False), (3, True)], "a pass more takes longer than recomputing"
+    assert "activations recomputed" in lines[-2] and other.recipe.training.gradient_checkpointing == "auto"
+    with pytest.raises(UserError, match=r"training\.micro_batch_size=auto"):
+        fit(resolve(*KEPT_OR_NOT, "training.seed=2"), none, gpu=True)
+
+
+def test_what_the_plan_says_to_be_faster_is_rehearsed_first(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [Candidate(size, Limits(size, None), seconds) for size, seconds in ((2, 2.0), (1, 4.0))]
+    recomputed = [Candidate(size, Limits(size, None), seconds, True) for size, seconds in ((6, 1.5), (3, 1.6))]
+    monkeypatch.setattr(micro_batches, "planned_candidates", lambda *_: [*kept, *recomputed])
+    machine = Machine(breaks_at=6)
+    run, lines = fit(resolve(*KEPT_OR_NOT), machine, gpu=True)
+    assert list(zip(machine.steps, machine.recomputed, strict=True)) == [(6, True), (3, True)]
+    assert run.recomputes and run.clip_limit == 3 and "20% less than" in lines[-2]
+    smaller = Machine(breaks_at=3)
+    run, _ = fit(resolve(*KEPT_OR_NOT, "training.seed=1"), smaller, gpu=True)
+    assert list(zip(smaller.steps, smaller.recomputed, strict=True)) == [(6, True), (3, True), (2, False)]
+    assert not run.recomputes and run.clip_limit == 2
+
+
+@pytest.mark.parametrize("number", ["3", "100"])
+def test_a_number_of_clips_holds_where_recomputing_is_chosen(resolve: Any, fit: Any, number: str) -> None:
+    clips = min(6, int(number))
+    settings = (f"training.micro_batch_size={number}", *KEPT_OR_NOT[1:])
+    tight, none = Machine(breaks_at=2), Machine(breaks_at=1)
+    tight.recomputing_saves = 4
+    run, _ = fit(resolve(*settings), tight, gpu=True)
+    assert run.recomputes and (tight.steps, tight.recomputed) == ([clips, clips], [False, True])
+    assert (run.clip_limit, run.choice.is_smallest) == (clips, True)
+    given, _ = fit(resolve(*settings, "training.seed=1"), none, gpu=True)
+    assert given.recomputes and given.clip_limit == clips, "as without a choice: the run itself says what it lacks"
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["auto", "a number"])
+def test_cpus_keep_activations_and_recompute_where_nothing_else_fits(resolve: Any, fit: Any, given: bool) -> None:
+    settings = (*(("training.micro_batch_size=3",) if given else AUTO[:1]), *KEPT_OR_NOT[1:])
+    run, _ = fit(resolve(*settings), Machine())
+    assert not run.recomputes
+    machine = Machine(per_clip=1.0, breaks_at=1)
+    machine.recomputing_saves = 10
+    tight, lines = fit(resolve(*settings, "training.seed=1"), machine, limit=0.1 if given else 100.0)
+    assert tight.recomputes
+    assert machine.starts == (0 if given else 2), "with a number of clips the plan decides"
+    assert "activations recomputed" in lines[-1 if given else -2]
+
+
+def test_true_and_false_are_not_chosen(resolve: Any, fit: Any) -> None:
+    for value in (True, False):
+        setting = f"training.gradient_checkpointing={str(value).lower()}"
+        machine = Machine()
+        run, _ = fit(resolve(*AUTO, setting), machine, gpu=True)
+        assert run.recomputes is value and machine.recomputed == [value]
+        number = resolve("training.micro_batch_size=3", setting)
+        assert fit(number, machine, gpu=True) == (number, []) and number.recomputes is value
+
+
+def test_graphs_keep_their_activations(resolve: Any, fit: Any) -> None:
+    no_ctc = ("training.ctc_weight=0", "evaluation.ctc_weight=0")
+    machine = Machine(breaks_at=1)
+    with pytest.raises(UserError, match=r"training\.micro_batch_size=auto"):
+        fit(resolve(*KEPT_OR_NOT, "training.compile=graphs", *no_ctc), machine, gpu=True)
+    assert not any(machine.recomputed)
+
+
+def test_a_run_that_was_out_of_memory_recomputes_at_last_and_keeps_that(resolve: Any, fit: Any) -> None:
+    run, _ = fit(resolve(*KEPT_OR_NOT), Machine())
+    run.run_dir.mkdir()
+    taken = []
+    while not run.choice.is_smallest:
+        run.save(run.run_dir)
+        mark_too_large(run.run_dir, run.choice, "rank 1")
+        run, _ = fit(resolve(*KEPT_OR_NOT), Machine())
+        taken.append((run.clip_limit, run.recomputes))
+    assert taken == [(3, False), (2, False), (1, False), (1, True)] and "activations recomputed" in run.choice.reason
+    run.save(run.run_dir)
+    assert ResolvedRun.load(run.run_dir).recomputes
+    again, _ = fit(resolve(*KEPT_OR_NOT), Machine())
+    assert again.choice == run.choice
+    mark_too_large(run.run_dir, run.choice, "rank 1")
+    with pytest.raises(UserError, match="rank 1"):
+        fit(resolve(*KEPT_OR_NOT), Machine())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("messages.txt")
-KINDS = ("UserError", "TooManyRejects", "Interrupted", "TrainingStopped", "PoseError")
+KINDS = ("UserError", "NothingFits", "TooManyRejects", "Interrupted", "TrainingStopped", "PoseError")
 
 
 @dataclass(frozen=True)

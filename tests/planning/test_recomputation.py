@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from toolkit.planning.comparison import compare
+from toolkit.planning.comparison import Row, compare
 from toolkit.planning.hardware import GIB, Hardware
 from toolkit.planning.plan import make_plan
 from toolkit.planning.recomputation import NeedlessRecomputation
@@ -25,8 +25,11 @@ def subject() -> Subject:
     return Subject.of(RECIPE)
 
 
-def found_on(subject: Subject, gib: int, *settings: str) -> NeedlessRecomputation | None:
+def found_on(
+    subject: Subject, gib: int, *settings: str, wanted: str = "training.gradient_checkpointing=true"
+) -> NeedlessRecomputation | None:
     """What the plan of the recipe says on one GPU, and that its table says the same."""
+    settings = (wanted, *settings)
     run = resolve_named("t5_3b_lora", [*settings], 1, has_gpu=True, ds="zero1", needs_data=False)
     hardware = Hardware(1, gib * GIB)
     comparison = compare(subject, {"zero1": run}, hardware, WORKLOAD, "zero1")
@@ -54,4 +57,25 @@ def test_a_large_card_needs_no_recomputation(subject: Subject) -> None:
 
 def test_nothing_is_said_of_a_small_card_and_of_a_run_that_keeps_activations(subject: Subject) -> None:
     assert found_on(subject, 9) is None
-    assert found_on(subject, 80, "training.gradient_checkpointing=false") is None
+    for other in ("false", "auto"):
+        assert found_on(subject, 80, wanted=f"training.gradient_checkpointing={other}") is None
+
+
+@pytest.mark.parametrize(("gib", "recomputes"), [(9, True), (80, False), (140, False)])
+def test_auto_keeps_activations_where_that_is_faster_among_what_fits(
+    subject: Subject, gib: int, recomputes: bool
+) -> None:
+    def planned(wanted: str) -> Row:
+        setting = f"training.gradient_checkpointing={wanted}"
+        run = resolve_named("t5_3b_lora", [setting], 1, has_gpu=True, ds="zero1", needs_data=False)
+        return compare(subject, {"zero1": run}, Hardware(1, gib * GIB), WORKLOAD, "zero1").rows[0]
+
+    auto, kept, recomputed = map(planned, ("auto", "false", "true"))
+    assert auto.recomputes is recomputes and auto == (recomputed if recomputes else kept)
+    assert auto.seconds == min(row.seconds for row in (kept, recomputed) if row.seconds is not None)
+    run = resolve_named("t5_3b_lora", [], 1, has_gpu=True, ds="zero1", needs_data=False)
+    hardware = Hardware(1, gib * GIB)
+    comparison = compare(subject, {"zero1": run}, hardware, WORKLOAD, "zero1")
+    said = "recomputed" if recomputes else "kept"
+    assert f"activations are {said}" in as_text(comparison, subject, hardware, WORKLOAD, ["t5_3b_lora"])
+    assert as_dict(comparison, RECIPE, hardware, WORKLOAD, ["t5_3b_lora"])["jsons"][0]["recomputes"] is recomputes

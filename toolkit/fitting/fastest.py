@@ -90,7 +90,7 @@ def _largest_that_fits(
         measured, problem = stage.agreed(*stage.at_most(_heaviest(stage, size)))
         if not problem:
             return size, "takes at most", measured
-        measured, problem = stage.agreed(*stage.step(limits_of(size, stage.lengths)))
+        measured, problem = stage.agreed(*stage.step(limits_of(size, stage.lengths), recomputes=resolved.recomputes))
         if not problem:
             return size, "took", measured
         stage.rehearsal.close()  # the largest memory of a process never shrinks
@@ -204,12 +204,12 @@ def _largest_by_growth(stage: Stage, resolved: ResolvedRun, candidates: list[int
 
     A size that is far too large is never tried on CPUs: the kernel might end another process.
     """
-    first, own_problem = stage.step(limits_of(candidates[0], stage.lengths))
+    first, own_problem = stage.step(limits_of(candidates[0], stage.lengths), recomputes=resolved.recomputes)
     if problem := stage.agreed(first, own_problem)[1]:
         raise nothing_fits(resolved, problem)
     if len(candidates) == 1:
         return candidates[0]
-    second, own_problem = stage.step(limits_of(candidates[1], stage.lengths))
+    second, own_problem = stage.step(limits_of(candidates[1], stage.lengths), recomputes=resolved.recomputes)
     if stage.agreed(second, own_problem)[1]:
         stage.rehearsal.close()
         return candidates[0]

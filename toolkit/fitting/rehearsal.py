@@ -50,9 +50,9 @@ class Rehearsal:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def step(self, shapes: Sequence[Shape]) -> Measured:
-        """One optimizer step over micro-batches of these shapes."""
-        return self._ask("step", shapes)
+    def step(self, shapes: Sequence[Shape], *, recomputes: bool) -> Measured:
+        """One optimizer step over micro-batches of these shapes, whose activations are recomputed or kept."""
+        return self._ask("step", shapes, recomputes=recomputes)
 
     def passes(self, shape: Shape) -> Measured:
         """One forward and backward pass, without a step."""
@@ -85,12 +85,12 @@ class Rehearsal:
         for folder in _swap_folders(self._arguments[0]):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _ask(self, task: str, shapes: Sequence[Shape]) -> Measured:
+    def _ask(self, task: str, shapes: Sequence[Shape], **settings: bool) -> Measured:
         try:
             if self._process is None:
                 self._open()
             assert self._connection
-            self._connection.send((task, list(shapes)))
+            self._connection.send((task, list(shapes), settings))
             answer: Measured = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
@@ -148,13 +148,13 @@ def _rehearse(
     engine = None
     while True:
         try:
-            task, shapes = connection.recv()
+            task, shapes, settings = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
         try:
             if engine is None:
                 engine = RehearsalEngine.build(resolved, ranks, corpus, lengths, threads)
-            answer = getattr(engine, task)(shapes)
+            answer = getattr(engine, task)(shapes, **settings)
         except UserError as error:
             answer = Measured(error=(UserError, error.args))
         except Exception as error:

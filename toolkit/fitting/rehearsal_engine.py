@@ -25,8 +25,11 @@ from toolkit.evaluation.splits import ready_to_translate
 from toolkit.fitting.bounds import SPREAD, UNKNOWN, Passes, Size, states_of_a_step
 from toolkit.fitting.hardware import leave_reserve, reserve
 from toolkit.fitting.memory_limits import held, peaks, reset_peak
+from toolkit.models.backbone import recomputes as is_recomputed
+from toolkit.models.backbone import set_checkpointing
 from toolkit.models.build import build_processor, build_translator
 from toolkit.models.compiled import uncompiled
+from toolkit.models.language_models.prefixes import recomputation
 from toolkit.models.loss import batch_losses
 from toolkit.models.processor import PoseProcessor
 from toolkit.models.tokenizers import special_ids
@@ -125,8 +128,8 @@ class RehearsalEngine:
         subject = Subject.of(recipe, self.vocabulary)
 
         def activations(size: Size) -> float:
-            recomputes = recipe.training.gradient_checkpointing
-            return subject.traced(size.clips, size.frames, size.tokens, config, recomputes, on_cpu=True).peak
+            shape = (size.clips, size.frames, size.tokens)
+            return subject.traced(*shape, config, self.resolved.recomputes, on_cpu=True).peak
 
         with contextlib.suppress(UserError):  # a model that cannot be traced
             resident = self.passed.at_most_by([self._size(shape) for shape in shapes], activations)
@@ -171,8 +174,11 @@ class RehearsalEngine:
                     min_new_tokens=settings.max_new_tokens,
                 )
 
-    def step(self, shapes: Sequence[Shape]) -> Measured:
+    def step(self, shapes: Sequence[Shape], *, recomputes: bool) -> Measured:
         """A step as the trainer takes it; the second one holds what the first one allocated."""
+        backbone = self.engine.module.backbone
+        if is_recomputed(backbone) != recomputes:
+            set_checkpointing(backbone, recomputes, **recomputation(backbone) if recomputes else {})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

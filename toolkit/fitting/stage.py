@@ -57,15 +57,19 @@ class Stage:
         rehearsal = Rehearsal(resolved, ranks, corpus, lengths, threads, has_gpu=has_gpu)
         return cls(rehearsal, lengths, limit, keeps_memory(), has_gpu, echo, time.monotonic())
 
+    def close(self) -> None:
+        """End the rehearsal."""
+        self.rehearsal.close()
+
     def show(self, text: str) -> None:
         """Print what was found, where nothing was printed for some seconds."""
         if time.monotonic() - self.shown >= SHOWN_EVERY:
             self.shown = time.monotonic()
             self.echo(f"  rehearsal: {text}")
 
-    def step(self, limits: Limits) -> tuple[Measured, str | None]:
+    def step(self, limits: Limits, *, recomputes: bool) -> tuple[Measured, str | None]:
         """One step over the heaviest micro-batches within limits, and why it does not fit; None where it does."""
-        return self._held_to_limit(self.rehearsal.step(heaviest(limits, self.lengths)))
+        return self._held_to_limit(self.rehearsal.step(heaviest(limits, self.lengths), recomputes=recomputes))
 
     def at_most(self, shapes: Sequence[Shape]) -> tuple[Measured, str | None]:
         """What a step takes at most by the passes until now, without taking it, and why it may not fit."""
@@ -115,9 +119,15 @@ def _over(measured: Measured, limit: MemoryLimit) -> str | None:
     return None
 
 
-def nothing_fits(resolved: ResolvedRun, problem: str | None) -> UserError:
-    return UserError(
+class NothingFits(UserError):
+    """Not one of the longest clips fits."""
+
+
+def nothing_fits(resolved: ResolvedRun, problem: str | None) -> NothingFits:
+    is_off = resolved.recipe.training.gradient_checkpointing is False
+    recompute = "training.gradient_checkpointing=auto or " if is_off else ""
+    return NothingFits(
         f"training.micro_batch_size=auto: not one of the longest clips fits: {problem}",
-        "set training.gradient_checkpointing=true or a lower data.max_frames, or give another --ds; python "
+        f"set {recompute}a lower data.max_frames, or give another --ds; python "
         f"launch/plan.py --recipe {resolved.recipe.name} says what each saves",
     )

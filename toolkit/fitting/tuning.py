@@ -46,17 +46,30 @@ Echo = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """A DeepSpeed JSON and micro-batches: their clips, or ``auto``, and padded frames at most; None = no limit."""
+    """A DeepSpeed JSON and micro-batches.
+
+    Attributes:
+        deepspeed: its name.
+        micro_batch_size: clips of a micro-batch, or ``auto``.
+        micro_batch_frames: padded frames of one, at most; None = no limit.
+        recomputes: whether activations are recomputed; None = as the recipe says.
+    """
 
     deepspeed: str
     micro_batch_size: int | str
     micro_batch_frames: int | None = None
+    recomputes: bool | None = None
 
     @property
     def settings(self) -> list[str]:
         """As the command line takes them."""
-        clips = [f"training.micro_batch_size={self.micro_batch_size}"]
-        return clips + ([f"training.micro_batch_frames={self.micro_batch_frames}"] if self.micro_batch_frames else [])
+        recomputes = None if self.recomputes is None else str(self.recomputes).lower()
+        given = {
+            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_frames": self.micro_batch_frames,
+            "gradient_checkpointing": recomputes,
+        }
+        return [f"training.{key}={value}" for key, value in given.items() if value is not None]
 
     @property
     def clips(self) -> str:
@@ -109,7 +122,8 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
     comparison = compare_jsons(own.recipe, recipe, overrides, hardware, [only] if only else None)
     training = own.recipe.training
     given = None if training.micro_batch_size == "auto" else training.micro_batch_size
-    cells = cells_by_plan(comparison, world_size, training.global_batch_size, given)
+    chooses = training.gradient_checkpointing == "auto"
+    cells = cells_by_plan(comparison, world_size, training.global_batch_size, given, chooses=chooses)
     if not cells:
         raise UserError(
             f"--tune: by the plan nothing fits on {hardware.in_words()}",
@@ -118,7 +132,9 @@ def cells_here(recipe: str, overrides: Sequence[str], ranks: int | None, only: s
     return world_size, cells
 
 
-def cells_by_plan(comparison: Comparison, world_size: int, clips: int, given: int | None) -> list[Cell]:
+def cells_by_plan(
+    comparison: Comparison, world_size: int, clips: int, given: int | None, *, chooses: bool = False
+) -> list[Cell]:
     """On GPUs: the fastest JSONs of a plan, each with the micro-batches that a run would choose and the largest that
     fits, or with that and the next smaller one.
 
@@ -127,19 +143,21 @@ def cells_by_plan(comparison: Comparison, world_size: int, clips: int, given: in
         world_size: ranks.
         clips: of a step.
         given: clips of a micro-batch that the recipe gives; None = they are chosen.
+        chooses: whether it is chosen if activations are recomputed.
     """
     known = sorted((row for row in comparison.rows if row.seconds), key=lambda row: row.seconds or 0.0)
     rows = [row for row in known if not changes_results(row.config)] or known
     found = []
     for row in rows[: JSONS if given is None else CELLS]:
+        recomputes = row.recomputes if chooses else None
         if given is not None:
-            found += [Cell(row.name, given)] if row.fits else []
+            found += [Cell(row.name, given, None, recomputes)] if row.fits else []
             continue
         fitting = [size for size in sizes(-(-clips // world_size)) if size <= row.max_micro_batch]
-        sized = [Cell(row.name, size) for size in fitting]
+        sized = [Cell(row.name, size, None, recomputes) for size in fitting]
         if row.choice:
             limits = row.choice.limits
-            chosen = Cell(row.name, limits.clips, limits.frames)
+            chosen = Cell(row.name, limits.clips, limits.frames, recomputes)
             sized = [chosen, *(cell for cell in sized if cell != chosen)]
         found += sized[:2]
     return found[:CELLS]

@@ -127,7 +127,7 @@ def build_translator(
             fingerprint=fingerprint.hexdigest(),
             weights=start.base,
         )
-    if recipe.training.gradient_checkpointing:
+    if resolved.recomputes:
         set_checkpointing(backbone, True, **recomputation(backbone))
     return translator
 

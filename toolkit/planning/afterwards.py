@@ -128,7 +128,7 @@ def advice_within(
     end = time.monotonic() + seconds
     training = resolved.recipe.training.model_copy(update={"micro_batch_size": computed.clips})
     run = replace(resolved, recipe=resolved.recipe.model_copy(update={"training": training}))
-    run = replace(run, micro_batch_size=computed.clips, choice=None)
+    run = replace(run, micro_batch_size=computed.clips, choice=None).recomputing(resolved.recomputes)
     found: list[Advice] = []
     try:
         for advice in advice_for(run, hardware, computed.workload(corpus, resolved), phase):

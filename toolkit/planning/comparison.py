@@ -17,6 +17,7 @@ from toolkit.planning.sizes.first_epoch import FirstEpoch
 from toolkit.planning.sizes.shapes import Lengths
 from toolkit.planning.subject import Subject
 from toolkit.planning.workload import Workload, from_maxima
+from toolkit.recipe.batches import micro_batch_sizes
 from toolkit.recipe.resolve import ResolvedRun, resolve
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.sections.model import Lora, Quantization
@@ -42,6 +43,7 @@ class Row:
         config: the resolved JSON.
         choice: the micro-batches that a run with ``auto`` chooses; None where it has its number, or without a corpus.
         reason: why it chooses them, in words.
+        recomputes: whether activations are recomputed; of ``auto`` what is faster among what fits.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Row:
     config: Tree | None = None
     choice: Candidate | None = None
     reason: str = ""
+    recomputes: bool = False
 
     @property
     def clips(self) -> int:
@@ -162,7 +165,7 @@ def compare(
     rows = [
         Row(name, conflicts=f"{run.message} ({run.hint})")
         if isinstance(run, UserError)
-        else _row(name, subject, run, hardware, workload, clips)
+        else _faster_row(name, subject, run, hardware, workload, clips)
         for name, run in runs.items()
     ]
     batch = next((run.batch for run in runs.values() if isinstance(run, ResolvedRun)), "")
@@ -174,6 +177,7 @@ def compare(
             return nothing
         run = runs[nothing.nearest.name]
         assert isinstance(run, ResolvedRun)
+        run = run.recomputing(nothing.nearest.recomputes)
         return replace(nothing, advice=list(advice_for(run, hardware, workload)))
     best = min(plain, key=lambda row: row.seconds or 0.0)
     enough = (best.seconds or 0.0) / CLOSE
@@ -185,8 +189,30 @@ def compare(
     )
     run = runs[chosen.name]
     assert isinstance(run, ResolvedRun)
-    planned = (subject, run, hardware, workload, chosen.clips)
-    return Comparison(rows, chosen, reason, [], idle_gpus(*planned), needless_recomputation(*planned), batch)
+    idle = idle_gpus(subject, run.recomputing(chosen.recomputes), hardware, workload, chosen.clips)
+    recomputation = needless_recomputation(subject, run, hardware, workload, chosen.clips)
+    return Comparison(rows, chosen, reason, [], idle, recomputation, batch)
+
+
+def _faster_row(
+    name: str,
+    subject: Subject,
+    run: ResolvedRun,
+    hardware: Hardware,
+    workload: Workload,
+    clips: dict[int, tuple[Lengths, FirstEpoch]],
+) -> Row:
+    """With activations recomputed where only then it fits, or where it is faster."""
+    kept, *others = (
+        replace(_row(name, subject, run.recomputing(one), hardware, workload, clips), recomputes=one)
+        for one in run.may_recompute
+    )
+    recomputed = others[0] if others else kept
+    if recomputed.fits != kept.fits:
+        return kept if kept.fits else recomputed
+    if kept.seconds is None:
+        return recomputed if kept.plan else kept
+    return recomputed if choices.is_slower(kept.seconds, recomputed.seconds) else kept
 
 
 def _row(
@@ -199,20 +225,29 @@ def _row(
 ) -> Row:
     try:
         largest = largest_micro_batch(subject, run, hardware, workload)
-        fastest = make_plan(subject, run, hardware, workload, micro_batch_size=max(1, largest))
+        fullest = make_plan(subject, run, hardware, workload, micro_batch_size=max(1, largest))
         own = run.recipe.training.micro_batch_size
-        plan = fastest if own == "auto" else make_plan(subject, run, hardware, workload)
+        plan = fullest if own == "auto" else make_plan(subject, run, hardware, workload)
         planned = planned_choices(subject, run, hardware, workload, clips)
         candidates = planned.candidates() if planned and largest else []
     except UserError as error:
         return Row(name, conflicts=f"{error.message} ({error.hint})")
-    seconds = step_seconds(fastest, run, hardware, subject.weights) if largest else None
+    seconds = None
+    if largest:
+        even = make_plan(subject, run, hardware, workload, micro_batch_size=_even(run, largest))
+        seconds = step_seconds(even, run, hardware, subject.weights)
     row = Row(name, "", plan, plan.lacking(hardware), largest, seconds, run.deepspeed)
     if not planned or not candidates:
         return row
     choice = choices.fastest(candidates)
     plan, reason = planned.plan(choice.limits), choices.reason(choice, candidates)
     return replace(row, plan=plan, seconds=choice.seconds, choice=choice, reason=reason)
+
+
+def _even(run: ResolvedRun, largest: int) -> int:
+    """Clips of the micro-batches into which a step is divided where at most so many fit."""
+    training, copies = run.recipe.training, run.data_parallel_size
+    return micro_batch_sizes(training.global_batch_size, copies, largest)[1]
 
 
 def changes_results(config: Tree | None) -> bool:
@@ -252,7 +287,7 @@ def _changes(run: ResolvedRun) -> list[tuple[str, str, dict[str, dict[str, Any]]
     """What may save memory: in words, as settings, as sections of the recipe, and another DeepSpeed JSON if any."""
     recipe = run.recipe
     changes: list[tuple[str, str, dict[str, dict[str, Any]], str]] = []
-    if not recipe.training.gradient_checkpointing:
+    if not run.recomputes:
         recompute = {"training": {"gradient_checkpointing": True}}
         changes.append(("recompute activations", "training.gradient_checkpointing=true", recompute, ""))
     if recipe.training.micro_batch_size not in (1, "auto"):

@@ -93,7 +93,7 @@ def passes_of(resolved: ResolvedRun, micro_batch_size: int | None, checkpointing
     training = resolved.recipe.training
     clips = micro_batch_size or resolved.micro_batch_size
     accumulation = num_micro_batches(training.global_batch_size, resolved.data_parallel_size, clips)
-    return clips, accumulation, training.gradient_checkpointing if checkpointing is None else checkpointing
+    return clips, accumulation, resolved.recomputes if checkpointing is None else checkpointing
 
 
 def make_plan(

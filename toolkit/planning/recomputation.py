@@ -40,11 +40,13 @@ def needless_recomputation(
 ) -> NeedlessRecomputation | None:
     """What a run would gain without gradient checkpointing; None where it has none, or too little memory without.
 
+    ``training.gradient_checkpointing: auto`` needs no such advice.
+
     Args:
         subject, run, hardware, workload: what is planned.
         largest: clips of the largest forward pass that fits, at most a rank's whole share.
     """
-    if not run.recipe.training.gradient_checkpointing or not largest:
+    if run.recipe.training.gradient_checkpointing is not True or not largest:
         return None
     own = run.recipe.training.micro_batch_size
     clips = largest if own == "auto" else min(own, largest)

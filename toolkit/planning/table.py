@@ -80,6 +80,7 @@ def _row(row: Row, comparison: Comparison, hardware: Hardware) -> dict[str, Any]
         "nvme_gib": _gib(plan.nvme),
         "checkpoint_gib": _gib(plan.checkpoint),
         "chosen": row.choice and asdict(row.choice.limits),
+        "recomputes": row.recomputes,
         "micro_batch_size": plan.micro_batch_size,
         "accumulation_steps": plan.accumulation_steps,
     }
@@ -123,6 +124,9 @@ def _lines(
     if chosen:
         yield f"recommended: {chosen.name}: {comparison.reason}"
         yield f"  {command_of(chosen, recipe, hardware, words)}"
+        if recipe.training.gradient_checkpointing == "auto":
+            how = "recomputed" if chosen.recomputes else "kept"
+            yield f"  its activations are {how}: that is faster among what fits"
         if chosen.choice:
             yield f"  its micro-batches have {chosen.choice.limits.in_words()}: {chosen.reason}"
         for note in (comparison.idle, comparison.recomputation):

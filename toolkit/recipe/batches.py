@@ -40,6 +40,7 @@ class MicroBatchChoice:
         batch_frames: what ``evaluation.batch_frames: auto`` became; None where the recipe gives a number.
         is_smallest: whether there are no smaller ones.
         too_large: why a run with it ran out of memory; the next start takes smaller ones. None = it has not.
+        recomputes: whether activations are recomputed, which counts with ``training.gradient_checkpointing: auto``.
     """
 
     clips: int
@@ -50,12 +51,14 @@ class MicroBatchChoice:
     batch_frames: int | None = None
     is_smallest: bool = False
     too_large: str | None = None
+    recomputes: bool = False
 
     def in_words(self) -> str:
         """What was chosen and why, in a line."""
         frames = f" and {self.frames} padded frames" if self.frames else ""
         evaluation = f"; generation batches of at most {self.batch_frames} padded frames" if self.batch_frames else ""
-        return f"micro-batches of at most {self.clips} clips{frames}: {self.reason}{evaluation}"
+        recomputed = ", activations recomputed" if self.recomputes else ""
+        return f"micro-batches of at most {self.clips} clips{frames}{recomputed}: {self.reason}{evaluation}"
 
 
 def clip_limit(training: Training) -> int:

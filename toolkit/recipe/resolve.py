@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from toolkit.errors import UserError, as_one
 from toolkit.files import read_text, write_text_atomically
@@ -29,8 +29,8 @@ from toolkit.recipe.corpora import missing_data, problems_of_mix
 from toolkit.recipe.deepspeed.cells import autocast_type, cell_of, cell_problem, offload_device, parameter_precision
 from toolkit.recipe.deepspeed.combinations import PRECISIONS, combination_problems
 from toolkit.recipe.deepspeed.compatibility import ZERO_STAGES
-from toolkit.recipe.deepspeed.json_file import json_place, read_deepspeed
-from toolkit.recipe.deepspeed.keys import OWNED
+from toolkit.recipe.deepspeed.json_file import read_deepspeed
+from toolkit.recipe.deepspeed.ownership import take_ownership
 from toolkit.recipe.deepspeed.tensor_parallel import tensor_parallel_problems, tensor_parallel_size
 from toolkit.recipe.load import load_recipe, read_recipe
 from toolkit.recipe.mismatches import ctc_problems, mismatches
@@ -38,7 +38,7 @@ from toolkit.recipe.model_cards import architecture_of, card_of, check_vocabular
 from toolkit.recipe.optimizers import loop_clips, optimizer_keys, optimizer_problems, optimizer_section
 from toolkit.recipe.paths import swap_folder
 from toolkit.recipe.schema import Evaluation, Recipe, Training
-from toolkit.recipe.tree import Tree, leaves, value_at
+from toolkit.recipe.tree import Tree, value_at
 from toolkit.recipe.yaml_text import dump_yaml
 
 RECIPE_FILE = "recipe.yaml"
@@ -64,7 +64,8 @@ class ResolvedRun:
     run_dir: Path
     notes: tuple[str, ...] = ()  # what the user should know and need not change
     padding: Literal["longest", "ladder"] = "longest"  # what training.padding=auto became
-    choice: MicroBatchChoice | None = None  # what training.micro_batch_size=auto became; None before, and for a number
+    # What auto of training.micro_batch_size and of gradient_checkpointing became; None before, and without either.
+    choice: MicroBatchChoice | None = None
 
     @property
     def clip_limit(self) -> int:
@@ -75,6 +76,30 @@ class ResolvedRun:
     def frame_limit(self) -> int | None:
         """Padded frames of a forward pass of one rank, at most; None = no limit."""
         return self.choice.frames if self.choice else self.recipe.training.micro_batch_frames
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward passes recompute activations; of ``auto``, before it is chosen, they are kept."""
+        own = self.recipe.training.gradient_checkpointing
+        return bool(self.choice and self.choice.recomputes) if own == "auto" else own
+
+    def recomputing(self, recomputes: bool) -> ResolvedRun:
+        """The run with a recipe that says whether activations are recomputed."""
+        training = self.recipe.training.model_copy(update={"gradient_checkpointing": recomputes})
+        return replace(self, recipe=self.recipe.model_copy(update={"training": training}))
+
+    @property
+    def has_given_clips(self) -> bool:
+        """Whether the recipe gives the clips of a micro-batch."""
+        return self.recipe.training.micro_batch_size != "auto"
+
+    @property
+    def may_recompute(self) -> tuple[bool, ...]:
+        """What ``recomputes`` may become, what is tried first at first."""
+        own = self.recipe.training.gradient_checkpointing
+        if own != "auto":
+            return (own,)
+        return (False,) if self.recipe.training.compile == "graphs" else (False, True)
 
     @property
     def evaluation(self) -> Evaluation:
@@ -221,7 +246,7 @@ def resolve(recipe: Recipe, world_size: int, *, has_gpu: bool, needs_data: bool 
     copies = world_size // tensor_parallel_size(config) or world_size
     problems[:0] = _batch_problems(recipe.training, copies)
     problems.extend(read.problems)
-    _take_ownership(config, recipe, problems, notes)
+    take_ownership(config, recipe, problems, notes)
     problems.extend(combination_problems(config, has_gpu=has_gpu, world_size=world_size))
     with contextlib.suppress(UserError):  # _model_problems has listed why
         architecture = architecture_of(recipe.model)
@@ -301,50 +326,6 @@ def _model_problems(recipe: Recipe) -> Iterator[UserError]:
             f"{card.tokenizer}",
             "leave model.tokenizer out, or add model.from_scratch=true",
         )
-
-
-def _take_ownership(config: Tree, recipe: Recipe, problems: list[UserError], notes: list[str]) -> None:
-    """Remove what the recipe owns from ``config``; a value there is a problem, "auto" is none."""
-    over = {".".join(path) for path, _ in leaves(recipe.ds)}
-    given: dict[str, list[str]] = {}  # place -> keys with their values and owners
-    for dotted, owner in OWNED.items():
-        *sections, key = dotted.split(".")
-        section = value_at(config, ".".join(sections)) if sections else config
-        if not isinstance(section, dict) or key not in section:
-            continue
-        value = section.pop(key)
-        if dotted == "scheduler":
-            value = _schedule(value, recipe, notes)
-        if value == "auto" or (dotted == "optimizer.type" and _same_optimizer(value, recipe)):
-            continue
-        is_over = any(path == dotted or path.startswith(f"{dotted}.") for path in over)
-        shown_key = f"{'ds.' if is_over else ''}{dotted}={json.dumps(value)}"
-        given.setdefault("" if is_over else f"{json_place(recipe.deepspeed)}: ", []).append(f"{shown_key} ({owner})")
-    for place, values in given.items():
-        problems.append(
-            UserError(
-                f"{place}{', '.join(values)}: recipe {recipe.name} owns what the DeepSpeed JSON gives here",
-                'take it out of the JSON (or write "auto") and set the key in brackets',
-            )
-        )
-
-
-def _same_optimizer(value: Any, recipe: Recipe) -> bool:
-    """Whether DeepSpeed's name is that of the recipe's optimizer; its "Adam" decouples the decay as AdamW does."""
-    name = str(value).lower()
-    return recipe.training.optimizer == ("adamw" if name == "adam" else name)
-
-
-def _schedule(scheduler: Any, recipe: Recipe, notes: list[str]) -> Any:
-    """The values that a scheduler section sets; "auto" where it sets none, with a note."""
-    if not isinstance(scheduler, dict) or not scheduler:
-        return "auto"
-    given = {".".join(path): value for path, value in leaves(scheduler) if value != "auto" and path[-1] != "type"}
-    if given:
-        return given
-    place = json_place(recipe.deepspeed)
-    notes.append(f"{place} leaves the scheduler to the recipe: training.schedule={recipe.training.schedule}")
-    return "auto"
 
 
 def _cell_problems(config: Tree, recipe: Recipe, architecture: str | None) -> Iterator[UserError]:

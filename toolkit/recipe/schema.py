@@ -23,6 +23,7 @@ from toolkit.recipe.sections.values import (
     Seed,
     Share,
     Strength,
+    SwitchOrAuto,
 )
 
 ScoreName = Literal["bleu1", "bleu2", "bleu3", "bleu4", "chrf", "rouge_l", "wer", "cer", "gloss_wer"]
@@ -127,7 +128,8 @@ class Training(Section):
     schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
     warmup_ratio: Share = 0.1  # share of all optimizer steps
     gradient_clipping: Strength = 1.0  # largest gradient norm; 0 = off
-    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    # Recompute activations: less memory, more time. auto = where only that fits, or is faster by larger micro-batches.
+    gradient_checkpointing: SwitchOrAuto = False
     compile: Compile = "auto"  # layers in fewer, larger kernels, on GPUs (auto); graphs = passes as CUDA graphs
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_target_tokens: Count = 128  # longer texts are truncated, and learnt as if they ended there

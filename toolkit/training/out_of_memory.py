@@ -97,7 +97,8 @@ class RunFailures(Explainer):
         said = f": {in_short(error)}" if error is not None else ""
         is_smaller = self._mark(f"{failure.who} in step {self.progress.step + 1}")
         reason = f"{failure.who} {what} {where}{said}"
-        how = ("", " with smaller micro-batches") if is_smaller else ("with settings that need less memory ", "")
+        less = "recomputed activations" if self.resolved.has_given_clips else "smaller micro-batches"
+        how = ("", f" with {less}") if is_smaller else ("with settings that need less memory ", "")
         return replace(
             failure,
             reason=reason,

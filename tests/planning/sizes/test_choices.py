@@ -103,6 +103,19 @@ def test_the_larger_of_equally_fast_ones_is_taken() -> None:
     assert fastest([Candidate(4, Limits(4, None)), Candidate(2, Limits(2, None))]).size == 4, "of unknown speed"
 
 
+def test_activations_are_recomputed_where_that_makes_steps_faster() -> None:
+    auto = "training.gradient_checkpointing=auto"
+    roomy, tight = candidates("t5_large", 2048, auto), candidates("t5_large", 2048, auto, room=16 * GIB)
+    assert not fastest(roomy).recomputes and {one.recomputes for one in roomy} == {False, True}
+    chosen = fastest(tight)
+    kept = [one for one in tight if not one.recomputes]
+    assert chosen.recomputes and kept, "few clips fit with activations that are kept, and launches take longer"
+    assert chosen.seconds and chosen.seconds < min(one.seconds or 0.0 for one in kept) / AS_FAST
+    assert chosen.size > max(one.size for one in kept) and "with activations that are kept" in reason(chosen, tight)
+    graphs = candidates("t5_large", 2048, auto, "training.compile=graphs")
+    assert not any(one.recomputes for one in graphs)
+
+
 def test_a_pass_costs_what_a_trace_of_it_counts() -> None:
     for recipe, settings in (("t5_base", ()), ("qwen2_5_7b_qlora", ())):
         run = resolved(recipe, *settings, ds="zero2")

@@ -30,27 +30,71 @@ class Candidate:
         size: of the longest clips in one.
         limits: of one.
         seconds: of a step of the first epoch, on average, by the model of the hardware; None = not known.
+        recomputes: whether activations are recomputed.
     """
 
     size: int
     limits: Limits
     seconds: float | None = None
+    recomputes: bool = False
+
+    def is_less_than(self, other: Candidate) -> bool:
+        """Whether it may fit where another one does not."""
+        return self.size < other.size or (self.recomputes and not other.recomputes)
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """Of candidates, largest first, the first one that is about as fast as any."""
+    """Of candidates, largest first, the largest that is about as fast as any; activations are kept where it is as fast.
+
+    Those of unknown speed are taken in their order.
+    """
+    kept, recomputed = (
+        _largest_as_fast([one for one in candidates if one.recomputes is recomputes]) for recomputes in (False, True)
+    )
+    if kept is None or recomputed is None:
+        found = kept or recomputed
+        assert found
+        return found
+    return recomputed if is_slower(kept.seconds, recomputed.seconds) else kept
+
+
+def is_slower(kept: float | None, recomputed: float | None) -> bool:
+    """Whether steps with activations that are kept take longer than those with recomputed ones, in seconds."""
+    return kept is not None and recomputed is not None and kept > AS_FAST * recomputed
+
+
+def _largest_as_fast(candidates: Sequence[Candidate]) -> Candidate | None:
     known = [one.seconds for one in candidates if one.seconds is not None]
     enough = AS_FAST * min(known) if known else 0.0
-    return next(one for one in candidates if one.seconds is None or one.seconds <= enough)
+    return next((one for one in candidates if one.seconds is None or one.seconds <= enough), None)
 
 
 def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     """Why one of some candidates is taken, in words."""
-    largest = candidates[0]
-    if chosen == largest or not chosen.seconds or not largest.seconds:
-        return "the largest that fit by the plan"
-    saved = 1 - chosen.seconds / largest.seconds
-    return f"{saved:.0%} less time than in the largest that fit, which pad more, by the plan"
+    alike = [one for one in candidates if one.recomputes is chosen.recomputes]
+    found = "the largest that fit by the plan"
+    if chosen != alike[0] and chosen.seconds and alike[0].seconds:
+        saved = 1 - chosen.seconds / alike[0].seconds
+        found = f"{saved:.0%} less time than in the largest that fit, which pad more, by the plan"
+    kept = _largest_as_fast([one for one in candidates if not one.recomputes])
+    if not chosen.recomputes or kept is None or not (kept.seconds and chosen.seconds):
+        return found
+    return f"{found}, and {1 - chosen.seconds / kept.seconds:.0%} less than with activations that are kept"
+
+
+def families(run: ResolvedRun, lengths: Lengths) -> list[list[Candidate]]:
+    """The micro-batches that a run may take, the largest of each kind first; a number of clips holds."""
+    own = run.recipe.training.micro_batch_size
+    if own != "auto":
+        clips = min(own, lengths.share)
+        return [[Candidate(clips, Limits(clips, lengths.frame_limit), recomputes=run.recomputes)]]
+    return [
+        [
+            Candidate(size, limits_of(size, lengths, short_clips), recomputes=run.recomputes)
+            for size in sizes(lengths.share)
+        ]
+        for short_clips in SHORT_CLIPS
+    ]
 
 
 @dataclass(frozen=True)
@@ -58,7 +102,7 @@ class Planned:
     """What candidates of a run are planned by.
 
     Attributes:
-        subject, run, hardware: what is planned.
+        subject, run, hardware: what is planned; the run says whether activations are recomputed.
         lengths, epoch: of the run's clips.
         workload: of which frames and tokens are replaced by those of a micro-batch.
         fits: whether a plan fits.
@@ -79,21 +123,20 @@ class Planned:
             UserError: the model cannot be traced.
         """
         found: dict[Limits, Candidate] = {}
-        every = sizes(self.lengths.share)
-        for short_clips in SHORT_CLIPS:
+        for every in families(self.run, self.lengths):
             low, high = 0, len(every)
             while low < high:
                 middle = (low + high) // 2
-                fits = self.fits(self.plan(limits_of(every[middle], self.lengths, short_clips)))
+                fits = self.fits(self.plan(every[middle].limits))
                 low, high = (low, middle) if fits else (middle + 1, high)
-            for size in every[low:]:
-                limits = limits_of(size, self.lengths, short_clips)
-                found.setdefault(limits, Candidate(size, limits))
+            for one in every[low:]:
+                found.setdefault(one.limits, one)
         if not found:
             return []
         longest = (1, self.lengths.longest, self.lengths.most_tokens(self.run.recipe))
-        cost = PassCost.of(self.subject, self.run.deepspeed, longest, self.run.recipe.training.gradient_checkpointing)
-        speed, plan = PassSpeed.of(self.run, self.subject.weights), self.plan(limits_of(1, self.lengths))
+        cost = PassCost.of(self.subject, self.run.deepspeed, longest, self.run.recomputes)
+        plan = self.plan(next(iter(found)))
+        speed = PassSpeed.of(self.run, self.subject.weights)
         timed = [replace(one, seconds=self._seconds(one.limits, cost, speed, plan)) for one in found.values()]
         return sorted(timed, key=lambda one: (-one.size, -one.limits.clips))
 

@@ -43,6 +43,16 @@ def _compile(value: Any) -> Any:
 Compile = Annotated[bool | Literal["auto", "graphs"], PlainValidator(_compile)]
 
 
+def _switch(value: Any) -> Any:
+    """``auto``, true or false; a union would take 1 for true."""
+    if value is True or value is False or value == "auto":
+        return value
+    raise ValueError("not a valid value", "write auto, true or false")
+
+
+SwitchOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
+
+
 class Section(BaseModel):
     """What all sections share: an unknown key is an error, and a recipe never changes once read."""
 
