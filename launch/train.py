@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     from toolkit.batching.glosses import check_glosses
     from toolkit.checkpointing import run_directory, run_lock
+    from toolkit.cluster.devices import unseen_gpus
     from toolkit.cluster.ops import check_locks, check_needed_ops
     from toolkit.cluster.rendezvous import on_rank_0
     from toolkit.corpus.mixture.opening import open_corpora
@@ -132,13 +133,15 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     check_ranks(ranks, gpus=gpus)
     check_locks()
     new = arguments.resume == "never" or arguments.overfit is not None
-    decided = []
+    decided = list(filter(None, [unseen_gpus()]))
+    for note in decided:
+        echo(f"note: {note}")
     if arguments.ds == AUTO:
         arguments.ds, reason = fit_deepspeed(
             arguments.recipe, overrides_of(arguments, ranks.world_size), ranks, resumes=not new
         )
         decided.append(f"--ds auto: {arguments.ds}: {reason}")
-        echo(decided[0])
+        echo(decided[-1])
     resolved = resolve(arguments, ranks.world_size, has_gpu=gpus > 0)
     check_needed_ops(resolved.deepspeed)
     on_rank_0(lambda: check_model(resolved))

@@ -15,6 +15,7 @@ from toolkit.cluster.devices import (
     check_bound,
     choose_device,
     own_device,
+    unseen_gpus,
     use_device,
 )
 from toolkit.cluster.ranks import Ranks
@@ -106,6 +107,29 @@ def test_a_group_that_is_bound_to_another_gpu_is_found(gpus, monkeypatch, ranks,
     else:
         with pytest.raises(RuntimeError, match=wrong):
             check_bound()
+
+
+@pytest.mark.parametrize(
+    ("there", "seen", "visible", "version", "said"),
+    [
+        (2, 0, "7", "13.0", ("2 GPUs", "CUDA 13.0", "CUDA_VISIBLE_DEVICES=7")),
+        (1, 0, None, "13.0", ("1 GPU ", "CUDA 13.0")),
+        (1, 0, None, None, ("built without CUDA",)),
+        (1, 1, None, "13.0", ()),
+        (2, 0, "", "13.0", ()),  # hidden on purpose
+        (0, 0, None, "13.0", ()),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_a_note(gpus, monkeypatch, tmp_path, there, seen, visible, version, said):
+    gpus(seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    for number in range(there):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+    note = unseen_gpus(tmp_path / "gpus")
+    assert bool(note) == bool(said) and all(part in (note or "") for part in said)
 
 
 @pytest.fixture

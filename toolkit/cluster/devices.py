@@ -7,7 +7,9 @@ one before it builds anything, and code that places a tensor calls :func:`own_de
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import distributed as dist
 from toolkit.cluster.ranks import Ranks
 from toolkit.errors import UserError
 
+OF_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU of the machine
 UNBOUND_BARRIER = r"barrier\(\): using the device under current context"  # torch's warning
 
 
@@ -67,6 +70,19 @@ def own_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def unseen_gpus(of_driver: Path = OF_DRIVER) -> str | None:
+    """A note that this machine has GPUs and torch sees none of them; None where it is not so, or they are hidden."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(of_driver.iterdir())) if of_driver.is_dir() else 0
+    if not there or visible == "" or torch.cuda.device_count():
+        return None
+    reason = f"torch {torch.__version__} is built without CUDA"
+    if torch.version.cuda:
+        names_none = f", or CUDA_VISIBLE_DEVICES={visible} names none" if visible else ""
+        reason = f"the driver does not answer, or is too old for CUDA {torch.version.cuda}{names_none}"
+    return f"the run uses CPUs: {there} GPU{'s are' if there > 1 else ' is'} here, and torch sees none ({reason})"
 
 
 def _leave_out_kernels() -> None:
