@@ -61,6 +61,22 @@ def test_a_pass_gets_the_memory_of_the_graphs(
     assert losses == pytest.approx(written(make, monkeypatch), rel=1e-5)
 
 
+def test_a_shape_whose_inputs_find_no_memory_runs_as_it_is_written(
+    make: Make, capture: RecordedCalls, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    trainer = make(*GRAPHS)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError(ERROR)
+
+    monkeypatch.setattr(trainer.graphs, "_copy", fail)
+    with caplog.at_level(logging.WARNING, logger="toolkit"):
+        losses = losses_of(trainer)
+    said = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage()]
+    assert len(said) == 1 and ERROR in said[0]
+    assert losses == pytest.approx(written(make, monkeypatch), rel=1e-5)
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_micro_batch_that_was_chosen_is_halved(
     make: Make, capture: RecordedCalls, monkeypatch: Any, tmp_path: Any, in_backward: bool

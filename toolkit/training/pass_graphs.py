@@ -168,15 +168,15 @@ class PassGraphs:
 
     def _add(self, key: tuple[Any, ...], batch: Batch) -> None:
         """Capture the passes of a shape; where that fails no more are captured. Sums and random numbers stay."""
-        copies: dict[str, Any] = {name: self._copy(name, tensor) for name, tensor in _tensors(batch).items()}
-        # All labels are scored, those that do not count for nothing: how many count differs from batch to batch.
-        own = replace(batch, **copies, labelled=torch.arange(batch.labels.numel(), device=batch.labels.device))
         scale = self.scale.clone()
         self.scale.zero_()  # a capture runs the passes, too: it adds nothing
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             try:
                 assert self.capture is not None
+                copies: dict[str, Any] = {name: self._copy(name, tensor) for name, tensor in _tensors(batch).items()}
+                # All labels are scored, those that do not count for nothing: their number differs from batch to batch.
+                own = replace(batch, **copies, labelled=torch.arange(batch.labels.numel(), device=batch.labels.device))
                 losses, replay = self.capture(lambda: self._run(own))
                 self.graphs[key] = _Graph(own, losses, replay)
                 clips, frames = batch.frame_mask.shape
