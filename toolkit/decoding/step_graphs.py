@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from toolkit.cluster.memory_shortage import in_short
 from toolkit.decoding.held_clips import EncodedClips, PrefixClips, set_attention
 from toolkit.decoding.static_cache import STATIC_ATTENTION, StaticCache, StoredClips
-from toolkit.errors import first_line
 from toolkit.models.adaptation.quantisation import is_packed
 from toolkit.models.backbone import decoder_config
 from toolkit.models.language_models.prefixes import is_language_model
@@ -201,7 +201,7 @@ class StepGraphs:
             self.graphs[key] = self.capture(call)
         except RuntimeError as error:  # of torch or CUDA, which say what the capture met
             self.capture = None
-            log.warning("search: steps run without CUDA graphs from here on: %s", first_line(error))
+            log.warning("search: steps run without CUDA graphs from here on: %s", in_short(error))
             return call()
         return self.graphs[key][0]
 
