@@ -163,7 +163,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     length = search.get("max_new_tokens") or generation.max_new_tokens
     fullest = settings.model_copy(update={"num_beams": beams, "max_new_tokens": length})
     with (
-        explained_shortage("add evaluation.num_beams=1, a lower evaluation.batch_frames, or --zero3 on more GPUs"),
+        explained_shortage(
+            f"--model {arguments.model}",
+            "add evaluation.num_beams=1, a lower evaluation.batch_frames, or --zero3 on more GPUs",
+        ),
         open_model(arguments, ranks, corpus, names, fullest) as (model, synced, batch_frames),
     ):
         if ctc_weight is not None:

@@ -129,7 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from toolkit.cluster.memory_shortage import explained_shortage
 
-    with explained_shortage("add --num-beams 1, a lower --window, or --device cpu"):
+    what = f"--model {arguments.model}"
+    with explained_shortage(what, "add --num-beams 1, a lower --window, or --device cpu"):
         translate(arguments, sources)
 
 

@@ -37,8 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_shortage(hint: str) -> Iterator[None]:
-    """Within it an error that says that memory was short is the user's, with this hint.
+def explained_shortage(what: str, hint: str) -> Iterator[None]:
+    """Within it an error that says that memory was short is the user's: what it was for, and a hint.
 
     Raises:
         OutOfMemory: in its place.
@@ -48,7 +48,7 @@ def explained_shortage(hint: str) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(in_short(error), hint) from error
+        raise OutOfMemory(f"{what} ran out of memory: {in_short(error)}", hint) from error
 
 
 def in_short(error: BaseException) -> str:
