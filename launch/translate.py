@@ -209,6 +209,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, on its device, and its processor."""
     from toolkit.cluster.devices import choose_device
     from toolkit.cluster.logs import show_errors_only
+    from toolkit.cluster.memory_shortage import is_out_of_memory
     from toolkit.models.loading.load import load_translator
 
     show_errors_only()
@@ -216,8 +217,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model, processor = load_translator(arguments.model)
     try:
         return model.to(device), processor
-    except RuntimeError as error:  # its memory is full, or torch was built without it
-        raise UserError(
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(  # torch was built without it
             f"--device {device}: {str(error).splitlines()[0]}", "give another device, --device cpu for instance"
         ) from error
 
