@@ -104,10 +104,7 @@ def _rehearsed(
     resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, echo: Echo, *, has_gpu: bool
 ) -> tuple[Candidate, str, int | None]:
     """What a rehearsal chooses, why, and the frames of generation batches where they are chosen, too."""
-    training = resolved.recipe.training
-    names = [name for name in ("micro_batch_size", "gradient_checkpointing") if getattr(training, name) == "auto"]
-    what = ", ".join(f"training.{name}=auto" for name in names)
-    echo(f"{what}: choosing micro-batches by a rehearsal on this hardware")
+    echo(f"{resolved.chosen_settings}: choosing micro-batches by a rehearsal on this hardware")
     on_each_node(lambda: build_missing_ops(needed_ops(resolved.deepspeed), lambda line: echo(f"note: {line}")))
     on_each_node(lambda: fetch_backbone(resolved.recipe.model))
     split = corpus.splits["train"]

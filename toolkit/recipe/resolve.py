@@ -94,6 +94,12 @@ class ResolvedRun:
         return self.recipe.training.micro_batch_size != "auto"
 
     @property
+    def chosen_settings(self) -> str:
+        """What the recipe leaves to ``choice``, as ``training.micro_batch_size=auto``."""
+        names = ("micro_batch_size", "gradient_checkpointing")
+        return ", ".join(f"training.{name}=auto" for name in names if getattr(self.recipe.training, name) == "auto")
+
+    @property
     def may_recompute(self) -> tuple[bool, ...]:
         """What ``recomputes`` may become, what is tried first at first."""
         own = self.recipe.training.gradient_checkpointing

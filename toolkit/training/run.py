@@ -164,7 +164,7 @@ def open_run(resolved: ResolvedRun, ranks: Ranks, corpus: Corpus) -> Iterator[In
         for note in resolved.notes:
             log.info("%s", note)
         if resolved.choice:
-            log.info("chosen: %s", resolved.choice.in_words())
+            log.info("%s: %s", resolved.chosen_settings, resolved.choice.in_words())
     swap = swap_to_this_node(resolved.deepspeed)
 
     def fail(rank: int, host: str, reason: str) -> None:
