@@ -98,7 +98,7 @@ def vs_plain_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             clips = range(start, min(start + at_once, number))
             batch = padded_batch(split, clips, processor, longest).to(device)
             tokens = model.generate(batch.poses, batch.visible, batch.frame_mask, **SEARCH)
-            texts += [text.strip() for text in processor.batch_decode(tokens)]
+            texts += [" ".join(text.split()) for text in processor.batch_decode(tokens)]  # as ours
         return texts
 
     def ours(graphs: bool = True) -> list[str]:

@@ -144,7 +144,7 @@ def make_trainer(folder: str, split: Split, processor: Any, config: dict[str, An
         padding = processor.tokenizer.pad_token_id
         tokens = prediction.predictions
         tokens[tokens < 0] = padding
-        trainer.texts = [text.strip() for text in processor.batch_decode(tokens)]
+        trainer.texts = [" ".join(text.split()) for text in processor.batch_decode(tokens)]
         return {"bleu": BLEU().corpus_score(trainer.texts, [list(split.texts)]).score}
 
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
