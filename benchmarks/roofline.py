@@ -80,7 +80,7 @@ def main() -> None:
 def sides_of(recipe: str) -> dict[str, Side]:
     """Ways of training of gpu.py's rows; instead of graphs, whose replays are one launch, layers as they are written.
 
-    The bare loop gets the compiled layers that ours has, and Seq2SeqTrainer ZeRO-2.
+    The bare loop gets the compiled layers that ours has.
     """
     by_name = {row.name: row.measure for row in ROWS}
     found: dict[str, Side] = {}
@@ -92,8 +92,6 @@ def sides_of(recipe: str) -> dict[str, Side]:
                 found["ours_as_written"] = Side(way, (*settings, "training.compile=false"))
             elif name == "bare":
                 found["bare_compiled"] = Side(way, (*settings, "training.compile=true"))
-            elif way == "hf":
-                found[name] = Side(way, (*settings, "deepspeed=zero2"))
             elif name != "ours_graphs":
                 found[name] = Side(way, tuple(settings))
     return found
