@@ -68,16 +68,17 @@ def describe(ranks: Ranks, found: list[Card]) -> str:
     return f"{here}: {cpu_name()}, {len(own.numbers)} cores{quota}, {host_memory() / GIB:.1f} GiB{space}"
 
 
-def leave_reserve(ranks: Ranks) -> None:
-    """Let torch's allocator run out of memory at what other processes on the card leave free, less the reserve."""
+def leave_reserve(ranks: Ranks) -> int:
+    """Let torch's allocator run out of memory at what other processes on the card leave free, less the reserve.
+
+    Returns:
+        bytes that the allocator may have.
+    """
     free, total = torch.cuda.mem_get_info()
-    kept = reserve() + (NCCL_BUFFERS if ranks.world_size > 1 else 0)
-    torch.cuda.set_per_process_memory_fraction(max(0.0, (free - kept) / total))
-
-
-def reserve() -> int:
-    """Bytes of the current card that stay free."""
-    return int(GPU_RESERVE * torch.cuda.mem_get_info()[1])
+    kept = GPU_RESERVE * total + (NCCL_BUFFERS if ranks.world_size > 1 else 0)
+    room = max(0, int(free - kept))
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    return room
 
 
 def room_for_tensors(card: Card, world_size: int) -> int:

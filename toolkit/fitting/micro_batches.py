@@ -196,7 +196,7 @@ def _limits(choice: MicroBatchChoice) -> str:
 def _rehearsed_on_gpu(stage: Stage, resolved: ResolvedRun, ranks: Ranks, split: Split) -> tuple[Candidate, str]:
     """The micro-batches in which steps are fastest by the plan, or the fastest of those that take less and fit."""
     started, problem = stage.agreed(stage.rehearsal.start())
-    room = min(measured.resident + measured.room for measured in started)
+    room = min(measured.room for measured in started)
     candidates = on_rank_0(lambda: planned_candidates(resolved, ranks, stage.lengths, split, room))
     problems: list[str] = []
     while candidates:

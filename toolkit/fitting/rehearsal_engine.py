@@ -23,7 +23,7 @@ from toolkit.decoding.step_graphs import graphs_of_search
 from toolkit.errors import UserError
 from toolkit.evaluation.splits import ready_to_translate
 from toolkit.fitting.bounds import SPREAD, UNKNOWN, Passes, Size, states_of_a_step
-from toolkit.fitting.hardware import leave_reserve, reserve
+from toolkit.fitting.hardware import leave_reserve
 from toolkit.fitting.memory_limits import held, peaks, reset_peak
 from toolkit.models.backbone import recomputes as is_recomputed
 from toolkit.models.backbone import set_checkpointing
@@ -52,7 +52,7 @@ class Measured:
         problem: why it did not fit; None where it did.
         seconds: that it took.
         resident, address_space: the most that the process has had until now, in bytes; of a GPU what torch reserved.
-        room: bytes that it might still take on its GPU; 0 on CPUs.
+        room: bytes that torch may reserve on its GPU, what it has included; 0 on CPUs.
         error: what else stopped it, as the kind of an error and its arguments.
     """
 
@@ -74,6 +74,7 @@ class RehearsalEngine:
     vocabulary: int
     special: torch.Tensor
     tokens: dict[bool, int]  # of the longest texts, and of typical ones
+    room: int = 0  # bytes that torch may reserve on its GPU
     steps: int = 0
     passed: Passes = field(init=False)
 
@@ -90,8 +91,9 @@ class RehearsalEngine:
         cls, resolved: ResolvedRun, ranks: Ranks, corpus: Corpus, lengths: Lengths, threads: int
     ) -> RehearsalEngine:
         _join_fake_group(ranks)
+        room = 0
         if torch.cuda.is_available():
-            leave_reserve(ranks)
+            room = leave_reserve(ranks)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
         processor = build_processor(resolved.recipe, corpus)
@@ -107,7 +109,7 @@ class RehearsalEngine:
         typical = counts(lengths.typical_texts)
         tokens = {True: counts(lengths.long_texts)[-1], False: typical[len(typical) // 2]}
         special = torch.tensor(special_ids(tokenizer), device=engine.device)
-        return cls(engine, resolved, processor, len(tokenizer), special, tokens)
+        return cls(engine, resolved, processor, len(tokenizer), special, tokens, room)
 
     def start(self, _: Sequence[Shape]) -> Measured:
         return self._measured(0.0)
@@ -243,8 +245,7 @@ class RehearsalEngine:
     def _measured(self, seconds: float, more: int = 0) -> Measured:
         """What was measured; ``more`` bytes would be taken besides on CPUs."""
         if torch.cuda.is_available():
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-            return Measured(seconds=seconds, resident=torch.cuda.max_memory_reserved(), room=free - reserve())
+            return Measured(seconds=seconds, resident=torch.cuda.max_memory_reserved(), room=self.room)
         resident, address_space = map(max, zip(peaks(), self.built, strict=True))
         if not self.steps:
             resident = max(resident, self.passed.without_activations)
