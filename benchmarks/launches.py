@@ -48,8 +48,7 @@ SIDES: dict[str, list[str]] = {
     "ours_as_written": ["ours", "training.compile=false"],
     "bare": ["bare", "training.compile=false"],
     "plain": ["plain"],
-    "hf": ["hf"],
-    "hf_zero2": ["hf", "deepspeed=zero2"],
+    "hf": ["hf", "deepspeed=zero2"],
 }
 KERNELS = ("kernels", "blas", "dnn", "triton", "nccl", "graph_launches")  # each is launched by one call
 

@@ -58,7 +58,7 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "What a step asks of a GPU and its host",
         "/path/to/python benchmarks/launches.py",
         "T5-Base of full size, one rank's part of 128 clips on eight GPUs: 16 clips, one forward pass, ZeRO-0 with "
-        "autocast (`hf`, Seq2SeqTrainer; `hf_zero2`, the same under ZeRO-2). A Python with a CUDA build of torch, and the pretended CUDA runtime "
+        "autocast (`hf`, Seq2SeqTrainer, ZeRO-2). A Python with a CUDA build of torch, and the pretended CUDA runtime "
         "(`tests/pretended_cuda`) in place of a GPU: dispatch, DeepSpeed, Inductor and CUDA graphs are those of a "
         "GPU, kernels do nothing, and a step takes what its host needs. Launches are the calls that start a kernel or "
         "a graph, waits the times that the host waits for the GPU. `first_epoch_seconds` are those of 32 steps that "
@@ -75,7 +75,8 @@ SECTIONS = {  # results file -> heading, command, what it measures
         "faster, and matrix products are slower. Kernels are those that torch, DeepSpeed and Inductor call on the "
         "pretended CUDA runtime (`tests/pretended_cuda`), without NCCL's; weights have their published sizes, and an "
         "epoch of four steps is padded more than that of a large corpus. Ways of training and their micro-batches are"
-        " those of `gpu.py`, with layers as written in place of graphs; T5-Large and "
+        " those of `gpu.py`, with layers as written in place of graphs; rows of T5-Large and T5-3B are of torch "
+        "2.11 and have Seq2SeqTrainer under ZeRO-2. T5-Large and "
         "T5-3B keep their activations, as cards of 80 GB can, and smaller micro-batches than ours are padded less. "
         "`mfu` is that of such a step: FLOPs of products, padding included and recomputation not, by its time and "
         "peak. `kernels of ...` are those that take the H100 longest, all calls of a place together.",

@@ -11,6 +11,8 @@ import pytest
 from tests.fitting.machine import AUTO, Machine
 from toolkit.errors import UserError
 from toolkit.fitting import micro_batches, stage
+from toolkit.fitting.rehearsal_engine import Measured
+from toolkit.planning.hardware import GIB
 from toolkit.planning.sizes.choices import Candidate
 from toolkit.planning.sizes.shapes import Limits, Shape
 from toolkit.recipe.choices import mark_too_large
@@ -44,6 +46,21 @@ def test_gpus_start_at_the_size_that_is_fastest_by_the_plan(
     run, lines = fit(resolve(*AUTO, "training.seed=1"), small, gpu=True)
     assert small.steps == [3, 2] and run.clip_limit == 2, "nothing as large as what did not fit"
     assert "out of memory" in lines[-2]
+
+
+def test_plans_on_gpus_are_held_to_what_torch_may_reserve(
+    resolve: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, rooms = Machine(), []
+
+    def candidates(*arguments: Any) -> list[Candidate]:
+        rooms.append(arguments[-1])
+        return [Candidate(2, Limits(2, None), 1.0)]
+
+    monkeypatch.setattr(machine, "start", lambda: Measured(resident=7 * GIB, room=50 * GIB))
+    monkeypatch.setattr(micro_batches, "planned_candidates", candidates)
+    fit(resolve(*AUTO), machine, gpu=True)
+    assert rooms == [50 * GIB], "what the model has reserved already is in it"
 
 
 def test_a_run_that_is_too_short_to_rehearse_takes_what_the_plan_says(resolve: Any, fit: Any) -> None:
