@@ -1,4 +1,4 @@
-"""Captures end where CUDA ends them, and compute nothing: on the pretended runtime as on a real GPU."""
+"""Captures end where CUDA ends them, and compute nothing; hidden rows of attention are 0: as on a real GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolkit.planning.hardware import CUBLAS_WORKSPACE
 
@@ -194,3 +195,14 @@ def test_a_product_takes_the_workspace_that_plans_count_for_each_stream() -> Non
             held = [x @ x for _ in range(3)]
         del held
         assert torch.cuda.memory_allocated() - before == number * CUBLAS_WORKSPACE
+
+
+def test_a_query_from_which_everything_is_hidden_gets_nothing() -> None:
+    q, k, v = (torch.randn(1, 2, 8, 8, device="cuda", requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 2, 8, 8, dtype=torch.bool, device="cuda").tril()
+    mask[..., :3] = False  # padding on the left, as of prefixes in a search
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert (out[:, :, :3] == 0).all() and (out[:, :, 3:] != 0).all()
+    for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert gradient.isfinite().all() and (gradient[:, :, :3] == 0).all()

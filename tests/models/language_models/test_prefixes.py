@@ -141,6 +141,18 @@ def test_steps_as_graphs_find_the_same(
     assert capture.replays
 
 
+@pytest.mark.gpu
+@every_kind
+def test_a_gpu_finds_what_a_cpu_finds(kind: str, make: Callable[..., PoseTranslator], clips: dict[str, Tensor]) -> None:
+    """A position of padding on the left sees nothing: CUDA's kernels give 0 for it; NaN would reach the clip's own."""
+    settings = {"num_beams": 5, "return_dict_in_generate": True, "output_scores": True, "custom_generate": beam_search}
+    expected = make(kind).generate(**clips, **settings)
+    on_gpu = {name: tensor.cuda() for name, tensor in clips.items()}
+    found = make(kind).cuda().generate(**on_gpu, **settings)
+    torch.testing.assert_close(found.sequences_scores.cpu(), expected.sequences_scores, atol=1e-3, rtol=1e-3)
+    assert torch.equal(found.sequences.cpu(), expected.sequences)
+
+
 def test_beams_share_the_keys_of_their_prefix(
     make: Callable[..., PoseTranslator], clips: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,13 +16,18 @@ LSE_STEP = 32  # to a multiple of which the efficient kernel fills up
 def _probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention [..., queries, keys], and the logarithms of its sums [..., queries]."""
+    """Attention [..., queries, keys], and the logarithms of its sums [..., queries].
+
+    A query from which all keys are hidden attends to nothing, and gets 0: CUDA's kernels do so since torch 2.5.
+    """
     scores = q.float() @ _for_heads(k, q).transpose(-2, -1) * _scale(q, scale)
     if bias is not None:
         scores = scores + bias.float()
     if causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
-    return scores.softmax(-1), torch.logsumexp(scores, -1)
+    sees_nothing = scores.isneginf().all(-1)
+    lse = torch.logsumexp(scores, -1).masked_fill(sees_nothing, 0.0)
+    return scores.softmax(-1).masked_fill(sees_nothing.unsqueeze(-1), 0.0), lse
 
 
 def _for_heads(x: Tensor, q: Tensor) -> Tensor:
